@@ -1,0 +1,319 @@
+"""Every setting of a run, as frozen dataclasses: the docstring under a field is its help text.
+
+`RunConfig` is what `config.json` holds; `to_json` and `from_json` are exact inverses and refuse unknown keys.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCHEMA = 1
+KINDS = ("attention",)
+"""Layer kinds that both backends realise (`backends/<name>/blocks`)."""
+
+
+class ConfigError(ValueError):
+    """The user's setting cannot be honoured: the message names the field, the value and what to do."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: what both backends build and what an artifact carries."""
+
+    vocab: int = 1024
+    """Vocabulary size V."""
+    dim: int = 256
+    """Width D of the residual stream."""
+    layers: int = 4
+    """Number of layers."""
+    blocks: tuple[str, ...] = ("attention",)
+    """Layer kinds, repeated in this order until there are `layers` of them."""
+    heads: int = 4
+    """Query heads; each has dim / heads channels."""
+    kv_heads: int = 2
+    """Key and value heads, each shared by heads / kv_heads query heads."""
+    mlp_hidden: int = 1024
+    """Hidden width of the MLP."""
+    activation: Literal["relu2", "leaky_relu2"] = "relu2"
+    """relu(x)^2, or LeakyReLU(0.5)(x)^2."""
+    embed_dim: int | None = None
+    """Width of a factored tied embedding, with projections to and from `dim`; None: not factored."""
+    vocab_bias: bool = False
+    """Add a learned bias per vocabulary entry to the logits."""
+    softcap: float | None = 30.0
+    """Logits become softcap * tanh(logits / softcap); None: no cap."""
+    rope_dims: int = 64
+    """How many channels of each head are rotated by position (even, at most dim / heads)."""
+    rope_base: float = 10_000.0
+    """Base of the rotary frequencies."""
+    q_gain: float = 1.5
+    """Start value of the per-head gain on normalised queries."""
+    residual_mix: bool = False
+    """Each layer's input is a learned mix of the stream and the embedding stream (start 1, 0)."""
+    unet_skips: bool = False
+    """The first half of the layers push their outputs, the second half add them back, scaled (last in, first out)."""
+    depth_damping: bool = False
+    """Scale the normalised input of layer i (from 0) by 1 / sqrt(i + 1)."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMS norm."""
+    documents: Literal["isolated", "packed"] = "isolated"
+    """isolated: nothing crosses a BOS token; packed: BOS is an ordinary token (the official behaviour)."""
+    bos: int = 1
+    """Token id that starts a document."""
+    matrix_init: Literal["normal", "uniform"] = "normal"
+    """Start of matrices: N(0, matrix_std^2), or U(-1/sqrt(in), 1/sqrt(in)). Output projections always start at 0."""
+    matrix_std: float = 0.02
+    """Standard deviation of matrices that start normal."""
+    embed_std: float = 0.02
+    """Standard deviation of the embedding's start values."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "dim", "layers", "heads", "kv_heads", "mlp_hidden"):
+            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: expected at least 1")
+        require(self.embed_dim is None or self.embed_dim >= 1, f"model.embed_dim={self.embed_dim}: expected at least 1")
+        require(self.dim % self.heads == 0, f"model.dim={self.dim} is not divisible by model.heads={self.heads}")
+        require(
+            self.heads % self.kv_heads == 0,
+            f"model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}",
+        )
+        require(len(self.blocks) >= 1, "model.blocks is empty: name at least one layer kind")
+        for kind in self.blocks:
+            require(kind in KINDS, f"model.blocks: unknown layer kind {kind!r}; known kinds: {', '.join(KINDS)}")
+        require(
+            self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim,
+            f"model.rope_dims={self.rope_dims}: expected an even number from 0 to dim / heads = {self.head_dim}",
+        )
+        require(0 <= self.bos < self.vocab, f"model.bos={self.bos}: expected a token id below model.vocab={self.vocab}")
+        require(self.softcap is None or self.softcap > 0, f"model.softcap={self.softcap}: expected a positive number")
+        require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps}: expected a positive number")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.dim // self.heads
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every layer: `blocks` repeated to `layers` entries."""
+        return tuple(self.blocks[i % len(self.blocks)] for i in range(self.layers))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    path: str = "sample"
+    """Folder written by `skc data prepare`; `sample` is the bundled text, prepared on first use under data/sample."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the weights are learned."""
+
+    steps: int = 1000
+    """Number of optimizer steps (with train.seconds: at most this many)."""
+    seconds: float | None = None
+    """Wall-clock budget; progress is then measured by the clock, which pauses during evaluation and compilation."""
+    batch: int = 8
+    """Rows (windows) per step."""
+    seq: int = 512
+    """Tokens per row."""
+    micro_batch: int | None = None
+    """Rows per forward and backward pass, to fit memory; None: all rows at once. Must divide train.batch."""
+    lr_embed: float = 3e-3
+    """Learning rate of the embedding group."""
+    lr_matrix: float = 3e-3
+    """Learning rate of the matrix group."""
+    lr_vector: float = 3e-3
+    """Learning rate of the vector group (gains, scales, biases)."""
+    warmup: float = 0.02
+    """Share of the run in which the learning rate rises linearly from 0."""
+    warmdown: float = 0.4
+    """Share of the run, at its end, in which the learning rate falls linearly to train.floor."""
+    floor: float = 0.1
+    """Learning-rate scale at the very end."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient mean."""
+    beta2: float = 0.95
+    """AdamW's decay of the squared gradient."""
+    eps: float = 1e-8
+    """AdamW's epsilon, added to the root."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrix group; the other groups are not decayed."""
+    clip: float | None = 1.0
+    """Largest global gradient norm; None: no clipping."""
+    z_loss: float = 0.0
+    """Weight of mean(logsumexp(logits)^2) in the training loss."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int | None = 100
+    """Steps between validation estimates; None: only at the end."""
+    sample_every: int | None = None
+    """Steps between samples of text; None: none."""
+    save_every: int | None = 200
+    """Steps between checkpoints; None: only at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "seq", "log_every"):
+            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: expected at least 1")
+        for name in ("eval_every", "sample_every", "save_every", "seconds", "clip", "micro_batch"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"train.{name}={value}: expected a positive number, or None")
+        require(
+            self.batch % self.rows == 0,
+            f"train.batch={self.batch} is not divisible by train.micro_batch={self.micro_batch}",
+        )
+        for name in ("warmup", "warmdown", "floor"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"train.{name}={value}: expected a share between 0 and 1")
+        require(
+            self.warmup + self.warmdown <= 1,
+            f"train.warmup={self.warmup} and train.warmdown={self.warmdown} overlap: their sum may not exceed 1",
+        )
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)}: expected from 0 to below 1")
+
+    @property
+    def rows(self) -> int:
+        """Rows of one micro-batch."""
+        return self.micro_batch or self.batch
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets of one optimizer step."""
+        return self.batch * self.seq
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How text is scored."""
+
+    windows: Literal["plain", "sliding", "documents"] = "plain"
+    """plain: consecutive windows; sliding: overlapping by seq - stride; documents: plain or sliding inside documents."""
+    seq: int = 512
+    """Longest context of a window, in tokens."""
+    stride: int | None = None
+    """Targets scored per window after the first (sliding, documents); None: seq, windows do not overlap."""
+    batch: int = 8
+    """Windows per forward pass (changes speed and memory, not the score)."""
+    documents: int | None = None
+    """Score only this many documents, drawn at random: an estimate with an error bar, never a score. None: all."""
+    train_documents: int = 32
+    """Documents of the estimate that is made during training."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq", "batch", "train_documents"):
+            require(getattr(self, name) >= 1, f"eval.{name}={getattr(self, name)}: expected at least 1")
+        require(self.documents is None or self.documents >= 2, f"eval.documents={self.documents}: expected at least 2")
+        require(
+            self.stride is None or 1 <= self.stride <= self.seq,
+            f"eval.stride={self.stride}: expected from 1 to eval.seq={self.seq}",
+        )
+        require(
+            self.windows != "sliding" or self.stride is not None,
+            "eval.windows=sliding needs eval.stride (for example --eval.stride 64)",
+        )
+        require(
+            self.windows != "plain" or self.stride in (None, self.seq),
+            f"eval.stride={self.stride} has no meaning with eval.windows=plain: use --eval.windows sliding",
+        )
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """How the weights are stored."""
+
+    budget: int = 16_000_000
+    """Largest total of artifact and code, in bytes."""
+    code_bytes: int = 40_000
+    """Bytes of the budget that are reserved for code."""
+    brotli_quality: int = 11
+    """Compression effort, 0 to 11."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.brotli_quality <= 11, f"export.brotli_quality={self.brotli_quality}: expected 0 to 11")
+        require(
+            0 <= self.code_bytes < self.budget,
+            f"export.code_bytes={self.code_bytes}: expected from 0 to below export.budget={self.budget}",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: everything that decides its result."""
+
+    preset: str = "debug"
+    """Name of the preset that this run started from."""
+    seed: int = 1337
+    """Seed of the start values and of the order of the data."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**31, f"seed={self.seed}: expected from 0 to 2^31 - 1")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Return a config dataclass as plain JSON values; a RunConfig also carries the schema number."""
+    plain = dataclasses.asdict(config)
+    return {"schema": SCHEMA, **plain} if isinstance(config, RunConfig) else plain
+
+
+def from_json(kind: type, values: Any, where: str = "config") -> Any:
+    """Rebuild dataclass `kind` from `to_json`'s values; ConfigError names an unknown key, a missing one or a wrong type."""
+    require(isinstance(values, dict), f"{where}: expected an object, got {type(values).__name__}")
+    values = dict(values)
+    if kind is RunConfig:
+        schema = values.pop("schema", None)
+        require(schema == SCHEMA, f"{where}: schema {schema!r} was written by another version; this one reads {SCHEMA}")
+    hints = typing.get_type_hints(kind)
+    fields = [f.name for f in dataclasses.fields(kind)]
+    for key in values:
+        close = difflib.get_close_matches(str(key), fields, 1)
+        require(key in fields, f"{where}.{key}: unknown key" + (f"; did you mean {close[0]}?" if close else ""))
+    for name in fields:
+        require(name in values, f"{where}.{name}: missing")
+    return kind(**{name: _coerce(hints[name], values[name], f"{where}.{name}") for name in fields})
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """Check a JSON value against a field's type and return it as that type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_json(typing.cast(type, hint), value, where)
+    if origin is Literal:
+        require(value in arguments, f"{where}={value!r}: expected one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        return _coerce(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{where}: expected a list, got {type(value).__name__}")
+        return tuple(_coerce(arguments[0], v, where) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    require(type(value) is hint, f"{where}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    return value
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Return one line per field in which two configs of one type differ."""
+    if dataclasses.is_dataclass(a):
+        lines = []
+        for f in dataclasses.fields(a):
+            lines += differences(getattr(a, f.name), getattr(b, f.name), f"{where}.{f.name}" if where else f.name)
+        return lines
+    return [] if a == b else [f"{where}: {a!r} -> {b!r}"]

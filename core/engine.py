@@ -1,0 +1,155 @@
+"""What the lab asks of a backend, and how one is loaded.
+
+Only numpy arrays, Python scalars and frozen dataclasses cross this border.
+"""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from core.config import ConfigError, RunConfig
+from core.schedule import StepPlan
+
+Arrays = dict[str, np.ndarray]
+DType = Literal["float32", "bfloat16", "float64"]
+BACKENDS = {"mlx": "mlx.core", "cuda": "torch"}
+EXTRAS = {"mlx": "mlx", "cuda": "torch"}
+
+
+class Batch(NamedTuple):
+    """Rows of consecutive tokens and, for each, the token that follows it."""
+
+    tokens: np.ndarray  # (rows, seq) int32
+    targets: np.ndarray  # (rows, seq) int32
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step reports."""
+
+    loss: float  # mean nats per target, without the z-loss
+    grad_norm: float  # global norm before clipping
+    finite: bool  # False: loss or gradients were not finite and the weights were left as they were
+
+
+class Pending(Protocol):
+    """A step that may still be running on the device."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return its numbers."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a backend computes; nothing here changes what is computed beyond rounding."""
+
+    dtype: DType | None = None
+    """Compute type; None: bfloat16 on a GPU, float32 on a CPU."""
+    exact: bool | None = None
+    """Use the float64-safe forms of the ops; None: only in float64."""
+    compile: bool | None = None
+    """Compile the training step; None: where the backend gains by it."""
+    fast_blas: bool = True
+    """MLX on Linux: load a fast BLAS into the process before MLX."""
+
+
+class Engine(Protocol):
+    """A model, its optimizer and a device."""
+
+    backend: str
+    """`mlx` or `cuda`."""
+    device: str
+    """What it runs on, in words."""
+    dtype: str
+    """Compute type."""
+    notes: tuple[str, ...]
+    """Choices that were made at build time, one line each, printed at the start of a run."""
+
+    def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
+        """Start one optimizer step; at most two are in flight."""
+        ...
+
+    def gradients(self, batch: Batch) -> tuple[float, Arrays]:
+        """Return the training loss (z-loss included) and its gradient by parameter name, without an update."""
+        ...
+
+    def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Return -log p(target) in nats for every position: (rows, seq) int -> (rows, seq) float."""
+        ...
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the final (softcapped) logits: (rows, seq) int -> (rows, seq, vocab) float."""
+        ...
+
+    def activations(self, tokens: np.ndarray) -> Arrays:
+        """Return the residual stream after the embedding and after every layer, and the logits, by name."""
+        ...
+
+    def params(self) -> Arrays:
+        """Return the master weights in table order, as float32 (float64 in float64)."""
+        ...
+
+    def load_params(self, params: Arrays) -> None:
+        """Replace every weight; a missing, extra or misshapen one is a ValueError that names it."""
+        ...
+
+    def optimizer(self) -> Arrays:
+        """Return the optimizer state as `<param>.<slot>`."""
+        ...
+
+    def load_optimizer(self, state: Arrays) -> None:
+        """Replace the optimizer state; strict like `load_params`."""
+        ...
+
+    def matmul_rate(self, n: int, repeats: int) -> float:
+        """Measure the FLOP/s of (n, n) @ (n, n) in the compute type: the best of `repeats`."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Return peak memory in bytes and how often the step was traced for compilation."""
+        ...
+
+
+def available_backends() -> list[str]:
+    """Return the backends whose framework is installed, without importing it."""
+    found = []
+    for name, module in BACKENDS.items():
+        try:
+            if importlib.util.find_spec(module) is not None:
+                found.append(name)
+        except ModuleNotFoundError:
+            continue
+    return found
+
+
+def choose_backend(name: str) -> str:
+    """Resolve `auto` to the backend that suits this machine, or check that `name` can be loaded.
+
+    `auto` takes MLX where it has a GPU (a Mac) and the PyTorch backend elsewhere, if installed.
+    """
+    import sys
+
+    if name not in ("auto", *BACKENDS):
+        raise ConfigError(f"backend {name!r}: expected one of auto, {', '.join(BACKENDS)}")
+    found = available_backends()
+    if name == "auto":
+        order = ("mlx", "cuda") if sys.platform == "darwin" else ("cuda", "mlx")
+        name = next((n for n in order if n in found), order[0])
+    if name not in found:
+        raise ConfigError(f"backend {name!r} is not installed: pip install -e '.[{EXTRAS[name]}]'")
+    return name
+
+
+def load_engine(
+    backend: str, config: RunConfig, weights: Arrays | None = None, options: EngineOptions | None = None
+) -> Engine:
+    """Build the model of `config` on `backend` with `weights` (None: the start values of config.seed)."""
+    from core.params import start_values
+
+    module = importlib.import_module(f"backends.{choose_backend(backend)}.engine")
+    if weights is None:
+        weights = start_values(config.model, config.seed)
+    return module.build(config, weights, options or EngineOptions())

@@ -1,0 +1,151 @@
+"""THE parameter table: name -> shape, start value, optimizer group, storage class; and what follows from it.
+
+Names are the dotted attribute paths that both frameworks produce by themselves; linear weights are (out, in).
+The order of the table is the order of the artifact. Changing a name changes its start value.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from core import rng
+from core.config import ModelConfig
+
+Group = Literal["embed", "matrix", "vector"]
+GROUPS: tuple[Group, ...] = ("embed", "matrix", "vector")
+STORAGE_BYTES = {"float16": 2.0}
+"""Bytes per value of each storage class, before compression."""
+
+
+class Init(NamedTuple):
+    """A start value: normal (scale = standard deviation), uniform (scale = bound) or constant (scale = value)."""
+
+    kind: Literal["normal", "uniform", "constant"]
+    scale: float
+
+
+class Param(NamedTuple):
+    """One row of the table."""
+
+    shape: tuple[int, ...]
+    init: Init
+    group: Group
+    storage: str = "float16"
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return int(np.prod(self.shape))
+
+
+ZERO, ONE = Init("constant", 0.0), Init("constant", 1.0)
+
+
+def _matrix(config: ModelConfig, out: int, into: int, zero: bool = False) -> Param:
+    normal = config.matrix_init == "normal"
+    drawn = Init("normal", config.matrix_std) if normal else Init("uniform", into**-0.5)
+    return Param((out, into), ZERO if zero else drawn, "matrix")
+
+
+def _attention(config: ModelConfig) -> dict[str, Param]:
+    """Rows of one `attention` layer's mixer."""
+    kv = config.kv_heads * config.head_dim
+    return {
+        "attn.q.weight": _matrix(config, config.dim, config.dim),
+        "attn.k.weight": _matrix(config, kv, config.dim),
+        "attn.v.weight": _matrix(config, kv, config.dim),
+        "attn.o.weight": _matrix(config, config.dim, config.dim, zero=True),
+        "attn.q_gain": Param((config.heads,), Init("constant", config.q_gain), "vector"),
+        "attn_scale": Param((config.dim,), ONE, "vector"),
+    }
+
+
+MIXERS: dict[str, Callable[[ModelConfig], dict[str, Param]]] = {"attention": _attention}
+"""Layer kind -> the rows of its mixer."""
+
+
+def _layer(config: ModelConfig, kind: str) -> dict[str, Param]:
+    rows = MIXERS[kind](config)
+    rows["mlp.up.weight"] = _matrix(config, config.mlp_hidden, config.dim)
+    rows["mlp.down.weight"] = _matrix(config, config.dim, config.mlp_hidden, zero=True)
+    rows["mlp_scale"] = Param((config.dim,), ONE, "vector")
+    if config.residual_mix:
+        rows["stream_mix"] = Param((config.dim,), ONE, "vector")
+        rows["embed_mix"] = Param((config.dim,), ZERO, "vector")
+    return rows
+
+
+def param_table(config: ModelConfig) -> dict[str, Param]:
+    """Return the table of `config`, in artifact order."""
+    width = config.embed_dim or config.dim
+    table = {"embed.weight": Param((config.vocab, width), Init("normal", config.embed_std), "embed")}
+    if config.embed_dim is not None:
+        table["embed_up.weight"] = _matrix(config, config.dim, width)
+        table["embed_down.weight"] = _matrix(config, width, config.dim)
+    for i, kind in enumerate(config.kinds):
+        table |= {f"blocks.{i}.{name}": row for name, row in _layer(config, kind).items()}
+    if config.unet_skips:
+        table["skip_weights"] = Param((config.layers // 2, config.dim), ONE, "vector")
+    if config.vocab_bias:
+        table["vocab_bias"] = Param((config.vocab,), ZERO, "vector")
+    return table
+
+
+def start_values(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+    """Return the float32 weights that every run of (config, seed) starts from, bit for bit on every platform."""
+    draw = {"normal": rng.normal, "uniform": rng.uniform}
+    values = {}
+    for name, row in param_table(config).items():
+        if row.init.kind == "constant":
+            values[name] = np.full(row.shape, row.init.scale, np.float32)
+        else:
+            flat = draw[row.init.kind](seed, name, row.size) * row.init.scale
+            values[name] = flat.astype(np.float32).reshape(row.shape)
+    return values
+
+
+def check_arrays(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], what: str) -> None:
+    """Raise a ValueError that names the first missing, extra or misshapen array of `arrays`."""
+    for name, shape in shapes.items():
+        if name not in arrays:
+            raise ValueError(f"{what}: {name} is missing")
+        if tuple(arrays[name].shape) != tuple(shape):
+            raise ValueError(f"{what}: {name} has shape {tuple(arrays[name].shape)}, expected {tuple(shape)}")
+    for name in arrays:
+        if name not in shapes:
+            raise ValueError(f"{what}: {name} is not a parameter of this model")
+
+
+def count(config: ModelConfig) -> int:
+    """Return the number of stored parameters."""
+    return sum(row.size for row in param_table(config).values())
+
+
+def bytes_by_storage(config: ModelConfig) -> dict[str, float]:
+    """Return the bytes of every storage class in use, before compression."""
+    totals: dict[str, float] = {}
+    for row in param_table(config).values():
+        totals[row.storage] = totals.get(row.storage, 0.0) + row.size * STORAGE_BYTES[row.storage]
+    return totals
+
+
+def matmul_params(config: ModelConfig) -> int:
+    """Return how many weights multiply each token: all matrices and the tied head."""
+    table = param_table(config)
+    matrices = sum(row.size for row in table.values() if row.group == "matrix")
+    return matrices + table["embed.weight"].size
+
+
+FLOP_RULE = "training FLOPs per token = 3 * (2 * matmul weights, head included + 2 * seq * dim per attention layer)"
+
+
+def flops_per_token(config: ModelConfig, seq: int) -> int:
+    """Return training FLOPs per token (forward and backward) by FLOP_RULE: causal attention counts half the square."""
+    attention = sum(2 * seq * config.dim for kind in config.kinds if kind == "attention")
+    return 3 * (2 * matmul_params(config) + attention)
+
+
+def state_per_token(config: ModelConfig) -> int:
+    """Return the floats that one more token of context adds to the decoding state (keys and values)."""
+    return sum(2 * config.kv_heads * config.head_dim for kind in config.kinds if kind == "attention")

@@ -1,0 +1,58 @@
+"""Named runs. A preset is a RunConfig with one line of purpose and the counts that a test holds it to."""
+
+import dataclasses
+from typing import NamedTuple
+
+from core.config import ConfigError, RunConfig
+from core.presets import transformers
+
+
+class Preset(NamedTuple):
+    """One named run."""
+
+    purpose: str
+    config: RunConfig
+    params: int
+    """Expected number of parameters."""
+
+
+PRESETS: dict[str, Preset] = {
+    name: Preset(purpose, dataclasses.replace(config, preset=name), params)
+    for name, (purpose, config, params) in transformers.PRESETS.items()
+}
+
+
+def get(name: str) -> Preset:
+    """Return preset `name`; ConfigError lists the known ones."""
+    import difflib
+
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(PRESETS)}"
+        raise ConfigError(f"preset {name!r} does not exist; {hint} (see: skc presets)")
+    return PRESETS[name]
+
+
+def mini(config: RunConfig) -> RunConfig:
+    """Return `config` shrunk for tests: same options, dim <= 64, at most 4 layers, short windows."""
+    model = config.model
+    heads = min(model.heads, 4)
+    dim = min(model.dim, 16 * heads)
+    kv_heads = max(1, heads * model.kv_heads // model.heads)
+    rotated = max(2, round(dim // heads * model.rope_dims / model.head_dim / 2) * 2) if model.rope_dims else 0
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            model,
+            vocab=min(model.vocab, 97),
+            dim=dim,
+            layers=min(model.layers, 4),
+            heads=heads,
+            kv_heads=kv_heads,
+            rope_dims=rotated,
+            mlp_hidden=max(1, model.mlp_hidden * dim // model.dim),
+            embed_dim=None if model.embed_dim is None else max(1, model.embed_dim * dim // model.dim),
+        ),
+        train=dataclasses.replace(config.train, batch=4, seq=32, steps=50, micro_batch=None, seconds=None),
+        eval=dataclasses.replace(config.eval, seq=32, stride=None, windows="plain", batch=4),
+    )

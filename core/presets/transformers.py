@@ -1,0 +1,44 @@
+"""Float transformers: the smallest runs, the ablation base, and the official baseline."""
+
+from core.config import EvalConfig, ModelConfig, RunConfig, TrainConfig
+
+DEBUG = RunConfig(
+    model=ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, mlp_hidden=64, rope_dims=8, embed_dim=16, vocab_bias=True),
+    train=TrainConfig(steps=20, batch=4, seq=64, log_every=5, eval_every=10, sample_every=10, save_every=10),
+    eval=EvalConfig(seq=64, train_documents=2, documents=4),
+)
+"""Uses the options that no other small preset uses, so that every one of them is trained by some test."""
+
+TINY = RunConfig(
+    model=ModelConfig(
+        dim=128, layers=4, heads=4, kv_heads=2, mlp_hidden=512, rope_dims=16, activation="leaky_relu2",
+        residual_mix=True, unet_skips=True, depth_damping=True,
+    ),
+    train=TrainConfig(steps=400, batch=16, seq=256, eval_every=100, sample_every=100, save_every=100),
+    eval=EvalConfig(seq=256, batch=16, train_documents=8),
+)  # fmt: skip
+
+ABLATE_FLOAT = RunConfig(
+    model=ModelConfig(dim=256, layers=4, heads=4, kv_heads=2, mlp_hidden=1024, rope_dims=64),
+    train=TrainConfig(steps=1000, batch=8, seq=512),
+    eval=EvalConfig(seq=512),
+)
+
+BASELINE = RunConfig(
+    model=ModelConfig(
+        dim=512, layers=9, heads=8, kv_heads=4, mlp_hidden=1024, rope_dims=64, residual_mix=True, unet_skips=True,
+        documents="packed", matrix_init="uniform", embed_std=0.005,
+    ),
+    train=TrainConfig(
+        steps=20_000, seconds=600.0, batch=512, seq=1024, micro_batch=8, lr_embed=0.05, lr_matrix=1e-3, lr_vector=0.04,
+        warmup=0.0, warmdown=0.1, floor=0.0, weight_decay=0.0, clip=None, eval_every=None, save_every=1000,
+    ),
+    eval=EvalConfig(seq=1024),
+)  # fmt: skip
+
+PRESETS = {
+    "debug": ("seconds on any machine: a model that runs every option once, for tests and first looks", DEBUG, 0),
+    "tiny": ("minutes on a laptop: learns the bundled text well enough to look at", TINY, 0),
+    "ablate_float": ("the float base of ablations: 4 layers, 256 wide", ABLATE_FLOAT, 0),
+    "baseline": ("the official baseline's model, 17,059,912 parameters (matrices with AdamW until Muon lands)", BASELINE, 17_059_912),
+}
