@@ -149,7 +149,10 @@ def load_engine(
     """Build the model of `config` on `backend` with `weights` (None: the start values of config.seed)."""
     from core.params import start_values
 
-    module = importlib.import_module(f"backends.{choose_backend(backend)}.engine")
+    name, options = choose_backend(backend), options or EngineOptions()
+    if name == "mlx" and options.fast_blas:  # before anything imports MLX
+        importlib.import_module("backends.mlx.blas").load_fast_blas()
+    module = importlib.import_module(f"backends.{name}.engine")
     if weights is None:
         weights = start_values(config.model, config.seed)
-    return module.build(config, weights, options or EngineOptions())
+    return module.build(config, weights, options)

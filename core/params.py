@@ -52,12 +52,12 @@ def _attention(config: ModelConfig) -> dict[str, Param]:
     """Rows of one `attention` layer's mixer."""
     kv = config.kv_heads * config.head_dim
     return {
-        "attn.q.weight": _matrix(config, config.dim, config.dim),
-        "attn.k.weight": _matrix(config, kv, config.dim),
-        "attn.v.weight": _matrix(config, kv, config.dim),
-        "attn.o.weight": _matrix(config, config.dim, config.dim, zero=True),
-        "attn.q_gain": Param((config.heads,), Init("constant", config.q_gain), "vector"),
-        "attn_scale": Param((config.dim,), ONE, "vector"),
+        "mixer.q.weight": _matrix(config, config.dim, config.dim),
+        "mixer.k.weight": _matrix(config, kv, config.dim),
+        "mixer.v.weight": _matrix(config, kv, config.dim),
+        "mixer.o.weight": _matrix(config, config.dim, config.dim, zero=True),
+        "mixer.q_gain": Param((config.heads,), Init("constant", config.q_gain), "vector"),
+        "mixer_scale": Param((config.dim,), ONE, "vector"),
     }
 
 

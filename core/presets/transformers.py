@@ -40,5 +40,9 @@ PRESETS = {
     "debug": ("seconds on any machine: a model that runs every option once, for tests and first looks", DEBUG, 0),
     "tiny": ("minutes on a laptop: learns the bundled text well enough to look at", TINY, 0),
     "ablate_float": ("the float base of ablations: 4 layers, 256 wide", ABLATE_FLOAT, 0),
-    "baseline": ("the official baseline's model, 17,059,912 parameters (matrices with AdamW until Muon lands)", BASELINE, 17_059_912),
+    "baseline": (
+        "the official baseline's model, 17,059,912 parameters (matrices with AdamW until Muon lands)",
+        BASELINE,
+        17_059_912,
+    ),
 }

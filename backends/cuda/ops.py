@@ -1,0 +1,130 @@
+"""The ops of the model in PyTorch. Same names and signatures as backends/mlx/ops.py.
+
+`exact` picks the composed form, which mirrors MLX's float64-safe one; the fast forms are the framework's own.
+Shapes: B rows, T positions, S key positions, H heads, G key/value heads, K channels of a head, D width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+
+MASKED = -1e30
+"""Score of a hidden key: its weight underflows to exactly 0, and no inf - inf can arise."""
+
+
+def exp(x, exact):
+    """Return e^x."""
+    return torch.exp(x)  # CUDA: good to the last bit in float64, so both forms are one
+
+
+def softmax(x, exact):
+    """Return the softmax over the last axis."""
+    if not exact:
+        return torch.softmax(x, dim=-1)
+    weights = exp(x - torch.amax(x, dim=-1, keepdim=True).detach(), exact)
+    return weights / torch.sum(weights, dim=-1, keepdim=True)
+
+
+def logsumexp(x, exact):
+    """Return log(sum(exp(x))) over the last axis."""
+    if not exact:
+        return torch.logsumexp(x, dim=-1)
+    top = torch.amax(x, dim=-1, keepdim=True).detach()
+    return top.squeeze(-1) + torch.log(torch.sum(exp(x - top, exact), dim=-1))
+
+
+def embedding(tokens, weight):
+    """Return rows of weight (V, E) by token: (B, T) int -> (B, T, E)."""
+    return F.embedding(tokens, weight)
+
+
+def linear(x, weight):
+    """Return x @ weight.T; weight is (out, in), cast to x's type."""
+    return F.linear(x, weight.to(x.dtype))
+
+
+def rms_norm(x, eps, exact):
+    """Return x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 for bfloat16 input."""
+    if not exact:
+        return F.rms_norm(x, (x.shape[-1],), None, eps)
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(torch.mean(torch.square(wide), dim=-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rope(x, cos, sin):
+    """Rotate the first 2 * cos.shape[-1] channels, half-split, by +angle: (x1 cos - x2 sin, x1 sin + x2 cos).
+
+    x (B, H, T, K); cos and sin (T, R / 2).
+    """
+    half = cos.shape[-1]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest], dim=-1)
+
+
+def document_ids(tokens, bos):
+    """Return the number of BOS tokens up to and including each position: (B, T) int -> (B, T) int32."""
+    return torch.cumsum((tokens == bos).to(torch.int32), dim=-1, dtype=torch.int32)
+
+
+def causal_mask(queries, keys, documents):
+    """Return which keys each query may see: True where key <= query, aligned bottom-right, and in one document.
+
+    queries, keys: counts T <= S; documents: (B, S) int of the keys, or None. Returns (T, S), or (B, 1, T, S).
+    """
+    device = None if documents is None else documents.device
+    query = torch.arange(keys - queries, keys, device=device)[:, None]
+    mask = torch.arange(keys, device=device)[None, :] <= query
+    if documents is None:
+        return mask
+    same = documents[:, keys - queries :, None] == documents[:, None, :]
+    return torch.logical_and(same, mask)[:, None]
+
+
+def attention(q, k, v, mask, exact):
+    """Return softmax(q k^T / sqrt(K), hidden keys left out) v, each key/value head shared by H / G query heads.
+
+    q (B, H, T, K), k and v (B, G, S, K), mask from `causal_mask`, or None: causal over the whole row (T = S only).
+    """
+    rows, heads, queries, width = q.shape
+    shared, keys = k.shape[1], k.shape[2]
+    if mask is None and queries != keys:
+        raise ValueError(f"attention without a mask needs as many queries as keys, got {queries} and {keys}")
+    if not exact:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=width**-0.5, enable_gqa=shared != heads
+        )
+    mask = causal_mask(queries, keys, None).to(q.device) if mask is None else mask
+    grouped = q.reshape(rows, shared, heads // shared, queries, width)
+    scores = grouped @ torch.swapaxes(k, -1, -2)[:, :, None] * width**-0.5
+    scores = torch.where(mask if mask.ndim == 2 else mask[:, :, None], scores, MASKED)
+    return (softmax(scores, exact) @ v[:, :, None]).reshape(rows, heads, queries, width)
+
+
+def relu2(x):
+    """Return max(x, 0)^2."""
+    return torch.square(torch.relu(x))
+
+
+def leaky_relu2(x):
+    """Return LeakyReLU(x, slope 0.5)^2."""
+    return torch.square(F.leaky_relu(x, 0.5))
+
+
+def softcap(x, cap):
+    """Return cap * tanh(x / cap)."""
+    return cap * torch.tanh(x / cap)
+
+
+def cross_entropy(logits, targets, exact):
+    """Return (-log softmax(logits)[target], logsumexp(logits)): (..., V) and (...) int -> (...) and (...)."""
+    total = logsumexp(logits, exact)
+    return total - torch.gather(logits, -1, targets[..., None].long()).squeeze(-1), total
+
+
+def hash32(key, index):
+    """Return core.rng.hash32(key, index) on the device: int and (n,) uint32 -> (n,) uint32."""
+    low = 0xFFFFFFFF  # CUDA: torch has no uint32 products; int64 products wrap, and their low 32 bits are right
+    x = index.to(torch.int64) ^ key
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & low
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & low
+    return (x ^ (x >> 16)).to(torch.uint32)

@@ -1,0 +1,21 @@
+"""The MLP that follows every mixer."""
+
+import mlx.nn as nn
+
+from backends.mlx import ops
+from backends.mlx.blocks.linear import Linear
+
+ACTIVATIONS = {"relu2": ops.relu2, "leaky_relu2": ops.leaky_relu2}
+
+
+class MLP(nn.Module):
+    """y = down(activation(up(x)))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self._activation = ACTIVATIONS[config.activation]
+        self.up = Linear(config.dim, config.mlp_hidden)
+        self.down = Linear(config.mlp_hidden, config.dim)
+
+    def __call__(self, x_BTD):
+        return self.down(self._activation(self.up(x_BTD)))

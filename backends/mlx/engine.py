@@ -1,0 +1,211 @@
+"""The MLX engine: model, optimizer and device behind core.engine.Engine. Reads as a translation of the CUDA engine."""
+
+import shutil
+import time
+from collections import deque
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from backends.mlx import optim, ops
+from backends.mlx.blas import load_fast_blas
+from backends.mlx.model import Model
+from core.engine import Arrays, Batch, EngineOptions, StepResult
+from core.params import check_arrays, param_table
+from core.schedule import StepPlan
+from core.tables import rope_tables
+
+IN_FLIGHT = 2
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float64": mx.float64}
+
+
+class Pending:
+    """One step that may still be running; `result` waits for it."""
+
+    def __init__(self, loss, norm, finite):
+        self.values = loss, norm, finite
+
+    def result(self) -> StepResult:
+        loss, norm, finite = self.values
+        return StepResult(loss.item(), norm.item(), bool(finite.item()))
+
+
+class Engine:
+    """See core.engine.Engine for every public method."""
+
+    backend = "mlx"
+
+    def __init__(self, config, weights: Arrays, options: EngineOptions):
+        gpu = mx.default_device() == mx.Device(mx.gpu)
+        self.dtype = options.dtype or ("bfloat16" if gpu else "float32")
+        if gpu and self.dtype == "float64":
+            mx.set_default_device(mx.cpu)  # MLX: a GPU has no float64
+            gpu = False
+        self.device = "Apple GPU" if gpu and mx.metal.is_available() else "GPU" if gpu else "CPU"
+        self._compute, self._wide = DTYPES[self.dtype], mx.float64 if self.dtype == "float64" else mx.float32
+        self._config, self._train = config.model, config.train
+        self._exact = self.dtype == "float64" if options.exact is None else options.exact
+        self._table = param_table(config.model)
+        self._model = Model(config.model, self._exact)
+        names = {name: tuple(value.shape) for name, value in tree_flatten(self._model.parameters())}
+        check_arrays(weights, names, "weights for the MLX model")
+        self._tables: dict[int, tuple[mx.array, mx.array]] = {}
+        self._in_flight: deque[Pending] = deque()
+        self._traces = 0
+        self.load_params(weights)
+        zeros = {name: np.zeros(row.shape) for name, row in self._table.items()}
+        self.load_optimizer({f"{name}.{slot}": value for name, value in zeros.items() for slot in ("m", "v")})
+        compiler = gpu or shutil.which("g++") is not None
+        wanted = options.compile if options.compile is not None else True
+        self._compile = mx.compile if wanted and compiler else lambda f: f
+        self._whole = self._compile(self._step)
+        self._accumulate = self._compile(self._add_gradient)
+        self._finish = self._compile(self._update)
+        self._score = self._compile(self._nll)
+        self._predict = self._compile(self._logits)
+        self.notes = (
+            f"compile: {'whole step (mx.compile)' if wanted and compiler else 'off' if compiler else 'off, no g++'}",
+            f"attention: {'exact, composed' if self._exact else 'mx.fast.scaled_dot_product_attention'}",
+            f"BLAS: {load_fast_blas() if options.fast_blas else 'as MLX ships it'}",
+        )
+
+    # The pure functions that are compiled: parameters and state go in and come out.
+
+    def _forward(self, params, tokens, record=None):
+        self._model.update(tree_unflatten(list(params.items())))
+        return self._model(tokens, self._rope(tokens.shape[1]), self._compute, record)
+
+    def _losses(self, params, tokens, targets):
+        nll, total = ops.cross_entropy(self._forward(params, tokens), targets, self._exact)
+        loss = mx.mean(nll)
+        return loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss, loss
+
+    def _gradient(self, params, tokens, targets):
+        """Return (objective, loss, gradients) of one micro-batch."""
+        self._traces += 1
+        (objective, loss), grads = mx.value_and_grad(self._losses)(params, tokens, targets)
+        return objective, loss, grads
+
+    def _add_gradient(self, params, grads, loss, tokens, targets):
+        _, new, more = self._gradient(params, tokens, targets)
+        return loss + new, {name: grads[name] + more[name] for name in grads}
+
+    def _update(self, params, state, grads, loss, hyper, count):
+        """Return (params, state, mean loss, norm, finite) after one clipped and guarded update."""
+        loss, grads = loss / count, {name: g / count for name, g in grads.items()}
+        norm = optim.global_norm(grads.values())
+        finite = mx.isfinite(loss) & mx.isfinite(norm)
+        scale = optim.clip_scale(norm, self._train.clip)
+        rates = {"embed": hyper[0], "matrix": hyper[1], "vector": hyper[2]}
+        beta1, beta2, eps = self._train.beta1, self._train.beta2, self._train.eps
+        new_params, new_state = {}, {}
+        for name, row in self._table.items():
+            old = params[name], state[f"{name}.m"], state[f"{name}.v"]
+            decay = hyper[3] if row.group == "matrix" else 0.0
+            new = optim.adamw(
+                old[0],
+                grads[name] * scale,
+                old[1],
+                old[2],
+                rates[row.group],
+                decay,
+                hyper[4],
+                hyper[5],
+                beta1,
+                beta2,
+                eps,
+            )
+            kept = [mx.where(finite, fresh, stale) for fresh, stale in zip(new, old, strict=True)]
+            new_params[name], new_state[f"{name}.m"], new_state[f"{name}.v"] = kept
+        return new_params, new_state, loss, norm, finite
+
+    def _step(self, params, state, tokens, targets, hyper):
+        _, loss, grads = self._gradient(params, tokens, targets)
+        return self._update(params, state, grads, loss, hyper, 1.0)
+
+    def _nll(self, params, tokens, targets):
+        return ops.cross_entropy(self._forward(params, tokens), targets, self._exact)[0]
+
+    def _logits(self, params, tokens):
+        return self._forward(params, tokens)
+
+    # The protocol.
+
+    def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
+        rates = (plan.lr_embed, plan.lr_matrix, plan.lr_vector, plan.weight_decay, plan.bias1, plan.bias2)
+        hyper = mx.array(np.array(rates), self._wide)
+        rows = self._train.rows
+        count = len(batch.tokens) // rows
+        if count == 1:
+            tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
+            out = self._whole(self._params, self._state, tokens, targets, hyper)
+        else:
+            loss = mx.zeros((), self._wide)
+            grads = {name: mx.zeros_like(value) for name, value in self._params.items()}
+            for i in range(0, len(batch.tokens), rows):
+                tokens, targets = mx.array(batch.tokens[i : i + rows]), mx.array(batch.targets[i : i + rows])
+                loss, grads = self._accumulate(self._params, grads, loss, tokens, targets)
+                mx.eval(loss, grads)  # MLX: one micro-batch's activations at a time
+            out = self._finish(self._params, self._state, grads, loss, hyper, mx.array(float(count), self._wide))
+        self._params, self._state, *numbers = out
+        mx.async_eval(self._params, self._state, *numbers)
+        self._in_flight.append(Pending(*numbers))
+        if len(self._in_flight) > IN_FLIGHT:
+            mx.eval(self._in_flight.popleft().values)
+        return self._in_flight[-1]
+
+    def gradients(self, batch: Batch) -> tuple[float, Arrays]:
+        objective, _, grads = self._gradient(self._params, mx.array(batch.tokens), mx.array(batch.targets))
+        return objective.item(), {name: np.array(grads[name]) for name in self._table}
+
+    def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return np.array(self._score(self._params, mx.array(tokens), mx.array(targets)))
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        return np.array(self._predict(self._params, mx.array(tokens)))
+
+    def activations(self, tokens: np.ndarray) -> Arrays:
+        record = {}
+        self._forward(self._params, mx.array(tokens), record)
+        return {name: np.array(value.astype(self._wide)) for name, value in record.items()}
+
+    def params(self) -> Arrays:
+        return {name: np.array(self._params[name]) for name in self._table}
+
+    def load_params(self, params: Arrays) -> None:
+        check_arrays(params, {name: row.shape for name, row in self._table.items()}, "weights")
+        self._params = {name: mx.array(params[name], self._wide) for name in self._table}
+        mx.eval(self._params)
+
+    def optimizer(self) -> Arrays:
+        return {name: np.array(value) for name, value in self._state.items()}
+
+    def load_optimizer(self, state: Arrays) -> None:
+        slots = {f"{name}.{slot}": row.shape for name, row in self._table.items() for slot in ("m", "v")}
+        check_arrays(state, slots, "optimizer state")
+        self._state = {name: mx.array(state[name], self._wide) for name in slots}
+        mx.eval(self._state)
+
+    def matmul_rate(self, n: int, repeats: int) -> float:
+        a = mx.full((n, n), 0.5, self._compute)
+        best = float("inf")
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            mx.eval(a @ a)
+            best = min(best, time.perf_counter() - start)
+        return 2 * n**3 / best
+
+    def stats(self) -> dict[str, float]:
+        return {"peak_bytes": float(mx.get_peak_memory()), "traces": float(self._traces)}
+
+    def _rope(self, seq):
+        if seq not in self._tables:
+            tables = rope_tables(seq, self._config.rope_dims, self._config.rope_base)
+            self._tables[seq] = tuple(mx.array(t, self._wide) for t in tables)  # pyright: ignore
+        return self._tables[seq]
+
+
+def build(config, weights: Arrays, options: EngineOptions) -> Engine:
+    """Return the engine of `config` with `weights`."""
+    return Engine(config, weights, options)

@@ -1,0 +1,128 @@
+"""The ops of the model in MLX. Same names and signatures as backends/cuda/ops.py.
+
+`exact` picks the float64-safe form: MLX's float64 exp, softmax, logsumexp, rms_norm and attention are only good to
+1e-7, so the exact forms are built from power, sums and products. The fast forms are the framework's own.
+Shapes: B rows, T positions, S key positions, H heads, G key/value heads, K channels of a head, D width, V vocabulary.
+"""
+
+import math
+
+import mlx.core as mx
+
+MASKED = -1e30
+"""Score of a hidden key: its weight underflows to exactly 0, and no inf - inf can arise."""
+
+
+def exp(x, exact):
+    """Return e^x."""
+    return mx.power(mx.array(math.e, x.dtype), x) if exact else mx.exp(x)
+
+
+def softmax(x, exact):
+    """Return the softmax over the last axis."""
+    if not exact:
+        return mx.softmax(x, axis=-1)
+    weights = exp(x - mx.stop_gradient(mx.max(x, axis=-1, keepdims=True)), exact)
+    return weights / mx.sum(weights, axis=-1, keepdims=True)
+
+
+def logsumexp(x, exact):
+    """Return log(sum(exp(x))) over the last axis."""
+    if not exact:
+        return mx.logsumexp(x, axis=-1)
+    top = mx.stop_gradient(mx.max(x, axis=-1, keepdims=True))
+    return mx.squeeze(top, -1) + mx.log(mx.sum(exp(x - top, exact), axis=-1))
+
+
+def embedding(tokens, weight):
+    """Return rows of weight (V, E) by token: (B, T) int -> (B, T, E)."""
+    return weight[tokens]
+
+
+def linear(x, weight):
+    """Return x @ weight.T; weight is (out, in), cast to x's type."""
+    return x @ weight.astype(x.dtype).T
+
+
+def rms_norm(x, eps, exact):
+    """Return x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 for bfloat16 input."""
+    if not exact:
+        return mx.fast.rms_norm(x, None, eps)
+    wide = x if x.dtype == mx.float64 else x.astype(mx.float32)
+    return (wide * mx.rsqrt(mx.mean(mx.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def rope(x, cos, sin):
+    """Rotate the first 2 * cos.shape[-1] channels, half-split, by +angle: (x1 cos - x2 sin, x1 sin + x2 cos).
+
+    x (B, H, T, K); cos and sin (T, R / 2).
+    """
+    half = cos.shape[-1]
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return mx.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest], axis=-1)
+
+
+def document_ids(tokens, bos):
+    """Return the number of BOS tokens up to and including each position: (B, T) int -> (B, T) int32."""
+    return mx.cumsum((tokens == bos).astype(mx.int32), axis=-1)
+
+
+def causal_mask(queries, keys, documents):
+    """Return which keys each query may see: True where key <= query, aligned bottom-right, and in one document.
+
+    queries, keys: counts T <= S; documents: (B, S) int of the keys, or None. Returns (T, S), or (B, 1, T, S).
+    """
+    query, key = mx.arange(keys - queries, keys)[:, None], mx.arange(keys)[None, :]
+    mask = key <= query
+    if documents is None:
+        return mask
+    same = documents[:, keys - queries :, None] == documents[:, None, :]
+    return mx.logical_and(same, mask)[:, None]
+
+
+def attention(q, k, v, mask, exact):
+    """Return softmax(q k^T / sqrt(K), hidden keys left out) v, each key/value head shared by H / G query heads.
+
+    q (B, H, T, K), k and v (B, G, S, K), mask from `causal_mask`, or None: causal over the whole row (T = S only).
+    """
+    rows, heads, queries, width = q.shape
+    shared, keys = k.shape[1], k.shape[2]
+    if mask is None and queries != keys:
+        raise ValueError(f"attention without a mask needs as many queries as keys, got {queries} and {keys}")
+    if not exact:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=width**-0.5, mask="causal" if mask is None else mask)
+    mask = causal_mask(queries, keys, None) if mask is None else mask
+    grouped = q.reshape(rows, shared, heads // shared, queries, width)
+    scores = grouped @ mx.swapaxes(k, -1, -2)[:, :, None] * width**-0.5
+    scores = mx.where(mask if mask.ndim == 2 else mask[:, :, None], scores, mx.array(MASKED, scores.dtype))
+    return (softmax(scores, exact) @ v[:, :, None]).reshape(rows, heads, queries, width)
+
+
+def relu2(x):
+    """Return max(x, 0)^2."""
+    return mx.square(mx.maximum(x, 0))
+
+
+def leaky_relu2(x):
+    """Return LeakyReLU(x, slope 0.5)^2."""
+    return mx.square(mx.maximum(x, 0.5 * x))
+
+
+def softcap(x, cap):
+    """Return cap * tanh(x / cap)."""
+    return cap * mx.tanh(x / cap)
+
+
+def cross_entropy(logits, targets, exact):
+    """Return (-log softmax(logits)[target], logsumexp(logits)): (..., V) and (...) int -> (...) and (...)."""
+    total = logsumexp(logits, exact)
+    return total - mx.squeeze(mx.take_along_axis(logits, targets[..., None], axis=-1), -1), total
+
+
+def hash32(key, index):
+    """Return core.rng.hash32(key, index) on the device: int and (n,) uint32 -> (n,) uint32."""
+    x = index ^ mx.array(key, mx.uint32)
+    x = (x ^ (x >> 16)) * mx.array(0x7FEB352D, mx.uint32)
+    x = (x ^ (x >> 15)) * mx.array(0x846CA68B, mx.uint32)
+    return x ^ (x >> 16)
