@@ -37,9 +37,9 @@ BASELINE = RunConfig(
 )  # fmt: skip
 
 PRESETS = {
-    "debug": ("seconds on any machine: a model that runs every option once, for tests and first looks", DEBUG, 0),
-    "tiny": ("minutes on a laptop: learns the bundled text well enough to look at", TINY, 0),
-    "ablate_float": ("the float base of ablations: 4 layers, 256 wide", ABLATE_FLOAT, 0),
+    "debug": ("seconds on any machine: a model that runs every option once, for tests and first looks", DEBUG, 32_900),
+    "tiny": ("minutes on a laptop: learns the bundled text well enough to look at", TINY, 854_288),
+    "ablate_float": ("the float base of ablations: 4 layers, 256 wide", ABLATE_FLOAT, 3_147_792),
     "baseline": (
         "the official baseline's model, 17,059,912 parameters (matrices with AdamW until Muon lands)",
         BASELINE,

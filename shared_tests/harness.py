@@ -1,0 +1,120 @@
+"""What the pair tests share: both backends' modules, ops on numpy arrays with gradients, minis with working weights."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from backends.mlx.blas import load_fast_blas
+from core import presets, rng
+from core.config import ModelConfig, RunConfig
+from core.engine import Arrays, Batch, Engine, EngineOptions, load_engine
+from core.params import param_table, start_values
+
+load_fast_blas()  # before anything imports MLX
+BACKENDS = ("mlx", "cuda")
+
+
+def module(backend: str, name: str) -> Any:
+    """Return `backends.<backend>.<name>`."""
+    return importlib.import_module(f"backends.{backend}.{name}")
+
+
+def to_device(backend: str, value: Any, dtype: str) -> Any:
+    """Return a numpy array on the backend (floats in `dtype`); anything else unchanged."""
+    if not isinstance(value, np.ndarray):
+        return value
+    kind = dtype if value.dtype.kind == "f" else str(value.dtype)
+    if backend == "mlx":
+        import mlx.core as mx
+
+        return mx.array(value, getattr(mx, "bool_" if kind == "bool" else kind))
+    import torch
+
+    return torch.tensor(value, dtype=getattr(torch, kind))
+
+
+def to_numpy(value: Any) -> np.ndarray:
+    """Return a backend's array as numpy."""
+    return value.detach().numpy() if hasattr(value, "detach") else np.array(value)
+
+
+def call(backend: str, function: Callable, arguments: tuple, dtype: str) -> list[np.ndarray]:
+    """Call a backend's function on numpy arguments and return its outputs as numpy arrays."""
+    out = function(*(to_device(backend, a, dtype) for a in arguments))
+    return [to_numpy(o) for o in (out if isinstance(out, tuple) else (out,))]
+
+
+def gradients(backend: str, function: Callable, arguments: tuple, cotangents: list[np.ndarray], dtype: str) -> Arrays:
+    """Return d(sum(outputs * cotangents)) / d(argument), by position, for every float array argument."""
+    places = [i for i, a in enumerate(arguments) if isinstance(a, np.ndarray) and a.dtype.kind == "f"]
+    values = [to_device(backend, a, dtype) for a in arguments]
+    weights = [to_device(backend, c, dtype) for c in cotangents]
+
+    def objective(*floats: Any) -> Any:
+        full = list(values)
+        for place, value in zip(places, floats, strict=True):
+            full[place] = value
+        out = function(*full)
+        out = out if isinstance(out, tuple) else (out,)
+        return sum((o * w).sum() for o, w in zip(out, weights, strict=True))
+
+    if backend == "mlx":
+        import mlx.core as mx
+
+        grads = mx.grad(objective, argnums=list(range(len(places))))(*(values[p] for p in places))
+        grads = [grads] if isinstance(grads, mx.array) else grads
+    else:
+        import torch
+
+        inputs = [values[p].requires_grad_() for p in places]
+        grads = torch.autograd.grad(objective(*inputs), inputs)
+    return {str(place): to_numpy(g) for place, g in zip(places, grads, strict=True)}
+
+
+def draw(name: str, *shape: int) -> np.ndarray:
+    """Return standard normals named after the test that uses them."""
+    return rng.normal(0, name, int(np.prod(shape))).reshape(shape)
+
+
+def tokens(name: str, rows: int, seq: int, vocab: int, bos: int, documents: bool = True) -> np.ndarray:
+    """Return random token rows (int32), with a BOS about every 11 tokens and two adjacent ones if `documents`."""
+    flat = np.array([v % vocab for v in rng.integers16(0, name, rows * seq)], np.int32).reshape(rows, seq)
+    flat[flat == bos] = (bos + 1) % vocab
+    if documents:
+        flat[rng.integers16(0, name + "/bos", rows * seq).reshape(rows, seq) % 11 == 0] = bos
+        flat[:, seq // 2 : seq // 2 + 2] = bos
+    return flat
+
+
+def batches(config: RunConfig, count: int) -> list[Batch]:
+    """Return `count` batches of random documents for a mini."""
+    train, model = config.train, config.model
+    made = []
+    for step in range(count):
+        rows = tokens(f"batch/{step}", train.batch, train.seq + 1, model.vocab, model.bos)
+        made.append(Batch(rows[:, :-1], rows[:, 1:]))
+    return made
+
+
+def working_weights(config: ModelConfig, scale: float) -> Arrays:
+    """Return start values moved by noise, times `scale`: no zero projection hides what a layer does."""
+    start = start_values(config, 0)
+    noise = {name: 0.05 * draw(f"noise/{name}", *row.shape) for name, row in param_table(config).items()}
+    return {name: ((value + noise[name]) * scale).astype(np.float32) for name, value in start.items()}
+
+
+def minis() -> list[str]:
+    """Return the names of all presets."""
+    return list(presets.PRESETS)
+
+
+def mini(name: str) -> RunConfig:
+    """Return the mini of preset `name`."""
+    return presets.mini(presets.get(name).config)
+
+
+def engine(backend: str, config: RunConfig, weights: Arrays | None = None, **options: Any) -> Engine:
+    """Build an eager engine (compiling costs a minute here and is tested on its own)."""
+    return load_engine(backend, config, weights, EngineOptions(**{"compile": False, **options}))

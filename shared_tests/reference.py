@@ -1,0 +1,139 @@
+"""The numpy float64 oracle: every op, and the whole model composed from them. When the twins disagree, it decides."""
+
+import numpy as np
+
+from core.config import ModelConfig
+from core.tables import rope_tables
+
+Array = np.ndarray
+
+
+def exp(x: Array, exact: bool) -> Array:
+    return np.exp(x)
+
+
+def softmax(x: Array, exact: bool) -> Array:
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def logsumexp(x: Array, exact: bool) -> Array:
+    top = x.max(-1, keepdims=True)
+    return top[..., 0] + np.log(np.exp(x - top).sum(-1))
+
+
+def embedding(tokens: Array, weight: Array) -> Array:
+    return weight[tokens]
+
+
+def linear(x: Array, weight: Array) -> Array:
+    return np.einsum("...i,oi->...o", x, weight)
+
+
+def rms_norm(x: Array, eps: float, exact: bool) -> Array:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+
+
+def rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn each pair (x_i, x_{i + half}) as a complex number by +angle: another road to the same rotation."""
+    half = cos.shape[-1]
+    turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * (cos + 1j * sin)
+    return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], -1)
+
+
+def document_ids(tokens: Array, bos: int) -> Array:
+    return np.cumsum(tokens == bos, axis=-1)
+
+
+def causal_mask(queries: int, keys: int, documents: Array | None) -> Array:
+    mask = np.zeros((queries, keys), bool)
+    for i in range(queries):
+        mask[i, : keys - queries + i + 1] = True
+    if documents is None:
+        return mask
+    return (mask & (documents[:, keys - queries :, None] == documents[:, None, :]))[:, None]
+
+
+def attention(q: Array, k: Array, v: Array, mask: Array | None, exact: bool) -> Array:
+    rows, heads, queries, width = q.shape
+    mask = causal_mask(queries, k.shape[2], None) if mask is None else mask
+    mask = np.broadcast_to(mask if mask.ndim == 4 else mask[None, None], (rows, 1, queries, k.shape[2]))
+    out = np.empty_like(q)
+    for head in range(heads):
+        shared = head * k.shape[1] // heads
+        scores = np.einsum("btk,bsk->bts", q[:, head], k[:, shared]) / np.sqrt(width)
+        out[:, head] = softmax(np.where(mask[:, 0], scores, -np.inf), exact) @ v[:, shared]
+    return out
+
+
+def relu2(x: Array) -> Array:
+    return np.where(x > 0, x, 0) ** 2
+
+
+def leaky_relu2(x: Array) -> Array:
+    return np.where(x > 0, x, 0.5 * x) ** 2
+
+
+def softcap(x: Array, cap: float) -> Array:
+    return cap * np.tanh(x / cap)
+
+
+def cross_entropy(logits: Array, targets: Array, exact: bool) -> tuple[Array, Array]:
+    total = logsumexp(logits, exact)
+    return total - np.take_along_axis(logits, targets[..., None], -1)[..., 0], total
+
+
+def adamw(
+    param: Array, grads: list[Array], lr: float, decay: float, beta1: float, beta2: float, eps: float
+) -> tuple[Array, Array, Array]:
+    """Run AdamW over a list of gradients from zero state; return (param, m, v)."""
+    m, v = np.zeros_like(param), np.zeros_like(param)
+    for t, grad in enumerate(grads, 1):
+        m, v = beta1 * m + (1 - beta1) * grad, beta2 * v + (1 - beta2) * grad**2
+        update = (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + eps)
+        param = param - lr * (update + decay * param)
+    return param, m, v
+
+
+def model(config: ModelConfig, weights: dict[str, Array], tokens: Array) -> Array:
+    """Return the logits (B, T, V) of the whole model."""
+    w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+    cos, sin = rope_tables(tokens.shape[1], config.rope_dims, config.rope_base)
+    seq, eps = tokens.shape[1], config.norm_eps
+    documents = document_ids(tokens, config.bos) if config.documents == "isolated" else None
+    mask = causal_mask(seq, seq, documents)
+    x = w["embed.weight"][tokens]
+    x = rms_norm(linear(x, w["embed_up.weight"]) if config.embed_dim else x, eps, True)
+    embedded, skips, half = x, [], config.layers // 2
+    for i in range(config.layers):
+        if config.unet_skips and i >= half and skips:
+            x = x + w["skip_weights"][i - half] * skips.pop()
+        part = {name.split(".", 2)[2]: value for name, value in w.items() if name.startswith(f"blocks.{i}.")}
+        x = layer(config, part, i, x, embedded, mask, (cos, sin))
+        if config.unet_skips and i < half:
+            skips.append(x)
+    x = rms_norm(x, eps, True)
+    logits = linear(linear(x, w["embed_down.weight"]) if config.embed_dim else x, w["embed.weight"])
+    logits = logits + w["vocab_bias"] if config.vocab_bias else logits
+    return logits if config.softcap is None else softcap(logits, config.softcap)
+
+
+def layer(
+    config: ModelConfig, w: dict[str, Array], index: int, x: Array, embedded: Array, mask: Array, tables
+) -> Array:
+    """Return the stream after one layer."""
+    rows, seq, dim = x.shape
+    damp = 1 / np.sqrt(index + 1) if config.depth_damping else 1.0
+    if config.residual_mix:
+        x = w["stream_mix"] * x + w["embed_mix"] * embedded
+    n = rms_norm(x, config.norm_eps, True) * damp
+
+    def heads(name: str) -> Array:
+        return linear(n, w[f"mixer.{name}.weight"]).reshape(rows, seq, -1, config.head_dim).transpose(0, 2, 1, 3)
+
+    q, k = (rope(rms_norm(heads(name), config.norm_eps, True), *tables) for name in "qk")
+    y = attention(q * w["mixer.q_gain"][:, None, None], k, heads("v"), mask, True)
+    x = x + w["mixer_scale"] * linear(y.transpose(0, 2, 1, 3).reshape(rows, seq, dim), w["mixer.o.weight"])
+    n = rms_norm(x, config.norm_eps, True) * damp
+    activation = {"relu2": relu2, "leaky_relu2": leaky_relu2}[config.activation]
+    return x + w["mlp_scale"] * linear(activation(linear(n, w["mlp.up.weight"])), w["mlp.down.weight"])

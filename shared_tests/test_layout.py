@@ -1,0 +1,107 @@
+"""The shape of the tree: what may import what, and that the twins mirror each other. Budget: 5 s."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import core
+from core import config, presets
+from shared_tests.harness import module
+
+ROOT = Path(__file__).resolve().parent.parent
+FRAMEWORKS = {"torch", "mlx", "triton"}
+ONE_TWIN_ONLY = {"blas.py"}
+"""MLX: its Linux wheel needs a fast BLAS loaded first; torch brings its own."""
+
+
+def imports(path: Path) -> set[str]:
+    """Return every module name that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "core").rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_core_imports_no_framework(path: Path) -> None:
+    assert not {name for name in imports(path) if name.split(".")[0] in FRAMEWORKS}
+
+
+@pytest.mark.parametrize("backend, other", [("mlx", "cuda"), ("cuda", "mlx")])
+def test_a_backend_never_imports_the_other_one(backend: str, other: str) -> None:
+    foreign = {"mlx": "torch", "cuda": "mlx"}[backend]
+    for path in (ROOT / "backends" / backend).rglob("*.py"):
+        for name in imports(path):
+            assert not name.startswith(f"backends.{other}"), path
+            assert name.split(".")[0] != foreign, path
+
+
+def test_the_twins_have_the_same_files() -> None:
+    files = {
+        b: {p.relative_to(ROOT / "backends" / b) for p in (ROOT / "backends" / b).rglob("*.py")}
+        for b in ("mlx", "cuda")
+    }
+    extra = {p.as_posix() for p in files["mlx"] ^ files["cuda"]}
+    assert extra == ONE_TWIN_ONLY
+
+
+def test_backends_holds_nothing_executable() -> None:
+    assert {p.name for p in (ROOT / "backends").glob("*.py")} == {"__init__.py"}
+    tree = ast.parse((ROOT / "backends" / "__init__.py").read_text())
+    assert all(isinstance(node, ast.Expr) for node in tree.body)
+
+
+def public(thing: object) -> dict[str, object]:
+    """Return the classes and functions that a module defines itself, in order of definition."""
+    own = {n: v for n, v in vars(thing).items() if getattr(v, "__module__", None) == thing.__name__}  # type: ignore[attr-defined]
+    return {n: v for n, v in own.items() if not n.startswith("_") and (inspect.isclass(v) or inspect.isfunction(v))}
+
+
+@pytest.mark.pair
+@pytest.mark.parametrize(
+    "name", ["ops", "optim", "model", "engine", "blocks.linear", "blocks.attention", "blocks.mlp", "blocks"]
+)
+def test_names_and_signatures_mirror(name: str) -> None:
+    ours, theirs = public(module("mlx", name)), public(module("cuda", name))
+    assert list(ours) == list(theirs)
+    for key, value in ours.items():
+        if inspect.isfunction(value):
+            assert list(inspect.signature(value).parameters) == list(inspect.signature(theirs[key]).parameters), key  # type: ignore[arg-type]
+
+
+@pytest.mark.pair
+def test_every_kind_has_a_block_on_both_backends() -> None:
+    from core.params import MIXERS
+
+    for backend in ("mlx", "cuda"):
+        assert set(module(backend, "blocks").BLOCKS) == set(config.KINDS) == set(MIXERS)
+
+
+@pytest.mark.pair
+def test_the_real_mlx_is_imported_and_core_is_ours() -> None:
+    import mlx.core as mx
+
+    assert Path(core.__file__).resolve().is_relative_to(ROOT)
+    assert not Path(mx.__file__).resolve().is_relative_to(ROOT / "backends")
+
+
+def test_every_public_thing_in_core_has_a_docstring() -> None:
+    for path in (ROOT / "core").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                nested = node not in tree.body and isinstance(node, ast.FunctionDef) and node.col_offset > 4
+                assert nested or ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_every_preset_has_a_purpose_and_a_mini() -> None:
+    for name, preset in presets.PRESETS.items():
+        small = presets.mini(preset.config).model
+        assert preset.purpose and preset.config.preset == name
+        assert small.dim <= 64 and small.layers <= 4

@@ -1,0 +1,145 @@
+"""P2: logits and gradients of every preset's mini, backend against backend and against the oracle. Budget: 150 s.
+
+Two cases compile (one per backend): about a minute each on a cold machine.
+"""
+
+import numpy as np
+import pytest
+
+from core.config import RunConfig
+from core.engine import Batch
+from shared_tests import reference
+from shared_tests.harness import BACKENDS, batches, engine, mini, minis, working_weights
+from shared_tests.tolerances import P2_FLOAT32, P2_FLOAT64, relative_rms
+
+pytestmark = pytest.mark.pair
+LIMITS = {"float64": P2_FLOAT64, "float32": P2_FLOAT32}
+
+
+def outcome(backend: str, config: RunConfig, scale: float, **options) -> dict[str, np.ndarray]:
+    """Return activations, logits, nll and gradients of one batch under names that both backends share."""
+    made = engine(backend, config, working_weights(config.model, scale), **options)
+    batch = batches(config, 1)[0]
+    out = {f"activation {name}": value for name, value in made.activations(batch.tokens).items()}
+    objective, grads = made.gradients(batch)
+    out |= {f"gradient {name}": value for name, value in grads.items()}
+    return out | {
+        "logits": made.logits(batch.tokens),
+        "nll": made.nll(batch.tokens, batch.targets),
+        "objective": np.array(objective),
+    }
+
+
+def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], limit: float) -> None:
+    assert list(ours) == list(theirs)
+    worst = max(ours, key=lambda name: relative_rms(ours[name], theirs[name]))
+    assert relative_rms(ours[worst], theirs[worst]) <= limit, worst
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0], ids=["cold", "hot"])
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("name", minis())
+def test_the_twins_agree(name: str, dtype: str, scale: float) -> None:
+    ours, theirs = (outcome(b, mini(name), scale, dtype=dtype) for b in BACKENDS)
+    assert_same(ours, theirs, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", minis())
+def test_logits_equal_the_oracle(name: str, backend: str) -> None:
+    config = mini(name)
+    weights = working_weights(config.model, 1.0)
+    tokens = batches(config, 1)[0].tokens
+    got = engine(backend, config, weights, dtype="float64").logits(tokens)
+    assert relative_rms(got, reference.model(config.model, weights, tokens)) <= P2_FLOAT64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fast_and_exact_models_agree_in_float32(backend: str) -> None:
+    fast, exact = (outcome(backend, mini("tiny"), 1.0, dtype="float32", exact=form) for form in (False, True))
+    assert_same(fast, exact, P2_FLOAT32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_and_eager_agree(backend: str) -> None:
+    from core import schedule
+
+    config = mini("debug")
+    results, weights = [], []
+    for compiled in (False, True):
+        made = engine(backend, config, working_weights(config.model, 1.0), dtype="float32", compile=compiled)
+        run = batches(config, 3)
+        for step, batch in enumerate(run):
+            results.append(made.train_step(batch, schedule.plan(step, 0.5, config.train)).result().loss)
+        weights.append(made.params())
+        if compiled:
+            assert made.stats()["traces"] == 1, "one compilation per shape"
+    assert np.allclose(results[:3], results[3:], rtol=0, atol=P2_FLOAT32)
+    assert_same(weights[1], weights[0], 10 * P2_FLOAT32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", minis())
+def test_every_parameter_gets_a_gradient_within_two_steps(name: str, backend: str) -> None:
+    from core import schedule
+
+    config = mini(name)
+    made, live = engine(backend, config, dtype="float32"), set()
+    for step, batch in enumerate(batches(config, 2)):
+        live |= {key for key, g in made.gradients(batch)[1].items() if np.abs(g).max() > 0}
+        made.train_step(batch, schedule.plan(step, 0.5, config.train)).result()
+    # The last skip of an odd number of layers, and nothing else, may be without a partner.
+    assert live == set(made.params())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_micro_batches_give_the_gradient_of_the_whole(backend: str) -> None:
+    import dataclasses
+
+    from core import schedule
+
+    config = mini("tiny")
+    small = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=1))
+    ends = []
+    for c in (config, small):
+        made = engine(backend, c, working_weights(config.model, 1.0), dtype="float64")
+        for step, batch in enumerate(batches(config, 3)):
+            result = made.train_step(batch, schedule.plan(step, 0.5, config.train)).result()
+        ends.append(
+            {**made.params(), **made.optimizer(), "loss": np.array(result.loss), "norm": np.array(result.grad_norm)}
+        )
+    assert_same(ends[1], ends[0], P2_FLOAT64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(backend: str) -> None:
+    from core import schedule
+
+    config = mini("debug")
+    weights = working_weights(config.model, 1.0)
+    made = engine(backend, config, weights, dtype="float32")
+    batch = batches(config, 1)[0]
+    assert made.train_step(batch, schedule.plan(0, 0.5, config.train)).result().finite
+    before = {**made.params(), **made.optimizer()}
+    poisoned = dict(made.params())
+    poisoned["vocab_bias"] = np.full_like(poisoned["vocab_bias"], np.nan)
+    made.load_params(poisoned)
+    result = made.train_step(batch, schedule.plan(1, 0.5, config.train)).result()
+    assert not result.finite
+    after = {**made.params(), **made.optimizer()}
+    for key, value in before.items():
+        if key != "vocab_bias":
+            assert np.array_equal(after[key], value), key
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_do_not_depend_on_their_neighbours(backend: str) -> None:
+    from shared_tests.tolerances import CAUSAL
+
+    config = mini("tiny")
+    made = engine(backend, config, working_weights(config.model, 1.0), dtype="float64")
+    batch = Batch(*batches(config, 1)[0])
+    together = made.logits(batch.tokens)
+    for row in range(len(batch.tokens)):
+        alone = made.logits(batch.tokens[row : row + 1])
+        assert np.abs(alone[0] - together[row]).max() <= CAUSAL

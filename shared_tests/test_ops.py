@@ -1,0 +1,131 @@
+"""P1: every op against the numpy float64 oracle, its gradients, and its fast form against its exact one. Budget: 40 s."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+from core.tables import rope_tables
+from shared_tests import reference
+from shared_tests.harness import BACKENDS, call, draw, gradients, module, tokens
+from shared_tests.tolerances import P1_DIFFERENCE, P1_EXACT, P1_FAST, relative_rms
+
+pytestmark = pytest.mark.pair
+SIZES = (1, 7, 33, 100)
+WITHOUT_GRADIENT = ("document_ids", "causal_mask", "hash32")
+
+
+def cases(op: str, n: int) -> list[tuple]:
+    """Return argument tuples of `op` at size n, `exact` left out."""
+    x = 3 * draw(f"{op}/{n}", 2, 3, n)
+    documents = reference.document_ids(tokens(f"{op}/{n}", 2, n, 50, 1), 1).astype(np.int32)
+    if op in ("exp", "softmax", "logsumexp", "relu2", "leaky_relu2"):
+        return (
+            [(x,), (30 * np.tanh(x),)] if op in ("softmax", "logsumexp") else [(x,)]
+        )  # as hot as the softcap lets it be
+    if op == "embedding":
+        return [(tokens(op, 3, n, 13, 1), draw("table", 13, n))]
+    if op == "linear":
+        return [(x, draw("weight", 5, n))]
+    if op == "rms_norm":
+        # With one channel and a small eps the gradient is pure cancellation: there is nothing to compare.
+        return [(x, 1e-6), (1e-3 * x, 1e-5)] if n > 1 else [(x, 0.5), (1e-3 * x, 1e-5)]
+    if op == "rope":
+        heads = draw(f"{op}/{n}", 2, 3, n, 10)
+        return [(heads, *rope_tables(n, dims, 10_000.0)) for dims in (10, 6, 2)]
+    if op == "attention":
+        q, k, v = draw(f"q/{n}", 2, 4, n, 6), draw(f"k/{n}", 2, 2, n, 6), draw(f"v/{n}", 2, 2, n, 6)
+        mask = reference.causal_mask(n, n, documents)
+        late = max(1, n // 3)
+        tail = reference.causal_mask(late, n, documents)
+        return [(q, k, v, None), (q, k, v, mask), (q[:, :, -late:], k, v, tail), (q, q, q, mask)]
+    if op == "softcap":
+        return [(20 * x, 30.0)]
+    if op == "cross_entropy":
+        return [(x, np.full((2, 3), n - 1, np.int32)), (30 * np.tanh(x), np.full((2, 3), n // 2, np.int32))]
+    if op == "document_ids":
+        return [(tokens(f"{op}/{n}", 2, n, 50, 1), 1)]
+    if op == "causal_mask":
+        return [(n, n, None), (n, n, documents), (max(1, n // 3), n, documents), (max(1, n // 3), n, None)]
+    assert op == "hash32"
+    return [(5, np.arange(n, dtype=np.uint32))]
+
+
+def takes_exact(backend: str, op: str) -> bool:
+    return "exact" in inspect.signature(getattr(module(backend, "ops"), op)).parameters
+
+
+OPS = [n for n, f in vars(module("cuda", "ops")).items() if inspect.isfunction(f)]
+REFERENCE = {**vars(reference)}
+
+
+def oracle(op: str, arguments: tuple) -> list[np.ndarray]:
+    """Return the oracle's outputs."""
+    if op == "hash32":
+        from core.rng import hash32
+
+        return [hash32(*arguments)]
+    function = REFERENCE[op]
+    out = function(*arguments, True) if "exact" in inspect.signature(function).parameters else function(*arguments)
+    return list(out) if isinstance(out, tuple) else [out]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("op", OPS)
+def test_exact_form_equals_the_oracle(op: str, n: int, backend: str) -> None:
+    for arguments in cases(op, n):
+        extra = (True,) if takes_exact(backend, op) else ()
+        got = call(backend, getattr(module(backend, "ops"), op), (*arguments, *extra), "float64")
+        for ours, theirs in zip(got, oracle(op, arguments), strict=True):
+            assert relative_rms(ours, theirs) <= P1_EXACT
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("op", [op for op in OPS if op not in WITHOUT_GRADIENT])
+def test_gradients_agree_and_match_finite_differences(op: str, n: int) -> None:
+    for arguments in cases(op, n):
+        extra = (True,) if takes_exact("cuda", op) else ()
+        full = (*arguments, *extra)
+        weights = [draw(f"cotangent/{op}/{i}", *o.shape) for i, o in enumerate(oracle(op, arguments))]
+        mine, theirs = (gradients(b, getattr(module(b, "ops"), op), full, weights, "float64") for b in BACKENDS)
+        moves = {place: draw(f"move/{op}/{place}", *np.shape(full[int(place)])) for place in mine}
+        slope = 0.0
+        for place, move in moves.items():
+            assert relative_rms(mine[place], theirs[place]) <= P1_EXACT, (op, n, place)
+            slope += float((mine[place] * move).sum())
+
+        def objective(h: float, op=op, arguments=arguments, moves=moves, weights=weights) -> float:
+            moved = tuple(a + h * moves[str(i)] if str(i) in moves else a for i, a in enumerate(arguments))
+            return sum(float((o * w).sum()) for o, w in zip(oracle(op, moved), weights, strict=True))
+
+        h = 1e-4
+        # Richardson's combination of two central differences: the error falls with h^4.
+        near, far = ((objective(s) - objective(-s)) / (2 * s) for s in (h, 2 * h))
+        measured = (4 * near - far) / 3
+        size = sum(float(np.abs(mine[p] * moves[p]).sum()) for p in mine) + 1e-12
+        assert abs(measured - slope) / size <= P1_DIFFERENCE, (op, n)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("op", [op for op in OPS if takes_exact("cuda", op)])
+def test_fast_form_equals_exact_form_in_float32(op: str, n: int, backend: str) -> None:
+    function = getattr(module(backend, "ops"), op)
+    for arguments in cases(op, n):
+        fast, exact = (call(backend, function, (*arguments, form), "float32") for form in (False, True))
+        for a, b in zip(fast, exact, strict=True):
+            assert relative_rms(a, b) <= P1_FAST
+        weights = [draw(f"cotangent/{op}/{i}", *o.shape) for i, o in enumerate(exact)]
+        fast, exact = (gradients(backend, function, (*arguments, form), weights, "float32") for form in (False, True))
+        for place in exact:
+            size = float(np.sqrt(np.mean(exact[place].astype(np.float64) ** 2)))
+            assert relative_rms(fast[place], exact[place]) <= P1_FAST or size < 1e-6, (op, n, place)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_without_a_mask_refuses_a_cache(backend: str) -> None:
+    q, k = draw("q", 1, 1, 2, 4), draw("k", 1, 1, 3, 4)
+    for exact in (True, False):
+        with pytest.raises(ValueError, match="as many queries as keys"):
+            call(backend, module(backend, "ops").attention, (q, k, k, None, exact), "float32")

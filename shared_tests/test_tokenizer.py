@@ -1,0 +1,176 @@
+"""Tokenizers: the byte table against hand-counted bytes, round trips, and models that must be refused. Budget: 10 s."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import core.tokenizer
+from core.tokenizer import Tokenizer, TokenizerError, token_bytes, train_tokenizer
+
+BUNDLED = Path(core.tokenizer.__file__).parent / "bundled" / "tokenizer.model"
+LINES = ["the café in the old town", "a café and the sea", "the sea, the old café"] * 5
+
+
+def train_plain(**options: object) -> bytes:
+    """Train a tiny model that lacks what the official settings have."""
+    model = io.BytesIO()
+    settings = {"bos_id": 1, "pad_id": 0, "eos_id": 2, "unk_id": 3, "byte_fallback": False, "add_dummy_prefix": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=40,
+        minloglevel=2,
+        **(settings | options),
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Tokenizer:
+    return Tokenizer.load(str(BUNDLED))
+
+
+@pytest.fixture(scope="module")
+def plain() -> Tokenizer:
+    return Tokenizer(train_plain())
+
+
+def stream_bytes(tokenizer: Tokenizer, ids: list[int] | np.ndarray) -> list[int]:
+    """Return what every token after a leading BOS costs."""
+    stream = np.array([tokenizer.bos, *ids])
+    return token_bytes(tokenizer.table, stream[:-1], stream[1:]).tolist()
+
+
+def piece_ids(tokenizer: Tokenizer, *pieces: str) -> list[int]:
+    """Return the ids of pieces that must exist."""
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    ids = [processor.piece_to_id(piece) for piece in pieces]
+    assert all(processor.id_to_piece(i) == piece for i, piece in zip(ids, pieces, strict=True))
+    return ids
+
+
+def test_bundled_model(bundled: Tokenizer) -> None:
+    assert (bundled.vocab, bundled.bos, bundled.unknown, bundled.byte_pieces) == (1024, 1, 3, True)
+    assert bundled.sha256 == "1c7fd329f9f8e09422b18bea006ce9f9428948a60a0db98884ca30a27a9400f9"
+    ids = bundled.encode("It is a truth")
+    assert ids.dtype == np.int32 and bundled.bos not in ids
+    assert bundled.decode(ids) == "It is a truth"
+    assert bundled.decode([bundled.bos, *ids]) == "It is a truth"
+
+
+@pytest.mark.parametrize(
+    ("piece", "base", "leading", "boundary"),
+    [
+        ("<pad>", 0, False, True),
+        ("<s>", 0, False, True),
+        ("</s>", 0, False, True),
+        ("<unk>", 0, False, True),
+        ("<0x00>", 1, False, False),
+        ("<0xFF>", 1, False, False),
+        ("e", 1, False, False),
+        ("▁", 0, True, False),
+        ("▁the", 3, True, False),
+    ],
+)
+def test_byte_table(bundled: Tokenizer, piece: str, base: int, leading: bool, boundary: bool) -> None:
+    (i,) = piece_ids(bundled, piece)
+    table = bundled.table
+    assert (table.base[i], table.leading[i], table.boundary[i]) == (base, leading, boundary)
+
+
+def test_leading_space_costs_a_byte_except_after_a_boundary(bundled: Tokenizer) -> None:
+    the, e = piece_ids(bundled, "▁the", "e")
+    assert stream_bytes(bundled, [the, the, e]) == [3, 4, 1]
+    assert stream_bytes(bundled, [bundled.unknown, the]) == [0, 3]
+    assert stream_bytes(bundled, [e, bundled.bos, the]) == [1, 0, 3]
+
+
+def test_byte_fallback_counts_every_byte_once(bundled: Tokenizer) -> None:
+    ids = bundled.encode("☃")
+    assert stream_bytes(bundled, ids) == [1, 1, 1]
+    assert bundled.decode(ids) == "☃"
+
+
+def test_multi_byte_piece(plain: Tokenizer) -> None:
+    (e_acute,) = piece_ids(plain, "é")
+    assert stream_bytes(plain, [e_acute]) == [2]
+
+
+def test_without_byte_pieces_unknown_text_costs_nothing(plain: Tokenizer) -> None:
+    assert not plain.byte_pieces
+    text = "the ☃ sea"
+    ids = plain.encode(text)
+    assert np.count_nonzero(ids == plain.unknown) == 1
+    # The snowman's 3 bytes, and the space after the unknown token, which is a boundary.
+    assert sum(stream_bytes(plain, ids)) == len(text.encode()) - 4
+
+
+def test_unused_pieces_are_boundaries() -> None:
+    with_unused = Tokenizer(train_plain(byte_fallback=False, control_symbols=["<ctl>"], user_defined_symbols=["<usr>"]))
+    control, user = piece_ids(with_unused, "<ctl>", "<usr>")
+    table = with_unused.table
+    assert table.boundary[control] and table.base[control] == 0
+    assert not table.boundary[user] and table.base[user] == 5
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]), max_size=60))
+def test_table_charges_the_bytes_of_the_normalised_text(text: str) -> None:
+    tokenizer = Tokenizer.load(str(BUNDLED))
+    ids = tokenizer.encode(text)
+    assert sum(stream_bytes(tokenizer, ids)) == len(tokenizer.decode(ids).encode())
+
+
+def test_batch_encoding_equals_single(bundled: Tokenizer) -> None:
+    texts = ["one", "", "two words", "☃"]
+    for single, batched in zip(map(bundled.encode, texts), bundled.encode_batch(texts, 2), strict=True):
+        np.testing.assert_array_equal(single, batched)
+        assert batched.dtype == np.int32
+
+
+@pytest.mark.parametrize("cut", [0, 10, 100_000])
+def test_not_a_model(cut: int) -> None:
+    with pytest.raises(TokenizerError, match="mine.model: not a SentencePiece model"):
+        Tokenizer(BUNDLED.read_bytes()[:cut], "mine.model")
+
+
+def test_model_without_bos() -> None:
+    with pytest.raises(TokenizerError, match="no BOS id"):
+        Tokenizer(train_plain(bos_id=-1))
+
+
+def test_vocabulary_over_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert core.tokenizer.MAX_VOCAB == 65_535
+    monkeypatch.setattr(core.tokenizer, "MAX_VOCAB", 1023)
+    with pytest.raises(TokenizerError, match="1024 pieces; shards hold at most 1023"):
+        Tokenizer.load(str(BUNDLED))
+
+
+@pytest.mark.parametrize("i", [-1, 1024])
+def test_decode_refuses_ids_outside(bundled: Tokenizer, i: int) -> None:
+    with pytest.raises(ValueError, match=f"token id {i}"):
+        bundled.decode(np.array([5, i]))
+
+
+def test_training_with_the_official_settings() -> None:
+    long_line = "abc " * 60_000
+    tokenizer = Tokenizer(train_tokenizer([*LINES, long_line, "12345 12345"], 290))
+    assert (tokenizer.vocab, tokenizer.bos, tokenizer.unknown, tokenizer.byte_pieces) == (290, 1, 3, True)
+    # The long line was not dropped, digits stay apart, no space is put in front.
+    (abc,) = piece_ids(tokenizer, "▁abc")
+    assert abc in tokenizer.encode("x abc")
+    assert len(tokenizer.encode("12345")) == 5
+    assert tokenizer.decode(tokenizer.encode("ab")) == "ab"
+
+
+@pytest.mark.parametrize("vocab", [0, 10, 5000, 70_000])
+def test_training_refuses_an_impossible_vocabulary(vocab: int) -> None:
+    with pytest.raises(TokenizerError, match=f"vocab={vocab}") as caught:
+        train_tokenizer(LINES, vocab)
+    assert "\n" not in str(caught.value)

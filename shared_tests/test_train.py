@@ -1,0 +1,81 @@
+"""P4: free-running loss curves over 50 steps, and what the engine's step promises. Budget: 120 s."""
+
+import numpy as np
+import pytest
+
+from core import schedule
+from core.params import param_table
+from shared_tests.harness import BACKENDS, batches, engine, mini, minis
+from shared_tests.tolerances import P4_FLOAT32, P4_FLOAT64
+
+pytestmark = pytest.mark.pair
+LIMITS = {"float64": P4_FLOAT64, "float32": P4_FLOAT32}
+STEPS = 50
+
+
+def curve(backend: str, name: str, dtype: str, steps: int = STEPS) -> np.ndarray:
+    """Return the losses of a run over 7 batches that repeat, so that there is something to learn."""
+    config = mini(name)
+    made, data = engine(backend, config, dtype=dtype), batches(config, 7)
+    pending = []
+    for step in range(steps):
+        plan = schedule.plan(step, schedule.progress_by_steps(step, config.train), config.train)
+        pending.append(made.train_step(data[step % 7], plan))
+    results = [p.result() for p in pending]
+    assert all(r.finite for r in results)
+    return np.array([r.loss for r in results])
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("name", minis())
+def test_fifty_steps_agree(name: str, dtype: str) -> None:
+    ours, theirs = (curve(b, name, dtype) for b in BACKENDS)
+    assert np.abs(ours - theirs).max() <= LIMITS[dtype]
+    assert ours[-7:].mean() < ours[:7].mean() - 0.1, "the run must have learned something"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_matrices_decay(backend: str) -> None:
+    import dataclasses
+
+    config = mini("tiny")
+    train = dataclasses.replace(config.train, weight_decay=0.5, clip=1e-30)  # no gradient gets through: decay alone
+    made = engine(backend, dataclasses.replace(config, train=train), dtype="float64")
+    before = made.params()
+    plan = schedule.plan(0, 0.5, train)
+    made.train_step(batches(config, 1)[0], plan).result()
+    for name, row in param_table(config.model).items():
+        factor = 1 - plan.lr_matrix * 0.5 if row.group == "matrix" else 1.0
+        assert np.allclose(made.params()[name], before[name] * factor, rtol=0, atol=1e-9), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_group_follows_its_own_rate(backend: str) -> None:
+    import dataclasses
+
+    config = mini("debug")
+    for group in ("embed", "matrix", "vector"):
+        rates = {f"lr_{g}": (1e-2 if g == group else 0.0) for g in ("embed", "matrix", "vector")}
+        train = dataclasses.replace(config.train, **rates)
+        made = engine(backend, dataclasses.replace(config, train=train), dtype="float32")
+        before = made.params()
+        for step, batch in enumerate(batches(config, 2)):
+            made.train_step(batch, schedule.plan(step, 0.5, train)).result()
+        moved = {name for name, value in made.params().items() if not np.array_equal(value, before[name])}
+        assert moved == {name for name, row in param_table(config.model).items() if row.group == group}
+
+
+@pytest.mark.parametrize("first, second", [("mlx", "cuda"), ("cuda", "mlx")])
+def test_a_run_goes_on_from_the_other_backends_state(first: str, second: str) -> None:
+    """The optimizer state has one spelling: 10 steps here and 10 there are 20 steps anywhere."""
+    config, data = mini("debug"), batches(mini("debug"), 20)
+
+    def run(made, steps):
+        return [made.train_step(data[s], schedule.plan(s, 0.5, config.train)).result().loss for s in steps]
+
+    whole = run(engine(first, config, dtype="float64"), range(20))
+    here = engine(first, config, dtype="float64")
+    start = run(here, range(10))
+    there = engine(second, config, here.params(), dtype="float64")
+    there.load_optimizer(here.optimizer())
+    assert np.abs(np.array(start + run(there, range(10, 20))) - whole).max() <= P4_FLOAT64
