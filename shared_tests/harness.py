@@ -1,5 +1,6 @@
 """What the pair tests share: both backends' modules, ops on numpy arrays with gradients, minis with working weights."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -99,10 +100,22 @@ def batches(config: RunConfig, count: int) -> list[Batch]:
 
 
 def working_weights(config: ModelConfig, scale: float) -> Arrays:
-    """Return start values moved by noise, times `scale`: no zero projection hides what a layer does."""
-    start = start_values(config, 0)
-    noise = {name: 0.05 * draw(f"noise/{name}", *row.shape) for name, row in param_table(config).items()}
-    return {name: ((value + noise[name]) * scale).astype(np.float32) for name, value in start.items()}
+    """Return start values moved by noise, so that no zero projection hides what a layer does; matrices times `scale`.
+
+    Gains and residual scales are not scaled: five times the gain on queries only saturates the softmax.
+    """
+    weights = {}
+    for name, row in param_table(config).items():
+        noise = 0.1 if row.group == "vector" else 0.02
+        value = start_values_once(config)[name] + noise * draw(f"noise/{name}", *row.shape)
+        weights[name] = (value if row.group == "vector" else value * scale).astype(np.float32)
+    return weights
+
+
+@functools.cache
+def start_values_once(config: ModelConfig) -> Arrays:
+    """Return the start values of seed 0, drawn once per test process."""
+    return start_values(config, 0)
 
 
 def minis() -> list[str]:

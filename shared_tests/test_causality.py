@@ -93,7 +93,7 @@ def plant_leak(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = ops.causal_mask
 
     def leaky(queries, keys, documents):
-        mask = honest(queries, keys + 1, None)[:, 1:]
+        mask = honest(queries, keys + 1, None)[:, :-1]  # aligned bottom-right: one key more for everyone
         return mask if documents is None else mask[None, None]
 
     monkeypatch.setattr(ops, "causal_mask", leaky)

@@ -63,7 +63,7 @@ class Engine:
         self._accumulate = self._compile(self._add_gradient)
         self._finish = self._compile(self._update)
         self._score = self._compile(self._nll)
-        self._predict = self._compile(self._logits)
+        self._predict = self._compile(self._forward)
         self.notes = (
             f"compile: {'whole step (mx.compile)' if wanted and compiler else 'off' if compiler else 'off, no g++'}",
             f"attention: {'exact, composed' if self._exact else 'mx.fast.scaled_dot_product_attention'}",
@@ -72,23 +72,23 @@ class Engine:
 
     # The pure functions that are compiled: parameters and state go in and come out.
 
-    def _forward(self, params, tokens, record=None):
+    def _forward(self, params, tokens, tables, record=None):
         self._model.update(tree_unflatten(list(params.items())))
-        return self._model(tokens, self._rope(tokens.shape[1]), self._compute, record)
+        return self._model(tokens, tables, self._compute, record)
 
-    def _losses(self, params, tokens, targets):
-        nll, total = ops.cross_entropy(self._forward(params, tokens), targets, self._exact)
+    def _losses(self, params, tokens, targets, tables):
+        nll, total = ops.cross_entropy(self._forward(params, tokens, tables), targets, self._exact)
         loss = mx.mean(nll)
         return loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss, loss
 
-    def _gradient(self, params, tokens, targets):
+    def _gradient(self, params, tokens, targets, tables):
         """Return (objective, loss, gradients) of one micro-batch."""
         self._traces += 1
-        (objective, loss), grads = mx.value_and_grad(self._losses)(params, tokens, targets)
+        (objective, loss), grads = mx.value_and_grad(self._losses)(params, tokens, targets, tables)
         return objective, loss, grads
 
-    def _add_gradient(self, params, grads, loss, tokens, targets):
-        _, new, more = self._gradient(params, tokens, targets)
+    def _add_gradient(self, params, grads, loss, tokens, targets, tables):
+        _, new, more = self._gradient(params, tokens, targets, tables)
         return loss + new, {name: grads[name] + more[name] for name in grads}
 
     def _update(self, params, state, grads, loss, hyper, count):
@@ -120,15 +120,12 @@ class Engine:
             new_params[name], new_state[f"{name}.m"], new_state[f"{name}.v"] = kept
         return new_params, new_state, loss, norm, finite
 
-    def _step(self, params, state, tokens, targets, hyper):
-        _, loss, grads = self._gradient(params, tokens, targets)
+    def _step(self, params, state, tokens, targets, tables, hyper):
+        _, loss, grads = self._gradient(params, tokens, targets, tables)
         return self._update(params, state, grads, loss, hyper, 1.0)
 
-    def _nll(self, params, tokens, targets):
-        return ops.cross_entropy(self._forward(params, tokens), targets, self._exact)[0]
-
-    def _logits(self, params, tokens):
-        return self._forward(params, tokens)
+    def _nll(self, params, tokens, targets, tables):
+        return ops.cross_entropy(self._forward(params, tokens, tables), targets, self._exact)[0]
 
     # The protocol.
 
@@ -136,16 +133,16 @@ class Engine:
         rates = (plan.lr_embed, plan.lr_matrix, plan.lr_vector, plan.weight_decay, plan.bias1, plan.bias2)
         hyper = mx.array(np.array(rates), self._wide)
         rows = self._train.rows
-        count = len(batch.tokens) // rows
+        count, tables = len(batch.tokens) // rows, self._rope(batch.tokens.shape[1])
         if count == 1:
             tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
-            out = self._whole(self._params, self._state, tokens, targets, hyper)
+            out = self._whole(self._params, self._state, tokens, targets, tables, hyper)
         else:
             loss = mx.zeros((), self._wide)
             grads = {name: mx.zeros_like(value) for name, value in self._params.items()}
             for i in range(0, len(batch.tokens), rows):
                 tokens, targets = mx.array(batch.tokens[i : i + rows]), mx.array(batch.targets[i : i + rows])
-                loss, grads = self._accumulate(self._params, grads, loss, tokens, targets)
+                loss, grads = self._accumulate(self._params, grads, loss, tokens, targets, tables)
                 mx.eval(loss, grads)  # MLX: one micro-batch's activations at a time
             out = self._finish(self._params, self._state, grads, loss, hyper, mx.array(float(count), self._wide))
         self._params, self._state, *numbers = out
@@ -156,18 +153,21 @@ class Engine:
         return self._in_flight[-1]
 
     def gradients(self, batch: Batch) -> tuple[float, Arrays]:
-        objective, _, grads = self._gradient(self._params, mx.array(batch.tokens), mx.array(batch.targets))
+        objective, _, grads = self._gradient(
+            self._params, mx.array(batch.tokens), mx.array(batch.targets), self._rope(batch.tokens.shape[1])
+        )
         return objective.item(), {name: np.array(grads[name]) for name in self._table}
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        return np.array(self._score(self._params, mx.array(tokens), mx.array(targets)))
+        tables = self._rope(tokens.shape[1])
+        return np.array(self._score(self._params, mx.array(tokens), mx.array(targets), tables))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return np.array(self._predict(self._params, mx.array(tokens)))
+        return np.array(self._predict(self._params, mx.array(tokens), self._rope(tokens.shape[1])))
 
     def activations(self, tokens: np.ndarray) -> Arrays:
         record = {}
-        self._forward(self._params, mx.array(tokens), record)
+        self._forward(self._params, mx.array(tokens), self._rope(tokens.shape[1]), record)
         return {name: np.array(value.astype(self._wide)) for name, value in record.items()}
 
     def params(self) -> Arrays:
@@ -197,7 +197,8 @@ class Engine:
         return 2 * n**3 / best
 
     def stats(self) -> dict[str, float]:
-        return {"peak_bytes": float(mx.get_peak_memory()), "traces": float(self._traces)}
+        memory = {"peak_bytes": float(mx.get_peak_memory()), "active_bytes": float(mx.get_active_memory())}
+        return {**memory, "traces": float(self._traces)}
 
     def _rope(self, seq):
         if seq not in self._tables:

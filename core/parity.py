@@ -1,0 +1,160 @@
+"""`skc parity PRESET`: the two backends side by side, layer by layer and step by step."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from core import presets, schedule
+from core.config import ConfigError, RunConfig
+from core.data import batch as batch_at
+from core.data import open_dataset
+from core.engine import BACKENDS, EXTRAS, Batch, DType, Engine, EngineOptions, available_backends, load_engine
+from core.params import GROUPS, count, param_table
+
+ROWS, SEQ = 4, 256
+"""Largest batch of a parity run: enough to see every code path, small enough for a laptop in float64."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: a measured gap and the limit from shared_tests/tolerances.py."""
+
+    name: str
+    gap: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the gap is within the limit (NaN is not)."""
+        return bool(self.gap <= self.limit)
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What `run_parity` measured."""
+
+    preset: str
+    dtype: str
+    parameters: int
+    rows: int
+    seq: int
+    checks: tuple[Check, ...]
+    curves: dict[str, tuple[float, ...]]
+    """Backend -> training loss of every step, in nats."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check is within its limit."""
+        return all(check.ok for check in self.checks)
+
+    def to_json(self) -> dict:
+        """Return plain JSON values."""
+        checks = [{**dataclasses.asdict(check), "ok": check.ok} for check in self.checks]
+        return {**dataclasses.asdict(self), "checks": checks, "ok": self.ok}
+
+    def lines(self) -> list[str]:
+        """Return the table as text."""
+        out = [
+            f"parity of {self.preset}: {self.parameters:,} parameters, {self.dtype}, {self.rows} rows of {self.seq} tokens",
+            "",
+            f"{'what':<28} {'gap':>10} {'limit':>10}",
+        ]
+        out += [f"{c.name:<28} {c.gap:>10.1e} {c.limit:>10.0e}  {'ok' if c.ok else 'BEYOND'}" for c in self.checks]
+        ours, theirs = (self.curves[name] for name in BACKENDS)
+        out += ["", f"{'step':>4} {'loss, mlx':>20} {'loss, cuda':>20} {'gap':>10}"]
+        for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            out.append(f"{step:>4} {a:>20.15f} {b:>20.15f} {abs(a - b):>10.1e}")
+        return [*out, "", f"parity: {'yes' if self.ok else 'NO'}"]
+
+
+def run_parity(
+    config: RunConfig,
+    *,
+    steps: int = 10,
+    dtype: DType = "float32",
+    mini: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> ParityReport:
+    """Build both backends from the same start values and compare them on the same batches; ConfigError if one is missing.
+
+    `report` receives a line whenever a stage begins.
+    """
+    for name in BACKENDS:
+        if name not in available_backends():
+            raise ConfigError(f"parity needs both backends; {name!r} is missing: pip install -e '.[{EXTRAS[name]}]'")
+    config = _sized(presets.mini(config) if mini else config)
+    batches = _batches(config, max(1, steps))
+    engines = []
+    for name in BACKENDS:
+        report(f"building {config.preset} on {name}")
+        engines.append(load_engine(name, config, options=EngineOptions(dtype=dtype, compile=False)))
+    report("comparing start values, activations and gradients")
+    checks = _forward_checks(config, engines, batches[0], dtype)
+    curves = {}
+    for engine in engines:
+        report(f"training {steps} steps on {engine.backend}")
+        curves[engine.backend] = tuple(_curve(engine, config, batches[:steps]))
+    ours, theirs = (np.array(curves[name]) for name in BACKENDS)
+    limit = _limits(dtype)["curve"]
+    checks.append(Check(f"loss over {steps} steps", float(np.abs(ours - theirs).max(initial=0.0)), limit))
+    rows, seq = config.train.batch, config.train.seq
+    return ParityReport(config.preset, dtype, count(config.model), rows, seq, tuple(checks), curves)
+
+
+def _limits(dtype: DType) -> dict[str, float]:
+    from shared_tests import tolerances as t
+
+    if dtype == "float64":
+        return {"forward": t.P2_FLOAT64, "curve": t.P4_FLOAT64}
+    if dtype == "float32":
+        return {"forward": t.P2_FLOAT32, "curve": t.P4_FLOAT32}
+    raise ConfigError(f"parity --dtype {dtype}: limits exist for float32 and float64")
+
+
+def _sized(config: RunConfig) -> RunConfig:
+    rows, seq = min(config.train.batch, ROWS), min(config.train.seq, SEQ)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch=rows, seq=seq, micro_batch=None))
+
+
+def _batches(config: RunConfig, steps: int) -> list[Batch]:
+    """Return real text; a mini's small vocabulary folds the token ids, which keeps BOS and something to learn."""
+    dataset, vocab = open_dataset(config.data.path), config.model.vocab
+    out = []
+    for step in range(steps):
+        made = batch_at(dataset.train, step, config.train.batch, config.train.seq, config.seed)
+        out.append(Batch(*(part if vocab >= dataset.tokenizer.vocab else part % vocab for part in made)))
+    return out
+
+
+def _forward_checks(config: RunConfig, engines: list[Engine], batch: Batch, dtype: DType) -> list[Check]:
+    from shared_tests.tolerances import relative_rms
+
+    limit = _limits(dtype)["forward"]
+    start = [engine.params() for engine in engines]
+    different = sum(start[0][name].tobytes() != start[1][name].tobytes() for name in start[0])
+    checks = [Check("start values, tensors unequal", float(different), 0.0)]
+    # A start value of zero on every output projection would hide the layers: compare after one step instead.
+    for engine in engines:
+        engine.train_step(batch, schedule.plan(0, 0.5, config.train)).result()
+    engines[1].load_params(engines[0].params())
+    ours, theirs = (engine.activations(batch.tokens) for engine in engines)
+    checks += [Check(name, relative_rms(ours[name], theirs[name]), limit) for name in ours]
+    grads = [engine.gradients(batch)[1] for engine in engines]
+    for group in GROUPS:
+        names = [name for name, row in param_table(config.model).items() if row.group == group]
+        a, b = (np.concatenate([g[name].ravel() for name in names]) for g in grads)
+        checks.append(Check(f"gradients, {group}", relative_rms(a, b), limit))
+    for engine, values in zip(engines, start, strict=True):
+        engine.load_params(values)
+        engine.load_optimizer({name: np.zeros_like(value) for name, value in engine.optimizer().items()})
+    return checks
+
+
+def _curve(engine: Engine, config: RunConfig, batches: list[Batch]) -> list[float]:
+    pending = []
+    for step, batch in enumerate(batches):
+        plan = schedule.plan(step, (step + 1) / len(batches), config.train)
+        pending.append(engine.train_step(batch, plan))
+    return [p.result().loss for p in pending]
