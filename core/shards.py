@@ -1,0 +1,197 @@
+"""The official shard format (spec/challenge.md A.4), and documents streamed into it.
+
+256 little-endian int32 (magic 20240520, version 1, token count, the rest ignored), then `count` uint16 tokens.
+"""
+
+import hashlib
+import io
+import os
+import struct
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from core.tokenizer import Tokenizer, token_bytes
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 1024
+ENCODE_BYTES = 1 << 22
+"""Text that is encoded at once."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used: the message names the file and the field."""
+
+
+class WrittenSplit(NamedTuple):
+    """What `write_split` wrote and what it skipped."""
+
+    record: dict[str, Any]
+    """The split's entry of the manifest."""
+    left_out: int
+    """Documents that `keep` refused."""
+    empty: int
+    """Documents without a token."""
+
+
+def open_shard(path: str) -> np.ndarray:
+    """Map an official shard and return its tokens ((count,) uint16); DataError names the field that is wrong."""
+    with open(path, "rb") as file:
+        header = file.read(HEADER_BYTES)
+        size = os.fstat(file.fileno()).st_size
+    if len(header) < HEADER_BYTES:
+        raise DataError(
+            f"{path}: header: {len(header)} bytes, expected {HEADER_BYTES}; the file is cut off or no shard"
+        )
+    magic, version, count = struct.unpack_from("<3i", header)
+    if magic != MAGIC:
+        raise DataError(f"{path}: magic: {magic}, expected {MAGIC}; this is not a token shard")
+    if version != VERSION:
+        raise DataError(f"{path}: version: {version}, expected {VERSION}")
+    if count < 1:
+        raise DataError(f"{path}: count: {count} tokens, expected at least 1")
+    expected = HEADER_BYTES + 2 * count
+    if size != expected:
+        raise DataError(f"{path}: size: {size} bytes, expected {expected} for {count} tokens; the file is damaged")
+    return np.memmap(path, "<u2", "r", HEADER_BYTES, (count,))
+
+
+def write_shard(path: str, tokens: np.ndarray) -> None:
+    """Write (count,) token ids from 0 to 65,535 as an official shard: to a temporary name, fsynced, renamed."""
+    if not tokens.size or tokens.min() < 0 or tokens.max() > 65_535:
+        raise DataError(f"{path}: expected at least one token id, all from 0 to 65535")
+    write_file(path, _header(tokens.size) + tokens.astype("<u2").tobytes())
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Write a whole file: to a temporary name, fsynced, renamed."""
+    temporary = f"{path}.part"
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def file_sha256(path: str) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_record(path: str, count: int) -> dict[str, Any]:
+    """Return the manifest's entry of a shard of `count` tokens."""
+    return {"file": os.path.basename(path), "tokens": count, "size": os.path.getsize(path), "sha256": file_sha256(path)}
+
+
+def write_split(
+    folder: str,
+    name: str,
+    texts: Iterator[str],
+    keep: Callable[[str], bool],
+    tokenizer: Tokenizer,
+    shard_tokens: int,
+    threads: int,
+) -> WrittenSplit:
+    """Tokenise the documents that `keep` accepts into `<name>_%06d.bin`, with their raw bytes in a .npy beside them.
+
+    Each document is BOS and its tokens. DataError if no document is left.
+    """
+    shards = _ShardWriter(folder, name, shard_tokens)
+    lengths = array("q")
+    tokens = table_bytes = unknown = left_out = empty = 0
+    bos = np.array([tokenizer.bos], np.int32)
+    for group in _grouped(texts):
+        filled = [text for text in group if text.strip()]
+        kept = [text for text in filled if keep(text)]
+        empty += len(group) - len(filled)
+        left_out += len(filled) - len(kept)
+        pieces = []
+        for text, ids in zip(kept, tokenizer.encode_batch(kept, threads), strict=True):
+            if not ids.size:
+                empty += 1
+                continue
+            lengths.append(len(text.encode()))
+            pieces += [bos, ids]
+        if pieces:
+            stream = np.concatenate(pieces)
+            tokens += stream.size
+            table_bytes += int(token_bytes(tokenizer.table, stream[:-1], stream[1:]).sum(dtype=np.int64))
+            unknown += int(np.count_nonzero(stream == tokenizer.unknown))
+            shards.add(stream.astype("<u2"))
+    files = shards.close()
+    if not files:
+        raise DataError(f"{name}: no document with text is left for this split; give more text")
+    npy = io.BytesIO()
+    np.save(npy, np.array(lengths, "<i8"), allow_pickle=False)
+    write_file(os.path.join(folder, f"{name}_document_bytes.npy"), npy.getvalue())
+    record = {
+        "files": files,
+        "documents": len(lengths),
+        "tokens": tokens,
+        "raw_bytes": sum(lengths),
+        "table_bytes": table_bytes,
+        "unknown_tokens": unknown,
+        "bytes_per_token": sum(lengths) / tokens,
+        "document_bytes": f"{name}_document_bytes.npy",
+    }
+    return WrittenSplit(record, left_out, empty)
+
+
+def _grouped(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Yield lists of documents of about ENCODE_BYTES together."""
+    group, size = [], 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= ENCODE_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _header(count: int) -> bytes:
+    return struct.pack("<3i", MAGIC, VERSION, count).ljust(HEADER_BYTES, b"\0")
+
+
+class _ShardWriter:
+    """A stream of tokens cut into shards of `limit` tokens; nothing is held but the tokens being added."""
+
+    def __init__(self, folder: str, name: str, limit: int) -> None:
+        self._folder, self._name, self._limit = folder, name, limit
+        self._count = 0
+        self._files: list[dict[str, Any]] = []
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append (count,) uint16 tokens to the stream."""
+        while tokens.size:
+            piece, tokens = np.split(tokens, [self._limit - self._count])
+            with open(self._path(), "ab") as file:
+                if self._count == 0:
+                    file.write(_header(0))
+                file.write(piece.tobytes())
+            self._count += piece.size
+            if self._count == self._limit:
+                self._finish()
+
+    def close(self) -> list[dict[str, Any]]:
+        """Finish the last shard and return the manifest's entries of all."""
+        if self._count:
+            self._finish()
+        return self._files
+
+    def _path(self) -> str:
+        return os.path.join(self._folder, f"{self._name}_{len(self._files):06d}.bin")
+
+    def _finish(self) -> None:
+        path = self._path()
+        with open(path, "r+b") as file:
+            file.write(_header(self._count))
+            file.flush()
+            os.fsync(file.fileno())
+        self._files.append(shard_record(path, self._count))
+        self._count = 0

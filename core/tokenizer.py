@@ -1,0 +1,146 @@
+"""SentencePiece tokenizers: loading, encoding, the byte table that bits per byte rests on, and training."""
+
+import functools
+import hashlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+
+MAX_VOCAB = 65_535
+MAX_LINE = 100_000
+"""Characters of one training line; SentencePiece drops lines over its `max_sentence_length`, so longer ones are cut."""
+SPACE = "\u2581"
+
+
+class TokenizerError(ValueError):
+    """The tokenizer cannot be used or trained: the message says why."""
+
+
+class ByteTable(NamedTuple):
+    """What a token costs in bytes, by id."""
+
+    base: np.ndarray  # (V,) int32: bytes of the piece without its leading space
+    leading: np.ndarray  # (V,) bool: the piece starts with a space, which costs one byte unless it follows a boundary
+    boundary: np.ndarray  # (V,) bool: control, unknown and unused pieces
+
+
+class Tokenizer:
+    """A SentencePiece model; TokenizerError if it is not one, has no BOS id or too many pieces for uint16 shards."""
+
+    model: bytes
+    sha256: str
+    vocab: int
+    bos: int
+    unknown: int
+    byte_pieces: bool
+    """All 256 byte pieces are there: no text becomes unknown and the byte table is exact."""
+
+    def __init__(self, model: bytes, name: str = "tokenizer") -> None:
+        try:
+            if not model:
+                raise RuntimeError("empty")
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, OSError, TypeError) as error:
+            raise TokenizerError(f"{name}: not a SentencePiece model; give the .model file of a tokenizer") from error
+        self.model = model
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.vocab = self._processor.vocab_size()
+        self.bos = self._processor.bos_id()
+        self.unknown = self._processor.unk_id()
+        if self.vocab > MAX_VOCAB:
+            raise TokenizerError(
+                f"{name}: {self.vocab} pieces; shards hold at most {MAX_VOCAB}, use a smaller vocabulary"
+            )
+        if self.bos < 0:
+            raise TokenizerError(f"{name}: no BOS id, so documents have no start; train one with bos_id=1")
+        self.byte_pieces = sum(map(self._processor.is_byte, range(self.vocab))) == 256
+
+    @classmethod
+    def load(cls, path: str) -> "Tokenizer":
+        """Read a `.model` file; FileNotFoundError or TokenizerError."""
+        with open(path, "rb") as file:
+            return cls(file.read(), path)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the token ids of `text` (int32), without BOS."""
+        return np.array(self._processor.encode(text), np.int32)
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """Return `encode` of every text, computed on `threads` threads."""
+        return [np.array(ids, np.int32) for ids in self._processor.encode(list(texts), num_threads=threads)]
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """Return the text of token ids, without control ids such as BOS or a space in front of the first piece.
+
+        ValueError for an id that no piece has.
+        """
+        plain = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64).ravel()
+        outside = plain[(plain < 0) | (plain >= self.vocab)]
+        if outside.size:
+            raise ValueError(f"token id {outside[0]}: expected from 0 to {self.vocab - 1}")
+        return self._processor.decode(plain.tolist())
+
+    @functools.cached_property
+    def table(self) -> ByteTable:
+        """The byte table of the official scripts (spec/challenge.md A.5)."""
+        processor = self._processor
+        base = np.zeros(self.vocab, np.int32)
+        leading = np.zeros(self.vocab, bool)
+        boundary = np.zeros(self.vocab, bool)
+        for i in range(self.vocab):
+            if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+                boundary[i] = True
+            elif processor.is_byte(i):
+                base[i] = 1
+            else:
+                piece = processor.id_to_piece(i)
+                leading[i] = piece.startswith(SPACE)
+                base[i] = len(piece.removeprefix(SPACE).encode())
+        return ByteTable(base, leading, boundary)
+
+
+def token_bytes(table: ByteTable, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Return the bytes that each target costs after its previous token (same shapes, int32)."""
+    return table.base[targets] + (table.leading[targets] & ~table.boundary[previous])
+
+
+def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
+    """Train a BPE model with the official settings and return its bytes; TokenizerError if the text does not allow it.
+
+    The settings are those of the published tokenizers (spec/challenge.md A.5). All of `texts` is held in memory.
+    """
+    if not 0 < vocab <= MAX_VOCAB:
+        raise TokenizerError(f"vocab={vocab}: expected from 1 to {MAX_VOCAB}")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab,
+            character_coverage=0.999,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=False,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            max_sentence_length=4 * MAX_LINE,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise TokenizerError(f"vocab={vocab}: training a tokenizer on this text failed: {reason}") from error
+    return model.getvalue()
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.splitlines():
+            for start in range(0, len(line), MAX_LINE):
+                yield line[start : start + MAX_LINE]
