@@ -87,8 +87,9 @@ class BenchReport:
         for r in self.rows:
             spread = f"{r.spread[0]:.0f}..{r.spread[1]:.0f}"
             out.append(
-                f"{r.variant:<20} {r.ms_per_step:>9.1f} {spread:>18} {r.tokens_per_second:>10,.0f} {r.flops / 1e9:>9.1f} "
-                f"{r.share:>8.1%} {r.own_peak / 1e9:>9.1f} {r.peak_bytes / 2**20:>6.0f}MiB {r.traces:>6.0f}"
+                f"{r.variant:<20} {r.ms_per_step:>9.1f} {spread:>18} {r.tokens_per_second:>10,.0f} "
+                f"{r.flops / 1e9:>9.1f} {r.share:>8.1%} {r.own_peak / 1e9:>9.1f} "
+                f"{r.peak_bytes / 2**20:>6.0f}MiB {r.traces:>6.0f}"
             )
         for r in self.rows:
             out.append(f"{r.variant}: {r.device}, {r.dtype}; " + "; ".join(r.notes))

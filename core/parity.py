@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core import presets, schedule
-from core.config import ConfigError, RunConfig
+from core import presets, rng, schedule
+from core.config import ConfigError, ModelConfig, RunConfig
 from core.data import batch as batch_at
 from core.data import open_dataset
-from core.engine import BACKENDS, EXTRAS, Batch, DType, Engine, EngineOptions, available_backends, load_engine
-from core.params import GROUPS, count, param_table
+from core.engine import BACKENDS, EXTRAS, Arrays, Batch, DType, Engine, EngineOptions, available_backends, load_engine
+from core.params import GROUPS, count, param_table, start_values
 
 ROWS, SEQ = 4, 256
 """Largest batch of a parity run: enough to see every code path, small enough for a laptop in float64."""
@@ -57,7 +57,7 @@ class ParityReport:
     def lines(self) -> list[str]:
         """Return the table as text."""
         out = [
-            f"parity of {self.preset}: {self.parameters:,} parameters, {self.dtype}, {self.rows} rows of {self.seq} tokens",
+            f"parity of {self.preset}: {self.parameters:,} parameters, {self.dtype}, {self.rows} x {self.seq} tokens",
             "",
             f"{'what':<28} {'gap':>10} {'limit':>10}",
         ]
@@ -77,9 +77,9 @@ def run_parity(
     mini: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> ParityReport:
-    """Build both backends from the same start values and compare them on the same batches; ConfigError if one is missing.
+    """Build both backends from the same start values and compare them on the same batches.
 
-    `report` receives a line whenever a stage begins.
+    `report` receives a line whenever a stage begins. ConfigError if a backend is missing.
     """
     for name in BACKENDS:
         if name not in available_backends():
@@ -101,6 +101,22 @@ def run_parity(
     checks.append(Check(f"loss over {steps} steps", float(np.abs(ours - theirs).max(initial=0.0)), limit))
     rows, seq = config.train.batch, config.train.seq
     return ParityReport(config.preset, dtype, count(config.model), rows, seq, tuple(checks), curves)
+
+
+def perturbed(config: ModelConfig, seed: int, scale: float = 1.0) -> Arrays:
+    """Return start values moved by noise, matrices and embedding times `scale`: at a start value of zero on every
+    output projection the layers would not show at all.
+
+    Gains and residual scales are not scaled: five times the gain on queries only saturates the softmax.
+    """
+    weights, start = {}, start_values(config, seed)
+    for name, row in param_table(config).items():
+        noise = rng.normal(seed, f"noise/{name}", row.size).reshape(row.shape)
+        vector = row.group == "vector"
+        weights[name] = ((start[name] + (0.1 if vector else 0.02) * noise) * (1.0 if vector else scale)).astype(
+            np.float32
+        )
+    return weights
 
 
 def _limits(dtype: DType) -> dict[str, float]:
@@ -135,10 +151,9 @@ def _forward_checks(config: RunConfig, engines: list[Engine], batch: Batch, dtyp
     start = [engine.params() for engine in engines]
     different = sum(start[0][name].tobytes() != start[1][name].tobytes() for name in start[0])
     checks = [Check("start values, tensors unequal", float(different), 0.0)]
-    # A start value of zero on every output projection would hide the layers: compare after one step instead.
+    moved = perturbed(config.model, config.seed)
     for engine in engines:
-        engine.train_step(batch, schedule.plan(0, 0.5, config.train)).result()
-    engines[1].load_params(engines[0].params())
+        engine.load_params(moved)
     ours, theirs = (engine.activations(batch.tokens) for engine in engines)
     checks += [Check(name, relative_rms(ours[name], theirs[name]), limit) for name in ours]
     grads = [engine.gradients(batch)[1] for engine in engines]
@@ -148,7 +163,6 @@ def _forward_checks(config: RunConfig, engines: list[Engine], batch: Batch, dtyp
         checks.append(Check(f"gradients, {group}", relative_rms(a, b), limit))
     for engine, values in zip(engines, start, strict=True):
         engine.load_params(values)
-        engine.load_optimizer({name: np.zeros_like(value) for name, value in engine.optimizer().items()})
     return checks
 
 

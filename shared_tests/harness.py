@@ -11,7 +11,7 @@ from backends.mlx.blas import load_fast_blas
 from core import presets, rng
 from core.config import ModelConfig, RunConfig
 from core.engine import Arrays, Batch, Engine, EngineOptions, load_engine
-from core.params import param_table, start_values
+from core.parity import perturbed
 
 load_fast_blas()  # before anything imports MLX
 BACKENDS = ("mlx", "cuda")
@@ -99,23 +99,10 @@ def batches(config: RunConfig, count: int) -> list[Batch]:
     return made
 
 
-def working_weights(config: ModelConfig, scale: float) -> Arrays:
-    """Return start values moved by noise, so that no zero projection hides what a layer does; matrices times `scale`.
-
-    Gains and residual scales are not scaled: five times the gain on queries only saturates the softmax.
-    """
-    weights = {}
-    for name, row in param_table(config).items():
-        noise = 0.1 if row.group == "vector" else 0.02
-        value = start_values_once(config)[name] + noise * draw(f"noise/{name}", *row.shape)
-        weights[name] = (value if row.group == "vector" else value * scale).astype(np.float32)
-    return weights
-
-
 @functools.cache
-def start_values_once(config: ModelConfig) -> Arrays:
-    """Return the start values of seed 0, drawn once per test process."""
-    return start_values(config, 0)
+def working_weights(config: ModelConfig, scale: float) -> Arrays:
+    """Return `core.parity.perturbed` weights of seed 0, made once per test process."""
+    return perturbed(config, 0, scale)
 
 
 def minis() -> list[str]:

@@ -87,17 +87,17 @@ def test_the_real_mlx_is_imported_and_core_is_ours() -> None:
     import mlx.core as mx
 
     assert Path(core.__file__).resolve().is_relative_to(ROOT)
-    assert not Path(mx.__file__).resolve().is_relative_to(ROOT / "backends")
+    assert not Path(str(mx.__file__)).resolve().is_relative_to(ROOT / "backends")
 
 
 def test_every_public_thing_in_core_has_a_docstring() -> None:
     for path in (ROOT / "core").rglob("*.py"):
         tree = ast.parse(path.read_text())
         assert ast.get_docstring(tree), path
-        for node in ast.walk(tree):
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        for node in tree.body + [method for c in classes for method in c.body]:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                nested = node not in tree.body and isinstance(node, ast.FunctionDef) and node.col_offset > 4
-                assert nested or ast.get_docstring(node), f"{path}: {node.name}"
+                assert ast.get_docstring(node), f"{path}: {node.name}"
 
 
 def test_every_preset_has_a_purpose_and_a_mini() -> None:

@@ -1,4 +1,4 @@
-"""P1: every op against the numpy float64 oracle, its gradients, and its fast form against its exact one. Budget: 40 s."""
+"""P1: every op against the numpy float64 oracle, its gradients, and fast against exact forms. Budget: 40 s."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""The PyTorch engine: model, optimizer and device behind core.engine.Engine. Reads as a translation of the MLX engine."""
+"""The PyTorch engine: model, optimizer and device behind core.engine.Engine. A translation of the MLX engine."""
 
 import resource
 import sys
@@ -8,7 +8,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from backends.cuda import optim, ops
+from backends.cuda import ops, optim
 from backends.cuda.model import Model
 from core.engine import Arrays, Batch, EngineOptions, StepResult
 from core.params import check_arrays, param_table
@@ -178,7 +178,7 @@ class Engine:
         best = float("inf")
         for _ in range(repeats + 1):
             start = time.perf_counter()
-            a @ a
+            torch.matmul(a, a)
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
             best = min(best, time.perf_counter() - start)

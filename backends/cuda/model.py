@@ -94,7 +94,8 @@ class Model(nn.Module):
         if self._config.documents == "isolated":
             seq = tokens_BT.shape[1]
             mask = ops.causal_mask(seq, seq, ops.document_ids(tokens_BT, self._config.bos))
-        return Context(*tables, mask)
+        cos, sin = tables
+        return Context(cos, sin, mask)
 
     def forward(self, tokens_BT, tables, dtype, record=None):
         """Return logits (B, T, V), float32 or wider; `record` (a dict) collects the stream after every layer."""

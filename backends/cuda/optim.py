@@ -5,7 +5,7 @@ import torch
 
 def global_norm(grads):
     """Return the root of the sum of all squared gradients."""
-    return torch.sqrt(sum(torch.sum(torch.square(g)) for g in grads))
+    return torch.sqrt(torch.sum(torch.stack([torch.sum(torch.square(g)) for g in grads])))
 
 
 def clip_scale(norm, limit):

@@ -1,4 +1,4 @@
-"""The MLX engine: model, optimizer and device behind core.engine.Engine. Reads as a translation of the CUDA engine."""
+"""The MLX engine: model, optimizer and device behind core.engine.Engine. A translation of the PyTorch engine."""
 
 import shutil
 import time
@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from backends.mlx import optim, ops
+from backends.mlx import ops, optim
 from backends.mlx.blas import load_fast_blas
 from backends.mlx.model import Model
 from core.engine import Arrays, Batch, EngineOptions, StepResult
@@ -48,7 +48,7 @@ class Engine:
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         self._table = param_table(config.model)
         self._model = Model(config.model, self._exact)
-        names = {name: tuple(value.shape) for name, value in tree_flatten(self._model.parameters())}
+        names = {name: tuple(value.shape) for name, value in dict(tree_flatten(self._model.parameters())).items()}
         check_arrays(weights, names, "weights for the MLX model")
         self._tables: dict[int, tuple[mx.array, mx.array]] = {}
         self._in_flight: deque[Pending] = deque()
@@ -156,7 +156,7 @@ class Engine:
         objective, _, grads = self._gradient(
             self._params, mx.array(batch.tokens), mx.array(batch.targets), self._rope(batch.tokens.shape[1])
         )
-        return objective.item(), {name: np.array(grads[name]) for name in self._table}
+        return float(objective.item()), {name: np.array(grads[name]) for name in self._table}
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         tables = self._rope(tokens.shape[1])

@@ -5,7 +5,7 @@ import mlx.core as mx
 
 def global_norm(grads):
     """Return the root of the sum of all squared gradients."""
-    return mx.sqrt(sum(mx.sum(mx.square(g)) for g in grads))
+    return mx.sqrt(mx.sum(mx.stack([mx.sum(mx.square(g)) for g in grads])))
 
 
 def clip_scale(norm, limit):

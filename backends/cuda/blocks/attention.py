@@ -8,7 +8,7 @@ from backends.cuda.blocks.linear import Linear
 
 
 class Attention(nn.Module):
-    """Mix positions by attention. Letters: B rows, T positions, D width, H heads, G key/value heads, K head channels."""
+    """Mix positions by attention. Letters: B rows, T positions, D width, H heads, G key/value heads, K channels."""
 
     def __init__(self, config, exact):
         super().__init__()
