@@ -1,0 +1,165 @@
+"""Scoring, the only path: windows go through the engine, nats into the ledger, and bits per byte comes from that."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from core import rng
+from core.config import ConfigError, EvalConfig
+from core.data import Dataset, Split
+from core.scoring.accounting import bits_per_byte, count_bytes, ratio_error
+from core.scoring.ledger import Ledger, LedgerError, Scored
+from core.scoring.windows import Windows, cut, document_ranges, document_windows, sliding
+
+
+class Scorer(Protocol):
+    """What scoring needs of an engine."""
+
+    def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Return -log p(target) in nats for every position: (rows, seq) int32 -> (rows, seq) float."""
+        ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the validation text cost."""
+
+    bpb: float
+    """Bits per byte under `byte_rule`."""
+    byte_rule: Literal["table", "raw"]
+    """table: the official byte table; raw: UTF-8 bytes of the original text."""
+    nats: float
+    """Sum over the scored targets."""
+    targets: int
+    bytes: int
+    loss: float
+    """Mean nats per target."""
+    documents: int
+    total_documents: int
+    full: bool
+    """The whole validation text, every target once."""
+    error: float | None
+    """Standard error of `bpb` in an estimate; None for a score, and where one document says nothing about spread."""
+    bpb_raw: float | None
+    """Bits per raw byte, where the raw bytes are known."""
+    windows: str
+    """How the text was cut."""
+
+    @property
+    def label(self) -> str:
+        """`score` for the whole validation text, else `estimate`."""
+        return "score" if self.full else "estimate"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields and the label as plain JSON values."""
+        return {"label": self.label, **dataclasses.asdict(self)}
+
+
+def score(
+    engine: Scorer,
+    dataset: Dataset,
+    config: EvalConfig,
+    *,
+    documents: int | None,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    ledger: Ledger | None = None,
+    weights_version: int = 0,
+) -> Score:
+    """Score the validation text: all of it as `config` says, or `documents` documents drawn by `seed` as an estimate.
+
+    An estimate scores each drawn document by itself (windows inside documents, whatever `config.windows` says), and
+    stays an estimate even if the draw takes them all. Windows that are already in `ledger` are not scored again, so a
+    killed evaluation goes on. `progress` gets (windows done, windows in all). ConfigError if there is nothing to score
+    or no byte rule applies; LedgerError if the engine's numbers are not finite or `ledger` is of another text.
+    """
+    split = dataset.val
+    if len(split) < 2:
+        raise ConfigError(f"data {dataset.name}: {len(split)} validation tokens; scoring needs at least 2")
+    total = len(split.document_starts)
+    drawn = None if documents is None else rng.choose(seed, "eval/documents", total, min(documents, total))
+    begins, ends, cuts = _select(split, config, drawn)
+    counted = count_bytes(dataset, begins, ends, drawn)  # first, so that a missing byte rule costs no forward pass
+    ledger = Ledger(len(split)) if ledger is None else ledger
+    _run(engine, split, cuts, config, ledger, weights_version, progress)
+    nats = np.array([ledger.total(a + 1, b + 1) for a, b in zip(begins.tolist(), ends.tolist(), strict=True)])
+    targets, all_nats, all_bytes = int((ends - begins).sum()), float(nats.sum()), int(counted.counted.sum())
+    raw_bytes = 0 if counted.raw is None else int(counted.raw.sum())
+    error = None if drawn is None else ratio_error(nats, counted.counted, total)
+    return Score(
+        bpb=bits_per_byte(all_nats, all_bytes),
+        byte_rule=counted.rule,
+        nats=all_nats,
+        targets=targets,
+        bytes=all_bytes,
+        loss=all_nats / targets,
+        documents=total if drawn is None else len(drawn),
+        total_documents=total,
+        full=drawn is None,
+        error=None if error is None else bits_per_byte(error, 1),
+        bpb_raw=bits_per_byte(all_nats, raw_bytes) if raw_bytes else None,
+        windows=f"{config.windows if drawn is None else 'documents'} seq={config.seq} stride={_stride(config)}",
+    )
+
+
+def _stride(config: EvalConfig) -> int:
+    return config.stride or config.seq
+
+
+def _select(split: Split, config: EvalConfig, drawn: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, Windows]:
+    """Return (begins, ends) of the input ranges that are scored and summed, and the windows that cover them."""
+    starts = split.document_starts
+    if drawn is not None:
+        begins, ends = (side[drawn] for side in document_ranges(len(split), starts))
+        return begins, ends, cut(begins, ends, config.seq, _stride(config))
+    whole = np.zeros(1, np.int64), np.array([len(split) - 1], np.int64)
+    if config.windows == "documents":
+        return *whole, document_windows(len(split), starts, config.seq, _stride(config))
+    return *whole, sliding(len(split), config.seq, _stride(config))
+
+
+def score_batch(
+    engine: Scorer, split: Split, part: Windows, config: EvalConfig, ledger: Ledger, weights_version: int
+) -> tuple[Scored, ...]:
+    """Score at most config.batch windows in one forward pass and return the ranges that are now in the ledger.
+
+    Windows are padded at their end and the batch with empty rows to (config.batch, config.seq): one static shape, and a
+    causal model cannot see the padding. A driver that learns takes the ranges and passes the next weights version.
+    """
+    tokens = np.zeros((config.batch, config.seq), np.int32)
+    targets = np.zeros_like(tokens)
+    for row, (start, length) in enumerate(zip(part.start.tolist(), part.length.tolist(), strict=True)):
+        text = split.read(start, start + length + 1)
+        tokens[row, :length], targets[row, :length] = text[:-1], text[1:]
+    nats = np.asarray(engine.nll(tokens, targets), np.float64)
+    if nats.shape != tokens.shape:
+        raise LedgerError(f"the engine returned nll of shape {nats.shape}, expected {tokens.shape}")
+    offset = np.arange(config.seq)
+    kept = (offset >= part.first[:, None]) & (offset < part.length[:, None])
+    positions = part.start[:, None] + offset + 1
+    return ledger.write(positions[kept], nats[: len(kept)][kept], weights_version)
+
+
+def _run(
+    engine: Scorer,
+    split: Split,
+    cuts: Windows,
+    config: EvalConfig,
+    ledger: Ledger,
+    weights_version: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Score every window whose targets are not in the ledger yet."""
+    if ledger.tokens != len(split):
+        raise LedgerError(f"the ledger is for {ledger.tokens} tokens, the text has {len(split)}: start a new one")
+    total = len(cuts.start)
+    todo = cuts.take(~ledger.written(cuts.start + cuts.length))
+    skipped = total - len(todo.start)
+    for i in range(0, len(todo.start), config.batch):
+        part = todo.take(slice(i, i + config.batch))
+        score_batch(engine, split, part, config, ledger, weights_version)
+        if progress is not None:
+            progress(skipped + i + len(part.start), total)

@@ -1,0 +1,83 @@
+"""Bytes: what nats are divided by, under the official table or under the raw text, and the error of an estimate."""
+
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from core.config import ConfigError
+from core.data import Dataset, Split
+from core.tokenizer import Tokenizer, token_bytes
+
+CHUNK = 1 << 20
+"""Tokens held at once while bytes are counted."""
+
+
+def bits_per_byte(nats: float, byte_count: int) -> float:
+    """Return bits per byte of text that cost `nats` in total: nats / ln 2 / bytes. The one place that does."""
+    return nats / math.log(2.0) / byte_count
+
+
+class Bytes(NamedTuple):
+    """Bytes of each scored range, (ranges,) int64, under the rule that applies."""
+
+    rule: Literal["table", "raw"]
+    counted: np.ndarray
+    """Bytes under `rule`."""
+    raw: np.ndarray | None
+    """UTF-8 bytes of the original text, where known."""
+
+
+def count_bytes(dataset: Dataset, begins: np.ndarray, ends: np.ndarray, documents: np.ndarray | None) -> Bytes:
+    """Count the bytes of validation targets begin + 1 .. end of each range, by the table if it holds, else raw.
+
+    `documents` are the documents that the ranges are; None: one range, all of them. The table does not hold where a
+    token may be unknown, which it charges 0 bytes. ConfigError if neither rule can be used.
+    """
+    raw = dataset.val.document_bytes
+    if raw is not None:
+        raw = np.array([np.sum(raw)]) if documents is None else np.asarray(raw)[documents]
+    table = _table_bytes(dataset.val, dataset.tokenizer, begins, ends)
+    counted = raw if table is None else table
+    if counted is None:
+        raise ConfigError(
+            f"data {dataset.name}: bits per byte is undefined: its tokenizer has no byte pieces (or its text has "
+            "unknown tokens) and the raw bytes of its text were not recorded; prepare it again with `skc data prepare`"
+        )
+    if counted.sum() <= 0:
+        raise ConfigError(
+            f"data {dataset.name}: the validation text has no bytes; prepare it again from non-empty text"
+        )
+    return Bytes("raw" if table is None else "table", counted, raw)
+
+
+def _table_bytes(split: Split, tokenizer: Tokenizer, begins: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
+    """Return bytes by the official table (spec/challenge.md A.5) per range, or None where the table does not hold."""
+    if not tokenizer.byte_pieces or split.unknown_tokens:
+        return None
+    counted = np.zeros(len(begins), np.int64)
+    for i, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
+        for start in range(begin, end, CHUNK):
+            tokens = split.read(start, min(start + CHUNK, end) + 1)
+            if (tokens[1:] == tokenizer.unknown).any():
+                return None
+            counted[i] += token_bytes(tokenizer.table, tokens[:-1], tokens[1:]).sum(dtype=np.int64)
+    return counted
+
+
+def ratio_error(nats: np.ndarray, byte_counts: np.ndarray, population: int) -> float | None:
+    """Return the standard error of sum(nats) / sum(bytes) over documents drawn uniformly without replacement.
+
+    Delete-one jackknife with finite-population correction, for k of N documents:
+    sqrt((1 - k / N) (k - 1) / k * sum((ratio without i - ratio)^2)). For many documents it equals linearisation
+    (Cochran, Sampling Techniques, chapter 6), which for few documents of unequal length is up to 40 % too small.
+    None where the draw says nothing about spread: one document of several, or one that holds all the bytes.
+    """
+    k, total = len(nats), byte_counts.sum()
+    if k == population:
+        return 0.0
+    rest = total - byte_counts
+    if k == 1 or rest.min() <= 0:
+        return None
+    shift = (nats.sum() - nats) / rest - nats.sum() / total
+    return math.sqrt((1 - k / population) * (k - 1) / k * float(shift @ shift))
