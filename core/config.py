@@ -236,8 +236,8 @@ class ExportConfig:
     """Largest total of artifact and code, in bytes."""
     code_bytes: int = 40_000
     """Bytes of the budget that are reserved for code."""
-    brotli_quality: int = 11
-    """Compression effort, 0 to 11."""
+    brotli_quality: int = 5
+    """Compression effort, 0 to 11 (docs/log.md: more than 5 costs time and wins nothing on float16 planes)."""
 
     def __post_init__(self) -> None:
         require(0 <= self.brotli_quality <= 11, f"export.brotli_quality={self.brotli_quality}: expected 0 to 11")
@@ -281,8 +281,9 @@ def from_json(kind: type, values: Any, where: str = "config") -> Any:
     hints = typing.get_type_hints(kind)
     fields = [f.name for f in dataclasses.fields(kind)]
     for key in values:
-        close = difflib.get_close_matches(str(key), fields, 1)
-        require(key in fields, f"{where}.{key}: unknown key" + (f"; did you mean {close[0]}?" if close else ""))
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, 1)
+            raise ConfigError(f"{where}.{key}: unknown key" + (f"; did you mean {close[0]}?" if close else ""))
     for name in fields:
         require(name in values, f"{where}.{name}: missing")
     return kind(**{name: _coerce(hints[name], values[name], f"{where}.{name}") for name in fields})

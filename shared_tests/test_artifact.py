@@ -22,7 +22,7 @@ from core.params import param_table, start_values
 from core.presets import PRESETS
 
 GOLDEN = Path(__file__).parent / "golden" / "artifact_v0.skc"
-GOLDEN_SHA256 = "3698e5df1b1803684d0308d7fa1a90c26825b996b0a03428d5ef3dcc8a7c4601"
+GOLDEN_SHA256 = "41564e5794fbe78b634df5eb06af8e56edb9530242fe632e1de4ff84b7217efc"
 MODEL = ModelConfig(
     vocab=11, dim=8, layers=2, heads=2, kv_heads=1, mlp_hidden=6, rope_dims=2, embed_dim=4, vocab_bias=True,
     unet_skips=True, residual_mix=True,
@@ -101,7 +101,8 @@ def test_golden(tmp_path: Path) -> None:
 def test_layout_is_the_documented_one(good: bytes) -> None:
     header, payload = parts(good)
     table = param_table(MODEL)
-    raw = b"".join(some_weights()[name].astype("<f2").tobytes() for name in table)
+    bits = np.concatenate([some_weights()[name].astype("<f2").view("<u2").ravel() for name in table])
+    raw = (bits & 0xFF).astype(np.uint8).tobytes() + (bits >> 8).astype(np.uint8).tobytes()
     assert brotli.decompress(payload) == raw
     assert header == {
         "schema": 0,

@@ -156,7 +156,7 @@ class Engine:
         objective, _, grads = self._gradient(
             self._params, mx.array(batch.tokens), mx.array(batch.targets), self._rope(batch.tokens.shape[1])
         )
-        return float(objective.item()), {name: np.array(grads[name]) for name in self._table}
+        return float(np.array(objective)), {name: np.array(grads[name]) for name in self._table}
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         tables = self._rope(tokens.shape[1])

@@ -66,7 +66,8 @@ def write_artifact(
     shapes = _shapes(path, model)
     check_arrays(weights, shapes, str(path))
     _check_strings(path, tokenizer_sha256, provenance)
-    raw = b"".join(_to_float16(path, name, weights[name]) for name in shapes)
+    halves = b"".join(_to_float16(path, name, weights[name]) for name in shapes)
+    raw = np.frombuffer(halves, np.uint8).reshape(-1, 2).T.tobytes()  # low bytes, then high: brotli finds more
     payload = brotli.compress(raw, quality=quality)
     sha256 = hashlib.sha256(raw).hexdigest()
     header = _dumps(_header(model, shapes, tokenizer_sha256, provenance, len(payload), sha256))
@@ -228,8 +229,9 @@ def _to_float16(path: str | Path, name: str, values: np.ndarray) -> bytes:
 
 def _from_float16(path: str | Path, raw: bytes, shapes: Shapes) -> Arrays:
     weights, offset = {}, 0
+    halves = np.frombuffer(raw, np.uint8).reshape(2, -1).T.tobytes()
     for name, shape in shapes.items():
-        half = np.frombuffer(raw, "<f2", math.prod(shape), offset)
+        half = np.frombuffer(halves, "<f2", math.prod(shape), offset)
         if not np.isfinite(half).all():
             _fail(path, name, "has a value that is not finite")
         weights[name] = half.astype(np.float32).reshape(shape)
