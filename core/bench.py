@@ -6,6 +6,7 @@ so that a noisy machine disturbs all variants alike. `python -m core.bench` is t
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -62,7 +63,8 @@ class BenchReport:
     vocab: int
     threads: int
     rounds: int
-    steps: int
+    seconds: float
+    """Time that one round of one variant takes at least; a slow variant runs one step."""
     flops_per_token: int
     flop_rule: str
     reference: str
@@ -77,7 +79,7 @@ class BenchReport:
         """Return the table as text."""
         out = [
             f"{self.preset}: {self.parameters:,} parameters, B={self.batch} T={self.seq} V={self.vocab}, "
-            f"{self.threads} thread(s), medians of {self.rounds} interleaved rounds of {self.steps} steps",
+            f"{self.threads} thread(s), medians of {self.rounds} interleaved rounds of {self.seconds:g} s",
             f"{self.flops_per_token / 1e6:.2f} MFLOP/token; {self.flop_rule}",
             f"peak: ({PEAK_SIZE}, {PEAK_SIZE}) matmul of {self.reference}, {self.reference_peak / 1e9:.1f} GFLOP/s",
             "",
@@ -110,7 +112,7 @@ def run_bench(
     *,
     variants: list[str] | None = None,
     rounds: int = 5,
-    steps: int = 3,
+    seconds: float = 5.0,
     threads: int = 1,
     report: Callable[[str], None] = lambda line: None,
 ) -> BenchReport:
@@ -121,8 +123,10 @@ def run_bench(
             raise ConfigError(f"bench: variant {name!r} does not exist; known: {', '.join(VARIANTS)}")
     if not names:
         raise ConfigError("bench: no backend is installed; pip install -e '.[mlx]' or '.[torch]'")
-    if min(rounds, steps, threads) < 1:
-        raise ConfigError(f"bench: rounds={rounds}, steps={steps}, threads={threads}: expected at least 1 each")
+    if min(rounds, threads) < 1 or seconds <= 0:
+        raise ConfigError(
+            f"bench: rounds={rounds}, threads={threads}, seconds={seconds}: expected at least 1, 1 and above 0"
+        )
     workers = {name: _Worker(name, config, threads) for name in names}
     try:
         ready = {}
@@ -134,8 +138,8 @@ def run_bench(
         for turn in range(rounds):
             for name, worker in workers.items():
                 report(f"round {turn + 1}/{rounds}: {name}")
-                answer = worker.ask(f"steps {steps}")
-                times[name].append(answer["seconds"] / steps)
+                answer = worker.ask(f"steps {max(1, math.ceil(seconds / ready[name]['step']))}")
+                times[name].append(answer["seconds"] / answer["steps"])
                 peaks[name].append(answer["peak"])
         stats = {name: worker.ask("stats") for name, worker in workers.items()}
     finally:
@@ -172,7 +176,7 @@ def run_bench(
         m.vocab,
         threads,
         rounds,
-        steps,
+        seconds,
         work,
         FLOP_RULE,
         reference,
@@ -229,15 +233,17 @@ def _serve(variant: str, config: RunConfig, lines: IO[str]) -> None:
     batch, plan = Batch(rows[:, :-1], rows[:, 1:]), schedule.plan(0, 0.5, config.train)
     for line in lines:
         if line.startswith("ready"):
+            engine.train_step(batch, plan).result()  # compiles
+            start = time.perf_counter()
             engine.train_step(batch, plan).result()
-            engine.train_step(batch, plan).result()
-            answer: dict = {"device": engine.device, "dtype": engine.dtype, "notes": engine.notes}
+            took = time.perf_counter() - start
+            answer: dict = {"device": engine.device, "dtype": engine.dtype, "notes": engine.notes, "step": took}
         elif line.startswith("steps"):
             peak = engine.matmul_rate(PEAK_SIZE, 5)
-            start = time.perf_counter()
-            pending = [engine.train_step(batch, plan) for _ in range(int(line.split()[1]))]
+            steps, start = int(line.split()[1]), time.perf_counter()
+            pending = [engine.train_step(batch, plan) for _ in range(steps)]
             pending[-1].result()
-            answer = {"seconds": time.perf_counter() - start, "peak": peak}
+            answer = {"seconds": time.perf_counter() - start, "steps": steps, "peak": peak}
         else:
             answer = engine.stats()
         print(json.dumps(answer), flush=True)

@@ -66,15 +66,15 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None, exact: bool) -> 
     return out
 
 
-def relu2(x: Array) -> Array:
+def relu2(x: Array, exact: bool) -> Array:
     return np.where(x > 0, x, 0) ** 2
 
 
-def leaky_relu2(x: Array) -> Array:
+def leaky_relu2(x: Array, exact: bool) -> Array:
     return np.where(x > 0, x, 0.5 * x) ** 2
 
 
-def softcap(x: Array, cap: float) -> Array:
+def softcap(x: Array, cap: float, exact: bool) -> Array:
     return cap * np.tanh(x / cap)
 
 
@@ -115,7 +115,7 @@ def model(config: ModelConfig, weights: dict[str, Array], tokens: Array) -> Arra
     x = rms_norm(x, eps, True)
     logits = linear(linear(x, w["embed_down.weight"]) if config.embed_dim else x, w["embed.weight"])
     logits = logits + w["vocab_bias"] if config.vocab_bias else logits
-    return logits if config.softcap is None else softcap(logits, config.softcap)
+    return logits if config.softcap is None else softcap(logits, config.softcap, True)
 
 
 def layer(
@@ -136,4 +136,4 @@ def layer(
     x = x + w["mixer_scale"] * linear(y.transpose(0, 2, 1, 3).reshape(rows, seq, dim), w["mixer.o.weight"])
     n = rms_norm(x, config.norm_eps, True) * damp
     activation = {"relu2": relu2, "leaky_relu2": leaky_relu2}[config.activation]
-    return x + w["mlp_scale"] * linear(activation(linear(n, w["mlp.up.weight"])), w["mlp.down.weight"])
+    return x + w["mlp_scale"] * linear(activation(linear(n, w["mlp.up.weight"]), True), w["mlp.down.weight"])

@@ -12,8 +12,8 @@ from shared_tests.harness import module
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORKS = {"torch", "mlx", "triton"}
-ONE_TWIN_ONLY = {"blas.py"}
-"""MLX: its Linux wheel needs a fast BLAS loaded first; torch brings its own."""
+ONE_TWIN_ONLY = {"blas.py", "fused.py"}
+"""MLX: its Linux wheel needs a fast BLAS loaded first. CUDA: eager torch needs hand-written gradients, MLX compiles."""
 
 
 def imports(path: Path) -> set[str]:

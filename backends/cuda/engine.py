@@ -85,7 +85,8 @@ class Engine:
     @torch.no_grad()
     def _update(self, params, state, grads, loss, hyper, count):
         """Return (mean loss, norm, finite) after one clipped and guarded update of params and state, in place."""
-        loss, grads = loss / count, {name: g / count for name, g in grads.items()}
+        if count != 1:  # CUDA: eager torch would walk all gradients once more for nothing
+            loss, grads = loss / count, {name: g / count for name, g in grads.items()}
         norm = optim.global_norm(grads.values())
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         scale = optim.clip_scale(norm, self._train.clip)

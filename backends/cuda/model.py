@@ -36,7 +36,7 @@ class Layer(nn.Module):
         self._damp = (index + 1) ** -0.5 if config.depth_damping else 1.0
         self.mixer = BLOCKS[config.kinds[index]](config, exact)
         self.mixer_scale = nn.Parameter(torch.zeros(config.dim))
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, exact)
         self.mlp_scale = nn.Parameter(torch.zeros(config.dim))
         if config.residual_mix:
             self.stream_mix = nn.Parameter(torch.zeros(config.dim))
@@ -86,7 +86,9 @@ class Model(nn.Module):
             logits_BTV = logits_BTV.float()
         if self._config.vocab_bias:
             logits_BTV = logits_BTV + self.vocab_bias
-        return logits_BTV if self._config.softcap is None else ops.softcap(logits_BTV, self._config.softcap)
+        return (
+            logits_BTV if self._config.softcap is None else ops.softcap(logits_BTV, self._config.softcap, self._exact)
+        )
 
     def context(self, tokens_BT, tables):
         """Return the Context of these rows; tables is (cos, sin) for their length."""

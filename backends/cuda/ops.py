@@ -1,11 +1,14 @@
 """The ops of the model in PyTorch. Same names and signatures as backends/mlx/ops.py.
 
-`exact` picks the composed form, which mirrors MLX's float64-safe one; the fast forms are the framework's own.
+`exact` picks the composed form, which mirrors MLX's float64-safe one; the fast forms are the framework's own, or have
+hand-written gradients (fused.py).
 Shapes: B rows, T positions, S key positions, H heads, G key/value heads, K channels of a head, D width, V vocabulary.
 """
 
 import torch
 import torch.nn.functional as F
+
+from backends.cuda.fused import CrossEntropy, RMSNorm, Softcap, SquaredLeaky
 
 MASKED = -1e30
 """Score of a hidden key: its weight underflows to exactly 0, and no inf - inf can arise."""
@@ -45,7 +48,7 @@ def linear(x, weight):
 def rms_norm(x, eps, exact):
     """Return x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 for bfloat16 input."""
     if not exact:
-        return F.rms_norm(x, (x.shape[-1],), None, eps)
+        return RMSNorm.apply(x, eps)
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(torch.mean(torch.square(wide), dim=-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -100,23 +103,25 @@ def attention(q, k, v, mask, exact):
     return (softmax(scores, exact) @ v[:, :, None]).reshape(rows, heads, queries, width)
 
 
-def relu2(x):
+def relu2(x, exact):
     """Return max(x, 0)^2."""
-    return torch.square(torch.relu(x))
+    return torch.square(torch.relu(x)) if exact else SquaredLeaky.apply(x, 0.0)
 
 
-def leaky_relu2(x):
+def leaky_relu2(x, exact):
     """Return LeakyReLU(x, slope 0.5)^2."""
-    return torch.square(F.leaky_relu(x, 0.5))
+    return torch.square(F.leaky_relu(x, 0.5)) if exact else SquaredLeaky.apply(x, 0.5)
 
 
-def softcap(x, cap):
+def softcap(x, cap, exact):
     """Return cap * tanh(x / cap)."""
-    return cap * torch.tanh(x / cap)
+    return cap * torch.tanh(x / cap) if exact else Softcap.apply(x, cap)
 
 
 def cross_entropy(logits, targets, exact):
     """Return (-log softmax(logits)[target], logsumexp(logits)): (..., V) and (...) int -> (...) and (...)."""
+    if not exact:
+        return CrossEntropy.apply(logits, targets)
     total = logsumexp(logits, exact)
     return total - torch.gather(logits, -1, targets[..., None].long()).squeeze(-1), total
 

@@ -1,7 +1,8 @@
 """The ops of the model in MLX. Same names and signatures as backends/cuda/ops.py.
 
 `exact` picks the float64-safe form: MLX's float64 exp, softmax, logsumexp, rms_norm and attention are only good to
-1e-7, so the exact forms are built from power, sums and products. The fast forms are the framework's own.
+1e-7, so the exact forms are built from power, sums and products. The fast forms are the framework's own; where
+`exact` is ignored, one form is both good and fast.
 Shapes: B rows, T positions, S key positions, H heads, G key/value heads, K channels of a head, D width, V vocabulary.
 """
 
@@ -99,17 +100,17 @@ def attention(q, k, v, mask, exact):
     return (softmax(scores, exact) @ v[:, :, None]).reshape(rows, heads, queries, width)
 
 
-def relu2(x):
+def relu2(x, exact):
     """Return max(x, 0)^2."""
     return mx.square(mx.maximum(x, 0))
 
 
-def leaky_relu2(x):
+def leaky_relu2(x, exact):
     """Return LeakyReLU(x, slope 0.5)^2."""
     return mx.square(mx.maximum(x, 0.5 * x))
 
 
-def softcap(x, cap):
+def softcap(x, cap, exact):
     """Return cap * tanh(x / cap)."""
     return cap * mx.tanh(x / cap)
 

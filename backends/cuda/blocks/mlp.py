@@ -11,11 +11,11 @@ ACTIVATIONS = {"relu2": ops.relu2, "leaky_relu2": ops.leaky_relu2}
 class MLP(nn.Module):
     """y = down(activation(up(x)))."""
 
-    def __init__(self, config):
+    def __init__(self, config, exact):
         super().__init__()
-        self._activation = ACTIVATIONS[config.activation]
+        self._activation, self._exact = ACTIVATIONS[config.activation], exact
         self.up = Linear(config.dim, config.mlp_hidden)
         self.down = Linear(config.mlp_hidden, config.dim)
 
     def forward(self, x_BTD):
-        return self.down(self._activation(self.up(x_BTD)))
+        return self.down(self._activation(self.up(x_BTD), self._exact))
