@@ -1,0 +1,199 @@
+"""`skc VERB ...`: finds the verb, reads its options, runs it, and turns what went wrong into one line and an exit code.
+
+0: done; 1: a check failed; 2: the user's input was wrong; 130: interrupted. Bugs keep their traceback.
+"""
+
+import contextlib
+import difflib
+import errno
+import importlib
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from core.console import Console, one_line
+
+
+class Verb(NamedTuple):
+    """Where a verb lives: its module has a dataclass of options and a function of (options, Context)."""
+
+    module: str
+    options: str
+    function: str
+    purpose: str
+    preset: bool = False
+    """The first argument names a preset, whose settings the options replace."""
+
+
+VERBS = {
+    "doctor": Verb("core.verbs.look", "Doctor", "doctor", "check this machine: versions, devices, BLAS, both backends"),
+    "presets": Verb("core.verbs.look", "Presets", "list_presets", "list the named runs"),
+    "info": Verb("core.verbs.look", "Info", "info", "parameters, bytes against the budget, FLOPs of a preset", True),
+    "data sample": Verb("core.verbs.data", "Sample", "sample", "prepare the bundled text"),
+    "data prepare": Verb("core.verbs.data", "Prepare", "prepare_text", "tokenise text files into shards"),
+    "data adopt": Verb("core.verbs.data", "Adopt", "adopt", "use a folder of downloaded official shards"),
+    "train": Verb("core.verbs.make", "Train", "train_run", "train a preset, score it, export it, report", True),
+    "eval": Verb("core.verbs.judge", "Eval", "evaluate", "score a run or an artifact on validation text"),
+    "sample": Verb("core.verbs.judge", "Sample", "write_text", "let a run or an artifact write text"),
+    "export": Verb("core.verbs.make", "Export", "export_run", "write a run's artifact, reload it, score it again"),
+    "parity": Verb("core.verbs.judge", "Parity", "parity", "hold both backends to each other", True),
+    "bench": Verb("core.verbs.judge", "Bench", "bench", "measure training speed", True),
+}
+USER_ERRNO = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EROFS,
+    errno.EDQUOT, errno.ENAMETOOLONG,
+)  # fmt: skip
+
+
+class UsageError(ValueError):
+    """The command line cannot be read."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (None: the process's own) and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = "skc"
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_help(VERBS))
+            return 0
+        verb, rest = _find(argv)
+        if verb is None:
+            print(_help({key: value for key, value in VERBS.items() if key.startswith(f"{argv[0]} ")}))
+            return 0
+        name = f"skc {verb}"
+        options = _parse(verb, rest)
+        return _run(VERBS[verb], options, shlex.join(["skc", *argv]))
+    except KeyboardInterrupt:
+        print(
+            f"{name}: interrupted; the same command goes on from the last checkpoint, if it made one", file=sys.stderr
+        )
+        return 130
+    except BrokenPipeError:  # `| head`: nobody reads on, and the interpreter must not complain when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, ArithmeticError, OSError) as error:
+        if not _is_users(error):
+            raise
+        print(f"{name}: {_message(error)}", file=sys.stderr)
+        return 1 if isinstance(error, ArithmeticError) else 2
+
+
+def _run(verb: Verb, options: Any, command: str) -> int:
+    from core.verbs.common import Context
+
+    context = Context(Console(options.json), command)
+    try:
+        outcome = getattr(importlib.import_module(verb.module), verb.function)(options, context)
+    finally:
+        context.say.clear()
+    context.say.result({"ok": outcome.ok, **outcome.value})
+    return 0 if outcome.ok else 1
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the user can do something about it: our own typed errors, and files that cannot be opened or written."""
+    if isinstance(error, OSError):
+        return error.errno in USER_ERRNO
+    return type(error).__module__.startswith("core.") or type(error) is UsageError
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        hint = "; free some space, what was saved before is intact" if error.errno == errno.ENOSPC else ""
+        return one_line(f"{where}{error.strerror}{hint}")
+    return one_line(error)
+
+
+def _help(verbs: dict[str, Verb]) -> str:
+    width = max(map(len, verbs))
+    lines = [f"  {name.ljust(width)}  {verb.purpose}" for name, verb in verbs.items()]
+    return "\n".join(
+        ["usage: skc VERB ...", "", *lines, "", "skc VERB --help shows its options; every verb takes --json"]
+    )
+
+
+def _find(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Return the verb of a command line and its arguments; None for the verb: help on a group was asked for."""
+    groups = {name.split()[0] for name in VERBS if " " in name}
+    words = 2 if argv[0] in groups else 1
+    if words == 2 and argv[1:2] in (["-h"], ["--help"]):
+        return None, []
+    name = " ".join(argv[:words])
+    if words == 2 and name not in VERBS:
+        members = ", ".join(verb for verb in VERBS if verb.startswith(f"{argv[0]} "))
+        raise UsageError(f"unknown verb {name!r}; expected one of: {members}")
+    if name in VERBS:
+        return name, argv[words:]
+    known = sorted({*VERBS, *groups})
+    close = difflib.get_close_matches(name, known, 1)
+    raise UsageError(f"unknown verb {name!r}; {f'did you mean {close[0]}?' if close else 'see: skc --help'}")
+
+
+def _parse(name: str, arguments: list[str]) -> Any:
+    """Return a verb's options; UsageError in one line for whatever tyro says in many."""
+    import tyro
+
+    verb = VERBS[name]
+    kind = getattr(importlib.import_module(verb.module), verb.options)
+    purpose = f"{verb.purpose[0].upper()}{verb.purpose[1:]}."
+    wants_help = any(a in ("-h", "--help") for a in arguments)
+    default: Any = None
+    if verb.preset:
+        from core import presets
+
+        if arguments and not arguments[0].startswith("-"):
+            default = kind.of(presets.get(arguments[0]).config)
+            arguments = arguments[1:]
+        elif not wants_help:
+            raise UsageError(f"name a preset first: skc {name} PRESET [options]; known: {', '.join(presets.PRESETS)}")
+        purpose += " The defaults are the preset's: skc " + name + " PRESET --help shows them."
+    program = f"skc {name} PRESET" if verb.preset else f"skc {name}"
+    keywords: dict[str, Any] = {} if default is None else {"default": default}
+    messages = io.StringIO()
+    try:
+        with contextlib.nullcontext() if wants_help else _captured(messages):
+            return tyro.cli(kind, args=arguments, prog=program, description=purpose, use_underscores=True, **keywords)
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise UsageError(f"{condense(messages.getvalue())} (see: skc {name} --help)") from None
+
+
+@contextlib.contextmanager
+def _captured(messages: io.StringIO) -> Iterator[None]:
+    """Collect stderr, on a terminal so wide that tyro breaks no line."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "4000"
+    try:
+        with contextlib.redirect_stderr(messages):
+            yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def condense(box: str) -> str:
+    """Return the message of one of tyro's error boxes (a title, a rule, parts with rules between) as one line."""
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    drawn = bool(lines) and lines[0].startswith("╭")  # elsewhere than on a UTF-8 stdout, tyro draws with minus signs
+    lines = [line for line in lines[1 if drawn else 2 :] if line and line[0] != "╰"]
+    ends = [i for i, line in enumerate(lines) if set(line) <= {"─", "-"}] or [len(lines)]
+    message = one_line(" ".join(lines[: ends[0]]))
+    message = re.sub(r"^Error parsing \w+: (?=\w+[.=])", "", message).split(". Got errors: ")[0]
+    rest = " ".join(lines[ends[0] :])
+    near = re.search(r"Perhaps you meant:.*?(--[\w.]+)", rest)
+    kind = re.search(r"Argument helptext:\W+--[\w.]+ (\S+)", rest)
+    hint = f"; did you mean {near.group(1)}?" if near else f"; expected {kind.group(1)}" if kind else ""
+    return message + hint
+
+
+if __name__ == "__main__":
+    sys.exit(main())

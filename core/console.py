@@ -1,0 +1,109 @@
+"""What the user sees while a verb works: lines, one line of progress, tables, and one JSON object at the end."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+PLAIN_EVERY = 10.0
+"""Seconds between progress lines where the output is not a terminal."""
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people read them: 45s, 3m20s, 2h05m."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole // 60 % 60:02d}m"
+
+
+def one_line(message: object) -> str:
+    """Return a message with every run of white space as one space."""
+    return " ".join(str(message).split())
+
+
+class Console:
+    """Lines for people: on stdout, or on stderr when stdout carries the JSON object."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self._stream: TextIO = sys.stderr if as_json else sys.stdout
+        self._terminal = self._stream.isatty()
+        self._log: TextIO | None = None
+        self._status: Any = None
+
+    @contextmanager
+    def copied_to(self, file: TextIO) -> Iterator[None]:
+        """Copy every line to `file` as well."""
+        self._log = file
+        try:
+            yield
+        finally:
+            self._log = None
+
+    def __call__(self, line: str = "") -> None:
+        """Print one line."""
+        self.clear()
+        if self._terminal:
+            from rich.console import Console as Rich
+
+            Rich(file=self._stream, soft_wrap=True).print(line, markup=False, emoji=False)
+        else:
+            print(line, file=self._stream, flush=True)
+        if self._log is not None:
+            print(line, file=self._log, flush=True)
+
+    def progress(self, label: str) -> Callable[..., None]:
+        """Return a function of (done, total) that shows `label`, the share and the time left; `label` may be replaced.
+
+        A terminal shows one moving line; anything else gets a line every ten seconds, so that short work stays quiet.
+        """
+        began = shown = time.monotonic()
+
+        def report(done: int, total: int, label: str = label) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if self._terminal and done >= total:
+                self.clear()
+            elif now - shown >= (0.1 if self._terminal else PLAIN_EVERY):
+                shown = now
+                left = (now - began) * (total - done) / done if done else 0.0
+                self._show(f"{label}: {done}/{total} ({100 * done / max(total, 1):.0f} %), {duration(left)} left")
+
+        return report
+
+    def _show(self, line: str) -> None:
+        if not self._terminal:
+            print(line, file=self._stream, flush=True)
+            return
+        if self._status is None:
+            from rich.console import Console as Rich
+
+            self._status = Rich(file=self._stream).status("")
+            self._status.start()
+        self._status.update(line)
+
+    def clear(self) -> None:
+        """Take the moving line away."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Print aligned columns: numbers to the right, text to the left."""
+        cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+        right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(head))]
+        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+        for row in (head, *cells):
+            padded = zip(row, widths, right, strict=True)
+            self("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in padded).rstrip())
+
+    def result(self, value: dict[str, Any]) -> None:
+        """Print the verb's JSON object on stdout, if it was asked for."""
+        self.clear()
+        if self.as_json:
+            print(json.dumps(value, allow_nan=False), flush=True)

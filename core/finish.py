@@ -1,0 +1,67 @@
+"""What ends a run: the score, the artifact, the score of the artifact as its reader returns it, the report."""
+
+from typing import Any
+
+from core.config import RunConfig
+from core.console import Console
+from core.data import Dataset
+from core.engine import Engine
+from core.export.artifact import read_artifact, write_artifact
+from core.report import write_report
+from core.run import Run
+from core.scoring import Score, score
+from core.train import write_samples
+
+
+def finish(run: Run, engine: Engine, dataset: Dataset, step: int, say: Console) -> dict[str, Any]:
+    """Score the weights of `step`, write the artifact, score it again through its reader, write the report.
+
+    Returns what a verb prints as JSON. `engine` is left with the artifact's weights.
+    """
+    config = run.config
+    scored = final_score(engine, dataset, config, say, "scoring")
+    say(f"{describe(scored)} (weights in memory)")
+    size = write_artifact(
+        run.artifact_path,
+        config.model,
+        engine.params(),
+        tokenizer_sha256=dataset.tokenizer.sha256,
+        provenance={"preset": config.preset, "seed": config.seed, "step": step, "train_seq": config.train.seq},
+        quality=config.export.brotli_quality,
+    )
+    engine.load_params(dict(read_artifact(run.artifact_path).weights))
+    stored = final_score(engine, dataset, config, say, "scoring the artifact")
+    gap = stored.bpb - scored.bpb
+    say(f"{describe(stored)} (artifact, reloaded); round-trip gap {gap:+.6f}")
+    allowed = config.export.budget - config.export.code_bytes
+    verdict = "within" if size <= allowed else "OVER"
+    say(f"artifact {size:,} bytes, {verdict} the {allowed:,} that are left of the budget beside the code")
+    exported = {"score": stored.to_json(), "gap": gap, "bytes": size, "allowed": allowed, "within": size <= allowed}
+    run.log(step, {"final/score": scored.to_json(), "final/artifact": exported})
+    shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
+    texts = shown[-1] if shown else write_samples(run, engine, dataset, step, say)
+    written = [run.artifact_path, *write_report(run)]
+    for path in written:
+        say(f"wrote {path}")
+    return {
+        "run": str(run.path),
+        "step": step,
+        "score": scored.to_json(),
+        "artifact": {"path": str(run.artifact_path), **exported},
+        "samples": texts,
+        "files": [str(path) for path in written],
+    }
+
+
+def final_score(engine: Engine, dataset: Dataset, config: RunConfig, say: Console, label: str) -> Score:
+    """Score as config.eval says, with progress."""
+    report = say.progress(label)
+    return score(engine, dataset, config.eval, documents=config.eval.documents, seed=config.seed, progress=report)
+
+
+def describe(found: Score) -> str:
+    """Return a score in words, with its label and byte rule."""
+    spread = "" if found.error is None else f" ± {found.error:.4f}"
+    what = "all" if found.full else f"{found.documents} of {found.total_documents}"
+    how = f"rule {found.byte_rule}, {what} documents, {found.windows}"
+    return f"{found.label} {found.bpb:.4f}{spread} bits per byte ({how})"

@@ -1,0 +1,271 @@
+"""The run folder: config.json, env.json, metrics.jsonl (the source of every view), log.txt, state/ and results.
+
+A kill at any moment loses at most the steps since the last checkpoint.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from core.config import ConfigError, RunConfig, differences, from_json, to_json
+from core.engine import Arrays, Engine
+from core.export import replace_file
+from core.params import check_arrays, param_table
+
+METRICS = {
+    "train/loss": "mean nats per target since the last line",
+    "train/bpb": "estimate of bits per byte from train/loss and the bytes per token of the training text",
+    "train/grad_norm": "mean global gradient norm before clipping since the last line",
+    "opt/lr": "learning rate of the matrix group",
+    "perf/tok_s": "tokens per second of training time since the last line",
+    "perf/step_ms": "training time per step since the last line",
+    "clock/seconds": "training time since step 0: no evaluation, samples, checkpoints or compilation",
+    "progress": "share of the run that the schedule saw at the last step",
+    "progress/each": "the same for every step since the last line (runs with train.seconds only)",
+    "val/bpb": "validation estimate made during training",
+    "val/error": "its standard error",
+    "samples": "texts that the model wrote",
+    "final/score": "the Score of the weights in memory",
+    "final/artifact": "the Score of the weights reloaded from the artifact, its bytes and the gap",
+}
+"""Every name that metrics.jsonl may hold beside `step`, the number of steps done."""
+FREE = (
+    "preset", "train.log_every", "train.eval_every", "train.sample_every", "train.save_every", "eval.", "export.",
+)  # fmt: skip
+"""Fields that may change when a run is resumed: they do not decide its weights."""
+MAX_TEXT = 64 << 20
+SCHEMA = 1
+
+
+class RunError(ValueError):
+    """A run folder cannot be used: the message names the file and what is wrong with it."""
+
+
+class Checkpoint(NamedTuple):
+    """What state/checkpoint.safetensors holds."""
+
+    step: int
+    """Steps done."""
+    seconds: float
+    """Training time so far."""
+    params: Arrays
+    optimizer: Arrays
+
+
+class Run:
+    """One run folder that exists on disk."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path, self.config = path, config
+        self.checkpoint_path = path / "state" / "checkpoint.safetensors"
+        self.artifact_path = path / "artifact.skc"
+        self.tokenizer_path = path / "tokenizer.model"
+        self.metrics_path = path / "metrics.jsonl"
+        self.env_path = path / "env.json"
+        self.log_path = path / "log.txt"
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """Open an existing run; RunError says what is there instead."""
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path}: is a file, expected a run folder; choose another folder")
+        if not (path / "config.json").is_file():
+            what = "is not a run (it has no config.json)" if path.exists() else "does not exist"
+            raise RunError(f"{path}: {what}; make a run with: skc train tiny --out {path}")
+        return cls(path, _config(path / "config.json"))
+
+    @classmethod
+    def create(cls, path: str | Path, config: RunConfig, tokenizer: bytes) -> "Run":
+        """Make the folder of a new run, or open the one that is there if it is the same run, to go on with it.
+
+        RunError if something else is in the way (nothing is deleted), ConfigError if the run there has settings that
+        would give other weights: the message lists them.
+        """
+        path = Path(path)
+        if path.is_dir() and not (path / "config.json").exists() and _strangers(path):
+            raise RunError(f"{path}: exists, is not empty and is not a run; choose another --out")
+        if (path.exists() and not path.is_dir()) or (path / "config.json").exists():
+            run = cls.open(path)
+            _refuse_differences(run, config)
+            run = cls(path, config)
+        else:
+            run = cls(path, config)
+            (path / "state").mkdir(parents=True, exist_ok=True)
+        run._write_json(path / "config.json", to_json(config))
+        if run.tokenizer_path.exists() and run.tokenizer_path.read_bytes() != tokenizer:
+            raise ConfigError(
+                f"{path}: its tokenizer.model is not the one of data.path={config.data.path}: choose --out"
+            )
+        replace_file(run.tokenizer_path, tokenizer)
+        return run
+
+    def _write_json(self, path: Path, value: dict[str, Any]) -> None:
+        replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+    def record_environment(self, env: dict[str, Any]) -> None:
+        """Write env.json: `env` is this start of the run, what it held before goes to its list `earlier`.
+
+        ConfigError if the data is not the data the run began with.
+        """
+        earlier = []
+        if self.env_path.exists():
+            before = _read_json(self.env_path)
+            earlier = [*before.pop("earlier", []), before]
+            if before.get("data") != env["data"]:
+                raise ConfigError(
+                    f"{self.path}: data.path={self.config.data.path} holds other data than when it began: choose --out"
+                )
+        self._write_json(self.env_path, {**env, "earlier": earlier})
+
+    def environment(self) -> dict[str, Any]:
+        """Return env.json, or nothing where the run has none."""
+        return _read_json(self.env_path) if self.env_path.exists() else {}
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl: `step` steps are done and `values` (names of METRICS) were measured."""
+        assert values.keys() <= METRICS.keys(), values.keys() - METRICS.keys()
+        line = json.dumps({"step": step, **values}, allow_nan=False)
+        with open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl; one that a kill cut short is left out; RunError names a bad one."""
+        if not self.metrics_path.exists():
+            return []
+        *lines, rest = _read_text(self.metrics_path).split("\n")
+        rows = []
+        for number, line in enumerate(lines, 1):
+            row = _parse(f"{self.metrics_path}:{number}", line)
+            if type(row.get("step")) is not int:
+                raise RunError(f"{self.metrics_path}:{number}: step: expected a whole number, got {row.get('step')!r}")
+            rows.append(row)
+        return rows
+
+    def last(self, name: str) -> Any:
+        """Return the newest value of a metric, or None."""
+        return next((row[name] for row in reversed(self.metrics()) if name in row), None)
+
+    def save(self, engine: Engine, step: int, seconds: float) -> None:
+        """Write the checkpoint of `step` in place of the last one; OSError (a full disk) leaves that one as it was."""
+        arrays = {f"param/{name}": value for name, value in engine.params().items()}
+        arrays |= {f"optim/{name}": value for name, value in engine.optimizer().items()}
+        state = json.dumps({"schema": SCHEMA, "seconds": seconds, "step": step}, separators=(",", ":"))
+        if self.metrics_path.exists():
+            _sync(self.metrics_path)  # before the checkpoint: it must not be ahead of what is recorded
+        self.checkpoint_path.parent.mkdir(exist_ok=True)
+        replace_file(self.checkpoint_path, safetensors.numpy.save(arrays, {"skc": state}))
+        _sync(self.checkpoint_path.parent)
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Return the checkpoint, or None if there is none yet; RunError names the file and the field that is wrong."""
+        path = self.checkpoint_path
+        if not path.exists():
+            return None
+        try:
+            with safetensors.safe_open(path, "numpy") as file:
+                state = _parse(f"{path}: skc", (file.metadata() or {}).get("skc", ""))
+                arrays = {key: _tensor(path, file, key) for key in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError) as error:
+            raise RunError(f"{path}: damaged checkpoint ({error}); delete it to train from the start") from error
+        step, seconds = state.get("step"), state.get("seconds", -1.0)
+        if state.get("schema") != SCHEMA or type(step) is not int or step < 0:
+            raise RunError(
+                f"{path}: skc: schema {state.get('schema')!r}, step {step!r}: not a checkpoint of this version"
+            )
+        if type(seconds) not in (int, float) or not 0 <= seconds < np.inf:
+            raise RunError(f"{path}: skc: seconds: {seconds!r}, expected a number from 0 up")
+        sides = {side: {} for side in ("param", "optim")}
+        for key, value in arrays.items():
+            side, _, name = key.partition("/")
+            if side not in sides:
+                raise RunError(f"{path}: {key}: unknown tensor")
+            sides[side][name] = value
+        try:
+            check_arrays(sides["param"], {n: row.shape for n, row in param_table(self.config.model).items()}, str(path))
+        except ValueError as error:
+            raise RunError(str(error)) from error
+        return Checkpoint(step, float(seconds), sides["param"], sides["optim"])
+
+    def restore(self, engine: Engine) -> tuple[int, float]:
+        """Load the checkpoint into `engine` and return (steps done, training seconds); (0, 0) where there is none.
+
+        Metrics after the checkpoint's step are dropped, so that nothing is recorded twice.
+        """
+        saved = self.checkpoint()
+        step, seconds = (saved.step, saved.seconds) if saved else (0, 0.0)
+        if saved:
+            try:
+                engine.load_params(saved.params)
+                engine.load_optimizer(saved.optimizer)
+            except ValueError as error:
+                raise RunError(f"{self.checkpoint_path}: {error}; delete it to train from the start") from error
+        kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step] if saved else []
+        replace_file(self.metrics_path, "".join(kept).encode())
+        return step, seconds
+
+
+def _tensor(path: Path, file: Any, key: str) -> np.ndarray:
+    kind = file.get_slice(key).get_dtype()
+    if kind not in ("F32", "F64"):
+        raise RunError(f"{path}: {key}: dtype {kind}, expected F32 or F64")
+    return file.get_tensor(key)
+
+
+def _strangers(path: Path) -> list[str]:
+    """Return what is in a folder, less the temporary file that a kill during `create` leaves."""
+    return [name for name in os.listdir(path) if name not in ("config.json.tmp", "state")]
+
+
+def _refuse_differences(run: Run, config: RunConfig) -> None:
+    """Raise ConfigError if the run's checkpoint was made with settings that would have given other weights."""
+    lines = [line for line in differences(run.config, config) if not line.startswith(FREE)]
+    if lines and run.checkpoint_path.exists():
+        raise ConfigError(
+            f"{run.path} holds a run with other settings ({'; '.join(lines)}): choose another --out, or repeat them"
+        )
+
+
+def _config(path: Path) -> RunConfig:
+    try:
+        return from_json(RunConfig, _read_json(path), str(path))
+    except ConfigError as error:
+        raise RunError(
+            f"{error}; the run's settings are damaged" if str(path) not in str(error) else str(error)
+        ) from error
+
+
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > MAX_TEXT:
+        raise RunError(f"{path}: over {MAX_TEXT} bytes; this is not a file of a run")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path}: not UTF-8: {error.reason}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _parse(str(path), _read_text(path))
+
+
+def _parse(where: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{where}: not JSON ({error}); the file is damaged") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{where}: expected an object, got {type(value).__name__}")
+    return value
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

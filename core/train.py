@@ -1,0 +1,202 @@
+"""The training loop, on one screen: what happens, in the order in which it happens."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from core import rng
+from core.config import RunConfig, TrainConfig
+from core.console import duration
+from core.data import Dataset, Prefetch, batch
+from core.engine import Batch, Engine, Pending
+from core.generate import samples
+from core.run import Run
+from core.schedule import plan, progress_by_steps
+from core.scoring import score
+from core.scoring.accounting import bits_per_byte
+
+Say = Callable[[str], None]
+
+
+class NonFiniteError(ArithmeticError):
+    """Loss or gradients of a step were not finite: the weights are those before it and nothing is saved after it."""
+
+
+class Summary(NamedTuple):
+    """What `train` did."""
+
+    steps: int
+    """Steps that the weights have seen, earlier starts included."""
+    seconds: float
+    """Training time, earlier starts included."""
+
+
+class Clock:
+    """Training time: it stands still inside `paused`, and goes on from `seconds` when a run is resumed."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._before = seconds
+        self._since: float | None = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far."""
+        return self._before if self._since is None else self._before + time.perf_counter() - self._since
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something that is not training."""
+        self._before, self._since = self.seconds, None
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+
+
+def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
+    """Train `engine` to the end of `run.config` on `dataset`, from the run's checkpoint if it has one.
+
+    NonFiniteError names the first step whose loss or gradients were not finite.
+    """
+    config, settings = run.config, run.config.train
+    step, seconds = run.restore(engine)
+    if step:
+        say(f"resumed at step {step}")
+    if not _done(step, seconds, settings):
+        warm_up(engine, config)
+    feed = Prefetch(lambda s: batch(dataset.train, s, settings.batch, settings.seq, config.seed), step)
+    clock = Clock(seconds)
+    meter, saved = Meter(run, dataset, clock, say), step
+    try:
+        while not _done(step, clock.seconds, settings):
+            progress = _progress(step, clock.seconds, settings)
+            meter.add(step, progress, engine.train_step(feed.get(step), plan(step, progress, settings)))
+            step += 1
+            evaluate, write, save = (
+                _due(step, every) for every in (settings.eval_every, settings.sample_every, settings.save_every)
+            )
+            if evaluate or write or save or _due(step, settings.log_every) or step == settings.steps:
+                meter.read(step)  # waits for the device: what follows is not training and the clock stands still
+            with clock.paused():
+                if evaluate:
+                    _estimate(run, engine, dataset, step, say)
+                if write:
+                    write_samples(run, engine, dataset, step, say)
+                if save:
+                    run.save(engine, step, clock.seconds)
+                    saved = step
+    finally:
+        feed.close()
+    meter.read(step)
+    seconds = clock.seconds
+    if saved != step or not run.checkpoint_path.exists():
+        run.save(engine, step, seconds)
+    return Summary(step, seconds)
+
+
+def warm_up(engine: Engine, config: RunConfig) -> None:
+    """Let the engine compile its step, on random tokens; weights and optimizer are put back."""
+    params, optimizer = engine.params(), engine.optimizer()
+    settings = config.train
+    count = settings.batch * (settings.seq + 1)
+    drawn = (rng.integers16(config.seed, "warm-up", count) % config.model.vocab).astype(np.int32)
+    rows = drawn.reshape(settings.batch, settings.seq + 1)
+    tokens, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
+    engine.train_step(Batch(tokens, targets), plan(0, 0.0, settings)).result()
+    engine.load_params(params)
+    engine.load_optimizer(optimizer)
+
+
+class Meter:
+    """The steps since the last line: read together, so that the device is not stalled by every one of them."""
+
+    def __init__(self, run: Run, dataset: Dataset, clock: Clock, say: Say) -> None:
+        self._run, self._clock, self._say = run, clock, say
+        self._split = dataset.manifest["splits"]["train"]
+        self._steps: list[tuple[int, float, Pending]] = []
+        self._shown = self._first = clock.seconds
+        self._taken = 0
+
+    def add(self, step: int, progress: float, pending: Pending) -> None:
+        """Remember a step that was started."""
+        self._steps.append((step, progress, pending))
+
+    def read(self, step: int) -> None:
+        """Wait for the steps since the last line and record them; NonFiniteError names the first bad one."""
+        if not self._steps:
+            return
+        results = [(number, pending.result()) for number, _, pending in self._steps]
+        for number, result in results:
+            if not result.finite:
+                raise NonFiniteError(
+                    f"step {number}: the loss ({result.loss}) or its gradients (norm {result.grad_norm}) are not "
+                    f"finite; stopped, and {self._run.checkpoint_path} is as it was: try a lower learning rate"
+                )
+        now, settings = self._clock.seconds, self._run.config.train
+        took, count = max(now - self._shown, 1e-9), len(results)
+        loss = float(np.mean([result.loss for _, result in results]))
+        progress = [p for _, p, _ in self._steps]
+        values: dict[str, Any] = {
+            "train/loss": loss,
+            "train/grad_norm": float(np.mean([result.grad_norm for _, result in results])),
+            "opt/lr": plan(step - 1, progress[-1], settings).lr_matrix,
+            "perf/tok_s": count * settings.tokens_per_step / took,
+            "perf/step_ms": 1000 * took / count,
+            "clock/seconds": now,
+            "progress": progress[-1],
+        }
+        if settings.seconds is not None:
+            values["progress/each"] = progress
+        size = self._split.get("raw_bytes") or self._split.get("table_bytes")
+        if size:
+            values["train/bpb"] = bits_per_byte(loss * self._split["tokens"], size)
+        self._steps, self._shown, self._taken = [], now, self._taken + count
+        self._run.log(step, values)
+        self._say(self._line(step, values, now))
+
+    def _line(self, step: int, values: dict[str, Any], now: float) -> str:
+        settings = self._run.config.train
+        left = (settings.steps - step) * (now - self._first) / self._taken
+        if settings.seconds is not None:
+            left = min(left, settings.seconds - now)
+        bpb = f"  bpb {values['train/bpb']:.4f}" if "train/bpb" in values else ""
+        return (
+            f"step {step}/{settings.steps}  loss {values['train/loss']:.4f}{bpb}  lr {values['opt/lr']:.2e}  "
+            f"{values['perf/tok_s']:,.0f} tok/s  {duration(left)} left"
+        )
+
+
+def _estimate(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -> None:
+    """Estimate the validation score on a few documents and record it."""
+    config = run.config
+    found = score(engine, dataset, config.eval, documents=config.eval.train_documents, seed=config.seed)
+    run.log(step, {"val/bpb": found.bpb} | ({} if found.error is None else {"val/error": found.error}))
+    spread = "" if found.error is None else f" ± {found.error:.4f}"
+    say(
+        f"step {step}  validation estimate {found.bpb:.4f}{spread} bits per byte "
+        f"({found.documents} of {found.total_documents} documents, byte rule {found.byte_rule})"
+    )
+
+
+def write_samples(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -> list[str]:
+    """Let the model write its samples, show them and record them."""
+    texts = samples(engine, dataset.tokenizer, run.config.train.seq, run.config.seed)
+    run.log(step, {"samples": texts})
+    for text in texts:
+        say(f"step {step}  sample: {' '.join(text.split())}")
+    return texts
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _done(step: int, seconds: float, settings: TrainConfig) -> bool:
+    return step >= settings.steps or (settings.seconds is not None and seconds >= settings.seconds)
+
+
+def _progress(step: int, seconds: float, settings: TrainConfig) -> float:
+    return progress_by_steps(step, settings) if settings.seconds is None else min(1.0, seconds / settings.seconds)

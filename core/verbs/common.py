@@ -1,0 +1,165 @@
+"""What the verbs share: options of a preset, how a run or an artifact is opened, what a machine is."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+from tyro.conf import FlagConversionOff, Suppress
+
+import core
+from core.config import ConfigError, DataConfig, EvalConfig, ExportConfig, ModelConfig, RunConfig, TrainConfig
+from core.console import Console
+from core.data import Dataset, batch
+from core.engine import Arrays, Engine
+from core.export.artifact import read_artifact
+from core.run import Run, RunError
+
+Backend = Literal["auto", "mlx", "cuda"]
+PACKAGES = ("numpy", "torch", "mlx", "sentencepiece", "safetensors", "brotli", "tyro", "matplotlib", "rich")
+ROOT = Path(core.__file__).resolve().parent.parent
+
+
+class Context(NamedTuple):
+    """What a verb gets beside its options."""
+
+    say: Console
+    command: str
+    """The command line, as it could be typed again."""
+
+
+class Outcome(NamedTuple):
+    """What a verb returns: the exit code is 0 if `ok`, else 1, and `value` is its JSON object."""
+
+    ok: bool
+    value: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PresetOptions:
+    """The settings of a preset, each of which an option may replace."""
+
+    preset: Suppress[str] = "debug"
+    seed: int = RunConfig.seed
+    """Seed of the start values and of the order of the data."""
+    model: FlagConversionOff[ModelConfig] = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: FlagConversionOff[TrainConfig] = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Self:
+        """Return the options that stand for `config`."""
+        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)})
+
+    def config(self) -> RunConfig:
+        """Return the run that the options describe."""
+        return RunConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(RunConfig)})
+
+
+class Subject(NamedTuple):
+    """A trained model, out of a run folder or a bare artifact."""
+
+    what: str
+    config: RunConfig
+    weights: Arrays
+    tokenizer_sha256: str
+    step: int | None
+
+
+def open_subject(path: str, data: str | None) -> Subject:
+    """Read a run's checkpoint or an artifact; `data` replaces the text it is judged on; RunError, ArtifactError."""
+    if os.path.isfile(path):
+        found = read_artifact(path)
+        seq = found.provenance.get("train_seq")
+        seq = seq if isinstance(seq, int) and 1 <= seq <= 65_536 else EvalConfig.seq
+        name = str(found.provenance.get("preset", "artifact"))
+        config = RunConfig(
+            preset=name, model=found.model, train=TrainConfig(batch=1, seq=seq), eval=EvalConfig(seq=seq)
+        )
+        subject = Subject(f"artifact {path}", config, dict(found.weights), found.tokenizer_sha256, None)
+    elif os.path.isdir(path):
+        run = Run.open(path)
+        saved = run.checkpoint()
+        if saved is None:
+            raise RunError(f"{path}: has no checkpoint yet; train it first: skc train {run.config.preset} --out {path}")
+        sha256 = hashlib.sha256(run.tokenizer_path.read_bytes()).hexdigest()
+        subject = Subject(f"run {path}, step {saved.step}", run.config, saved.params, sha256, saved.step)
+    else:
+        raise RunError(f"{path}: no such run folder or artifact; make one with: skc train tiny --out {path}")
+    if data is None:
+        return subject
+    return subject._replace(config=dataclasses.replace(subject.config, data=DataConfig(data)))
+
+
+def check_tokenizer(subject: Subject, dataset: Dataset) -> None:
+    """Raise ConfigError unless the text was cut into tokens as the model learned it."""
+    if dataset.tokenizer.sha256 != subject.tokenizer_sha256:
+        raise ConfigError(
+            f"{subject.what} was made with tokenizer {subject.tokenizer_sha256[:12]}, but {dataset.path} has "
+            f"{dataset.tokenizer.sha256[:12]}: give the data it was trained on with --data PATH"
+        )
+
+
+def check_data(config: RunConfig, dataset: Dataset) -> None:
+    """Raise ConfigError or DataError unless the model and its batches fit the data."""
+    for name in ("vocab", "bos"):
+        ours, theirs = getattr(config.model, name), getattr(dataset.tokenizer, name)
+        if ours != theirs:
+            raise ConfigError(
+                f"model.{name}={ours}, but data.path={config.data.path} has {theirs}: add --model.{name} {theirs}"
+            )
+    batch(dataset.train, 0, 1, config.train.seq, config.seed)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that are installed, by name."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """Return (commit, whether files differ from it) of this checkout; None where git or the checkout is missing."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        return None, None
+    answers = []
+    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30)
+        if done.returncode:
+            return None, None
+        answers.append(done.stdout.strip())
+    return answers[0], bool(answers[1])
+
+
+def environment(engine: Engine, dataset: Dataset, command: str, step: int) -> dict[str, Any]:
+    """Return what env.json says about this start of a run at `step`."""
+    splits = json.dumps(dataset.manifest["splits"], sort_keys=True).encode()
+    head, dirty = commit()
+    return {
+        "command": command,
+        "commit": head,
+        "dirty": dirty,
+        "step": step,
+        "backend": engine.backend,
+        "device": engine.device,
+        "dtype": engine.dtype,
+        "notes": list(engine.notes),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "data": {"name": dataset.name, "sha256": hashlib.sha256(splits).hexdigest()},
+    }

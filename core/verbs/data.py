@@ -1,0 +1,116 @@
+"""Verbs that make data folders: data sample, data prepare, data adopt."""
+
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+from core.prepare import Progress as StageProgress
+from core.prepare import adopt_shards, prepare, prepare_sample
+from core.verbs.common import Context, Outcome
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Options of `skc data sample`."""
+
+    out: str = "data/sample"
+    """Folder to write; `data.path = sample` reads data/sample."""
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Options of `skc data prepare`."""
+
+    inputs: Positional[tuple[str, ...]]
+    """Text files: .txt or .jsonl (one object with "text" a line), each also .gz or .xz."""
+    out: str
+    """Folder to write."""
+    val: tuple[str, ...] = ()
+    """Files that become the validation split; none: a share of the inputs does."""
+    val_share: float = 0.05
+    """Share of the documents that becomes validation where no --val is given."""
+    tokenizer: str | None = None
+    """A SentencePiece .model; None: train one."""
+    vocab: int = 1024
+    """Pieces of the tokenizer that is trained."""
+    shard_tokens: int = 100_000_000
+    """Tokens of one shard."""
+    name: str | None = None
+    """Name of the data in reports; None: the folder's name."""
+    threads: int | None = None
+    """Threads that tokenise; None: all cores."""
+    overwrite: bool = False
+    """Replace a folder that holds data made from other inputs."""
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """Options of `skc data adopt`."""
+
+    folder: Positional[str]
+    """Folder with official shards: *_train_*.bin and *_val_*.bin."""
+    tokenizer: str
+    """The SentencePiece .model that they were made with."""
+    name: str | None = None
+    """Name of the data in reports; None: the folder's name."""
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+
+def sample(options: Sample, context: Context) -> Outcome:
+    """Prepare the bundled text."""
+    return _told(prepare_sample(options.out, progress=_stages(context)), options.out, context)
+
+
+def prepare_text(options: Prepare, context: Context) -> Outcome:
+    """Tokenise text files."""
+    manifest = prepare(
+        options.inputs,
+        options.out,
+        val=options.val or None,
+        val_share=options.val_share,
+        tokenizer=options.tokenizer,
+        vocab=options.vocab,
+        shard_tokens=options.shard_tokens,
+        name=options.name,
+        threads=options.threads,
+        overwrite=options.overwrite,
+        progress=_stages(context),
+    )
+    return _told(manifest, options.out, context)
+
+
+def adopt(options: Adopt, context: Context) -> Outcome:
+    """Write the manifest that downloaded shards lack."""
+    made = adopt_shards(options.folder, options.tokenizer, name=options.name, progress=_stages(context))
+    return _told(made, options.folder, context)
+
+
+def _stages(context: Context) -> StageProgress:
+    """Show one progress line per stage."""
+    shown = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in shown:
+            context.say(f"{stage} ...")
+            shown[stage] = context.say.progress(stage)
+        shown[stage](done, total)
+
+    return report
+
+
+def _told(manifest: dict, out: str, context: Context) -> Outcome:
+    """Say what the folder holds."""
+    splits = {}
+    for name, split in manifest["splits"].items():
+        splits[name] = {
+            key: split[key] for key in ("documents", "tokens", "raw_bytes", "table_bytes", "unknown_tokens")
+        }
+        rate = f", {split['bytes_per_token']:.4f} bytes per token" if split["bytes_per_token"] else ""
+        context.say(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens{rate}")
+    context.say(f"wrote {out}")
+    return Outcome(True, {"path": out, "name": manifest["name"], "tokenizer": manifest["tokenizer"], "splits": splits})

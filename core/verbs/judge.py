@@ -1,0 +1,158 @@
+"""Verbs that measure: eval, sample, parity, bench."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from tyro.conf import Positional
+
+from core.bench import run_bench
+from core.config import EvalConfig
+from core.data import open_dataset
+from core.engine import DType, EngineOptions, load_engine
+from core.finish import describe, final_score
+from core.generate import sample
+from core.parity import run_parity
+from core.run import Run
+from core.tokenizer import Tokenizer
+from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_tokenizer, open_subject
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Options of `skc eval`; those left out are the run's own."""
+
+    path: Positional[str]
+    """Run folder (its checkpoint is scored) or artifact."""
+    data: str | None = None
+    """Prepared folder, or sample; None: what the run was trained on (a bare artifact: sample)."""
+    windows: Literal["plain", "sliding", "documents"] | None = None
+    """plain: consecutive windows; sliding: overlapping; documents: inside documents."""
+    seq: int | None = None
+    """Longest context of a window, in tokens."""
+    stride: int | None = None
+    """Targets scored per window after the first."""
+    documents: int | Literal["all"] | None = None
+    """Score only this many documents: an estimate with an error bar, never a score."""
+    batch: int | None = None
+    """Windows per forward pass."""
+    backend: Backend = "auto"
+    """auto: MLX on a Mac, PyTorch elsewhere, as installed."""
+    dtype: DType | None = None
+    """Compute type; None: bfloat16 on a GPU, float32 on a CPU."""
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+    def config(self, base: EvalConfig) -> EvalConfig:
+        """Return `base` with what was given replaced."""
+        given = {n: getattr(self, n) for n in ("windows", "seq", "stride", "batch") if getattr(self, n) is not None}
+        if self.documents is not None:
+            given["documents"] = None if self.documents == "all" else self.documents
+        if self.windows == "plain" and self.stride is None:
+            given["stride"] = None
+        return dataclasses.replace(base, **given)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Options of `skc sample`."""
+
+    path: Positional[str]
+    """Run folder or artifact."""
+    prompt: str = ""
+    """Text to go on from; empty: the start of a document."""
+    tokens: int = 128
+    """Most tokens to write."""
+    temperature: float = 0.8
+    """0: always the likeliest token."""
+    top_k: int | None = 40
+    """Candidates per token; None: all."""
+    seed: int = 0
+    """Seed of the draws."""
+    data: str | None = None
+    """Where a bare artifact's tokenizer is: a prepared folder; None: sample."""
+    backend: Backend = "auto"
+    """auto: MLX on a Mac, PyTorch elsewhere, as installed."""
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+
+@dataclass(frozen=True)
+class Parity(PresetOptions):
+    """Options of `skc parity`."""
+
+    steps: int = 10
+    """Training steps to compare."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Compute type of both backends."""
+    mini: bool = False
+    """Shrink the preset: same options, dim <= 64, at most 4 layers."""
+
+
+@dataclass(frozen=True)
+class Bench(PresetOptions):
+    """Options of `skc bench`."""
+
+    variants: tuple[str, ...] = ()
+    """cuda, cuda-compiled, mlx, mlx-reference-blas; none: what this machine can run."""
+    rounds: int = 5
+    """Interleaved rounds; the median is reported."""
+    seconds: float = 5.0
+    """Time that one round of one variant takes at least."""
+    threads: int = 1
+    """CPU threads of each variant."""
+
+
+def evaluate(options: Eval, context: Context) -> Outcome:
+    """Score a run or an artifact."""
+    subject = open_subject(options.path, options.data)
+    config = dataclasses.replace(subject.config, eval=options.config(subject.config.eval))
+    dataset = open_dataset(config.data.path)
+    check_tokenizer(subject, dataset)
+    engine = load_engine(options.backend, config, subject.weights, EngineOptions(dtype=options.dtype))
+    context.say(f"{subject.what} on {engine.backend}, {engine.device}, {engine.dtype}; data {dataset.path}")
+    found = final_score(engine, dataset, config, context.say, "scoring")
+    context.say(describe(found))
+    value = {"path": options.path, "step": subject.step, "backend": engine.backend, "data": dataset.path}
+    return Outcome(True, {**value, "score": found.to_json()})
+
+
+def write_text(options: Sample, context: Context) -> Outcome:
+    """Let a model write."""
+    subject = open_subject(options.path, options.data)
+    if subject.step is not None and options.data is None:
+        tokenizer = Tokenizer.load(str(Run.open(options.path).tokenizer_path))
+    else:
+        dataset = open_dataset(subject.config.data.path)
+        check_tokenizer(subject, dataset)
+        tokenizer = dataset.tokenizer
+    engine = load_engine(options.backend, subject.config, subject.weights)
+    choices = (options.tokens, options.temperature, options.top_k, options.seed, subject.config.train.seq)
+    text = sample(engine, tokenizer, options.prompt, *choices)
+    context.say(text)
+    return Outcome(True, {"path": options.path, "prompt": options.prompt, "text": text, "backend": engine.backend})
+
+
+def parity(options: Parity, context: Context) -> Outcome:
+    """Compare the backends; not ok beyond tolerance."""
+    found = run_parity(
+        options.config(), steps=options.steps, dtype=options.dtype, mini=options.mini, report=context.say
+    )
+    for line in found.lines():
+        context.say(line)
+    return Outcome(found.ok, found.to_json())
+
+
+def bench(options: Bench, context: Context) -> Outcome:
+    """Measure training speed."""
+    found = run_bench(
+        options.config(),
+        variants=list(options.variants) or None,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        threads=options.threads,
+        report=context.say,
+    )
+    for line in found.lines():
+        context.say(line)
+    return Outcome(True, found.to_json())

@@ -1,0 +1,96 @@
+"""Verbs that only look: doctor, presets, info."""
+
+import re
+from dataclasses import dataclass
+
+from core import presets
+from core.config import RunConfig
+from core.doctor import examine
+from core.params import FLOP_RULE, bytes_by_storage, count, flops_per_token, param_table, state_per_token
+from core.verbs.common import Context, Outcome, PresetOptions
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Options of `skc doctor`."""
+
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+
+@dataclass(frozen=True)
+class Presets:
+    """Options of `skc presets`."""
+
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+
+@dataclass(frozen=True)
+class Info(PresetOptions):
+    """Options of `skc info`."""
+
+
+def doctor(options: Doctor, context: Context) -> Outcome:
+    """Check this machine."""
+    value = examine(context.say)
+    return Outcome(value.pop("ok"), value)
+
+
+def list_presets(options: Presets, context: Context) -> Outcome:
+    """Show every preset with its size."""
+    rows = []
+    for name, preset in presets.PRESETS.items():
+        model = preset.config.model
+        rows.append((name, count(model), round(sum(bytes_by_storage(model).values())), preset.purpose))
+    context.say.table(("preset", "parameters", "bytes", "purpose"), rows)
+    keys = ("name", "parameters", "bytes", "purpose")
+    return Outcome(True, {"presets": [dict(zip(keys, row, strict=True)) for row in rows]})
+
+
+def info(options: Info, context: Context) -> Outcome:
+    """Show what a model consists of; not ok if it does not fit the budget."""
+    config, say = options.config(), context.say
+    model, export = config.model, config.export
+    say.table(("parameter", "shape", "count", "values", "group", "storage", "start"), _grouped(config))
+    storage = bytes_by_storage(model)
+    total = round(sum(storage.values())) + export.code_bytes
+    fits = total <= export.budget
+    flops, state = flops_per_token(model, config.train.seq), state_per_token(model)
+    say()
+    say(f"parameters        {count(model):,}")
+    for name, size in storage.items():
+        say(f"bytes, {name:<10} {size:,.0f} before compression")
+    verdict = "within" if fits else f"OVER by {total - export.budget:,}"
+    say(f"bytes, with code  {total:,} of {export.budget:,}: {verdict}")
+    say(f"FLOPs per token   {flops:,} at seq {config.train.seq} ({FLOP_RULE})")
+    say(f"state per token   {state:,} floats")
+    value = {
+        "preset": config.preset,
+        "parameters": count(model),
+        "bytes_by_storage": storage,
+        "bytes_total": total,
+        "budget": export.budget,
+        "within_budget": fits,
+        "flops_per_token": flops,
+        "seq": config.train.seq,
+        "flop_rule": FLOP_RULE,
+        "state_per_token": state,
+        "table": {name: list(row.shape) for name, row in param_table(model).items()},
+    }
+    return Outcome(fits, value)
+
+
+def _grouped(config: RunConfig) -> list[tuple[str, str, int, int, str, str, str]]:
+    """Return the parameter table with the same parameter of equal layers on one row."""
+    groups: dict[tuple[str, str, str, str, str], list[int]] = {}
+    for name, row in param_table(config.model).items():
+        place = re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
+        shape = " x ".join(map(str, row.shape))
+        groups.setdefault((place, shape, row.group, row.storage, f"{row.init.kind} {row.init.scale:.4g}"), []).append(
+            row.size
+        )
+    return [
+        (place, shape, len(sizes), sum(sizes), group, storage, start)
+        for (place, shape, group, storage, start), sizes in groups.items()
+    ]

@@ -1,0 +1,89 @@
+"""Verbs that make weights and artifacts: train, export."""
+
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+from core import presets
+from core.config import RunConfig
+from core.data import Dataset, open_dataset
+from core.engine import DType, Engine, EngineOptions, choose_backend, load_engine
+from core.finish import finish
+from core.params import count
+from core.run import Run, RunError
+from core.train import train
+from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_data, environment
+
+
+@dataclass(frozen=True)
+class Train(PresetOptions):
+    """Options of `skc train`."""
+
+    backend: Backend = "auto"
+    """auto: MLX on a Mac, PyTorch elsewhere, as installed."""
+    out: str | None = None
+    """Run folder; a run there with the same settings is resumed. None: runs/<preset>-<backend>-<seed>."""
+    dtype: DType | None = None
+    """Compute type; None: bfloat16 on a GPU, float32 on a CPU."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Options of `skc export`."""
+
+    run: Positional[str]
+    """Run folder."""
+    backend: Backend = "auto"
+    """What scores the artifact."""
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+
+def train_run(options: Train, context: Context) -> Outcome:
+    """Train, or go on training, then score, export and report."""
+    config, say = options.config(), context.say
+    backend = choose_backend(options.backend)
+    dataset = open_dataset(config.data.path)
+    check_data(config, dataset)
+    engine = load_engine(backend, config, options=EngineOptions(dtype=options.dtype))
+    run = Run.create(options.out or f"runs/{config.preset}-{backend}-{config.seed}", config, dataset.tokenizer.model)
+    with open(run.log_path, "a", encoding="utf-8") as log, say.copied_to(log):
+        saved = run.checkpoint()
+        run.record_environment(environment(engine, dataset, context.command, saved.step if saved else 0))
+        _introduce(run, engine, dataset, context)
+        summary = train(run, engine, dataset, say)
+        value = finish(run, engine, dataset, summary.steps, say)
+        say(f"the whole run is in {run.path}")
+    return Outcome(
+        True, {**value, "seconds": summary.seconds, "backend": engine.backend, "parameters": count(config.model)}
+    )
+
+
+def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> None:
+    """Say what is about to run, and how."""
+    config, say = run.config, context.say
+    say(f"{context.command}")
+    say(f"run {run.path}: {_purpose(config)}; {count(config.model):,} parameters, seed {config.seed}")
+    say(f"{engine.backend} on {engine.device}, {engine.dtype}; " + "; ".join(engine.notes))
+    train_tokens, val_tokens = len(dataset.train), len(dataset.val)
+    say(f"data {dataset.path}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate on")
+
+
+def _purpose(config: RunConfig) -> str:
+    return f"preset {config.preset}, {presets.get(config.preset).purpose}"
+
+
+def export_run(options: Export, context: Context) -> Outcome:
+    """Write the artifact of a run's checkpoint; not ok if it is over the budget."""
+    run = Run.open(options.run)
+    saved = run.checkpoint()
+    if saved is None:
+        raise RunError(
+            f"{run.path}: has no checkpoint yet; train it first: skc train {run.config.preset} --out {run.path}"
+        )
+    dataset = open_dataset(run.config.data.path)
+    check_data(run.config, dataset)
+    engine = load_engine(options.backend, run.config, saved.params)
+    with open(run.log_path, "a", encoding="utf-8") as log, context.say.copied_to(log):
+        value = finish(run, engine, dataset, saved.step, context.say)
+    return Outcome(value["artifact"]["within"], value)

@@ -1,0 +1,445 @@
+"""Every verb on `debug`, one line and exit code 2 for wrong input, and the rules of conftest. Budget: 60 s."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core import presets
+from core.cli import VERBS, condense, main
+from core.config import RunConfig
+from core.engine import load_engine
+from core.params import count, param_table
+from core.run import Run
+from core.verbs.common import PresetOptions
+
+SHORT = ("--train.steps", "6", "--train.eval_every", "3", "--eval.documents", "2", "--backend", "cuda")
+Capture = pytest.CaptureFixture[str]
+
+
+def call(capsys: Capture, *argv: str, code: int = 0) -> dict[str, Any]:
+    """Run a verb with --json and return its one object."""
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == code
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def refuse(capsys: Capture, *argv: str) -> str:
+    """Run a verb that must refuse its input, and return the one line that it says."""
+    capsys.readouterr()
+    assert main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("skc"), captured.err
+    assert "--------" not in captured.err and "─" not in captured.err, captured.err
+    return captured.err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run on the PyTorch backend."""
+    path = tmp_path_factory.mktemp("runs") / "debug"
+    assert main(["train", "debug", *SHORT, "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may damage."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_help_names_every_verb_without_a_framework() -> None:
+    heavy = "{'torch', 'mlx', 'tyro', 'numpy'} & {*sys.modules}"
+    code = f"import sys; from core.cli import main; main(['--help']); print('HEAVY', {heavy})"
+    start = time.monotonic()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert time.monotonic() - start < 1.0
+    assert all(f"  {name} " in out and verb.purpose in out for name, verb in VERBS.items())
+    assert out.endswith("HEAVY set()\n")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_its_options(verb: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*verb.split(), "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "--json" in out and "default:" in out
+
+
+def test_help_shows_a_presets_own_values(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "tiny", "--help"])
+    assert "Width D of the residual stream. (default: 128)" in capsys.readouterr().out
+
+
+def test_options_of_a_preset_are_the_fields_of_a_run() -> None:
+    fields = [f.name for f in dataclasses.fields(RunConfig)]
+    assert [f.name for f in dataclasses.fields(PresetOptions)] == [*fields, "json"]
+    assert PresetOptions().config() == RunConfig()
+
+
+def test_presets_lists_what_is_recorded(capsys: Capture) -> None:
+    rows = call(capsys, "presets")["presets"]
+    assert {row["name"]: row["parameters"] for row in rows} == {n: p.params for n, p in presets.PRESETS.items()}
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_builds_with_its_recorded_count(name: str, capsys: Capture) -> None:
+    config = presets.get(name).config
+    value = call(capsys, "info", name, code=1 if name == "baseline" else 0)
+    built = load_engine("cuda", config).params()
+    assert sum(array.size for array in built.values()) == value["parameters"] == presets.get(name).params
+    assert value["bytes_total"] == 2 * value["parameters"] + config.export.code_bytes
+    assert value["within_budget"] is (name != "baseline") and list(value["table"]) == list(param_table(config.model))
+
+
+def test_info_says_by_how_much_a_model_is_over(capsys: Capture) -> None:
+    assert main(["info", "baseline"]) == 1
+    assert "34,159,824 of 16,000,000: OVER by 18,159,824" in capsys.readouterr().out
+    value = call(capsys, "info", "debug", "--model.layers", "1", "--model.vocab_bias", "False")
+    smaller = dataclasses.replace(presets.get("debug").config.model, layers=1, vocab_bias=False)
+    assert value["parameters"] == count(smaller)
+
+
+def test_train_leaves_a_whole_run_folder(trained: Path, capsys: Capture) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "config.json", "env.json", "metrics.jsonl", "log.txt", "tokenizer.model", "state",
+        "artifact.skc", "report.md", "curve.png",
+    }  # fmt: skip
+    run = Run.open(trained)
+    env, final, stored = run.environment(), run.last("final/score"), run.last("final/artifact")
+    assert env["backend"] == "cuda" and env["dtype"] == "float32" and env["versions"]["numpy"] and env["device"]
+    assert env["command"].startswith("skc train debug --train.steps 6") and len(env["commit"] or "x" * 40) == 40
+    assert final["label"] == "estimate" and final["documents"] == 2 and abs(stored["gap"]) < 1e-3
+    assert stored["bytes"] == (trained / "artifact.skc").stat().st_size and stored["within"]
+    report = (trained / "report.md").read_text()
+    for text in (f"estimate: {final['bpb']:.4f}", "byte rule table", env["command"], f"{stored['bytes']:,} bytes"):
+        assert text in report
+    assert (trained / "curve.png").read_bytes().startswith(b"\x89PNG") and "step 6/6" in (
+        trained / "log.txt"
+    ).read_text()
+    assert len(run.last("samples")) == 2
+
+
+def test_train_goes_on_where_it_stopped(copy: Path, capsys: Capture) -> None:
+    before = Run.open(copy).checkpoint()
+    value = call(capsys, "train", "debug", *SHORT, "--out", str(copy))
+    after = Run.open(copy).checkpoint()
+    assert (
+        before and after and value["step"] == 6 and value["score"]["bpb"] == Run.open(copy).last("final/score")["bpb"]
+    )
+    assert all(before.params[name].tobytes() == after.params[name].tobytes() for name in before.params)
+    assert len(Run.open(copy).environment()["earlier"]) == 1
+
+
+def test_eval_of_run_and_artifact_agree_with_the_report(trained: Path, capsys: Capture) -> None:
+    run = Run.open(trained)
+    of_run = call(capsys, "eval", str(trained), "--backend", "cuda")
+    assert of_run["score"] == run.last("final/score") and of_run["step"] == 6
+    of_file = call(
+        capsys, "eval", str(trained / "artifact.skc"), "--documents", "2", "--backend", "cuda", "--batch", "8"
+    )
+    assert of_file["score"]["bpb"] == pytest.approx(run.last("final/artifact")["score"]["bpb"], abs=1e-9)
+    sliding = call(capsys, "eval", str(trained), "--windows", "sliding", "--stride", "32", "--backend", "cuda")
+    assert (
+        sliding["score"]["windows"].endswith("stride=32") and sliding["score"]["targets"] == of_run["score"]["targets"]
+    )
+
+
+@pytest.mark.pair
+def test_an_artifact_scores_the_same_on_the_other_backend(trained: Path, capsys: Capture) -> None:
+    scores = [
+        call(capsys, "eval", str(trained / "artifact.skc"), "--documents", "2", "--backend", backend)["score"]
+        for backend in ("mlx", "cuda")
+    ]
+    assert scores[0]["bpb"] == pytest.approx(scores[1]["bpb"], abs=1e-6)
+
+
+@pytest.mark.pair
+def test_the_same_text_on_both_backends(trained: Path, capsys: Capture) -> None:
+    artifact = str(trained / "artifact.skc")
+    argv = ("--prompt", "She was", "--tokens", "12", "--seed", "3")
+    texts = [call(capsys, "sample", artifact, *argv, "--backend", backend)["text"] for backend in ("mlx", "cuda")]
+    assert texts[0] == texts[1] and texts[0].startswith("She was") and len(texts[0]) > len("She was")
+    assert call(capsys, "sample", str(trained), *argv, "--backend", "cuda")["text"].startswith("She was")
+
+
+@pytest.mark.pair
+def test_a_run_on_mlx_ends_where_the_other_does(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    value = call(capsys, "train", "debug", *SHORT[:-1], "mlx", "--out", str(tmp_path / "run"))
+    assert value["backend"] == "mlx"
+    assert value["score"]["bpb"] == pytest.approx(Run.open(trained).last("final/score")["bpb"], abs=1e-4)
+
+
+@pytest.mark.pair
+def test_a_run_moves_to_the_other_backend(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(trained, path)
+    lines = [line for line in (path / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 3]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    longer = ("--train.steps", "8", *SHORT[2:-1])
+    settings = json.loads((path / "config.json").read_text())
+    settings["train"]["steps"] = 8
+    (path / "config.json").write_text(json.dumps(settings))
+    ends = []
+    for backend in ("mlx", "cuda"):
+        target = tmp_path / backend
+        shutil.copytree(path, target)
+        ends.append(call(capsys, "train", "debug", *longer, backend, "--out", str(target)))
+    assert [end["step"] for end in ends] == [8, 8] and [end["backend"] for end in ends] == ["mlx", "cuda"]
+    assert ends[0]["score"]["bpb"] == pytest.approx(ends[1]["score"]["bpb"], abs=1e-5)
+
+
+def test_export_writes_the_same_artifact_again(copy: Path, capsys: Capture) -> None:
+    first = (copy / "artifact.skc").read_bytes()
+    (copy / "artifact.skc").unlink()
+    value = call(capsys, "export", str(copy), "--backend", "cuda")
+    assert (copy / "artifact.skc").read_bytes() == first and value["artifact"]["within"]
+
+
+def test_export_over_the_budget_fails(copy: Path, capsys: Capture) -> None:
+    settings = json.loads((copy / "config.json").read_text())
+    settings["export"] |= {"budget": 50_000, "code_bytes": 1000}
+    (copy / "config.json").write_text(json.dumps(settings))
+    value = call(capsys, "export", str(copy), "--backend", "cuda", code=1)
+    assert value["ok"] is False and value["artifact"]["bytes"] > value["artifact"]["allowed"] == 49_000
+
+
+def test_a_step_that_is_not_finite_exits_1_in_one_line(tmp_path: Path, capsys: Capture) -> None:
+    argv = (
+        "train",
+        "debug",
+        *SHORT,
+        "--train.lr_embed",
+        "1e30",
+        "--train.lr_vector",
+        "1e30",
+        "--train.lr_matrix",
+        "1e30",
+    )
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "not finite" in err and "skc train: step " in err
+
+
+def test_data_verbs(tmp_path: Path, capsys: Capture) -> None:
+    out = str(tmp_path / "sample")
+    sample = call(capsys, "data", "sample", "--out", out)
+    assert sample["name"] == "sample" and sample["splits"]["val"]["documents"] == 8
+    lines = [
+        json.dumps({"text": f"Document {i}: the cat number {i} sat on the mat and looked at {i}."}) for i in range(300)
+    ]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    made = call(
+        capsys, "data", "prepare", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "mine"), "--vocab", "300"
+    )  # fmt: skip
+    assert made["tokenizer"]["vocab"] == 300
+    assert sum(split["documents"] for split in made["splits"].values()) == 300
+    official = tmp_path / "official"
+    official.mkdir()
+    for split in ("train", "val"):
+        shutil.copy(Path(out) / f"{split}_000000.bin", official / f"fineweb_{split}_000000.bin")
+    adopted = call(capsys, "data", "adopt", str(official), "--tokenizer", str(Path(out) / "tokenizer.model"))
+    assert adopted["splits"]["val"]["tokens"] == sample["splits"]["val"]["tokens"]
+
+
+@pytest.mark.pair
+def test_doctor_finds_this_machine_sound(capsys: Capture) -> None:
+    value = call(capsys, "doctor")
+    assert value["ok"] and value["parity"] is True and {"mlx", "cuda"} == value["backends"].keys()
+    assert all(backend["ok"] for backend in value["backends"].values()) and value["blas"]
+
+
+def test_doctor_reports_a_backend_that_fails(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str, config: RunConfig) -> None:
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr("core.doctor.load_engine", broken)
+    monkeypatch.setattr("core.doctor.available_backends", lambda: ["cuda"])
+    value = call(capsys, "doctor", code=1)
+    assert value["backends"]["cuda"] == {"installed": True, "ok": False, "error": "RuntimeError: no device"}
+    assert value["backends"]["mlx"] == {"installed": False}
+
+
+@pytest.mark.pair
+def test_parity_says_yes_and_no(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ("parity", "debug", "--mini", "--steps", "2", "--dtype", "float64")
+    assert call(capsys, *argv)["ok"]
+    monkeypatch.setattr("shared_tests.tolerances.P4_FLOAT64", -1.0)
+    assert call(capsys, *argv, code=1)["ok"] is False
+
+
+def test_bench_measures(capsys: Capture) -> None:
+    value = call(capsys, "bench", "debug", "--variants", "cuda", "--rounds", "1", "--seconds", "0.01")
+    assert value["rows"][0]["variant"] == "cuda" and value["rows"][0]["tokens_per_second"] > 0
+
+
+# What users get wrong.
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("trian debug", "unknown verb 'trian'; did you mean train?"),
+        ("data", "expected one of: data sample, data prepare"),
+        ("train", "name a preset first"),
+        ("train --seed 3 debug", "name a preset first"),
+        ("train debgu", "preset 'debgu' does not exist; did you mean debug?"),
+        ("train debug --model.dimm 3", "--model.dimm, 3; did you mean --model.dim?"),
+        ("train debug --model.dim wide", "Error parsing --model.dim: .*'wide'; expected INT"),
+        ("train debug --train.steps", "Missing value for argument '--train.steps'"),
+        ("train debug --model.dim 31", "skc train: model.dim=31 is not divisible by model.heads=2"),
+        ("train debug --train.micro_batch 3", "train.batch=4 is not divisible by train.micro_batch=3"),
+        ("train debug --train.steps 0", "train.steps=0: expected at least 1"),
+        ("train debug --model.activation gelu", "invalid choice 'gelu' .*relu2"),
+        ("train debug --backend tpu", "invalid choice 'tpu' .*mlx"),
+        ("train debug --eval.stride 8", "eval.stride=8 has no meaning with eval.windows=plain"),
+        ("train debug --model.vocab 2048", "model.vocab=2048, but data.path=sample has 1024: add --model.vocab 1024"),
+        ("train debug --train.seq 9999999", "shorter than one row"),
+        ("train debug --data.path nowhere", "nowhere: no manifest.json here"),
+        ("info debug extra", "Unrecognized options: extra"),
+        ("eval", "Missing from skc eval"),
+        ("eval nowhere", "nowhere: no such run folder or artifact; make one with"),
+        ("sample nowhere", "nowhere: no such run folder or artifact"),
+        ("export nowhere", "nowhere: does not exist; make a run with"),
+        ("data prepare nowhere.txt --out x", "nowhere.txt: no such file"),
+        ("data adopt nowhere --tokenizer nowhere.model", "nowhere.model: No such file"),
+        ("bench debug --variants tpu", "variant 'tpu' does not exist"),
+    ],
+)
+def test_wrong_input_gets_one_line(argv: str, message: str, capsys: Capture) -> None:
+    line = refuse(capsys, *argv.split())
+    assert re.search(message, line), line
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("eval", "RUN", "--stride", "8"), "has no meaning with eval.windows=plain: use --eval.windows sliding"),
+        (("eval", "RUN", "--documents", "some"), r"parsing --documents: .*\['some'\]"),
+        (("sample", "RUN", "--tokens", "0"), "tokens=0: expected at least 1"),
+        (
+            ("train", "debug", *SHORT, "--seed", "4", "--out", "RUN"),
+            "holds a run with other settings .seed: 1337 -> 4.",
+        ),
+        (("train", "debug", *SHORT, "--out", "RUN/report.md"), "report.md: is a file"),
+        (("train", "debug", *SHORT, "--out", "RUN/.."), "is not empty and is not a run"),
+    ],
+)
+def test_wrong_use_of_a_run_gets_one_line(argv: tuple[str, ...], message: str, copy: Path, capsys: Capture) -> None:
+    line = refuse(capsys, *(word.replace("RUN", str(copy)) for word in argv))
+    assert re.search(message, line), line
+
+
+def spoil(name: str) -> Callable[[Path], None]:
+    """Return a function that cuts a file of a run in half."""
+
+    def cut(run: Path) -> None:
+        path = run / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    "damage, verb, message",
+    [
+        (spoil("config.json"), "eval RUN", r"config\.json: not JSON"),
+        (spoil("state/checkpoint.safetensors"), "eval RUN", r"checkpoint\.safetensors: damaged checkpoint"),
+        (spoil("state/checkpoint.safetensors"), "export RUN", r"checkpoint\.safetensors: damaged checkpoint"),
+        (spoil("artifact.skc"), "eval RUN/artifact.skc", r"artifact\.skc: payload_bytes"),
+        (lambda run: shutil.rmtree(run / "state"), "sample RUN", "has no checkpoint yet; train it first"),
+        (lambda run: (run / "tokenizer.model").unlink(), "eval RUN", r"tokenizer\.model: No such file"),
+        (lambda run: (run / "tokenizer.model").write_bytes(b"x"), "eval RUN", "was made with tokenizer"),
+        (lambda run: (run / "tokenizer.model").write_bytes(b"x"), "sample RUN", "not a SentencePiece model"),
+    ],
+)
+def test_a_damaged_run_gets_one_line(
+    damage: Callable[[Path], None], verb: str, message: str, copy: Path, capsys: Capture
+) -> None:
+    damage(copy)
+    line = refuse(capsys, *verb.replace("RUN", str(copy)).split())
+    assert re.search(message, line), line
+
+
+def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(options: object, context: object) -> None:
+        raise ValueError("operands could not be broadcast")
+
+    monkeypatch.setattr("core.verbs.look.list_presets", bug)
+    with pytest.raises(ValueError, match="broadcast"):
+        main(["presets"])
+
+
+def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def stop(options: object, context: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("core.verbs.look.list_presets", stop)
+    assert main(["presets"]) == 130
+    assert capsys.readouterr().err.startswith("skc presets: interrupted; ")
+
+
+def test_exit_codes_and_streams_of_the_real_program(tmp_path: Path) -> None:
+    def run(*argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "core.cli", *argv], capture_output=True, text=True, cwd=tmp_path)
+
+    wrong = run("train", "debug", "--model.dim", "31")
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    over = run("info", "baseline", "--json")
+    assert over.returncode == 1 and json.loads(over.stdout)["ok"] is False and "OVER" in over.stderr
+    assert run("presets").returncode == 0
+
+
+@pytest.mark.parametrize("corners, rule", [("╭╰│", "─"), ("   ", "-")])
+def test_condense_keeps_the_message_and_the_first_suggestion(corners: str, rule: str) -> None:
+    top, bottom, side = corners
+    parts = [
+        "Error parsing model: model.dim=31 is odd",
+        rule * 9,
+        "Perhaps you meant:",
+        "--model.dims INT",
+        rule * 9,
+        "Run",
+    ]
+    title = [f"{top}{rule} Value error {rule}"] if top != " " else [" Value error", f" {rule * 9} "]
+    box = "\n".join([*title, *(f"{side} {part} {side}" for part in parts), f"{bottom}{rule if bottom != ' ' else ''}"])
+    assert condense(box) == "model.dim=31 is odd; did you mean --model.dims?"
+
+
+# The rules of conftest.
+
+
+def pytest_on(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest with our conftest on one test file of its own."""
+    (folder / "test_it.py").write_text(f"import pytest\n{body}")
+    (folder / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
+    code = "import sys, pytest; sys.modules['torch'] = None; sys.exit(pytest.main(sys.argv[1:]))"  # torch loads slowly
+    command = [sys.executable, "-c", code, "-p", "shared_tests.conftest", "-q", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+def test_a_skipped_pair_test_fails_the_session(tmp_path: Path) -> None:
+    pair = "@pytest.mark.pair\ndef test_twins():\n    pytest.skip('no mlx')\n"
+    failed = pytest_on(tmp_path, pair)
+    assert failed.returncode == 1 and "SKIPPED PAIR TEST" in failed.stdout
+    fine = pytest_on(tmp_path, pair.replace("@pytest.mark.pair\n", ""))
+    assert fine.returncode == 0 and "SKIPPED PAIR TEST" not in fine.stdout
+
+
+def test_tests_cannot_reach_the_network(tmp_path: Path) -> None:
+    body = "import socket\n\n\ndef test_it():\n    socket.create_connection(('192.0.2.1', 9), 1)\n"
+    done = pytest_on(tmp_path, body)
+    assert done.returncode == 1 and "tests must not need a network" in done.stdout

@@ -1,0 +1,452 @@
+"""The loop and the run folder, with a numpy model that really learns: resume, kills, damage, clock. Budget: 30 s."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import core.train
+from core import presets, rng
+from core.config import ConfigError, RunConfig
+from core.data import Dataset, open_dataset
+from core.engine import Arrays, Batch, StepResult
+from core.generate import choose, sample
+from core.params import param_table, start_values
+from core.run import METRICS, Run, RunError
+from core.schedule import StepPlan
+from core.train import NonFiniteError, train, warm_up
+
+
+class Done:
+    """A finished step."""
+
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def result(self) -> StepResult:
+        return self._result
+
+
+class BigramEngine:
+    """logits = E[token] @ E.T + bias, with hand-made gradients and AdamW; the other parameters rest."""
+
+    backend, device, dtype, notes = "numpy", "CPU", "float32", ()
+
+    def __init__(
+        self, config: RunConfig, bad_step: int | None = None, stop_step: int | None = None, pause: float = 0.0
+    ):
+        self.config, self.bad_step, self.stop_step, self.pause = config, bad_step, stop_step, pause
+        self.weights = start_values(config.model, config.seed)
+        self.state = {f"{n}.{slot}": np.zeros_like(w) for n, w in self.weights.items() for slot in ("m", "v")}
+        self.started: list[int] = []
+
+    def train_step(self, batch: Batch, plan: StepPlan) -> Done:
+        time.sleep(self.pause)
+        self.started.append(plan.step)
+        if plan.step == self.stop_step and len(self.started) > 1:  # not in the warm-up
+            raise KeyboardInterrupt
+        if plan.step == self.bad_step and len(self.started) > 1:
+            return Done(StepResult(float("nan"), float("nan"), False))
+        loss, grads = self._gradient(batch)
+        for name, g in grads.items():
+            m, v = self.state[f"{name}.m"], self.state[f"{name}.v"]
+            m += (1 - self.config.train.beta1) * (g - m)
+            v += (1 - self.config.train.beta2) * (g * g - v)
+            self.weights[name] -= np.float32(plan.lr_embed) * (m / plan.bias1) / (np.sqrt(v / plan.bias2) + 1e-8)
+        return Done(StepResult(loss, float(np.sqrt(sum((g * g).sum() for g in grads.values()))), True))
+
+    def _gradient(self, batch: Batch) -> tuple[float, Arrays]:
+        tokens, targets = batch.tokens.ravel(), batch.targets.ravel()
+        embed = self.weights["embed.weight"]
+        logits = self.logits(batch.tokens).reshape(len(tokens), -1)
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        loss = float(-np.log(p[np.arange(len(targets)), targets]).mean())
+        p[np.arange(len(targets)), targets] -= 1
+        p /= len(targets)
+        grad = p.T @ embed[tokens]
+        np.add.at(grad, tokens, p @ embed)
+        return loss, {"embed.weight": grad, "vocab_bias": p.sum(axis=0)}
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        embed = self.weights["embed.weight"]
+        return embed[tokens] @ embed.T + self.weights["vocab_bias"]
+
+    def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        logits = self.logits(tokens).astype(np.float64)
+        total = np.log(np.exp(logits).sum(axis=-1))
+        return total - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+
+    def params(self) -> Arrays:
+        return {name: value.copy() for name, value in self.weights.items()}
+
+    def load_params(self, params: Arrays) -> None:
+        self.weights = {name: value.copy() for name, value in params.items()}
+
+    def optimizer(self) -> Arrays:
+        return {name: value.copy() for name, value in self.state.items()}
+
+    def load_optimizer(self, state: Arrays) -> None:
+        if state.keys() != self.state.keys():
+            raise ValueError("optimizer state: other names")
+        self.state = {name: value.copy() for name, value in state.items()}
+
+
+def config_of(**train_fields: Any) -> RunConfig:
+    """Return a debug run of 24 short steps with everything due at odd moments."""
+    base = presets.get("debug").config
+    fields: dict[str, Any] = {
+        "steps": 24, "batch": 8, "seq": 32, "lr_embed": 0.1,
+        "log_every": 5, "eval_every": 9, "sample_every": None, "save_every": 7,
+    }  # fmt: skip
+    settings = dataclasses.replace(base.train, **{**fields, **train_fields})
+    return dataclasses.replace(base, train=settings, eval=dataclasses.replace(base.eval, batch=32))
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    """The bundled text."""
+    return open_dataset("sample")
+
+
+def start(path: Path, config: RunConfig, dataset: Dataset, **faults: Any) -> tuple[Run, Any]:
+    """Make or open a run and an engine for it."""
+    return Run.create(path, config, dataset.tokenizer.model), BigramEngine(config, **faults)
+
+
+def go(path: Path, config: RunConfig, dataset: Dataset, **faults: Any) -> Run:
+    """Train a run to its end."""
+    run, engine = start(path, config, dataset, **faults)
+    train(run, engine, dataset, lambda line: None)
+    return run
+
+
+def timeless(run: Run) -> list[dict[str, Any]]:
+    """Return the metrics without what the clock says."""
+    return [{k: v for k, v in row.items() if not k.startswith(("perf/", "clock/"))} for row in run.metrics()]
+
+
+def assert_same(ours: Run, theirs: Run) -> None:
+    """Two finished runs have the same bits and the same records."""
+    a, b = ours.checkpoint(), theirs.checkpoint()
+    assert a and b and a.step == b.step
+    for left, right in ((a.params, b.params), (a.optimizer, b.optimizer)):
+        assert left.keys() == right.keys()
+        assert all(left[name].tobytes() == right[name].tobytes() for name in left)
+    assert timeless(ours) == timeless(theirs)
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing interrupted."""
+    return go(tmp_path_factory.mktemp("runs") / "whole", config_of(), dataset)
+
+
+def test_a_run_learns_and_records_what_happened(whole: Run, dataset: Dataset) -> None:
+    rows = whole.metrics()
+    train_rows = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in train_rows] == [5, 7, 9, 10, 14, 15, 18, 20, 21, 24]
+    assert [row["step"] for row in rows if "val/bpb" in row] == [9, 18]
+    assert train_rows[-1]["train/loss"] < train_rows[0]["train/loss"] - 0.5
+    vals = [row["val/bpb"] for row in rows if "val/bpb" in row]
+    assert vals[1] < vals[0] - 0.1
+    assert train_rows[-1]["progress"] == 1.0 and train_rows[1]["progress"] == 7 / 24
+    assert all(row.keys() - {"step"} <= METRICS.keys() for row in rows)
+    last = whole.checkpoint()
+    assert last and last.step == 24 and 0 < last.seconds < 60
+    counts = dataset.manifest["splits"]["train"]
+    nats = train_rows[-1]["train/loss"] * counts["tokens"]
+    assert train_rows[-1]["train/bpb"] == pytest.approx(nats / np.log(2) / counts["raw_bytes"])
+
+
+@pytest.mark.parametrize("stop", [3, 12, 23])
+def test_an_interrupted_run_goes_on_bit_for_bit(stop: int, whole: Run, dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", config_of(), dataset, stop_step=stop)
+    saved = Run.open(tmp_path / "run").checkpoint()
+    assert (saved.step if saved else 0) == stop // 7 * 7
+    assert_same(go(tmp_path / "run", config_of(), dataset), whole)
+
+
+def test_a_killed_process_goes_on_bit_for_bit(whole: Run, dataset: Dataset, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from core.data import open_dataset\n"
+        "from shared_tests.test_run import config_of, go\n"
+        "go(Path(sys.argv[1]), config_of(), open_dataset(sys.argv[2]), pause=0.1)"
+    )
+    path = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", code, str(path), dataset.path])
+    checkpoint, deadline = path / "state" / "checkpoint.safetensors", time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.25)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    saved = Run.open(path).checkpoint()
+    assert saved and 7 <= saved.step < 24
+    assert_same(go(path, config_of(), dataset), whole)
+
+
+def test_a_finished_run_is_not_trained_again(whole: Run, dataset: Dataset) -> None:
+    before = whole.metrics()
+    run, engine = start(whole.path, whole.config, dataset)
+    summary = train(run, engine, dataset, lambda line: None)
+    assert summary.steps == 24 and engine.started == [] and run.metrics() == before
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(dataset: Dataset, tmp_path: Path) -> None:
+    run = go(tmp_path / "run", config_of(steps=7), dataset)
+    rows = run.metrics()
+    with open(run.metrics_path, "a") as file:
+        file.write('{"step": 7, "train/lo')
+    assert run.metrics() == rows
+    engine: Any = BigramEngine(run.config)
+    run.restore(engine)
+    assert run.metrics_path.read_text().endswith("}\n") and run.metrics() == rows
+    with open(run.metrics_path, "a") as file:
+        file.write("oops\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl:\d+: not JSON"):
+        run.metrics()
+
+
+def test_a_bad_step_is_named_and_not_saved(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="step 12: the loss"):
+        go(tmp_path / "run", config_of(), dataset, bad_step=12)
+    saved = Run.open(tmp_path / "run").checkpoint()
+    assert saved and saved.step == 7
+    assert max(row["step"] for row in Run.open(tmp_path / "run").metrics()) <= 10
+
+
+def test_warm_up_leaves_no_trace() -> None:
+    engine: Any = BigramEngine(config_of())
+    params, optimizer = engine.params(), engine.optimizer()
+    warm_up(engine, config_of())
+    assert engine.started == [0]
+    assert all(np.array_equal(engine.params()[name], value) for name, value in params.items())
+    assert all(np.array_equal(engine.optimizer()[name], value) for name, value in optimizer.items())
+
+
+def test_the_clock_counts_training_only(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(core.train.time, "perf_counter", lambda: now[0])
+    config = config_of(seconds=20.0, steps=1000, eval_every=4, save_every=6)
+    run, engine = start(tmp_path / "run", config, dataset)
+    step, nll, optimizer = engine.train_step, engine.nll, engine.optimizer
+
+    def slow(function: Any, seconds: float) -> Any:
+        def call(*arguments: Any) -> Any:
+            now[0] += seconds
+            return function(*arguments)
+
+        return call
+
+    engine.train_step, engine.nll, engine.optimizer = slow(step, 1.0), slow(nll, 100.0), slow(optimizer, 1000.0)
+    summary = train(run, engine, dataset, lambda line: None)
+    assert summary.steps == 20 and summary.seconds == pytest.approx(20.0)
+    each = [p for row in run.metrics() for p in row.get("progress/each", [])]
+    assert each == pytest.approx([s / 20 for s in range(20)])
+    rates = {row["perf/step_ms"] for row in run.metrics() if "perf/step_ms" in row}
+    assert rates == {1000.0}, "neither evaluation, nor checkpoints, nor the warm-up may look like training"
+
+
+def test_resume_in_clock_mode_goes_on_from_the_recorded_time(dataset: Dataset, tmp_path: Path) -> None:
+    run, engine = start(tmp_path / "run", config_of(seconds=5.0), dataset)
+    run.save(engine, 3, 4.999)
+    summary = train(run, BigramEngine(run.config), dataset, lambda line: None)  # type: ignore[arg-type]
+    assert 3 <= summary.steps <= 5 and summary.seconds >= 5.0
+
+
+# The folder.
+
+
+def test_nothing_in_the_way_is_touched(dataset: Dataset, tmp_path: Path) -> None:
+    config, model = config_of(), dataset.tokenizer.model
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(RunError, match="is a file"):
+        Run.create(file, config, model)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="not empty and is not a run"):
+        Run.create(folder, config, model)
+    assert file.read_text() == "mine" and os.listdir(folder) == ["thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    assert Run.create(tmp_path / "empty", config, model).config == Run.open(tmp_path / "empty").config == config
+
+
+def test_a_run_with_other_settings_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    run = go(tmp_path / "run", config_of(steps=1), dataset)
+    other = dataclasses.replace(config_of(steps=2), seed=7)
+    with pytest.raises(ConfigError, match=r"seed: 1337 -> 7; train\.steps: 1 -> 2") as caught:
+        Run.create(run.path, other, dataset.tokenizer.model)
+    assert "\n" not in str(caught.value) and Run.open(run.path).config == run.config
+    free = config_of(steps=1, log_every=3, save_every=None)
+    assert Run.create(run.path, free, dataset.tokenizer.model).config == Run.open(run.path).config == free
+    with pytest.raises(ConfigError, match=r"tokenizer\.model"):
+        Run.create(run.path, free, b"another")
+
+
+def test_other_data_under_the_same_name_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    run, _ = start(tmp_path / "run", config_of(), dataset)
+    run.record_environment({"data": {"sha256": "a"}, "command": "one"})
+    run.record_environment({"data": {"sha256": "a"}, "command": "two"})
+    env = run.environment()
+    assert env["command"] == "two" and [e["command"] for e in env["earlier"]] == ["one"]
+    with pytest.raises(ConfigError, match="holds other data"):
+        run.record_environment({"data": {"sha256": "b"}, "command": "three"})
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "not JSON"),
+        ("[]", "expected an object"),
+        ('{"schema": 9}', "schema 9"),
+        ("\xff", "config.json"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_damaged_settings_are_named(text: str, message: str, dataset: Dataset, tmp_path: Path) -> None:
+    run, _ = start(tmp_path / "run", config_of(), dataset)
+    (run.path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(RunError, match=message) as caught:
+        Run.open(run.path)
+    assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def rewrite(run: Run, **changes: Any) -> None:
+    """Write the run's checkpoint again with tensors or metadata changed."""
+    saved = run.checkpoint()
+    assert saved
+    arrays = {f"param/{k}": v for k, v in saved.params.items()} | {f"optim/{k}": v for k, v in saved.optimizer.items()}
+    arrays |= changes.get("arrays", {})
+    for name in changes.get("drop", ()):
+        del arrays[name]
+    state = {"schema": 1, "step": saved.step, "seconds": saved.seconds} | changes.get("state", {})
+    run.checkpoint_path.write_bytes(safetensors.numpy.save(arrays, {"skc": json.dumps(state)}))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"drop": ["param/embed.weight"]}, "embed.weight is missing"),
+        ({"drop": ["optim/embed.weight.m"]}, "optimizer state"),
+        ({"arrays": {"param/embed.weight": np.zeros((3, 3), np.float32)}}, "embed.weight has shape"),
+        ({"arrays": {"param/extra": np.zeros(3, np.float32)}}, "extra"),
+        ({"arrays": {"other": np.zeros(3, np.float32)}}, "other: unknown tensor"),
+        ({"arrays": {"param/embed.weight": np.zeros((1024, 16), np.int64)}}, "dtype I64"),
+        ({"state": {"step": -1}}, "step -1"),
+        ({"state": {"step": True}}, "step True"),
+        ({"state": {"seconds": "long"}}, "seconds"),
+        ({"state": {"seconds": float("nan")}}, "seconds"),
+        ({"state": {"schema": 2}}, "schema 2"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_damaged_checkpoint_is_named(changes: dict, message: str, dataset: Dataset, tmp_path: Path) -> None:
+    run, engine = start(tmp_path / "run", config_of(), dataset)
+    run.save(engine, 3, 1.0)
+    rewrite(run, **changes)
+    with pytest.raises(RunError, match=message) as caught:
+        run.restore(engine)
+    assert "checkpoint.safetensors" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_bytes_break_the_checkpoint_reader(dataset: Dataset, tmp_path: Path) -> None:
+    run, engine = start(tmp_path / "run", config_of(), dataset)
+    run.save(engine, 3, 1.0)
+    whole = run.checkpoint_path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    refused = 0
+    for i in range(150):
+        position, value = rng.below(i, "position", header), rng.below(i, "value", 256)
+        broken = bytearray(whole)
+        broken[position] = value
+        if i % 3 == 0:
+            broken = broken[: rng.below(i, "length", len(whole))]
+        run.checkpoint_path.write_bytes(broken)
+        try:
+            run.restore(engine)
+        except RunError as error:
+            refused += 1
+            assert "checkpoint.safetensors" in str(error)
+    assert refused > 100
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, engine = start(tmp_path / "run", config_of(), dataset)
+    run.save(engine, 3, 1.0)
+    engine.weights["embed.weight"] += 1
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            run.save(engine, 4, 2.0)
+    saved = run.checkpoint()
+    assert saved and saved.step == 3 and os.listdir(run.checkpoint_path.parent) == ["checkpoint.safetensors"]
+    assert np.array_equal(saved.params["embed.weight"], start_values(run.config.model, run.config.seed)["embed.weight"])
+
+
+def test_a_checkpoint_holds_the_whole_table(whole: Run) -> None:
+    saved = whole.checkpoint()
+    assert saved and list(param_table(whole.config.model)) == sorted(
+        saved.params, key=list(param_table(whole.config.model)).index
+    )
+    assert saved.optimizer.keys() == {f"{name}.{slot}" for name in saved.params for slot in ("m", "v")}
+
+
+# Text.
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = np.log(np.array([0.1, 0.6, 0.05, 0.25]))
+    draws = rng.uniform(0, "draws", 4000)
+    counts = np.bincount([choose(logits, 1.0, None, d) for d in draws], minlength=4) / 4000
+    assert np.abs(counts - [0.1, 0.6, 0.05, 0.25]).max() < 0.03
+    assert {choose(logits, 1.0, 2, d) for d in draws[:200]} == {1, 3}
+    assert {choose(logits, 0.0, None, d) for d in draws[:50]} == {1}
+    sharp = np.bincount([choose(logits, 0.5, None, d) for d in draws], minlength=4) / 4000
+    assert abs(sharp[1] - 0.36 / (0.01 + 0.36 + 0.0025 + 0.0625)) < 0.03
+    assert choose(np.zeros(3), 1.0, None, 1 - 2.0**-32) == 2 and choose(np.zeros(3), 1.0, None, -1 + 2.0**-32) == 0
+
+
+class Scripted:
+    """An engine that wants to say the given tokens, one after the other, and notes what it was shown."""
+
+    def __init__(self, ids: list[int], vocab: int) -> None:
+        self.ids, self.vocab, self.shown = ids, vocab, []
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        self.shown.append(tokens.copy())
+        out = np.zeros((*tokens.shape, self.vocab), np.float32)
+        last = np.flatnonzero(tokens[0])[-1]
+        out[0, last, self.ids[len(self.shown) - 1]] = 50.0
+        return out
+
+
+def test_text_ends_at_the_next_document_and_the_window_moves(dataset: Dataset) -> None:
+    tokenizer = dataset.tokenizer
+    ids = tokenizer.encode("She was glad of it").tolist()
+    engine: Any = Scripted([*ids, tokenizer.bos, ids[0]], tokenizer.vocab)
+    assert sample(engine, tokenizer, "", 50, 1.0, None, 0, 4) == "She was glad of it"
+    assert len(engine.shown) == len(ids) + 1 and all(tokens.shape == (1, 4) for tokens in engine.shown)
+    assert engine.shown[0][0].tolist() == [tokenizer.bos, 0, 0, 0]
+    assert engine.shown[-1][0].tolist() == ids[-4:]
+    with pytest.raises(ConfigError, match="tokens=0"):
+        sample(engine, tokenizer, "", 0, 1.0, None, 0, 4)
