@@ -198,7 +198,7 @@ class EvalConfig:
     """How text is scored."""
 
     windows: Literal["plain", "sliding", "documents"] = "plain"
-    """plain: consecutive windows; sliding: overlapping by seq - stride; documents: plain or sliding inside documents."""
+    """plain: consecutive windows; sliding: overlapping by seq - stride; documents: either, inside each document."""
     seq: int = 512
     """Longest context of a window, in tokens."""
     stride: int | None = None
@@ -272,7 +272,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type, values: Any, where: str = "config") -> Any:
-    """Rebuild dataclass `kind` from `to_json`'s values; ConfigError names an unknown key, a missing one or a wrong type."""
+    """Rebuild dataclass `kind` from `to_json`'s values; ConfigError names an unknown or missing key or a wrong type."""
     require(isinstance(values, dict), f"{where}: expected an object, got {type(values).__name__}")
     values = dict(values)
     if kind is RunConfig:

@@ -109,7 +109,7 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> dict[str, float]:
-        """Return peak_bytes, active_bytes (where the device tells) and traces: how often a step was traced to compile."""
+        """Return peak_bytes, active_bytes (where the device tells) and traces: compilations of the step."""
         ...
 
 

@@ -20,7 +20,7 @@ def integers16(seed: int, name: str, count: int) -> np.ndarray:
 
 
 def normal(seed: int, name: str, count: int) -> np.ndarray:
-    """Return `count` standard normals (float64) as centred sums of 12 uniforms of 16 bits (mean 0, variance 1 - 2^-32)."""
+    """Return `count` standard normals (float64): centred sums of 12 uniforms of 16 bits, variance 1 - 2^-32."""
     sums = integers16(seed, name, count * UNIFORMS_PER_NORMAL).reshape(count, UNIFORMS_PER_NORMAL)
     total = sums.sum(axis=1, dtype=np.int64) * 2 - UNIFORMS_PER_NORMAL * 65535
     return total * 2.0**-17
@@ -44,7 +44,7 @@ def choose(seed: int, name: str, total: int, count: int) -> np.ndarray:
 
 
 def hash32(key: int, index: np.ndarray) -> np.ndarray:
-    """Return a well-mixed uint32 for each uint32 index under a uint32 key; backends compute the same bits on the device.
+    """Return a well-mixed uint32 for each uint32 index under a uint32 key; backends compute the same bits.
 
     The mixer is the two-multiply xorshift hash of the "hash prospector" search (constants 0x7feb352d, 0x846ca68b).
     """

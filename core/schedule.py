@@ -21,7 +21,7 @@ class StepPlan:
 
 
 def progress_by_steps(step: int, config: TrainConfig) -> float:
-    """Return the share of the run that is done at the end of `step`, counted in steps (so step 0 has a rate above 0)."""
+    """Return the share of the run that is done at the end of `step`, in steps (so that step 0 has a rate above 0)."""
     return (step + 1) / config.steps
 
 
