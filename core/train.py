@@ -174,7 +174,7 @@ def _estimate(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -
     config = run.config
     found = score(engine, dataset, config.eval, documents=config.eval.train_documents, seed=config.seed)
     run.log(step, {"val/bpb": found.bpb} | ({} if found.error is None else {"val/error": found.error}))
-    spread = "" if found.error is None else f" ± {found.error:.4f}"
+    spread = f" ± {found.error:.4f}" if found.error else ""  # no error where the draw took all documents
     say(
         f"step {step}  validation estimate {found.bpb:.4f}{spread} bits per byte "
         f"({found.documents} of {found.total_documents} documents, byte rule {found.byte_rule})"

@@ -6,12 +6,13 @@ Two cases compile (one per backend): about a minute each on a cold machine.
 import numpy as np
 import pytest
 
+from core import schedule
 from core.config import RunConfig
 from core.engine import Batch
 from core.params import GROUPS, param_table
 from shared_tests import reference
 from shared_tests.harness import BACKENDS, batches, engine, mini, minis, working_weights
-from shared_tests.tolerances import P2_FLOAT32, P2_FLOAT64, relative_rms
+from shared_tests.tolerances import P2_BFLOAT16, P2_FLOAT32, P2_FLOAT64, relative_rms
 
 pytestmark = pytest.mark.pair
 
@@ -78,12 +79,24 @@ def test_fast_and_exact_models_agree_in_float32(backend: str) -> None:
     assert_same(fast, exact, P2_FLOAT32)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", minis())
+def test_bfloat16_computes_the_same_model_with_float32_masters(name: str, backend: str) -> None:
+    config = mini(name)
+    weights, batch = working_weights(config.model, 1.0), batches(config, 1)[0]
+    wide, narrow = (engine(backend, config, weights, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert relative_rms(narrow.logits(batch.tokens), wide.logits(batch.tokens)) <= P2_BFLOAT16
+    assert relative_rms(narrow.nll(batch.tokens, batch.targets), wide.nll(batch.tokens, batch.targets)) <= P2_BFLOAT16
+    assert narrow.logits(batch.tokens).dtype == np.float32
+    narrow.train_step(batch, schedule.plan(0, 0.5, config.train)).result()
+    for key, value in narrow.params().items():
+        assert value.dtype == np.float32 and not np.array_equal(value, weights[key]), key
+
+
 # torch imports its compiler's parts under names it has itself deprecated.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_and_eager_agree(backend: str) -> None:
-    from core import schedule
-
     config = mini("debug")
     results, weights = [], []
     for compiled in (False, True):
@@ -101,8 +114,6 @@ def test_compiled_and_eager_agree(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", minis())
 def test_every_parameter_gets_a_gradient_within_two_steps(name: str, backend: str) -> None:
-    from core import schedule
-
     config = mini(name)
     made, live = engine(backend, config, dtype="float32"), set()
     for step, batch in enumerate(batches(config, 2)):
@@ -114,8 +125,6 @@ def test_every_parameter_gets_a_gradient_within_two_steps(name: str, backend: st
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_micro_batches_give_the_gradient_of_the_whole(backend: str) -> None:
     import dataclasses
-
-    from core import schedule
 
     config = mini("tiny")
     small = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=1))
@@ -132,8 +141,6 @@ def test_micro_batches_give_the_gradient_of_the_whole(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_that_is_not_finite_leaves_everything_as_it_was(backend: str) -> None:
-    from core import schedule
-
     config = mini("debug")
     weights = working_weights(config.model, 1.0)
     made = engine(backend, config, weights, dtype="float32")

@@ -80,3 +80,39 @@ def test_a_run_goes_on_from_the_other_backends_state(first: str, second: str) ->
     there = engine(second, config, here.params(), dtype="float64")
     there.load_optimizer(here.optimizer())
     assert np.abs(np.array(start + run(there, range(10, 20))) - whole).max() <= P4_FLOAT64
+
+
+def test_mlx_memory_is_constant_over_200_steps() -> None:
+    config, data = mini("debug"), batches(mini("debug"), 2)
+    made = engine("mlx", config, dtype="float32")
+    used = {}
+    for step in range(200):
+        pending = made.train_step(data[step % 2], schedule.plan(step, 0.5, config.train))
+        if step in (9, 199):
+            pending.result()
+            used[step] = made.stats()["active_bytes"]
+    assert used[199] == used[9]
+
+
+def test_mlx_without_a_compiler_runs_eagerly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    config = mini("debug")
+    made = engine("mlx", config, dtype="float32", compile=None)
+    if "GPU" in made.device:
+        assert made.notes[0] == "compile: whole step (mx.compile)"  # Metal compiles by itself
+    else:
+        assert made.notes[0] == "compile: off, no g++"
+    batch, plan = batches(config, 1)[0], schedule.plan(0, 0.5, config.train)
+    first = made.train_step(batch, plan).result().loss
+    assert first == engine("mlx", config, dtype="float32").train_step(batch, plan).result().loss
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_at_most_two_steps_are_in_flight(backend: str) -> None:
+    config, data = mini("debug"), batches(mini("debug"), 1)
+    made = engine(backend, config, dtype="float32")
+    for step in range(5):
+        made.train_step(data[0], schedule.plan(step, 0.5, config.train))
+        assert len(made._in_flight) <= 2  # type: ignore[attr-defined]

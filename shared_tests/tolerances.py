@@ -15,6 +15,8 @@ P2_FLOAT64 = 1e-10
 """Logits and gradients of every preset's mini: float64, relative RMS."""
 P2_FLOAT32 = 5e-6
 """The same in float32."""
+P2_BFLOAT16 = 2e-2
+"""Logits of bfloat16 compute against float32, on either backend: relative RMS."""
 P3_FLOAT64 = 1e-10
 """20 updates of every optimizer rule on given gradients: float64, relative RMS."""
 P3_FLOAT32 = 1e-5

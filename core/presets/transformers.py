@@ -4,7 +4,9 @@ from core.config import EvalConfig, ModelConfig, RunConfig, TrainConfig
 
 DEBUG = RunConfig(
     model=ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, mlp_hidden=64, rope_dims=8, embed_dim=16, vocab_bias=True),
-    train=TrainConfig(steps=20, batch=4, seq=64, log_every=5, eval_every=10, sample_every=10, save_every=10),
+    train=TrainConfig(
+        steps=20, batch=4, seq=64, z_loss=1e-4, log_every=5, eval_every=10, sample_every=10, save_every=10
+    ),
     eval=EvalConfig(seq=64, train_documents=2, documents=4),
 )
 """Uses the options that no other small preset uses, so that every one of them is trained by some test."""
