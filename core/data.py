@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -125,17 +124,7 @@ class Dataset:
 
 
 def open_dataset(path: str) -> Dataset:
-    """Open a folder that `skc data` wrote; `sample` is the bundled text, prepared under data/sample on first use.
-
-    DataError names the file and the field that is missing or wrong.
-    """
-    if path == "sample":
-        from core.prepare import prepare_sample
-
-        path = os.path.join("data", "sample")
-        if not os.path.isfile(os.path.join(path, "manifest.json")):
-            print(f"preparing the bundled text in {path}", file=sys.stderr)
-        prepare_sample(path)
+    """Open a folder that `skc data` wrote; DataError names the file and the field that is missing or wrong."""
     manifest = read_manifest(path)
     entry = _field(path, manifest, "tokenizer", dict)
     tokenizer = Tokenizer.load(os.path.join(path, _field(path, entry, "file", str)))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from core import presets, rng, schedule
+from core.bundled import open_data
 from core.config import ConfigError, ModelConfig, RunConfig
 from core.data import batch as batch_at
-from core.data import open_dataset
 from core.engine import BACKENDS, EXTRAS, Arrays, Batch, DType, Engine, EngineOptions, available_backends, load_engine
 from core.params import GROUPS, count, param_table, start_values
 
@@ -136,7 +136,7 @@ def _sized(config: RunConfig) -> RunConfig:
 
 def _batches(config: RunConfig, steps: int) -> list[Batch]:
     """Return real text; a mini's small vocabulary folds the token ids, which keeps BOS and something to learn."""
-    dataset, vocab = open_dataset(config.data.path), config.model.vocab
+    dataset, vocab = open_data(config.data.path), config.model.vocab
     out = []
     for step in range(steps):
         made = batch_at(dataset.train, step, config.train.batch, config.train.seq, config.seed)

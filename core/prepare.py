@@ -24,7 +24,6 @@ Progress = Callable[[str, int, int], None]
 """Called with the stage, and the bytes of input read and in all."""
 TRAINING_BYTES = 1 << 27
 """About the most text that a tokenizer is trained on: a sample of the documents, chosen by hash."""
-BUNDLED = Path(__file__).parent / "bundled"
 
 
 def prepare(
@@ -78,19 +77,6 @@ def prepare(
         return _install(temporary, out, manifest, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def prepare_sample(out: str, progress: Progress | None = None) -> dict[str, Any]:
-    """Prepare the bundled text in `out` (kept if it is there already) and return its manifest."""
-    return prepare(
-        [str(BUNDLED / "train.jsonl.xz")],
-        out,
-        val=[str(BUNDLED / "val.jsonl.xz")],
-        tokenizer=str(BUNDLED / "tokenizer.model"),
-        name="sample",
-        overwrite=True,
-        progress=progress,
-    )
 
 
 def adopt_shards(

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import core.data
 import core.prepare
+from core.bundled import BUNDLED
 from core.data import DataError, Prefetch, Split, batch, open_shard, write_shard
 from core.engine import Batch
-from core.prepare import BUNDLED
 from core.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(str(BUNDLED / "tokenizer.model"))

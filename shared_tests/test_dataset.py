@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import core.prepare
+from core.bundled import BUNDLED, open_data, prepare_sample
 from core.corpus import read_documents
 from core.data import DataError, open_dataset, write_shard
-from core.prepare import BUNDLED, adopt_shards, prepare_sample
+from core.prepare import adopt_shards
 from core.tokenizer import Tokenizer, token_bytes
 
 TOKENIZER = Tokenizer.load(str(BUNDLED / "tokenizer.model"))
@@ -54,12 +55,12 @@ def test_sample_is_prepared_on_first_use_under_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    first = open_dataset("sample")
+    first = open_data("sample")
     assert (tmp_path / "data" / "sample" / "manifest.json").is_file()
     written = (tmp_path / "data" / "sample" / "train_000000.bin").stat().st_mtime_ns
     output = capsys.readouterr()
     assert "data/sample" in output.err and output.out == ""
-    assert open_dataset("sample").manifest == first.manifest
+    assert open_data("sample").manifest == first.manifest
     assert (tmp_path / "data" / "sample" / "train_000000.bin").stat().st_mtime_ns == written
     assert capsys.readouterr().err == ""
 

@@ -15,9 +15,10 @@ import pytest
 import core.corpus
 import core.prepare
 import core.shards
+from core.bundled import BUNDLED
 from core.corpus import read_documents
 from core.data import DataError, Dataset, open_dataset
-from core.prepare import BUNDLED, prepare
+from core.prepare import prepare
 from core.tokenizer import TokenizerError
 from shared_tests.test_tokenizer import train_plain
 

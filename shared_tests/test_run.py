@@ -17,8 +17,9 @@ import safetensors.numpy
 
 import core.train
 from core import presets, rng
+from core.bundled import open_data
 from core.config import ConfigError, RunConfig
-from core.data import Dataset, open_dataset
+from core.data import Dataset
 from core.engine import Arrays, Batch, StepResult
 from core.generate import choose, sample
 from core.params import param_table, start_values
@@ -116,7 +117,7 @@ def config_of(**train_fields: Any) -> RunConfig:
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
     """The bundled text."""
-    return open_dataset("sample")
+    return open_data("sample")
 
 
 def start(path: Path, config: RunConfig, dataset: Dataset, **faults: Any) -> tuple[Run, Any]:

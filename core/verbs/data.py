@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
+from core.bundled import prepare_sample
 from core.prepare import Progress as StageProgress
-from core.prepare import adopt_shards, prepare, prepare_sample
+from core.prepare import adopt_shards, prepare
 from core.verbs.common import Context, Outcome
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 from tyro.conf import Positional
 
 from core.bench import run_bench
+from core.bundled import open_data
 from core.config import EvalConfig
-from core.data import open_dataset
 from core.engine import DType, EngineOptions, load_engine
 from core.finish import describe, final_score
 from core.generate import sample
@@ -107,7 +107,7 @@ def evaluate(options: Eval, context: Context) -> Outcome:
     """Score a run or an artifact."""
     subject = open_subject(options.path, options.data)
     config = dataclasses.replace(subject.config, eval=options.config(subject.config.eval))
-    dataset = open_dataset(config.data.path)
+    dataset = open_data(config.data.path)
     check_tokenizer(subject, dataset)
     engine = load_engine(options.backend, config, subject.weights, EngineOptions(dtype=options.dtype))
     context.say(f"{subject.what} on {engine.backend}, {engine.device}, {engine.dtype}; data {dataset.path}")
@@ -123,7 +123,7 @@ def write_text(options: Sample, context: Context) -> Outcome:
     if subject.step is not None and options.data is None:
         tokenizer = Tokenizer.load(str(Run.open(options.path).tokenizer_path))
     else:
-        dataset = open_dataset(subject.config.data.path)
+        dataset = open_data(subject.config.data.path)
         check_tokenizer(subject, dataset)
         tokenizer = dataset.tokenizer
     engine = load_engine(options.backend, subject.config, subject.weights)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from tyro.conf import Positional
 
 from core import presets
+from core.bundled import open_data
 from core.config import RunConfig
-from core.data import Dataset, open_dataset
+from core.data import Dataset
 from core.engine import DType, Engine, EngineOptions, choose_backend, load_engine
 from core.finish import finish
 from core.params import count
@@ -43,7 +44,7 @@ def train_run(options: Train, context: Context) -> Outcome:
     """Train, or go on training, then score, export and report."""
     config, say = options.config(), context.say
     backend = choose_backend(options.backend)
-    dataset = open_dataset(config.data.path)
+    dataset = open_data(config.data.path)
     check_data(config, dataset)
     engine = load_engine(backend, config, options=EngineOptions(dtype=options.dtype))
     run = Run.create(options.out or f"runs/{config.preset}-{backend}-{config.seed}", config, dataset.tokenizer.model)
@@ -81,7 +82,7 @@ def export_run(options: Export, context: Context) -> Outcome:
         raise RunError(
             f"{run.path}: has no checkpoint yet; train it first: skc train {run.config.preset} --out {run.path}"
         )
-    dataset = open_dataset(run.config.data.path)
+    dataset = open_data(run.config.data.path)
     check_data(run.config, dataset)
     engine = load_engine(options.backend, run.config, saved.params)
     with open(run.log_path, "a", encoding="utf-8") as log, context.say.copied_to(log):
