@@ -30,6 +30,10 @@ VARIANTS = {
 PEAK_SIZE = 1024
 
 
+class BenchError(ArithmeticError):
+    """A measurement could not be made."""
+
+
 @dataclass(frozen=True)
 class BenchRow:
     """One variant's medians over the rounds."""
@@ -48,6 +52,8 @@ class BenchRow:
     share: float
     """Achieved FLOP/s over `reference_peak` of the report."""
     peak_bytes: float
+    peak_of: str
+    """What peak_bytes counts: `arrays` of the framework, or the whole `process` where only that can be known."""
     traces: float
     notes: tuple[str, ...]
 
@@ -94,7 +100,7 @@ class BenchReport:
                 f"{r.peak_bytes / 2**20:>6.0f}MiB {r.traces:>6.0f}"
             )
         for r in self.rows:
-            out.append(f"{r.variant}: {r.device}, {r.dtype}; " + "; ".join(r.notes))
+            out.append(f"{r.variant}: {r.device}, {r.dtype}; memory of the {r.peak_of}; " + "; ".join(r.notes))
         return out
 
 
@@ -121,6 +127,8 @@ def run_bench(
     for name in names:
         if name not in VARIANTS:
             raise ConfigError(f"bench: variant {name!r} does not exist; known: {', '.join(VARIANTS)}")
+        if VARIANTS[name][0] not in available_backends():
+            raise ConfigError(f"bench: variant {name!r} needs a backend that is not installed; see: skc doctor")
     if not names:
         raise ConfigError("bench: no backend is installed; pip install -e '.[mlx]' or '.[torch]'")
     if min(rounds, threads) < 1 or seconds <= 0:
@@ -162,7 +170,8 @@ def run_bench(
                 flops=work * tokens / middle,
                 own_peak=max(peaks[name]),
                 share=work * tokens / middle / top,
-                peak_bytes=stats[name]["peak_bytes"],
+                peak_bytes=stats[name].get("peak_bytes", stats[name].get("process_bytes", 0.0)),
+                peak_of="arrays" if "peak_bytes" in stats[name] else "process",
                 traces=stats[name]["traces"],
                 notes=tuple(ready[name]["notes"]),
             )
@@ -197,7 +206,7 @@ class _Worker:
         )
 
     def ask(self, line: str) -> dict:
-        """Send a line and wait for the answer; RuntimeError if the process died."""
+        """Send a line and wait for the answer; BenchError if the process died."""
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
         try:
@@ -207,7 +216,7 @@ class _Worker:
             pass
         answer = stdout.readline()
         if not answer:
-            raise RuntimeError(f"bench: the process of {self.variant} ended with code {self.process.wait()}; see above")
+            raise BenchError(f"bench: the process of {self.variant} ended with code {self.process.wait()}; see above")
         return json.loads(answer)
 
     def close(self) -> None:

@@ -5,6 +5,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -23,6 +24,14 @@ def require(condition: bool, message: str) -> None:
     """Raise ConfigError with `message` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_finite(section: str, config: Any) -> None:
+    """Raise ConfigError for a field of `config` that is a number but not a finite one."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        finite = not isinstance(value, float) or math.isfinite(value)
+        require(finite, f"{section}.{f.name}={value}: expected a finite number")
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class ModelConfig:
     """Standard deviation of the embedding's start values."""
 
     def __post_init__(self) -> None:
+        require_finite("model", self)
         for name in ("vocab", "dim", "layers", "heads", "kv_heads", "mlp_hidden"):
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: expected at least 1")
         require(self.embed_dim is None or self.embed_dim >= 1, f"model.embed_dim={self.embed_dim}: expected at least 1")
@@ -94,7 +104,10 @@ class ModelConfig:
         )
         require(0 <= self.bos < self.vocab, f"model.bos={self.bos}: expected a token id below model.vocab={self.vocab}")
         require(self.softcap is None or self.softcap > 0, f"model.softcap={self.softcap}: expected a positive number")
-        require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps}: expected a positive number")
+        for name in ("norm_eps", "rope_base"):
+            require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)}: expected a positive number")
+        for name in ("matrix_std", "embed_std"):
+            require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)}: expected a number from 0 up")
 
     @property
     def head_dim(self) -> int:
@@ -163,6 +176,10 @@ class TrainConfig:
     """Steps between checkpoints; None: only at the end."""
 
     def __post_init__(self) -> None:
+        require_finite("train", self)
+        for name in ("lr_embed", "lr_matrix", "lr_vector", "weight_decay", "z_loss"):
+            require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
+        require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
         for name in ("steps", "batch", "seq", "log_every"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: expected at least 1")
         for name in ("eval_every", "sample_every", "save_every", "seconds", "clip", "micro_batch"):
@@ -305,6 +322,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         require(isinstance(value, list | tuple), f"{where}: expected a list, got {type(value).__name__}")
         return tuple(_coerce(arguments[0], v, where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) < 2**1023, f"{where}: too large a number")
         return float(value)
     require(type(value) is hint, f"{where}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
     return value

@@ -24,7 +24,7 @@ def examine(say: Console) -> dict[str, Any]:
     found, installed = versions(), available_backends()
     say(", ".join(f"{name} {version}" for name, version in found.items()))
     value: dict[str, Any] = {"versions": found, "paths": _paths(say), "backends": {}}
-    compiler = next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+    compiler = "g++" if shutil.which("g++") else None
     say(f"C++ compiler: {compiler or 'none: compiled steps run eagerly where they need one'}")
     value["compiler"] = compiler
     if "mlx" in installed:  # before anything imports MLX
@@ -35,12 +35,12 @@ def examine(say: Console) -> dict[str, Any]:
         if name not in installed:
             say(f"{name}: not installed (pip install -e '.[{EXTRAS[name]}]')")
     value["parity"] = None
-    if len(installed) == len(BACKENDS):
+    sound = all(value["backends"][name]["ok"] for name in installed)
+    if len(installed) == len(BACKENDS) and sound:
         say("parity: both backends on the mini of debug ...")
         parity = run_parity(presets.get("debug").config, steps=3, dtype="float32", mini=True)
         value["parity"] = parity.ok
         say(f"parity: {'yes' if parity.ok else 'NO; see: skc parity debug --mini'}")
-    sound = all(value["backends"][name]["ok"] for name in installed)
     value["ok"] = bool(installed) and sound and value["parity"] is not False and value["paths"]["ok"]
     say("everything works" if value["ok"] else "something is wrong: see above")
     return value

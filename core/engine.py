@@ -109,7 +109,10 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> dict[str, float]:
-        """Return peak_bytes, active_bytes (where the device tells) and traces: compilations of the step."""
+        """Return what the device tells: peak_bytes and active_bytes of arrays, or process_bytes; and traces.
+
+        `traces` counts compilations of the training step's parts: the whole of it in MLX, loss and update in torch.
+        """
         ...
 
 

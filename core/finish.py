@@ -61,7 +61,7 @@ def final_score(engine: Engine, dataset: Dataset, config: RunConfig, say: Consol
 
 def describe(found: Score) -> str:
     """Return a score in words, with its label and byte rule."""
-    spread = "" if found.error is None else f" ± {found.error:.4f}"
+    spread = f" ± {found.error:.4f}" if found.error else ""
     what = "all" if found.full else f"{found.documents} of {found.total_documents}"
     how = f"rule {found.byte_rule}, {what} documents, {found.windows}"
     return f"{found.label} {found.bpb:.4f}{spread} bits per byte ({how})"

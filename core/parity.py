@@ -81,11 +81,13 @@ def run_parity(
 
     `report` receives a line whenever a stage begins. ConfigError if a backend is missing.
     """
+    if steps < 1:
+        raise ConfigError(f"parity --steps {steps}: expected at least 1")
     for name in BACKENDS:
         if name not in available_backends():
             raise ConfigError(f"parity needs both backends; {name!r} is missing: pip install -e '.[{EXTRAS[name]}]'")
     config = _sized(presets.mini(config) if mini else config)
-    batches = _batches(config, max(1, steps))
+    batches = _batches(config, steps)
     engines = []
     for name in BACKENDS:
         report(f"building {config.preset} on {name}")

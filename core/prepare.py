@@ -17,7 +17,8 @@ import numpy as np
 
 from core.corpus import check_inputs, document_hash, read_documents
 from core.data import SCAN, SCHEMA, Split, read_manifest
-from core.shards import DataError, file_sha256, open_shard, shard_record, write_file, write_split
+from core.files import replace_file
+from core.shards import DataError, file_sha256, open_shard, shard_record, write_split
 from core.tokenizer import Tokenizer, token_bytes, train_tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -73,7 +74,7 @@ def prepare(
         sources = _Sources(inputs, val, val_share, given, vocab, progress or _silent)
         manifest = {"schema": SCHEMA, "name": made_from["name"], "made_from": made_from}
         manifest |= _fill(temporary, sources, shard_tokens, threads or os.cpu_count() or 1)
-        write_file(os.path.join(temporary, "manifest.json"), json.dumps(manifest, indent=1).encode())
+        replace_file(os.path.join(temporary, "manifest.json"), json.dumps(manifest, indent=1).encode())
         return _install(temporary, out, manifest, overwrite)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -104,7 +105,7 @@ def adopt_shards(
             "bytes_per_token": None,
             "document_bytes": None,
         }
-    write_file(os.path.join(folder, "tokenizer.model"), model.model)
+    replace_file(os.path.join(folder, "tokenizer.model"), model.model)
     manifest = {
         "schema": SCHEMA,
         "name": name or os.path.basename(os.path.abspath(folder)),
@@ -114,7 +115,7 @@ def adopt_shards(
         "disjoint": None,
         "empty_documents": None,
     }
-    write_file(os.path.join(folder, "manifest.json"), json.dumps(manifest, indent=1).encode())
+    replace_file(os.path.join(folder, "manifest.json"), json.dumps(manifest, indent=1).encode())
     return manifest
 
 
@@ -217,7 +218,7 @@ def _fill(folder: str, sources: _Sources, shard_tokens: int, threads: int) -> di
     if tokenizer is None:
         sample = _training_sample(sources.read(sources.inputs, "training the tokenizer"), in_val, survey)
         tokenizer = Tokenizer(train_tokenizer(sample, sources.vocab))
-    write_file(os.path.join(folder, "tokenizer.model"), tokenizer.model)
+    replace_file(os.path.join(folder, "tokenizer.model"), tokenizer.model)
     train_texts = sources.read(sources.inputs, "tokenising train")
     val_texts = sources.read(sources.val or sources.inputs, "tokenising val")
     train = write_split(folder, "train", train_texts, lambda text: not in_val(text), tokenizer, shard_tokens, threads)

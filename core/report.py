@@ -20,7 +20,7 @@ def write_report(run: Run) -> list[Path]:
 def _markdown(run: Run) -> str:
     config, env = run.config, run.environment()
     final, stored = run.last("final/score"), run.last("final/artifact")
-    spread = "" if final["error"] is None else f" ± {final['error']:.4f}"
+    spread = f" ± {final['error']:.4f}" if final["error"] else ""
     preset = PRESETS.get(config.preset)
     score = f"**{final['label']}: {final['bpb']:.4f}{spread} bits per byte**"
     raw = "" if final["bpb_raw"] is None else f" Per byte of the raw text: {final['bpb_raw']:.4f}."
@@ -42,7 +42,7 @@ def _markdown(run: Run) -> str:
         f"| reloaded artifact | {stored['score']['bpb']:.4f} bits per byte, round-trip gap {stored['gap']:+.6f} |",
         f"| model | {count(config.model):,} parameters |",
         f"| training | {_speed(run)} |",
-        f"| backend | {env.get('backend')}, {env.get('device')}, {env.get('dtype')} |",
+        f"| backend | {_backends(env)} |",
         f"| data | {config.data.path} |",
         f"| commit | {commit} |",
         "",
@@ -59,6 +59,15 @@ def _markdown(run: Run) -> str:
         *(f"> {' '.join(text.split())}\n" for text in run.last("samples") or []),
     ]
     return "\n".join(lines)
+
+
+def _backends(env: dict[str, Any]) -> str:
+    """Return every start of the run: where it ran, and from which step."""
+    starts = [*env.get("earlier", []), env]
+    texts = [f"{e.get('backend')}, {e.get('device')}, {e.get('dtype')}" for e in starts]
+    if len(set(texts)) == 1:
+        return texts[0]
+    return "; ".join(f"{text} from step {e.get('step')}" for text, e in zip(texts, starts, strict=True))
 
 
 def _speed(run: Run) -> str:

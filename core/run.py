@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from core.config import ConfigError, RunConfig, differences, from_json, to_json
 from core.engine import Arrays, Engine
-from core.export import replace_file
+from core.files import replace_file
 from core.params import check_arrays, param_table
 
 METRICS = {
@@ -55,6 +55,8 @@ class Checkpoint(NamedTuple):
     """Training time so far."""
     params: Arrays
     optimizer: Arrays
+    dtype: str
+    """Compute type that it was trained in."""
 
 
 class Run:
@@ -81,27 +83,21 @@ class Run:
         return cls(path, _config(path / "config.json"))
 
     @classmethod
-    def create(cls, path: str | Path, config: RunConfig, tokenizer: bytes) -> "Run":
+    def create(cls, path: str | Path, config: RunConfig, tokenizer: bytes, data: Any = None) -> "Run":
         """Make the folder of a new run, or open the one that is there if it is the same run, to go on with it.
 
         RunError if something else is in the way (nothing is deleted), ConfigError if the run there has settings that
-        would give other weights: the message lists them.
+        would give other weights, or other data (`data` says which, as in env.json): the message lists them.
         """
         path = Path(path)
         if path.is_dir() and not (path / "config.json").exists() and _strangers(path):
             raise RunError(f"{path}: exists, is not empty and is not a run; choose another --out")
         if (path.exists() and not path.is_dir()) or (path / "config.json").exists():
             run = cls.open(path)
-            _refuse_differences(run, config)
-            run = cls(path, config)
-        else:
-            run = cls(path, config)
-            (path / "state").mkdir(parents=True, exist_ok=True)
+            _refuse_differences(run, config, tokenizer, data)
+        run = cls(path, config)
+        (path / "state").mkdir(parents=True, exist_ok=True)
         run._write_json(path / "config.json", to_json(config))
-        if run.tokenizer_path.exists() and run.tokenizer_path.read_bytes() != tokenizer:
-            raise ConfigError(
-                f"{path}: its tokenizer.model is not the one of data.path={config.data.path}: choose --out"
-            )
         replace_file(run.tokenizer_path, tokenizer)
         return run
 
@@ -109,18 +105,9 @@ class Run:
         replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
     def record_environment(self, env: dict[str, Any]) -> None:
-        """Write env.json: `env` is this start of the run, what it held before goes to its list `earlier`.
-
-        ConfigError if the data is not the data the run began with.
-        """
-        earlier = []
-        if self.env_path.exists():
-            before = _read_json(self.env_path)
-            earlier = [*before.pop("earlier", []), before]
-            if before.get("data") != env["data"]:
-                raise ConfigError(
-                    f"{self.path}: data.path={self.config.data.path} holds other data than when it began: choose --out"
-                )
+        """Write env.json: `env` is this start of the run, what it held before goes to its list `earlier`."""
+        before = self.environment()
+        earlier = [*before.pop("earlier", []), before] if before else []
         self._write_json(self.env_path, {**env, "earlier": earlier})
 
     def environment(self) -> dict[str, Any]:
@@ -131,6 +118,8 @@ class Run:
         """Append one line to metrics.jsonl: `step` steps are done and `values` (names of METRICS) were measured."""
         assert values.keys() <= METRICS.keys(), values.keys() - METRICS.keys()
         line = json.dumps({"step": step, **values}, allow_nan=False)
+        if self.metrics_path.exists():
+            _drop_cut_line(self.metrics_path)
         with open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -155,7 +144,8 @@ class Run:
         """Write the checkpoint of `step` in place of the last one; OSError (a full disk) leaves that one as it was."""
         arrays = {f"param/{name}": value for name, value in engine.params().items()}
         arrays |= {f"optim/{name}": value for name, value in engine.optimizer().items()}
-        state = json.dumps({"schema": SCHEMA, "seconds": seconds, "step": step}, separators=(",", ":"))
+        meta = {"dtype": engine.dtype, "schema": SCHEMA, "seconds": seconds, "step": step}
+        state = json.dumps(meta, separators=(",", ":"))
         if self.metrics_path.exists():
             _sync(self.metrics_path)  # before the checkpoint: it must not be ahead of what is recorded
         self.checkpoint_path.parent.mkdir(exist_ok=True)
@@ -178,6 +168,8 @@ class Run:
             raise RunError(
                 f"{path}: skc: schema {state.get('schema')!r}, step {step!r}: not a checkpoint of this version"
             )
+        if type(state.get("dtype")) is not str:
+            raise RunError(f"{path}: skc: dtype: {state.get('dtype')!r}, expected the name of a type")
         if type(seconds) not in (int, float) or not 0 <= seconds < np.inf:
             raise RunError(f"{path}: skc: seconds: {seconds!r}, expected a number from 0 up")
         sides = {side: {} for side in ("param", "optim")}
@@ -190,14 +182,20 @@ class Run:
             check_arrays(sides["param"], {n: row.shape for n, row in param_table(self.config.model).items()}, str(path))
         except ValueError as error:
             raise RunError(str(error)) from error
-        return Checkpoint(step, float(seconds), sides["param"], sides["optim"])
+        return Checkpoint(step, float(seconds), sides["param"], sides["optim"], state["dtype"])
 
     def restore(self, engine: Engine) -> tuple[int, float]:
         """Load the checkpoint into `engine` and return (steps done, training seconds); (0, 0) where there is none.
 
-        Metrics after the checkpoint's step are dropped, so that nothing is recorded twice.
+        Metrics after the checkpoint's step are dropped, so that nothing is recorded twice. ConfigError if the engine
+        computes in another type than the run was trained in.
         """
         saved = self.checkpoint()
+        if saved and saved.dtype != engine.dtype:
+            raise ConfigError(
+                f"{self.path}: was trained in {saved.dtype}, this would go on in {engine.dtype}: "
+                f"add --dtype {saved.dtype}, or choose another --out"
+            )
         step, seconds = (saved.step, saved.seconds) if saved else (0, 0.0)
         if saved:
             try:
@@ -222,8 +220,26 @@ def _strangers(path: Path) -> list[str]:
     return [name for name in os.listdir(path) if name not in ("config.json.tmp", "state")]
 
 
-def _refuse_differences(run: Run, config: RunConfig) -> None:
-    """Raise ConfigError if the run's checkpoint was made with settings that would have given other weights."""
+def _drop_cut_line(path: Path) -> None:
+    """Cut a file back to its last whole line: a kill or a full disk may have left part of one."""
+    with open(path, "r+b") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end:
+            file.seek(end - 1)
+            if file.read(1) == b"\n":
+                break
+            end -= 1
+        if end != size:
+            file.truncate(end)
+
+
+def _refuse_differences(run: Run, config: RunConfig, tokenizer: bytes, data: Any) -> None:
+    """Raise ConfigError if the run was begun on other data, or has a checkpoint made with other settings."""
+    if run.tokenizer_path.exists() and run.tokenizer_path.read_bytes() != tokenizer:
+        raise ConfigError(f"{run.path}: its tokenizer.model is not that of data.path={config.data.path}: choose --out")
+    begun = run.environment().get("data")
+    if None not in (begun, data) and begun != data:
+        raise ConfigError(f"{run.path}: data.path={config.data.path} holds other data than when it began: choose --out")
     lines = [line for line in differences(run.config, config) if not line.startswith(FREE)]
     if lines and run.checkpoint_path.exists():
         raise ConfigError(

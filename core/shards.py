@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from core.files import replace_file
 from core.tokenizer import Tokenizer, token_bytes
 
 MAGIC = 20240520
@@ -63,17 +64,7 @@ def write_shard(path: str, tokens: np.ndarray) -> None:
     """Write (count,) token ids from 0 to 65,535 as an official shard: to a temporary name, fsynced, renamed."""
     if not tokens.size or tokens.min() < 0 or tokens.max() > 65_535:
         raise DataError(f"{path}: expected at least one token id, all from 0 to 65535")
-    write_file(path, _header(tokens.size) + tokens.astype("<u2").tobytes())
-
-
-def write_file(path: str, content: bytes) -> None:
-    """Write a whole file: to a temporary name, fsynced, renamed."""
-    temporary = f"{path}.part"
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(path, _header(tokens.size) + tokens.astype("<u2").tobytes())
 
 
 def file_sha256(path: str) -> str:
@@ -127,7 +118,7 @@ def write_split(
         raise DataError(f"{name}: no document with text is left for this split; give more text")
     npy = io.BytesIO()
     np.save(npy, np.array(lengths, "<i8"), allow_pickle=False)
-    write_file(os.path.join(folder, f"{name}_document_bytes.npy"), npy.getvalue())
+    replace_file(os.path.join(folder, f"{name}_document_bytes.npy"), npy.getvalue())
     record = {
         "files": files,
         "documents": len(lengths),

@@ -16,7 +16,7 @@ from core.generate import samples
 from core.run import Run
 from core.schedule import plan, progress_by_steps
 from core.scoring import score
-from core.scoring.accounting import bits_per_byte
+from core.scoring.accounting import bits_per_byte, training_bytes
 
 Say = Callable[[str], None]
 
@@ -65,13 +65,13 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
     step, seconds = run.restore(engine)
     if step:
         say(f"resumed at step {step}")
-    if not _done(step, seconds, settings):
+    if not done(step, seconds, settings):
         warm_up(engine, config)
     feed = Prefetch(lambda s: batch(dataset.train, s, settings.batch, settings.seq, config.seed), step)
     clock = Clock(seconds)
     meter, saved = Meter(run, dataset, clock, say), step
     try:
-        while not _done(step, clock.seconds, settings):
+        while not done(step, clock.seconds, settings):
             progress = _progress(step, clock.seconds, settings)
             meter.add(step, progress, engine.train_step(feed.get(step), plan(step, progress, settings)))
             step += 1
@@ -115,7 +115,7 @@ class Meter:
 
     def __init__(self, run: Run, dataset: Dataset, clock: Clock, say: Say) -> None:
         self._run, self._clock, self._say = run, clock, say
-        self._split = dataset.manifest["splits"]["train"]
+        self._tokens, self._bytes = len(dataset.train), training_bytes(dataset)
         self._steps: list[tuple[int, float, Pending]] = []
         self._shown = self._first = clock.seconds
         self._taken = 0
@@ -150,9 +150,8 @@ class Meter:
         }
         if settings.seconds is not None:
             values["progress/each"] = progress
-        size = self._split.get("raw_bytes") or self._split.get("table_bytes")
-        if size:
-            values["train/bpb"] = bits_per_byte(loss * self._split["tokens"], size)
+        if self._bytes is not None:
+            values["train/bpb"] = bits_per_byte(loss * self._tokens, self._bytes[1])
         self._steps, self._shown, self._taken = [], now, self._taken + count
         self._run.log(step, values)
         self._say(self._line(step, values, now))
@@ -177,7 +176,7 @@ def _estimate(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -
     spread = f" ± {found.error:.4f}" if found.error else ""  # no error where the draw took all documents
     say(
         f"step {step}  validation estimate {found.bpb:.4f}{spread} bits per byte "
-        f"({found.documents} of {found.total_documents} documents, byte rule {found.byte_rule})"
+        f"({found.documents} of {found.total_documents} documents, byte rule {found.byte_rule}, {found.windows})"
     )
 
 
@@ -194,7 +193,8 @@ def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _done(step: int, seconds: float, settings: TrainConfig) -> bool:
+def done(step: int, seconds: float, settings: TrainConfig) -> bool:
+    """Return whether a run of `step` steps and `seconds` of training has reached its end."""
     return step >= settings.steps or (settings.seconds is not None and seconds >= settings.seconds)
 
 

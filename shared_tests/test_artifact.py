@@ -16,8 +16,8 @@ import pytest
 
 from core.config import ModelConfig, to_json
 from core.engine import Arrays
-from core.export import replace_file
 from core.export.artifact import MAX_HEADER, ArtifactError, read_artifact, write_artifact
+from core.files import replace_file
 from core.params import param_table, start_values
 from core.presets import PRESETS
 

@@ -133,7 +133,7 @@ def test_train_leaves_a_whole_run_folder(trained: Path, capsys: Capture) -> None
     assert len(run.last("samples")) == 2
 
 
-def test_train_goes_on_where_it_stopped(copy: Path, capsys: Capture) -> None:
+def test_a_finished_run_is_scored_again_but_not_trained(copy: Path, capsys: Capture) -> None:
     before = Run.open(copy).checkpoint()
     value = call(capsys, "train", "debug", *SHORT, "--out", str(copy))
     after = Run.open(copy).checkpoint()
@@ -141,7 +141,9 @@ def test_train_goes_on_where_it_stopped(copy: Path, capsys: Capture) -> None:
         before and after and value["step"] == 6 and value["score"]["bpb"] == Run.open(copy).last("final/score")["bpb"]
     )
     assert all(before.params[name].tobytes() == after.params[name].tobytes() for name in before.params)
-    assert len(Run.open(copy).environment()["earlier"]) == 1
+    env = Run.open(copy).environment()
+    call(capsys, "train", "debug", *SHORT[:-1], "mlx", "--out", str(copy))  # trains nothing, so it relabels nothing
+    assert Run.open(copy).environment() == env and env["backend"] == "cuda" and not env["earlier"]
 
 
 def test_eval_of_run_and_artifact_agree_with_the_report(trained: Path, capsys: Capture) -> None:

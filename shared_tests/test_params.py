@@ -1,11 +1,13 @@
 """P0: the table, start values, step plans and device integers are the same bits everywhere. Budget: 20 s."""
 
+import dataclasses
 import hashlib
 
 import numpy as np
 import pytest
 
 from core import presets, rng, schedule
+from core.config import ConfigError
 from core.params import count, flops_per_token, param_table, start_values
 from shared_tests.harness import BACKENDS, call, engine, mini, minis, module
 
@@ -123,3 +125,15 @@ def test_schedule_warms_up_and_down_linearly() -> None:
     assert schedule.lr_scale(0.5, config) == 1.0
     assert schedule.lr_scale(0.8, config) == pytest.approx((1 + config.floor) / 2)
     assert schedule.lr_scale(1.7, config) == pytest.approx(config.floor)
+
+
+@pytest.mark.parametrize(
+    "section, field, value",
+    [("train", name, bad) for name in ("eps", "lr_matrix", "weight_decay", "z_loss") for bad in (float("nan"), -1.0)]
+    + [("train", "eps", 0.0), ("train", "clip", float("inf")), ("model", "rope_base", -5.0), ("model", "norm_eps", 0.0)]
+    + [("model", "q_gain", float("inf")), ("model", "embed_std", -0.1)],
+)
+def test_a_setting_that_would_poison_the_weights_is_refused(section: str, field: str, value: float) -> None:
+    config = getattr(presets.get("debug").config, section)
+    with pytest.raises(ConfigError, match=rf"{section}\.{field}="):
+        dataclasses.replace(config, **{field: value})

@@ -167,7 +167,9 @@ def test_a_run_learns_and_records_what_happened(whole: Run, dataset: Dataset) ->
     assert last and last.step == 24 and 0 < last.seconds < 60
     counts = dataset.manifest["splits"]["train"]
     nats = train_rows[-1]["train/loss"] * counts["tokens"]
-    assert train_rows[-1]["train/bpb"] == pytest.approx(nats / np.log(2) / counts["raw_bytes"])
+    assert train_rows[-1]["train/bpb"] == pytest.approx(
+        nats / np.log(2) / counts["table_bytes"]
+    )  # the rule of the score
 
 
 @pytest.mark.parametrize("stop", [3, 12, 23])
@@ -211,6 +213,11 @@ def test_a_line_that_a_kill_cut_short_is_dropped(dataset: Dataset, tmp_path: Pat
     with open(run.metrics_path, "a") as file:
         file.write('{"step": 7, "train/lo')
     assert run.metrics() == rows
+    run.log(7, {"val/bpb": 1.5})  # a verb that does not restore, such as export
+    assert run.metrics() == [*rows, {"step": 7, "val/bpb": 1.5}]
+    with open(run.metrics_path, "a") as file:
+        file.write('{"step": 7, "train/lo')
+    rows = run.metrics()
     engine: Any = BigramEngine(run.config)
     run.restore(engine)
     assert run.metrics_path.read_text().endswith("}\n") and run.metrics() == rows
@@ -304,8 +311,13 @@ def test_other_data_under_the_same_name_is_refused(dataset: Dataset, tmp_path: P
     run.record_environment({"data": {"sha256": "a"}, "command": "two"})
     env = run.environment()
     assert env["command"] == "two" and [e["command"] for e in env["earlier"]] == ["one"]
+    before = (run.path / "config.json").read_bytes()
+    other = dataclasses.replace(config_of(), seed=99)
     with pytest.raises(ConfigError, match="holds other data"):
-        run.record_environment({"data": {"sha256": "b"}, "command": "three"})
+        Run.create(run.path, other, dataset.tokenizer.model, {"sha256": "b"})
+    with pytest.raises(ConfigError, match="tokenizer"):
+        Run.create(run.path, other, b"another", {"sha256": "a"})
+    assert (run.path / "config.json").read_bytes() == before, "what is refused changes nothing"
 
 
 @pytest.mark.parametrize(
@@ -334,7 +346,7 @@ def rewrite(run: Run, **changes: Any) -> None:
     arrays |= changes.get("arrays", {})
     for name in changes.get("drop", ()):
         del arrays[name]
-    state = {"schema": 1, "step": saved.step, "seconds": saved.seconds} | changes.get("state", {})
+    state = {"schema": 1, "dtype": saved.dtype, "step": saved.step, "seconds": saved.seconds} | changes.get("state", {})
     run.checkpoint_path.write_bytes(safetensors.numpy.save(arrays, {"skc": json.dumps(state)}))
 
 
@@ -352,6 +364,7 @@ def rewrite(run: Run, **changes: Any) -> None:
         ({"state": {"seconds": "long"}}, "seconds"),
         ({"state": {"seconds": float("nan")}}, "seconds"),
         ({"state": {"schema": 2}}, "schema 2"),
+        ({"state": {"dtype": 32}}, "dtype"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

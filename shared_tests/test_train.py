@@ -1,11 +1,18 @@
 """P4: free-running loss curves over 50 steps, and what the engine's step promises. Budget: 120 s."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 from core import schedule
+from core.config import ConfigError
+from core.engine import Engine
 from core.params import param_table
-from shared_tests.harness import BACKENDS, batches, engine, mini, minis, working_weights
+from core.run import Run
+from shared_tests.harness import BACKENDS, batches, engine, mini, minis, module, working_weights
 from shared_tests.tolerances import P4_FLOAT32, P4_FLOAT64
 
 pytestmark = pytest.mark.pair
@@ -91,7 +98,8 @@ def test_mlx_memory_is_constant_over_200_steps() -> None:
         if step in (9, 199):
             pending.result()
             used[step] = made.stats()["active_bytes"]
-    assert used[199] == used[9]
+    # Scalars in flight wobble by a few KiB; one kept gradient a step would add 13 MB.
+    assert abs(used[199] - used[9]) <= 1 << 16
 
 
 def test_mlx_without_a_compiler_runs_eagerly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,9 +118,45 @@ def test_mlx_without_a_compiler_runs_eagerly_and_says_so(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_at_most_two_steps_are_in_flight(backend: str) -> None:
+def test_at_most_two_steps_are_in_flight(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the third step on, each step first waits for the oldest one, in order."""
     config, data = mini("debug"), batches(mini("debug"), 1)
-    made = engine(backend, config, dtype="float32")
+    made: Any = engine(backend, config, dtype="float32")
+    started, waited = [], []
+    if backend == "mlx":
+        monkeypatch.setattr(module("mlx", "engine").mx, "eval", lambda values: waited.append(id(values)))
+    else:
+        events = [SimpleNamespace(synchronize=lambda n=n: waited.append(n)) for n in range(5)]
+        monkeypatch.setattr(made, "_mark", lambda: events[len(started)])
     for step in range(5):
-        made.train_step(data[0], schedule.plan(step, 0.5, config.train))
-        assert len(made._in_flight) <= 2  # type: ignore[attr-defined]
+        pending = made.train_step(data[0], schedule.plan(step, 0.5, config.train))
+        started.append(pending)
+        assert len(waited) == max(0, step - 1)
+    assert waited == ([id(p.values) for p in started[:3]] if backend == "mlx" else [0, 1, 2])
+
+
+@pytest.mark.parametrize("first, second", [("mlx", "mlx"), ("cuda", "cuda"), ("mlx", "cuda"), ("cuda", "mlx")])
+def test_a_checkpoint_goes_on_bit_for_bit(first: str, second: str, tmp_path: Path) -> None:
+    """On one backend the resumed weights are the uninterrupted ones, bit for bit; on the other within P4's limit."""
+    config, data = mini("tiny"), batches(mini("tiny"), 8)
+    run = Run.create(tmp_path / "run", config, b"no tokenizer")
+
+    def go(made: Engine, steps: range) -> list[float]:
+        return [made.train_step(data[s], schedule.plan(s, 0.5, config.train)).result().loss for s in steps]
+
+    whole = engine(first, config, dtype="float32")
+    losses = go(whole, range(8))
+    half = engine(first, config, dtype="float32")
+    go(half, range(4))
+    run.save(half, 4, 1.5)
+    resumed = engine(second, config, dtype="float32")
+    assert run.restore(resumed) == (4, 1.5)
+    after = go(resumed, range(4, 8))
+    if first == second:
+        assert after == losses[4:]
+        for name, value in {**whole.params(), **whole.optimizer()}.items():
+            assert {**resumed.params(), **resumed.optimizer()}[name].tobytes() == value.tobytes(), name
+    else:
+        assert np.abs(np.array(after) - losses[4:]).max() <= P4_FLOAT32
+    with pytest.raises(ConfigError, match="was trained in float32.*add --dtype float32"):
+        run.restore(engine(second, config, dtype="float64"))

@@ -58,7 +58,7 @@ class Engine:
         }
         wanted = options.compile if options.compile is not None else gpu
         self._objective = torch.compile(self._losses, backend=self._count, dynamic=False) if wanted else self._losses
-        self._finish = torch.compile(self._update, dynamic=False) if wanted else self._update
+        self._finish = torch.compile(self._update, backend=self._count, dynamic=False) if wanted else self._update
         self.notes = (
             f"compile: {'loss and update (torch.compile)' if wanted else 'off (eager)'}",
             f"attention: {'exact, composed' if self._exact else 'torch scaled_dot_product_attention'}",
@@ -187,10 +187,14 @@ class Engine:
 
     def stats(self) -> dict[str, float]:
         if self._device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
+            memory = {
+                "peak_bytes": float(torch.cuda.max_memory_allocated()),
+                "active_bytes": float(torch.cuda.memory_allocated()),
+            }
         else:  # CUDA: on the CPU only the whole process can be measured (in bytes on macOS, kilobytes elsewhere)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {"peak_bytes": float(peak), "traces": float(self._traces)}
+            unit = 1 if sys.platform == "darwin" else 1024
+            memory = {"process_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
+        return {**memory, "traces": float(self._traces)}
 
     def _rope(self, seq):
         if seq not in self._tables:

@@ -58,14 +58,15 @@ class Engine:
         self.load_optimizer({f"{name}.{slot}": value for name, value in zeros.items() for slot in ("m", "v")})
         compiler = gpu or shutil.which("g++") is not None
         wanted = options.compile if options.compile is not None else True
-        self._compile = mx.compile if wanted and compiler else lambda f: f
-        self._whole = self._compile(self._step)
-        self._accumulate = self._compile(self._add_gradient)
-        self._finish = self._compile(self._update)
-        self._score = self._compile(self._nll)
-        self._predict = self._compile(self._forward)
+        self._compiled = wanted and compiler  # runs only while tracing, so it counts compilations
+        compiled = mx.compile if self._compiled else lambda f: f
+        self._whole = compiled(self._step)
+        self._accumulate = compiled(self._add_gradient)
+        self._finish = compiled(self._update)
+        self._score = compiled(self._nll)
+        self._predict = compiled(self._forward)
         self.notes = (
-            f"compile: {'whole step (mx.compile)' if wanted and compiler else 'off' if compiler else 'off, no g++'}",
+            f"compile: {'whole step (mx.compile)' if self._compiled else 'off' if compiler else 'off, no g++'}",
             f"attention: {'exact, composed' if self._exact else 'mx.fast.scaled_dot_product_attention'}",
             f"BLAS: {load_fast_blas() if options.fast_blas else 'as MLX ships it'}",
         )
@@ -83,11 +84,11 @@ class Engine:
 
     def _gradient(self, params, tokens, targets, tables):
         """Return (objective, loss, gradients) of one micro-batch."""
-        self._traces += 1
         (objective, loss), grads = mx.value_and_grad(self._losses)(params, tokens, targets, tables)
         return objective, loss, grads
 
     def _add_gradient(self, params, grads, loss, tokens, targets, tables):
+        self._traces += self._compiled
         _, new, more = self._gradient(params, tokens, targets, tables)
         return loss + new, {name: grads[name] + more[name] for name in grads}
 
@@ -121,6 +122,7 @@ class Engine:
         return new_params, new_state, loss, norm, finite
 
     def _step(self, params, state, tokens, targets, tables, hyper):
+        self._traces += self._compiled
         _, loss, grads = self._gradient(params, tokens, targets, tables)
         return self._update(params, state, grads, loss, hyper, 1.0)
 

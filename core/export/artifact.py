@@ -14,7 +14,7 @@ import numpy as np
 
 from core.config import ConfigError, ModelConfig, from_json, to_json
 from core.engine import Arrays
-from core.export import replace_file
+from core.files import replace_file
 from core.params import check_arrays, param_table
 
 MAGIC = b"SKCMODEL"

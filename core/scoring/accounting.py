@@ -51,6 +51,14 @@ def count_bytes(dataset: Dataset, begins: np.ndarray, ends: np.ndarray, document
     return Bytes("raw" if table is None else "table", counted, raw)
 
 
+def training_bytes(dataset: Dataset) -> tuple[Literal["table", "raw"], int] | None:
+    """Return (rule, bytes of the training text) by the manifest, under the rule that a score of such text would use."""
+    entry = dataset.manifest["splits"]["train"]
+    if dataset.tokenizer.byte_pieces and entry.get("unknown_tokens") == 0 and entry.get("table_bytes"):
+        return "table", entry["table_bytes"]
+    return ("raw", entry["raw_bytes"]) if entry.get("raw_bytes") else None
+
+
 def _table_bytes(split: Split, tokenizer: Tokenizer, begins: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
     """Return bytes by the official table (spec/challenge.md A.5) per range, or None where the table does not hold."""
     if not tokenizer.byte_pieces or split.unknown_tokens:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core.export import replace_file
+from core.files import replace_file
 
 ENTRY = np.dtype([("nats", "<f8"), ("version", "<i4"), ("order", "<i4")])
 """One target: -log p in nats, version of the weights that scored it, number of the write (from 1; 0: not written)."""

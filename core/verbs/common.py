@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
 from tyro.conf import FlagConversionOff, Suppress
 
 import core
@@ -21,6 +22,7 @@ from core.data import Dataset, batch
 from core.engine import Arrays, Engine
 from core.export.artifact import read_artifact
 from core.run import Run, RunError
+from core.scoring.accounting import count_bytes
 
 Backend = Literal["auto", "mlx", "cuda"]
 PACKAGES = ("numpy", "torch", "mlx", "sentencepiece", "safetensors", "brotli", "tyro", "matplotlib", "rich")
@@ -112,7 +114,7 @@ def check_tokenizer(subject: Subject, dataset: Dataset) -> None:
 
 
 def check_data(config: RunConfig, dataset: Dataset) -> None:
-    """Raise ConfigError or DataError unless the model and its batches fit the data."""
+    """Raise ConfigError or DataError unless model and batches fit the data and its validation text can be scored."""
     for name in ("vocab", "bos"):
         ours, theirs = getattr(config.model, name), getattr(dataset.tokenizer, name)
         if ours != theirs:
@@ -120,6 +122,9 @@ def check_data(config: RunConfig, dataset: Dataset) -> None:
                 f"model.{name}={ours}, but data.path={config.data.path} has {theirs}: add --model.{name} {theirs}"
             )
     batch(dataset.train, 0, 1, config.train.seq, config.seed)
+    if len(dataset.val) < 2 or not len(dataset.val.document_starts):
+        raise ConfigError(f"data {dataset.name}: its validation text has no document; prepare it again")
+    count_bytes(dataset, np.zeros(1, np.int64), np.array([len(dataset.val) - 1]), None)
 
 
 def versions() -> dict[str, str]:
@@ -146,9 +151,14 @@ def commit() -> tuple[str | None, bool | None]:
     return answers[0], bool(answers[1])
 
 
+def identity(dataset: Dataset) -> dict[str, str]:
+    """Return what names the data of a run: its name and a hash of what the manifest says of its files."""
+    splits = json.dumps(dataset.manifest["splits"], sort_keys=True).encode()
+    return {"name": dataset.name, "sha256": hashlib.sha256(splits).hexdigest()}
+
+
 def environment(engine: Engine, dataset: Dataset, command: str, step: int) -> dict[str, Any]:
     """Return what env.json says about this start of a run at `step`."""
-    splits = json.dumps(dataset.manifest["splits"], sort_keys=True).encode()
     head, dirty = commit()
     return {
         "command": command,
@@ -161,5 +171,5 @@ def environment(engine: Engine, dataset: Dataset, command: str, step: int) -> di
         "notes": list(engine.notes),
         "platform": platform.platform(),
         "versions": versions(),
-        "data": {"name": dataset.name, "sha256": hashlib.sha256(splits).hexdigest()},
+        "data": identity(dataset),
     }

@@ -12,8 +12,8 @@ from core.engine import DType, Engine, EngineOptions, choose_backend, load_engin
 from core.finish import finish
 from core.params import count
 from core.run import Run, RunError
-from core.train import train
-from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_data, environment
+from core.train import done, train
+from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_data, environment, identity
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,12 @@ def train_run(options: Train, context: Context) -> Outcome:
     dataset = open_data(config.data.path)
     check_data(config, dataset)
     engine = load_engine(backend, config, options=EngineOptions(dtype=options.dtype))
-    run = Run.create(options.out or f"runs/{config.preset}-{backend}-{config.seed}", config, dataset.tokenizer.model)
+    out = options.out or f"runs/{config.preset}-{backend}-{config.seed}"
+    run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
     with open(run.log_path, "a", encoding="utf-8") as log, say.copied_to(log):
         saved = run.checkpoint()
-        run.record_environment(environment(engine, dataset, context.command, saved.step if saved else 0))
+        if saved is None or not done(saved.step, saved.seconds, config.train):  # else this start trains nothing
+            run.record_environment(environment(engine, dataset, context.command, saved.step if saved else 0))
         _introduce(run, engine, dataset, context)
         summary = train(run, engine, dataset, say)
         value = finish(run, engine, dataset, summary.steps, say)
