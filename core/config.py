@@ -160,6 +160,22 @@ class TrainConfig:
     """AdamW's decay of the squared gradient."""
     eps: float = 1e-8
     """AdamW's epsilon, added to the root."""
+    matrix_rule: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of the matrix group; the other groups always take AdamW."""
+    muon_momentum: float = 0.95
+    """Muon's momentum, after its warm-up."""
+    muon_momentum_start: float = 0.85
+    """Muon's momentum at step 0."""
+    muon_momentum_steps: int = 500
+    """Steps in which Muon's momentum rises linearly from its start; 0: it does not."""
+    muon_iterations: int = 5
+    """Newton-Schulz iterations."""
+    muon_coefficients: tuple[float, ...] = (3.4445, -4.775, 2.0315)
+    """The three coefficients of the Newton-Schulz polynomial."""
+    muon_rows: bool = False
+    """Bring every row of the update to length 1 before Newton-Schulz (MuonEq-R)."""
+    muon_scale: Literal["ratio", "rms"] = "ratio"
+    """Scale of the update: sqrt(max(1, rows / columns)), or 0.2 sqrt(max(rows, columns)) to match AdamW's RMS."""
     weight_decay: float = 0.1
     """Decoupled weight decay of the matrix group; the other groups are not decayed."""
     clip: float | None = 1.0
@@ -196,7 +212,13 @@ class TrainConfig:
             self.warmup + self.warmdown <= 1,
             f"train.warmup={self.warmup} and train.warmdown={self.warmdown} overlap: their sum may not exceed 1",
         )
-        for name in ("beta1", "beta2"):
+        require(
+            len(self.muon_coefficients) == 3 and all(map(math.isfinite, self.muon_coefficients)),
+            f"train.muon_coefficients={self.muon_coefficients}: expected three finite numbers",
+        )
+        for name in ("muon_iterations", "muon_momentum_steps"):
+            require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
+        for name in ("beta1", "beta2", "muon_momentum", "muon_momentum_start"):
             require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)}: expected from 0 to below 1")
 
     @property

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from core import rng
-from core.config import ModelConfig
+from core.config import ModelConfig, TrainConfig
 
 Group = Literal["embed", "matrix", "vector"]
 GROUPS: tuple[Group, ...] = ("embed", "matrix", "vector")
@@ -103,6 +103,24 @@ def start_values(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
             flat = draw[row.init.kind](seed, name, row.size) * row.init.scale
             values[name] = flat.astype(np.float32).reshape(row.shape)
     return values
+
+
+def optimizer_slots(config: ModelConfig, train: TrainConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every optimizer state, `<param>.<slot>`: m and v of AdamW, m alone of Muon."""
+    slots = {}
+    for name, row in param_table(config).items():
+        muon = row.group == "matrix" and train.matrix_rule == "muon"
+        slots |= {f"{name}.{slot}": row.shape for slot in (("m",) if muon else ("m", "v"))}
+    return slots
+
+
+def same_shapes(config: ModelConfig, group: Group) -> list[list[str]]:
+    """Return the names of a group, those of one shape together: a rule may treat them as one stack."""
+    stacks: dict[tuple[int, ...], list[str]] = {}
+    for name, row in param_table(config).items():
+        if row.group == group:
+            stacks.setdefault(row.shape, []).append(name)
+    return list(stacks.values())
 
 
 def check_arrays(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], what: str) -> None:

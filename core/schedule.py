@@ -1,8 +1,11 @@
 """The step plan: every number that changes during a run, as a pure function of step and progress."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from core.config import TrainConfig
+
+NUMBERS = ("lr_embed", "lr_matrix", "lr_vector", "weight_decay", "momentum", "bias1", "bias2")
+"""The fields of a StepPlan that an engine hands to its optimizer, in this order."""
 
 
 @dataclass(frozen=True)
@@ -14,10 +17,17 @@ class StepPlan:
     lr_matrix: float
     lr_vector: float
     weight_decay: float
+    momentum: float
+    """Muon's momentum."""
     bias1: float
     """1 - beta1^(step + 1)."""
     bias2: float
     """1 - beta2^(step + 1)."""
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The values of NUMBERS."""
+        return astuple(self)[1:]
 
 
 def progress_by_steps(step: int, config: TrainConfig) -> float:
@@ -39,6 +49,12 @@ def lr_scale(progress: float, config: TrainConfig) -> float:
     return 1.0 + done * (config.floor - 1.0)
 
 
+def momentum(step: int, config: TrainConfig) -> float:
+    """Return Muon's momentum at `step`: a linear warm-up over `muon_momentum_steps`, then constant."""
+    done = min(1.0, step / config.muon_momentum_steps) if config.muon_momentum_steps else 1.0
+    return config.muon_momentum_start + done * (config.muon_momentum - config.muon_momentum_start)
+
+
 def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
     """Return the plan of `step` (from 0) at `progress` (0 to 1)."""
     scale = lr_scale(progress, config)
@@ -48,6 +64,7 @@ def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
         lr_matrix=config.lr_matrix * scale,
         lr_vector=config.lr_vector * scale,
         weight_decay=config.weight_decay,
+        momentum=momentum(step, config),
         bias1=1.0 - config.beta1 ** (step + 1),
         bias2=1.0 - config.beta2 ** (step + 1),
     )

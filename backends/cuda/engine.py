@@ -11,8 +11,8 @@ import torch
 from backends.cuda import ops, optim
 from backends.cuda.model import Model
 from core.engine import Arrays, Batch, EngineOptions, StepResult
-from core.params import check_arrays, param_table
-from core.schedule import StepPlan
+from core.params import check_arrays, optimizer_slots, param_table
+from core.schedule import NUMBERS, StepPlan
 from core.tables import rope_tables
 
 IN_FLIGHT = 2
@@ -41,7 +41,7 @@ class Engine:
         self._device = torch.device("cuda" if gpu else "cpu")
         self.device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
         self._compute, self._wide = DTYPES[self.dtype], torch.float64 if self.dtype == "float64" else torch.float32
-        self._config, self._train = config.model, config.train
+        self._run, self._config, self._train = config, config.model, config.train
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         self._table = param_table(config.model)
         self._model = Model(config.model, self._exact).to(self._device, self._wide)
@@ -51,10 +51,9 @@ class Engine:
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
         self.load_params(weights)
+        self._slots = optimizer_slots(config.model, config.train)
         self._state = {
-            f"{name}.{slot}": torch.zeros_like(self._params[name].detach())
-            for name in self._table
-            for slot in ("m", "v")
+            name: torch.zeros(shape, dtype=self._wide, device=self._device) for name, shape in self._slots.items()
         }
         wanted = options.compile if options.compile is not None else gpu
         self._objective = torch.compile(self._losses, backend=self._count, dynamic=False) if wanted else self._losses
@@ -90,26 +89,11 @@ class Engine:
         norm = optim.global_norm(grads.values())
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         scale = optim.clip_scale(norm, self._train.clip)
-        rates = {"embed": hyper[0], "matrix": hyper[1], "vector": hyper[2]}
-        beta1, beta2, eps = self._train.beta1, self._train.beta2, self._train.eps
-        for name, row in self._table.items():
-            old = params[name], state[f"{name}.m"], state[f"{name}.v"]
-            decay = hyper[3] if row.group == "matrix" else 0.0
-            new = optim.adamw(
-                old[0],
-                grads[name] * scale,
-                old[1],
-                old[2],
-                rates[row.group],
-                decay,
-                hyper[4],
-                hyper[5],
-                beta1,
-                beta2,
-                eps,
-            )
-            for fresh, stale in zip(new, old, strict=True):
-                stale.copy_(torch.where(finite, fresh, stale))  # CUDA: in place, so that no second copy lives
+        grads = {name: g * scale for name, g in grads.items()}
+        new = optim.update(self._run, params, state, grads, dict(zip(NUMBERS, hyper, strict=True)))
+        for fresh, stale in zip(new, (params, state), strict=True):
+            for name, value in stale.items():  # CUDA: in place, so that the model keeps its tensors
+                value.copy_(torch.where(finite, fresh[name], value))
         return loss, norm, finite
 
     def _forward(self, tokens, record=None):
@@ -118,8 +102,7 @@ class Engine:
     # The protocol.
 
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
-        rates = (plan.lr_embed, plan.lr_matrix, plan.lr_vector, plan.weight_decay, plan.bias1, plan.bias2)
-        hyper = torch.tensor(rates, dtype=self._wide).to(self._device, non_blocking=True)
+        hyper = torch.tensor(plan.numbers, dtype=self._wide).to(self._device, non_blocking=True)
         rows = self._train.rows
         count = len(batch.tokens) // rows
         loss, grads = None, {}
@@ -169,9 +152,8 @@ class Engine:
         return {name: value.cpu().numpy().copy() for name, value in self._state.items()}
 
     def load_optimizer(self, state: Arrays) -> None:
-        slots = {f"{name}.{slot}": row.shape for name, row in self._table.items() for slot in ("m", "v")}
-        check_arrays(state, slots, "optimizer state")
-        for name in slots:
+        check_arrays(state, self._slots, "optimizer state")
+        for name in self._slots:
             self._state[name].copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
 
     def matmul_rate(self, n: int, repeats: int) -> float:

@@ -2,6 +2,8 @@
 
 import torch
 
+from core.params import GROUPS, same_shapes
+
 
 def global_norm(grads):
     """Return the root of the sum of all squared gradients."""
@@ -19,3 +21,74 @@ def adamw(param, grad, m, v, lr, decay, bias1, bias2, beta1, beta2, eps):
     v = beta2 * v + (1 - beta2) * torch.square(grad)
     update = (m / bias1) / (torch.sqrt(v / bias2) + eps)
     return param - lr * (update + decay * param), m, v
+
+
+def newton_schulz(x, iterations, coefficients):
+    """Return each matrix of a stack (N, rows, columns) with its singular values brought near 1 (Jordan et al. 2024)."""
+    a, b, c = coefficients
+    tall = x.shape[-2] > x.shape[-1]
+    x = torch.swapaxes(x, -1, -2) if tall else x
+    x = x / (length(x) + 1e-7)
+    for _ in range(iterations):
+        gram = x @ torch.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return torch.swapaxes(x, -1, -2) if tall else x
+
+
+def length(x):
+    """Return the Frobenius norm of each matrix of a stack: (N, rows, columns) -> (N, 1, 1)."""
+    return torch.sqrt(torch.sum(torch.square(x), dim=(-2, -1), keepdim=True))
+
+
+def muon(param, grad, m, lr, decay, momentum, settings):
+    """Return (param, m) of a stack (N, rows, columns) after one Muon update with Nesterov momentum and decoupled decay.
+
+    A matrix whose gradient is zero or not finite gets no update and no decay. `settings` is a TrainConfig.
+    """
+    size = length(grad)
+    live = (size > 1e-9) & torch.isfinite(size)
+    buffer = momentum * m + grad
+    update = grad + momentum * buffer
+    if settings.muon_rows:
+        rows = torch.sqrt(torch.sum(torch.square(update), dim=-1, keepdim=True))
+        update = torch.where(rows > 1e-7, update / torch.clamp(rows, min=1e-7), 0.0)
+    update = newton_schulz(update, settings.muon_iterations, settings.muon_coefficients)
+    high, wide = param.shape[-2:]
+    scale = max(1.0, high / wide) ** 0.5 if settings.muon_scale == "ratio" else 0.2 * max(high, wide) ** 0.5
+    moved = param - lr * (scale * update + decay * param)
+    return torch.where(live, moved, param), torch.where(live, buffer, m)
+
+
+def update(config, params, state, grads, hyper):
+    """Return (params, state) after one update of every parameter by the rule of its group.
+
+    config is a RunConfig; params, state and grads are keyed by name; hyper holds core.schedule.NUMBERS by name.
+    """
+    train = config.train
+    new_params, new_state = {}, {}
+    for group in GROUPS:
+        decay = hyper["weight_decay"] if group == "matrix" else 0.0
+        for names in same_shapes(config.model, group):
+            if group == "matrix" and train.matrix_rule == "muon":
+                weight = torch.stack([params[name] for name in names])
+                grad = torch.stack([grads[name] for name in names])
+                m = torch.stack([state[f"{name}.m"] for name in names])
+                weight, m = muon(weight, grad, m, hyper["lr_matrix"], decay, hyper["momentum"], train)
+                for i, name in enumerate(names):
+                    new_params[name], new_state[f"{name}.m"] = weight[i], m[i]
+                continue
+            for name in names:
+                new_params[name], new_state[f"{name}.m"], new_state[f"{name}.v"] = adamw(
+                    params[name],
+                    grads[name],
+                    state[f"{name}.m"],
+                    state[f"{name}.v"],
+                    hyper[f"lr_{group}"],
+                    decay,
+                    hyper["bias1"],
+                    hyper["bias2"],
+                    train.beta1,
+                    train.beta2,
+                    train.eps,
+                )
+    return new_params, new_state

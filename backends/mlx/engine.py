@@ -12,8 +12,8 @@ from backends.mlx import ops, optim
 from backends.mlx.blas import load_fast_blas
 from backends.mlx.model import Model
 from core.engine import Arrays, Batch, EngineOptions, StepResult
-from core.params import check_arrays, param_table
-from core.schedule import StepPlan
+from core.params import check_arrays, optimizer_slots, param_table
+from core.schedule import NUMBERS, StepPlan
 from core.tables import rope_tables
 
 IN_FLIGHT = 2
@@ -44,7 +44,7 @@ class Engine:
             gpu = False
         self.device = "Apple GPU" if gpu and mx.metal.is_available() else "GPU" if gpu else "CPU"
         self._compute, self._wide = DTYPES[self.dtype], mx.float64 if self.dtype == "float64" else mx.float32
-        self._config, self._train = config.model, config.train
+        self._run, self._config, self._train = config, config.model, config.train
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         self._table = param_table(config.model)
         self._model = Model(config.model, self._exact)
@@ -54,11 +54,11 @@ class Engine:
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
         self.load_params(weights)
-        zeros = {name: np.zeros(row.shape) for name, row in self._table.items()}
-        self.load_optimizer({f"{name}.{slot}": value for name, value in zeros.items() for slot in ("m", "v")})
+        self._slots = optimizer_slots(config.model, config.train)
+        self.load_optimizer({name: np.zeros(shape) for name, shape in self._slots.items()})
         compiler = gpu or shutil.which("g++") is not None
         wanted = options.compile if options.compile is not None else True
-        self._compiled = wanted and compiler  # runs only while tracing, so it counts compilations
+        self._compiled = wanted and compiler
         compiled = mx.compile if self._compiled else lambda f: f
         self._whole = compiled(self._step)
         self._accumulate = compiled(self._add_gradient)
@@ -88,7 +88,7 @@ class Engine:
         return objective, loss, grads
 
     def _add_gradient(self, params, grads, loss, tokens, targets, tables):
-        self._traces += self._compiled
+        self._traces += self._compiled  # compiled code runs in Python while it is traced only: this counts compilations
         _, new, more = self._gradient(params, tokens, targets, tables)
         return loss + new, {name: grads[name] + more[name] for name in grads}
 
@@ -98,27 +98,10 @@ class Engine:
         norm = optim.global_norm(grads.values())
         finite = mx.isfinite(loss) & mx.isfinite(norm)
         scale = optim.clip_scale(norm, self._train.clip)
-        rates = {"embed": hyper[0], "matrix": hyper[1], "vector": hyper[2]}
-        beta1, beta2, eps = self._train.beta1, self._train.beta2, self._train.eps
-        new_params, new_state = {}, {}
-        for name, row in self._table.items():
-            old = params[name], state[f"{name}.m"], state[f"{name}.v"]
-            decay = hyper[3] if row.group == "matrix" else 0.0
-            new = optim.adamw(
-                old[0],
-                grads[name] * scale,
-                old[1],
-                old[2],
-                rates[row.group],
-                decay,
-                hyper[4],
-                hyper[5],
-                beta1,
-                beta2,
-                eps,
-            )
-            kept = [mx.where(finite, fresh, stale) for fresh, stale in zip(new, old, strict=True)]
-            new_params[name], new_state[f"{name}.m"], new_state[f"{name}.v"] = kept
+        grads = {name: g * scale for name, g in grads.items()}
+        new_params, new_state = optim.update(self._run, params, state, grads, dict(zip(NUMBERS, hyper, strict=True)))
+        new_params = {name: mx.where(finite, new_params[name], params[name]) for name in params}
+        new_state = {name: mx.where(finite, new_state[name], state[name]) for name in state}
         return new_params, new_state, loss, norm, finite
 
     def _step(self, params, state, tokens, targets, tables, hyper):
@@ -132,8 +115,7 @@ class Engine:
     # The protocol.
 
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
-        rates = (plan.lr_embed, plan.lr_matrix, plan.lr_vector, plan.weight_decay, plan.bias1, plan.bias2)
-        hyper = mx.array(np.array(rates), self._wide)
+        hyper = mx.array(np.array(plan.numbers), self._wide)
         rows = self._train.rows
         count, tables = len(batch.tokens) // rows, self._rope(batch.tokens.shape[1])
         if count == 1:
@@ -184,9 +166,8 @@ class Engine:
         return {name: np.array(value) for name, value in self._state.items()}
 
     def load_optimizer(self, state: Arrays) -> None:
-        slots = {f"{name}.{slot}": row.shape for name, row in self._table.items() for slot in ("m", "v")}
-        check_arrays(state, slots, "optimizer state")
-        self._state = {name: mx.array(state[name], self._wide) for name in slots}
+        check_arrays(state, self._slots, "optimizer state")
+        self._state = {name: mx.array(state[name], self._wide) for name in self._slots}
         mx.eval(self._state)
 
     def matmul_rate(self, n: int, repeats: int) -> float:

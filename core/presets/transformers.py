@@ -32,7 +32,8 @@ BASELINE = RunConfig(
         documents="packed", matrix_init="uniform", embed_std=0.005,
     ),
     train=TrainConfig(
-        steps=20_000, seconds=600.0, batch=512, seq=1024, micro_batch=8, lr_embed=0.05, lr_matrix=1e-3, lr_vector=0.04,
+        steps=20_000, seconds=600.0, batch=512, seq=1024, micro_batch=8, lr_embed=0.05, lr_matrix=0.04, lr_vector=0.04,
+        matrix_rule="muon",
         warmup=0.0, warmdown=0.1, floor=0.0, weight_decay=0.0, clip=None, eval_every=None, save_every=1000,
     ),
     eval=EvalConfig(seq=1024),
@@ -43,7 +44,7 @@ PRESETS = {
     "tiny": ("minutes on a laptop: learns the bundled text well enough to look at", TINY, 854_288),
     "ablate_float": ("the float base of ablations: 4 layers, 256 wide", ABLATE_FLOAT, 3_147_792),
     "baseline": (
-        "the official baseline's model, 17,059,912 parameters (matrices with AdamW until Muon lands)",
+        "the official baseline's model, 17,059,912 parameters and its optimizer",
         BASELINE,
         17_059_912,
     ),
