@@ -112,9 +112,7 @@ def test_muon_leaves_a_matrix_without_a_gradient_alone(bad: float, backend: str)
     param, m, grad = draw("param", 2, 4, 3), draw("m", 2, 4, 3), draw("grad", 2, 4, 3)
     grad[1] = bad
     rule = module(backend, "optim").muon
-    new, buffer = call(
-        backend, lambda p, g, b: rule(p, g, b, 0.1, 0.5, 0.9, TrainConfig()), (param, grad, m), "float64"
-    )
+    new, buffer = call(backend, rule, (param, grad, m, 0.1, 0.5, 0.9, TrainConfig()), "float64")
     assert np.array_equal(new[1], param[1]) and np.array_equal(buffer[1], m[1])
     assert not np.array_equal(new[0], param[0]) and np.isfinite(new).all()
 
