@@ -40,6 +40,7 @@ VERBS = {
     "eval": Verb("core.verbs.judge", "Eval", "evaluate", "score a run or an artifact on validation text"),
     "sample": Verb("core.verbs.judge", "Sample", "write_text", "let a run or an artifact write text"),
     "export": Verb("core.verbs.make", "Export", "export_run", "write a run's artifact, reload it, score it again"),
+    "compare": Verb("core.verbs.look", "Compare", "compare_runs", "two or more runs: settings, curves, bytes, speed"),
     "parity": Verb("core.verbs.judge", "Parity", "parity", "hold both backends to each other", True),
     "bench": Verb("core.verbs.judge", "Bench", "bench", "measure training speed", True),
 }

@@ -248,8 +248,11 @@ class EvalConfig:
     """Score only this many documents, drawn at random: an estimate with an error bar, never a score. None: all."""
     train_documents: int = 32
     """Documents of the estimate that is made during training."""
+    seed: int = 0
+    """Seed of the draw of documents: not the run's, so that runs of other seeds are judged on the same text."""
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**31, f"eval.seed={self.seed}: expected from 0 to 2^31 - 1")
         for name in ("seq", "batch", "train_documents"):
             require(getattr(self, name) >= 1, f"eval.{name}={getattr(self, name)}: expected at least 1")
         require(self.documents is None or self.documents >= 2, f"eval.documents={self.documents}: expected at least 2")

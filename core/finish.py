@@ -56,7 +56,7 @@ def finish(run: Run, engine: Engine, dataset: Dataset, step: int, say: Console) 
 def final_score(engine: Engine, dataset: Dataset, config: RunConfig, say: Console, label: str) -> Score:
     """Score as config.eval says, with progress."""
     report = say.progress(label)
-    return score(engine, dataset, config.eval, documents=config.eval.documents, seed=config.seed, progress=report)
+    return score(engine, dataset, config.eval, documents=config.eval.documents, seed=config.eval.seed, progress=report)
 
 
 def describe(found: Score) -> str:

@@ -171,7 +171,7 @@ class Meter:
 def _estimate(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -> None:
     """Estimate the validation score on a few documents and record it."""
     config = run.config
-    found = score(engine, dataset, config.eval, documents=config.eval.train_documents, seed=config.seed)
+    found = score(engine, dataset, config.eval, documents=config.eval.train_documents, seed=config.eval.seed)
     run.log(step, {"val/bpb": found.bpb} | ({} if found.error is None else {"val/error": found.error}))
     spread = f" ± {found.error:.4f}" if found.error else ""  # no error where the draw took all documents
     say(

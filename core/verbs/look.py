@@ -1,9 +1,13 @@
-"""Verbs that only look: doctor, presets, info."""
+"""Verbs that only look: doctor, presets, info, compare."""
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
 
 from core import presets
+from core.compare import compare, lines, table, write_comparison
 from core.config import RunConfig
 from core.doctor import examine
 from core.params import FLOP_RULE, bytes_by_storage, count, flops_per_token, param_table, state_per_token
@@ -31,6 +35,18 @@ class Info(PresetOptions):
     """Options of `skc info`."""
 
 
+@dataclass(frozen=True)
+class Compare:
+    """Options of `skc compare`."""
+
+    runs: Positional[tuple[str, ...]]
+    """Run folders; the first is what the others are held against."""
+    out: str = "runs/compare"
+    """Folder for compare.md and compare.png."""
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+
 def doctor(options: Doctor, context: Context) -> Outcome:
     """Check this machine."""
     value = examine(context.say)
@@ -46,6 +62,19 @@ def list_presets(options: Presets, context: Context) -> Outcome:
     context.say.table(("preset", "parameters", "bytes", "purpose"), rows)
     keys = ("name", "parameters", "bytes", "purpose")
     return Outcome(True, {"presets": [dict(zip(keys, row, strict=True)) for row in rows]})
+
+
+def compare_runs(options: Compare, context: Context) -> Outcome:
+    """Hold runs against the first of them."""
+    found, runs = compare(list(options.runs))
+    context.say.table(*table(found))
+    context.say()
+    for line in lines(found):
+        context.say(line)
+    written = write_comparison(found, runs, Path(options.out))
+    for path in written:
+        context.say(f"wrote {path}")
+    return Outcome(True, {**found.to_json(), "files": [str(path) for path in written]})
 
 
 def info(options: Info, context: Context) -> Outcome:
