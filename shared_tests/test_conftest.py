@@ -1,0 +1,28 @@
+"""The rules of conftest hold: a skipped pair test fails the session, and no test reaches the network. Budget: 10 s."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def pytest_on(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest with our conftest on one test file of its own."""
+    (folder / "test_it.py").write_text(f"import pytest\n{body}")
+    (folder / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
+    code = "import sys, pytest; sys.modules['torch'] = None; sys.exit(pytest.main(sys.argv[1:]))"  # torch loads slowly
+    command = [sys.executable, "-c", code, "-p", "shared_tests.conftest", "-q", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+def test_a_skipped_pair_test_fails_the_session(tmp_path: Path) -> None:
+    pair = "@pytest.mark.pair\ndef test_twins():\n    pytest.skip('no mlx')\n"
+    failed = pytest_on(tmp_path, pair)
+    assert failed.returncode == 1 and "SKIPPED PAIR TEST" in failed.stdout
+    fine = pytest_on(tmp_path, pair.replace("@pytest.mark.pair\n", ""))
+    assert fine.returncode == 0 and "SKIPPED PAIR TEST" not in fine.stdout
+
+
+def test_tests_cannot_reach_the_network(tmp_path: Path) -> None:
+    body = "import socket\n\n\ndef test_it():\n    socket.create_connection(('192.0.2.1', 9), 1)\n"
+    done = pytest_on(tmp_path, body)
+    assert done.returncode == 1 and "tests must not need a network" in done.stdout

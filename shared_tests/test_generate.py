@@ -1,0 +1,56 @@
+"""Sampling: draws follow the distribution, text ends with its document, one shape for every pass. Budget: 5 s."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core import rng
+from core.bundled import open_data
+from core.config import ConfigError
+from core.data import Dataset
+from core.generate import choose, sample
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    """The bundled text."""
+    return open_data("sample")
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = np.log(np.array([0.1, 0.6, 0.05, 0.25]))
+    draws = rng.uniform(0, "draws", 4000)
+    counts = np.bincount([choose(logits, 1.0, None, d) for d in draws], minlength=4) / 4000
+    assert np.abs(counts - [0.1, 0.6, 0.05, 0.25]).max() < 0.03
+    assert {choose(logits, 1.0, 2, d) for d in draws[:200]} == {1, 3}
+    assert {choose(logits, 0.0, None, d) for d in draws[:50]} == {1}
+    sharp = np.bincount([choose(logits, 0.5, None, d) for d in draws], minlength=4) / 4000
+    assert abs(sharp[1] - 0.36 / (0.01 + 0.36 + 0.0025 + 0.0625)) < 0.03
+    assert choose(np.zeros(3), 1.0, None, 1 - 2.0**-32) == 2 and choose(np.zeros(3), 1.0, None, -1 + 2.0**-32) == 0
+
+
+class Scripted:
+    """An engine that wants to say the given tokens, one after the other, and notes what it was shown."""
+
+    def __init__(self, ids: list[int], vocab: int) -> None:
+        self.ids, self.vocab, self.shown = ids, vocab, []
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        self.shown.append(tokens.copy())
+        out = np.zeros((*tokens.shape, self.vocab), np.float32)
+        last = np.flatnonzero(tokens[0])[-1]
+        out[0, last, self.ids[len(self.shown) - 1]] = 50.0
+        return out
+
+
+def test_text_ends_at_the_next_document_and_the_window_moves(dataset: Dataset) -> None:
+    tokenizer = dataset.tokenizer
+    ids = tokenizer.encode("She was glad of it").tolist()
+    engine: Any = Scripted([*ids, tokenizer.bos, ids[0]], tokenizer.vocab)
+    assert sample(engine, tokenizer, "", 50, 1.0, None, 0, 4) == "She was glad of it"
+    assert len(engine.shown) == len(ids) + 1 and all(tokens.shape == (1, 4) for tokens in engine.shown)
+    assert engine.shown[0][0].tolist() == [tokenizer.bos, 0, 0, 0]
+    assert engine.shown[-1][0].tolist() == ids[-4:]
+    with pytest.raises(ConfigError, match="tokens=0"):
+        sample(engine, tokenizer, "", 0, 1.0, None, 0, 4)
