@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from backends.mlx.blas import load_fast_blas
+
 for _library in ("OMP", "MKL", "OPENBLAS"):  # before numpy loads its BLAS; threads that fight for two cores cost 30x
     os.environ[f"{_library}_NUM_THREADS"] = "1"
 
@@ -25,6 +27,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HOME"] = home
     os.environ["XDG_CACHE_HOME"] = os.environ["MPLCONFIGDIR"] = str(Path(home) / "cache")
     os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that tests start
+    load_fast_blas()
+    try:
+        import mlx.core as mx
+
+        mx.set_default_device(mx.cpu)  # on a Mac too: the limits are those of a CPU
+    except ImportError:
+        pass
     try:
         import torch
     except ImportError:
