@@ -11,7 +11,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-SCHEMA = 1
+from core.storage import Storage
+
+SCHEMA = 2
 KINDS = ("attention",)
 """Layer kinds that both backends realise (`backends/<name>/blocks`)."""
 
@@ -84,6 +86,12 @@ class ModelConfig:
     """Standard deviation of matrices that start normal."""
     embed_std: float = 0.02
     """Standard deviation of the embedding's start values."""
+    matrix_storage: Storage = "float16"
+    """How the layers' matrices are stored: class and, behind the slash, how many weights share a scale."""
+    table_storage: Storage = "float16"
+    """How the embedding and its projections are stored."""
+    output_norm: Literal["none", "plain", "gain"] = "none"
+    """RMS norm of what enters an output projection (mixer and MLP): none, without or with a learned gain."""
 
     def __post_init__(self) -> None:
         require_finite("model", self)
@@ -182,6 +190,21 @@ class TrainConfig:
     """Largest global gradient norm; None: no clipping."""
     z_loss: float = 0.0
     """Weight of mean(logsumexp(logits)^2) in the training loss."""
+    quantise: Literal["never", "always", "late"] = "never"
+    """When forward passes use the stored form of the weights (gradients go straight through): late: in the warm-down,
+    once the learning-rate scale is below train.quantise_below; never: weights are rounded after training only."""
+    quantise_below: float = 0.5
+    """Learning-rate scale below which train.quantise=late switches on."""
+    average_from: float | None = None
+    """Share of the run after which weights are averaged (EMA); the average is what is scored and stored. None: no."""
+    average_decay: float = 0.997
+    """Decay of the average."""
+    average_ternary: bool = False
+    """Average ternary weights too (their averages re-quantise badly)."""
+    seq_stages: tuple[int, ...] = ()
+    """Shorter rows for the start of the run, one length after the other; a step keeps its number of tokens."""
+    seq_until: tuple[float, ...] = ()
+    """Share of the run at which each of train.seq_stages ends."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int | None = 100
@@ -190,6 +213,8 @@ class TrainConfig:
     """Steps between samples of text; None: none."""
     save_every: int | None = 200
     """Steps between checkpoints; None: only at the end."""
+    keep_every: int | None = None
+    """Every how many-th of these checkpoints is kept beside the last one (state/step-N.safetensors); None: none."""
 
     def __post_init__(self) -> None:
         require_finite("train", self)
@@ -198,16 +223,16 @@ class TrainConfig:
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
         for name in ("steps", "batch", "seq", "log_every"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: expected at least 1")
-        for name in ("eval_every", "sample_every", "save_every", "seconds", "clip", "micro_batch"):
+        for name in ("eval_every", "sample_every", "save_every", "keep_every", "seconds", "clip", "micro_batch"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}={value}: expected a positive number, or None")
         require(
             self.batch % self.rows == 0,
             f"train.batch={self.batch} is not divisible by train.micro_batch={self.micro_batch}",
         )
-        for name in ("warmup", "warmdown", "floor"):
+        for name in ("warmup", "warmdown", "floor", "quantise_below", "average_from"):
             value = getattr(self, name)
-            require(0 <= value <= 1, f"train.{name}={value}: expected a share between 0 and 1")
+            require(value is None or 0 <= value <= 1, f"train.{name}={value}: expected a share between 0 and 1")
         require(
             self.warmup + self.warmdown <= 1,
             f"train.warmup={self.warmup} and train.warmdown={self.warmdown} overlap: their sum may not exceed 1",
@@ -218,13 +243,44 @@ class TrainConfig:
         )
         for name in ("muon_iterations", "muon_momentum_steps"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
-        for name in ("beta1", "beta2", "muon_momentum", "muon_momentum_start"):
+        for name in ("beta1", "beta2", "muon_momentum", "muon_momentum_start", "average_decay"):
             require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)}: expected from 0 to below 1")
+        require(
+            self.quantise != "late" or (self.warmdown > 0 and self.floor < self.quantise_below),
+            f"train.quantise=late would never switch on: it needs a train.warmdown ({self.warmdown}) and a "
+            f"train.quantise_below ({self.quantise_below}) above train.floor ({self.floor})",
+        )
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        stages, until = self.seq_stages, self.seq_until
+        require(
+            len(stages) == len(until),
+            f"train.seq_stages={stages} and train.seq_until={until}: expected as many shares as lengths",
+        )
+        require(
+            all(0 < share <= 1 for share in until) and list(until) == sorted(set(until)),
+            f"train.seq_until={until}: expected rising shares above 0 and at most 1",
+        )
+        for seq in stages:
+            require(
+                seq >= 1 and (self.rows * self.seq) % seq == 0,
+                f"train.seq_stages={stages}: {seq} does not divide the {self.rows * self.seq} tokens of a micro-batch",
+            )
 
     @property
     def rows(self) -> int:
-        """Rows of one micro-batch."""
+        """Rows of one micro-batch, at the full row length."""
         return self.micro_batch or self.batch
+
+    def rows_of(self, seq: int) -> tuple[int, int]:
+        """Return the rows of a step and of one micro-batch when rows hold `seq` tokens."""
+        return self.tokens_per_step // seq, self.rows * self.seq // seq
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Every row length of the run, in the order of use."""
+        return (*self.seq_stages, self.seq)
 
     @property
     def tokens_per_step(self) -> int:
@@ -278,11 +334,8 @@ class ExportConfig:
     """Largest total of artifact and code, in bytes."""
     code_bytes: int = 40_000
     """Bytes of the budget that are reserved for code."""
-    brotli_quality: int = 5
-    """Compression effort, 0 to 11 (docs/log.md: more than 5 costs time and wins nothing on float16 planes)."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.brotli_quality <= 11, f"export.brotli_quality={self.brotli_quality}: expected 0 to 11")
         require(
             0 <= self.code_bytes < self.budget,
             f"export.code_bytes={self.code_bytes}: expected from 0 to below export.budget={self.budget}",

@@ -223,23 +223,28 @@ def _order(seed: int, epoch: int, windows: int) -> tuple[int, int]:
 
 
 class Prefetch:
-    """Make the batches of consecutive steps on one thread, `depth` ahead."""
+    """Make the batches of consecutive steps on one thread, `depth` ahead, for the row length that is in use."""
 
-    def __init__(self, make: Callable[[int], Batch], first: int, depth: int = 2) -> None:
-        self._make = make
-        self._step = first
+    def __init__(self, make: Callable[[int, int], Batch], first: int, seq: int, depth: int = 2) -> None:
+        self._make, self._step = make, first
         self._pool = ThreadPoolExecutor(1, "prefetch")
-        self._ahead: deque[Future[Batch]] = deque(self._pool.submit(make, first + i) for i in range(depth))
+        self._ahead: deque[tuple[int, Future[Batch]]] = deque()
+        for i in range(depth):
+            self._start(first + i, seq)
 
-    def get(self, step: int) -> Batch:
-        """Return the batch of `step`, which must be the next one, or raise what making it raised."""
+    def get(self, step: int, seq: int) -> Batch:
+        """Return the batch of `step`, which must be the next one, in rows of `seq`, or raise what making it raised."""
         if step != self._step:
             raise ValueError(f"step {step} was asked of a prefetcher whose next step is {self._step}")
-        made = self._ahead[0].result()
+        guessed, made = self._ahead[0]
+        batch = made.result() if guessed == seq else self._make(step, seq)  # the schedule has changed the length
         self._ahead.popleft()
         self._step += 1
-        self._ahead.append(self._pool.submit(self._make, step + len(self._ahead) + 1))
-        return made
+        self._start(step + len(self._ahead) + 1, seq)
+        return batch
+
+    def _start(self, step: int, seq: int) -> None:
+        self._ahead.append((seq, self._pool.submit(self._make, step, seq)))
 
     def close(self) -> None:
         """Drop what was made ahead and end the thread."""

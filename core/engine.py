@@ -12,6 +12,7 @@ import numpy as np
 
 from core.config import ConfigError, RunConfig
 from core.schedule import StepPlan
+from core.storage import Stored
 
 Arrays = dict[str, np.ndarray]
 DType = Literal["float32", "bfloat16", "float64"]
@@ -67,13 +68,19 @@ class Engine(Protocol):
     """Compute type."""
     notes: tuple[str, ...]
     """Choices that were made at build time, one line each, printed at the start of a run."""
+    quantise: bool
+    """Whether forward passes use the stored form of the weights: what the last step's plan, or a load, said."""
 
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
         """Start one optimizer step; at most two are in flight."""
         ...
 
     def gradients(self, batch: Batch) -> tuple[float, Arrays]:
-        """Return the training loss (z-loss included) and its gradient by parameter name, without an update."""
+        """Return the training loss (z-loss included) and its gradient by parameter name, without an update.
+
+        With `quantise` it is the gradient at the stored weights, which the step gives to the weights as it is: the
+        straight-through estimator (Bengio et al. 2013).
+        """
         ...
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -88,12 +95,26 @@ class Engine(Protocol):
         """Return the residual stream after the embedding and after every layer, and the logits, by name."""
         ...
 
+    def weights(self) -> Arrays:
+        """Return the weights that `nll`, `logits` and `activations` use, in table order.
+
+        They are the exported set (`core.params.exported`), in its stored form if `quantise`.
+        """
+        ...
+
+    def quantised(self) -> dict[str, Stored]:
+        """Return codes and scales of the exported set, as a forward pass with `quantise` computes them."""
+        ...
+
     def params(self) -> Arrays:
         """Return the master weights in table order, as float32 (float64 in float64)."""
         ...
 
-    def load_params(self, params: Arrays) -> None:
-        """Replace every weight; a missing, extra or misshapen one is a ValueError that names it."""
+    def load_params(self, params: Arrays, quantise: bool = False) -> None:
+        """Replace every weight and set its running average to it; a missing, extra or misshapen one is a ValueError.
+
+        Weights out of an artifact are already what was stored: `quantise=False` uses them as they are.
+        """
         ...
 
     def optimizer(self) -> Arrays:
@@ -147,9 +168,16 @@ def choose_backend(name: str) -> str:
 
 
 def load_engine(
-    backend: str, config: RunConfig, weights: Arrays | None = None, options: EngineOptions | None = None
+    backend: str,
+    config: RunConfig,
+    weights: Arrays | None = None,
+    options: EngineOptions | None = None,
+    quantise: bool = False,
 ) -> Engine:
-    """Build the model of `config` on `backend` with `weights` (None: the start values of config.seed)."""
+    """Build the model of `config` on `backend` with `weights` (None: the start values of config.seed).
+
+    `quantise` is that of `Engine.load_params`.
+    """
     from core.params import start_values
 
     name, options = choose_backend(backend), options or EngineOptions()
@@ -158,4 +186,4 @@ def load_engine(
     module = importlib.import_module(f"backends.{name}.engine")
     if weights is None:
         weights = start_values(config.model, config.seed)
-    return module.build(config, weights, options)
+    return module.build(config, weights, options, quantise)

@@ -1,11 +1,14 @@
 """What ends a run: the score, the artifact, the score of the artifact as its reader returns it, the report."""
 
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from core.config import RunConfig
 from core.console import Console
 from core.data import Dataset
-from core.engine import Engine
+from core.engine import Arrays, Engine
 from core.export.artifact import read_artifact, write_artifact
 from core.report import write_report
 from core.run import Run
@@ -24,12 +27,15 @@ def finish(run: Run, engine: Engine, dataset: Dataset, step: int, say: Console) 
     size = write_artifact(
         run.artifact_path,
         config.model,
-        engine.params(),
+        engine.quantised(),
         tokenizer_sha256=dataset.tokenizer.sha256,
         provenance={"preset": config.preset, "seed": config.seed, "step": step, "train_seq": config.train.seq},
-        quality=config.export.brotli_quality,
     )
-    engine.load_params(dict(read_artifact(run.artifact_path).weights))
+    decoded = read_artifact(run.artifact_path).weights
+    if engine.quantise:
+        check_promise(decoded, engine.weights(), run.artifact_path)
+        say(f"all {len(decoded)} tensors of the artifact are those of the forward pass, bit for bit")
+    engine.load_params(decoded)
     stored = final_score(engine, dataset, config, say, "scoring the artifact")
     gap = stored.bpb - scored.bpb
     say(f"{describe(stored)} (artifact, reloaded); round-trip gap {gap:+.6f}")
@@ -51,6 +57,17 @@ def finish(run: Run, engine: Engine, dataset: Dataset, step: int, say: Console) 
         "samples": texts,
         "files": [str(path) for path in written],
     }
+
+
+class PromiseError(AssertionError):
+    """What was scored is not what was stored: a fault of this program, never of the user's input."""
+
+
+def check_promise(decoded: Arrays, scored: Arrays, path: str | Path) -> None:
+    """Raise PromiseError unless the decoded weights are those of the scored forward pass, bit for bit."""
+    for name, values in decoded.items():
+        if values.tobytes() != scored[name].astype(np.float32).tobytes():
+            raise PromiseError(f"{path}: {name} is not the weight that was scored; do not use this artifact")
 
 
 def final_score(engine: Engine, dataset: Dataset, config: RunConfig, say: Console, label: str) -> Score:

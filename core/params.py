@@ -11,11 +11,10 @@ import numpy as np
 
 from core import rng
 from core.config import ModelConfig, TrainConfig
+from core.storage import Storage, raw_bits, storage_class
 
 Group = Literal["embed", "matrix", "vector"]
 GROUPS: tuple[Group, ...] = ("embed", "matrix", "vector")
-STORAGE_BYTES = {"float16": 2.0}
-"""Bytes per value of each storage class, before compression."""
 
 
 class Init(NamedTuple):
@@ -31,7 +30,7 @@ class Param(NamedTuple):
     shape: tuple[int, ...]
     init: Init
     group: Group
-    storage: str = "float16"
+    storage: Storage = "float16"
 
     @property
     def size(self) -> int:
@@ -42,10 +41,16 @@ class Param(NamedTuple):
 ZERO, ONE = Init("constant", 0.0), Init("constant", 1.0)
 
 
-def _matrix(config: ModelConfig, out: int, into: int, zero: bool = False) -> Param:
+def _matrix(config: ModelConfig, out: int, into: int) -> Param:
     normal = config.matrix_init == "normal"
     drawn = Init("normal", config.matrix_std) if normal else Init("uniform", into**-0.5)
-    return Param((out, into), ZERO if zero else drawn, "matrix")
+    return Param((out, into), drawn, "matrix", config.matrix_storage)
+
+
+def _output(config: ModelConfig, name: str, into: int) -> dict[str, Param]:
+    """Rows of an output projection back to the stream, which starts at 0, and of the gain of the norm before it."""
+    rows = {f"{name}.weight": Param((config.dim, into), ZERO, "matrix", config.matrix_storage)}
+    return rows | ({f"{name}.gain": Param((into,), ONE, "vector")} if config.output_norm == "gain" else {})
 
 
 def _attention(config: ModelConfig) -> dict[str, Param]:
@@ -55,7 +60,7 @@ def _attention(config: ModelConfig) -> dict[str, Param]:
         "mixer.q.weight": _matrix(config, config.dim, config.dim),
         "mixer.k.weight": _matrix(config, kv, config.dim),
         "mixer.v.weight": _matrix(config, kv, config.dim),
-        "mixer.o.weight": _matrix(config, config.dim, config.dim, zero=True),
+        **_output(config, "mixer.o", config.dim),
         "mixer.q_gain": Param((config.heads,), Init("constant", config.q_gain), "vector"),
         "mixer_scale": Param((config.dim,), ONE, "vector"),
     }
@@ -68,7 +73,7 @@ MIXERS: dict[str, Callable[[ModelConfig], dict[str, Param]]] = {"attention": _at
 def _layer(config: ModelConfig, kind: str) -> dict[str, Param]:
     rows = MIXERS[kind](config)
     rows["mlp.up.weight"] = _matrix(config, config.mlp_hidden, config.dim)
-    rows["mlp.down.weight"] = _matrix(config, config.dim, config.mlp_hidden, zero=True)
+    rows |= _output(config, "mlp.down", config.mlp_hidden)
     rows["mlp_scale"] = Param((config.dim,), ONE, "vector")
     if config.residual_mix:
         rows["stream_mix"] = Param((config.dim,), ONE, "vector")
@@ -78,11 +83,11 @@ def _layer(config: ModelConfig, kind: str) -> dict[str, Param]:
 
 def param_table(config: ModelConfig) -> dict[str, Param]:
     """Return the table of `config`, in artifact order."""
-    width = config.embed_dim or config.dim
-    table = {"embed.weight": Param((config.vocab, width), Init("normal", config.embed_std), "embed")}
+    width, stored = config.embed_dim or config.dim, config.table_storage
+    table = {"embed.weight": Param((config.vocab, width), Init("normal", config.embed_std), "embed", stored)}
     if config.embed_dim is not None:
-        table["embed_up.weight"] = _matrix(config, config.dim, width)
-        table["embed_down.weight"] = _matrix(config, width, config.dim)
+        table["embed_up.weight"] = _matrix(config, config.dim, width)._replace(storage=stored)
+        table["embed_down.weight"] = _matrix(config, width, config.dim)._replace(storage=stored)
     for i, kind in enumerate(config.kinds):
         table |= {f"blocks.{i}.{name}": row for name, row in _layer(config, kind).items()}
     if config.unet_skips:
@@ -106,12 +111,30 @@ def start_values(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
 
 
 def optimizer_slots(config: ModelConfig, train: TrainConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every optimizer state, `<param>.<slot>`: m and v of AdamW, m alone of Muon."""
-    slots = {}
+    """Return the shape of every optimizer state, `<param>.<slot>`: m and v of AdamW, m alone of Muon; ema: average."""
+    slots, averages = {}, averaged(config, train)
     for name, row in param_table(config).items():
         muon = row.group == "matrix" and train.matrix_rule == "muon"
-        slots |= {f"{name}.{slot}": row.shape for slot in (("m",) if muon else ("m", "v"))}
+        kept = ("m",) if muon else ("m", "v")
+        slots |= {f"{name}.{slot}": row.shape for slot in (*kept, *(("ema",) if name in averages else ()))}
     return slots
+
+
+def averaged(config: ModelConfig, train: TrainConfig) -> tuple[str, ...]:
+    """Return the parameters whose running average is scored and stored in place of the weight."""
+    if train.average_from is None:
+        return ()
+    rows = param_table(config).items()
+    return tuple(name for name, row in rows if train.average_ternary or storage_class(row.storage) != "ternary")
+
+
+def exported(config: ModelConfig, train: TrainConfig, params: dict, state: dict) -> dict:
+    """Return the one set of weights that is scored and stored: averages where the run keeps them, else the weights.
+
+    `params` and `state` are keyed by name; their values may be arrays of any library.
+    """
+    averages = averaged(config, train)
+    return {name: state[f"{name}.ema"] if name in averages else value for name, value in params.items()}
 
 
 def same_shapes(config: ModelConfig, group: Group) -> list[list[str]]:
@@ -144,7 +167,7 @@ def bytes_by_storage(config: ModelConfig) -> dict[str, float]:
     """Return the bytes of every storage class in use, before compression."""
     totals: dict[str, float] = {}
     for row in param_table(config).values():
-        totals[row.storage] = totals.get(row.storage, 0.0) + row.size * STORAGE_BYTES[row.storage]
+        totals[row.storage] = totals.get(row.storage, 0.0) + raw_bits(row.storage, row.shape) / 8
     return totals
 
 

@@ -155,7 +155,7 @@ def _forward_checks(config: RunConfig, engines: list[Engine], batch: Batch, dtyp
     checks = [Check("start values, tensors unequal", float(different), 0.0)]
     moved = perturbed(config.model, config.seed)
     for engine in engines:
-        engine.load_params(moved)
+        engine.load_params(moved, config.train.quantise != "never")
     ours, theirs = (engine.activations(batch.tokens) for engine in engines)
     checks += [Check(name, relative_rms(ours[name], theirs[name]), limit) for name in ours]
     grads = [engine.gradients(batch)[1] for engine in engines]

@@ -3,6 +3,7 @@
 A kill at any moment loses at most the steps since the last checkpoint.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ import safetensors.numpy
 from core.config import ConfigError, RunConfig, differences, from_json, to_json
 from core.engine import Arrays, Engine
 from core.files import replace_file
-from core.params import check_arrays, param_table
+from core.params import check_arrays, optimizer_slots, param_table
 
 METRICS = {
     "train/loss": "mean nats per target since the last line",
@@ -35,11 +36,12 @@ METRICS = {
 }
 """Every name that metrics.jsonl may hold beside `step`, the number of steps done."""
 FREE = (
-    "preset", "train.log_every", "train.eval_every", "train.sample_every", "train.save_every", "eval.", "export.",
+    "preset", "train.log_every", "train.eval_every", "train.sample_every", "train.save_every", "train.keep_every",
+    "eval.", "export.",
 )  # fmt: skip
 """Fields that may change when a run is resumed: they do not decide its weights."""
 MAX_TEXT = 64 << 20
-SCHEMA = 1
+SCHEMA = 2
 
 
 class RunError(ValueError):
@@ -57,6 +59,8 @@ class Checkpoint(NamedTuple):
     optimizer: Arrays
     dtype: str
     """Compute type that it was trained in."""
+    quantise: bool
+    """Whether forward passes use the stored form of the weights."""
 
 
 class Run:
@@ -141,35 +145,62 @@ class Run:
         return next((row[name] for row in reversed(self.metrics()) if name in row), None)
 
     def save(self, engine: Engine, step: int, seconds: float) -> None:
-        """Write the checkpoint of `step` in place of the last one; OSError (a full disk) leaves that one as it was."""
+        """Write the checkpoint of `step` in place of the last one; OSError (a full disk) leaves that one as it was.
+
+        Every `train.keep_every`-th one also gets a name of its own, under which it stays.
+        """
         arrays = {f"param/{name}": value for name, value in engine.params().items()}
         arrays |= {f"optim/{name}": value for name, value in engine.optimizer().items()}
-        meta = {"dtype": engine.dtype, "schema": SCHEMA, "seconds": seconds, "step": step}
-        state = json.dumps(meta, separators=(",", ":"))
+        meta = {"dtype": engine.dtype, "quantise": engine.quantise, "schema": SCHEMA, "seconds": seconds, "step": step}
+        state = json.dumps({**meta, "sha256": _digest(arrays)}, separators=(",", ":"), sort_keys=True)
         if self.metrics_path.exists():
             _sync(self.metrics_path)  # before the checkpoint: it must not be ahead of what is recorded
         self.checkpoint_path.parent.mkdir(exist_ok=True)
         replace_file(self.checkpoint_path, safetensors.numpy.save(arrays, {"skc": state}))
+        train = self.config.train
+        if train.keep_every and train.save_every and step % (train.save_every * train.keep_every) == 0:
+            self.kept_path(step).unlink(missing_ok=True)
+            os.link(self.checkpoint_path, self.kept_path(step))
         _sync(self.checkpoint_path.parent)
 
-    def checkpoint(self) -> Checkpoint | None:
-        """Return the checkpoint, or None if there is none yet; RunError names the file and the field that is wrong."""
-        path = self.checkpoint_path
+    def kept_path(self, step: int) -> Path:
+        """Return where the checkpoint of `step` is kept, if it is."""
+        return self.checkpoint_path.with_name(f"step-{step}.safetensors")
+
+    def kept(self) -> list[int]:
+        """Return the steps whose checkpoints are kept beside the last one."""
+        names = (path.stem[5:] for path in self.checkpoint_path.parent.glob("step-*.safetensors"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def checkpoint(self, step: int | None = None) -> Checkpoint | None:
+        """Return the last checkpoint, or None if there is none yet; with `step`, the one that was kept of that step.
+
+        RunError names the file and the field that is wrong, or the steps that there are.
+        """
+        path = self.checkpoint_path if step is None else self.kept_path(step)
         if not path.exists():
-            return None
+            if step is None:
+                return None
+            saved = self.checkpoint()
+            if saved is not None and saved.step == step:
+                return saved
+            steps = [*self.kept(), *([saved.step] if saved and saved.step not in self.kept() else [])]
+            raise RunError(f"{self.path}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
         try:
             with safetensors.safe_open(path, "numpy") as file:
                 state = _parse(f"{path}: skc", (file.metadata() or {}).get("skc", ""))
                 arrays = {key: _tensor(path, file, key) for key in file.keys()}  # noqa: SIM118
         except (safetensors.SafetensorError, OSError) as error:
             raise RunError(f"{path}: damaged checkpoint ({error}); delete it to train from the start") from error
-        step, seconds = state.get("step"), state.get("seconds", -1.0)
-        if state.get("schema") != SCHEMA or type(step) is not int or step < 0:
+        found, seconds = state.get("step"), state.get("seconds", -1.0)
+        if state.get("schema") != SCHEMA or type(found) is not int or found < 0:
             raise RunError(
-                f"{path}: skc: schema {state.get('schema')!r}, step {step!r}: not a checkpoint of this version"
+                f"{path}: skc: schema {state.get('schema')!r}, step {found!r}: not a checkpoint of this version"
             )
         if type(state.get("dtype")) is not str:
             raise RunError(f"{path}: skc: dtype: {state.get('dtype')!r}, expected the name of a type")
+        if type(state.get("quantise")) is not bool:
+            raise RunError(f"{path}: skc: quantise: {state.get('quantise')!r}, expected true or false")
         if type(seconds) not in (int, float) or not 0 <= seconds < np.inf:
             raise RunError(f"{path}: skc: seconds: {seconds!r}, expected a number from 0 up")
         sides = {side: {} for side in ("param", "optim")}
@@ -180,9 +211,12 @@ class Run:
             sides[side][name] = value
         try:
             check_arrays(sides["param"], {n: row.shape for n, row in param_table(self.config.model).items()}, str(path))
+            check_arrays(sides["optim"], optimizer_slots(self.config.model, self.config.train), str(path))
         except ValueError as error:
             raise RunError(str(error)) from error
-        return Checkpoint(step, float(seconds), sides["param"], sides["optim"], state["dtype"])
+        if state.get("sha256") != _digest(arrays):
+            raise RunError(f"{path}: skc: sha256: the tensors are not the ones that were saved; delete it")
+        return Checkpoint(found, float(seconds), sides["param"], sides["optim"], state["dtype"], state["quantise"])
 
     def restore(self, engine: Engine) -> tuple[int, float]:
         """Load the checkpoint into `engine` and return (steps done, training seconds); (0, 0) where there is none.
@@ -199,13 +233,21 @@ class Run:
         step, seconds = (saved.step, saved.seconds) if saved else (0, 0.0)
         if saved:
             try:
-                engine.load_params(saved.params)
+                engine.load_params(saved.params, saved.quantise)
                 engine.load_optimizer(saved.optimizer)
             except ValueError as error:
                 raise RunError(f"{self.checkpoint_path}: {error}; delete it to train from the start") from error
         kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step] if saved else []
         replace_file(self.metrics_path, "".join(kept).encode())
         return step, seconds
+
+
+def _digest(arrays: Arrays) -> str:
+    """Return the sha256 of all arrays, in the order of their names."""
+    state = hashlib.sha256()
+    for _, value in sorted(arrays.items()):
+        state.update(np.ascontiguousarray(value).data)
+    return state.hexdigest()
 
 
 def _tensor(path: Path, file: Any, key: str) -> np.ndarray:

@@ -1,11 +1,11 @@
 """The step plan: every number that changes during a run, as a pure function of step and progress."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from core.config import TrainConfig
 
-NUMBERS = ("lr_embed", "lr_matrix", "lr_vector", "weight_decay", "momentum", "bias1", "bias2")
-"""The fields of a StepPlan that an engine hands to its optimizer, in this order."""
+NUMBERS = ("lr_embed", "lr_matrix", "lr_vector", "weight_decay", "momentum", "bias1", "bias2", "average")
+"""The fields of a StepPlan that an engine hands to its device, in this order."""
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,8 @@ class StepPlan:
     """What one optimizer step uses; an engine computes none of it."""
 
     step: int
+    seq: int
+    """Tokens per row."""
     lr_embed: float
     lr_matrix: float
     lr_vector: float
@@ -23,11 +25,15 @@ class StepPlan:
     """1 - beta1^(step + 1)."""
     bias2: float
     """1 - beta2^(step + 1)."""
+    average: float
+    """Decay of the running average of the weights; 0: the average is the weights."""
+    quantise: bool
+    """Whether the forward pass uses the stored form of the weights."""
 
     @property
     def numbers(self) -> tuple[float, ...]:
         """The values of NUMBERS."""
-        return astuple(self)[1:]
+        return tuple(getattr(self, name) for name in NUMBERS)
 
 
 def progress_by_steps(step: int, config: TrainConfig) -> float:
@@ -55,11 +61,35 @@ def momentum(step: int, config: TrainConfig) -> float:
     return config.muon_momentum_start + done * (config.muon_momentum - config.muon_momentum_start)
 
 
+def row_length(progress: float, config: TrainConfig) -> int:
+    """Return the tokens per row at `progress`: the first stage that has not ended, else `seq`."""
+    for seq, until in zip(config.seq_stages, config.seq_until, strict=True):
+        if progress <= until:
+            return seq
+    return config.seq
+
+
+def quantise(progress: float, config: TrainConfig) -> bool:
+    """Return whether the forward pass uses the stored form of the weights at `progress`."""
+    falling = progress > 1.0 - config.warmdown and lr_scale(progress, config) < config.quantise_below
+    return config.quantise == "always" or (config.quantise == "late" and falling)
+
+
+def average(step: int, progress: float, config: TrainConfig) -> float:
+    """Return the decay of the running average: 0 before it starts, so that it is seeded with the weights of then.
+
+    Step 0 is always such a seed: start values must not linger in the average.
+    """
+    started = config.average_from is not None and step > 0 and progress > config.average_from
+    return config.average_decay if started else 0.0
+
+
 def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
     """Return the plan of `step` (from 0) at `progress` (0 to 1)."""
     scale = lr_scale(progress, config)
     return StepPlan(
         step=step,
+        seq=row_length(progress, config),
         lr_embed=config.lr_embed * scale,
         lr_matrix=config.lr_matrix * scale,
         lr_vector=config.lr_vector * scale,
@@ -67,4 +97,6 @@ def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
         momentum=momentum(step, config),
         bias1=1.0 - config.beta1 ** (step + 1),
         bias2=1.0 - config.beta2 ** (step + 1),
+        average=average(step, progress, config),
+        quantise=quantise(progress, config),
     )

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,13 +68,16 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
         say(f"resumed at step {step}")
     if not done(step, seconds, settings):
         warm_up(engine, config)
-    feed = Prefetch(lambda s: batch(dataset.train, s, settings.batch, settings.seq, config.seed), step)
+    first = plan(step, _progress(step, seconds, settings), settings).seq
+    rows = settings.rows_of
+    feed = Prefetch(lambda s, seq: batch(dataset.train, s, rows(seq)[0], seq, config.seed), step, first)
     clock = Clock(seconds)
     meter, saved = Meter(run, dataset, clock, say), step
     try:
         while not done(step, clock.seconds, settings):
             progress = _progress(step, clock.seconds, settings)
-            meter.add(step, progress, engine.train_step(feed.get(step), plan(step, progress, settings)))
+            now = plan(step, progress, settings)
+            meter.add(step, progress, engine.train_step(feed.get(step, now.seq), now))
             step += 1
             evaluate, write, save = (
                 _due(step, every) for every in (settings.eval_every, settings.sample_every, settings.save_every)
@@ -98,15 +102,17 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
 
 
 def warm_up(engine: Engine, config: RunConfig) -> None:
-    """Let the engine compile its step, on random tokens; weights and optimizer are put back."""
-    params, optimizer = engine.params(), engine.optimizer()
+    """Let the engine compile its step for every row length, on random tokens; weights and optimizer are put back."""
+    params, optimizer, quantise = engine.params(), engine.optimizer(), engine.quantise
     settings = config.train
-    count = settings.batch * (settings.seq + 1)
-    drawn = (rng.integers16(config.seed, "warm-up", count) % config.model.vocab).astype(np.int32)
-    rows = drawn.reshape(settings.batch, settings.seq + 1)
-    tokens, targets = np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
-    engine.train_step(Batch(tokens, targets), plan(0, 0.0, settings)).result()
-    engine.load_params(params)
+    for seq in sorted(set(settings.lengths)):
+        rows = settings.rows_of(seq)[0]
+        drawn = rng.integers16(config.seed, "warm-up", rows * (seq + 1)) % config.model.vocab
+        drawn = drawn.astype(np.int32).reshape(rows, seq + 1)
+        tokens, targets = np.ascontiguousarray(drawn[:, :-1]), np.ascontiguousarray(drawn[:, 1:])
+        first = replace(plan(0, 0.0, settings), seq=seq, quantise=settings.quantise != "never")
+        engine.train_step(Batch(tokens, targets), first).result()
+    engine.load_params(params, quantise)
     engine.load_optimizer(optimizer)
 
 

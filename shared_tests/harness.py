@@ -116,5 +116,6 @@ def mini(name: str) -> RunConfig:
 
 
 def engine(backend: str, config: RunConfig, weights: Arrays | None = None, **options: Any) -> Engine:
-    """Build an eager engine (compiling costs a minute here and is tested on its own)."""
-    return load_engine(backend, config, weights, EngineOptions(**{"compile": False, **options}))
+    """Build an eager engine (compiling costs a minute here); with stored weights if the run trains so."""
+    quantise = config.train.quantise == "always"
+    return load_engine(backend, config, weights, EngineOptions(**{"compile": False, **options}), quantise)

@@ -3,6 +3,8 @@
 import numpy as np
 
 from core.config import ModelConfig, TrainConfig
+from core.params import param_table
+from core.storage import KINDS, STORAGES, Storage, Stored
 from core.tables import rope_tables
 
 Array = np.ndarray
@@ -81,6 +83,70 @@ def softcap(x: Array, cap: float, exact: bool) -> Array:
 def cross_entropy(logits: Array, targets: Array, exact: bool) -> tuple[Array, Array]:
     total = logsumexp(logits, exact)
     return total - np.take_along_axis(logits, targets[..., None], -1)[..., 0], total
+
+
+LARGEST = {"ternary": 1, "int4": 7, "int6": 31, "int8": 127}
+
+
+def quantise(weight: Array, storage: Storage) -> Stored:
+    """Return codes and scales by dividing and rounding group by group, in float64: the definition, word for word."""
+    assert storage in STORAGES and storage.split("/")[0] in KINDS
+    if storage == "float16":
+        return Stored(weight.astype(np.float32).astype(np.float16), None)
+    cls, grouping = storage.split("/")
+    rows, columns = weight.shape
+    size = columns if grouping == "row" else int(grouping)
+    starts = range(0, columns, size)
+    codes, scales = np.zeros(weight.shape), np.zeros((rows, len(starts)), np.float16)
+    for j, start in enumerate(starts):
+        group = weight[:, start : start + size].astype(np.float64)
+        if cls == "ternary":
+            exact = np.abs(group).mean(1)
+        else:
+            exact = np.abs(group).max(1) / (448 if cls == "fp8" else LARGEST[cls])
+        scales[:, j] = np.maximum(exact.astype(np.float32).astype(np.float16), 2.0**-14)
+        ratio = group / scales[:, j : j + 1].astype(np.float64)
+        if cls == "fp8":
+            codes[:, start : start + size] = to_e4m3(ratio)
+        else:
+            codes[:, start : start + size] = np.clip(np.round(ratio), -LARGEST[cls], LARGEST[cls])
+    return Stored(codes.astype(np.float32 if cls == "fp8" else np.int8), scales)
+
+
+def to_e4m3(x: Array) -> Array:
+    """Round to the nearest of all 253 finite e4m3 values, a tie to the even code: by looking at every one of them."""
+    grid = [m * 2.0**-9 for m in range(8)]
+    grid += [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)][:-1]
+    values = np.array(grid)
+    size = np.minimum(np.abs(x), 448.0)
+    above = np.searchsorted(values, size)
+    below = np.maximum(above - 1, 0)
+    low, high = size - values[below], values[above] - size
+    nearest = np.where((low < high) | ((low == high) & (below % 2 == 0)), below, above)
+    return np.copysign(values[nearest], x)
+
+
+def stored_model(config: ModelConfig, weights: dict[str, Array]) -> dict[str, Stored]:
+    """Return every tensor of a model as the artifact keeps it."""
+    return {name: quantise(weights[name], row.storage) for name, row in param_table(config).items()}
+
+
+def decode(stored: Stored, storage: Storage) -> Array:
+    """Return code times scale, value by value."""
+    if stored.scales is None:
+        return stored.codes.astype(np.float64)
+    rows, columns = stored.codes.shape
+    size = columns if storage.endswith("row") else int(storage.split("/")[1])
+    out = np.empty((rows, columns))
+    for column in range(columns):
+        out[:, column] = stored.codes[:, column] * stored.scales[:, column // size].astype(np.float64)
+    return out
+
+
+def stored_weights(config: ModelConfig, weights: dict[str, Array]) -> dict[str, Array]:
+    """Return the weights that a quantised forward pass uses."""
+    table = param_table(config)
+    return {name: decode(value, table[name].storage) for name, value in stored_model(config, weights).items()}
 
 
 def adamw(
@@ -164,7 +230,14 @@ def layer(
 
     q, k = (rope(rms_norm(heads(name), config.norm_eps, True), *tables) for name in "qk")
     y = attention(q * w["mixer.q_gain"][:, None, None], k, heads("v"), mask, True)
-    x = x + w["mixer_scale"] * linear(y.transpose(0, 2, 1, 3).reshape(rows, seq, dim), w["mixer.o.weight"])
+    x = x + w["mixer_scale"] * output(config, w, "mixer.o", y.transpose(0, 2, 1, 3).reshape(rows, seq, dim))
     n = rms_norm(x, config.norm_eps, True) * damp
     activation = {"relu2": relu2, "leaky_relu2": leaky_relu2}[config.activation]
-    return x + w["mlp_scale"] * linear(activation(linear(n, w["mlp.up.weight"]), True), w["mlp.down.weight"])
+    return x + w["mlp_scale"] * output(config, w, "mlp.down", activation(linear(n, w["mlp.up.weight"]), True))
+
+
+def output(config: ModelConfig, w: dict[str, Array], name: str, x: Array) -> Array:
+    """Return the projection `name` of x back to the stream."""
+    if config.output_norm != "none":
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps)
+    return linear(x * w[f"{name}.gain"] if config.output_norm == "gain" else x, w[f"{name}.weight"])

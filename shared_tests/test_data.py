@@ -190,35 +190,46 @@ def test_prefetch_gives_the_same_batches_and_stays_ahead_by_depth() -> None:
     split = numbered(1000)
     made: list[int] = []
 
-    def make(step: int) -> Batch:
+    def make(step: int, seq: int) -> Batch:
         made.append(step)
-        return batch(split, step, 2, 10, 3)
+        return batch(split, step, 2, seq, 3)
 
-    prefetch = Prefetch(make, 5, depth=3)
+    prefetch = Prefetch(make, 5, 10, depth=3)
     try:
         for step in range(5, 12):
-            np.testing.assert_array_equal(prefetch.get(step).tokens, batch(split, step, 2, 10, 3).tokens)
+            np.testing.assert_array_equal(prefetch.get(step, 10).tokens, batch(split, step, 2, 10, 3).tokens)
             assert max(made) <= step + 3
         with pytest.raises(ValueError, match="step 5 was asked of a prefetcher whose next step is 12"):
-            prefetch.get(5)
+            prefetch.get(5, 10)
     finally:
         prefetch.close()
     assert made == list(range(5, 5 + len(made)))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
+def test_prefetch_obeys_a_change_of_row_length_at_once() -> None:
+    """What was made ahead in the old length is dropped, not trained on."""
+    split = numbered(1000)
+    prefetch = Prefetch(lambda step, seq: batch(split, step, 80 // seq, seq, 3), 0, 10)
+    try:
+        for step, seq in enumerate([10, 10, 20, 20, 20, 40, 20, 20]):
+            np.testing.assert_array_equal(prefetch.get(step, seq).tokens, batch(split, step, 80 // seq, seq, 3).tokens)
+    finally:
+        prefetch.close()
+
+
 def test_prefetch_raises_what_the_thread_raised() -> None:
     split = numbered(30)
 
-    def make(step: int) -> Batch:
-        return batch(split, step, 1, 100 if step == 2 else 10, 3)
+    def make(step: int, seq: int) -> Batch:
+        return batch(split, step, 1, 100 if step == 2 else seq, 3)
 
-    prefetch = Prefetch(make, 0)
+    prefetch = Prefetch(make, 0, 10)
     try:
-        prefetch.get(0)
-        prefetch.get(1)
+        prefetch.get(0, 10)
+        prefetch.get(1, 10)
         for _ in range(2):
             with pytest.raises(DataError, match="shorter than one row"):
-                prefetch.get(2)
+                prefetch.get(2, 10)
     finally:
         prefetch.close()

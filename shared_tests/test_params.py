@@ -15,7 +15,9 @@ GOLDEN_START = {
     "debug": "f7ba178ba7f47dfb",
     "tiny": "2f2049788608af04",
     "ablate_float": "6b7014275f26f16a",
+    "ablate": "6b7014275f26f16a",
     "baseline": "7b55752794ae2b2f",
+    "ternary_74m": "b0dd4cf2e292fb2b",
 }
 """blake2b of all start values of each preset's mini, in table order (made by this file's `digest`)."""
 

@@ -7,12 +7,14 @@ from collections import deque
 
 import numpy as np
 import torch
+from torch.func import functional_call
 
-from backends.cuda import ops, optim
+from backends.cuda import ops, optim, storage
 from backends.cuda.model import Model
 from core.engine import Arrays, Batch, EngineOptions, StepResult
-from core.params import check_arrays, optimizer_slots, param_table
+from core.params import check_arrays, exported, optimizer_slots, param_table
 from core.schedule import NUMBERS, StepPlan
+from core.storage import Stored
 from core.tables import rope_tables
 
 IN_FLIGHT = 2
@@ -35,7 +37,7 @@ class Engine:
 
     backend = "cuda"
 
-    def __init__(self, config, weights: Arrays, options: EngineOptions):
+    def __init__(self, config, weights: Arrays, options: EngineOptions, quantise: bool):
         gpu = torch.cuda.is_available()
         self.dtype = options.dtype or ("bfloat16" if gpu else "float32")
         self._device = torch.device("cuda" if gpu else "cpu")
@@ -44,20 +46,24 @@ class Engine:
         self._run, self._config, self._train = config, config.model, config.train
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         self._table = param_table(config.model)
-        self._model = Model(config.model, self._exact).to(self._device, self._wide)
-        self._params = dict(self._model.named_parameters())
-        check_arrays(weights, {name: tuple(p.shape) for name, p in self._params.items()}, "weights for the torch model")
+        with torch.device(
+            "meta"
+        ):  # CUDA: the module is the shape of the model only, as in MLX weights come as arguments
+            self._model = Model(config.model, self._exact)
+        names = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
+        check_arrays(weights, names, "weights for the torch model")
         self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
-        self.load_params(weights)
+        self._weights = None
         self._slots = optimizer_slots(config.model, config.train)
-        self._state = {
-            name: torch.zeros(shape, dtype=self._wide, device=self._device) for name, shape in self._slots.items()
-        }
+        self._state = self._zeros(self._slots)
+        self._params = self._zeros({name: row.shape for name, row in self._table.items()})
+        self.load_params(weights, quantise)
         wanted = options.compile if options.compile is not None else gpu
         self._objective = torch.compile(self._losses, backend=self._count, dynamic=False) if wanted else self._losses
         self._finish = torch.compile(self._update, backend=self._count, dynamic=False) if wanted else self._update
+        self._store = torch.compile(self._stored, backend=self._count, dynamic=False) if wanted else self._stored
         self.notes = (
             f"compile: {'loss and update (torch.compile)' if wanted else 'off (eager)'}",
             f"attention: {'exact, composed' if self._exact else 'torch scaled_dot_product_attention'}",
@@ -70,15 +76,28 @@ class Engine:
         self._traces += 1
         return torch._dynamo.lookup_backend("inductor")(graph, inputs)
 
-    def _losses(self, tokens, targets, tables):
-        nll, total = ops.cross_entropy(self._model(tokens, tables, self._compute), targets, self._exact)
+    @torch.no_grad()
+    def _stored(self, params):
+        """Return every weight as the artifact would give it back."""
+        return {name: storage.stored(value, self._table[name].storage) for name, value in params.items()}
+
+    def _trained(self, params, quantise):
+        """Return the weights of a training step's forward pass; gradients at them are those of `params`."""
+        weights = self._store(params) if quantise else {name: value.detach() for name, value in params.items()}
+        return {name: value.requires_grad_() for name, value in weights.items()}
+
+    def _forward(self, weights, tokens, tables, record=None):
+        return functional_call(self._model, weights, (tokens, tables, self._compute, record), strict=True)
+
+    def _losses(self, weights, tokens, targets, tables):
+        nll, total = ops.cross_entropy(self._forward(weights, tokens, tables), targets, self._exact)
         loss = torch.mean(nll)
         return loss + self._train.z_loss * torch.mean(torch.square(total)) if self._train.z_loss else loss, loss
 
-    def _gradient(self, tokens, targets):
+    def _gradient(self, weights, tokens, targets):
         """Return (objective, loss, gradients) of one micro-batch."""
-        objective, loss = self._objective(tokens, targets, self._rope(tokens.shape[1]))
-        grads = torch.autograd.grad(objective, [self._params[name] for name in self._table])
+        objective, loss = self._objective(weights, tokens, targets, self._rope(tokens.shape[1]))
+        grads = torch.autograd.grad(objective, [weights[name] for name in self._table])
         return objective.detach(), loss.detach(), dict(zip(self._table, grads, strict=True))
 
     @torch.no_grad()
@@ -92,27 +111,27 @@ class Engine:
         grads = {name: g * scale for name, g in grads.items()}
         new = optim.update(self._run, params, state, grads, dict(zip(NUMBERS, hyper, strict=True)))
         for fresh, stale in zip(new, (params, state), strict=True):
-            for name, value in stale.items():  # CUDA: in place, so that the model keeps its tensors
+            for name, value in stale.items():  # CUDA: in place, so that no second copy is kept
                 value.copy_(torch.where(finite, fresh[name], value))
         return loss, norm, finite
-
-    def _forward(self, tokens, record=None):
-        return self._model(tokens, self._rope(tokens.shape[1]), self._compute, record)
 
     # The protocol.
 
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
         hyper = torch.tensor(plan.numbers, dtype=self._wide).to(self._device, non_blocking=True)
-        rows = self._train.rows
+        rows = self._train.rows_of(batch.tokens.shape[1])[1]
         count = len(batch.tokens) // rows
         loss, grads = None, {}
+        weights = self._trained(self._params, plan.quantise)
         for i in range(0, len(batch.tokens), rows):
             tokens, targets = self._move(batch.tokens[i : i + rows]), self._move(batch.targets[i : i + rows])
-            _, new, more = self._gradient(tokens, targets)
+            _, new, more = self._gradient(weights, tokens, targets)
             loss, grads = (
                 (new, more) if loss is None else (loss + new, {name: grads[name] + more[name] for name in grads})
             )
+        del weights
         numbers = self._finish(self._params, self._state, grads, loss, hyper, float(count))
+        self.quantise, self._weights = plan.quantise, None
         self._in_flight.append(Pending(*numbers, self._mark()))
         if len(self._in_flight) > IN_FLIGHT:
             done = self._in_flight.popleft().done
@@ -121,32 +140,43 @@ class Engine:
         return self._in_flight[-1]
 
     def gradients(self, batch: Batch) -> tuple[float, Arrays]:
-        objective, _, grads = self._gradient(self._move(batch.tokens), self._move(batch.targets))
+        weights = self._trained(self._params, self.quantise)
+        objective, _, grads = self._gradient(weights, self._move(batch.tokens), self._move(batch.targets))
         return objective.item(), {name: g.cpu().numpy() for name, g in grads.items()}
 
     @torch.no_grad()
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        logits = self._forward(self._move(tokens))
+        logits = self._forward(self._scored(), self._move(tokens), self._rope(tokens.shape[1]))
         return ops.cross_entropy(logits, self._move(targets), self._exact)[0].cpu().numpy()
 
     @torch.no_grad()
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return self._forward(self._move(tokens)).cpu().numpy()
+        return self._forward(self._scored(), self._move(tokens), self._rope(tokens.shape[1])).cpu().numpy()
 
     @torch.no_grad()
     def activations(self, tokens: np.ndarray) -> Arrays:
         record = {}
-        self._forward(self._move(tokens), record)
+        self._forward(self._scored(), self._move(tokens), self._rope(tokens.shape[1]), record)
         return {name: value.to(self._wide).cpu().numpy() for name, value in record.items()}
 
-    def params(self) -> Arrays:
-        return {name: self._params[name].detach().cpu().numpy().copy() for name in self._table}
+    def weights(self) -> Arrays:
+        weights = self._scored()
+        return {name: weights[name].cpu().numpy().copy() for name in self._table}
 
-    @torch.no_grad()
-    def load_params(self, params: Arrays) -> None:
+    def quantised(self) -> dict[str, Stored]:
+        weights = exported(self._config, self._train, self._params, self._state)
+        return {name: storage.to_host(weights[name], row.storage) for name, row in self._table.items()}
+
+    def params(self) -> Arrays:
+        return {name: self._params[name].cpu().numpy().copy() for name in self._table}
+
+    def load_params(self, params: Arrays, quantise: bool = False) -> None:
         check_arrays(params, {name: row.shape for name, row in self._table.items()}, "weights")
         for name in self._table:
             self._params[name].copy_(torch.from_numpy(np.ascontiguousarray(params[name])))
+            if f"{name}.ema" in self._slots:
+                self._state[f"{name}.ema"].copy_(self._params[name])
+        self.quantise, self._weights = quantise, None
 
     def optimizer(self) -> Arrays:
         return {name: value.cpu().numpy().copy() for name, value in self._state.items()}
@@ -155,6 +185,7 @@ class Engine:
         check_arrays(state, self._slots, "optimizer state")
         for name in self._slots:
             self._state[name].copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
+        self._weights = None
 
     def matmul_rate(self, n: int, repeats: int) -> float:
         a = torch.full((n, n), 0.5, dtype=self._compute, device=self._device)
@@ -178,6 +209,16 @@ class Engine:
             memory = {"process_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
         return {**memory, "traces": float(self._traces)}
 
+    def _scored(self):
+        """Return the weights that are scored, made anew after every change of the masters."""
+        if self._weights is None:
+            weights = exported(self._config, self._train, self._params, self._state)
+            self._weights = self._store(weights) if self.quantise else weights
+        return self._weights
+
+    def _zeros(self, shapes):
+        return {name: torch.zeros(shape, dtype=self._wide, device=self._device) for name, shape in shapes.items()}
+
     def _rope(self, seq):
         if seq not in self._tables:
             tables = rope_tables(seq, self._config.rope_dims, self._config.rope_base)
@@ -199,6 +240,6 @@ class Engine:
         return event
 
 
-def build(config, weights: Arrays, options: EngineOptions) -> Engine:
+def build(config, weights: Arrays, options: EngineOptions, quantise: bool) -> Engine:
     """Return the engine of `config` with `weights`."""
-    return Engine(config, weights, options)
+    return Engine(config, weights, options, quantise)

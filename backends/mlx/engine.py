@@ -8,12 +8,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from backends.mlx import ops, optim
+from backends.mlx import ops, optim, storage
 from backends.mlx.blas import load_fast_blas
 from backends.mlx.model import Model
 from core.engine import Arrays, Batch, EngineOptions, StepResult
-from core.params import check_arrays, optimizer_slots, param_table
+from core.params import check_arrays, exported, optimizer_slots, param_table
 from core.schedule import NUMBERS, StepPlan
+from core.storage import Stored
 from core.tables import rope_tables
 
 IN_FLIGHT = 2
@@ -36,7 +37,7 @@ class Engine:
 
     backend = "mlx"
 
-    def __init__(self, config, weights: Arrays, options: EngineOptions):
+    def __init__(self, config, weights: Arrays, options: EngineOptions, quantise: bool):
         gpu = mx.default_device() == mx.Device(mx.gpu)
         self.dtype = options.dtype or ("bfloat16" if gpu else "float32")
         if gpu and self.dtype == "float64":
@@ -53,9 +54,10 @@ class Engine:
         self._tables: dict[int, tuple[mx.array, mx.array]] = {}
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
-        self.load_params(weights)
+        self._weights = None
         self._slots = optimizer_slots(config.model, config.train)
-        self.load_optimizer({name: np.zeros(shape) for name, shape in self._slots.items()})
+        self._state = {name: mx.zeros(shape, self._wide) for name, shape in self._slots.items()}
+        self.load_params(weights, quantise)
         compiler = gpu or shutil.which("g++") is not None
         wanted = options.compile if options.compile is not None else True
         self._compiled = wanted and compiler
@@ -65,6 +67,7 @@ class Engine:
         self._finish = compiled(self._update)
         self._score = compiled(self._nll)
         self._predict = compiled(self._forward)
+        self._store = compiled(self._stored)
         self.notes = (
             f"compile: {'whole step (mx.compile)' if self._compiled else 'off' if compiler else 'off, no g++'}",
             f"attention: {'exact, composed' if self._exact else 'mx.fast.scaled_dot_product_attention'}",
@@ -73,23 +76,31 @@ class Engine:
 
     # The pure functions that are compiled: parameters and state go in and come out.
 
-    def _forward(self, params, tokens, tables, record=None):
-        self._model.update(tree_unflatten(list(params.items())))
+    def _stored(self, params):
+        """Return every weight as the artifact would give it back."""
+        return {name: storage.stored(value, self._table[name].storage) for name, value in params.items()}
+
+    def _trained(self, params, quantise):
+        """Return the weights of a training step's forward pass; gradients at them are those of `params`."""
+        return self._store(params) if quantise else params
+
+    def _forward(self, weights, tokens, tables, record=None):
+        self._model.update(tree_unflatten(list(weights.items())))
         return self._model(tokens, tables, self._compute, record)
 
-    def _losses(self, params, tokens, targets, tables):
-        nll, total = ops.cross_entropy(self._forward(params, tokens, tables), targets, self._exact)
+    def _losses(self, weights, tokens, targets, tables):
+        nll, total = ops.cross_entropy(self._forward(weights, tokens, tables), targets, self._exact)
         loss = mx.mean(nll)
         return loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss, loss
 
-    def _gradient(self, params, tokens, targets, tables):
+    def _gradient(self, weights, tokens, targets, tables):
         """Return (objective, loss, gradients) of one micro-batch."""
-        (objective, loss), grads = mx.value_and_grad(self._losses)(params, tokens, targets, tables)
+        (objective, loss), grads = mx.value_and_grad(self._losses)(weights, tokens, targets, tables)
         return objective, loss, grads
 
-    def _add_gradient(self, params, grads, loss, tokens, targets, tables):
+    def _add_gradient(self, weights, grads, loss, tokens, targets, tables):
         self._traces += self._compiled  # compiled code runs in Python while it is traced only: this counts compilations
-        _, new, more = self._gradient(params, tokens, targets, tables)
+        _, new, more = self._gradient(weights, tokens, targets, tables)
         return loss + new, {name: grads[name] + more[name] for name in grads}
 
     def _update(self, params, state, grads, loss, hyper, count):
@@ -104,32 +115,36 @@ class Engine:
         new_state = {name: mx.where(finite, new_state[name], state[name]) for name in state}
         return new_params, new_state, loss, norm, finite
 
-    def _step(self, params, state, tokens, targets, tables, hyper):
+    def _step(self, params, weights, state, tokens, targets, tables, hyper):
         self._traces += self._compiled
-        _, loss, grads = self._gradient(params, tokens, targets, tables)
+        _, loss, grads = self._gradient(weights, tokens, targets, tables)
         return self._update(params, state, grads, loss, hyper, 1.0)
 
-    def _nll(self, params, tokens, targets, tables):
-        return ops.cross_entropy(self._forward(params, tokens, tables), targets, self._exact)[0]
+    def _nll(self, weights, tokens, targets, tables):
+        return ops.cross_entropy(self._forward(weights, tokens, tables), targets, self._exact)[0]
 
     # The protocol.
 
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
         hyper = mx.array(np.array(plan.numbers), self._wide)
-        rows = self._train.rows
-        count, tables = len(batch.tokens) // rows, self._rope(batch.tokens.shape[1])
+        seq = batch.tokens.shape[1]
+        rows = self._train.rows_of(seq)[1]
+        count, tables = len(batch.tokens) // rows, self._rope(seq)
+        weights = self._trained(self._params, plan.quantise)
         if count == 1:
             tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
-            out = self._whole(self._params, self._state, tokens, targets, tables, hyper)
+            out = self._whole(self._params, weights, self._state, tokens, targets, tables, hyper)
         else:
             loss = mx.zeros((), self._wide)
             grads = {name: mx.zeros_like(value) for name, value in self._params.items()}
             for i in range(0, len(batch.tokens), rows):
                 tokens, targets = mx.array(batch.tokens[i : i + rows]), mx.array(batch.targets[i : i + rows])
-                loss, grads = self._accumulate(self._params, grads, loss, tokens, targets, tables)
+                loss, grads = self._accumulate(weights, grads, loss, tokens, targets, tables)
                 mx.eval(loss, grads)  # MLX: one micro-batch's activations at a time
             out = self._finish(self._params, self._state, grads, loss, hyper, mx.array(float(count), self._wide))
+        del weights
         self._params, self._state, *numbers = out
+        self.quantise, self._weights = plan.quantise, None
         mx.async_eval(self._params, self._state, *numbers)
         self._in_flight.append(Pending(*numbers))
         if len(self._in_flight) > IN_FLIGHT:
@@ -137,29 +152,40 @@ class Engine:
         return self._in_flight[-1]
 
     def gradients(self, batch: Batch) -> tuple[float, Arrays]:
+        weights = self._trained(self._params, self.quantise)
         objective, _, grads = self._gradient(
-            self._params, mx.array(batch.tokens), mx.array(batch.targets), self._rope(batch.tokens.shape[1])
+            weights, mx.array(batch.tokens), mx.array(batch.targets), self._rope(batch.tokens.shape[1])
         )
         return float(np.array(objective)), {name: np.array(grads[name]) for name in self._table}
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         tables = self._rope(tokens.shape[1])
-        return np.array(self._score(self._params, mx.array(tokens), mx.array(targets), tables))
+        return np.array(self._score(self._scored(), mx.array(tokens), mx.array(targets), tables))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return np.array(self._predict(self._params, mx.array(tokens), self._rope(tokens.shape[1])))
+        return np.array(self._predict(self._scored(), mx.array(tokens), self._rope(tokens.shape[1])))
 
     def activations(self, tokens: np.ndarray) -> Arrays:
         record = {}
-        self._forward(self._params, mx.array(tokens), self._rope(tokens.shape[1]), record)
+        self._forward(self._scored(), mx.array(tokens), self._rope(tokens.shape[1]), record)
         return {name: np.array(value.astype(self._wide)) for name, value in record.items()}
+
+    def weights(self) -> Arrays:
+        weights = self._scored()
+        return {name: np.array(weights[name]) for name in self._table}
+
+    def quantised(self) -> dict[str, Stored]:
+        weights = exported(self._config, self._train, self._params, self._state)
+        return {name: storage.to_host(weights[name], row.storage) for name, row in self._table.items()}
 
     def params(self) -> Arrays:
         return {name: np.array(self._params[name]) for name in self._table}
 
-    def load_params(self, params: Arrays) -> None:
+    def load_params(self, params: Arrays, quantise: bool = False) -> None:
         check_arrays(params, {name: row.shape for name, row in self._table.items()}, "weights")
         self._params = {name: mx.array(params[name], self._wide) for name in self._table}
+        self._state |= {f"{name}.ema": value for name, value in self._params.items() if f"{name}.ema" in self._slots}
+        self.quantise, self._weights = quantise, None
         mx.eval(self._params)
 
     def optimizer(self) -> Arrays:
@@ -168,6 +194,7 @@ class Engine:
     def load_optimizer(self, state: Arrays) -> None:
         check_arrays(state, self._slots, "optimizer state")
         self._state = {name: mx.array(state[name], self._wide) for name in self._slots}
+        self._weights = None
         mx.eval(self._state)
 
     def matmul_rate(self, n: int, repeats: int) -> float:
@@ -183,6 +210,13 @@ class Engine:
         memory = {"peak_bytes": float(mx.get_peak_memory()), "active_bytes": float(mx.get_active_memory())}
         return {**memory, "traces": float(self._traces)}
 
+    def _scored(self):
+        """Return the weights that are scored, made anew after every change of the masters."""
+        if self._weights is None:
+            weights = exported(self._config, self._train, self._params, self._state)
+            self._weights = self._store(weights) if self.quantise else weights
+        return self._weights
+
     def _rope(self, seq):
         if seq not in self._tables:
             tables = rope_tables(seq, self._config.rope_dims, self._config.rope_base)
@@ -190,6 +224,6 @@ class Engine:
         return self._tables[seq]
 
 
-def build(config, weights: Arrays, options: EngineOptions) -> Engine:
+def build(config, weights: Arrays, options: EngineOptions, quantise: bool) -> Engine:
     """Return the engine of `config` with `weights`."""
-    return Engine(config, weights, options)
+    return Engine(config, weights, options, quantise)

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from core.params import GROUPS, same_shapes
+from core.params import GROUPS, averaged, same_shapes
 
 
 def global_norm(grads):
@@ -60,7 +60,7 @@ def muon(param, grad, m, lr, decay, momentum, settings):
 
 
 def update(config, params, state, grads, hyper):
-    """Return (params, state) after one update of every parameter by the rule of its group.
+    """Return (params, state) after one update of every parameter by the rule of its group, and of the averages.
 
     config is a RunConfig; params, state and grads are keyed by name; hyper holds core.schedule.NUMBERS by name.
     """
@@ -91,4 +91,7 @@ def update(config, params, state, grads, hyper):
                     train.beta2,
                     train.eps,
                 )
+    decay = hyper["average"]
+    for name in averaged(config.model, train):
+        new_state[f"{name}.ema"] = decay * state[f"{name}.ema"] + (1 - decay) * new_params[name]
     return new_params, new_state

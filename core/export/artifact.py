@@ -1,6 +1,7 @@
-"""The artifact, schema 0: one file that holds a model, as docs/artifact.md says; its one writer and its one reader."""
+"""The artifact, schema 1: one file that holds a model, as docs/artifact.md says; its one writer and its one reader."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -9,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import brotli
-import numpy as np
-
 from core.config import ConfigError, ModelConfig, from_json, to_json
 from core.engine import Arrays
+from core.export import codecs
 from core.files import replace_file
-from core.params import check_arrays, param_table
+from core.params import Param, check_arrays, param_table
+from core.storage import Stored, decode
 
 MAGIC = b"SKCMODEL"
-SCHEMA = 0
+SCHEMA = 1
 PREFIX = len(MAGIC) + 4
 """Bytes in front of the header: magic, then the header's length as little-endian uint32."""
 MAX_FILE = 64 << 20
@@ -27,7 +27,7 @@ MAX_VALUES = 1 << 28
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 20
 Scalar = str | int | float
-Shapes = dict[str, tuple[int, ...]]
+Table = dict[str, Param]
 
 
 class ArtifactError(ValueError):
@@ -39,42 +39,48 @@ class Artifact:
     """What an artifact holds."""
 
     model: ModelConfig
-    weights: Arrays
-    """float32, decoded from the stored float16, in table order."""
+    stored: dict[str, Stored]
+    """Codes and scales, in table order."""
     tokenizer_sha256: str
     provenance: dict[str, Scalar]
     size: int
     """Bytes of the file."""
 
+    @property
+    def weights(self) -> Arrays:
+        """The float32 weights that codes and scales stand for: bit for bit those of a quantised forward pass."""
+        table = param_table(self.model)
+        return {name: decode(stored, table[name].storage) for name, stored in self.stored.items()}
+
 
 def write_artifact(
     path: str | Path,
     model: ModelConfig,
-    weights: Arrays,
+    stored: dict[str, Stored],
     *,
     tokenizer_sha256: str,
     provenance: dict[str, Scalar],
-    quality: int,
 ) -> int:
-    """Write `weights` rounded to float16 and return the bytes of the file; the same input gives the same bytes.
+    """Pack what `Engine.quantised` returned and return the bytes of the file; the same input gives the same bytes.
 
-    `provenance` is a flat dict of printable ASCII text and finite numbers, without times or paths. `quality` is
-    brotli's, 0 to 11. ArtifactError names a tensor that is not finite or overflows float16, or a limit that is passed;
-    ValueError names a tensor that is not the model's.
+    `provenance` is a flat dict of printable ASCII text and finite numbers, without times or paths. ArtifactError names
+    a tensor that its storage class cannot hold, or a limit that is passed; ValueError one that is not the model's.
     """
     model = from_json(ModelConfig, to_json(model), "model")  # a whole number given for a float is stored as a float
-    shapes = _shapes(path, model)
-    check_arrays(weights, shapes, str(path))
+    table = _table(path, model)
+    check_arrays({n: s.codes for n, s in stored.items()}, {n: row.shape for n, row in table.items()}, str(path))
     _check_strings(path, tokenizer_sha256, provenance)
-    halves = b"".join(_to_float16(path, name, weights[name]) for name in shapes)
-    raw = np.frombuffer(halves, np.uint8).reshape(-1, 2).T.tobytes()  # low bytes, then high: brotli finds more
-    payload = brotli.compress(raw, quality=quality)
-    sha256 = hashlib.sha256(raw).hexdigest()
-    header = _dumps(_header(model, shapes, tokenizer_sha256, provenance, len(payload), sha256))
-    size = PREFIX + len(header) + len(payload)
+    try:
+        raw = codecs.pack(stored, table)
+    except codecs.CodecError as error:
+        raise ArtifactError(f"{path}: {error}; train again from a sound checkpoint") from error
+    payloads = {name: codecs.compress(name, part) for name, part in raw.items()}
+    given = [{"payload_bytes": len(payloads[n]), "sha256": hashlib.sha256(part).hexdigest()} for n, part in raw.items()]
+    header = _dumps(_header(model, table, tokenizer_sha256, provenance, given, list(payloads.values())))
+    size = PREFIX + len(header) + sum(map(len, payloads.values()))
     if len(header) > MAX_HEADER or size > MAX_FILE:
         _fail(path, "size", f"header {len(header)}, file {size} bytes; at most {MAX_HEADER} and {MAX_FILE}")
-    replace_file(path, MAGIC, len(header).to_bytes(4, "little"), header, payload)
+    replace_file(path, MAGIC, len(header).to_bytes(4, "little"), header, *payloads.values())
     return size
 
 
@@ -93,15 +99,19 @@ def read_artifact(path: str | Path) -> Artifact:
     length = int.from_bytes(data[len(MAGIC) : PREFIX], "little")
     if length > MAX_HEADER or PREFIX + length > len(data):
         _fail(path, "header length", f"{length} bytes; the file has {len(data)}, a header at most {MAX_HEADER}")
-    model, shapes, header = _parse(path, data[PREFIX : PREFIX + length])
     payload = memoryview(data)[PREFIX + length :]
-    if len(payload) != header["payload_bytes"]:
-        _fail(path, "payload_bytes", f"the header says {header['payload_bytes']}, the file has {len(payload)}")
-    raw = _inflate(path, payload, _raw_bytes(shapes))
-    if hashlib.sha256(raw).hexdigest() != header["sha256"]:
-        _fail(path, "sha256", "the tensors are not the ones that were written")
-    weights = _from_float16(path, raw, shapes)
-    return Artifact(model, weights, header["tokenizer_sha256"], header["provenance"], len(data))
+    model, table, header, payloads = _parse(path, data[PREFIX : PREFIX + length], payload)
+    try:
+        streams = {}
+        for entry, part in zip(header["streams"], payloads, strict=True):
+            raw = codecs.inflate(entry["name"], part, entry["raw_bytes"])
+            if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
+                raise codecs.CodecError(entry["name"], "sha256: the bytes are not the ones that were written")
+            streams[entry["name"]] = raw
+        stored = codecs.unpack(streams, table)
+    except codecs.CodecError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    return Artifact(model, stored, header["tokenizer_sha256"], header["provenance"], len(data))
 
 
 def _fail(path: str | Path, field: str, problem: str) -> NoReturn:
@@ -113,40 +123,42 @@ def _dumps(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def _shapes(path: str | Path, model: ModelConfig) -> Shapes:
-    """Return the shapes of the model's table, in order, after bounding what it takes to build the table and hold it."""
+def _table(path: str | Path, model: ModelConfig) -> Table:
+    """Return the model's table after bounding what it takes to build the table and hold it."""
     if model.layers > MAX_LAYERS:
         _fail(path, "model.layers", f"{_printable(model.layers)}; at most {MAX_LAYERS}")
     for name in ("vocab", "dim", "heads", "mlp_hidden", "embed_dim"):
         if (getattr(model, name) or 0) > MAX_WIDTH:
             _fail(path, f"model.{name}", f"{_printable(getattr(model, name))}; at most {MAX_WIDTH}")
-    shapes = {name: row.shape for name, row in param_table(model).items()}
-    if _raw_bytes(shapes) > 2 * MAX_VALUES:
-        _fail(path, "model", f"{_raw_bytes(shapes) // 2} values; at most {MAX_VALUES}")
-    return shapes
-
-
-def _raw_bytes(shapes: Shapes) -> int:
-    return sum(2 * math.prod(shape) for shape in shapes.values())
+    table = param_table(model)
+    values = sum(math.prod(row.shape) for row in table.values())
+    if values > MAX_VALUES:
+        _fail(path, "model", f"{values} values; at most {MAX_VALUES}")
+    return table
 
 
 def _header(
     model: ModelConfig,
-    shapes: Shapes,
+    table: Table,
     tokenizer_sha256: str,
     provenance: dict[str, Scalar],
-    payload_bytes: int,
-    sha256: str,
+    given: list[dict[str, Any]],
+    payloads: list[Any],
 ) -> dict[str, Any]:
-    """Return the header: the only one that these values can have, so the reader compares instead of interpreting."""
+    """Return the header: the only one that these values can have, so the reader compares instead of interpreting.
+
+    `given` holds payload_bytes and sha256 of every stream.
+    """
+    streams = [
+        {"name": name, "raw_bytes": size, "window": codecs.window_bits(payload), **part}
+        for (name, size), part, payload in zip(codecs.stream_sizes(table).items(), given, payloads, strict=True)
+    ]
     return {
         "schema": SCHEMA,
         "model": to_json(model),
         "tokenizer_sha256": tokenizer_sha256,
-        "tensors": [[name, "float16", list(shape)] for name, shape in shapes.items()],
-        "raw_bytes": _raw_bytes(shapes),
-        "payload_bytes": payload_bytes,
-        "sha256": sha256,
+        "tensors": [[name, row.storage, list(row.shape)] for name, row in table.items()],
+        "streams": streams,
         "provenance": provenance,
     }
 
@@ -176,8 +188,10 @@ def _is_sha256(value: Any) -> bool:
     return type(value) is str and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _parse(path: str | Path, text: bytes) -> tuple[ModelConfig, Shapes, dict[str, Any]]:
-    """Return (model, shapes, header) of a header that is, byte for byte, what the writer makes of its values."""
+def _parse(
+    path: str | Path, text: bytes, payload: memoryview
+) -> tuple[ModelConfig, Table, dict[str, Any], list[memoryview]]:
+    """Return what is in a header that is, byte for byte, what the writer makes of its values."""
     try:
         header = json.loads(text.decode("ascii"))
         canonical = _dumps(header)
@@ -188,52 +202,34 @@ def _parse(path: str | Path, text: bytes) -> tuple[ModelConfig, Shapes, dict[str
     if type(header.get("schema")) is not int or header["schema"] != SCHEMA:
         _fail(path, "schema", f"{_printable(header.get('schema'))}; this reader knows {SCHEMA}")
     _check_strings(path, header.get("tokenizer_sha256"), header.get("provenance"))
-    if not _is_sha256(header.get("sha256")):
-        _fail(path, "sha256", "expected 64 lower-case hexadecimal digits")
-    if type(header.get("payload_bytes")) is not int:
-        _fail(path, "payload_bytes", "expected a whole number")
     try:
         model = from_json(ModelConfig, header.get("model"), "model")
     except ConfigError as error:
         raise ArtifactError(f"{path}: {_printable(error)}") from error
-    shapes = _shapes(path, model)
-    given = (header[name] for name in ("tokenizer_sha256", "provenance", "payload_bytes", "sha256"))
-    expected = _header(model, shapes, *given)
+    table = _table(path, model)
+    given = _given(path, header.get("streams"), len(codecs.stream_sizes(table)))
+    ends = [0, *itertools.accumulate(part["payload_bytes"] for part in given)]
+    if ends[-1] != len(payload):
+        _fail(path, "payload_bytes", f"the header says {ends[-1]} in all, the file has {len(payload)}")
+    payloads = [payload[a:b] for a, b in itertools.pairwise(ends)]
+    expected = _header(model, table, header["tokenizer_sha256"], header["provenance"], given, payloads)
     for name in expected | header:
         if name not in expected or name not in header or _dumps(header[name]) != _dumps(expected[name]):
             _fail(path, _printable(name), "missing, unknown, or not what the model's table says")
-    return model, shapes, header
+    return model, table, header, payloads
 
 
-def _inflate(path: str | Path, payload: memoryview, size: int) -> bytes:
-    """Return the `size` bytes of a brotli stream, stopping one buffer past them whatever the stream holds."""
-    decoder = brotli.Decompressor()
-    try:
-        raw = decoder.process(payload, output_buffer_limit=size + 1)
-    except brotli.error:
-        _fail(path, "payload", "not one whole brotli stream")
-    if len(raw) != size or not decoder.is_finished():
-        _fail(path, "payload", f"it does not hold the {size} bytes of the model's tensors")
-    return raw
-
-
-def _to_float16(path: str | Path, name: str, values: np.ndarray) -> bytes:
-    if not np.isfinite(values).all():
-        _fail(path, name, "has a value that is not finite; train again from a sound checkpoint")
-    with np.errstate(over="ignore"):
-        half = values.astype("<f2")
-    if not np.isfinite(half).all():
-        _fail(path, name, "has a value beyond float16's largest, 65504")
-    return half.tobytes()
-
-
-def _from_float16(path: str | Path, raw: bytes, shapes: Shapes) -> Arrays:
-    weights, offset = {}, 0
-    halves = np.frombuffer(raw, np.uint8).reshape(2, -1).T.tobytes()
-    for name, shape in shapes.items():
-        half = np.frombuffer(halves, "<f2", math.prod(shape), offset)
-        if not np.isfinite(half).all():
-            _fail(path, name, "has a value that is not finite")
-        weights[name] = half.astype(np.float32).reshape(shape)
-        offset += half.nbytes
-    return weights
+def _given(path: str | Path, streams: Any, count: int) -> list[dict[str, Any]]:
+    """Return payload_bytes and sha256 of every stream of a header, checked."""
+    if type(streams) is not list or len(streams) != count:
+        _fail(path, "streams", f"expected a list of the {count} streams of the model's table")
+    out = []
+    for number, entry in enumerate(streams):
+        entry = entry if type(entry) is dict else {}
+        size, sha256 = entry.get("payload_bytes"), entry.get("sha256")
+        if type(size) is not int or size < 0:
+            _fail(path, f"streams[{number}].payload_bytes", "expected a whole number from 0 up")
+        if not _is_sha256(sha256):
+            _fail(path, f"streams[{number}].sha256", "expected 64 lower-case hexadecimal digits")
+        out.append({"payload_bytes": size, "sha256": sha256})
+    return out

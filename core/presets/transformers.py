@@ -1,4 +1,6 @@
-"""Float transformers: the smallest runs, the ablation base, and the official baseline."""
+"""Transformers: the smallest runs, the bases of ablations, the official baseline and the ternary record's shape."""
+
+import dataclasses
 
 from core.config import EvalConfig, ModelConfig, RunConfig, TrainConfig
 
@@ -26,6 +28,29 @@ ABLATE_FLOAT = RunConfig(
     eval=EvalConfig(seq=512),
 )
 
+ABLATE = dataclasses.replace(
+    ABLATE_FLOAT,
+    model=dataclasses.replace(
+        ABLATE_FLOAT.model, matrix_storage="ternary/128", table_storage="int6/row", output_norm="plain"
+    ),
+    train=dataclasses.replace(ABLATE_FLOAT.train, quantise="always"),
+)
+
+TERNARY_74M = RunConfig(
+    model=ModelConfig(
+        vocab=8192, dim=768, layers=10, heads=8, kv_heads=4, mlp_hidden=3072, rope_dims=96, rope_base=5000.0,
+        q_gain=2.25, embed_dim=254, vocab_bias=True, softcap=10.0, residual_mix=True, unet_skips=True,
+        documents="packed", matrix_storage="ternary/128", table_storage="int6/row", output_norm="plain",
+    ),
+    train=TrainConfig(
+        steps=20_000, seconds=599.0, batch=512, seq=1024, micro_batch=8, lr_embed=0.02, lr_matrix=0.04, lr_vector=0.02,
+        matrix_rule="muon", muon_rows=True, muon_iterations=3, warmup=0.0, warmdown=0.2, floor=0.0, weight_decay=0.0,
+        clip=None, z_loss=1e-4, quantise="always", eval_every=None, save_every=1000,
+    ),
+    eval=EvalConfig(seq=1024),
+)  # fmt: skip
+"""The ternary record's shape and optimizer (spec of the record: docs/log.md), with tanh softcap and plain RoPE."""
+
 BASELINE = RunConfig(
     model=ModelConfig(
         dim=512, layers=9, heads=8, kv_heads=4, mlp_hidden=1024, rope_dims=64, residual_mix=True, unet_skips=True,
@@ -43,9 +68,15 @@ PRESETS = {
     "debug": ("seconds on any machine: a model that runs every option once, for tests and first looks", DEBUG, 32_900),
     "tiny": ("minutes on a laptop: learns the bundled text well enough to look at", TINY, 854_288),
     "ablate_float": ("the float base of ablations: 4 layers, 256 wide", ABLATE_FLOAT, 3_147_792),
+    "ablate": ("the ternary base of ablations: 4 layers, 256 wide, trained as it is stored", ABLATE, 3_147_792),
     "baseline": (
         "the official baseline's model, 17,059,912 parameters and its optimizer",
         BASELINE,
         17_059_912,
+    ),
+    "ternary_74m": (
+        "the ternary record's shape: 64,880,640 ternary weights of 67,394,384, for the full budget",
+        TERNARY_74M,
+        67_394_384,
     ),
 }

@@ -21,6 +21,7 @@ from core.console import Console
 from core.data import Dataset, batch
 from core.engine import Arrays, Engine
 from core.export.artifact import read_artifact
+from core.params import exported
 from core.run import Run, RunError
 from core.scoring.accounting import count_bytes
 
@@ -77,11 +78,18 @@ class Subject(NamedTuple):
     weights: Arrays
     tokenizer_sha256: str
     step: int | None
+    quantise: bool
+    """Whether forward passes use the stored form of the weights; an artifact's already are that."""
 
 
-def open_subject(path: str, data: str | None) -> Subject:
-    """Read a run's checkpoint or an artifact; `data` replaces the text it is judged on; RunError, ArtifactError."""
+def open_subject(path: str, data: str | None, step: int | None = None) -> Subject:
+    """Read a run's checkpoint (the last one, or the one kept of `step`) or an artifact; RunError, ArtifactError.
+
+    `data` replaces the text it is judged on.
+    """
     if os.path.isfile(path):
+        if step is not None:
+            raise RunError(f"{path}: is an artifact, which has one set of weights: leave out --step {step}")
         found = read_artifact(path)
         seq = found.provenance.get("train_seq")
         seq = seq if isinstance(seq, int) and 1 <= seq <= 65_536 else EvalConfig.seq
@@ -89,14 +97,16 @@ def open_subject(path: str, data: str | None) -> Subject:
         config = RunConfig(
             preset=name, model=found.model, train=TrainConfig(batch=1, seq=seq), eval=EvalConfig(seq=seq)
         )
-        subject = Subject(f"artifact {path}", config, dict(found.weights), found.tokenizer_sha256, None)
+        subject = Subject(f"artifact {path}", config, found.weights, found.tokenizer_sha256, None, False)
     elif os.path.isdir(path):
         run = Run.open(path)
-        saved = run.checkpoint()
+        saved = run.checkpoint(step)
         if saved is None:
             raise RunError(f"{path}: has no checkpoint yet; train it first: skc train {run.config.preset} --out {path}")
         sha256 = hashlib.sha256(run.tokenizer_path.read_bytes()).hexdigest()
-        subject = Subject(f"run {path}, step {saved.step}", run.config, saved.params, sha256, saved.step)
+        weights = exported(run.config.model, run.config.train, saved.params, saved.optimizer)
+        what = f"run {path}, step {saved.step}"
+        subject = Subject(what, run.config, weights, sha256, saved.step, saved.quantise)
     else:
         raise RunError(f"{path}: no such run folder or artifact; make one with: skc train tiny --out {path}")
     if data is None:

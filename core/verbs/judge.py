@@ -36,6 +36,8 @@ class Eval:
     """Score only this many documents: an estimate with an error bar, never a score."""
     batch: int | None = None
     """Windows per forward pass."""
+    step: int | None = None
+    """Step of a checkpoint that train.keep_every kept; None: the last one."""
     backend: Backend = "auto"
     """auto: MLX on a Mac, PyTorch elsewhere, as installed."""
     dtype: DType | None = None
@@ -71,6 +73,8 @@ class Sample:
     """Seed of the draws."""
     data: str | None = None
     """Where a bare artifact's tokenizer is: a prepared folder; None: sample."""
+    step: int | None = None
+    """Step of a checkpoint that train.keep_every kept; None: the last one."""
     backend: Backend = "auto"
     """auto: MLX on a Mac, PyTorch elsewhere, as installed."""
     json: bool = False
@@ -105,11 +109,12 @@ class Bench(PresetOptions):
 
 def evaluate(options: Eval, context: Context) -> Outcome:
     """Score a run or an artifact."""
-    subject = open_subject(options.path, options.data)
+    subject = open_subject(options.path, options.data, options.step)
     config = dataclasses.replace(subject.config, eval=options.config(subject.config.eval))
     dataset = open_data(config.data.path)
     check_tokenizer(subject, dataset)
-    engine = load_engine(options.backend, config, subject.weights, EngineOptions(dtype=options.dtype))
+    choices = EngineOptions(dtype=options.dtype)
+    engine = load_engine(options.backend, config, subject.weights, choices, subject.quantise)
     context.say(f"{subject.what} on {engine.backend}, {engine.device}, {engine.dtype}; data {dataset.path}")
     found = final_score(engine, dataset, config, context.say, "scoring")
     context.say(describe(found))
@@ -119,14 +124,14 @@ def evaluate(options: Eval, context: Context) -> Outcome:
 
 def write_text(options: Sample, context: Context) -> Outcome:
     """Let a model write."""
-    subject = open_subject(options.path, options.data)
+    subject = open_subject(options.path, options.data, options.step)
     if subject.step is not None and options.data is None:
         tokenizer = Tokenizer.load(str(Run.open(options.path).tokenizer_path))
     else:
         dataset = open_data(subject.config.data.path)
         check_tokenizer(subject, dataset)
         tokenizer = dataset.tokenizer
-    engine = load_engine(options.backend, subject.config, subject.weights)
+    engine = load_engine(options.backend, subject.config, subject.weights, quantise=subject.quantise)
     choices = (options.tokens, options.temperature, options.top_k, options.seed, subject.config.train.seq)
     text = sample(engine, tokenizer, options.prompt, *choices)
     context.say(text)

@@ -10,7 +10,7 @@ from core.config import RunConfig
 from core.data import Dataset
 from core.engine import DType, Engine, EngineOptions, choose_backend, load_engine
 from core.finish import finish
-from core.params import count
+from core.params import count, exported
 from core.run import Run, RunError
 from core.train import done, train
 from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_data, environment, identity
@@ -34,6 +34,8 @@ class Export:
 
     run: Positional[str]
     """Run folder."""
+    step: int | None = None
+    """Step of a checkpoint that train.keep_every kept; None: the last one."""
     backend: Backend = "auto"
     """What scores the artifact."""
     json: bool = False
@@ -79,14 +81,15 @@ def _purpose(config: RunConfig) -> str:
 def export_run(options: Export, context: Context) -> Outcome:
     """Write the artifact of a run's checkpoint; not ok if it is over the budget."""
     run = Run.open(options.run)
-    saved = run.checkpoint()
+    saved = run.checkpoint(options.step)
     if saved is None:
         raise RunError(
             f"{run.path}: has no checkpoint yet; train it first: skc train {run.config.preset} --out {run.path}"
         )
     dataset = open_data(run.config.data.path)
     check_data(run.config, dataset)
-    engine = load_engine(options.backend, run.config, saved.params)
+    weights = exported(run.config.model, run.config.train, saved.params, saved.optimizer)
+    engine = load_engine(options.backend, run.config, weights, quantise=saved.quantise)
     with open(run.log_path, "a", encoding="utf-8") as log, context.say.copied_to(log):
         value = finish(run, engine, dataset, saved.step, context.say)
     return Outcome(value["artifact"]["within"], value)

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from backends.cuda import ops
-from backends.cuda.blocks.linear import Linear
+from backends.cuda.blocks.linear import Linear, Output
 
 
 class Attention(nn.Module):
@@ -17,7 +17,7 @@ class Attention(nn.Module):
         self.q = Linear(config.dim, config.dim)
         self.k = Linear(config.dim, kv)
         self.v = Linear(config.dim, kv)
-        self.o = Linear(config.dim, config.dim)
+        self.o = Output(config.dim, config, exact)
         self.q_gain = nn.Parameter(torch.zeros(config.heads))
 
     def forward(self, x_BTD, context):

@@ -3,7 +3,7 @@
 import torch.nn as nn
 
 from backends.cuda import ops
-from backends.cuda.blocks.linear import Linear
+from backends.cuda.blocks.linear import Linear, Output
 
 ACTIVATIONS = {"relu2": ops.relu2, "leaky_relu2": ops.leaky_relu2}
 
@@ -15,7 +15,7 @@ class MLP(nn.Module):
         super().__init__()
         self._activation, self._exact = ACTIVATIONS[config.activation], exact
         self.up = Linear(config.dim, config.mlp_hidden)
-        self.down = Linear(config.mlp_hidden, config.dim)
+        self.down = Output(config.mlp_hidden, config, exact)
 
     def forward(self, x_BTD):
         return self.down(self._activation(self.up(x_BTD), self._exact))

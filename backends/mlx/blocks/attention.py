@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx import ops
-from backends.mlx.blocks.linear import Linear
+from backends.mlx.blocks.linear import Linear, Output
 
 
 class Attention(nn.Module):
@@ -17,7 +17,7 @@ class Attention(nn.Module):
         self.q = Linear(config.dim, config.dim)
         self.k = Linear(config.dim, kv)
         self.v = Linear(config.dim, kv)
-        self.o = Linear(config.dim, config.dim)
+        self.o = Output(config.dim, config, exact)
         self.q_gain = mx.zeros((config.heads,))
 
     def __call__(self, x_BTD, context):

@@ -3,7 +3,7 @@
 import mlx.nn as nn
 
 from backends.mlx import ops
-from backends.mlx.blocks.linear import Linear
+from backends.mlx.blocks.linear import Linear, Output
 
 ACTIVATIONS = {"relu2": ops.relu2, "leaky_relu2": ops.leaky_relu2}
 
@@ -15,7 +15,7 @@ class MLP(nn.Module):
         super().__init__()
         self._activation, self._exact = ACTIVATIONS[config.activation], exact
         self.up = Linear(config.dim, config.mlp_hidden)
-        self.down = Linear(config.mlp_hidden, config.dim)
+        self.down = Output(config.mlp_hidden, config, exact)
 
     def __call__(self, x_BTD):
         return self.down(self._activation(self.up(x_BTD), self._exact))

@@ -1,0 +1,89 @@
+"""The quantisers in MLX: codes and scales of a weight by storage class, and the weight that they stand for.
+
+Same names and signatures as backends/cuda/storage.py. Every step is one IEEE operation per element in a fixed order
+(sums by halving), so both backends and the oracle get the same bits; rounding is half-to-even.
+Letters: R rows, C columns, G groups of a row, g weights of a group.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from core.storage import LARGEST, SCALE_FLOOR, Stored, group_counts, group_size, storage_class
+
+
+def quantise(weight, storage):
+    """Return (codes, scales) of a weight (R, C): (R, C) and (R, G) float16; for float16: (values, None)."""
+    if storage == "float16":
+        return weight.astype(mx.float32).astype(mx.float16), None
+    columns = weight.shape[1]
+    size = group_size(storage, columns)
+    w_RGg = _grouped(weight, size)
+    name = storage_class(storage)
+    if name == "ternary":
+        counts = mx.array(1.0 / group_counts(columns, size)[:, None].astype(np.float32), weight.dtype)
+        scales_RG1 = _scales(_sum_by_halves(mx.abs(w_RGg)) * counts)
+        half = scales_RG1.astype(weight.dtype) * 0.5  # round(w / s) is not 0 where |w| > s / 2: a tie goes to even
+        codes = (w_RGg > half).astype(weight.dtype) - (w_RGg < -half).astype(weight.dtype)
+    else:
+        top = mx.max(mx.abs(w_RGg), axis=-1, keepdims=True)
+        scales_RG1 = _scales(top * mx.array(np.float32(1 / LARGEST[name]), weight.dtype))
+        exact = mx.clip(w_RGg / scales_RG1.astype(weight.dtype), -LARGEST[name], LARGEST[name])
+        codes = _to_e4m3(exact) if name == "fp8" else mx.round(exact)
+        codes = codes if name == "fp8" else mx.where(codes == 0, mx.zeros_like(codes), codes)  # no minus zero
+    return _flat(codes, columns), mx.squeeze(scales_RG1, -1)
+
+
+def decode(codes, scales, storage, dtype):
+    """Return the weight (R, C) that codes and scales stand for: exact in float32 and wider."""
+    if scales is None:
+        return codes.astype(dtype)
+    columns = codes.shape[1]
+    return _flat(_grouped(codes, group_size(storage, columns)) * scales.astype(dtype)[..., None], columns)
+
+
+def stored(weight, storage):
+    """Return a weight as the artifact gives it back."""
+    return decode(*quantise(weight, storage), storage, weight.dtype)
+
+
+def to_host(weight, storage):
+    """Return core.storage.Stored of a weight."""
+    codes, scales = quantise(weight, storage)
+    if scales is None:
+        return Stored(np.array(codes), None)
+    return Stored(np.array(codes.astype(mx.float32 if storage_class(storage) == "fp8" else mx.int8)), np.array(scales))
+
+
+def _grouped(x, size):
+    """Return (R, C) as (R, G, size), the last group of a row filled with zeros."""
+    rows, columns = x.shape
+    short = -columns % size
+    x = mx.pad(x, [(0, 0), (0, short)]) if short else x
+    return x.reshape(rows, -1, size)
+
+
+def _flat(x_RGg, columns):
+    return x_RGg.reshape(x_RGg.shape[0], -1)[:, :columns]
+
+
+def _sum_by_halves(x):
+    """Return the sum over the last axis, a power of two, adding its second half to its first until one is left."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x
+
+
+def _scales(exact):
+    """Return float16 scales, never below the floor."""
+    return mx.maximum(exact.astype(mx.float32).astype(mx.float16), mx.array(SCALE_FLOOR, mx.float16))
+
+
+def _to_e4m3(x):
+    """Return x (at most 448) rounded to the values of float8 e4m3: 3 bits behind the leading one, from 2^-6 down 2^-9.
+
+    The exponent is read off the float32 bits; the quantum is 2^(exponent - 3).
+    """
+    exponent = mx.bitwise_and(mx.right_shift(mx.view(x.astype(mx.float32), mx.uint32), 23), 255)
+    quantum = mx.view(mx.left_shift(mx.maximum(exponent, 121) - 3, 23), mx.float32).astype(x.dtype)
+    return mx.round(x / quantum) * quantum
