@@ -57,9 +57,9 @@ def scales_shape(storage: Storage, shape: tuple[int, ...]) -> tuple[int, int] | 
     return rows, -(-columns // group_size(storage, columns))
 
 
-def group_counts(columns: int, size: int) -> np.ndarray:
+def group_counts(columns: int, size: int) -> list[int]:
     """Return how many real values each group of a row holds: padding of the last group does not count."""
-    return np.minimum(size, columns - size * np.arange(-(-columns // size)))
+    return [min(size, columns - start) for start in range(0, columns, size)]
 
 
 def raw_bits(storage: Storage, shape: tuple[int, ...]) -> float:

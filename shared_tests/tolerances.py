@@ -25,6 +25,10 @@ P4_FLOAT64 = 1e-8
 """Loss curves over 50 free-running steps: float64, absolute."""
 P4_FLOAT32 = 1e-4
 """The same in float32, for float models."""
+P4_TEACHER = 1e-5
+"""The same in float32 for models that train with stored weights, both engines given common weights before each step."""
+P4_FLIPS = 5e-6
+"""Share of their codes and scales that may differ after such a step, over all steps."""
 P5_BPB = 1e-6
 """Bits per byte of one artifact, scored by both backends."""
 CAUSAL = 1e-11

@@ -63,7 +63,6 @@ class Engine:
         wanted = options.compile if options.compile is not None else gpu
         self._objective = torch.compile(self._losses, backend=self._count, dynamic=False) if wanted else self._losses
         self._finish = torch.compile(self._update, backend=self._count, dynamic=False) if wanted else self._update
-        self._store = torch.compile(self._stored, backend=self._count, dynamic=False) if wanted else self._stored
         self.notes = (
             f"compile: {'loss and update (torch.compile)' if wanted else 'off (eager)'}",
             f"attention: {'exact, composed' if self._exact else 'torch scaled_dot_product_attention'}",
@@ -79,11 +78,12 @@ class Engine:
     @torch.no_grad()
     def _stored(self, params):
         """Return every weight as the artifact would give it back."""
+        # CUDA: never compiled: inductor leaves out roundings to float16 between float32 ops, and codes would differ
         return {name: storage.stored(value, self._table[name].storage) for name, value in params.items()}
 
     def _trained(self, params, quantise):
         """Return the weights of a training step's forward pass; gradients at them are those of `params`."""
-        weights = self._store(params) if quantise else {name: value.detach() for name, value in params.items()}
+        weights = self._stored(params) if quantise else {name: value.detach() for name, value in params.items()}
         return {name: value.requires_grad_() for name, value in weights.items()}
 
     def _forward(self, weights, tokens, tables, record=None):
@@ -213,7 +213,7 @@ class Engine:
         """Return the weights that are scored, made anew after every change of the masters."""
         if self._weights is None:
             weights = exported(self._config, self._train, self._params, self._state)
-            self._weights = self._store(weights) if self.quantise else weights
+            self._weights = self._stored(weights) if self.quantise else weights
         return self._weights
 
     def _zeros(self, shapes):

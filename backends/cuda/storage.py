@@ -5,7 +5,6 @@ Same names and signatures as backends/mlx/storage.py. Every step is one IEEE ope
 Letters: R rows, C columns, G groups of a row, g weights of a group.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,14 +20,14 @@ def quantise(weight, storage):
     w_RGg = _grouped(weight, size)
     name = storage_class(storage)
     if name == "ternary":
-        counts = 1.0 / group_counts(columns, size)[:, None].astype(np.float32)
-        counts = torch.tensor(counts, dtype=weight.dtype, device=weight.device)
-        scales_RG1 = _scales(_sum_by_halves(torch.abs(w_RGg)) * counts)
+        counts = group_counts(columns, size)
+        shares = torch.tensor([[1 / count] for count in counts], dtype=weight.dtype, device=weight.device)
+        scales_RG1 = _scales(_sum_by_halves(torch.abs(w_RGg)) * shares)
         half = scales_RG1.to(weight.dtype) * 0.5  # round(w / s) is not 0 where |w| > s / 2: a tie goes to even
         codes = (w_RGg > half).to(weight.dtype) - (w_RGg < -half).to(weight.dtype)
     else:
         top = torch.amax(torch.abs(w_RGg), dim=-1, keepdim=True)
-        scales_RG1 = _scales(top * float(np.float32(1 / LARGEST[name])))
+        scales_RG1 = _scales(top * (1 / LARGEST[name]))
         exact = torch.clamp(w_RGg / scales_RG1.to(weight.dtype), -LARGEST[name], LARGEST[name])
         codes = _to_e4m3(exact) if name == "fp8" else torch.round(exact)
         codes = codes if name == "fp8" else torch.where(codes == 0, torch.zeros_like(codes), codes)  # no minus zero

@@ -20,13 +20,13 @@ def quantise(weight, storage):
     w_RGg = _grouped(weight, size)
     name = storage_class(storage)
     if name == "ternary":
-        counts = mx.array(1.0 / group_counts(columns, size)[:, None].astype(np.float32), weight.dtype)
-        scales_RG1 = _scales(_sum_by_halves(mx.abs(w_RGg)) * counts)
+        shares = mx.array([[1 / count] for count in group_counts(columns, size)], weight.dtype)
+        scales_RG1 = _scales(_sum_by_halves(mx.abs(w_RGg)) * shares)
         half = scales_RG1.astype(weight.dtype) * 0.5  # round(w / s) is not 0 where |w| > s / 2: a tie goes to even
         codes = (w_RGg > half).astype(weight.dtype) - (w_RGg < -half).astype(weight.dtype)
     else:
         top = mx.max(mx.abs(w_RGg), axis=-1, keepdims=True)
-        scales_RG1 = _scales(top * mx.array(np.float32(1 / LARGEST[name]), weight.dtype))
+        scales_RG1 = _scales(top * mx.array(1 / LARGEST[name], weight.dtype))
         exact = mx.clip(w_RGg / scales_RG1.astype(weight.dtype), -LARGEST[name], LARGEST[name])
         codes = _to_e4m3(exact) if name == "fp8" else mx.round(exact)
         codes = codes if name == "fp8" else mx.where(codes == 0, mx.zeros_like(codes), codes)  # no minus zero
