@@ -32,7 +32,8 @@ def finish(run: Run, engine: Engine, dataset: Dataset, step: int, say: Console) 
         provenance={"preset": config.preset, "seed": config.seed, "step": step, "train_seq": config.train.seq},
     )
     decoded = read_artifact(run.artifact_path).weights
-    if engine.quantise:
+    exact = engine.quantise
+    if exact:
         check_promise(decoded, engine.weights(), run.artifact_path)
         say(f"all {len(decoded)} tensors of the artifact are those of the forward pass, bit for bit")
     engine.load_params(decoded)
@@ -43,6 +44,7 @@ def finish(run: Run, engine: Engine, dataset: Dataset, step: int, say: Console) 
     verdict = "within" if size <= allowed else "OVER"
     say(f"artifact {size:,} bytes, {verdict} the {allowed:,} that are left of the budget beside the code")
     exported = {"score": stored.to_json(), "gap": gap, "bytes": size, "allowed": allowed, "within": size <= allowed}
+    exported["exact"] = exact
     run.log(step, {"final/score": scored.to_json(), "final/artifact": exported})
     shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
     texts = shown[-1] if shown else write_samples(run, engine, dataset, step, say)

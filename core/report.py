@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import RunConfig, differences
-from core.params import count
+from core.params import count, param_table
 from core.presets import PRESETS
 from core.run import Run
 
@@ -25,6 +25,7 @@ def _markdown(run: Run) -> str:
     score = f"**{final['label']}: {final['bpb']:.4f}{spread} bits per byte**"
     raw = "" if final["bpb_raw"] is None else f" Per byte of the raw text: {final['bpb_raw']:.4f}."
     fits = "within" if stored["within"] else "**over**"
+    exact = "the trained weights, bit for bit" if stored.get("exact") else "rounded after training"
     commit = f"{env.get('commit') or 'unknown'}{' (with uncommitted changes)' if env.get('dirty') else ''}"
     lines = [
         f"# {config.preset}, seed {config.seed}, {env.get('backend')}",
@@ -39,8 +40,9 @@ def _markdown(run: Run) -> str:
         "| | |",
         "|---|---|",
         f"| artifact | {stored['bytes']:,} bytes, {fits} the {stored['allowed']:,} left beside the code |",
-        f"| reloaded artifact | {stored['score']['bpb']:.4f} bits per byte, round-trip gap {stored['gap']:+.6f} |",
+        f"| reloaded artifact | {stored['score']['bpb']:.4f} bits per byte, gap {stored['gap']:+.6f}; {exact} |",
         f"| model | {count(config.model):,} parameters |",
+        f"| storage | {_storage(config)} |",
         f"| training | {_speed(run)} |",
         f"| backend | {_backends(env)} |",
         f"| data | {config.data.path} |",
@@ -68,6 +70,14 @@ def _backends(env: dict[str, Any]) -> str:
     if len(set(texts)) == 1:
         return texts[0]
     return "; ".join(f"{text} from step {e.get('step')}" for text, e in zip(texts, starts, strict=True))
+
+
+def _storage(config: RunConfig) -> str:
+    """Return how many weights each storage class holds."""
+    totals: dict[str, int] = {}
+    for row in param_table(config.model).values():
+        totals[row.storage] = totals.get(row.storage, 0) + row.size
+    return ", ".join(f"{name}: {values:,} weights" for name, values in totals.items())
 
 
 def _speed(run: Run) -> str:

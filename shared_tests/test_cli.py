@@ -97,16 +97,20 @@ def test_presets_lists_what_is_recorded(capsys: Capture) -> None:
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_preset_builds_with_its_recorded_count(name: str, capsys: Capture) -> None:
     config = presets.get(name).config
-    value = call(capsys, "info", name, code=1 if name == "baseline" else 0)
+    value = call(capsys, "info", name)
     built = load_engine("cuda", config).params()
     assert sum(array.size for array in built.values()) == value["parameters"] == presets.get(name).params
-    assert value["bytes_total"] == 2 * value["parameters"] + config.export.code_bytes
-    assert value["within_budget"] is (name != "baseline") and list(value["table"]) == list(param_table(config.model))
+    assert value["bytes_total"] == value["bytes_predicted"] + config.export.code_bytes <= config.export.budget
+    assert value["within_budget"] is True and list(value["table"]) == list(param_table(config.model))
 
 
 def test_info_says_by_how_much_a_model_is_over(capsys: Capture) -> None:
-    assert main(["info", "baseline"]) == 1
-    assert "34,159,824 of 16,000,000: OVER by 18,159,824" in capsys.readouterr().out
+    half = ("--model.matrix-storage", "float16", "--model.table-storage", "float16")
+    value = call(capsys, "info", "baseline", *half, code=1)
+    over = value["bytes_predicted"] + 40_000 - 16_000_000
+    assert value["bytes_by_storage"] == {"float16": 2 * 17_059_912} and over > 0
+    assert main(["info", "baseline", *half]) == 1
+    assert f"{over + 16_000_000:,} of 16,000,000 bytes: OVER by {over:,}" in capsys.readouterr().out
     value = call(capsys, "info", "debug", "--model.layers", "1", "--model.vocab_bias", "False")
     smaller = dataclasses.replace(presets.get("debug").config.model, layers=1, vocab_bias=False)
     assert value["parameters"] == count(smaller)
@@ -400,7 +404,7 @@ def test_exit_codes_and_streams_of_the_real_program(tmp_path: Path) -> None:
 
     wrong = run("train", "debug", "--model.dim", "31")
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
-    over = run("info", "baseline", "--json")
+    over = run("info", "baseline", "--export.budget", "15000000", "--json")
     assert over.returncode == 1 and json.loads(over.stdout)["ok"] is False and "OVER" in over.stderr
     assert run("presets").returncode == 0
 

@@ -129,6 +129,35 @@ def test_schedule_warms_up_and_down_linearly() -> None:
     assert schedule.lr_scale(1.7, config) == pytest.approx(config.floor)
 
 
+def test_rows_grow_in_stages_at_constant_tokens_per_step() -> None:
+    stages = {"seq_stages": (16, 32), "seq_until": (0.1, 0.25)}
+    config = dataclasses.replace(presets.get("ablate_float").config.train, batch=8, seq=64, micro_batch=4, **stages)
+    lengths = {p: schedule.plan(0, p, config).seq for p in (0.0, 0.1, 0.11, 0.25, 0.26, 1.0, 1.5)}
+    assert list(lengths.values()) == [16, 16, 32, 32, 64, 64, 64] and config.lengths == (16, 32, 64)
+    assert [config.rows_of(seq) for seq in config.lengths] == [(32, 16), (16, 8), (8, 4)]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seq_stages": (16,)}, "as many shares as lengths"),
+        ({"seq_stages": (16, 32), "seq_until": (0.2, 0.2)}, "rising shares"),
+        ({"seq_stages": (16,), "seq_until": (1.5,)}, "rising shares"),
+        ({"seq_stages": (7,), "seq_until": (0.5,)}, "7 does not divide the 512 tokens of a micro-batch"),
+        ({"seq_stages": (0,), "seq_until": (0.5,)}, "does not divide|modulo"),
+        ({"quantise": "late", "quantise_below": 0.05}, "would never switch on"),
+        ({"quantise": "late", "warmdown": 0.0}, "would never switch on"),
+        ({"average_from": 1.5}, "average_from=1.5"),
+        ({"average_decay": 1.0}, "average_decay=1.0"),
+        ({"keep_every": 0}, "keep_every=0"),
+    ],
+)
+def test_a_schedule_that_cannot_be_kept_is_refused(changes: dict, message: str) -> None:
+    config = dataclasses.replace(presets.get("ablate_float").config.train, batch=8, seq=64)
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(config, **changes)
+
+
 @pytest.mark.parametrize(
     "section, field, value",
     [("train", name, bad) for name in ("eps", "lr_matrix", "weight_decay", "z_loss") for bad in (float("nan"), -1.0)]

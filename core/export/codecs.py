@@ -13,8 +13,9 @@ from core.params import Param
 from core.storage import KINDS, LARGEST, SCALE_FLOOR, Kind, Stored, scales_shape, storage_class
 
 STREAMS = ("float16", "scales", "ternary", "int4", "int6 high", "int6 low", "int8", "fp8")
-QUALITY = {"float16": 11, "scales": 11}
-"""Brotli quality per stream, 5 where not named: docs/log.md has what was measured for each."""
+PATIENT = ("float16", "scales")
+"""Streams that gain by brotli's best quality, 11, up to PATIENT_BYTES; all else is at 5 (measured: docs/log.md)."""
+PATIENT_BYTES = 2 << 20
 WINDOWS = (16, 24)
 """Smallest and largest brotli window, as logarithm of its bytes, that a writer asks for and a reader takes."""
 TRIT_PLACES = np.array([1, 3, 9, 27, 81], np.uint8)
@@ -97,7 +98,8 @@ def compress(name: str, raw: bytes) -> bytes:
     """Return the brotli stream of a stream's bytes."""
     low, high = WINDOWS
     window = min(high, max(low, (len(raw) - 1).bit_length()))
-    return brotli.compress(raw, quality=QUALITY.get(name, 5), lgwin=window)
+    quality = 11 if name in PATIENT and len(raw) <= PATIENT_BYTES else 5
+    return brotli.compress(raw, quality=quality, lgwin=window)
 
 
 def window_bits(payload: bytes | memoryview) -> int:

@@ -10,6 +10,7 @@ from core import presets
 from core.compare import compare, lines, table, write_comparison
 from core.config import RunConfig
 from core.doctor import examine
+from core.export.budget import predicted_bytes, with_tables
 from core.params import FLOP_RULE, bytes_by_storage, count, flops_per_token, param_table, state_per_token
 from core.verbs.common import Context, Outcome, PresetOptions
 
@@ -58,8 +59,8 @@ def list_presets(options: Presets, context: Context) -> Outcome:
     rows = []
     for name, preset in presets.PRESETS.items():
         model = preset.config.model
-        rows.append((name, count(model), round(sum(bytes_by_storage(model).values())), preset.purpose))
-    context.say.table(("preset", "parameters", "bytes", "purpose"), rows)
+        rows.append((name, count(model), predicted_bytes(model), preset.purpose))
+    context.say.table(("preset", "parameters", "artifact (predicted)", "purpose"), rows)
     keys = ("name", "parameters", "bytes", "purpose")
     return Outcome(True, {"presets": [dict(zip(keys, row, strict=True)) for row in rows]})
 
@@ -82,22 +83,27 @@ def info(options: Info, context: Context) -> Outcome:
     config, say = options.config(), context.say
     model, export = config.model, config.export
     say.table(("parameter", "shape", "count", "values", "group", "storage", "start"), _grouped(config))
-    storage = bytes_by_storage(model)
-    total = round(sum(storage.values())) + export.code_bytes
+    storage, predicted, tables = bytes_by_storage(model), predicted_bytes(model), with_tables(model)
+    total = predicted + export.code_bytes
     fits = total <= export.budget
     flops, state = flops_per_token(model, config.train.seq), state_per_token(model)
     say()
     say(f"parameters        {count(model):,}")
     for name, size in storage.items():
-        say(f"bytes, {name:<10} {size:,.0f} before compression")
+        say(f"{name:<17} {size:,.0f} bytes before compression, scales included")
     verdict = "within" if fits else f"OVER by {total - export.budget:,}"
-    say(f"bytes, with code  {total:,} of {export.budget:,}: {verdict}")
+    say(f"artifact          {predicted:,} bytes, predicted for trained weights (docs/log.md: how well)")
+    say(f"with code         {total:,} of {export.budget:,} bytes: {verdict}")
+    others = ", ".join(f"{name} {size:,}" for name, size in tables.items())
+    say(f"by table storage  {others} bytes ({model.table_storage} in use)")
     say(f"FLOPs per token   {flops:,} at seq {config.train.seq} ({FLOP_RULE})")
     say(f"state per token   {state:,} floats")
     value = {
         "preset": config.preset,
         "parameters": count(model),
         "bytes_by_storage": storage,
+        "bytes_predicted": predicted,
+        "bytes_predicted_by_table_storage": tables,
         "bytes_total": total,
         "budget": export.budget,
         "within_budget": fits,

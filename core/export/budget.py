@@ -1,0 +1,52 @@
+"""How large an artifact will be, before there are weights: what `skc info` says about a model and its alternatives.
+
+The figures stand for trained weights that are roughly Gaussian in each row; docs/log.md compares them with artifacts.
+"""
+
+import dataclasses
+import math
+from statistics import NormalDist
+
+from core.config import ModelConfig
+from core.params import param_table
+from core.storage import BITS, LARGEST, Storage, group_size, scales_shape, storage_class
+
+HEADER = 1500
+"""Bytes of a header beside its list of tensors, and per tensor, roughly."""
+HEADER_PER_TENSOR = 55
+TRIT_BITS = 1.587
+SCALE_BITS = 10.0
+FP8_BITS = 6.5
+FLOAT16_BITS = 13.5
+TABLES: tuple[Storage, ...] = ("fp8/row", "int8/row", "int6/row")
+"""What else the tables could be stored as, for comparison."""
+
+
+def compressed_bits(storage: Storage, columns: int) -> float:
+    """Return the bits per value of a tensor with rows of `columns` after compression, its scales not counted.
+
+    Integers: the entropy of a Gaussian in steps of largest / LARGEST, where the largest of n values lies at the
+    quantile 1 - 1 / (2n + 1) of their sizes; the entropy coder adds half a percent.
+    """
+    cls = storage_class(storage)
+    if cls in ("float16", "ternary", "fp8"):
+        return {"float16": FLOAT16_BITS, "ternary": TRIT_BITS, "fp8": FP8_BITS}[cls]
+    count = group_size(storage, columns)
+    largest = NormalDist().inv_cdf(1 - 0.25 / (count + 0.5))
+    entropy = math.log2(math.sqrt(2 * math.pi * math.e) * LARGEST[cls] / largest)
+    return min(1.005 * entropy, BITS[cls])
+
+
+def predicted_bytes(model: ModelConfig) -> int:
+    """Return the bytes of the artifact of a trained `model`, without code."""
+    bits = 0.0
+    table = param_table(model)
+    for row in table.values():
+        bits += math.prod(row.shape) * compressed_bits(row.storage, row.shape[-1])
+        bits += SCALE_BITS * math.prod(scales_shape(row.storage, row.shape) or (0,))
+    return round(bits / 8) + HEADER + HEADER_PER_TENSOR * len(table)
+
+
+def with_tables(model: ModelConfig) -> dict[Storage, int]:
+    """Return the predicted bytes for each storage in TABLES of the embedding and its projections."""
+    return {storage: predicted_bytes(dataclasses.replace(model, table_storage=storage)) for storage in TABLES}
