@@ -201,7 +201,7 @@ class Run:
             raise RunError(f"{path}: skc: dtype: {state.get('dtype')!r}, expected the name of a type")
         if type(state.get("quantise")) is not bool:
             raise RunError(f"{path}: skc: quantise: {state.get('quantise')!r}, expected true or false")
-        if type(seconds) not in (int, float) or not 0 <= seconds < np.inf:
+        if type(seconds) not in (int, float) or not 0 <= seconds < 2.0**1023:  # a float can hold it
             raise RunError(f"{path}: skc: seconds: {seconds!r}, expected a number from 0 up")
         sides = {side: {} for side in ("param", "optim")}
         for key, value in arrays.items():
@@ -211,7 +211,8 @@ class Run:
             sides[side][name] = value
         try:
             check_arrays(sides["param"], {n: row.shape for n, row in param_table(self.config.model).items()}, str(path))
-            check_arrays(sides["optim"], optimizer_slots(self.config.model, self.config.train), str(path))
+            slots = optimizer_slots(self.config.model, self.config.train)
+            check_arrays(sides["optim"], slots, f"{path}: optimizer state")
         except ValueError as error:
             raise RunError(str(error)) from error
         if state.get("sha256") != _digest(arrays):

@@ -132,11 +132,12 @@ def test_every_parameter_gets_a_gradient_within_two_steps(name: str, backend: st
     assert live == set(made.params())
 
 
+@pytest.mark.parametrize("name", ["tiny", "ablate"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_micro_batches_give_the_gradient_of_the_whole(backend: str) -> None:
+def test_micro_batches_give_the_gradient_of_the_whole(backend: str, name: str) -> None:
     import dataclasses
 
-    config = mini("tiny")
+    config = mini(name)
     small = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=1))
     ends = []
     for c in (config, small):

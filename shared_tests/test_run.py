@@ -22,8 +22,9 @@ from core.config import ConfigError, RunConfig
 from core.data import Dataset
 from core.engine import Arrays, Batch, StepResult
 from core.params import param_table, start_values
-from core.run import METRICS, Run, RunError
+from core.run import METRICS, Run, RunError, _digest
 from core.schedule import StepPlan
+from core.storage import Stored
 from core.train import NonFiniteError, train, warm_up
 
 
@@ -40,14 +41,14 @@ class Done:
 class BigramEngine:
     """logits = E[token] @ E.T + bias, with hand-made gradients and AdamW; the other parameters rest."""
 
-    backend, device, dtype, notes = "numpy", "CPU", "float32", ()
+    backend, device, dtype, notes, quantise = "numpy", "CPU", "float32", (), False
 
     def __init__(
         self, config: RunConfig, bad_step: int | None = None, stop_step: int | None = None, pause: float = 0.0
     ):
         self.config, self.bad_step, self.stop_step, self.pause = config, bad_step, stop_step, pause
-        self.weights = start_values(config.model, config.seed)
-        self.state = {f"{n}.{slot}": np.zeros_like(w) for n, w in self.weights.items() for slot in ("m", "v")}
+        self.values = start_values(config.model, config.seed)
+        self.state = {f"{n}.{slot}": np.zeros_like(w) for n, w in self.values.items() for slot in ("m", "v")}
         self.started: list[int] = []
 
     def train_step(self, batch: Batch, plan: StepPlan) -> Done:
@@ -62,12 +63,12 @@ class BigramEngine:
             m, v = self.state[f"{name}.m"], self.state[f"{name}.v"]
             m += (1 - self.config.train.beta1) * (g - m)
             v += (1 - self.config.train.beta2) * (g * g - v)
-            self.weights[name] -= np.float32(plan.lr_embed) * (m / plan.bias1) / (np.sqrt(v / plan.bias2) + 1e-8)
+            self.values[name] -= np.float32(plan.lr_embed) * (m / plan.bias1) / (np.sqrt(v / plan.bias2) + 1e-8)
         return Done(StepResult(loss, float(np.sqrt(sum((g * g).sum() for g in grads.values()))), True))
 
     def _gradient(self, batch: Batch) -> tuple[float, Arrays]:
         tokens, targets = batch.tokens.ravel(), batch.targets.ravel()
-        embed = self.weights["embed.weight"]
+        embed = self.values["embed.weight"]
         logits = self.logits(batch.tokens).reshape(len(tokens), -1)
         p = np.exp(logits - logits.max(axis=1, keepdims=True))
         p /= p.sum(axis=1, keepdims=True)
@@ -79,8 +80,8 @@ class BigramEngine:
         return loss, {"embed.weight": grad, "vocab_bias": p.sum(axis=0)}
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        embed = self.weights["embed.weight"]
-        return embed[tokens] @ embed.T + self.weights["vocab_bias"]
+        embed = self.values["embed.weight"]
+        return embed[tokens] @ embed.T + self.values["vocab_bias"]
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         logits = self.logits(tokens).astype(np.float64)
@@ -88,10 +89,16 @@ class BigramEngine:
         return total - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
 
     def params(self) -> Arrays:
-        return {name: value.copy() for name, value in self.weights.items()}
+        return {name: value.copy() for name, value in self.values.items()}
 
-    def load_params(self, params: Arrays) -> None:
-        self.weights = {name: value.copy() for name, value in params.items()}
+    def weights(self) -> Arrays:
+        return self.params()
+
+    def quantised(self) -> dict[str, Stored]:
+        return {name: Stored(value.astype(np.float16), None) for name, value in self.values.items()}
+
+    def load_params(self, params: Arrays, quantise: bool = False) -> None:
+        self.values = {name: value.copy() for name, value in params.items()}
 
     def optimizer(self) -> Arrays:
         return {name: value.copy() for name, value in self.state.items()}
@@ -345,7 +352,8 @@ def rewrite(run: Run, **changes: Any) -> None:
     arrays |= changes.get("arrays", {})
     for name in changes.get("drop", ()):
         del arrays[name]
-    state = {"schema": 1, "dtype": saved.dtype, "step": saved.step, "seconds": saved.seconds} | changes.get("state", {})
+    state = {"schema": 2, "dtype": saved.dtype, "quantise": saved.quantise, "step": saved.step}
+    state |= {"seconds": saved.seconds, "sha256": _digest(arrays)} | changes.get("state", {})
     run.checkpoint_path.write_bytes(safetensors.numpy.save(arrays, {"skc": json.dumps(state)}))
 
 
@@ -362,7 +370,9 @@ def rewrite(run: Run, **changes: Any) -> None:
         ({"state": {"step": True}}, "step True"),
         ({"state": {"seconds": "long"}}, "seconds"),
         ({"state": {"seconds": float("nan")}}, "seconds"),
-        ({"state": {"schema": 2}}, "schema 2"),
+        ({"state": {"schema": 1}}, "schema 1"),
+        ({"state": {"quantise": 1}}, "quantise: 1"),
+        ({"state": {"sha256": "0" * 64}}, "sha256: the tensors are not the ones that were saved"),
         ({"state": {"dtype": 32}}, "dtype"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -402,7 +412,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 ) -> None:
     run, engine = start(tmp_path / "run", config_of(), dataset)
     run.save(engine, 3, 1.0)
-    engine.weights["embed.weight"] += 1
+    engine.values["embed.weight"] += 1
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
