@@ -46,9 +46,7 @@ class Engine:
         self._run, self._config, self._train = config, config.model, config.train
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         self._table = param_table(config.model)
-        with torch.device(
-            "meta"
-        ):  # CUDA: the module is the shape of the model only, as in MLX weights come as arguments
+        with torch.device("meta"):  # CUDA: the module holds no weights: as in MLX, they come as arguments
             self._model = Model(config.model, self._exact)
         names = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
         check_arrays(weights, names, "weights for the torch model")
