@@ -111,6 +111,8 @@ def read_artifact(path: str | Path) -> Artifact:
         stored = codecs.unpack(streams, table)
     except codecs.CodecError as error:
         raise ArtifactError(f"{path}: {error}") from error
+    except MemoryError:
+        _fail(path, "model", "this machine has too little memory for it")
     return Artifact(model, stored, header["tokenizer_sha256"], header["provenance"], len(data))
 
 
@@ -200,7 +202,7 @@ def _parse(
     if type(header) is not dict or canonical != text:
         _fail(path, "header", "not a JSON object in canonical form (sorted keys, no spaces, no key twice)")
     if type(header.get("schema")) is not int or header["schema"] != SCHEMA:
-        _fail(path, "schema", f"{_printable(header.get('schema'))}; this reader knows {SCHEMA}")
+        _fail(path, "schema", f"{_printable(header.get('schema'))}; this reader knows {SCHEMA}: export it again")
     _check_strings(path, header.get("tokenizer_sha256"), header.get("provenance"))
     try:
         model = from_json(ModelConfig, header.get("model"), "model")
@@ -227,8 +229,8 @@ def _given(path: str | Path, streams: Any, count: int) -> list[dict[str, Any]]:
     for number, entry in enumerate(streams):
         entry = entry if type(entry) is dict else {}
         size, sha256 = entry.get("payload_bytes"), entry.get("sha256")
-        if type(size) is not int or size < 0:
-            _fail(path, f"streams[{number}].payload_bytes", "expected a whole number from 0 up")
+        if type(size) is not int or not 0 <= size <= MAX_FILE:
+            _fail(path, f"streams[{number}].payload_bytes", f"expected a whole number from 0 to {MAX_FILE}")
         if not _is_sha256(sha256):
             _fail(path, f"streams[{number}].sha256", "expected 64 lower-case hexadecimal digits")
         out.append({"payload_bytes": size, "sha256": sha256})

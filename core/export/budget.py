@@ -14,7 +14,7 @@ from core.storage import BITS, LARGEST, Storage, group_size, scales_shape, stora
 HEADER = 1500
 """Bytes of a header beside its list of tensors, and per tensor, roughly."""
 HEADER_PER_TENSOR = 55
-TRIT_BITS = 1.587
+TRIT_BITS = 1.595
 SCALE_BITS = 10.0
 FP8_BITS = 6.5
 FLOAT16_BITS = 13.5

@@ -24,7 +24,7 @@ TINY = RunConfig(
 
 ABLATE_FLOAT = RunConfig(
     model=ModelConfig(dim=256, layers=4, heads=4, kv_heads=2, mlp_hidden=1024, rope_dims=64),
-    train=TrainConfig(steps=1000, batch=8, seq=512),
+    train=TrainConfig(steps=1000, batch=8, seq=512, matrix_rule="muon", lr_matrix=0.02, muon_momentum_steps=100),
     eval=EvalConfig(seq=512),
 )
 
@@ -35,6 +35,7 @@ ABLATE = dataclasses.replace(
     ),
     train=dataclasses.replace(ABLATE_FLOAT.train, quantise="always"),
 )
+"""Differs from `ablate_float` in what is stored only (and in the norm that ternary output projections need)."""
 
 TERNARY_74M = RunConfig(
     model=ModelConfig(
@@ -65,7 +66,7 @@ BASELINE = RunConfig(
 )  # fmt: skip
 
 PRESETS = {
-    "debug": ("seconds on any machine: a model that runs every option once, for tests and first looks", DEBUG, 32_900),
+    "debug": ("seconds on any machine: a small float model, for tests and first looks", DEBUG, 32_900),
     "tiny": ("minutes on a laptop: learns the bundled text well enough to look at", TINY, 854_288),
     "ablate_float": ("the float base of ablations: 4 layers, 256 wide", ABLATE_FLOAT, 3_147_792),
     "ablate": ("the ternary base of ablations: 4 layers, 256 wide, trained as it is stored", ABLATE, 3_147_792),
