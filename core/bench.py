@@ -1,7 +1,8 @@
 """`skc bench PRESET`: training speed as a share of the machine's own matmul peak, measured in the same run.
 
-Every variant lives in a process of its own (a BLAS and a thread count are chosen per process); the rounds interleave,
-so that a noisy machine disturbs all variants alike. `python -m core.bench` is the worker; it is not for people.
+Every variant of every preset lives in a process of its own (a BLAS and a thread count are chosen per process); the
+rounds interleave, so that a noisy machine disturbs all alike, and what is compared is compared within a round.
+`python -m core.bench` is the worker; it is not for people.
 """
 
 import dataclasses
@@ -13,10 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO
 
-from core.config import ConfigError, RunConfig, from_json, to_json
+from core.config import ConfigError, RunConfig, differences, from_json, to_json
 from core.engine import EngineOptions, available_backends
 from core.params import FLOP_RULE, count, flops_per_token
 
@@ -28,6 +29,8 @@ VARIANTS = {
 }
 """Name -> (backend, fast BLAS)."""
 PEAK_SIZE = 1024
+UPDATES = 3
+"""Optimizer updates that are timed in a round."""
 
 
 class BenchError(ArithmeticError):
@@ -45,6 +48,12 @@ class BenchRow:
     spread: tuple[float, float]
     """Fastest and slowest round, in ms per step."""
     tokens_per_second: float
+    update_ms: float
+    """The optimizer update alone: clip, rules, averages, finiteness guard."""
+    update_share: float
+    """Median over the rounds of the update's share of a step of the same round."""
+    update_spread: tuple[float, float]
+    """Smallest and largest of these shares."""
     flops: float
     """Achieved model FLOP/s."""
     own_peak: float
@@ -59,48 +68,103 @@ class BenchRow:
 
 
 @dataclass(frozen=True)
-class BenchReport:
-    """What `run_bench` measured."""
+class PresetBench:
+    """What was measured of one preset."""
 
     preset: str
     parameters: int
     batch: int
     seq: int
     vocab: int
+    flops_per_token: int
+    rows: tuple[BenchRow, ...]
+
+    def lines(self) -> list[str]:
+        """Return the table as text."""
+        out = [
+            f"{self.preset}: {self.parameters:,} parameters, B={self.batch} T={self.seq} V={self.vocab}, "
+            f"{self.flops_per_token / 1e6:.2f} MFLOP/token",
+            f"{'variant':<18} {'ms/step':>8} {'fastest..slowest':>16} {'tokens/s':>9} {'update':>9} {'of step':>7} "
+            f"{'GFLOP/s':>8} {'of peak':>7} {'own peak':>8} {'memory':>8} {'traces':>6}",
+        ]
+        for r in self.rows:
+            spread = f"{r.spread[0]:.0f}..{r.spread[1]:.0f}"
+            out.append(
+                f"{r.variant:<18} {r.ms_per_step:>8.1f} {spread:>16} {r.tokens_per_second:>9,.0f} "
+                f"{r.update_ms:>7.1f}ms {r.update_share:>7.1%} {r.flops / 1e9:>8.1f} {r.share:>7.1%} "
+                f"{r.own_peak / 1e9:>8.1f} {r.peak_bytes / 2**20:>5.0f}MiB {r.traces:>6.0f}"
+            )
+        for r in self.rows:
+            low, high = r.update_spread
+            out.append(
+                f"{r.variant}: {r.device}, {r.dtype}; memory of the {r.peak_of}; update {low:.1%} to {high:.1%} of "
+                "a step; " + "; ".join(r.notes)
+            )
+        return out
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time per step of a preset over another's, on one variant."""
+
+    variant: str
+    median: float
+    """Median over the rounds; a round's ratio is that of two neighbours in time."""
+    spread: tuple[float, float]
+    """Smallest and largest ratio of a round."""
+    cpu_median: float
+    """The same of the processors' time, which other jobs on the machine disturb less; on a GPU: the host's work."""
+    cpu_spread: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Against:
+    """The other preset of a comparison, trained on as many rows and tokens a step."""
+
+    other: PresetBench
+    changed: tuple[str, ...]
+    """Settings of the other preset that were replaced by the preset's, one line each."""
+    ratios: tuple[Ratio, ...]
+
+
+@dataclass(frozen=True)
+class BenchReport(PresetBench):
+    """What `run_bench` measured: of one preset, and of another one beside it."""
+
     threads: int
     rounds: int
     seconds: float
     """Time that one round of one variant takes at least; a slow variant runs one step."""
-    flops_per_token: int
     flop_rule: str
     reference: str
     reference_peak: float
-    rows: tuple[BenchRow, ...]
+    against: Against | None
 
     def to_json(self) -> dict:
         """Return plain JSON values."""
         return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
-        """Return the table as text."""
+        """Return the tables as text."""
         out = [
-            f"{self.preset}: {self.parameters:,} parameters, B={self.batch} T={self.seq} V={self.vocab}, "
             f"{self.threads} thread(s), medians of {self.rounds} interleaved rounds of {self.seconds:g} s",
-            f"{self.flops_per_token / 1e6:.2f} MFLOP/token; {self.flop_rule}",
+            self.flop_rule,
             f"peak: ({PEAK_SIZE}, {PEAK_SIZE}) matmul of {self.reference}, {self.reference_peak / 1e9:.1f} GFLOP/s",
             "",
-            f"{'variant':<20} {'ms/step':>9} {'fastest..slowest':>18} {'tokens/s':>10} {'GFLOP/s':>9} {'of peak':>8} "
-            f"{'own peak':>9} {'memory':>9} {'traces':>6}",
+            *super().lines(),
         ]
-        for r in self.rows:
-            spread = f"{r.spread[0]:.0f}..{r.spread[1]:.0f}"
+        if self.against is None:
+            return out
+        other = self.against.other
+        out += ["", *other.lines()]
+        out += [f"{other.preset} was changed for this comparison: {line}" for line in self.against.changed]
+        out.append("")
+        for r in self.against.ratios:
+            wall, cpu = (f"(rounds {low:.3f} to {high:.3f})" for low, high in (r.spread, r.cpu_spread))
             out.append(
-                f"{r.variant:<20} {r.ms_per_step:>9.1f} {spread:>18} {r.tokens_per_second:>10,.0f} "
-                f"{r.flops / 1e9:>9.1f} {r.share:>8.1%} {r.own_peak / 1e9:>9.1f} "
-                f"{r.peak_bytes / 2**20:>6.0f}MiB {r.traces:>6.0f}"
+                f"{r.variant}: a step of {self.preset} takes {r.median:.3f} times that of {other.preset} {wall}; "
+                f"of processor time {r.cpu_median:.3f} times {cpu}"
             )
-        for r in self.rows:
-            out.append(f"{r.variant}: {r.device}, {r.dtype}; memory of the {r.peak_of}; " + "; ".join(r.notes))
         return out
 
 
@@ -116,14 +180,18 @@ def default_variants() -> list[str]:
 def run_bench(
     config: RunConfig,
     *,
+    against: RunConfig | None = None,
     variants: list[str] | None = None,
     rounds: int = 5,
     seconds: float = 5.0,
     threads: int = 1,
     report: Callable[[str], None] = lambda line: None,
 ) -> BenchReport:
-    """Time training steps of `config` on every variant; ConfigError for an unknown or missing variant."""
-    names = variants or default_variants()
+    """Time training steps of `config` on every variant; ConfigError for an unknown or missing variant.
+
+    `against`: another run to time in the same rounds, with the batch of `config` (see `same_work`).
+    """
+    names = list(dict.fromkeys(variants or default_variants()))
     for name in names:
         if name not in VARIANTS:
             raise ConfigError(f"bench: variant {name!r} does not exist; known: {', '.join(VARIANTS)}")
@@ -135,63 +203,129 @@ def run_bench(
         raise ConfigError(
             f"bench: rounds={rounds}, threads={threads}, seconds={seconds}: expected at least 1, 1 and above 0"
         )
-    workers = {name: _Worker(name, config, threads) for name in names}
+    configs = [config] if against is None else [config, same_work(against, config)]
+    timed = _measure(configs, names, rounds, seconds, threads, report)
+    reference = "cuda" if "cuda" in names else names[0]
+    top = max(peak for tasks in timed for peak in tasks[reference].peaks)
+    first, *others = (_table(c, t, top) for c, t in zip(configs, timed, strict=True))
+    compared = None
+    if against is not None:
+        ratios = []
+        for name in names:
+            a, b = timed[0][name], timed[1][name]
+            wall, cpu = (middle_and_spread(per_round(*pair)) for pair in ((a.steps, b.steps), (a.cpu, b.cpu)))
+            ratios.append(Ratio(name, *wall, *cpu))
+        compared = Against(others[0], tuple(differences(against, configs[1])), tuple(ratios))
+    return BenchReport(
+        **{f.name: getattr(first, f.name) for f in dataclasses.fields(first)},
+        threads=threads,
+        rounds=rounds,
+        seconds=seconds,
+        flop_rule=FLOP_RULE,
+        reference=reference,
+        reference_peak=top,
+        against=compared,
+    )
+
+
+def same_work(other: RunConfig, config: RunConfig) -> RunConfig:
+    """Return `other` with the rows, tokens per row and micro-batches of `config`, so that their steps compare."""
+    t = config.train
+    shape = {"batch": t.batch, "seq": t.seq, "micro_batch": t.micro_batch, "seq_stages": (), "seq_until": ()}
+    return dataclasses.replace(other, train=dataclasses.replace(other.train, **shape))
+
+
+def per_round(ours: list[float], theirs: list[float]) -> list[float]:
+    """Return the ratio of two times in every round."""
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+def middle_and_spread(values: list[float]) -> tuple[float, tuple[float, float]]:
+    """Return the median, and (smallest, largest)."""
+    return statistics.median(values), (min(values), max(values))
+
+
+@dataclass
+class _Timed:
+    """What a worker measured: seconds by round, and what it said of itself."""
+
+    ready: dict
+    steps: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    updates: list[float] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+    memory: dict = field(default_factory=dict)
+    """Statistics after the first steps: before an update was timed, which holds weights and optimizer state twice."""
+    traces: float = 0.0
+
+
+def _measure(
+    configs: list[RunConfig],
+    names: list[str],
+    rounds: int,
+    seconds: float,
+    threads: int,
+    report: Callable[[str], None],
+) -> list[dict[str, _Timed]]:
+    """Return what was measured of every variant, by name, for every config."""
+    workers: dict[tuple[int, str], _Worker] = {}
     try:
-        ready = {}
-        for name, worker in workers.items():
-            report(f"{name}: building, compiling and warming up")
-            ready[name] = worker.ask("ready")
-        times: dict[str, list[float]] = {name: [] for name in names}
-        peaks: dict[str, list[float]] = {name: [] for name in names}
+        for name in names:  # variant by variant, so that what is compared runs side by side
+            for i, config in enumerate(configs):
+                workers[i, name] = _Worker(name, config, threads)
+        timed = {}
+        for (i, name), worker in workers.items():
+            report(f"{configs[i].preset}, {name}: building, compiling and warming up")
+            timed[i, name] = _Timed(worker.ask("ready"))
         for turn in range(rounds):
-            for name, worker in workers.items():
-                report(f"round {turn + 1}/{rounds}: {name}")
-                answer = worker.ask(f"steps {max(1, math.ceil(seconds / ready[name]['step']))}")
-                times[name].append(answer["seconds"] / answer["steps"])
-                peaks[name].append(answer["peak"])
-        stats = {name: worker.ask("stats") for name, worker in workers.items()}
+            order = list(workers) if turn % 2 == 0 else list(reversed(workers))  # a drift of the machine cancels
+            for key in order:
+                report(f"round {turn + 1}/{rounds}: {configs[key[0]].preset}, {key[1]}")
+                worker, t = workers[key], timed[key]
+                answer = worker.ask(f"steps {max(1, math.ceil(seconds / t.ready['step']))}")
+                t.steps.append(answer["seconds"] / answer["steps"])
+                t.cpu.append(answer["cpu"] / answer["steps"])
+                t.peaks.append(answer["peak"])
+                t.memory = t.memory or answer["stats"]
+                t.updates.append(worker.ask(f"updates {UPDATES}")["seconds"])
+        for key, worker in workers.items():
+            timed[key].traces = worker.ask("stats")["traces"]
     finally:
         for worker in workers.values():
             worker.close()
-    reference = "cuda" if "cuda" in names else names[0]
-    top = max(peaks[reference])
-    tokens, work = config.train.tokens_per_step, flops_per_token(config.model, config.train.seq)
+    return [{name: timed[i, name] for name in names} for i in range(len(configs))]
+
+
+def _table(config: RunConfig, timed: dict[str, _Timed], top: float) -> PresetBench:
+    """Return the rows of one preset; `top` is the FLOP/s that shares are of."""
+    m, t = config.model, config.train
+    work = flops_per_token(m, t.seq)
     rows = []
-    for name in names:
-        middle = statistics.median(times[name])
+    for name, found in timed.items():
+        middle, spread = middle_and_spread([1e3 * step for step in found.steps])
+        share, share_spread = middle_and_spread(per_round(found.updates, found.steps))
+        speed = t.tokens_per_step / middle * 1e3
         rows.append(
             BenchRow(
                 variant=name,
-                device=ready[name]["device"],
-                dtype=ready[name]["dtype"],
-                ms_per_step=1e3 * middle,
-                spread=(1e3 * min(times[name]), 1e3 * max(times[name])),
-                tokens_per_second=tokens / middle,
-                flops=work * tokens / middle,
-                own_peak=max(peaks[name]),
-                share=work * tokens / middle / top,
-                peak_bytes=stats[name].get("peak_bytes", stats[name].get("process_bytes", 0.0)),
-                peak_of="arrays" if "peak_bytes" in stats[name] else "process",
-                traces=stats[name]["traces"],
-                notes=tuple(ready[name]["notes"]),
+                device=found.ready["device"],
+                dtype=found.ready["dtype"],
+                ms_per_step=middle,
+                spread=spread,
+                tokens_per_second=speed,
+                update_ms=1e3 * statistics.median(found.updates),
+                update_share=share,
+                update_spread=share_spread,
+                flops=work * speed,
+                own_peak=max(found.peaks),
+                share=work * speed / top,
+                peak_bytes=found.memory.get("peak_bytes", found.memory.get("process_bytes", 0.0)),
+                peak_of="arrays" if "peak_bytes" in found.memory else "process",
+                traces=found.traces,
+                notes=tuple(found.ready["notes"]),
             )
         )
-    m, t = config.model, config.train
-    return BenchReport(
-        config.preset,
-        count(m),
-        t.batch,
-        t.seq,
-        m.vocab,
-        threads,
-        rounds,
-        seconds,
-        work,
-        FLOP_RULE,
-        reference,
-        top,
-        tuple(rows),
-    )
+    return PresetBench(config.preset, count(m), t.batch, t.seq, m.vocab, work, tuple(rows))
 
 
 class _Worker:
@@ -229,7 +363,7 @@ class _Worker:
 
 
 def _serve(variant: str, config: RunConfig, lines: IO[str]) -> None:
-    """Answer the parent's lines: build and warm up, run steps, report statistics."""
+    """Answer the parent's lines: build and warm up, run steps, time updates, report statistics."""
     from core import rng, schedule
     from core.engine import Batch, load_engine
 
@@ -246,13 +380,18 @@ def _serve(variant: str, config: RunConfig, lines: IO[str]) -> None:
             start = time.perf_counter()
             engine.train_step(batch, plan).result()
             took = time.perf_counter() - start
-            answer: dict = {"device": engine.device, "dtype": engine.dtype, "notes": engine.notes, "step": took}
+            forward = f"forward pass: {'stored' if engine.quantise else 'float'} weights"
+            notes = (*engine.notes, forward)
+            answer: dict = {"device": engine.device, "dtype": engine.dtype, "notes": notes, "step": took}
         elif line.startswith("steps"):
             peak = engine.matmul_rate(PEAK_SIZE, 5)
-            steps, start = int(line.split()[1]), time.perf_counter()
+            steps, start, cpu = int(line.split()[1]), time.perf_counter(), time.process_time()
             pending = [engine.train_step(batch, plan) for _ in range(steps)]
             pending[-1].result()
-            answer = {"seconds": time.perf_counter() - start, "steps": steps, "peak": peak}
+            took, cpu = time.perf_counter() - start, time.process_time() - cpu
+            answer = {"seconds": took, "cpu": cpu, "steps": steps, "peak": peak, "stats": engine.stats()}
+        elif line.startswith("updates"):
+            answer = {"seconds": engine.update_seconds(plan, int(line.split()[1]))}
         else:
             answer = engine.stats()
         print(json.dumps(answer), flush=True)

@@ -46,8 +46,14 @@ VERBS = {
 }
 USER_ERRNO = (
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EROFS,
-    errno.EDQUOT, errno.ENAMETOOLONG,
+    errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG,
 )  # fmt: skip
+NO_SPACE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+}
+"""Errors of a full disk, and what to do about each."""
 
 
 class UsageError(ValueError):
@@ -106,7 +112,7 @@ def _is_users(error: Exception) -> bool:
 def _message(error: Exception) -> str:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        hint = "; free some space, what was saved before is intact" if error.errno == errno.ENOSPC else ""
+        hint = f"; {NO_SPACE[error.errno]}, what was saved before is intact" if error.errno in NO_SPACE else ""
         return one_line(f"{where}{error.strerror}{hint}")
     return one_line(error)
 

@@ -129,6 +129,14 @@ class Engine(Protocol):
         """Measure the FLOP/s of (n, n) @ (n, n) in the compute type: the best of `repeats`."""
         ...
 
+    def update_seconds(self, plan: StepPlan, repeats: int) -> float:
+        """Measure the optimizer update alone (clip, rules, averages, finiteness guard): the mean of `repeats`.
+
+        It runs on stand-in gradients and leaves weights and optimizer state as they are. A mean, as steps are timed:
+        the best of several would flatter the update's share of a step on a busy machine.
+        """
+        ...
+
     def stats(self) -> dict[str, float]:
         """Return what the device tells: peak_bytes and active_bytes of arrays, or process_bytes; and traces.
 

@@ -1,20 +1,33 @@
-"""The one way in which a file is replaced."""
+"""The one way in which a file is replaced, and the name that a failed write lacks."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Let every OSError of the block name `path`: those of writes and fsyncs (a full disk) name no file at all."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def replace_file(path: str | Path, *parts: Any) -> None:
     """Write byte `parts` to a temporary name beside `path`, fsync, rename: a kill leaves the old file or the new."""
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with naming(path):
+            with open(temporary, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

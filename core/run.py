@@ -4,10 +4,11 @@ A kill at any moment loses at most the steps since the last checkpoint.
 """
 
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import safetensors
@@ -15,7 +16,7 @@ import safetensors.numpy
 
 from core.config import ConfigError, RunConfig, differences, from_json, to_json
 from core.engine import Arrays, Engine
-from core.files import replace_file
+from core.files import naming, replace_file
 from core.params import check_arrays, optimizer_slots, param_table
 
 METRICS = {
@@ -124,8 +125,12 @@ class Run:
         line = json.dumps({"step": step, **values}, allow_nan=False)
         if self.metrics_path.exists():
             _drop_cut_line(self.metrics_path)
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
+        with naming(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def open_log(self) -> TextIO:
+        """Open log.txt for more lines."""
+        return _Log(open(self.log_path, "ab"), encoding="utf-8")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; one that a kill cut short is left out; RunError names a bad one."""
@@ -157,11 +162,16 @@ class Run:
             _sync(self.metrics_path)  # before the checkpoint: it must not be ahead of what is recorded
         self.checkpoint_path.parent.mkdir(exist_ok=True)
         replace_file(self.checkpoint_path, safetensors.numpy.save(arrays, {"skc": state}))
-        train = self.config.train
-        if train.keep_every and train.save_every and step % (train.save_every * train.keep_every) == 0:
-            self.kept_path(step).unlink(missing_ok=True)
-            os.link(self.checkpoint_path, self.kept_path(step))
+        self._keep(step)
         _sync(self.checkpoint_path.parent)
+
+    def _keep(self, step: int) -> None:
+        """Give the last checkpoint, which is that of `step`, a name of its own if the run keeps it."""
+        train, kept = self.config.train, self.kept_path(step)
+        if train.keep_every and train.save_every and step % (train.save_every * train.keep_every) == 0:
+            with naming(kept):
+                kept.unlink(missing_ok=True)
+                os.link(self.checkpoint_path, kept)
 
     def kept_path(self, step: int) -> Path:
         """Return where the checkpoint of `step` is kept, if it is."""
@@ -185,7 +195,8 @@ class Run:
             if saved is not None and saved.step == step:
                 return saved
             steps = [*self.kept(), *([saved.step] if saved and saved.step not in self.kept() else [])]
-            raise RunError(f"{self.path}: has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+            there = ", ".join(map(str, steps)) or "none yet"
+            raise RunError(f"{self.path}: has no checkpoint of step {step}; it has {there}")
         try:
             with safetensors.safe_open(path, "numpy") as file:
                 state = _parse(f"{path}: skc", (file.metadata() or {}).get("skc", ""))
@@ -193,7 +204,7 @@ class Run:
         except (safetensors.SafetensorError, OSError) as error:
             raise RunError(f"{path}: damaged checkpoint ({error}); delete it to train from the start") from error
         found, seconds = state.get("step"), state.get("seconds", -1.0)
-        if state.get("schema") != SCHEMA or type(found) is not int or found < 0:
+        if state.get("schema") != SCHEMA or type(found) is not int or not 0 <= found < 2**53:
             raise RunError(
                 f"{path}: skc: schema {state.get('schema')!r}, step {found!r}: not a checkpoint of this version"
             )
@@ -238,9 +249,27 @@ class Run:
                 engine.load_optimizer(saved.optimizer)
             except ValueError as error:
                 raise RunError(f"{self.checkpoint_path}: {error}; delete it to train from the start") from error
+            if not self.kept_path(step).exists():  # a kill may have come before it got that name
+                self._keep(step)
         kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step] if saved else []
         replace_file(self.metrics_path, "".join(kept).encode())
         return step, seconds
+
+
+class _Log(io.TextIOWrapper):
+    """A text file whose failed writes say which file it is."""
+
+    def write(self, text: str, /) -> int:
+        with naming(self.name):
+            return super().write(text)
+
+    def flush(self) -> None:
+        with naming(self.name):
+            super().flush()
+
+    def close(self) -> None:
+        with naming(self.name):
+            super().close()
 
 
 def _digest(arrays: Arrays) -> str:
@@ -282,12 +311,21 @@ def _refuse_differences(run: Run, config: RunConfig, tokenizer: bytes, data: Any
         raise ConfigError(f"{run.path}: its tokenizer.model is not that of data.path={config.data.path}: choose --out")
     begun = run.environment().get("data")
     if None not in (begun, data) and begun != data:
-        raise ConfigError(f"{run.path}: data.path={config.data.path} holds other data than when it began: choose --out")
+        which = "; ".join(_changes(begun, data))
+        raise ConfigError(
+            f"{run.path}: data.path={config.data.path} holds other data than when it began ({which}): choose --out"
+        )
     lines = [line for line in differences(run.config, config) if not line.startswith(FREE)]
-    if lines and run.checkpoint_path.exists():
+    if lines and (run.checkpoint_path.exists() or run.kept()):
         raise ConfigError(
             f"{run.path} holds a run with other settings ({'; '.join(lines)}): choose another --out, or repeat them"
         )
+
+
+def _changes(before: Any, after: dict[str, Any]) -> list[str]:
+    before = before if isinstance(before, dict) else {}
+    pairs = [(key, before.get(key), after.get(key)) for key in {**before, **after}]
+    return [f"{key}: {old!r} -> {new!r}" for key, old, new in pairs if old != new]
 
 
 def _config(path: Path) -> RunConfig:
@@ -325,6 +363,7 @@ def _parse(where: str, text: str) -> dict[str, Any]:
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)

@@ -196,6 +196,21 @@ class Engine:
             best = min(best, time.perf_counter() - start)
         return 2 * n**3 / best
 
+    def update_seconds(self, plan: StepPlan, repeats: int) -> float:
+        hyper = torch.tensor(plan.numbers, dtype=self._wide, device=self._device)
+        key, loss = torch.Generator(self._device).manual_seed(0), torch.ones((), dtype=self._wide, device=self._device)
+        grads = {name: torch.empty_like(p).normal_(generator=key) for name, p in self._params.items()}
+        # CUDA: an update works in place: it gets copies
+        params, state = ({name: value.clone() for name, value in d.items()} for d in (self._params, self._state))
+        count, start = float(self._train.batch // self._train.rows), 0.0
+        for turn in range(repeats + 1):
+            if turn == 1:  # the first one compiles
+                start = time.perf_counter()
+            self._finish(params, state, grads, loss, hyper, count)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize()
+        return (time.perf_counter() - start) / repeats
+
     def stats(self) -> dict[str, float]:
         if self._device.type == "cuda":
             memory = {

@@ -206,6 +206,18 @@ class Engine:
             best = min(best, time.perf_counter() - start)
         return 2 * n**3 / best
 
+    def update_seconds(self, plan: StepPlan, repeats: int) -> float:
+        hyper = mx.array(np.array(plan.numbers), self._wide)
+        key, loss = mx.random.key(0), mx.ones((), self._wide)
+        grads = {name: mx.random.normal(p.shape, key=key).astype(self._wide) for name, p in self._params.items()}
+        mx.eval(self._params, self._state, grads, loss, hyper)
+        count, start = mx.array(float(self._train.batch // self._train.rows), self._wide), 0.0
+        for turn in range(repeats + 1):
+            if turn == 1:  # the first one compiles
+                start = time.perf_counter()
+            mx.eval(self._finish(self._params, self._state, grads, loss, hyper, count))
+        return (time.perf_counter() - start) / repeats
+
     def stats(self) -> dict[str, float]:
         memory = {"peak_bytes": float(mx.get_peak_memory()), "active_bytes": float(mx.get_active_memory())}
         return {**memory, "traces": float(self._traces)}

@@ -6,6 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from core import presets
 from core.bench import run_bench
 from core.bundled import open_data
 from core.config import EvalConfig
@@ -97,6 +98,8 @@ class Parity(PresetOptions):
 class Bench(PresetOptions):
     """Options of `skc bench`."""
 
+    against: str | None = None
+    """Another preset, timed in the same rounds on as many tokens a step: reports the ratio of their times."""
     variants: tuple[str, ...] = ()
     """cuda, cuda-compiled, mlx, mlx-reference-blas; none: what this machine can run."""
     rounds: int = 5
@@ -152,6 +155,7 @@ def bench(options: Bench, context: Context) -> Outcome:
     """Measure training speed."""
     found = run_bench(
         options.config(),
+        against=None if options.against is None else presets.get(options.against).config,
         variants=list(options.variants) or None,
         rounds=options.rounds,
         seconds=options.seconds,

@@ -51,7 +51,7 @@ def train_run(options: Train, context: Context) -> Outcome:
     engine = load_engine(backend, config, options=EngineOptions(dtype=options.dtype))
     out = options.out or f"runs/{config.preset}-{backend}-{config.seed}"
     run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
-    with open(run.log_path, "a", encoding="utf-8") as log, say.copied_to(log):
+    with run.open_log() as log, say.copied_to(log):
         saved = run.checkpoint()
         if saved is None or not done(saved.step, saved.seconds, config.train):  # else this start trains nothing
             run.record_environment(environment(engine, dataset, context.command, saved.step if saved else 0))
@@ -90,6 +90,6 @@ def export_run(options: Export, context: Context) -> Outcome:
     check_data(run.config, dataset)
     weights = exported(run.config.model, run.config.train, saved.params, saved.optimizer)
     engine = load_engine(options.backend, run.config, weights, quantise=saved.quantise)
-    with open(run.log_path, "a", encoding="utf-8") as log, context.say.copied_to(log):
+    with run.open_log() as log, context.say.copied_to(log):
         value = finish(run, engine, dataset, saved.step, context.say)
     return Outcome(value["artifact"]["within"], value)

@@ -1,0 +1,66 @@
+"""The mutation campaign: no bytes break a reader, and a reader that is broken is found. Budget: 60 s."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import core.run
+from core.export import codecs
+from shared_tests import mutations
+
+
+def test_no_mutation_breaks_a_reader() -> None:
+    command = [sys.executable, "-m", "shared_tests.mutations", "--before", "10000", "--after", "2000", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if ": accepted" in line]
+    assert len(lines) == 6 and "12000 of each file" in done.stdout
+    for line in lines:  # a campaign whose files are all refused at the door would prove little
+        accepted, refused = (int(part.split()[-1]) for part in line.partition(": ")[2].split(","))
+        assert accepted > 20 and refused > accepted, line
+
+
+def unguarded_brotli(name: str, payload: bytes | memoryview, size: int) -> bytes:
+    return codecs.brotli.Decompressor().process(payload)
+
+
+def any_padding(name: str, values: np.ndarray, count: int) -> np.ndarray:
+    return values[:count]
+
+
+def any_type_of_tensor(path: Path, file, key: str) -> np.ndarray:
+    return file.get_tensor(key)
+
+
+def no_digest(arrays: dict[str, np.ndarray]) -> str:
+    return "0" * 64
+
+
+def tokens_to_the_end(path: str) -> np.ndarray:
+    return np.memmap(path, "<u2", "r", 1024)
+
+
+FAULTS = {
+    "artifact": [(codecs, "inflate", unguarded_brotli), (codecs, "SCALE_FLOOR", 0.0), (codecs, "_cut", any_padding)],
+    "checkpoint": [(core.run, "_tensor", any_type_of_tensor), (core.run, "_digest", no_digest)],
+    "shard": [(mutations, "open_shard", tokens_to_the_end)],
+}
+
+
+@pytest.mark.parametrize("name, fault", [(name, fault) for name, faults in FAULTS.items() for fault in faults])
+def test_a_planted_fault_is_found(
+    name: str, fault: tuple[object, str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*fault)
+    _, failure = mutations.campaign(tmp_path, 1, range(300), 200)
+    assert failure and failure[1].startswith(f"{name}, ")
+
+
+def test_an_index_gives_the_same_file_again(tmp_path: Path) -> None:
+    for name, reader in mutations.readers(tmp_path).items():
+        files = [mutations.mutant(reader, name, 1, index, index % 2 == 0) for index in range(50)]
+        assert files == [mutations.mutant(reader, name, 1, index, index % 2 == 0) for index in range(50)]
+        assert len(set(files)) > 40
