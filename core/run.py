@@ -130,7 +130,7 @@ class Run:
 
     def open_log(self) -> TextIO:
         """Open log.txt for more lines."""
-        return _Log(open(self.log_path, "ab"), encoding="utf-8")
+        return io.TextIOWrapper(io.BufferedWriter(_Named(self.log_path, "ab")), encoding="utf-8")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; one that a kill cut short is left out; RunError names a bad one."""
@@ -256,20 +256,13 @@ class Run:
         return step, seconds
 
 
-class _Log(io.TextIOWrapper):
-    """A text file whose failed writes say which file it is."""
+class _Named(io.FileIO):
+    """A file whose failed writes say which file it is."""
 
-    def write(self, text: str, /) -> int:
+    def write(self, data: Any, /) -> int:
+        """Write as every file does."""
         with naming(self.name):
-            return super().write(text)
-
-    def flush(self) -> None:
-        with naming(self.name):
-            super().flush()
-
-    def close(self) -> None:
-        with naming(self.name):
-            super().close()
+            return super().write(data)
 
 
 def _digest(arrays: Arrays) -> str:

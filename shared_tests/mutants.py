@@ -49,7 +49,7 @@ BYTES = (0, 1, 0x7E, 0x7F, 0x80, 0xF2, 0xF3, 0xFE, 0xFF)
 
 def near(rng: Random, value: Any) -> Any:
     """Return a value like the given one, but not it: off by one, of another type, negative, longer."""
-    if type(value) is int:
+    if type(value) is int and abs(value) < 2**64:
         return rng.choice([value + 1, value - 1, -value, 2 * value, value // 2, float(value), str(value), [value]])
     if type(value) is str:
         return rng.choice([value[:-1], value + "0", value[::-1], value.upper(), value + "\n", [value]])
@@ -204,7 +204,7 @@ def compressed(rng: Random, raw: bytes) -> bytes:
 @functools.lru_cache(256)
 def packed(raw: bytes, window: int) -> bytes:
     """Return a brotli stream; those of streams that were not changed are made once."""
-    return brotli.compress(raw, quality=1, lgwin=window)
+    return brotli.compress(raw, quality=2, lgwin=window)  # 0 and 1 take no window below 2^18
 
 
 def other_model(rng: Random, header: dict[str, Any], streams: list[bytes]) -> list[bytes]:

@@ -222,16 +222,14 @@ def limit_memory() -> str:
     return f"address space limited to {MEMORY >> 20} MB"
 
 
-def work(options: argparse.Namespace, reached: Callable[[int], None]) -> int:
+def work(options: argparse.Namespace, folder: Path, reached: Callable[[int], None]) -> int:
     """Do the campaign of the command line in this process; return its exit code."""
     limit, started = limit_memory(), time.monotonic()
     os.fsync = lambda fd: None  # a third of the time of writing again, and nothing here has to outlive a power cut
     indices = range(options.before + options.after)
     if options.only is not None:
         indices = range(options.only, options.only + 1)
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # Linux: a tenth faster than a disk
-    with tempfile.TemporaryDirectory(prefix="mutations-", dir=memory) as folder:
-        counts, failure = campaign(Path(folder), options.seed, indices, options.before, reached)
+    counts, failure = campaign(folder, options.seed, indices, options.before, reached)
     print_counts(counts)
     assert not {"torch", "mlx"} & sys.modules.keys(), "a framework was imported"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
@@ -248,31 +246,36 @@ def print_failure(options: argparse.Namespace, index: int, what: str) -> None:
     print(f"again: python -m shared_tests.mutations {numbers}", flush=True)
 
 
-def supervise(options: argparse.Namespace) -> int:
+def supervise(options: argparse.Namespace, folder: Path) -> int:
     """Run `work` in a child process, so that a crash or a hang inside a C library is named by its index too."""
-    at = mmap.mmap(-1, 8)
+    at, started = mmap.mmap(-1, 8), time.monotonic()
 
     def reached(index: int) -> None:
         at[:] = index.to_bytes(8, "little")
+        if index and index % 50_000 == 0:
+            print(f"{index} done after {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
 
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            code = work(options, reached)
+            code = work(options, folder, reached)
         except BaseException:
-            traceback.print_exc()
+            print_failure(options, int.from_bytes(at[:], "little"), f"the campaign itself: {traceback.format_exc()}")
         finally:
             sys.stdout.flush()
             os._exit(code)
-    seen, since, ended, status = at[:], time.monotonic(), 0, 0
+    seen, since = at[:], time.monotonic()
+    ended, status = os.waitpid(child, os.WNOHANG)
     while not ended:
         time.sleep(0.05)
-        ended, status = os.waitpid(child, os.WNOHANG)
         if at[:] != seen:
             seen, since = at[:], time.monotonic()
-        elif time.monotonic() - since > STUCK_SECONDS:
+        if time.monotonic() - since > STUCK_SECONDS:
             os.kill(child, signal.SIGKILL)
+            ended, status = os.waitpid(child, 0)
+        else:
+            ended, status = os.waitpid(child, os.WNOHANG)
     if os.WIFSIGNALED(status):
         what = f"ended by signal {os.WTERMSIG(status)}, {time.monotonic() - since:.0f} s after its start"
         print_failure(options, int.from_bytes(at[:], "little"), what)
@@ -289,7 +292,9 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}: {options.before} files of each kind changed before framing, {options.after} after it")
     sys.stdout.flush()
-    return supervise(options)
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # Linux: a tenth faster than a disk
+    with tempfile.TemporaryDirectory(prefix="mutations-", dir=memory) as folder:
+        return supervise(options, Path(folder))
 
 
 if __name__ == "__main__":
