@@ -196,7 +196,8 @@ class TrainConfig:
     quantise_below: float = 0.5
     """Learning-rate scale below which train.quantise=late switches on."""
     average_from: float | None = None
-    """Share of the run after which weights are averaged (EMA); the average is what is scored and stored. None: no."""
+    """Share of the run after which weights are averaged (EMA), all but ternary ones; scored and stored is the average.
+    None: nothing is averaged."""
     average_decay: float = 0.997
     """Decay of the average."""
     average_ternary: bool = False
@@ -250,6 +251,18 @@ class TrainConfig:
             f"train.quantise=late would never switch on: it needs a train.warmdown ({self.warmdown}) and a "
             f"train.quantise_below ({self.quantise_below}) above train.floor ({self.floor})",
         )
+        require(
+            self.keep_every is None or self.save_every is not None,
+            f"train.keep_every={self.keep_every} keeps nothing without train.save_every",
+        )
+        require(
+            self.average_from is None or self.average_from < 1,
+            f"train.average_from={self.average_from}: nothing would be averaged; expected below 1",
+        )
+        require(
+            not self.average_ternary or self.average_from is not None,
+            "train.average_ternary averages nothing without train.average_from",
+        )
         self._check_stages()
 
     def _check_stages(self) -> None:
@@ -263,6 +276,7 @@ class TrainConfig:
             f"train.seq_until={until}: expected rising shares above 0 and at most 1",
         )
         for seq in stages:
+            require(seq < self.seq, f"train.seq_stages={stages}: {seq} is not shorter than train.seq={self.seq}")
             require(
                 seq >= 1 and (self.rows * self.seq) % seq == 0,
                 f"train.seq_stages={stages}: {seq} does not divide the {self.rows * self.seq} tokens of a micro-batch",
@@ -372,7 +386,10 @@ def from_json(kind: type, values: Any, where: str = "config") -> Any:
     values = dict(values)
     if kind is RunConfig:
         schema = values.pop("schema", None)
-        require(schema == SCHEMA, f"{where}: schema {schema!r} was written by another version; this one reads {SCHEMA}")
+        require(
+            schema == SCHEMA,
+            f"{where}: schema {schema!r} was written by another version; this one reads {SCHEMA}: train again",
+        )
     hints = typing.get_type_hints(kind)
     fields = [f.name for f in dataclasses.fields(kind)]
     for key in values:

@@ -16,25 +16,32 @@ from core.scoring import Score, score
 from core.train import write_samples
 
 
-def finish(run: Run, engine: Engine, dataset: Dataset, step: int, say: Console) -> dict[str, Any]:
+def finish(
+    run: Run, engine: Engine, dataset: Dataset, step: int, say: Console, path: Path | None = None
+) -> dict[str, Any]:
     """Score the weights of `step`, write the artifact, score it again through its reader, write the report.
 
-    Returns what a verb prints as JSON. `engine` is left with the artifact's weights.
+    With `path` only the artifact is written, there: the run's own results stay those of its end. Returns what a verb
+    prints as JSON. `engine` is left with the artifact's weights.
     """
     config = run.config
     scored = final_score(engine, dataset, config, say, "scoring")
     say(f"{describe(scored)} (weights in memory)")
+    if path is None:
+        run.log(step, {"final/score": scored.to_json()})
+    target, exact = path or run.artifact_path, engine.quantise
+    if config.train.quantise != "never" and not exact:
+        say(f"WARNING: train.quantise={config.train.quantise} never switched on: weights are rounded only now")
     size = write_artifact(
-        run.artifact_path,
+        target,
         config.model,
         engine.quantised(),
         tokenizer_sha256=dataset.tokenizer.sha256,
         provenance={"preset": config.preset, "seed": config.seed, "step": step, "train_seq": config.train.seq},
     )
-    decoded = read_artifact(run.artifact_path).weights
-    exact = engine.quantise
+    decoded = read_artifact(target).weights
     if exact:
-        check_promise(decoded, engine.weights(), run.artifact_path)
+        check_promise(decoded, engine.weights(), target)
         say(f"all {len(decoded)} tensors of the artifact are those of the forward pass, bit for bit")
     engine.load_params(decoded)
     stored = final_score(engine, dataset, config, say, "scoring the artifact")
@@ -45,20 +52,18 @@ def finish(run: Run, engine: Engine, dataset: Dataset, step: int, say: Console) 
     say(f"artifact {size:,} bytes, {verdict} the {allowed:,} that are left of the budget beside the code")
     exported = {"score": stored.to_json(), "gap": gap, "bytes": size, "allowed": allowed, "within": size <= allowed}
     exported["exact"] = exact
-    run.log(step, {"final/score": scored.to_json(), "final/artifact": exported})
+    value = {"run": str(run.path), "step": step, "score": scored.to_json()}
+    value["artifact"] = {"path": str(target), **exported}
+    if path is not None:
+        say(f"wrote {path}")
+        return {**value, "samples": [], "files": [str(path)]}
+    run.log(step, {"final/artifact": exported})
     shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
     texts = shown[-1] if shown else write_samples(run, engine, dataset, step, say)
     written = [run.artifact_path, *write_report(run)]
-    for path in written:
-        say(f"wrote {path}")
-    return {
-        "run": str(run.path),
-        "step": step,
-        "score": scored.to_json(),
-        "artifact": {"path": str(run.artifact_path), **exported},
-        "samples": texts,
-        "files": [str(path) for path in written],
-    }
+    for file in written:
+        say(f"wrote {file}")
+    return {**value, "samples": texts, "files": [str(file) for file in written]}
 
 
 class PromiseError(AssertionError):
@@ -66,10 +71,14 @@ class PromiseError(AssertionError):
 
 
 def check_promise(decoded: Arrays, scored: Arrays, path: str | Path) -> None:
-    """Raise PromiseError unless the decoded weights are those of the scored forward pass, bit for bit."""
+    """Raise PromiseError unless the decoded weights are those of the scored forward pass, bit for bit.
+
+    The artifact is removed then: nobody may take it for the model that was scored.
+    """
     for name, values in decoded.items():
         if values.tobytes() != scored[name].astype(np.float32).tobytes():
-            raise PromiseError(f"{path}: {name} is not the weight that was scored; do not use this artifact")
+            Path(path).unlink(missing_ok=True)
+            raise PromiseError(f"{path}: {name} is not the weight that was scored; the artifact is removed")
 
 
 def final_score(engine: Engine, dataset: Dataset, config: RunConfig, say: Console, label: str) -> Score:

@@ -166,8 +166,10 @@ def _limits(dtype: DType) -> dict[str, float]:
 
 
 def _sized(config: RunConfig) -> RunConfig:
+    """Return `config` with small batches of one row length: stages change the shape of a step, not its arithmetic."""
     rows, seq = min(config.train.batch, ROWS), min(config.train.seq, SEQ)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch=rows, seq=seq, micro_batch=None))
+    sizes = {"batch": rows, "seq": seq, "micro_batch": None, "seq_stages": (), "seq_until": ()}
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **sizes))
 
 
 def _batches(config: RunConfig, steps: int) -> list[Batch]:

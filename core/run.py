@@ -3,6 +3,7 @@
 A kill at any moment loses at most the steps since the last checkpoint.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -41,6 +42,8 @@ FREE = (
     "eval.", "export.",
 )  # fmt: skip
 """Fields that may change when a run is resumed: they do not decide its weights."""
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+"""What a file system without hard links answers: it gets a copy."""
 MAX_TEXT = 64 << 20
 SCHEMA = 2
 
@@ -171,7 +174,12 @@ class Run:
         if train.keep_every and train.save_every and step % (train.save_every * train.keep_every) == 0:
             with naming(kept):
                 kept.unlink(missing_ok=True)
-                os.link(self.checkpoint_path, kept)
+                try:
+                    os.link(self.checkpoint_path, kept)
+                except OSError as error:
+                    if error.errno not in NO_LINKS:
+                        raise
+                    replace_file(kept, self.checkpoint_path.read_bytes())
 
     def kept_path(self, step: int) -> Path:
         """Return where the checkpoint of `step` is kept, if it is."""
@@ -206,7 +214,8 @@ class Run:
         found, seconds = state.get("step"), state.get("seconds", -1.0)
         if state.get("schema") != SCHEMA or type(found) is not int or not 0 <= found < 2**53:
             raise RunError(
-                f"{path}: skc: schema {state.get('schema')!r}, step {found!r}: not a checkpoint of this version"
+                f"{path}: skc: schema {state.get('schema')!r}, step {found!r}: not a checkpoint of this version; "
+                "delete it to train from the start"
             )
         if type(state.get("dtype")) is not str:
             raise RunError(f"{path}: skc: dtype: {state.get('dtype')!r}, expected the name of a type")
@@ -228,6 +237,8 @@ class Run:
             raise RunError(str(error)) from error
         if state.get("sha256") != _digest(arrays):
             raise RunError(f"{path}: skc: sha256: the tensors are not the ones that were saved; delete it")
+        if step not in (None, found):
+            raise RunError(f"{path}: holds step {found}, not {step}: it was renamed; delete it")
         return Checkpoint(found, float(seconds), sides["param"], sides["optim"], state["dtype"], state["quantise"])
 
     def restore(self, engine: Engine) -> tuple[int, float]:

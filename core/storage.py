@@ -72,6 +72,7 @@ def decode(stored: Stored, storage: Storage) -> np.ndarray:
     """Return the float32 weights that `stored` stands for: exact, since code times scale fits float32."""
     if stored.scales is None:
         return stored.codes.astype(np.float32)
-    columns = stored.codes.shape[1]
-    scales = np.repeat(stored.scales.astype(np.float32), group_size(storage, columns), 1)[:, :columns]
-    return stored.codes.astype(np.float32) * scales
+    weight, size = stored.codes.astype(np.float32), group_size(storage, stored.codes.shape[1])
+    for group, scale in enumerate(stored.scales.astype(np.float32).T):
+        weight[:, group * size : (group + 1) * size] *= scale[:, None]
+    return weight

@@ -77,6 +77,8 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
         while not done(step, clock.seconds, settings):
             progress = _progress(step, clock.seconds, settings)
             now = plan(step, progress, settings)
+            if settings.quantise == "late" and now.quantise and not engine.quantise:
+                say(f"step {step}: from here on forward passes use the stored form of the weights")
             meter.add(step, progress, engine.train_step(feed.get(step, now.seq), now))
             step += 1
             evaluate, write, save = (

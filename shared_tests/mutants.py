@@ -47,13 +47,19 @@ TOKENS = (*'[]{},:"-90.e\\ \xff', "null", "true", "\\u0000", "NaN", "9" * 4300, 
 BYTES = (0, 1, 0x7E, 0x7F, 0x80, 0xF2, 0xF3, 0xFE, 0xFF)
 
 
+def hostile(rng: Random) -> Any:
+    """Return a value that a reader may not expect: a copy, since what it is put into may be changed again."""
+    value = rng.choice(HOSTILE)
+    return copied(value) if type(value) in (list, dict) else value
+
+
 def near(rng: Random, value: Any) -> Any:
     """Return a value like the given one, but not it: off by one, of another type, negative, longer."""
     if type(value) is int and abs(value) < 2**64:
         return rng.choice([value + 1, value - 1, -value, 2 * value, value // 2, float(value), str(value), [value]])
     if type(value) is str:
         return rng.choice([value[:-1], value + "0", value[::-1], value.upper(), value + "\n", [value]])
-    return rng.choice(HOSTILE)
+    return hostile(rng)
 
 
 def copied(value: Any) -> Any:
@@ -75,7 +81,7 @@ def alter(rng: Random, tree: Any) -> None:
     node, key = rng.choice(places)
     what = rng.randrange(8)
     if what < 2:
-        node[key] = rng.choice(HOSTILE)
+        node[key] = hostile(rng)
     elif what < 4:
         node[key] = near(rng, node[key])
     elif what == 4:

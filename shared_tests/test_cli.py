@@ -393,6 +393,23 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Captu
     assert capsys.readouterr().err.startswith("skc presets: interrupted; ")
 
 
+def test_a_model_that_no_artifact_can_hold_is_not_trained_in_vain(tmp_path: Path, capsys: Capture) -> None:
+    out = str(tmp_path / "run")
+    assert "model.layers: 1025; at most 1024" in refuse(
+        capsys, "train", "debug", "--model.layers", "1025", "--out", out
+    )
+    wide = ("--model.mlp-hidden", "700000", "--out", out)
+    assert "bytes before compression; an artifact holds at most" in refuse(capsys, "train", "debug", *wide)
+    assert not Path(out).exists()
+
+
+def test_export_refuses_a_tokenizer_that_is_not_the_runs(copy: Path, capsys: Capture) -> None:
+    before = (copy / "artifact.skc").read_bytes()
+    (copy / "tokenizer.model").write_bytes(b"another")
+    assert "its tokenizer.model is not that of" in refuse(capsys, "export", str(copy), "--backend", "cuda")
+    assert (copy / "artifact.skc").read_bytes() == before
+
+
 def test_exit_codes_and_streams_of_the_real_program(tmp_path: Path) -> None:
     def run(*argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-m", "core.cli", *argv], capture_output=True, text=True, cwd=tmp_path)

@@ -9,7 +9,7 @@ import pytest
 
 import core.run
 from core.export import codecs
-from shared_tests import mutations
+from shared_tests import mutants, mutations
 
 
 def test_no_mutation_breaks_a_reader() -> None:
@@ -59,8 +59,14 @@ def test_a_planted_fault_is_found(
     assert failure and failure[1].startswith(f"{name}, ")
 
 
-def test_an_index_gives_the_same_file_again(tmp_path: Path) -> None:
+def test_an_index_gives_the_same_file_whatever_came_before_it(tmp_path: Path) -> None:
     for name, reader in mutations.readers(tmp_path).items():
-        files = [mutations.mutant(reader, name, 1, index, index % 2 == 0) for index in range(50)]
-        assert files == [mutations.mutant(reader, name, 1, index, index % 2 == 0) for index in range(50)]
-        assert len(set(files)) > 40
+        files = [mutations.mutant(reader, name, 1, index, index < 60) for index in range(80)]
+        again = [mutations.mutant(reader, name, 1, index, index < 60) for index in reversed(range(80))]
+        assert files == again[::-1] and len(set(files)) > 40, name
+    rng, before = mutants.Random(1), repr(mutants.HOSTILE)
+    for _ in range(500):  # small trees, so that what was put into one is changed again
+        tree = {"a": 1}
+        for _ in range(5):
+            mutants.alter(rng, tree)
+    assert repr(mutants.HOSTILE) == before

@@ -150,6 +150,10 @@ def test_rows_grow_in_stages_at_constant_tokens_per_step() -> None:
         ({"average_from": 1.5}, "average_from=1.5"),
         ({"average_decay": 1.0}, "average_decay=1.0"),
         ({"keep_every": 0}, "keep_every=0"),
+        ({"keep_every": 2, "save_every": None}, "keeps nothing"),
+        ({"average_from": 1.0}, "nothing would be averaged"),
+        ({"average_ternary": True}, "averages nothing"),
+        ({"seq_stages": (128,), "seq_until": (0.5,)}, "not shorter than train.seq=64"),
     ],
 )
 def test_a_schedule_that_cannot_be_kept_is_refused(changes: dict, message: str) -> None:

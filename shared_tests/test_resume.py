@@ -270,7 +270,9 @@ def test_a_kept_checkpoint_is_scored_sampled_and_stored(
     value = tell(capsys, "export", path, "--step", "12", "--backend", backend)
     assert value["step"] == 12 and abs(value["score"]["bpb"] - estimates[12]) <= P5_BPB
     assert value["artifact"]["gap"] == 0.0
-    assert read_artifact(Path(path) / "artifact.skc").provenance["step"] == 12
+    assert read_artifact(Path(path) / "artifact-step-12.skc").provenance["step"] == 12
+    assert (Path(path) / "metrics.jsonl").read_bytes() == run.metrics_path.read_bytes(), "the run's results stay"
+    tell(capsys, "export", path, "--backend", backend)
     for verb in ("eval", "sample", "export"):
         assert "has no checkpoint of step 7; it has 6, 12, 16\n" in refuse(capsys, verb, path, "--step", "7")
     assert "is an artifact" in refuse(capsys, "eval", f"{path}/artifact.skc", "--step", "6")

@@ -5,6 +5,8 @@ Same names and signatures as backends/mlx/storage.py. Every step is one IEEE ope
 Letters: R rows, C columns, G groups of a row, g weights of a group.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -20,8 +22,7 @@ def quantise(weight, storage):
     w_RGg = _grouped(weight, size)
     name = storage_class(storage)
     if name == "ternary":
-        counts = group_counts(columns, size)
-        shares = torch.tensor([[1 / count] for count in counts], dtype=weight.dtype, device=weight.device)
+        shares = _shares(columns, size, weight.dtype, weight.device)
         scales_RG1 = _scales(_sum_by_halves(torch.abs(w_RGg)) * shares)
         half = scales_RG1.to(weight.dtype) * 0.5  # round(w / s) is not 0 where |w| > s / 2: a tie goes to even
         codes = (w_RGg > half).to(weight.dtype) - (w_RGg < -half).to(weight.dtype)
@@ -54,6 +55,12 @@ def to_host(weight, storage):
         return Stored(codes.cpu().numpy(), None)
     codes = codes.to(torch.float32 if storage_class(storage) == "fp8" else torch.int8)
     return Stored(codes.cpu().numpy(), scales.cpu().numpy())
+
+
+@functools.cache  # CUDA: made once, for a copy from the host would make every step wait for the device
+def _shares(columns, size, dtype, device):
+    """Return one over the number of values of each group: (G, 1)."""
+    return torch.tensor([[1 / count] for count in group_counts(columns, size)], dtype=dtype, device=device)
 
 
 def _grouped(x, size):

@@ -14,7 +14,7 @@ from core.config import ConfigError, ModelConfig, from_json, to_json
 from core.engine import Arrays
 from core.export import codecs
 from core.files import replace_file
-from core.params import Param, check_arrays, param_table
+from core.params import Param, check_arrays, count, param_table
 from core.storage import Stored, decode
 
 MAGIC = b"SKCMODEL"
@@ -50,7 +50,10 @@ class Artifact:
     def weights(self) -> Arrays:
         """The float32 weights that codes and scales stand for: bit for bit those of a quantised forward pass."""
         table = param_table(self.model)
-        return {name: decode(stored, table[name].storage) for name, stored in self.stored.items()}
+        try:
+            return {name: decode(stored, table[name].storage) for name, stored in self.stored.items()}
+        except MemoryError:
+            raise ArtifactError(f"too little memory for {count(self.model)} float32 weights") from None
 
 
 def write_artifact(
@@ -82,6 +85,13 @@ def write_artifact(
         _fail(path, "size", f"header {len(header)}, file {size} bytes; at most {MAX_HEADER} and {MAX_FILE}")
     replace_file(path, MAGIC, len(header).to_bytes(4, "little"), header, *payloads.values())
     return size
+
+
+def check_limits(model: ModelConfig) -> None:
+    """Raise ArtifactError for a model that no artifact can hold, so that it is not trained in vain."""
+    size = sum(codecs.stream_sizes(_table("artifact", model)).values())
+    if size > MAX_FILE:
+        _fail("artifact", "size", f"{size} bytes before compression; an artifact holds at most {MAX_FILE}")
 
 
 def read_artifact(path: str | Path) -> Artifact:

@@ -53,6 +53,8 @@ def mini(config: RunConfig) -> RunConfig:
             mlp_hidden=max(1, model.mlp_hidden * dim // model.dim),
             embed_dim=None if model.embed_dim is None else max(1, model.embed_dim * dim // model.dim),
         ),
-        train=dataclasses.replace(config.train, batch=4, seq=32, steps=50, micro_batch=None, seconds=None),
+        train=dataclasses.replace(
+            config.train, batch=4, seq=32, steps=50, micro_batch=None, seconds=None, seq_stages=(), seq_until=()
+        ),
         eval=dataclasses.replace(config.eval, seq=32, stride=None, windows="plain", batch=4),
     )

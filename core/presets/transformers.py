@@ -69,7 +69,7 @@ PRESETS = {
     "debug": ("seconds on any machine: a small float model, for tests and first looks", DEBUG, 32_900),
     "tiny": ("minutes on a laptop: learns the bundled text well enough to look at", TINY, 854_288),
     "ablate_float": ("the float base of ablations: 4 layers, 256 wide", ABLATE_FLOAT, 3_147_792),
-    "ablate": ("the ternary base of ablations: 4 layers, 256 wide, trained as it is stored", ABLATE, 3_147_792),
+    "ablate": ("the ternary base of ablations: 4 layers, 256 wide", ABLATE, 3_147_792),
     "baseline": (
         "the official baseline: its model and optimizer, int8 after training as it does",
         BASELINE,

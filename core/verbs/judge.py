@@ -118,10 +118,12 @@ def evaluate(options: Eval, context: Context) -> Outcome:
     check_tokenizer(subject, dataset)
     choices = EngineOptions(dtype=options.dtype)
     engine = load_engine(options.backend, config, subject.weights, choices, subject.quantise)
-    context.say(f"{subject.what} on {engine.backend}, {engine.device}, {engine.dtype}; data {dataset.path}")
+    used = "stored form of the weights" if subject.quantise else "weights as they are"
+    context.say(f"{subject.what} ({used}) on {engine.backend}, {engine.device}, {engine.dtype}; data {dataset.path}")
     found = final_score(engine, dataset, config, context.say, "scoring")
     context.say(describe(found))
     value = {"path": options.path, "step": subject.step, "backend": engine.backend, "data": dataset.path}
+    value["quantise"] = subject.quantise
     return Outcome(True, {**value, "score": found.to_json()})
 
 

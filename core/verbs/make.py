@@ -6,9 +6,10 @@ from tyro.conf import Positional
 
 from core import presets
 from core.bundled import open_data
-from core.config import RunConfig
+from core.config import ConfigError, RunConfig
 from core.data import Dataset
 from core.engine import DType, Engine, EngineOptions, choose_backend, load_engine
+from core.export.artifact import check_limits
 from core.finish import finish
 from core.params import count, exported
 from core.run import Run, RunError
@@ -48,6 +49,7 @@ def train_run(options: Train, context: Context) -> Outcome:
     backend = choose_backend(options.backend)
     dataset = open_data(config.data.path)
     check_data(config, dataset)
+    check_limits(config.model)
     engine = load_engine(backend, config, options=EngineOptions(dtype=options.dtype))
     out = options.out or f"runs/{config.preset}-{backend}-{config.seed}"
     run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
@@ -69,6 +71,8 @@ def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> 
     config, say = run.config, context.say
     say(f"{context.command}")
     say(f"run {run.path}: {_purpose(config)}; {count(config.model):,} parameters, seed {config.seed}")
+    model = config.model
+    say(f"stores matrices as {model.matrix_storage}, tables as {model.table_storage}; quantise {config.train.quantise}")
     say(f"{engine.backend} on {engine.device}, {engine.dtype}; " + "; ".join(engine.notes))
     train_tokens, val_tokens = len(dataset.train), len(dataset.val)
     say(f"data {dataset.path}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate on")
@@ -79,7 +83,10 @@ def _purpose(config: RunConfig) -> str:
 
 
 def export_run(options: Export, context: Context) -> Outcome:
-    """Write the artifact of a run's checkpoint; not ok if it is over the budget."""
+    """Write the artifact of a run's checkpoint; not ok if it is over the budget.
+
+    That of an older step goes beside the run's own, whose results stay as they are.
+    """
     run = Run.open(options.run)
     saved = run.checkpoint(options.step)
     if saved is None:
@@ -88,8 +95,13 @@ def export_run(options: Export, context: Context) -> Outcome:
         )
     dataset = open_data(run.config.data.path)
     check_data(run.config, dataset)
+    if dataset.tokenizer.model != run.tokenizer_path.read_bytes():
+        raise ConfigError(f"{run.path}: its tokenizer.model is not that of {dataset.path}, which has changed since")
+    last = run.checkpoint() if options.step is not None else saved
+    path = None if last and last.step == saved.step else run.path / f"artifact-step-{saved.step}.skc"
     weights = exported(run.config.model, run.config.train, saved.params, saved.optimizer)
-    engine = load_engine(options.backend, run.config, weights, quantise=saved.quantise)
+    dtype = "float64" if saved.dtype == "float64" else None  # codes come from the masters: they must not be rounded
+    engine = load_engine(options.backend, run.config, weights, EngineOptions(dtype=dtype), saved.quantise)
     with run.open_log() as log, context.say.copied_to(log):
-        value = finish(run, engine, dataset, saved.step, context.say)
+        value = finish(run, engine, dataset, saved.step, context.say, path)
     return Outcome(value["artifact"]["within"], value)
