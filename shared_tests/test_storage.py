@@ -258,6 +258,31 @@ def test_averages_are_seeded_late_scored_and_stored(backend: str, ternary: bool)
         assert np.array_equal(used[name], decode(stored[name], table[name].storage)), "scored is stored"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scored_weights_follow_every_change(backend: str) -> None:
+    """They are kept between scorings: a step, other weights and another average must each make them anew."""
+    config = with_train(mini("ablate"), average_from=0.0, average_decay=0.5)
+    made, batch = engine(backend, config, working_weights(config.model, 1.0), dtype="float32"), batches(config, 1)[0]
+    table, seen = param_table(config.model), [made.nll(batch.tokens, batch.targets)]
+
+    def step(number: int) -> None:
+        made.train_step(batch, schedule.plan(number, 0.5, config.train)).result()
+
+    def older_state() -> None:
+        state = made.optimizer()
+        made.load_optimizer({name: v * 1.5 if name.endswith(".ema") else v for name, v in state.items()})
+
+    changes = [lambda: step(0), lambda: step(1), older_state, lambda: made.load_params(made.params(), False)]
+    for change in changes:
+        change()
+        stored = made.quantised() if made.quantise else None
+        for name, value in made.weights().items():
+            expected = made.params()[name] if stored is None else decode(stored[name], table[name].storage)
+            assert np.array_equal(value, expected), name
+        seen.append(made.nll(batch.tokens, batch.targets))
+        assert not np.array_equal(seen[-1], seen[-2])
+
+
 def test_an_average_from_the_first_step_does_not_hold_start_values() -> None:
     train = with_train(mini("ablate"), average_from=0.0).train
     assert schedule.plan(0, 0.02, train).average == 0 and schedule.plan(1, 0.04, train).average == train.average_decay
