@@ -9,13 +9,22 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from core.storage import Storage
 
 SCHEMA = 2
-KINDS = ("attention",)
+KINDS = ("attention", "koopman", "skc", "skc_parallel")
 """Layer kinds that both backends realise (`backends/<name>/blocks`)."""
+TAPS = 4
+"""Taps of the short convolution, the current token included."""
+COUPLING = 4
+"""Rank of the couplings between channels and between capsules."""
+LATER = {
+    "mixer_dim", "mixer_times", "capsules", "capsule_heads", "capsule_block", "capsule_times", "capsule_gain",
+    "capsule_shift", "capsule_intra", "capsule_bands", "shared_blocks", "repeat_layers", "repeat_from",
+}  # fmt: skip
+"""Fields that came after the first files were written: a file without one of them means its default."""
 
 
 class ConfigError(ValueError):
@@ -32,8 +41,22 @@ def require_finite(section: str, config: Any) -> None:
     """Raise ConfigError for a field of `config` that is a number but not a finite one."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        finite = not isinstance(value, float) or math.isfinite(value)
+        numbers = value if isinstance(value, tuple) else (value,)
+        finite = all(not isinstance(number, float) or math.isfinite(number) for number in numbers)
         require(finite, f"{section}.{f.name}={value}: expected a finite number")
+
+
+class Pass(NamedTuple):
+    """One run through a block, on the way from the embedding to the head."""
+
+    layer: int
+    """Which of the model's layers it is, from 0."""
+    block: int
+    """Whose weights it uses."""
+    row: int
+    """Which row of the block's residual scales it uses."""
+    again: bool
+    """Whether it repeats a layer."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +115,32 @@ class ModelConfig:
     """How the embedding and its projections are stored."""
     output_norm: Literal["none", "plain", "gain"] = "none"
     """RMS norm of what enters an output projection (mixer and MLP): none, without or with a learned gain."""
+    mixer_dim: int = 256
+    """Channels C of a Koopman mixer, a power of two (kinds koopman, skc, skc_parallel)."""
+    mixer_times: tuple[float, float] = (0.7, 8.0)
+    """Start values of a mixer's time constants, in tokens: the shortest and the longest, spread over its channels."""
+    capsules: int = 16
+    """Capsules N per head of an SKC layer."""
+    capsule_heads: int = 1
+    """Capsule heads; each stores mixer_dim / capsule_heads channels."""
+    capsule_block: int = 16
+    """Tokens per block, a power of two: a capsule is read from the block after the one that wrote it."""
+    capsule_times: tuple[float, float] = (1.5, 32.0)
+    """Start values of the capsules' time constants, in blocks: the shortest and the longest."""
+    capsule_gain: float = 0.1
+    """Start value of the gain per channel on what is read from capsules."""
+    capsule_shift: bool = True
+    """A token is stored under the key of the token before it: an associative memory of what followed."""
+    capsule_intra: float = 0.0
+    """Weight of what earlier tokens of the open block add to a read; 0: completed blocks only."""
+    capsule_bands: bool = True
+    """Learn each capsule's weighting of time inside a block, as Walsh coefficients; False: plain sums."""
+    shared_blocks: int | None = None
+    """Distinct blocks: layer i has the weights of block i mod shared_blocks, and residual scales of its own.
+    None: every layer has its own weights."""
+    repeat_layers: tuple[int, ...] = ()
+    """Consecutive layers (from 0) that run a second time after the last of them, with residual scales of their own that
+    start at 0; train.repeat_from says from when on."""
 
     def __post_init__(self) -> None:
         require_finite("model", self)
@@ -114,8 +163,67 @@ class ModelConfig:
         require(self.softcap is None or self.softcap > 0, f"model.softcap={self.softcap}: expected a positive number")
         for name in ("norm_eps", "rope_base"):
             require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)}: expected a positive number")
-        for name in ("matrix_std", "embed_std"):
+        for name in ("matrix_std", "embed_std", "capsule_intra"):
             require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)}: expected a number from 0 up")
+        self._check_mixers()
+        self._check_trunk()
+
+    def _check_mixers(self) -> None:
+        for name in ("mixer_dim", "capsule_block"):
+            value = getattr(self, name)
+            power = value >= 2 and value & (value - 1) == 0
+            require(power, f"model.{name}={value}: expected a power of two from 2 up (Walsh-Hadamard transform)")
+        for name in ("capsules", "capsule_heads"):
+            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: expected at least 1")
+        require(
+            self.mixer_dim % self.capsule_heads == 0,
+            f"model.mixer_dim={self.mixer_dim} is not divisible by model.capsule_heads={self.capsule_heads}",
+        )
+        for name in ("mixer_times", "capsule_times"):
+            times = getattr(self, name)
+            good = len(times) == 2 and 0.01 <= times[0] <= times[1] <= 1e6
+            require(good, f"model.{name}={times}: expected two rising numbers from 0.01 to 1e6")
+
+    def _check_trunk(self) -> None:
+        shared, again = self.shared_blocks, self.repeat_layers
+        require(shared is None or 1 <= shared <= self.layers, f"model.shared_blocks={shared}: expected 1 to layers")
+        for i, kind in enumerate(self.kinds):
+            first = self.kinds[self.block_of(i)]
+            require(
+                kind == first,
+                f"model.shared_blocks={shared}: layer {i} ({kind}) would share a block with a {first} layer; "
+                "make shared_blocks a multiple of the length of model.blocks",
+            )
+        require(
+            list(again) == list(range(again[0], again[-1] + 1)) if again else True,
+            f"model.repeat_layers={again}: expected consecutive layers, for example (3, 4)",
+        )
+        require(
+            all(0 <= i < self.layers for i in again),
+            f"model.repeat_layers={again}: expected layers from 0 to {self.layers - 1}",
+        )
+
+    def block_of(self, layer: int) -> int:
+        """Return the block whose weights a layer uses."""
+        return layer if self.shared_blocks is None else layer % self.shared_blocks
+
+    def passes(self, repeat: bool) -> tuple["Pass", ...]:
+        """Return what runs, in order; without `repeat` as long as train.repeat_from has not been reached.
+
+        A block's residual scales have one row per pass: those of layers first, then those of repeats.
+        """
+        rows: dict[int, int] = {}
+        layers, again = [], []
+        for out, among in ((layers, range(self.layers)), (again, self.repeat_layers)):
+            for i in among:
+                block = self.block_of(i)
+                row = rows.get(block, 0)
+                out.append(Pass(i, block, row, out is again))
+                rows[block] = row + 1
+        if not repeat or not again:
+            return tuple(layers)
+        after = self.repeat_layers[-1] + 1
+        return (*layers[:after], *again, *layers[after:])
 
     @property
     def head_dim(self) -> int:
@@ -206,6 +314,8 @@ class TrainConfig:
     """Shorter rows for the start of the run, one length after the other; a step keeps its number of tokens."""
     seq_until: tuple[float, ...] = ()
     """Share of the run at which each of train.seq_stages ends."""
+    repeat_from: float = 0.0
+    """Share of the run after which model.repeat_layers run a second time (recurrence in depth)."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int | None = 100
@@ -231,7 +341,7 @@ class TrainConfig:
             self.batch % self.rows == 0,
             f"train.batch={self.batch} is not divisible by train.micro_batch={self.micro_batch}",
         )
-        for name in ("warmup", "warmdown", "floor", "quantise_below", "average_from"):
+        for name in ("warmup", "warmdown", "floor", "quantise_below", "average_from", "repeat_from"):
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, f"train.{name}={value}: expected a share between 0 and 1")
         require(
@@ -372,6 +482,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, f"seed={self.seed}: expected from 0 to 2^31 - 1")
+        require(
+            self.train.repeat_from < 1 and (self.train.repeat_from == 0 or bool(self.model.repeat_layers)),
+            f"train.repeat_from={self.train.repeat_from}: expected a share below 1, and model.repeat_layers to repeat",
+        )
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -397,8 +511,8 @@ def from_json(kind: type, values: Any, where: str = "config") -> Any:
             close = difflib.get_close_matches(str(key), fields, 1)
             raise ConfigError(f"{where}.{key}: unknown key" + (f"; did you mean {close[0]}?" if close else ""))
     for name in fields:
-        require(name in values, f"{where}.{name}: missing")
-    return kind(**{name: _coerce(hints[name], values[name], f"{where}.{name}") for name in fields})
+        require(name in values or name in LATER, f"{where}.{name}: missing")
+    return kind(**{n: _coerce(hints[n], values[n], f"{where}.{n}") for n in fields if n in values})
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:

@@ -6,11 +6,11 @@ Only numpy arrays, Python scalars and frozen dataclasses cross this border.
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from core.config import ConfigError, RunConfig
+from core.config import ConfigError, ModelConfig, RunConfig
 from core.schedule import StepPlan
 from core.storage import Stored
 
@@ -33,6 +33,38 @@ class StepResult(NamedTuple):
     loss: float  # mean nats per target, without the z-loss
     grad_norm: float  # global norm before clipping
     finite: bool  # False: loss or gradients were not finite and the weights were left as they were
+
+
+@dataclass(frozen=True)
+class State:
+    """A place in a text: what a model needs of everything before it. A value: nothing changes it."""
+
+    model: Any
+    """The backend's own arrays, on its device; their size depends on the text only where there is attention."""
+    seen: np.ndarray
+    """(rows,) int64: tokens of the open document so far."""
+
+    def seen_after(self, tokens: np.ndarray, n: int, config: ModelConfig) -> np.ndarray:
+        """Return `seen` after the first `n` of `tokens` (rows, seq); ValueError if there are not so many."""
+        if not 1 <= n <= tokens.shape[1]:
+            raise ValueError(f"commit {n} tokens of a chunk of {tokens.shape[1]}")
+        starts = tokens[:, :n] == config.bos
+        if config.documents == "packed":
+            starts = np.zeros_like(starts)
+        since = 1 + np.argmax(starts[:, ::-1], axis=1)
+        return np.where(starts.any(axis=1), since, self.seen + n)
+
+
+class Tape(Protocol):
+    """A chunk of tokens that was run from a state, of which any number of first tokens may be kept."""
+
+    def logits(self) -> np.ndarray:
+        """Return the logits of every position, (rows, seq, vocab)."""
+        ...
+
+    def nll(self, targets: np.ndarray) -> np.ndarray:
+        """Return -log p(target) in nats for every position, (rows, seq)."""
+        ...
 
 
 class Pending(Protocol):
@@ -95,6 +127,18 @@ class Engine(Protocol):
         """Return the residual stream after the embedding and after every layer, and the logits, by name."""
         ...
 
+    def start(self, rows: int) -> State:
+        """Return the state before the first token of `rows` texts."""
+        ...
+
+    def chunk(self, state: State, tokens: np.ndarray) -> Tape:
+        """Run (rows, seq) tokens on from `state`: what `logits` of the whole text would say, at these positions."""
+        ...
+
+    def commit(self, tape: Any, n: int) -> State:
+        """Return the state after the first `n` tokens of a chunk (0: the state before it), in every row."""
+        ...
+
     def weights(self) -> Arrays:
         """Return the weights that `nll`, `logits` and `activations` use, in table order.
 
@@ -143,6 +187,12 @@ class Engine(Protocol):
         `traces` counts compilations of the training step's parts: the whole of it in MLX, loss and update in torch.
         """
         ...
+
+
+def step(engine: Engine, state: State, tokens: np.ndarray) -> tuple[np.ndarray, State]:
+    """Run one token per row, (rows,) int, on from `state`; return the logits (rows, vocab) and the state after it."""
+    tape = engine.chunk(state, np.asarray(tokens)[:, None])
+    return tape.logits()[:, 0], engine.commit(tape, 1)
 
 
 def available_backends() -> list[str]:

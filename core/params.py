@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from core import rng
-from core.config import ModelConfig, TrainConfig
+from core.config import COUPLING, TAPS, ModelConfig, TrainConfig
 from core.storage import Storage, raw_bits, storage_class
 
 Group = Literal["embed", "matrix", "vector"]
@@ -18,10 +18,14 @@ GROUPS: tuple[Group, ...] = ("embed", "matrix", "vector")
 
 
 class Init(NamedTuple):
-    """A start value: normal (scale = standard deviation), uniform (scale = bound) or constant (scale = value)."""
+    """A start value: normal (scale = standard deviation), uniform (scale = bound), constant (scale = value); rows: the
+    value in the first `until` rows, 0 in the others; rates: log(expm1(1 / t)), so that softplus gives 1 / t back, with
+    time constants t spread over the last axis from `scale` to `until` at equal ratios.
+    """
 
-    kind: Literal["normal", "uniform", "constant"]
+    kind: Literal["normal", "uniform", "constant", "rows", "rates"]
     scale: float
+    until: float = 0.0
 
 
 class Param(NamedTuple):
@@ -62,22 +66,76 @@ def _attention(config: ModelConfig) -> dict[str, Param]:
         "mixer.v.weight": _matrix(config, kv, config.dim),
         **_output(config, "mixer.o", config.dim),
         "mixer.q_gain": Param((config.heads,), Init("constant", config.q_gain), "vector"),
-        "mixer_scale": Param((config.dim,), ONE, "vector"),
     }
 
 
-MIXERS: dict[str, Callable[[ModelConfig], dict[str, Param]]] = {"attention": _attention}
+def _koopman(config: ModelConfig) -> dict[str, Param]:
+    """Rows of one `koopman` layer's mixer (spec/causal_skc.md a1)."""
+    width, small = config.mixer_dim, Init("normal", 0.01)
+    return {
+        "mixer.value.weight": _matrix(config, width, config.dim),
+        "mixer.gate.weight": _matrix(config, width, config.dim),
+        "mixer.decay.weight": _matrix(config, width, config.dim),
+        "mixer.decay_bias": Param((width,), Init("rates", *config.mixer_times), "vector"),
+        "mixer.conv": Param((width, TAPS), Init("constant", 1 / TAPS), "vector"),
+        "mixer.couple_in": Param((width, COUPLING), small, "vector"),
+        "mixer.couple_out": Param((width, COUPLING), small, "vector"),
+        "mixer.state_gain": Param((width,), ONE, "vector"),
+        **_output(config, "mixer.o", width),
+    }
+
+
+def _skc(config: ModelConfig) -> dict[str, Param]:
+    """Rows of one SKC layer's mixer: the Koopman mixer's and its capsules' (spec/causal_skc.md a2)."""
+    heads, count = config.capsule_heads, config.capsules
+    return {
+        **_koopman(config),
+        "mixer.write.weight": _matrix(config, heads * count, config.dim),
+        "mixer.write_bias": Param((heads * count,), ZERO, "vector"),
+        "mixer.read.weight": _matrix(config, heads * count, config.dim),
+        **{f"mixer.capsules.{name}": row for name, row in _capsules(config).items()},
+        "mixer.capsule_gain": Param((config.mixer_dim,), Init("constant", config.capsule_gain), "vector"),
+    }
+
+
+def _capsules(config: ModelConfig) -> dict[str, Param]:
+    """Rows of a store of capsules."""
+    heads, count, block = config.capsule_heads, config.capsules, config.capsule_block
+    small = Init("normal", 0.01)
+    bands = {"bands": Param((block, count), Init("rows", block**0.5, 1), "vector")} if config.capsule_bands else {}
+    return {
+        "temperature": Param((2, heads), Init("constant", 2.0), "vector"),
+        **bands,
+        "rate": Param((heads, count), Init("rates", *config.capsule_times), "vector"),
+        "couple_in": Param((heads, COUPLING, count), small, "vector"),
+        "couple_out": Param((heads, count, COUPLING), small, "vector"),
+    }
+
+
+MIXERS: dict[str, Callable[[ModelConfig], dict[str, Param]]] = {
+    "attention": _attention,
+    "koopman": _koopman,
+    "skc": _skc,
+    "skc_parallel": _skc,
+}
 """Layer kind -> the rows of its mixer."""
 
 
-def _layer(config: ModelConfig, kind: str) -> dict[str, Param]:
-    rows = MIXERS[kind](config)
+def _block(config: ModelConfig, index: int) -> dict[str, Param]:
+    """Rows of one block; what belongs to a pass has one row per pass where there are several."""
+    passes = [p for p in config.passes(True) if p.block == index]
+    shape = (config.dim,) if len(passes) == 1 else (len(passes), config.dim)
+    # A repeat's scales start at 0: switched on in the middle of a run, it changes nothing at first; one that never was
+    # switched on changes nothing at all, so that scoring may always run the whole depth.
+    scale = ONE if len(passes) == 1 else Init("rows", 1.0, sum(not p.again for p in passes))
+    rows = MIXERS[config.kinds[index]](config)
+    rows["mixer_scale"] = Param(shape, scale, "vector")
     rows["mlp.up.weight"] = _matrix(config, config.mlp_hidden, config.dim)
     rows |= _output(config, "mlp.down", config.mlp_hidden)
-    rows["mlp_scale"] = Param((config.dim,), ONE, "vector")
+    rows["mlp_scale"] = Param(shape, scale, "vector")
     if config.residual_mix:
-        rows["stream_mix"] = Param((config.dim,), ONE, "vector")
-        rows["embed_mix"] = Param((config.dim,), ZERO, "vector")
+        rows["stream_mix"] = Param(shape, ONE, "vector")
+        rows["embed_mix"] = Param(shape, ZERO, "vector")
     return rows
 
 
@@ -88,8 +146,8 @@ def param_table(config: ModelConfig) -> dict[str, Param]:
     if config.embed_dim is not None:
         table["embed_up.weight"] = _matrix(config, config.dim, width)._replace(storage=stored)
         table["embed_down.weight"] = _matrix(config, width, config.dim)._replace(storage=stored)
-    for i, kind in enumerate(config.kinds):
-        table |= {f"blocks.{i}.{name}": row for name, row in _layer(config, kind).items()}
+    for i in range(config.shared_blocks or config.layers):
+        table |= {f"blocks.{i}.{name}": row for name, row in _block(config, i).items()}
     if config.unet_skips:
         table["skip_weights"] = Param((config.layers // 2, config.dim), ONE, "vector")
     if config.vocab_bias:
@@ -99,14 +157,20 @@ def param_table(config: ModelConfig) -> dict[str, Param]:
 
 def start_values(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """Return the float32 weights that every run of (config, seed) starts from, bit for bit on every platform."""
-    draw = {"normal": rng.normal, "uniform": rng.uniform}
-    values = {}
-    for name, row in param_table(config).items():
-        if row.init.kind == "constant":
-            values[name] = np.full(row.shape, row.init.scale, np.float32)
-        else:
-            flat = draw[row.init.kind](seed, name, row.size) * row.init.scale
-            values[name] = flat.astype(np.float32).reshape(row.shape)
+    return {name: _start(row, seed, name).astype(np.float32) for name, row in param_table(config).items()}
+
+
+def _start(row: Param, seed: int, name: str) -> np.ndarray:
+    kind, scale, until = row.init
+    if kind in ("normal", "uniform"):
+        draw = rng.normal if kind == "normal" else rng.uniform
+        return (draw(seed, name, row.size) * scale).reshape(row.shape)
+    values = np.full(row.shape, scale)
+    if kind == "rows":
+        values[int(until) :] = 0.0
+    elif kind == "rates":
+        share = np.arange(row.shape[-1]) / max(row.shape[-1] - 1, 1)
+        values[:] = np.log(np.expm1(1.0 / (scale * (until / scale) ** share)))
     return values
 
 
@@ -172,21 +236,43 @@ def bytes_by_storage(config: ModelConfig) -> dict[str, float]:
 
 
 def matmul_params(config: ModelConfig) -> int:
-    """Return how many weights multiply each token: all matrices and the tied head."""
+    """Return how many weights multiply each token: the matrices of every pass, the embedding's and the tied head."""
     table = param_table(config)
-    matrices = sum(row.size for row in table.values() if row.group == "matrix")
-    return matrices + table["embed.weight"].size
+    uses = {block: sum(p.block == block for p in config.passes(True)) for block in range(config.layers)}
+    total = table["embed.weight"].size
+    for name, row in table.items():
+        if row.group == "matrix":
+            total += row.size * (uses[int(name.split(".")[1])] if name.startswith("blocks.") else 1)
+    return total
 
 
-FLOP_RULE = "training FLOPs per token = 3 * (2 * matmul weights, head included + 2 * seq * dim per attention layer)"
+FLOP_RULE = (
+    "training FLOPs per token = 3 * (2 * matmul weights, head included and a repeated layer's twice + per layer: "
+    "attention 2 * seq * dim; Koopman mixer 4 * C^2 of its two Hadamard products; capsules 4 * N * C of write and read)"
+)
 
 
 def flops_per_token(config: ModelConfig, seq: int) -> int:
     """Return training FLOPs per token (forward and backward) by FLOP_RULE: causal attention counts half the square."""
-    attention = sum(2 * seq * config.dim for kind in config.kinds if kind == "attention")
-    return 3 * (2 * matmul_params(config) + attention)
+    width = config.mixer_dim
+    koopman, capsules = 4 * width**2, 4 * config.capsules * width
+    cost = {"attention": 2 * seq * config.dim, "koopman": koopman}
+    mixers = sum(cost.get(config.kinds[p.layer], koopman + capsules) for p in config.passes(True))
+    return 3 * (2 * matmul_params(config) + mixers)
 
 
 def state_per_token(config: ModelConfig) -> int:
     """Return the floats that one more token of context adds to the decoding state (keys and values)."""
-    return sum(2 * config.kv_heads * config.head_dim for kind in config.kinds if kind == "attention")
+    return sum(
+        2 * config.kv_heads * config.head_dim for p in config.passes(True) if config.kinds[p.layer] == "attention"
+    )
+
+
+def state_size(config: ModelConfig) -> int:
+    """Return the floats of the decoding state of one sequence that do not grow with it (recurrent layers)."""
+    width, keys = config.mixer_dim, config.capsule_heads * config.capsules
+    koopman = TAPS * width
+    stored = 2 + (config.capsule_intra > 0)
+    capsules = stored * config.capsules * width + (1 + config.capsule_shift) * keys
+    sizes = {"attention": 0, "koopman": koopman}
+    return sum(sizes.get(config.kinds[p.layer], koopman + capsules) for p in config.passes(True))

@@ -29,6 +29,8 @@ class StepPlan:
     """Decay of the running average of the weights; 0: the average is the weights."""
     quantise: bool
     """Whether the forward pass uses the stored form of the weights."""
+    repeat: bool
+    """Whether layers that are to be repeated are."""
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -99,4 +101,5 @@ def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
         bias2=1.0 - config.beta2 ** (step + 1),
         average=average(step, progress, config),
         quantise=quantise(progress, config),
+        repeat=progress >= config.repeat_from,
     )

@@ -7,3 +7,21 @@ def rope_tables(seq: int, dims: int, base: float) -> tuple[np.ndarray, np.ndarra
     """Return (cos, sin), each (seq, dims / 2) float64: position t turns pair i by t * base^(-2 i / dims)."""
     angles = np.arange(seq)[:, None] * base ** (-np.arange(0, dims, 2) / dims)[None, :]
     return np.cos(angles), np.sin(angles)
+
+
+def hadamard(n: int) -> np.ndarray:
+    """Return the Walsh-Hadamard matrix (n, n) in Sylvester order, scaled by 1 / sqrt(n): symmetric, its own inverse.
+
+    Entry (i, j) has the sign of (-1)^popcount(i & j); n is a power of two.
+    """
+    index = np.arange(n)
+    odd = np.zeros((n, n), np.int64)
+    for bit in range(n.bit_length() - 1):
+        odd ^= (index[:, None] & index[None, :]) >> bit & 1
+    return (1 - 2 * odd) / np.sqrt(n)
+
+
+def walsh(n: int) -> np.ndarray:
+    """Return the rows of `hadamard(n)` in sequency order: row k changes its sign k times."""
+    rows = hadamard(n)
+    return rows[np.argsort(np.count_nonzero(np.diff(np.sign(rows)), axis=1), kind="stable")]

@@ -1,5 +1,6 @@
 """What the pair tests share: both backends' modules, ops on numpy arrays with gradients, minis with working weights."""
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -105,14 +106,27 @@ def working_weights(config: ModelConfig, scale: float) -> Arrays:
     return perturbed(config, 0, scale)
 
 
+EVERYTHING = "everything"
+"""A model that no preset is: every layer kind, and every option that a preset leaves off."""
+
+
 def minis() -> list[str]:
-    """Return the names of all presets."""
-    return list(presets.PRESETS)
+    """Return the names of all presets, and EVERYTHING."""
+    return [*presets.PRESETS, EVERYTHING]
 
 
 def mini(name: str) -> RunConfig:
-    """Return the mini of preset `name`."""
-    return presets.mini(presets.get(name).config)
+    """Return the mini of preset `name`, or EVERYTHING."""
+    if name != EVERYTHING:
+        return presets.mini(presets.get(name).config)
+    config = presets.mini(presets.get("debug").config)
+    model = dataclasses.replace(
+        config.model, layers=5, blocks=("skc", "skc_parallel", "koopman", "attention"), shared_blocks=4,
+        repeat_layers=(1, 2, 3), mixer_dim=16, capsules=5, capsule_heads=2, capsule_block=8, capsule_intra=0.25,
+        mlp_hidden=48, residual_mix=True, unet_skips=True, depth_damping=True, output_norm="gain",
+    )  # fmt: skip
+    train = dataclasses.replace(config.train, repeat_from=0.5)
+    return dataclasses.replace(config, preset=EVERYTHING, model=model, train=train)
 
 
 def engine(backend: str, config: RunConfig, weights: Arrays | None = None, **options: Any) -> Engine:

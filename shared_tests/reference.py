@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from core.config import ModelConfig, TrainConfig
+from core import tables
+from core.config import ModelConfig, Pass, TrainConfig
 from core.params import param_table
 from core.storage import KINDS, STORAGES, Storage, Stored
-from core.tables import rope_tables
+from shared_tests.reference_skc import recall, remember
 
 Array = np.ndarray
 
@@ -74,6 +75,43 @@ def relu2(x: Array, exact: bool) -> Array:
 
 def leaky_relu2(x: Array, exact: bool) -> Array:
     return np.where(x > 0, x, 0.5 * x) ** 2
+
+
+def sigmoid(x: Array, exact: bool) -> Array:
+    return np.exp(-np.logaddexp(0, -x))
+
+
+def silu(x: Array, exact: bool) -> Array:
+    return x * sigmoid(x, exact)
+
+
+def decay(x: Array, exact: bool) -> tuple[Array, Array]:
+    """Return d = sigmoid(-x) and sqrt(1 - d^2 + 1e-6), with 1 - d^2 = (1 - d) (1 + d) and 1 - d = sigmoid(x)."""
+    d = sigmoid(-x, exact)
+    return d, np.sqrt(sigmoid(x, exact) * (1 + d) + 1e-6)
+
+
+def hadamard(x: Array, matrix: Array) -> Array:
+    return x @ matrix
+
+
+def short_conv(x: Array, weight: Array, documents: Array) -> Array:
+    history = weight.shape[1] - 1
+    out = np.zeros((x.shape[0], x.shape[1] - history, x.shape[2]))
+    for t in range(out.shape[1]):
+        now = history + t
+        for tap in range(history + 1):
+            same = documents[:, now - tap] == documents[:, now]
+            out[:, t] += np.where(same[:, None], weight[:, tap] * x[:, now - tap], 0)
+    return out
+
+
+def scan(decay: Array, drive: Array, start: Array, exact: bool) -> Array:
+    out, state = np.empty_like(drive), start
+    for t in range(drive.shape[1]):
+        state = decay[:, t] * state + drive[:, t]
+        out[:, t] = state
+    return out
 
 
 def softcap(x: Array, cap: float, exact: bool) -> Array:
@@ -195,19 +233,16 @@ def muon_scale(x: Array, settings: TrainConfig) -> float:
 def model(config: ModelConfig, weights: dict[str, Array], tokens: Array) -> Array:
     """Return the logits (B, T, V) of the whole model."""
     w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
-    cos, sin = rope_tables(tokens.shape[1], config.rope_dims, config.rope_base)
-    seq, eps = tokens.shape[1], config.norm_eps
-    documents = document_ids(tokens, config.bos) if config.documents == "isolated" else None
-    mask = causal_mask(seq, seq, documents)
+    eps = config.norm_eps
     x = w["embed.weight"][tokens]
     x = rms_norm(linear(x, w["embed_up.weight"]) if config.embed_dim else x, eps, True)
     embedded, skips, half = x, [], config.layers // 2
-    for i in range(config.layers):
-        if config.unet_skips and i >= half and skips:
-            x = x + w["skip_weights"][i - half] * skips.pop()
-        part = {name.split(".", 2)[2]: value for name, value in w.items() if name.startswith(f"blocks.{i}.")}
-        x = layer(config, part, i, x, embedded, mask, (cos, sin))
-        if config.unet_skips and i < half:
+    for p in config.passes(True):
+        skipping = config.unet_skips and not p.again
+        if skipping and p.layer >= half and skips:
+            x = x + w["skip_weights"][p.layer - half] * skips.pop()
+        x = layer(config, pass_weights(w, p), p, x, embedded, tokens)
+        if skipping and p.layer < half:
             skips.append(x)
     x = rms_norm(x, eps, True)
     logits = linear(linear(x, w["embed_down.weight"]) if config.embed_dim else x, w["embed.weight"])
@@ -215,25 +250,81 @@ def model(config: ModelConfig, weights: dict[str, Array], tokens: Array) -> Arra
     return logits if config.softcap is None else softcap(logits, config.softcap, True)
 
 
-def layer(
-    config: ModelConfig, w: dict[str, Array], index: int, x: Array, embedded: Array, mask: Array, tables
-) -> Array:
-    """Return the stream after one layer."""
-    rows, seq, dim = x.shape
-    damp = 1 / np.sqrt(index + 1) if config.depth_damping else 1.0
+def pass_weights(w: dict[str, Array], p: Pass) -> dict[str, Array]:
+    """Return the weights of a pass: its block's, and its own row of what has one row per pass."""
+    prefix = f"blocks.{p.block}."
+    part = {name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)}
+    for name in ("mixer_scale", "mlp_scale", "stream_mix", "embed_mix"):
+        if name in part and part[name].ndim == 2:
+            part[name] = part[name][p.row]
+    return part
+
+
+def layer(config: ModelConfig, w: dict[str, Array], p: Pass, x: Array, embedded: Array, tokens: Array) -> Array:
+    """Return the stream after one pass through a layer."""
+    kind = config.kinds[p.layer]
+    mixer = attention_mixer if kind == "attention" else recurrent_mixer
+    damp = 1 / np.sqrt(p.layer + 1) if config.depth_damping else 1.0
     if config.residual_mix:
         x = w["stream_mix"] * x + w["embed_mix"] * embedded
     n = rms_norm(x, config.norm_eps, True) * damp
+    x = x + w["mixer_scale"] * output(config, w, "mixer.o", mixer(config, w, n, tokens))
+    if kind != "skc_parallel":
+        n = rms_norm(x, config.norm_eps, True) * damp
+    activation = {"relu2": relu2, "leaky_relu2": leaky_relu2}[config.activation]
+    return x + w["mlp_scale"] * output(config, w, "mlp.down", activation(linear(n, w["mlp.up.weight"]), True))
+
+
+def attention_mixer(config: ModelConfig, w: dict[str, Array], n: Array, tokens: Array) -> Array:
+    """Return what enters the output projection of attention."""
+    rows, seq, dim = n.shape
+    turn = tables.rope_tables(seq, config.rope_dims, config.rope_base)
+    mask = causal_mask(seq, seq, document_ids(tokens, config.bos) if config.documents == "isolated" else None)
 
     def heads(name: str) -> Array:
         return linear(n, w[f"mixer.{name}.weight"]).reshape(rows, seq, -1, config.head_dim).transpose(0, 2, 1, 3)
 
-    q, k = (rope(rms_norm(heads(name), config.norm_eps, True), *tables) for name in "qk")
+    q, k = (rope(rms_norm(heads(name), config.norm_eps, True), *turn) for name in "qk")
     y = attention(q * w["mixer.q_gain"][:, None, None], k, heads("v"), mask, True)
-    x = x + w["mixer_scale"] * output(config, w, "mixer.o", y.transpose(0, 2, 1, 3).reshape(rows, seq, dim))
-    n = rms_norm(x, config.norm_eps, True) * damp
-    activation = {"relu2": relu2, "leaky_relu2": leaky_relu2}[config.activation]
-    return x + w["mlp_scale"] * output(config, w, "mlp.down", activation(linear(n, w["mlp.up.weight"]), True))
+    return y.transpose(0, 2, 1, 3).reshape(rows, seq, dim)
+
+
+def recurrent_mixer(config: ModelConfig, w: dict[str, Array], n: Array, tokens: Array) -> Array:
+    """Return what enters the output projection of a Koopman or an SKC mixer."""
+    starts = (tokens == config.bos) & (config.documents == "isolated")
+    transform = tables.hadamard(config.mixer_dim)
+    d, gain = decay(linear(n, w["mixer.decay.weight"]) + w["mixer.decay_bias"], True)
+    value = linear(n, w["mixer.value.weight"])
+    s, h = remember(value, w["mixer.conv"], d, gain, transform, starts)
+    h = hadamard(h + h @ w["mixer.couple_in"] @ w["mixer.couple_out"].T, transform)
+    z = rms_norm(h, config.norm_eps, True) * w["mixer.state_gain"]
+    if "mixer.capsule_gain" in w:
+        y = capsules(config, w, n, s, starts)
+        z = z + rms_norm(y, config.norm_eps, True) * w["mixer.capsule_gain"]
+    return z * silu(linear(n, w["mixer.gate.weight"]), True)
+
+
+def capsules(config: ModelConfig, w: dict[str, Array], n: Array, s: Array, starts: Array) -> Array:
+    """Return what every token reads from its layer's capsules, (B, T, C)."""
+    rows, seq, width = s.shape
+    heads, count, block = config.capsule_heads, config.capsules, config.capsule_block
+
+    def keys(logits: Array, temperature: Array) -> Array:
+        logits = rms_norm(logits.reshape(rows, seq, heads, count), config.norm_eps, True)
+        return softmax(temperature[:, None] * logits, True)
+
+    temperature = w["mixer.capsules.temperature"]
+    write = keys(linear(n, w["mixer.write.weight"]) + w["mixer.write_bias"], temperature[0])
+    read = keys(linear(n, w["mixer.read.weight"]), temperature[1])
+    weighting = np.ones((block, count))
+    if config.capsule_bands:
+        weighting = tables.walsh(block).T @ w["mixer.capsules.bands"]
+    kept = sigmoid(-w["mixer.capsules.rate"], True)
+    coupling = w["mixer.capsules.couple_out"] @ w["mixer.capsules.couple_in"]
+    coupling = coupling / np.maximum(np.sqrt((coupling**2).sum((1, 2), keepdims=True)), 1)
+    values = s.reshape(rows, seq, heads, width // heads)
+    shift, intra = config.capsule_shift, config.capsule_intra
+    return recall(write, read, values, weighting, kept, coupling, starts, shift, intra).reshape(rows, seq, width)
 
 
 def output(config: ModelConfig, w: dict[str, Array], name: str, x: Array) -> Array:

@@ -9,13 +9,19 @@ import numpy as np
 import pytest
 
 from core import schedule
-from core.config import RunConfig
+from core.config import ModelConfig, RunConfig
 from core.engine import Batch
-from shared_tests.harness import BACKENDS, engine, mini, minis, module, tokens, working_weights
+from core.tables import walsh
+from shared_tests.harness import BACKENDS, EVERYTHING, engine, mini, minis, module, to_device, tokens, working_weights
 from shared_tests.tolerances import CAUSAL
 
 pytestmark = pytest.mark.pair
-LENGTHS = (1, 15, 16, 17, 33, 64)
+LENGTHS = (1, 15, 16, 17, 31, 64)
+LONG = (100, 257)
+"""Lengths that only the model with everything on is held to, and the two SKC presets."""
+SKC = ("skc_ablate", "skc_mac", EVERYTHING)
+FLIPS = 32
+"""Flips that are looked at in one forward pass, a row each."""
 
 
 FORMS: dict[str, dict] = {"exact": {"dtype": "float64"}, "fast": {"dtype": "float32", "exact": False}}
@@ -27,14 +33,35 @@ def logits_of(backend: str, config: RunConfig, form: str = "exact") -> Callable[
 
 
 def flip_leaks(logits: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, bos: int, vocab: int) -> float:
-    """Return the largest change before position s over all s, when token s becomes another token or BOS."""
-    base, worst = logits(rows), 0.0
-    for s in range(rows.shape[1]):
-        for changed_to in ((rows[:, s] + 7) % vocab, np.full(len(rows), bos)):
-            changed = rows.copy()
-            changed[:, s] = changed_to
-            worst = max(worst, float(np.abs(logits(changed)[:, :s] - base[:, :s]).max(initial=0.0)))
+    """Return the largest change before position s over all s, when token s becomes another token or BOS.
+
+    Every flip is a row of a batch, held against the same row of an unchanged batch of that shape. Of rows longer than
+    64, every fifth position and the last are flipped.
+    """
+    worst = 0.0
+    for row in rows:
+        at = range(len(row)) if len(row) <= 64 else [*range(0, len(row), 5), len(row) - 1]
+        flips = [(s, token) for s in at for token in ((row[s] + 7) % vocab, bos)]
+        size = min(FLIPS, len(flips))
+        base = logits(np.repeat(row[None], size, axis=0))
+        for i in range(0, len(flips), size):
+            changed = np.repeat(row[None], size, axis=0)
+            part = flips[i : i + size]
+            for r, (s, token) in enumerate(part):
+                changed[r, s] = token
+            effect = np.abs(logits(changed) - base).max(axis=-1)
+            worst = max(worst, *(float(effect[r, :s].max(initial=0.0)) for r, (s, _) in enumerate(part)))
     return worst
+
+
+def documents_at_block_edges(seq: int, model: ModelConfig) -> np.ndarray:
+    """Return rows whose documents begin at the first and last place of a block, in the middle, and twice in a row."""
+    rows = tokens(f"edges/{seq}", 2, seq, model.vocab, model.bos, documents=False)
+    block = model.capsule_block
+    for places in ((block, 2 * block - 1, 2 * block), (0, 1, block + block // 2, 3 * block - 1)):
+        row = 0 if places[0] else 1
+        rows[row, [p for p in places if p < seq]] = model.bos
+    return rows
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -43,8 +70,10 @@ def flip_leaks(logits: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, bos
 def test_flip(name: str, backend: str, form: str) -> None:
     config = mini(name)
     logits = logits_of(backend, config, form)
-    for seq in LENGTHS:
+    for seq in (*LENGTHS, *(LONG if name == EVERYTHING else ())):
         rows = tokens(f"flip/{seq}", 2, seq, config.model.vocab, config.model.bos)
+        if name in SKC:
+            rows = documents_at_block_edges(seq, config.model)
         assert flip_leaks(logits, rows, config.model.bos, config.model.vocab) == 0.0, seq
 
 
@@ -56,14 +85,76 @@ def test_flip_test_catches_a_mask_that_is_one_off(backend: str, monkeypatch: pyt
     assert flip_leaks(logits_of(backend, config), rows, config.model.bos, config.model.vocab) > 1e-3
 
 
+# The leaks of the original system (docs/causality.md), planted in ours.
+
+
+def transform_over_time(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Walsh-Hadamard transform over the steps of every block, the open one included."""
+    ops, join = module(backend, "ops"), module("mlx", "ops").mx.concatenate if backend == "mlx" else None
+    honest, matrix = ops.short_conv, walsh(8)
+
+    def leaky(x, weight, documents):
+        y = honest(x, weight, documents)
+        rows, seq, width = y.shape
+        whole = seq // 8 * 8
+        mixed = to_device(backend, matrix, "float64") @ y[:, :whole].reshape(rows, -1, 8, width)
+        parts = [mixed.reshape(rows, whole, width), y[:, whole:]]
+        return join(parts, axis=1) if join else module("cuda", "ops").torch.cat(parts, dim=1)
+
+    monkeypatch.setattr(ops, "short_conv", leaky)
+
+
+def softmax_over_time(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routing that is normalised over the positions of the row."""
+    capsules = module(backend, "blocks.capsules").Capsules
+    honest = capsules.route
+
+    def leaky(self, logits, which, context):
+        share = honest(self, logits, which, context)
+        return share / share.sum(1, keepdims=True)
+
+    monkeypatch.setattr(capsules, "route", leaky)
+
+
+def pooled_sketch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of the whole row, added to every position."""
+    koopman = module(backend, "blocks.koopman").Koopman
+    honest = koopman.gated
+    monkeypatch.setattr(koopman, "gated", lambda self, x, z: honest(self, x, z) + 0.1 * x.mean(1, keepdims=True))
+
+
+def length_of_the_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Routing that is divided by the length of the row: no flip shows it, since flips keep the length."""
+    capsules = module(backend, "blocks.capsules").Capsules
+    honest = capsules.route
+    monkeypatch.setattr(capsules, "route", lambda self, x, w, c: honest(self, x, w, c) * (1 + x.shape[1]) ** -0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("plant", [transform_over_time, softmax_over_time, pooled_sketch, length_of_the_row])
+def test_the_leaks_of_the_original_are_caught(plant: Callable, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = mini("skc_ablate")
+    rows = tokens("flip/40", 1, 40, config.model.vocab, config.model.bos, documents=False)
+    assert flip_leaks(logits_of(backend, config), rows, config.model.bos, config.model.vocab) == 0.0
+    plant(backend, monkeypatch)
+    logits = logits_of(backend, config)
+    flips = flip_leaks(logits, rows, config.model.bos, config.model.vocab)
+    prefix = float(np.abs(logits(rows[:, :33]) - logits(rows)[:, :33]).max())
+    if plant is length_of_the_row:
+        assert flips == 0.0 and prefix > 1e-5
+    else:
+        assert flips > 1e-5
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", minis())
 def test_prefix(name: str, backend: str) -> None:
     config = mini(name)
     logits = logits_of(backend, config)
-    rows = tokens("prefix", 2, 64, config.model.vocab, config.model.bos)
+    lengths = (*LENGTHS, *(LONG if name == EVERYTHING else ()))
+    rows = tokens("prefix", 2, max(lengths) + 7, config.model.vocab, config.model.bos)
     whole = logits(rows)
-    for k in LENGTHS:
+    for k in lengths:
         assert np.abs(logits(rows[:, :k]) - whole[:, :k]).max() <= CAUSAL, k
 
 
@@ -94,9 +185,16 @@ VOCAB, SEQ, ROWS, STEPS = 32, 24, 16, 300
 
 
 def plant_leak(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every query see one key past itself."""
+    """Let every query see one key past itself, and every short convolution start one position ahead."""
     ops = module(backend, "ops")
-    honest = ops.causal_mask
+    honest, convolve = ops.causal_mask, ops.short_conv
+
+    def ahead(x, weight, documents):
+        y = convolve(x, weight, documents)
+        last = x.shape[1] - y.shape[1]  # the value of position t lies at t + last
+        return y[:, :1] * 0 + convolve(x[:, list(range(1, x.shape[1])) + [-1]], weight, documents * 0) if last else y
+
+    monkeypatch.setattr(ops, "short_conv", ahead)
 
     def leaky(queries, keys, documents):
         mask = honest(queries, keys + 1, None)[:, :-1]  # aligned bottom-right: one key more for everyone
@@ -107,7 +205,9 @@ def plant_leak(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def last_loss(backend: str, config: RunConfig) -> float:
     """Return the mean loss of the last 50 of 300 steps on fresh uniform tokens."""
-    model = dataclasses.replace(config.model, vocab=VOCAB, layers=2)
+    model = dataclasses.replace(config.model, vocab=VOCAB)
+    if config.preset != EVERYTHING:
+        model = dataclasses.replace(model, layers=2)
     rates: dict[str, Any] = {f"lr_{group}": 3e-3 for group in ("embed", "matrix", "vector")}
     rates["matrix_rule"] = "adamw"  # no rule can learn what is not there; Muon's small products would double the time
     train = dataclasses.replace(config.train, batch=ROWS, seq=SEQ, steps=STEPS, warmdown=0.0, **rates)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from core import schedule
+from core.tables import rope_tables
 from shared_tests import reference
 from shared_tests.harness import BACKENDS, batches, call, engine, mini, module, to_device, tokens, working_weights
 from shared_tests.test_model import by_group, outcome
@@ -26,7 +27,7 @@ def rope_base_off_by_a_percent(ops: Any) -> Callable:
 
     def faulty(x, cos, sin):
         backend = "mlx" if "mlx" in type(x).__module__ else "cuda"
-        tables = reference.rope_tables(cos.shape[0], 2 * cos.shape[1], 10_100.0)
+        tables = rope_tables(cos.shape[0], 2 * cos.shape[1], 10_100.0)
         return honest(x, *(to_device(backend, t, str(x.dtype).split(".")[-1]) for t in tables))
 
     return faulty

@@ -72,7 +72,7 @@ def test_logits_equal_the_oracle(name: str, backend: str) -> None:
     assert relative_rms(got, reference.model(config.model, used, tokens)) <= P2_FLOAT64
 
 
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("name", presets.PRESETS)
 def test_the_real_size_runs_forward_once_and_agrees(name: str) -> None:
     config = presets.get(name).config
     rows = tokens("real size", 1, 48, config.model.vocab, config.model.bos)

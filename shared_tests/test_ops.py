@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
-from core.tables import rope_tables
+from core.tables import hadamard, rope_tables
 from shared_tests import reference
 from shared_tests.harness import BACKENDS, call, draw, gradients, module, tokens
 from shared_tests.tolerances import P1_DIFFERENCE, P1_EXACT, P1_FAST, relative_rms
@@ -19,7 +19,7 @@ def cases(op: str, n: int) -> list[tuple]:
     """Return argument tuples of `op` at size n, `exact` left out."""
     x = 3 * draw(f"{op}/{n}", 2, 3, n)
     documents = reference.document_ids(tokens(f"{op}/{n}", 2, n, 50, 1), 1).astype(np.int32)
-    if op in ("exp", "softmax", "logsumexp", "relu2", "leaky_relu2"):
+    if op in ("exp", "softmax", "logsumexp", "relu2", "leaky_relu2", "sigmoid", "silu", "decay"):
         return (
             [(x,), (30 * np.tanh(x),)] if op in ("softmax", "logsumexp") else [(x,)]
         )  # as hot as the softcap lets it be
@@ -39,6 +39,18 @@ def cases(op: str, n: int) -> list[tuple]:
         late = max(1, n // 3)
         tail = reference.causal_mask(late, n, documents)
         return [(q, k, v, None), (q, k, v, mask), (q[:, :, -late:], k, v, tail), (q, q, q, mask)]
+    if op == "hadamard":
+        return [(draw(op, 2, 3, size), hadamard(size)) for size in (1 << n.bit_length(),)]
+    if op == "short_conv":
+        before = np.concatenate([np.zeros((2, 3), np.int32), documents], axis=1)
+        return [
+            (draw(f"{op}/{n}", 2, 3 + n, 5), draw(f"{op}/weight", 5, 4), before),
+            (x, draw("taps", n, 1), np.zeros((2, 3), np.int32)),
+        ]
+    if op == "scan":
+        forget = 1 / (1 + np.exp(draw(f"{op}/decay/{n}", 2, n, 3)))
+        forget[:, ::5] = 0.0
+        return [(forget, draw(f"{op}/{n}", 2, n, 3), draw(f"{op}/start", 2, 3))]
     if op == "softcap":
         return [(20 * x, 30.0)]
     if op == "cross_entropy":

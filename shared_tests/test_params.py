@@ -18,6 +18,9 @@ GOLDEN_START = {
     "ablate": "6b7014275f26f16a",
     "baseline": "7b55752794ae2b2f",
     "ternary_74m": "b0dd4cf2e292fb2b",
+    "skc_ablate": "365ccfc36b6c7ff5",
+    "skc_mac": "bef7557557ab7051",
+    "everything": "c32eecff4b1c7fcf",
 }
 """blake2b of all start values of each preset's mini, in table order (made by this file's `digest`)."""
 
@@ -36,7 +39,7 @@ def test_start_values_are_golden(name: str) -> None:
     assert digest(start_values(config.model, config.seed)) == GOLDEN_START[name]
 
 
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_preset_has_its_recorded_count(name: str) -> None:
     assert count(presets.get(name).config.model) == presets.get(name).params
 

@@ -10,12 +10,12 @@ import torch
 from torch.func import functional_call
 
 from backends.cuda import ops, optim, storage
-from backends.cuda.model import Model
-from core.engine import Arrays, Batch, EngineOptions, StepResult
+from backends.cuda.model import Constants, Model
+from core.engine import Arrays, Batch, EngineOptions, State, StepResult
 from core.params import check_arrays, exported, optimizer_slots, param_table
 from core.schedule import NUMBERS, StepPlan
 from core.storage import Stored
-from core.tables import rope_tables
+from core.tables import hadamard, rope_tables, walsh
 
 IN_FLIGHT = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -30,6 +30,21 @@ class Pending:
     def result(self) -> StepResult:
         loss, norm, finite = self.values
         return StepResult(loss.item(), norm.item(), bool(finite.item()))
+
+
+class Tape:
+    """See core.engine.Tape."""
+
+    def __init__(self, before, tokens, logits, model, exact):
+        self.before, self.tokens, self.model = before, tokens, model
+        self._logits, self._exact = logits, exact
+
+    def logits(self) -> np.ndarray:
+        return self._logits.cpu().numpy()
+
+    def nll(self, targets: np.ndarray) -> np.ndarray:
+        wanted = torch.from_numpy(np.ascontiguousarray(targets, np.int32)).to(self._logits.device)
+        return ops.cross_entropy(self._logits, wanted, self._exact)[0].cpu().numpy()
 
 
 class Engine:
@@ -50,7 +65,7 @@ class Engine:
             self._model = Model(config.model, self._exact)
         names = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
         check_arrays(weights, names, "weights for the torch model")
-        self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[int, Constants] = {}
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
         self._weights = None
@@ -64,6 +79,7 @@ class Engine:
         self.notes = (
             f"compile: {'loss and update (torch.compile)' if wanted else 'off (eager)'}",
             f"attention: {'exact, composed' if self._exact else 'torch scaled_dot_product_attention'}",
+            f"scan: {'exact, step by step' if self._exact else 'Triton kernel' if gpu else 'in chunks'}",
         )
 
     # What is compiled on a GPU.
@@ -84,17 +100,20 @@ class Engine:
         weights = self._stored(params) if quantise else {name: value.detach() for name, value in params.items()}
         return {name: value.requires_grad_() for name, value in weights.items()}
 
-    def _forward(self, weights, tokens, tables, record=None):
-        return functional_call(self._model, weights, (tokens, tables, self._compute, record), strict=True)
+    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None):
+        return functional_call(
+            self._model, weights, (tokens, tables, self._compute, repeat, record, state), strict=True
+        )
 
-    def _losses(self, weights, tokens, targets, tables):
-        nll, total = ops.cross_entropy(self._forward(weights, tokens, tables), targets, self._exact)
+    def _losses(self, weights, tokens, targets, tables, repeat):
+        logits, _ = self._forward(weights, tokens, tables, repeat)
+        nll, total = ops.cross_entropy(logits, targets, self._exact)
         loss = torch.mean(nll)
         return loss + self._train.z_loss * torch.mean(torch.square(total)) if self._train.z_loss else loss, loss
 
-    def _gradient(self, weights, tokens, targets):
+    def _gradient(self, weights, tokens, targets, repeat):
         """Return (objective, loss, gradients) of one micro-batch."""
-        objective, loss = self._objective(weights, tokens, targets, self._rope(tokens.shape[1]))
+        objective, loss = self._objective(weights, tokens, targets, self._constants(tokens.shape[1]), repeat)
         grads = torch.autograd.grad(objective, [weights[name] for name in self._table])
         return objective.detach(), loss.detach(), dict(zip(self._table, grads, strict=True))
 
@@ -123,7 +142,7 @@ class Engine:
         weights = self._trained(self._params, plan.quantise)
         for i in range(0, len(batch.tokens), rows):
             tokens, targets = self._move(batch.tokens[i : i + rows]), self._move(batch.targets[i : i + rows])
-            _, new, more = self._gradient(weights, tokens, targets)
+            _, new, more = self._gradient(weights, tokens, targets, plan.repeat)
             loss, grads = (
                 (new, more) if loss is None else (loss + new, {name: grads[name] + more[name] for name in grads})
             )
@@ -139,23 +158,40 @@ class Engine:
 
     def gradients(self, batch: Batch) -> tuple[float, Arrays]:
         weights = self._trained(self._params, self.quantise)
-        objective, _, grads = self._gradient(weights, self._move(batch.tokens), self._move(batch.targets))
+        objective, _, grads = self._gradient(weights, self._move(batch.tokens), self._move(batch.targets), True)
         return objective.item(), {name: g.cpu().numpy() for name, g in grads.items()}
 
     @torch.no_grad()
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        logits = self._forward(self._scored(), self._move(tokens), self._rope(tokens.shape[1]))
+        logits, _ = self._forward(self._scored(), self._move(tokens), self._constants(tokens.shape[1]))
         return ops.cross_entropy(logits, self._move(targets), self._exact)[0].cpu().numpy()
 
     @torch.no_grad()
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return self._forward(self._scored(), self._move(tokens), self._rope(tokens.shape[1])).cpu().numpy()
+        return self._forward(self._scored(), self._move(tokens), self._constants(tokens.shape[1]))[0].cpu().numpy()
 
     @torch.no_grad()
     def activations(self, tokens: np.ndarray) -> Arrays:
         record = {}
-        self._forward(self._scored(), self._move(tokens), self._rope(tokens.shape[1]), record)
+        self._forward(self._scored(), self._move(tokens), self._constants(tokens.shape[1]), record=record)
         return {name: value.to(self._wide).cpu().numpy() for name, value in record.items()}
+
+    def start(self, rows: int) -> State:
+        return State(self._model.start(rows, self._device), np.zeros(rows, np.int64))
+
+    @torch.no_grad()
+    def chunk(self, state: State, tokens: np.ndarray) -> Tape:
+        constants = self._constants(tokens.shape[1], state.model.position)
+        logits, tape = self._forward(self._scored(), self._move(tokens), constants, state=state.model)
+        return Tape(state, tokens, logits, tape, self._exact)
+
+    @torch.no_grad()
+    def commit(self, tape: Tape, n: int) -> State:
+        n = int(n)  # a numpy integer would end up in the state
+        if n == 0:
+            return tape.before
+        seen = tape.before.seen_after(tape.tokens, n, self._config)
+        return State(self._model.commit(tape.model, n, int(seen.max())), seen)
 
     def weights(self) -> Arrays:
         weights = self._scored()
@@ -232,11 +268,20 @@ class Engine:
     def _zeros(self, shapes):
         return {name: torch.zeros(shape, dtype=self._wide, device=self._device) for name, shape in shapes.items()}
 
-    def _rope(self, seq):
-        if seq not in self._tables:
-            tables = rope_tables(seq, self._config.rope_dims, self._config.rope_base)
-            self._tables[seq] = tuple(torch.tensor(t, dtype=self._wide, device=self._device) for t in tables)  # pyright: ignore
-        return self._tables[seq]
+    def _constants(self, seq, position=0):
+        """Return the tables of positions `position` to `position + seq`."""
+        end = position + seq
+        length = end if position == 0 else 1 << (end - 1).bit_length()  # a growing state asks for ever new lengths
+        if length not in self._tables:
+            cos, sin = rope_tables(length, self._config.rope_dims, self._config.rope_base)
+            recurs = set(self._config.kinds) - {"attention"}
+            sizes = (self._config.mixer_dim, self._config.capsule_block) if recurs else (1, 1)
+            tables = (cos, sin, hadamard(sizes[0]), walsh(sizes[1]))
+            self._tables[length] = Constants(
+                *(torch.tensor(table, dtype=self._wide, device=self._device) for table in tables)
+            )
+        made = self._tables[length]
+        return made if position == 0 else made._replace(cos=made.cos[position:end], sin=made.sin[position:end])
 
     def _move(self, array):
         tensor = torch.from_numpy(np.ascontiguousarray(array, np.int32))

@@ -44,6 +44,22 @@ class SquaredLeaky(Function):
         return (torch.where(r > 0, dx, dx * ctx.slope) if ctx.slope else dx), None
 
 
+class Decay(Function):
+    """d = sigmoid(-x), s = sqrt(1 - d^2 + 1e-6); dx = d (1 - d) (g_s d / s - g_d)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        d, rest = torch.sigmoid(-x), torch.sigmoid(x)
+        s = torch.addcmul(rest, rest, d).add_(1e-6).sqrt_()
+        ctx.save_for_backward(d, rest, s)
+        return d, s
+
+    @staticmethod
+    def backward(ctx, grad_d, grad_s):  # pyright: ignore
+        d, rest, s = ctx.saved_tensors
+        return torch.mul(grad_s, d).div_(s).sub_(grad_d).mul_(d).mul_(rest)
+
+
 class Softcap(Function):
     """y = cap * tanh(x / cap); dx = g * (1 - tanh^2): the two factors of cap cancel."""
 

@@ -9,6 +9,24 @@ from backends.cuda import ops
 from backends.cuda.blocks import BLOCKS
 from backends.cuda.blocks.linear import Linear
 from backends.cuda.blocks.mlp import MLP
+from core.config import TAPS
+
+
+class Constants(NamedTuple):
+    """Tables that the host makes: of the row's positions, and of the mixers."""
+
+    cos: Any  # (T, rope_dims / 2)
+    sin: Any
+    hadamard: Any  # (C, C), Sylvester order
+    walsh: Any  # (Q, Q), sequency order, Q tokens per capsule block
+
+
+class State(NamedTuple):
+    """What the next token needs of those before it, all layers together."""
+
+    position: int  # tokens before it
+    kept: Any  # (B, S) int32: 0 for a kept key of the current document, -1 for another's; None: no attention
+    mixers: tuple  # one state per pass; None: nothing yet
 
 
 class Context(NamedTuple):
@@ -17,6 +35,15 @@ class Context(NamedTuple):
     cos: Any  # (T, rope_dims / 2)
     sin: Any
     mask: Any  # which keys a query sees, or None: plain causal
+    documents: Any  # (B, T) int32, 0: the document that was open before the first token
+    history: Any  # (B, TAPS - 1 + T): the same, with the positions before in front
+    starts: Any  # (B, T) bool: where a document begins and recurrences start anew
+    hadamard: Any
+    walsh: Any
+    position: int  # tokens before the first
+    kept: int  # keys before the first
+    wide: Any  # type of recurrent states: float32 or wider
+    keep: int = 0  # keys to keep when the chunk is committed
 
 
 class Embedding(nn.Module):
@@ -33,25 +60,34 @@ class Layer(nn.Module):
     def __init__(self, config, index, exact):
         super().__init__()
         self._config, self._exact = config, exact
-        self._damp = (index + 1) ** -0.5 if config.depth_damping else 1.0
+        self._parallel = config.kinds[index] == "skc_parallel"
+        uses = sum(step.block == index for step in config.passes(True))
+        shape = (config.dim,) if uses == 1 else (uses, config.dim)
         self.mixer = BLOCKS[config.kinds[index]](config, exact)
-        self.mixer_scale = nn.Parameter(torch.zeros(config.dim))
+        self.mixer_scale = nn.Parameter(torch.zeros(shape))
         self.mlp = MLP(config, exact)
-        self.mlp_scale = nn.Parameter(torch.zeros(config.dim))
+        self.mlp_scale = nn.Parameter(torch.zeros(shape))
         if config.residual_mix:
-            self.stream_mix = nn.Parameter(torch.zeros(config.dim))
-            self.embed_mix = nn.Parameter(torch.zeros(config.dim))
+            self.stream_mix = nn.Parameter(torch.zeros(shape))
+            self.embed_mix = nn.Parameter(torch.zeros(shape))
 
-    def norm(self, x_BTD):
+    def norm(self, x_BTD, step):
         x_BTD = ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
-        return x_BTD * self._damp if self._damp != 1.0 else x_BTD
+        return x_BTD * (step.layer + 1) ** -0.5 if self._config.depth_damping and step.layer else x_BTD
 
-    def forward(self, x_BTD, embedded_BTD, context):
-        kind = x_BTD.dtype
+    def forward(self, x_BTD, embedded_BTD, context, step, state):
+        """Return the stream after the pass `step`, and the mixer's tape."""
+
+        def scale_D(weight):
+            return (weight if weight.ndim == 1 else weight[step.row]).to(x_BTD.dtype)
+
         if self._config.residual_mix:
-            x_BTD = self.stream_mix.to(kind) * x_BTD + self.embed_mix.to(kind) * embedded_BTD
-        x_BTD = x_BTD + self.mixer_scale.to(kind) * self.mixer(self.norm(x_BTD), context)
-        return x_BTD + self.mlp_scale.to(kind) * self.mlp(self.norm(x_BTD))
+            x_BTD = scale_D(self.stream_mix) * x_BTD + scale_D(self.embed_mix) * embedded_BTD
+        n_BTD = self.norm(x_BTD, step)
+        y_BTD, tape = self.mixer(n_BTD, context, state)
+        x_BTD = x_BTD + scale_D(self.mixer_scale) * y_BTD
+        n_BTD = n_BTD if self._parallel else self.norm(x_BTD, step)
+        return x_BTD + scale_D(self.mlp_scale) * self.mlp(n_BTD), tape
 
 
 class Model(nn.Module):
@@ -65,7 +101,7 @@ class Model(nn.Module):
         if config.embed_dim is not None:
             self.embed_up = Linear(width, config.dim)
             self.embed_down = Linear(config.dim, width)
-        self.blocks = nn.ModuleList([Layer(config, i, exact) for i in range(config.layers)])
+        self.blocks = nn.ModuleList([Layer(config, i, exact) for i in range(config.shared_blocks or config.layers)])
         if config.unet_skips:
             self.skip_weights = nn.Parameter(torch.zeros(config.layers // 2, config.dim))
         if config.vocab_bias:
@@ -90,28 +126,60 @@ class Model(nn.Module):
             logits_BTV if self._config.softcap is None else ops.softcap(logits_BTV, self._config.softcap, self._exact)
         )
 
-    def context(self, tokens_BT, tables):
-        """Return the Context of these rows; tables is (cos, sin) for their length."""
-        mask = None
-        if self._config.documents == "isolated":
-            seq = tokens_BT.shape[1]
-            mask = ops.causal_mask(seq, seq, ops.document_ids(tokens_BT, self._config.bos))
-        cos, sin = tables
-        return Context(cos, sin, mask)
+    def context(self, tokens_BT, constants, state, wide):
+        """Return the Context of these rows."""
+        seq, isolated = tokens_BT.shape[1], self._config.documents == "isolated"
+        starts_BT = tokens_BT == self._config.bos if isolated else torch.zeros_like(tokens_BT, dtype=torch.bool)
+        ids_BT = ops.document_ids(tokens_BT, self._config.bos) if isolated else torch.zeros_like(tokens_BT)
+        history = torch.nn.functional.pad(ids_BT, (TAPS - 1, 0))
+        kept_BS = None if state is None else state.kept
+        ids_BS = ids_BT if kept_BS is None else torch.cat([kept_BS, ids_BT], dim=1)
+        keys, mask = ids_BS.shape[1], None
+        if "attention" in self._config.kinds and (isolated or keys > seq):
+            mask = ops.causal_mask(seq, keys, ids_BS if isolated else None).to(tokens_BT.device)
+        position = 0 if state is None else state.position
+        cos, sin, hadamard, walsh = constants
+        return Context(cos, sin, mask, ids_BT, history, starts_BT, hadamard, walsh, position, keys - seq, wide)
 
-    def forward(self, tokens_BT, tables, dtype, record=None):
-        """Return logits (B, T, V), float32 or wider; `record` (a dict) collects the stream after every layer."""
-        context = self.context(tokens_BT, tables)
+    def forward(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None):
+        """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
+
+        `record` (a dict) collects the stream after every layer. `repeat`: layers that are to be repeated are.
+        """
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        context = self.context(tokens_BT, constants, state, wide)
         embedded_BTD = x_BTD = self.embedding(tokens_BT, dtype)
         record = {} if record is None else record
         record["embed"] = x_BTD
-        skips, half = [], self._config.layers // 2
-        for i, layer in enumerate(self.blocks):
-            if self._config.unet_skips and i >= half and skips:
-                x_BTD = x_BTD + self.skip_weights[i - half].to(x_BTD.dtype) * skips.pop()
-            x_BTD = layer(x_BTD, embedded_BTD, context)
-            if self._config.unet_skips and i < half:
+        skips, half, steps, tapes = [], self._config.layers // 2, self._config.passes(repeat), []
+        mixers = (None,) * len(steps) if state is None else state.mixers
+        for step, mixer in zip(steps, mixers, strict=True):
+            unet = self._config.unet_skips and not step.again
+            if unet and step.layer >= half and skips:
+                x_BTD = x_BTD + self.skip_weights[step.layer - half].to(x_BTD.dtype) * skips.pop()
+            x_BTD, tape = self.blocks[step.block](x_BTD, embedded_BTD, context, step, mixer)
+            tapes.append(tape)
+            if unet and step.layer < half:
                 skips.append(x_BTD)
-            record[f"blocks.{i}"] = x_BTD
+            record[f"blocks.{step.layer}" + ".again" * step.again] = x_BTD
         record["logits"] = logits_BTV = self.head(x_BTD)
-        return logits_BTV
+        return logits_BTV, (state, context, tapes)
+
+    def start(self, rows, device):
+        """Return the state before the first token."""
+        attends = "attention" in self._config.kinds
+        kept = torch.zeros((rows, 0), dtype=torch.int32, device=device) if attends else None
+        return State(0, kept, (None,) * len(self._config.passes(True)))
+
+    def commit(self, tape, n, keep):
+        """Return the state after the first n tokens of a chunk, n from 1 up, with the last `keep` keys of attention."""
+        state, context, tapes = tape
+        context = context._replace(keep=keep)
+        kept = state.kept
+        if kept is not None:
+            ids_BS = torch.cat([kept, context.documents[:, :n]], dim=1)
+            kept = torch.where(ids_BS == ids_BS[:, -1:], 0, -1).to(torch.int32)[:, max(ids_BS.shape[1] - keep, 0) :]
+        steps = self._config.passes(True)
+        blocks: Any = self.blocks
+        mixers = (blocks[s.block].mixer.commit(t, context, n) for s, t in zip(steps, tapes, strict=True))
+        return State(state.position + n, kept, tuple(mixers))

@@ -8,7 +8,8 @@ Shapes: B rows, T positions, S key positions, H heads, G key/value heads, K chan
 import torch
 import torch.nn.functional as F
 
-from backends.cuda.fused import CrossEntropy, RMSNorm, Softcap, SquaredLeaky
+from backends.cuda import scan as recurrence
+from backends.cuda.fused import CrossEntropy, Decay, RMSNorm, Softcap, SquaredLeaky
 
 MASKED = -1e30
 """Score of a hidden key: its weight underflows to exactly 0, and no inf - inf can arise."""
@@ -111,6 +112,53 @@ def relu2(x, exact):
 def leaky_relu2(x, exact):
     """Return LeakyReLU(x, slope 0.5)^2."""
     return torch.square(F.leaky_relu(x, 0.5)) if exact else SquaredLeaky.apply(x, 0.5)
+
+
+def sigmoid(x, exact):
+    """Return 1 / (1 + e^-x)."""
+    return torch.sigmoid(x)  # CUDA: good to the last bit in float64, so both forms are one
+
+
+def silu(x, exact):
+    """Return x / (1 + e^-x)."""
+    return x * sigmoid(x, exact) if exact else F.silu(x)
+
+
+def decay(x, exact):
+    """Return d = 1 / (1 + e^x) and the drive's scale sqrt(1 - d^2 + 1e-6), which keeps a unit input's variance at 1.
+
+    1 - d^2 is (1 - d)(1 + d) with 1 - d = 1 / (1 + e^-x): nothing cancels when d is close to 1.
+    """
+    if not exact:
+        return Decay.apply(x)
+    d = sigmoid(-x, exact)
+    return d, torch.sqrt(sigmoid(x, exact) * (1 + d) + 1e-6)
+
+
+def hadamard(x, matrix):
+    """Return x @ matrix, a Walsh-Hadamard matrix (symmetric), cast to x's type: (..., C) -> (..., C)."""
+    return x @ matrix.to(x.dtype)
+
+
+def short_conv(x, weight, documents):
+    """Return sum_i weight[:, i] * x_{t-i} over the taps i whose position is in t's document.
+
+    x (B, P + T, C) and documents (B, P + T) int begin with the P = taps - 1 positions before; weight (C, taps), column
+    0 is the current token. Returns (B, T, C).
+    """
+    taps = weight.shape[1]
+    seq, weight = x.shape[1] - taps + 1, weight.to(x.dtype)
+    here = documents[:, taps - 1 :]
+    y = weight[:, 0] * x[:, taps - 1 :]
+    for i in range(1, taps):
+        part = slice(taps - 1 - i, taps - 1 - i + seq)
+        y = y + weight[:, i] * torch.where((documents[:, part] == here)[..., None], x[:, part], 0.0)
+    return y
+
+
+def scan(decay, drive, start, exact):
+    """Return h (B, T, C): h_t = decay_t * h_{t-1} + drive_t, h_{-1} = start (B, C); float32 or wider, T from 1 up."""
+    return (recurrence.reference if exact else recurrence.scan)(decay, drive, start)
 
 
 def softcap(x, cap, exact):

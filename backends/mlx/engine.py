@@ -10,12 +10,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from backends.mlx import ops, optim, storage
 from backends.mlx.blas import load_fast_blas
-from backends.mlx.model import Model
-from core.engine import Arrays, Batch, EngineOptions, StepResult
+from backends.mlx.model import Constants, Model
+from core.engine import Arrays, Batch, EngineOptions, State, StepResult
 from core.params import check_arrays, exported, optimizer_slots, param_table
 from core.schedule import NUMBERS, StepPlan
 from core.storage import Stored
-from core.tables import rope_tables
+from core.tables import hadamard, rope_tables, walsh
 
 IN_FLIGHT = 2
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float64": mx.float64}
@@ -30,6 +30,20 @@ class Pending:
     def result(self) -> StepResult:
         loss, norm, finite = self.values
         return StepResult(loss.item(), norm.item(), bool(finite.item()))
+
+
+class Tape:
+    """See core.engine.Tape."""
+
+    def __init__(self, before, tokens, logits, model, exact):
+        self.before, self.tokens, self.model = before, tokens, model
+        self._logits, self._exact = logits, exact
+
+    def logits(self) -> np.ndarray:
+        return np.array(self._logits)
+
+    def nll(self, targets: np.ndarray) -> np.ndarray:
+        return np.array(ops.cross_entropy(self._logits, mx.array(targets), self._exact)[0])
 
 
 class Engine:
@@ -51,7 +65,7 @@ class Engine:
         self._model = Model(config.model, self._exact)
         names = {name: tuple(value.shape) for name, value in dict(tree_flatten(self._model.parameters())).items()}
         check_arrays(weights, names, "weights for the MLX model")
-        self._tables: dict[int, tuple[mx.array, mx.array]] = {}
+        self._tables: dict[int, Constants] = {}
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
         self._weights = None
@@ -66,11 +80,12 @@ class Engine:
         self._accumulate = compiled(self._add_gradient)
         self._finish = compiled(self._update)
         self._score = compiled(self._nll)
-        self._predict = compiled(self._forward)
+        self._predict = compiled(self._logits)
         self._store = compiled(self._stored)
         self.notes = (
             f"compile: {'whole step (mx.compile)' if self._compiled else 'off' if compiler else 'off, no g++'}",
             f"attention: {'exact, composed' if self._exact else 'mx.fast.scaled_dot_product_attention'}",
+            f"scan: {'exact, step by step' if self._exact else 'in chunks'}",
             f"BLAS: {load_fast_blas() if options.fast_blas else 'as MLX ships it'}",
         )
 
@@ -84,23 +99,27 @@ class Engine:
         """Return the weights of a training step's forward pass; gradients at them are those of `params`."""
         return self._store(params) if quantise else params
 
-    def _forward(self, weights, tokens, tables, record=None):
+    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None):
         self._model.update(tree_unflatten(list(weights.items())))
-        return self._model(tokens, tables, self._compute, record)
+        return self._model(tokens, tables, self._compute, repeat, record, state)
 
-    def _losses(self, weights, tokens, targets, tables):
-        nll, total = ops.cross_entropy(self._forward(weights, tokens, tables), targets, self._exact)
+    def _logits(self, weights, tokens, tables):
+        return self._forward(weights, tokens, tables)[0]
+
+    def _losses(self, weights, tokens, targets, tables, repeat):
+        logits, _ = self._forward(weights, tokens, tables, repeat)
+        nll, total = ops.cross_entropy(logits, targets, self._exact)
         loss = mx.mean(nll)
         return loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss, loss
 
-    def _gradient(self, weights, tokens, targets, tables):
+    def _gradient(self, weights, tokens, targets, tables, repeat):
         """Return (objective, loss, gradients) of one micro-batch."""
-        (objective, loss), grads = mx.value_and_grad(self._losses)(weights, tokens, targets, tables)
+        (objective, loss), grads = mx.value_and_grad(self._losses)(weights, tokens, targets, tables, repeat)
         return objective, loss, grads
 
-    def _add_gradient(self, weights, grads, loss, tokens, targets, tables):
+    def _add_gradient(self, weights, grads, loss, tokens, targets, tables, repeat):
         self._traces += self._compiled  # compiled code runs in Python while it is traced only: this counts compilations
-        _, new, more = self._gradient(weights, tokens, targets, tables)
+        _, new, more = self._gradient(weights, tokens, targets, tables, repeat)
         return loss + new, {name: grads[name] + more[name] for name in grads}
 
     def _update(self, params, state, grads, loss, hyper, count):
@@ -115,13 +134,13 @@ class Engine:
         new_state = {name: mx.where(finite, new_state[name], state[name]) for name in state}
         return new_params, new_state, loss, norm, finite
 
-    def _step(self, params, weights, state, tokens, targets, tables, hyper):
+    def _step(self, params, weights, state, tokens, targets, tables, hyper, repeat):
         self._traces += self._compiled
-        _, loss, grads = self._gradient(weights, tokens, targets, tables)
+        _, loss, grads = self._gradient(weights, tokens, targets, tables, repeat)
         return self._update(params, state, grads, loss, hyper, 1.0)
 
     def _nll(self, weights, tokens, targets, tables):
-        return ops.cross_entropy(self._forward(weights, tokens, tables), targets, self._exact)[0]
+        return ops.cross_entropy(self._logits(weights, tokens, tables), targets, self._exact)[0]
 
     # The protocol.
 
@@ -129,17 +148,17 @@ class Engine:
         hyper = mx.array(np.array(plan.numbers), self._wide)
         seq = batch.tokens.shape[1]
         rows = self._train.rows_of(seq)[1]
-        count, tables = len(batch.tokens) // rows, self._rope(seq)
+        count, tables = len(batch.tokens) // rows, self._constants(seq)
         weights = self._trained(self._params, plan.quantise)
         if count == 1:
             tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
-            out = self._whole(self._params, weights, self._state, tokens, targets, tables, hyper)
+            out = self._whole(self._params, weights, self._state, tokens, targets, tables, hyper, plan.repeat)
         else:
             loss = mx.zeros((), self._wide)
             grads = {name: mx.zeros_like(value) for name, value in self._params.items()}
             for i in range(0, len(batch.tokens), rows):
                 tokens, targets = mx.array(batch.tokens[i : i + rows]), mx.array(batch.targets[i : i + rows])
-                loss, grads = self._accumulate(weights, grads, loss, tokens, targets, tables)
+                loss, grads = self._accumulate(weights, grads, loss, tokens, targets, tables, plan.repeat)
                 mx.eval(loss, grads)  # MLX: one micro-batch's activations at a time
             out = self._finish(self._params, self._state, grads, loss, hyper, mx.array(float(count), self._wide))
         del weights
@@ -154,21 +173,38 @@ class Engine:
     def gradients(self, batch: Batch) -> tuple[float, Arrays]:
         weights = self._trained(self._params, self.quantise)
         objective, _, grads = self._gradient(
-            weights, mx.array(batch.tokens), mx.array(batch.targets), self._rope(batch.tokens.shape[1])
+            weights, mx.array(batch.tokens), mx.array(batch.targets), self._constants(batch.tokens.shape[1]), True
         )
         return float(np.array(objective)), {name: np.array(grads[name]) for name in self._table}
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        tables = self._rope(tokens.shape[1])
+        tables = self._constants(tokens.shape[1])
         return np.array(self._score(self._scored(), mx.array(tokens), mx.array(targets), tables))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return np.array(self._predict(self._scored(), mx.array(tokens), self._rope(tokens.shape[1])))
+        return np.array(self._predict(self._scored(), mx.array(tokens), self._constants(tokens.shape[1])))
 
     def activations(self, tokens: np.ndarray) -> Arrays:
         record = {}
-        self._forward(self._scored(), mx.array(tokens), self._rope(tokens.shape[1]), record)
+        self._forward(self._scored(), mx.array(tokens), self._constants(tokens.shape[1]), record=record)
         return {name: np.array(value.astype(self._wide)) for name, value in record.items()}
+
+    def start(self, rows: int) -> State:
+        return State(self._model.start(rows), np.zeros(rows, np.int64))
+
+    def chunk(self, state: State, tokens: np.ndarray) -> Tape:
+        constants = self._constants(tokens.shape[1], state.model.position)
+        logits, tape = self._forward(self._scored(), mx.array(tokens), constants, state=state.model)
+        return Tape(state, tokens, logits, tape, self._exact)
+
+    def commit(self, tape: Tape, n: int) -> State:
+        n = int(n)  # a numpy integer would end up in the state
+        if n == 0:
+            return tape.before
+        seen = tape.before.seen_after(tape.tokens, n, self._config)
+        state = self._model.commit(tape.model, n, int(seen.max()))
+        mx.eval(tree_flatten(state.mixers), [] if state.kept is None else state.kept)  # MLX: else the graph would grow
+        return State(state, seen)
 
     def weights(self) -> Arrays:
         weights = self._scored()
@@ -229,11 +265,18 @@ class Engine:
             self._weights = self._store(weights) if self.quantise else weights
         return self._weights
 
-    def _rope(self, seq):
-        if seq not in self._tables:
-            tables = rope_tables(seq, self._config.rope_dims, self._config.rope_base)
-            self._tables[seq] = tuple(mx.array(t, self._wide) for t in tables)  # pyright: ignore
-        return self._tables[seq]
+    def _constants(self, seq, position=0):
+        """Return the tables of positions `position` to `position + seq`."""
+        end = position + seq
+        length = end if position == 0 else 1 << (end - 1).bit_length()  # a growing state asks for ever new lengths
+        if length not in self._tables:
+            cos, sin = rope_tables(length, self._config.rope_dims, self._config.rope_base)
+            recurs = set(self._config.kinds) - {"attention"}
+            sizes = (self._config.mixer_dim, self._config.capsule_block) if recurs else (1, 1)
+            tables = (cos, sin, hadamard(sizes[0]), walsh(sizes[1]))
+            self._tables[length] = Constants(*(mx.array(table, self._wide) for table in tables))
+        made = self._tables[length]
+        return made if position == 0 else made._replace(cos=made.cos[position:end], sin=made.sin[position:end])
 
 
 def build(config, weights: Arrays, options: EngineOptions, quantise: bool) -> Engine:

@@ -10,6 +10,8 @@ import math
 
 import mlx.core as mx
 
+from backends.mlx import scan as recurrence
+
 MASKED = -1e30
 """Score of a hidden key: its weight underflows to exactly 0, and no inf - inf can arise."""
 
@@ -108,6 +110,51 @@ def relu2(x, exact):
 def leaky_relu2(x, exact):
     """Return LeakyReLU(x, slope 0.5)^2."""
     return mx.square(mx.maximum(x, 0.5 * x))
+
+
+def sigmoid(x, exact):
+    """Return 1 / (1 + e^-x)."""
+    return (1 + mx.tanh(x / 2)) / 2 if exact else mx.sigmoid(x)
+
+
+def silu(x, exact):
+    """Return x / (1 + e^-x)."""
+    return x * sigmoid(x, exact)
+
+
+def decay(x, exact):
+    """Return d = 1 / (1 + e^x) and the drive's scale sqrt(1 - d^2 + 1e-6), which keeps a unit input's variance at 1.
+
+    1 - d^2 is (1 - d)(1 + d) with 1 - d = 1 / (1 + e^-x): nothing cancels when d is close to 1.
+    """
+    d = sigmoid(-x, exact)
+    return d, mx.sqrt(sigmoid(x, exact) * (1 + d) + 1e-6)
+
+
+def hadamard(x, matrix):
+    """Return x @ matrix, a Walsh-Hadamard matrix (symmetric), cast to x's type: (..., C) -> (..., C)."""
+    return x @ matrix.astype(x.dtype)
+
+
+def short_conv(x, weight, documents):
+    """Return sum_i weight[:, i] * x_{t-i} over the taps i whose position is in t's document.
+
+    x (B, P + T, C) and documents (B, P + T) int begin with the P = taps - 1 positions before; weight (C, taps), column
+    0 is the current token. Returns (B, T, C).
+    """
+    taps = weight.shape[1]
+    seq, weight = x.shape[1] - taps + 1, weight.astype(x.dtype)
+    here = documents[:, taps - 1 :]
+    y = weight[:, 0] * x[:, taps - 1 :]
+    for i in range(1, taps):
+        part = slice(taps - 1 - i, taps - 1 - i + seq)
+        y = y + weight[:, i] * mx.where((documents[:, part] == here)[..., None], x[:, part], mx.array(0.0, x.dtype))
+    return y
+
+
+def scan(decay, drive, start, exact):
+    """Return h (B, T, C): h_t = decay_t * h_{t-1} + drive_t, h_{-1} = start (B, C); float32 or wider, T from 1 up."""
+    return (recurrence.reference if exact else recurrence.scan)(decay, drive, start)
 
 
 def softcap(x, cap, exact):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from core.config import ConfigError, ModelConfig, from_json, to_json
+from core.config import LATER, ConfigError, ModelConfig, from_json, to_json
 from core.engine import Arrays
 from core.export import codecs
 from core.files import replace_file
@@ -167,12 +167,18 @@ def _header(
     ]
     return {
         "schema": SCHEMA,
-        "model": to_json(model),
+        "model": _model(model),
         "tokenizer_sha256": tokenizer_sha256,
         "tensors": [[name, row.storage, list(row.shape)] for name, row in table.items()],
         "streams": streams,
         "provenance": provenance,
     }
+
+
+def _model(model: ModelConfig) -> dict[str, Any]:
+    """Return the model's fields; one that came after schema 1 is there if it is not at its default."""
+    values, defaults = to_json(model), to_json(ModelConfig())
+    return {name: value for name, value in values.items() if name not in LATER or value != defaults[name]}
 
 
 def _check_strings(path: str | Path, tokenizer_sha256: Any, provenance: Any) -> None:

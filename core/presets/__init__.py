@@ -4,7 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 from core.config import ConfigError, RunConfig
-from core.presets import transformers
+from core.presets import skc, transformers
 
 
 class Preset(NamedTuple):
@@ -18,7 +18,7 @@ class Preset(NamedTuple):
 
 PRESETS: dict[str, Preset] = {
     name: Preset(purpose, dataclasses.replace(config, preset=name), params)
-    for name, (purpose, config, params) in transformers.PRESETS.items()
+    for name, (purpose, config, params) in (transformers.PRESETS | skc.PRESETS).items()
 }
 
 
@@ -52,6 +52,11 @@ def mini(config: RunConfig) -> RunConfig:
             rope_dims=rotated,
             mlp_hidden=max(1, model.mlp_hidden * dim // model.dim),
             embed_dim=None if model.embed_dim is None else max(1, model.embed_dim * dim // model.dim),
+            mixer_dim=min(model.mixer_dim, 32),
+            capsules=min(model.capsules, 8),
+            capsule_block=min(model.capsule_block, 8),
+            shared_blocks=None if model.shared_blocks is None else min(model.shared_blocks, 4),
+            repeat_layers=tuple(i for i in model.repeat_layers if i < 4),
         ),
         train=dataclasses.replace(
             config.train, batch=4, seq=32, steps=50, micro_batch=None, seconds=None, seq_stages=(), seq_until=()

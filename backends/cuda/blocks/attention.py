@@ -1,5 +1,7 @@
 """Layer kind `attention`: causal, grouped-query, with normalised queries and keys, a gain per head, partial RoPE."""
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn as nn
 
@@ -7,8 +9,16 @@ from backends.cuda import ops
 from backends.cuda.blocks.linear import Linear, Output
 
 
+class AttentionState(NamedTuple):
+    """What the next token needs of those before it."""
+
+    k: Any  # (B, G, S, K), rotated
+    v: Any  # (B, G, S, K)
+
+
 class Attention(nn.Module):
-    """Mix positions by attention. Letters: B rows, T positions, D width, H heads, G key/value heads, K channels."""
+    """Mix positions by attention. Letters: B rows, T positions, D width, H heads, G key/value heads, K channels,
+    S positions of the state and T."""
 
     def __init__(self, config, exact):
         super().__init__()
@@ -20,7 +30,7 @@ class Attention(nn.Module):
         self.o = Output(config.dim, config, exact)
         self.q_gain = nn.Parameter(torch.zeros(config.heads))
 
-    def forward(self, x_BTD, context):
+    def forward(self, x_BTD, context, state):
         config, exact = self._config, self._exact
         rows, seq, dim = x_BTD.shape
         split = (rows, seq, -1, config.head_dim)
@@ -30,5 +40,13 @@ class Attention(nn.Module):
         q_BHTK = ops.rope(ops.rms_norm(q_BHTK, config.norm_eps, exact), context.cos, context.sin)
         k_BGTK = ops.rope(ops.rms_norm(k_BGTK, config.norm_eps, exact), context.cos, context.sin)
         q_BHTK = q_BHTK * self.q_gain.to(q_BHTK.dtype)[:, None, None]
+        if state is not None:
+            k_BGTK, v_BGTK = torch.cat([state.k, k_BGTK], dim=2), torch.cat([state.v, v_BGTK], dim=2)
         y_BHTK = ops.attention(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)
-        return self.o(torch.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim))
+        return self.o(torch.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim)), AttentionState(k_BGTK, v_BGTK)
+
+    def commit(self, tape, context, n):
+        """Return the state after the first n tokens of a chunk, n from 1 up: the last of it that context.keep says."""
+        end = context.kept + n
+        begin = end - min(context.keep, end)
+        return AttentionState(tape.k[:, :, begin:end], tape.v[:, :, begin:end])

@@ -1,5 +1,7 @@
 """Layer kind `attention`: causal, grouped-query, with normalised queries and keys, a gain per head, partial RoPE."""
 
+from typing import Any, NamedTuple
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -7,8 +9,16 @@ from backends.mlx import ops
 from backends.mlx.blocks.linear import Linear, Output
 
 
+class AttentionState(NamedTuple):
+    """What the next token needs of those before it."""
+
+    k: Any  # (B, G, S, K), rotated
+    v: Any  # (B, G, S, K)
+
+
 class Attention(nn.Module):
-    """Mix positions by attention. Letters: B rows, T positions, D width, H heads, G key/value heads, K channels."""
+    """Mix positions by attention. Letters: B rows, T positions, D width, H heads, G key/value heads, K channels,
+    S positions of the state and T."""
 
     def __init__(self, config, exact):
         super().__init__()
@@ -20,7 +30,7 @@ class Attention(nn.Module):
         self.o = Output(config.dim, config, exact)
         self.q_gain = mx.zeros((config.heads,))
 
-    def __call__(self, x_BTD, context):
+    def __call__(self, x_BTD, context, state):
         config, exact = self._config, self._exact
         rows, seq, dim = x_BTD.shape
         split = (rows, seq, -1, config.head_dim)
@@ -30,5 +40,13 @@ class Attention(nn.Module):
         q_BHTK = ops.rope(ops.rms_norm(q_BHTK, config.norm_eps, exact), context.cos, context.sin)
         k_BGTK = ops.rope(ops.rms_norm(k_BGTK, config.norm_eps, exact), context.cos, context.sin)
         q_BHTK = q_BHTK * self.q_gain.astype(q_BHTK.dtype)[:, None, None]
+        if state is not None:
+            k_BGTK, v_BGTK = mx.concatenate([state.k, k_BGTK], axis=2), mx.concatenate([state.v, v_BGTK], axis=2)
         y_BHTK = ops.attention(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)
-        return self.o(mx.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim))
+        return self.o(mx.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim)), AttentionState(k_BGTK, v_BGTK)
+
+    def commit(self, tape, context, n):
+        """Return the state after the first n tokens of a chunk, n from 1 up: the last of it that context.keep says."""
+        end = context.kept + n
+        begin = end - min(context.keep, end)
+        return AttentionState(tape.k[:, :, begin:end], tape.v[:, :, begin:end])

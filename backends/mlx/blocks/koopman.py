@@ -1,0 +1,77 @@
+"""Layer kind `koopman`: a short convolution, then a diagonal recurrence over channels that a Walsh-Hadamard transform
+mixes, read out through a low-rank coupling and an output gate (spec/causal_skc.md a1)."""
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from backends.mlx import ops
+from backends.mlx.blocks.linear import Linear, Output
+from core.config import COUPLING, TAPS
+
+
+class KoopmanState(NamedTuple):
+    """What the next token needs of those before it."""
+
+    tail: Any  # (B, TAPS - 1, C): the last values that are in the current document, else 0
+    last: Any  # (B, C): the recurrence, float32 or wider
+
+
+class KoopmanTape(NamedTuple):
+    """What the state after any token of a chunk is made of."""
+
+    values: Any  # (B, TAPS - 1 + T, C)
+    states: Any  # (B, T, C)
+
+
+class Koopman(nn.Module):
+    """Mix positions by a recurrence. Letters: B rows, T positions, D width, C mixer channels."""
+
+    def __init__(self, config, exact):
+        super().__init__()
+        self._config, self._exact = config, exact
+        width = config.mixer_dim
+        self.value = Linear(config.dim, width)
+        self.gate = Linear(config.dim, width)
+        self.decay = Linear(config.dim, width)
+        self.decay_bias = mx.zeros((width,))
+        self.conv = mx.zeros((width, TAPS))
+        self.couple_in = mx.zeros((width, COUPLING))
+        self.couple_out = mx.zeros((width, COUPLING))
+        self.state_gain = mx.zeros((width,))
+        self.o = Output(width, config, exact)
+
+    def __call__(self, x_BTD, context, state):
+        z_BTC, _, tape = self.recur(x_BTD, context, state or self.start(x_BTD, context))
+        return self.gated(x_BTD, z_BTC), tape
+
+    def start(self, x_BTD, context):
+        """Return the state before the first token."""
+        rows, width = x_BTD.shape[0], self._config.mixer_dim
+        tail_BPC = mx.zeros((rows, TAPS - 1, width), dtype=x_BTD.dtype)
+        return KoopmanState(tail_BPC, mx.zeros((rows, width), dtype=context.wide))
+
+    def recur(self, x_BTD, context, state):
+        """Return what is read out, what went in, and the tape."""
+        kind, wide = x_BTD.dtype, context.wide
+        values_BPC = mx.concatenate([state.tail, self.value(x_BTD)], axis=1)
+        s_BTC = ops.short_conv(values_BPC, self.conv, context.history)
+        decay_BTC, scale_BTC = ops.decay(self.decay(x_BTD).astype(wide) + self.decay_bias, self._exact)
+        decay_BTC = mx.where(context.starts[..., None], 0.0, decay_BTC)
+        drive_BTC = ops.hadamard(s_BTC, context.hadamard).astype(wide) * scale_BTC
+        states_BTC = ops.scan(decay_BTC, drive_BTC, state.last, self._exact)
+        h_BTC = states_BTC.astype(kind)
+        h_BTC = h_BTC + ops.linear(h_BTC @ self.couple_in.astype(kind), self.couple_out)
+        h_BTC = ops.rms_norm(ops.hadamard(h_BTC, context.hadamard), self._config.norm_eps, self._exact)
+        return h_BTC * self.state_gain.astype(kind), s_BTC, KoopmanTape(values_BPC, states_BTC)
+
+    def gated(self, x_BTD, z_BTC):
+        """Return the layer's output: the gate follows the recurrence."""
+        return self.o(z_BTC * ops.silu(self.gate(x_BTD), self._exact))
+
+    def commit(self, tape, context, n):
+        """Return the state after the first n tokens of a chunk, n from 1 up."""
+        ids = context.history[:, n : n + TAPS - 1] == context.documents[:, n - 1 : n]
+        tail_BPC = tape.values[:, n : n + TAPS - 1]
+        return KoopmanState(mx.where(ids[..., None], tail_BPC, 0.0), tape.states[:, n - 1])
