@@ -416,8 +416,9 @@ class TrainConfig:
 class EvalConfig:
     """How text is scored."""
 
-    windows: Literal["plain", "sliding", "documents"] = "plain"
-    """plain: consecutive windows; sliding: overlapping by seq - stride; documents: either, inside each document."""
+    windows: Literal["plain", "sliding", "documents", "stateful"] = "plain"
+    """plain: consecutive windows; sliding: overlapping by seq - stride; documents: either, inside each document;
+    stateful: consecutive windows of a document, each with the exact state that the one before left."""
     seq: int = 512
     """Longest context of a window, in tokens."""
     stride: int | None = None
@@ -445,8 +446,8 @@ class EvalConfig:
             "eval.windows=sliding needs eval.stride (for example --eval.stride 64)",
         )
         require(
-            self.windows != "plain" or self.stride in (None, self.seq),
-            f"eval.stride={self.stride} has no meaning with eval.windows=plain: use --eval.windows sliding",
+            self.windows not in ("plain", "stateful") or self.stride in (None, self.seq),
+            f"eval.stride={self.stride} has no meaning with eval.windows={self.windows}: use --eval.windows sliding",
         )
 
 
@@ -485,6 +486,13 @@ class RunConfig:
         require(
             self.train.repeat_from < 1 and (self.train.repeat_from == 0 or bool(self.model.repeat_layers)),
             f"train.repeat_from={self.train.repeat_from}: expected a share below 1, and model.repeat_layers to repeat",
+        )
+        require(
+            self.eval.windows != "stateful"
+            or self.model.documents == "isolated"
+            or "attention" not in self.model.kinds,
+            "eval.windows=stateful with packed documents would keep the keys of every token of the text: "
+            "use --eval.windows sliding",
         )
 
 

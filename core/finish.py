@@ -84,7 +84,9 @@ def check_promise(decoded: Arrays, scored: Arrays, path: str | Path) -> None:
 def final_score(engine: Engine, dataset: Dataset, config: RunConfig, say: Console, label: str) -> Score:
     """Score as config.eval says, with progress."""
     report = say.progress(label)
-    return score(engine, dataset, config.eval, documents=config.eval.documents, seed=config.eval.seed, progress=report)
+    settings, isolated = config.eval, config.model.documents == "isolated"
+    drawn, seed = settings.documents, settings.seed
+    return score(engine, dataset, settings, documents=drawn, seed=seed, progress=report, isolated=isolated)
 
 
 def describe(found: Score) -> str:

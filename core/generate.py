@@ -1,14 +1,21 @@
-"""Text from a model: full forwards over one fixed window, and numpy sampling that is the same on every backend."""
+"""Text from a model, token by token from its exact state, and numpy sampling that is the same on every backend."""
 
 import numpy as np
 
 from core import rng
-from core.config import require
-from core.engine import Engine
+from core.config import RunConfig, require
+from core.engine import Engine, State, step
 from core.tokenizer import Tokenizer
 
 PROMPTS = ("", "The")
 SAMPLE_TOKENS = 64
+CHUNK = 512
+"""Tokens of a prompt that are read at once."""
+
+
+def context_limit(config: RunConfig) -> int | None:
+    """Return how many tokens the model may look back on: attention no more than it was trained with, else all."""
+    return config.train.seq if "attention" in config.model.kinds else None
 
 
 def sample(
@@ -19,27 +26,41 @@ def sample(
     temperature: float,
     top_k: int | None,
     seed: int,
-    seq: int,
+    limit: int | None,
 ) -> str:
     """Return `prompt` and what the model writes after it: at most `tokens` tokens, up to the end of the document.
 
-    Every forward pass has the shape (1, seq), so nothing is compiled twice; the model sees the last `seq` tokens.
-    Temperature 0 takes the likeliest token; `top_k` keeps that many candidates (None: all).
+    Each token is one step from the state of those before it. A model that may look back on `limit` tokens only begins
+    anew with the later half of them when it has seen so many. Temperature 0 takes the likeliest token; `top_k` keeps
+    that many candidates (None: all).
     """
     require(tokens >= 1, f"tokens={tokens}: expected at least 1")
     require(temperature >= 0, f"temperature={temperature}: expected 0 or more")
     require(top_k is None or top_k >= 1, f"top_k={top_k}: expected at least 1, or None")
     ids = [tokenizer.bos, *tokenizer.encode(prompt).tolist()]
+    logits, state, seen = _read(engine, ids if limit is None else ids[-limit:])
     for i in range(tokens):
-        context = ids[-seq:]
-        window = np.zeros((1, seq), np.int32)
-        window[0, : len(context)] = context  # the padding lies in the future: a causal model cannot see it
-        row = engine.logits(window)[0, len(context) - 1]
-        chosen = choose(row, temperature, top_k, rng.uniform(seed, f"sample/{i}", 1)[0])
+        chosen = choose(logits, temperature, top_k, rng.uniform(seed, f"sample/{i}", 1)[0])
         if chosen == tokenizer.bos:
             break
         ids.append(chosen)
+        if i + 1 == tokens:
+            break
+        if limit is not None and seen >= limit:
+            logits, state, seen = _read(engine, ids[-max(1, limit // 2) :])
+        else:
+            row, state = step(engine, state, np.array([chosen], np.int32))
+            logits, seen = row[0], seen + 1
     return tokenizer.decode(ids)
+
+
+def _read(engine: Engine, ids: list[int]) -> tuple[np.ndarray, State, int]:
+    """Return the logits (V,) after a text, the state, and how many tokens that was."""
+    state, logits = engine.start(1), np.empty(0)
+    for i in range(0, len(ids), CHUNK):
+        tape = engine.chunk(state, np.array([ids[i : i + CHUNK]], np.int32))
+        logits, state = tape.logits()[0, -1], engine.commit(tape, len(ids[i : i + CHUNK]))
+    return logits, state, len(ids)
 
 
 def choose(logits: np.ndarray, temperature: float, top_k: int | None, draw: float) -> int:
@@ -53,6 +74,7 @@ def choose(logits: np.ndarray, temperature: float, top_k: int | None, draw: floa
     return int(order[min(np.searchsorted(ends, (draw + 1) / 2 * ends[-1], "right"), len(order) - 1)])
 
 
-def samples(engine: Engine, tokenizer: Tokenizer, seq: int, seed: int) -> list[str]:
+def samples(engine: Engine, tokenizer: Tokenizer, config: RunConfig) -> list[str]:
     """Return the texts that are shown during training and in the report."""
-    return [sample(engine, tokenizer, prompt, SAMPLE_TOKENS, 0.8, 40, seed, seq) for prompt in PROMPTS]
+    choices = (SAMPLE_TOKENS, 0.8, 40, config.seed, context_limit(config))
+    return [sample(engine, tokenizer, prompt, *choices) for prompt in PROMPTS]

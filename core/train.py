@@ -179,7 +179,8 @@ class Meter:
 def _estimate(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -> None:
     """Estimate the validation score on a few documents and record it."""
     config = run.config
-    found = score(engine, dataset, config.eval, documents=config.eval.train_documents, seed=config.eval.seed)
+    settings, isolated = config.eval, config.model.documents == "isolated"
+    found = score(engine, dataset, settings, documents=settings.train_documents, seed=settings.seed, isolated=isolated)
     run.log(step, {"val/bpb": found.bpb} | ({} if found.error is None else {"val/error": found.error}))
     spread = f" ± {found.error:.4f}" if found.error else ""  # no error where the draw took all documents
     say(
@@ -190,7 +191,7 @@ def _estimate(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -
 
 def write_samples(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -> list[str]:
     """Let the model write its samples, show them and record them."""
-    texts = samples(engine, dataset.tokenizer, run.config.train.seq, run.config.seed)
+    texts = samples(engine, dataset.tokenizer, run.config)
     run.log(step, {"samples": texts})
     for text in texts:
         say(f"step {step}  sample: {' '.join(text.split())}")

@@ -1,5 +1,6 @@
-"""Sampling: draws follow the distribution, text ends with its document, one shape for every pass. Budget: 5 s."""
+"""Sampling: draws follow the distribution, text ends with its document, the state is carried. Budget: 5 s."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,21 +37,37 @@ class Scripted:
     def __init__(self, ids: list[int], vocab: int) -> None:
         self.ids, self.vocab, self.shown = ids, vocab, []
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        self.shown.append(tokens.copy())
-        out = np.zeros((*tokens.shape, self.vocab), np.float32)
-        last = np.flatnonzero(tokens[0])[-1]
-        out[0, last, self.ids[len(self.shown) - 1]] = 50.0
-        return out
+    def start(self, rows: int) -> tuple[int, ...]:
+        return ()
+
+    def chunk(self, state: tuple[int, ...], tokens: np.ndarray) -> Any:
+        (row,) = tokens.tolist()
+        self.shown.append((*state, *row))
+        out = np.zeros((1, len(row), self.vocab), np.float32)
+        out[0, -1, self.ids[len(self.shown) - 1]] = 50.0
+        return SimpleNamespace(logits=lambda: out, state=(*state, *row))
+
+    def commit(self, tape: Any, n: int) -> tuple[int, ...]:
+        return tape.state
 
 
-def test_text_ends_at_the_next_document_and_the_window_moves(dataset: Dataset) -> None:
+def test_text_ends_at_the_next_document_and_no_token_is_read_twice(dataset: Dataset) -> None:
     tokenizer = dataset.tokenizer
     ids = tokenizer.encode("She was glad of it").tolist()
     engine: Any = Scripted([*ids, tokenizer.bos, ids[0]], tokenizer.vocab)
-    assert sample(engine, tokenizer, "", 50, 1.0, None, 0, 4) == "She was glad of it"
-    assert len(engine.shown) == len(ids) + 1 and all(tokens.shape == (1, 4) for tokens in engine.shown)
-    assert engine.shown[0][0].tolist() == [tokenizer.bos, 0, 0, 0]
-    assert engine.shown[-1][0].tolist() == ids[-4:]
+    assert sample(engine, tokenizer, "", 50, 1.0, None, 0, None) == "She was glad of it"
+    assert engine.shown == [(tokenizer.bos, *ids[:n]) for n in range(len(ids) + 1)]
     with pytest.raises(ConfigError, match="tokens=0"):
         sample(engine, tokenizer, "", 0, 1.0, None, 0, 4)
+
+
+def test_attention_looks_back_no_further_than_its_limit(dataset: Dataset) -> None:
+    tokenizer = dataset.tokenizer
+    ids = tokenizer.encode("She was glad of it, and so was he").tolist()
+    engine: Any = Scripted([*ids, tokenizer.bos], tokenizer.vocab)
+    assert sample(engine, tokenizer, "", 50, 1.0, None, 0, 4) == "She was glad of it, and so was he"
+    text = [tokenizer.bos, *ids]
+    assert max(map(len, engine.shown)) == 4
+    assert [len(shown) for shown in engine.shown[:8]] == [1, 2, 3, 4, 2, 3, 4, 2]
+    for n, shown in enumerate(engine.shown, 1):
+        assert list(shown) == text[n - len(shown) : n]

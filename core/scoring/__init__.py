@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 
@@ -12,11 +12,12 @@ from core.config import ConfigError, EvalConfig
 from core.data import Dataset, Split
 from core.scoring.accounting import bits_per_byte, count_bytes, ratio_error
 from core.scoring.ledger import Ledger, LedgerError, Scored
+from core.scoring.stateful import Carrier, score_streams
 from core.scoring.windows import Windows, cut, document_ranges, document_windows, sliding
 
 
 class Scorer(Protocol):
-    """What scoring needs of an engine."""
+    """What scoring needs of an engine; windows with carry also need it to be a Carrier."""
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Return -log p(target) in nats for every position: (rows, seq) int32 -> (rows, seq) float."""
@@ -68,13 +69,16 @@ def score(
     progress: Callable[[int, int], None] | None = None,
     ledger: Ledger | None = None,
     weights_version: int = 0,
+    isolated: bool = True,
 ) -> Score:
     """Score the validation text: all of it as `config` says, or `documents` documents drawn by `seed` as an estimate.
 
     An estimate scores each drawn document by itself (windows inside documents, whatever `config.windows` says), and
     stays an estimate even if the draw takes them all. Windows that are already in `ledger` are not scored again, so a
-    killed evaluation goes on. `progress` gets (windows done, windows in all). ConfigError if there is nothing to score
-    or no byte rule applies; LedgerError if the engine's numbers are not finite or `ledger` is of another text.
+    killed evaluation goes on. `isolated`: whether the model's documents are; windows with carry then begin anew with
+    each document, else the text is one stream. `progress` gets (windows done, windows in all). ConfigError if there is
+    nothing to score or no byte rule applies; LedgerError if the engine's numbers are not finite or `ledger` is of
+    another text.
     """
     split = dataset.val
     if len(split) < 2:
@@ -82,9 +86,17 @@ def score(
     total = len(split.document_starts)
     drawn = None if documents is None else rng.choose(seed, "eval/documents", total, min(documents, total))
     begins, ends, cuts = _select(split, config, drawn)
+    streams = _streams(split, drawn, isolated) if config.windows == "stateful" else None
     counted = count_bytes(dataset, begins, ends, drawn)  # first, so that a missing byte rule costs no forward pass
     ledger = Ledger(len(split)) if ledger is None else ledger
-    _run(engine, split, cuts, config, ledger, weights_version, progress)
+    if ledger.tokens != len(split):
+        raise LedgerError(f"the ledger is for {ledger.tokens} tokens, the text has {len(split)}: start a new one")
+    if streams is not None:
+        score_streams(
+            cast(Carrier, engine), split, streams, config.seq, config.batch, ledger, weights_version, progress
+        )
+    else:
+        _run(engine, split, cuts, config, ledger, weights_version, progress)
     nats = np.array([ledger.total(a + 1, b + 1) for a, b in zip(begins.tolist(), ends.tolist(), strict=True)])
     targets, all_nats, all_bytes = int((ends - begins).sum()), float(nats.sum()), int(counted.counted.sum())
     raw_bytes = 0 if counted.raw is None else int(counted.raw.sum())
@@ -101,12 +113,27 @@ def score(
         full=drawn is None,
         error=None if error is None else bits_per_byte(error, 1),
         bpb_raw=bits_per_byte(all_nats, raw_bytes) if raw_bytes else None,
-        windows=f"{config.windows if drawn is None else 'documents'} seq={config.seq} stride={_stride(config)}",
+        windows=_described(config, drawn is not None),
     )
 
 
 def _stride(config: EvalConfig) -> int:
     return config.stride or config.seq
+
+
+def _described(config: EvalConfig, drawn: bool) -> str:
+    if config.windows == "stateful":
+        return f"stateful seq={config.seq}"
+    return f"{'documents' if drawn else config.windows} seq={config.seq} stride={_stride(config)}"
+
+
+def _streams(split: Split, drawn: np.ndarray | None, isolated: bool) -> list[tuple[int, int]]:
+    """Return the input ranges that are scored with carry."""
+    if drawn is None and not isolated:
+        return [(0, len(split) - 1)]
+    begins, ends = document_ranges(len(split), split.document_starts)
+    chosen = range(len(begins)) if drawn is None else drawn.tolist()
+    return [(int(begins[i]), int(ends[i])) for i in chosen if ends[i] > begins[i]]
 
 
 def _select(split: Split, config: EvalConfig, drawn: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, Windows]:
@@ -153,8 +180,6 @@ def _run(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Score every window whose targets are not in the ledger yet."""
-    if ledger.tokens != len(split):
-        raise LedgerError(f"the ledger is for {ledger.tokens} tokens, the text has {len(split)}: start a new one")
     total = len(cuts.start)
     todo = cuts.take(~ledger.written(cuts.start + cuts.length))
     skipped = total - len(todo.start)

@@ -12,7 +12,7 @@ from core.bundled import open_data
 from core.config import EvalConfig
 from core.engine import DType, EngineOptions, load_engine
 from core.finish import describe, final_score
-from core.generate import sample
+from core.generate import context_limit, sample
 from core.parity import run_parity
 from core.run import Run
 from core.tokenizer import Tokenizer
@@ -27,8 +27,8 @@ class Eval:
     """Run folder (its checkpoint is scored) or artifact."""
     data: str | None = None
     """Prepared folder, or sample; None: what the run was trained on (a bare artifact: sample)."""
-    windows: Literal["plain", "sliding", "documents"] | None = None
-    """plain: consecutive windows; sliding: overlapping; documents: inside documents."""
+    windows: Literal["plain", "sliding", "documents", "stateful"] | None = None
+    """plain: consecutive windows; sliding: overlapping; documents: inside documents; stateful: with exact carry."""
     seq: int | None = None
     """Longest context of a window, in tokens."""
     stride: int | None = None
@@ -51,7 +51,7 @@ class Eval:
         given = {n: getattr(self, n) for n in ("windows", "seq", "stride", "batch") if getattr(self, n) is not None}
         if self.documents is not None:
             given["documents"] = None if self.documents == "all" else self.documents
-        if self.windows == "plain" and self.stride is None:
+        if self.windows in ("plain", "stateful") and self.stride is None:
             given["stride"] = None
         return dataclasses.replace(base, **given)
 
@@ -137,7 +137,7 @@ def write_text(options: Sample, context: Context) -> Outcome:
         check_tokenizer(subject, dataset)
         tokenizer = dataset.tokenizer
     engine = load_engine(options.backend, subject.config, subject.weights, quantise=subject.quantise)
-    choices = (options.tokens, options.temperature, options.top_k, options.seed, subject.config.train.seq)
+    choices = (options.tokens, options.temperature, options.top_k, options.seed, context_limit(subject.config))
     text = sample(engine, tokenizer, options.prompt, *choices)
     context.say(text)
     return Outcome(True, {"path": options.path, "prompt": options.prompt, "text": text, "backend": engine.backend})

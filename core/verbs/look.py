@@ -11,7 +11,7 @@ from core.compare import compare, lines, table, write_comparison
 from core.config import RunConfig
 from core.doctor import examine
 from core.export.budget import predicted_bytes, with_tables
-from core.params import FLOP_RULE, bytes_by_storage, count, flops_per_token, param_table, state_per_token
+from core.params import FLOP_RULE, bytes_by_storage, count, flops_per_token, param_table, state_per_token, state_size
 from core.verbs.common import Context, Outcome, PresetOptions
 
 
@@ -97,7 +97,7 @@ def info(options: Info, context: Context) -> Outcome:
     others = ", ".join(f"{name} {size:,}" for name, size in tables.items())
     say(f"by table storage  {others} bytes ({model.table_storage} in use)")
     say(f"FLOPs per token   {flops:,} at seq {config.train.seq} ({FLOP_RULE})")
-    say(f"state per token   {state:,} floats")
+    say(f"decoding state    {state_size(model):,} floats, and {state:,} more per token")
     value = {
         "preset": config.preset,
         "parameters": count(model),
@@ -111,6 +111,7 @@ def info(options: Info, context: Context) -> Outcome:
         "seq": config.train.seq,
         "flop_rule": FLOP_RULE,
         "state_per_token": state,
+        "state_size": state_size(model),
         "table": {name: list(row.shape) for name, row in param_table(model).items()},
     }
     return Outcome(fits, value)
@@ -122,9 +123,9 @@ def _grouped(config: RunConfig) -> list[tuple[str, str, int, int, str, str, str]
     for name, row in param_table(config.model).items():
         place = re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
         shape = " x ".join(map(str, row.shape))
-        groups.setdefault((place, shape, row.group, row.storage, f"{row.init.kind} {row.init.scale:.4g}"), []).append(
-            row.size
-        )
+        until = f" to {row.init.until:.4g}" if row.init.kind == "rates" else ""
+        start = f"{row.init.kind} {row.init.scale:.4g}{until}"
+        groups.setdefault((place, shape, row.group, row.storage, start), []).append(row.size)
     return [
         (place, shape, len(sizes), sum(sizes), group, storage, start)
         for (place, shape, group, storage, start), sizes in groups.items()
