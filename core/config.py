@@ -9,231 +9,21 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from core.storage import Storage
+from core.checks import ConfigError as ConfigError
+from core.checks import require as require
+from core.checks import require_finite
+from core.model_config import ModelConfig as ModelConfig
 
 SCHEMA = 2
-KINDS = ("attention", "koopman", "skc", "skc_parallel")
-"""Layer kinds that both backends realise (`backends/<name>/blocks`)."""
-TAPS = 4
-"""Taps of the short convolution, the current token included."""
-COUPLING = 4
-"""Rank of the couplings between channels and between capsules."""
 LATER = {
     "mixer_dim", "mixer_times", "capsules", "capsule_heads", "capsule_block", "capsule_times", "capsule_gain",
     "capsule_shift", "capsule_intra", "capsule_bands", "shared_blocks", "repeat_layers", "repeat_from",
+    "bank", "bank_heads", "bank_capsules", "bank_times", "bank_gate", "engram_orders", "engram_heads", "engram_buckets",
+    "engram_dim", "engram_layer", "engram_keep", "hash_storage", "bigram_buckets", "bigram_dim", "smear", "lr_hash",
 }  # fmt: skip
 """Fields that came after the first files were written: a file without one of them means its default."""
-
-
-class ConfigError(ValueError):
-    """The user's setting cannot be honoured: the message names the field, the value and what to do."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError with `message` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_finite(section: str, config: Any) -> None:
-    """Raise ConfigError for a field of `config` that is a number but not a finite one."""
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        numbers = value if isinstance(value, tuple) else (value,)
-        finite = all(not isinstance(number, float) or math.isfinite(number) for number in numbers)
-        require(finite, f"{section}.{f.name}={value}: expected a finite number")
-
-
-class Pass(NamedTuple):
-    """One run through a block, on the way from the embedding to the head."""
-
-    layer: int
-    """Which of the model's layers it is, from 0."""
-    block: int
-    """Whose weights it uses."""
-    row: int
-    """Which row of the block's residual scales it uses."""
-    again: bool
-    """Whether it repeats a layer."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The model: what both backends build and what an artifact carries."""
-
-    vocab: int = 1024
-    """Vocabulary size V."""
-    dim: int = 256
-    """Width D of the residual stream."""
-    layers: int = 4
-    """Number of layers."""
-    blocks: tuple[str, ...] = ("attention",)
-    """Layer kinds, repeated in this order until there are `layers` of them."""
-    heads: int = 4
-    """Query heads; each has dim / heads channels."""
-    kv_heads: int = 2
-    """Key and value heads, each shared by heads / kv_heads query heads."""
-    mlp_hidden: int = 1024
-    """Hidden width of the MLP."""
-    activation: Literal["relu2", "leaky_relu2"] = "relu2"
-    """relu(x)^2, or LeakyReLU(0.5)(x)^2."""
-    embed_dim: int | None = None
-    """Width of a factored tied embedding, with projections to and from `dim`; None: not factored."""
-    vocab_bias: bool = False
-    """Add a learned bias per vocabulary entry to the logits."""
-    softcap: float | None = 30.0
-    """Logits become softcap * tanh(logits / softcap); None: no cap."""
-    rope_dims: int = 64
-    """How many channels of each head are rotated by position (even, at most dim / heads)."""
-    rope_base: float = 10_000.0
-    """Base of the rotary frequencies."""
-    q_gain: float = 1.5
-    """Start value of the per-head gain on normalised queries."""
-    residual_mix: bool = False
-    """Each layer's input is a learned mix of the stream and the embedding stream (start 1, 0)."""
-    unet_skips: bool = False
-    """The first half of the layers push their outputs, the second half add them back, scaled (last in, first out)."""
-    depth_damping: bool = False
-    """Scale the normalised input of layer i (from 0) by 1 / sqrt(i + 1)."""
-    norm_eps: float = 1e-6
-    """Epsilon of every RMS norm."""
-    documents: Literal["isolated", "packed"] = "isolated"
-    """isolated: nothing crosses a BOS token; packed: BOS is an ordinary token (the official behaviour)."""
-    bos: int = 1
-    """Token id that starts a document."""
-    matrix_init: Literal["normal", "uniform"] = "normal"
-    """Start of matrices: N(0, matrix_std^2), or U(-1/sqrt(in), 1/sqrt(in)). Output projections always start at 0."""
-    matrix_std: float = 0.02
-    """Standard deviation of matrices that start normal."""
-    embed_std: float = 0.02
-    """Standard deviation of the embedding's start values."""
-    matrix_storage: Storage = "float16"
-    """How the layers' matrices are stored: class and, behind the slash, how many weights share a scale."""
-    table_storage: Storage = "float16"
-    """How the embedding and its projections are stored."""
-    output_norm: Literal["none", "plain", "gain"] = "none"
-    """RMS norm of what enters an output projection (mixer and MLP): none, without or with a learned gain."""
-    mixer_dim: int = 256
-    """Channels C of a Koopman mixer, a power of two (kinds koopman, skc, skc_parallel)."""
-    mixer_times: tuple[float, float] = (0.7, 8.0)
-    """Start values of a mixer's time constants, in tokens: the shortest and the longest, spread over its channels."""
-    capsules: int = 16
-    """Capsules N per head of an SKC layer."""
-    capsule_heads: int = 1
-    """Capsule heads; each stores mixer_dim / capsule_heads channels."""
-    capsule_block: int = 16
-    """Tokens per block, a power of two: a capsule is read from the block after the one that wrote it."""
-    capsule_times: tuple[float, float] = (1.5, 32.0)
-    """Start values of the capsules' time constants, in blocks: the shortest and the longest."""
-    capsule_gain: float = 0.1
-    """Start value of the gain per channel on what is read from capsules."""
-    capsule_shift: bool = True
-    """A token is stored under the key of the token before it: an associative memory of what followed."""
-    capsule_intra: float = 0.0
-    """Weight of what earlier tokens of the open block add to a read; 0: completed blocks only."""
-    capsule_bands: bool = True
-    """Learn each capsule's weighting of time inside a block, as Walsh coefficients; False: plain sums."""
-    shared_blocks: int | None = None
-    """Distinct blocks: layer i has the weights of block i mod shared_blocks, and residual scales of its own.
-    None: every layer has its own weights."""
-    repeat_layers: tuple[int, ...] = ()
-    """Consecutive layers (from 0) that run a second time after the last of them, with residual scales of their own that
-    start at 0; train.repeat_from says from when on."""
-
-    def __post_init__(self) -> None:
-        require_finite("model", self)
-        for name in ("vocab", "dim", "layers", "heads", "kv_heads", "mlp_hidden"):
-            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: expected at least 1")
-        require(self.embed_dim is None or self.embed_dim >= 1, f"model.embed_dim={self.embed_dim}: expected at least 1")
-        require(self.dim % self.heads == 0, f"model.dim={self.dim} is not divisible by model.heads={self.heads}")
-        require(
-            self.heads % self.kv_heads == 0,
-            f"model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}",
-        )
-        require(len(self.blocks) >= 1, "model.blocks is empty: name at least one layer kind")
-        for kind in self.blocks:
-            require(kind in KINDS, f"model.blocks: unknown layer kind {kind!r}; known kinds: {', '.join(KINDS)}")
-        require(
-            self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim,
-            f"model.rope_dims={self.rope_dims}: expected an even number from 0 to dim / heads = {self.head_dim}",
-        )
-        require(0 <= self.bos < self.vocab, f"model.bos={self.bos}: expected a token id below model.vocab={self.vocab}")
-        require(self.softcap is None or self.softcap > 0, f"model.softcap={self.softcap}: expected a positive number")
-        for name in ("norm_eps", "rope_base"):
-            require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)}: expected a positive number")
-        for name in ("matrix_std", "embed_std", "capsule_intra"):
-            require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)}: expected a number from 0 up")
-        self._check_mixers()
-        self._check_trunk()
-
-    def _check_mixers(self) -> None:
-        for name in ("mixer_dim", "capsule_block"):
-            value = getattr(self, name)
-            power = value >= 2 and value & (value - 1) == 0
-            require(power, f"model.{name}={value}: expected a power of two from 2 up (Walsh-Hadamard transform)")
-        for name in ("capsules", "capsule_heads"):
-            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: expected at least 1")
-        require(
-            self.mixer_dim % self.capsule_heads == 0,
-            f"model.mixer_dim={self.mixer_dim} is not divisible by model.capsule_heads={self.capsule_heads}",
-        )
-        for name in ("mixer_times", "capsule_times"):
-            times = getattr(self, name)
-            good = len(times) == 2 and 0.01 <= times[0] <= times[1] <= 1e6
-            require(good, f"model.{name}={times}: expected two rising numbers from 0.01 to 1e6")
-
-    def _check_trunk(self) -> None:
-        shared, again = self.shared_blocks, self.repeat_layers
-        require(shared is None or 1 <= shared <= self.layers, f"model.shared_blocks={shared}: expected 1 to layers")
-        for i, kind in enumerate(self.kinds):
-            first = self.kinds[self.block_of(i)]
-            require(
-                kind == first,
-                f"model.shared_blocks={shared}: layer {i} ({kind}) would share a block with a {first} layer; "
-                "make shared_blocks a multiple of the length of model.blocks",
-            )
-        require(
-            list(again) == list(range(again[0], again[-1] + 1)) if again else True,
-            f"model.repeat_layers={again}: expected consecutive layers, for example (3, 4)",
-        )
-        require(
-            all(0 <= i < self.layers for i in again),
-            f"model.repeat_layers={again}: expected layers from 0 to {self.layers - 1}",
-        )
-
-    def block_of(self, layer: int) -> int:
-        """Return the block whose weights a layer uses."""
-        return layer if self.shared_blocks is None else layer % self.shared_blocks
-
-    def passes(self, repeat: bool) -> tuple["Pass", ...]:
-        """Return what runs, in order; without `repeat` as long as train.repeat_from has not been reached.
-
-        A block's residual scales have one row per pass: those of layers first, then those of repeats.
-        """
-        rows: dict[int, int] = {}
-        layers, again = [], []
-        for out, among in ((layers, range(self.layers)), (again, self.repeat_layers)):
-            for i in among:
-                block = self.block_of(i)
-                row = rows.get(block, 0)
-                out.append(Pass(i, block, row, out is again))
-                rows[block] = row + 1
-        if not repeat or not again:
-            return tuple(layers)
-        after = self.repeat_layers[-1] + 1
-        return (*layers[:after], *again, *layers[after:])
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of one head."""
-        return self.dim // self.heads
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kind of every layer: `blocks` repeated to `layers` entries."""
-        return tuple(self.blocks[i % len(self.blocks)] for i in range(self.layers))
 
 
 @dataclass(frozen=True)
@@ -264,6 +54,8 @@ class TrainConfig:
     """Learning rate of the matrix group."""
     lr_vector: float = 3e-3
     """Learning rate of the vector group (gains, scales, biases)."""
+    lr_hash: float = 0.02
+    """Learning rate of the hash group (tables of n-gram memories)."""
     warmup: float = 0.02
     """Share of the run in which the learning rate rises linearly from 0."""
     warmdown: float = 0.4
@@ -329,7 +121,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_finite("train", self)
-        for name in ("lr_embed", "lr_matrix", "lr_vector", "weight_decay", "z_loss"):
+        for name in ("lr_embed", "lr_matrix", "lr_vector", "lr_hash", "weight_decay", "z_loss"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
         for name in ("steps", "batch", "seq", "log_every"):

@@ -10,11 +10,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from core import rng
-from core.config import COUPLING, TAPS, ModelConfig, TrainConfig
+from core.config import ModelConfig, TrainConfig
+from core.model_config import COUPLING, TAPS, Store
 from core.storage import Storage, raw_bits, storage_class
 
-Group = Literal["embed", "matrix", "vector"]
-GROUPS: tuple[Group, ...] = ("embed", "matrix", "vector")
+Group = Literal["embed", "matrix", "vector", "hash"]
+GROUPS: tuple[Group, ...] = ("embed", "matrix", "vector", "hash")
 
 
 class Init(NamedTuple):
@@ -87,29 +88,58 @@ def _koopman(config: ModelConfig) -> dict[str, Param]:
 
 def _skc(config: ModelConfig) -> dict[str, Param]:
     """Rows of one SKC layer's mixer: the Koopman mixer's and its capsules' (spec/causal_skc.md a2)."""
-    heads, count = config.capsule_heads, config.capsules
+    routes = config.capsule_heads * config.capsules
     return {
         **_koopman(config),
-        "mixer.write.weight": _matrix(config, heads * count, config.dim),
-        "mixer.write_bias": Param((heads * count,), ZERO, "vector"),
-        "mixer.read.weight": _matrix(config, heads * count, config.dim),
-        **{f"mixer.capsules.{name}": row for name, row in _capsules(config).items()},
+        "mixer.write.weight": _matrix(config, routes, config.dim),
+        "mixer.write_bias": Param((routes,), ZERO, "vector"),
+        "mixer.read.weight": _matrix(config, routes, config.dim),
+        **_capsules(config.layer_store, "mixer.capsules"),
         "mixer.capsule_gain": Param((config.mixer_dim,), Init("constant", config.capsule_gain), "vector"),
     }
 
 
-def _capsules(config: ModelConfig) -> dict[str, Param]:
+def _capsules(store: Store, name: str) -> dict[str, Param]:
     """Rows of a store of capsules."""
-    heads, count, block = config.capsule_heads, config.capsules, config.capsule_block
+    heads, count, block = store.heads, store.capsules, store.block
     small = Init("normal", 0.01)
-    bands = {"bands": Param((block, count), Init("rows", block**0.5, 1), "vector")} if config.capsule_bands else {}
+    rows = {"temperature": Param((2, heads), Init("constant", 2.0), "vector")}
+    if store.bands:
+        rows["bands"] = Param((block, count), Init("rows", block**0.5, 1), "vector")
+    rows["rate"] = Param((heads, count), Init("rates", *store.times), "vector")
+    rows["couple_in"] = Param((heads, COUPLING, count), small, "vector")
+    rows["couple_out"] = Param((heads, count, COUPLING), small, "vector")
+    return {f"{name}.{key}": row for key, row in rows.items()}
+
+
+def _bank(config: ModelConfig, name: str) -> dict[str, Param]:
+    """Rows of the associative bank at one of its places (spec/causal_skc.md a3)."""
+    routes = config.bank_heads * config.bank_capsules
     return {
-        "temperature": Param((2, heads), Init("constant", 2.0), "vector"),
-        **bands,
-        "rate": Param((heads, count), Init("rates", *config.capsule_times), "vector"),
-        "couple_in": Param((heads, COUPLING, count), small, "vector"),
-        "couple_out": Param((heads, count, COUPLING), small, "vector"),
+        f"{name}.route.weight": _matrix(config, routes, config.dim),
+        f"{name}.write_bias": Param((routes,), ZERO, "vector"),
+        **_capsules(config.bank_store, f"{name}.capsules"),
+        f"{name}.gate": Param((config.dim,), Init("constant", config.bank_gate), "vector"),
     }
+
+
+def _memories(config: ModelConfig) -> dict[str, Param]:
+    """Rows of what knows tokens by their neighbours: smear, hashed bigrams, EngramHash (spec/causal_skc.md a4)."""
+    rows, small, stored = {}, Init("normal", 0.02), config.hash_storage
+    if config.smear:
+        rows["smear"] = Param((config.dim,), Init("constant", -3.0), "vector")
+    if config.bigram_buckets:
+        rows["bigram.table"] = Param((config.bigram_buckets, config.bigram_dim), small, "hash", stored)
+        rows["bigram.value.weight"] = _matrix(config, config.dim, config.bigram_dim)._replace(init=ZERO)
+    if config.engram_orders:
+        tables = config.engram_orders * config.engram_heads
+        shape = (tables * config.engram_buckets, config.engram_dim // tables)
+        rows["engram.table"] = Param(shape, small, "hash", stored)
+        rows["engram.value.weight"] = _matrix(config, config.dim, config.engram_dim)
+        rows["engram.key.weight"] = _matrix(config, config.dim, config.engram_dim)
+        rows["engram.sharpness"] = Param((1,), Init("constant", 0.541), "vector")
+        rows["engram.bias"] = Param((1,), ZERO, "vector")
+    return rows
 
 
 MIXERS: dict[str, Callable[[ModelConfig], dict[str, Param]]] = {
@@ -146,8 +176,11 @@ def param_table(config: ModelConfig) -> dict[str, Param]:
     if config.embed_dim is not None:
         table["embed_up.weight"] = _matrix(config, config.dim, width)._replace(storage=stored)
         table["embed_down.weight"] = _matrix(config, width, config.dim)._replace(storage=stored)
+    table |= _memories(config)
     for i in range(config.shared_blocks or config.layers):
         table |= {f"blocks.{i}.{name}": row for name, row in _block(config, i).items()}
+    for place in config.banks:
+        table |= _bank(config, f"bank_{place}")
     if config.unet_skips:
         table["skip_weights"] = Param((config.layers // 2, config.dim), ONE, "vector")
     if config.vocab_bias:
@@ -210,6 +243,13 @@ def same_shapes(config: ModelConfig, group: Group) -> list[list[str]]:
     return list(stacks.values())
 
 
+def by_group(config: ModelConfig) -> dict[Group, list[str]]:
+    """Return the names of every optimizer group that has any."""
+    rows = param_table(config).items()
+    names = {group: [name for name, row in rows if row.group == group] for group in GROUPS}
+    return {group: found for group, found in names.items() if found}
+
+
 def check_arrays(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], what: str) -> None:
     """Raise a ValueError that names the first missing, extra or misshapen array of `arrays`."""
     for name, shape in shapes.items():
@@ -248,7 +288,8 @@ def matmul_params(config: ModelConfig) -> int:
 
 FLOP_RULE = (
     "training FLOPs per token = 3 * (2 * matmul weights, head included and a repeated layer's twice + per layer: "
-    "attention 2 * seq * dim; Koopman mixer 4 * C^2 of its two Hadamard products; capsules 4 * N * C of write and read)"
+    "attention 2 * seq * dim; Koopman mixer 4 * C^2 of its two Hadamard products; capsules 4 * N * C of write and "
+    "read, the bank's too)"
 )
 
 
@@ -258,7 +299,8 @@ def flops_per_token(config: ModelConfig, seq: int) -> int:
     koopman, capsules = 4 * width**2, 4 * config.capsules * width
     cost = {"attention": 2 * seq * config.dim, "koopman": koopman}
     mixers = sum(cost.get(config.kinds[p.layer], koopman + capsules) for p in config.passes(True))
-    return 3 * (2 * matmul_params(config) + mixers)
+    banks = len(config.banks) * 4 * config.bank_capsules * config.dim
+    return 3 * (2 * matmul_params(config) + mixers + banks)
 
 
 def state_per_token(config: ModelConfig) -> int:
@@ -270,9 +312,14 @@ def state_per_token(config: ModelConfig) -> int:
 
 def state_size(config: ModelConfig) -> int:
     """Return the floats of the decoding state of one sequence that do not grow with it (recurrent layers)."""
-    width, keys = config.mixer_dim, config.capsule_heads * config.capsules
-    koopman = TAPS * width
-    stored = 2 + (config.capsule_intra > 0)
-    capsules = stored * config.capsules * width + (1 + config.capsule_shift) * keys
+    koopman = TAPS * config.mixer_dim
+    capsules = _store_size(config.layer_store, config.mixer_dim)
     sizes = {"attention": 0, "koopman": koopman}
-    return sum(sizes.get(config.kinds[p.layer], koopman + capsules) for p in config.passes(True))
+    mixers = sum(sizes.get(config.kinds[p.layer], koopman + capsules) for p in config.passes(True))
+    return mixers + len(config.banks) * _store_size(config.bank_store, config.dim) + config.smear * config.dim
+
+
+def _store_size(store: Store, width: int) -> int:
+    """Return the floats of the state of a store of capsules for `width` channels."""
+    kept = 2 + (store.intra > 0)
+    return kept * store.capsules * width + (1 + store.shift) * store.heads * store.capsules

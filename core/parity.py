@@ -11,7 +11,7 @@ from core.bundled import open_data
 from core.config import ConfigError, ModelConfig, RunConfig
 from core.data import batch as batch_at
 from core.engine import BACKENDS, EXTRAS, Arrays, Batch, DType, Engine, EngineOptions, available_backends, load_engine
-from core.params import GROUPS, count, param_table, start_values
+from core.params import by_group, count, param_table, start_values
 
 ROWS, SEQ = 4, 256
 """Largest batch of a parity run: enough to see every code path, small enough for a laptop in float64."""
@@ -195,8 +195,7 @@ def _forward_checks(config: RunConfig, engines: list[Engine], batch: Batch, dtyp
     ours, theirs = (engine.activations(batch.tokens) for engine in engines)
     checks += [Check(name, relative_rms(ours[name], theirs[name]), limit) for name in ours]
     grads = [engine.gradients(batch)[1] for engine in engines]
-    for group in GROUPS:
-        names = [name for name, row in param_table(config.model).items() if row.group == group]
+    for group, names in by_group(config.model).items():
         a, b = (np.concatenate([g[name].ravel() for name in names]) for g in grads)
         checks.append(Check(f"gradients, {group}", relative_rms(a, b), limit))
     for engine, values in zip(engines, start, strict=True):

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from core.config import TrainConfig
 
-NUMBERS = ("lr_embed", "lr_matrix", "lr_vector", "weight_decay", "momentum", "bias1", "bias2", "average")
+NUMBERS = (
+    "lr_embed", "lr_matrix", "lr_vector", "lr_hash", "weight_decay", "momentum", "bias1", "bias2", "average",
+)  # fmt: skip
 """The fields of a StepPlan that an engine hands to its device, in this order."""
 
 
@@ -18,6 +20,7 @@ class StepPlan:
     lr_embed: float
     lr_matrix: float
     lr_vector: float
+    lr_hash: float
     weight_decay: float
     momentum: float
     """Muon's momentum."""
@@ -95,6 +98,7 @@ def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
         lr_embed=config.lr_embed * scale,
         lr_matrix=config.lr_matrix * scale,
         lr_vector=config.lr_vector * scale,
+        lr_hash=config.lr_hash * scale,
         weight_decay=config.weight_decay,
         momentum=momentum(step, config),
         bias1=1.0 - config.beta1 ** (step + 1),

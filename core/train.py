@@ -104,7 +104,10 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
 
 
 def warm_up(engine: Engine, config: RunConfig) -> None:
-    """Let the engine compile its step for every row length, on random tokens; weights and optimizer are put back."""
+    """Let the engine compile its step for every row length, with and without repeated layers if the run has both.
+
+    It does so on random tokens; weights and optimizer are put back.
+    """
     params, optimizer, quantise = engine.params(), engine.optimizer(), engine.quantise
     settings = config.train
     for seq in sorted(set(settings.lengths)):
@@ -112,8 +115,9 @@ def warm_up(engine: Engine, config: RunConfig) -> None:
         drawn = rng.integers16(config.seed, "warm-up", rows * (seq + 1)) % config.model.vocab
         drawn = drawn.astype(np.int32).reshape(rows, seq + 1)
         tokens, targets = np.ascontiguousarray(drawn[:, :-1]), np.ascontiguousarray(drawn[:, 1:])
-        first = replace(plan(0, 0.0, settings), seq=seq, quantise=settings.quantise != "never")
-        engine.train_step(Batch(tokens, targets), first).result()
+        for repeat in {plan(0, 0.0, settings).repeat, True}:
+            first = replace(plan(0, 0.0, settings), seq=seq, quantise=settings.quantise != "never", repeat=repeat)
+            engine.train_step(Batch(tokens, targets), first).result()
     engine.load_params(params, quantise)
     engine.load_optimizer(optimizer)
 

@@ -110,16 +110,27 @@ EVERYTHING = "everything"
 """A model that no preset is: every layer kind, and every option that a preset leaves off."""
 
 
+OPPOSITE = "opposite"
+"""Recurrent layers with what EVERYTHING has on off, and documents that do not end."""
+
+
 def minis() -> list[str]:
-    """Return the names of all presets, and EVERYTHING."""
-    return [*presets.PRESETS, EVERYTHING]
+    """Return the names of all presets, EVERYTHING and OPPOSITE."""
+    return [*presets.PRESETS, EVERYTHING, OPPOSITE]
 
 
 def mini(name: str) -> RunConfig:
-    """Return the mini of preset `name`, or EVERYTHING."""
-    if name != EVERYTHING:
+    """Return the mini of preset `name`, or EVERYTHING or OPPOSITE."""
+    if name in presets.PRESETS:
         return presets.mini(presets.get(name).config)
     config = presets.mini(presets.get("debug").config)
+    if name == OPPOSITE:
+        model = dataclasses.replace(
+            config.model, layers=2, blocks=("skc", "koopman"), mixer_dim=16, capsules=4, capsule_block=8,
+            capsule_shift=False, capsule_bands=False, documents="packed",
+        )  # fmt: skip
+        return dataclasses.replace(config, preset=OPPOSITE, model=model)
+    assert name == EVERYTHING, name
     model = dataclasses.replace(
         config.model, layers=5, blocks=("skc", "skc_parallel", "koopman", "attention"), shared_blocks=4,
         repeat_layers=(1, 2, 3), mixer_dim=16, capsules=5, capsule_heads=2, capsule_block=8, capsule_intra=0.25,

@@ -3,10 +3,12 @@
 import numpy as np
 
 from core import tables
-from core.config import ModelConfig, Pass, TrainConfig
+from core.config import ModelConfig, TrainConfig
+from core.engram import BIGRAM_MULTIPLIER, MULTIPLIERS
+from core.model_config import Pass, Store
 from core.params import param_table
 from core.storage import KINDS, STORAGES, Storage, Stored
-from shared_tests.reference_skc import recall, remember
+from shared_tests.reference_skc import ngrams, recall, remember, smear
 
 Array = np.ndarray
 
@@ -93,6 +95,14 @@ def decay(x: Array, exact: bool) -> tuple[Array, Array]:
 
 def hadamard(x: Array, matrix: Array) -> Array:
     return x @ matrix
+
+
+def hashed_rows(table: Array, rows: Array) -> Array:
+    """Return rows of `table` side by side, zeros where the index is -1: (B, T, N) -> (B, T, N * width)."""
+    out = np.zeros((*rows.shape, table.shape[1]))
+    for at in zip(*np.nonzero(rows >= 0), strict=True):
+        out[at] = table[rows[at]]
+    return out.reshape(*rows.shape[:2], -1)
 
 
 def short_conv(x: Array, weight: Array, documents: Array) -> Array:
@@ -233,31 +243,76 @@ def muon_scale(x: Array, settings: TrainConfig) -> float:
 def model(config: ModelConfig, weights: dict[str, Array], tokens: Array) -> Array:
     """Return the logits (B, T, V) of the whole model."""
     w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
-    eps = config.norm_eps
-    x = w["embed.weight"][tokens]
-    x = rms_norm(linear(x, w["embed_up.weight"]) if config.embed_dim else x, eps, True)
+    eps, starts = config.norm_eps, document_starts(config, tokens)
+    x, values = embedded_tokens(config, w, tokens, starts)
     embedded, skips, half = x, [], config.layers // 2
     for p in config.passes(True):
         skipping = config.unet_skips and not p.again
+        if "middle" in config.banks and p.layer == half and not p.again:
+            x = x + bank(config, part(w, "bank_middle."), rms_norm(x, eps, True), values, starts)
         if skipping and p.layer >= half and skips:
             x = x + w["skip_weights"][p.layer - half] * skips.pop()
+        if config.engram_orders and p.layer == config.engram_layer and not p.again:
+            x = x + engram(config, part(w, "engram."), x, tokens, starts)
         x = layer(config, pass_weights(w, p), p, x, embedded, tokens)
         if skipping and p.layer < half:
             skips.append(x)
+    if "head" in config.banks:
+        f = rms_norm(x, eps, True)
+        x = f + bank(config, part(w, "bank_head."), f, values, starts)
     x = rms_norm(x, eps, True)
     logits = linear(linear(x, w["embed_down.weight"]) if config.embed_dim else x, w["embed.weight"])
     logits = logits + w["vocab_bias"] if config.vocab_bias else logits
     return logits if config.softcap is None else softcap(logits, config.softcap, True)
 
 
+def document_starts(config: ModelConfig, tokens: Array) -> Array:
+    """Return where a document begins that the one before it may not reach, (B, T) bool."""
+    return (tokens == config.bos) & (config.documents == "isolated")
+
+
+def part(w: dict[str, Array], prefix: str) -> dict[str, Array]:
+    """Return the weights whose names begin with `prefix`, under the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)}
+
+
 def pass_weights(w: dict[str, Array], p: Pass) -> dict[str, Array]:
     """Return the weights of a pass: its block's, and its own row of what has one row per pass."""
-    prefix = f"blocks.{p.block}."
-    part = {name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)}
+    own = part(w, f"blocks.{p.block}.")
     for name in ("mixer_scale", "mlp_scale", "stream_mix", "embed_mix"):
-        if name in part and part[name].ndim == 2:
-            part[name] = part[name][p.row]
-    return part
+        if name in own and own[name].ndim == 2:
+            own[name] = own[name][p.row]
+    return own
+
+
+def embedded_tokens(config: ModelConfig, w: dict[str, Array], tokens: Array, starts: Array) -> tuple[Array, Array]:
+    """Return the stream that enters the first layer, and the tokens' own vectors, which know nothing of neighbours."""
+    x = w["embed.weight"][tokens]
+    x = linear(x, w["embed_up.weight"]) if config.embed_dim else x
+    values = rms_norm(x, config.norm_eps, True)
+    if config.bigram_buckets:
+        rows = ngrams(tokens, starts, [[BIGRAM_MULTIPLIER]], config.bigram_buckets)
+        x = x + linear(hashed_rows(w["bigram.table"], rows), w["bigram.value.weight"])
+    x = rms_norm(x, config.norm_eps, True)
+    return smear(x, sigmoid(w["smear"], True), starts) if config.smear else x, values
+
+
+def engram(config: ModelConfig, w: dict[str, Array], x: Array, tokens: Array, starts: Array) -> Array:
+    """Return what EngramHash adds to the stream x (spec/causal_skc.md a4)."""
+    multipliers = [heads[: config.engram_heads] for heads in MULTIPLIERS[: config.engram_orders]]
+    memory = hashed_rows(w["table"], ngrams(tokens, starts, multipliers, config.engram_buckets))
+    key = rms_norm(linear(memory, w["key.weight"]), config.norm_eps, True)
+    cosine = (rms_norm(x, config.norm_eps, True) * key).sum(-1, keepdims=True) / config.dim
+    gate = sigmoid((0.1 + 3.9 * sigmoid(w["sharpness"], True)) * cosine + w["bias"], True)
+    return gate * linear(memory, w["value.weight"])
+
+
+def bank(config: ModelConfig, w: dict[str, Array], f: Array, values: Array, starts: Array) -> Array:
+    """Return what the bank adds to the normalised stream f (spec/causal_skc.md a3)."""
+    read = linear(f, w["route.weight"])
+    write = read + w["write_bias"]
+    y = capsules(config.bank_store, config.norm_eps, part(w, "capsules."), write, read, values, starts)
+    return w["gate"] * rms_norm(y, config.norm_eps, True)
 
 
 def layer(config: ModelConfig, w: dict[str, Array], p: Pass, x: Array, embedded: Array, tokens: Array) -> Array:
@@ -291,7 +346,7 @@ def attention_mixer(config: ModelConfig, w: dict[str, Array], n: Array, tokens: 
 
 def recurrent_mixer(config: ModelConfig, w: dict[str, Array], n: Array, tokens: Array) -> Array:
     """Return what enters the output projection of a Koopman or an SKC mixer."""
-    starts = (tokens == config.bos) & (config.documents == "isolated")
+    starts = document_starts(config, tokens)
     transform = tables.hadamard(config.mixer_dim)
     d, gain = decay(linear(n, w["mixer.decay.weight"]) + w["mixer.decay_bias"], True)
     value = linear(n, w["mixer.value.weight"])
@@ -299,32 +354,32 @@ def recurrent_mixer(config: ModelConfig, w: dict[str, Array], n: Array, tokens: 
     h = hadamard(h + h @ w["mixer.couple_in"] @ w["mixer.couple_out"].T, transform)
     z = rms_norm(h, config.norm_eps, True) * w["mixer.state_gain"]
     if "mixer.capsule_gain" in w:
-        y = capsules(config, w, n, s, starts)
+        write = linear(n, w["mixer.write.weight"]) + w["mixer.write_bias"]
+        read = linear(n, w["mixer.read.weight"])
+        y = capsules(config.layer_store, config.norm_eps, part(w, "mixer.capsules."), write, read, s, starts)
         z = z + rms_norm(y, config.norm_eps, True) * w["mixer.capsule_gain"]
     return z * silu(linear(n, w["mixer.gate.weight"]), True)
 
 
-def capsules(config: ModelConfig, w: dict[str, Array], n: Array, s: Array, starts: Array) -> Array:
-    """Return what every token reads from its layer's capsules, (B, T, C)."""
-    rows, seq, width = s.shape
-    heads, count, block = config.capsule_heads, config.capsules, config.capsule_block
+def capsules(
+    store: Store, eps: float, w: dict[str, Array], write: Array, read: Array, values: Array, starts: Array
+) -> Array:
+    """Return what every token reads from a store of capsules, (B, T, C); write and read are routing logits."""
+    rows, seq, width = values.shape
+    heads, count, block = store.heads, store.capsules, store.block
 
     def keys(logits: Array, temperature: Array) -> Array:
-        logits = rms_norm(logits.reshape(rows, seq, heads, count), config.norm_eps, True)
+        logits = rms_norm(logits.reshape(rows, seq, heads, count), eps, True)
         return softmax(temperature[:, None] * logits, True)
 
-    temperature = w["mixer.capsules.temperature"]
-    write = keys(linear(n, w["mixer.write.weight"]) + w["mixer.write_bias"], temperature[0])
-    read = keys(linear(n, w["mixer.read.weight"]), temperature[1])
-    weighting = np.ones((block, count))
-    if config.capsule_bands:
-        weighting = tables.walsh(block).T @ w["mixer.capsules.bands"]
-    kept = sigmoid(-w["mixer.capsules.rate"], True)
-    coupling = w["mixer.capsules.couple_out"] @ w["mixer.capsules.couple_in"]
+    write, read = keys(write, w["temperature"][0]), keys(read, w["temperature"][1])
+    weighting = tables.walsh(block).T @ w["bands"] if store.bands else np.ones((block, count))
+    kept = sigmoid(-w["rate"], True)
+    coupling = w["couple_out"] @ w["couple_in"]
     coupling = coupling / np.maximum(np.sqrt((coupling**2).sum((1, 2), keepdims=True)), 1)
-    values = s.reshape(rows, seq, heads, width // heads)
-    shift, intra = config.capsule_shift, config.capsule_intra
-    return recall(write, read, values, weighting, kept, coupling, starts, shift, intra).reshape(rows, seq, width)
+    values = values.reshape(rows, seq, heads, width // heads)
+    y = recall(write, read, values, weighting, kept, coupling, starts, store.shift, store.intra)
+    return y.reshape(rows, seq, width)
 
 
 def output(config: ModelConfig, w: dict[str, Array], name: str, x: Array) -> Array:

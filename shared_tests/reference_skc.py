@@ -4,9 +4,40 @@ No chunks, no blocks in parallel, no masks: what the engines' parallel forms are
 Everything between one token and the next is here; what a token does by itself is in shared_tests/reference.py.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 Array = np.ndarray
+
+
+def smear(x: Array, share: Array, starts: Array) -> Array:
+    """Return x (B, T, D) with `share` (D,) of the token before added to every token that has one in its document."""
+    out, before = np.empty_like(x), np.zeros_like(x[:, 0])
+    for t in range(x.shape[1]):
+        before[starts[:, t]] = 0
+        out[:, t] = x[:, t] + share * before
+        before = x[:, t].copy()
+    return out
+
+
+def ngrams(tokens: Array, starts: Array, multipliers: Sequence[Sequence[int]], buckets: int) -> Array:
+    """Return the rows of the stacked tables that every token's n-grams read, (B, T, orders * heads), -1 where one would
+    be longer than its document so far: the polynomial as it is written, in Python's unbounded integers.
+    """
+    out = np.full((*tokens.shape, sum(map(len, multipliers))), -1)
+    for row, ids in enumerate(tokens.tolist()):
+        document: list[int] = []
+        for t, token in enumerate(ids):
+            document = [token] if starts[row, t] else [*document, token]
+            table = 0
+            for order, heads in enumerate(multipliers, 1):
+                for p in heads:
+                    if len(document) > order:
+                        hashed = sum(document[-1 - j] * p**j for j in range(order + 1)) % buckets
+                        out[row, t, table] = table * buckets + hashed
+                    table += 1
+    return out
 
 
 def remember(

@@ -10,20 +10,20 @@ from core import rng
 from core.config import RunConfig
 from core.engine import Engine, step
 from core.params import state_per_token, state_size
-from shared_tests.harness import BACKENDS, EVERYTHING, engine, mini, to_numpy, tokens, working_weights
+from shared_tests.harness import BACKENDS, EVERYTHING, OPPOSITE, engine, mini, to_numpy, tokens, working_weights
 from shared_tests.tolerances import CAUSAL, P2_FLOAT32
 
 pytestmark = pytest.mark.pair
 SEQ = 50
-NAMES = ("tiny", "skc_ablate", "skc_mac", EVERYTHING, "packed")
-"""Attention alone, recurrent layers alone, both, every option, and documents that do not end."""
+NAMES = ("tiny", "skc_ablate", "skc_mac", EVERYTHING, "packed", OPPOSITE)
+"""Attention alone, recurrent layers alone, both, every option, also with documents that do not end, and few options."""
 
 
 def config_of(name: str) -> RunConfig:
     config = mini(EVERYTHING if name == "packed" else name)
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, documents="packed" if name == "packed" else "isolated")
-    )
+    if name != "packed":
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, documents="packed"))
 
 
 def made(name: str, backend: str, **options: Any) -> tuple[Engine, np.ndarray]:

@@ -1,6 +1,7 @@
 """The shape of the tree: what may import what, and that the twins mirror each other. Budget: 5 s."""
 
 import ast
+import dataclasses
 import inspect
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 import core
 from core import config, presets
+from core.model_config import KINDS
 from shared_tests.harness import module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +72,7 @@ def public(thing: object) -> dict[str, object]:
     "name",
     [
         *("ops", "scan", "optim", "storage", "model", "engine", "blocks"),
-        *(f"blocks.{name}" for name in ("linear", "attention", "koopman", "capsules", "skc", "mlp")),
+        *(f"blocks.{name}" for name in ("linear", "attention", "koopman", "capsules", "skc", "memory", "mlp")),
     ],
 )
 def test_names_and_signatures_mirror(name: str) -> None:
@@ -86,7 +88,7 @@ def test_every_kind_has_a_block_on_both_backends() -> None:
     from core.params import MIXERS
 
     for backend in ("mlx", "cuda"):
-        assert set(module(backend, "blocks").BLOCKS) == set(config.KINDS) == set(MIXERS)
+        assert set(module(backend, "blocks").BLOCKS) == set(KINDS) == set(MIXERS)
 
 
 @pytest.mark.pair
@@ -112,3 +114,17 @@ def test_every_preset_has_a_purpose_and_a_mini() -> None:
         small = presets.mini(preset.config).model
         assert preset.purpose and preset.config.preset == name
         assert small.dim <= 64 and small.layers <= 4
+
+
+def test_every_setting_is_read() -> None:
+    """A field that no code outside core/config.py names would be a setting that does nothing."""
+    code = "".join(
+        path.read_text()
+        for folder in ("core", "backends/cuda")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name != "config.py" and path.parent.name != "presets"
+    )
+    properties = {"capsule_shift", "capsule_intra", "capsule_heads", "capsule_times", "bank_times"}  # of Store
+    for section in (config.ModelConfig, config.TrainConfig, config.EvalConfig, config.ExportConfig, config.DataConfig):
+        for field in dataclasses.fields(section):
+            assert field.name in properties or f".{field.name}" in code or f'"{field.name}"' in code, field.name

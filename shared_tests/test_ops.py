@@ -5,6 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
+from core.engram import MULTIPLIERS, ngram_buckets
 from core.tables import hadamard, rope_tables
 from shared_tests import reference
 from shared_tests.harness import BACKENDS, call, draw, gradients, module, tokens
@@ -12,7 +13,7 @@ from shared_tests.tolerances import P1_DIFFERENCE, P1_EXACT, P1_FAST, relative_r
 
 pytestmark = pytest.mark.pair
 SIZES = (1, 7, 33, 100)
-WITHOUT_GRADIENT = ("document_ids", "causal_mask", "hash32")
+WITHOUT_GRADIENT = ("document_ids", "causal_mask", "hash32", "ngram_buckets")
 
 
 def cases(op: str, n: int) -> list[tuple]:
@@ -39,6 +40,13 @@ def cases(op: str, n: int) -> list[tuple]:
         late = max(1, n // 3)
         tail = reference.causal_mask(late, n, documents)
         return [(q, k, v, None), (q, k, v, mask), (q[:, :, -late:], k, v, tail), (q, q, q, mask)]
+    if op == "ngram_buckets":
+        ids = tokens(f"{op}/{n}", 2, 3 + n, 65_536, 1)
+        ids[0, :2] = -1
+        late = np.cumsum(ids == 1, axis=1).astype(np.int32)
+        return [(ids, late, MULTIPLIERS, buckets) for buckets in (2, 3067, 4096, 65_521)]
+    if op == "hashed_rows":
+        return [(draw(f"{op}/{n}", 11, n), tokens(op, 2, 4, 12, 12, documents=False).reshape(2, 2, 2) - 1)]
     if op == "hadamard":
         return [(draw(op, 2, 3, size), hadamard(size)) for size in (1 << n.bit_length(),)]
     if op == "short_conv":
@@ -77,6 +85,8 @@ def oracle(op: str, arguments: tuple) -> list[np.ndarray]:
         from core.rng import hash32
 
         return [hash32(*arguments)]
+    if op == "ngram_buckets":
+        return [ngram_buckets(*arguments)]
     function = REFERENCE[op]
     out = function(*arguments, True) if "exact" in inspect.signature(function).parameters else function(*arguments)
     return list(out) if isinstance(out, tuple) else [out]
@@ -141,3 +151,12 @@ def test_attention_without_a_mask_refuses_a_cache(backend: str) -> None:
     for exact in (True, False):
         with pytest.raises(ValueError, match="as many queries as keys"):
             call(backend, module(backend, "ops").attention, (q, k, k, None, exact), "float32")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_is_zero_gets_no_gradient(backend: str) -> None:
+    table, rows = draw("pruned", 5, 3), np.array([[[0, 1], [1, -1], [3, 3]]], np.int32)
+    table[1] = 0.0
+    ones = np.ones((1, 3, 6))
+    (found,) = gradients(backend, module(backend, "ops").hashed_rows, (table, rows), [ones], "float64").values()
+    assert (found == np.array([1.0, 0.0, 0.0, 2.0, 0.0])[:, None]).all()

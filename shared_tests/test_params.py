@@ -21,6 +21,7 @@ GOLDEN_START = {
     "skc_ablate": "365ccfc36b6c7ff5",
     "skc_mac": "bef7557557ab7051",
     "everything": "c32eecff4b1c7fcf",
+    "opposite": "c691323174615142",
 }
 """blake2b of all start values of each preset's mini, in table order (made by this file's `digest`)."""
 

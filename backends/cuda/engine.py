@@ -10,7 +10,8 @@ import torch
 from torch.func import functional_call
 
 from backends.cuda import ops, optim, storage
-from backends.cuda.model import Constants, Model
+from backends.cuda.model import Model
+from core.context import Constants
 from core.engine import Arrays, Batch, EngineOptions, State, StepResult
 from core.params import check_arrays, exported, optimizer_slots, param_table
 from core.schedule import NUMBERS, StepPlan

@@ -140,6 +140,36 @@ def hadamard(x, matrix):
     return x @ matrix.to(x.dtype)
 
 
+def ngram_buckets(ids, documents, multipliers, buckets):
+    """Return core.engram.ngram_buckets on the device: rows of the stacked tables, -1 where an n-gram does not count.
+
+    ids and documents (B, P + T) int, of which P positions come before; multipliers[order][head]. Returns (B, T, tables)
+    int32.
+    """
+    before = len(multipliers)
+    seq, safe = ids.shape[1] - before, torch.clamp(ids, min=0).to(torch.int64)  # CUDA: torch has no uint32 products
+    here, rows, live = documents[:, before:], [], ids[:, before:] >= 0
+    for order, heads in enumerate(multipliers, 1):
+        oldest = slice(before - order, before - order + seq)
+        live = live & (ids[:, oldest] >= 0) & (documents[:, oldest] == here)
+        for p in heads:
+            h = torch.zeros_like(safe[:, before:])
+            for lag in range(order, -1, -1):
+                h = (h * (p % buckets) + safe[:, before - lag : before - lag + seq]) % buckets
+            rows.append(torch.where(live, h + len(rows) * buckets, -1))
+    return torch.stack(rows, dim=-1).to(torch.int32)
+
+
+def hashed_rows(table, rows):
+    """Return rows of `table` (R, W) side by side: (B, T, N) int -> (B, T, N * W), zeros where the index is -1.
+
+    A row that is all zero was pruned: it gets no gradient and stays zero.
+    """
+    picked = F.embedding(torch.clamp(rows, min=0), table)
+    live = (rows >= 0)[..., None] & torch.any(picked != 0, dim=-1, keepdim=True)
+    return torch.where(live, picked, 0.0).reshape(*rows.shape[:2], -1)
+
+
 def short_conv(x, weight, documents):
     """Return sum_i weight[:, i] * x_{t-i} over the taps i whose position is in t's document.
 

@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from backends.mlx import ops, optim, storage
 from backends.mlx.blas import load_fast_blas
-from backends.mlx.model import Constants, Model
+from backends.mlx.model import Model
+from core.context import Constants
 from core.engine import Arrays, Batch, EngineOptions, State, StepResult
 from core.params import check_arrays, exported, optimizer_slots, param_table
 from core.schedule import NUMBERS, StepPlan

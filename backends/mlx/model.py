@@ -1,6 +1,6 @@
 """The model in MLX: embedding, layers, tied head. Reads as a translation of backends/cuda/model.py."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,42 +8,10 @@ import mlx.nn as nn
 from backends.mlx import ops
 from backends.mlx.blocks import BLOCKS
 from backends.mlx.blocks.linear import Linear
+from backends.mlx.blocks.memory import Bank, Bigram, Engram
 from backends.mlx.blocks.mlp import MLP
-from core.config import TAPS
-
-
-class Constants(NamedTuple):
-    """Tables that the host makes: of the row's positions, and of the mixers."""
-
-    cos: Any  # (T, rope_dims / 2)
-    sin: Any
-    hadamard: Any  # (C, C), Sylvester order
-    walsh: Any  # (Q, Q), sequency order, Q tokens per capsule block
-
-
-class State(NamedTuple):
-    """What the next token needs of those before it, all layers together."""
-
-    position: int  # tokens before it
-    kept: Any  # (B, S) int32: 0 for a kept key of the current document, -1 for another's; None: no attention
-    mixers: tuple  # one state per pass; None: nothing yet
-
-
-class Context(NamedTuple):
-    """What every layer of one forward pass shares."""
-
-    cos: Any  # (T, rope_dims / 2)
-    sin: Any
-    mask: Any  # which keys a query sees, or None: plain causal
-    documents: Any  # (B, T) int32, 0: the document that was open before the first token
-    history: Any  # (B, TAPS - 1 + T): the same, with the positions before in front
-    starts: Any  # (B, T) bool: where a document begins and recurrences start anew
-    hadamard: Any
-    walsh: Any
-    position: int  # tokens before the first
-    kept: int  # keys before the first
-    wide: Any  # type of recurrent states: float32 or wider
-    keep: int = 0  # keys to keep when the chunk is committed
+from core.context import Context, State
+from core.model_config import TAPS
 
 
 class Embedding(nn.Module):
@@ -102,6 +70,16 @@ class Model(nn.Module):
             self.embed_up = Linear(width, config.dim)
             self.embed_down = Linear(config.dim, width)
         self.blocks = [Layer(config, i, exact) for i in range(config.shared_blocks or config.layers)]
+        if config.smear:
+            self.smear = mx.zeros((config.dim,))
+        if config.bigram_buckets:
+            self.bigram = Bigram(config)
+        if config.engram_orders:
+            self.engram = Engram(config, exact)
+        if "middle" in config.banks:
+            self.bank_middle = Bank(config, exact)
+        if "head" in config.banks:
+            self.bank_head = Bank(config, exact)
         if config.unet_skips:
             self.skip_weights = mx.zeros((config.layers // 2, config.dim))
         if config.vocab_bias:
@@ -110,9 +88,20 @@ class Model(nn.Module):
     def norm(self, x_BTD):
         return ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
 
-    def embedding(self, tokens_BT, dtype):
+    def embedding(self, tokens_BT, context, state, dtype):
+        """Return the stream that enters the layers, the same before it was smeared, and the tokens' own vectors."""
         x_BTD = ops.embedding(tokens_BT, self.embed.weight).astype(dtype)
-        return self.norm(self.embed_up(x_BTD) if self._config.embed_dim is not None else x_BTD)
+        x_BTD = self.embed_up(x_BTD) if self._config.embed_dim is not None else x_BTD
+        values_BTD = plain_BTD = self.norm(x_BTD)
+        if self._config.bigram_buckets:
+            plain_BTD = self.norm(x_BTD + self.bigram(context, dtype))
+        if not self._config.smear:
+            return plain_BTD, plain_BTD, values_BTD
+        last_B1D = state.smeared if state is not None and state.smeared is not None else plain_BTD[:, :1] * 0
+        before_BTD = mx.concatenate([last_B1D, plain_BTD[:, :-1]], axis=1)
+        same_BT1 = (context.history[:, TAPS - 2 : -1] == context.documents)[..., None]
+        share_D = ops.sigmoid(self.smear, self._exact).astype(dtype)
+        return plain_BTD + share_D * mx.where(same_BT1, before_BTD, 0.0), plain_BTD, values_BTD
 
     def head(self, x_BTD):
         x_BTD = self.norm(x_BTD)
@@ -136,10 +125,14 @@ class Model(nn.Module):
         ids_BS = ids_BT if kept_BS is None else mx.concatenate([kept_BS, ids_BT], axis=1)
         keys, mask = ids_BS.shape[1], None
         if "attention" in self._config.kinds and (isolated or keys > seq):
-            mask = ops.causal_mask(seq, keys, ids_BS if isolated else None)
+            mask = ops.causal_mask(seq, keys, ids_BS)
         position = 0 if state is None else state.position
         cos, sin, hadamard, walsh = constants
-        return Context(cos, sin, mask, ids_BT, history, starts_BT, hadamard, walsh, position, keys - seq, wide)
+        ids = tokens_BT if state is None else mx.concatenate([state.ids, tokens_BT], axis=1)
+        if state is None:
+            ids = mx.pad(ids, [(0, 0), (self._config.reach, 0)], constant_values=-1)
+        tables = (hadamard, walsh, position, keys - seq, ids)
+        return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide)
 
     def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
@@ -148,32 +141,47 @@ class Model(nn.Module):
         """
         wide = mx.float64 if dtype == mx.float64 else mx.float32
         context = self.context(tokens_BT, constants, state, wide)
-        embedded_BTD = x_BTD = self.embedding(tokens_BT, dtype)
+        embedded_BTD, plain_BTD, values_BTD = self.embedding(tokens_BT, context, state, dtype)
+        x_BTD = embedded_BTD
         record = {} if record is None else record
         record["embed"] = x_BTD
         skips, half, steps, tapes = [], self._config.layers // 2, self._config.passes(repeat), []
         mixers = (None,) * len(steps) if state is None else state.mixers
+        places = self._config.banks
+        banks: dict[str, Any] = dict(zip(places, (None,) * len(places) if state is None else state.banks, strict=True))
         for step, mixer in zip(steps, mixers, strict=True):
             unet = self._config.unet_skips and not step.again
+            if step.layer == half and not step.again and "middle" in banks:
+                f_BTD = self.norm(x_BTD)
+                y_BTD, banks["middle"] = self.bank_middle(f_BTD, values_BTD, context, banks["middle"])
+                x_BTD = record["bank_middle"] = x_BTD + y_BTD
             if unet and step.layer >= half and skips:
                 x_BTD = x_BTD + self.skip_weights[step.layer - half].astype(x_BTD.dtype) * skips.pop()
+            if self._config.engram_orders and step.layer == self._config.engram_layer and not step.again:
+                x_BTD = record["engram"] = self.engram(x_BTD, context)
             x_BTD, tape = self.blocks[step.block](x_BTD, embedded_BTD, context, step, mixer)
             tapes.append(tape)
             if unet and step.layer < half:
                 skips.append(x_BTD)
             record[f"blocks.{step.layer}" + ".again" * step.again] = x_BTD
+        if "head" in banks:
+            f_BTD = self.norm(x_BTD)
+            y_BTD, banks["head"] = self.bank_head(f_BTD, values_BTD, context, banks["head"])
+            x_BTD = record["bank_head"] = f_BTD + y_BTD
         record["logits"] = logits_BTV = self.head(x_BTD)
-        return logits_BTV, (state, context, tapes)
+        return logits_BTV, (state, context, tapes, banks, plain_BTD)
 
     def start(self, rows):
         """Return the state before the first token."""
         attends = "attention" in self._config.kinds
         kept = mx.zeros((rows, 0), dtype=mx.int32) if attends else None
-        return State(0, kept, (None,) * len(self._config.passes(True)))
+        ids = mx.full((rows, self._config.reach), -1, dtype=mx.int32)
+        config = self._config
+        return State(0, kept, (None,) * len(config.passes(True)), (None,) * len(config.banks), ids, None)
 
     def commit(self, tape, n, keep):
         """Return the state after the first n tokens of a chunk, n from 1 up, with the last `keep` keys of attention."""
-        state, context, tapes = tape
+        state, context, tapes, banks, plain_BTD = tape
         context = context._replace(keep=keep)
         kept = state.kept
         if kept is not None:
@@ -181,4 +189,10 @@ class Model(nn.Module):
             kept = mx.where(ids_BS == ids_BS[:, -1:], 0, -1).astype(mx.int32)[:, max(ids_BS.shape[1] - keep, 0) :]
         steps = self._config.passes(True)
         mixers = (self.blocks[s.block].mixer.commit(t, context, n) for s, t in zip(steps, tapes, strict=True))
-        return State(state.position + n, kept, tuple(mixers))
+        stores = (getattr(self, f"bank_{place}").capsules.commit(t, context, n) for place, t in banks.items())
+        ids_BX, documents_BX = context.last_ids(self._config.reach)
+        end = ids_BX.shape[1] - context.documents.shape[1] + n
+        last = slice(end - self._config.reach, end)
+        ids = mx.where(documents_BX[:, last] == context.documents[:, n - 1 : n], ids_BX[:, last], -1)
+        smeared = plain_BTD[:, n - 1 : n] if self._config.smear else None
+        return State(state.position + n, kept, tuple(mixers), tuple(stores), ids, smeared)

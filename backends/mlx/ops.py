@@ -136,6 +136,37 @@ def hadamard(x, matrix):
     return x @ matrix.astype(x.dtype)
 
 
+def ngram_buckets(ids, documents, multipliers, buckets):
+    """Return core.engram.ngram_buckets on the device: rows of the stacked tables, -1 where an n-gram does not count.
+
+    ids and documents (B, P + T) int, of which P positions come before; multipliers[order][head]. Returns (B, T, tables)
+    int32.
+    """
+    before = len(multipliers)
+    seq, safe = ids.shape[1] - before, mx.maximum(ids, 0).astype(mx.uint32)
+    here, rows, live = documents[:, before:], [], ids[:, before:] >= 0
+    for order, heads in enumerate(multipliers, 1):
+        oldest = slice(before - order, before - order + seq)
+        live = live & (ids[:, oldest] >= 0) & (documents[:, oldest] == here)
+        for p in heads:
+            h = mx.zeros_like(safe[:, before:])
+            for lag in range(order, -1, -1):
+                step = safe[:, before - lag : before - lag + seq]
+                h = (h * mx.array(p % buckets, mx.uint32) + step) % mx.array(buckets, mx.uint32)
+            rows.append(mx.where(live, h.astype(mx.int32) + len(rows) * buckets, -1))
+    return mx.stack(rows, axis=-1).astype(mx.int32)
+
+
+def hashed_rows(table, rows):
+    """Return rows of `table` (R, W) side by side: (B, T, N) int -> (B, T, N * W), zeros where the index is -1.
+
+    A row that is all zero was pruned: it gets no gradient and stays zero.
+    """
+    picked = table[mx.maximum(rows, 0)]
+    live = (rows >= 0)[..., None] & mx.any(picked != 0, axis=-1, keepdims=True)
+    return mx.where(live, picked, mx.array(0.0, table.dtype)).reshape(*rows.shape[:2], -1)
+
+
 def short_conv(x, weight, documents):
     """Return sum_i weight[:, i] * x_{t-i} over the taps i whose position is in t's document.
 

@@ -18,8 +18,9 @@ class Preset(NamedTuple):
 
 PRESETS: dict[str, Preset] = {
     name: Preset(purpose, dataclasses.replace(config, preset=name), params)
-    for name, (purpose, config, params) in (transformers.PRESETS | skc.PRESETS).items()
+    for name, (purpose, config, params) in (*transformers.PRESETS.items(), *skc.PRESETS.items())
 }
+assert len(PRESETS) == len(transformers.PRESETS) + len(skc.PRESETS), "two presets of one name"
 
 
 def get(name: str) -> Preset:
@@ -34,7 +35,10 @@ def get(name: str) -> Preset:
 
 
 def mini(config: RunConfig) -> RunConfig:
-    """Return `config` shrunk for tests: same options, dim <= 64, at most 4 layers, short windows."""
+    """Return `config` shrunk for tests: same options, dim <= 64, at most 4 layers, short windows.
+
+    Their 37 tokens end in the middle of a block of capsules and of a chunk of the recurrence.
+    """
     model = config.model
     heads = min(model.heads, 4)
     dim = min(model.dim, 16 * heads)
@@ -59,7 +63,7 @@ def mini(config: RunConfig) -> RunConfig:
             repeat_layers=tuple(i for i in model.repeat_layers if i < 4),
         ),
         train=dataclasses.replace(
-            config.train, batch=4, seq=32, steps=50, micro_batch=None, seconds=None, seq_stages=(), seq_until=()
+            config.train, batch=4, seq=37, steps=50, micro_batch=None, seconds=None, seq_stages=(), seq_until=()
         ),
         eval=dataclasses.replace(config.eval, seq=32, stride=None, windows="plain", batch=4),
     )

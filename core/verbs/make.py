@@ -10,6 +10,7 @@ from core.config import ConfigError, RunConfig
 from core.data import Dataset
 from core.engine import DType, Engine, EngineOptions, choose_backend, load_engine
 from core.export.artifact import check_limits
+from core.export.budget import predicted_bytes
 from core.finish import finish
 from core.params import count, exported
 from core.run import Run, RunError
@@ -50,6 +51,7 @@ def train_run(options: Train, context: Context) -> Outcome:
     dataset = open_data(config.data.path)
     check_data(config, dataset)
     check_limits(config.model)
+    _check_budget(config)
     engine = load_engine(backend, config, options=EngineOptions(dtype=options.dtype))
     out = options.out or f"runs/{config.preset}-{backend}-{config.seed}"
     run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
@@ -64,6 +66,16 @@ def train_run(options: Train, context: Context) -> Outcome:
     return Outcome(
         True, {**value, "seconds": summary.seconds, "backend": engine.backend, "parameters": count(config.model)}
     )
+
+
+def _check_budget(config: RunConfig) -> None:
+    """Raise ConfigError if the artifact is predicted to be over the budget: better now than after the training."""
+    predicted, allowed = predicted_bytes(config.model), config.export.budget - config.export.code_bytes
+    if predicted > allowed:
+        raise ConfigError(
+            f"the artifact would have about {predicted:,} bytes, {predicted - allowed:,} over what export.budget "
+            f"leaves beside the code; make the model smaller (see: skc info {config.preset}), or raise --export.budget"
+        )
 
 
 def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> None:

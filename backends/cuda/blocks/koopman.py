@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from backends.cuda import ops
 from backends.cuda.blocks.linear import Linear, Output
-from core.config import COUPLING, TAPS
+from core.model_config import COUPLING, TAPS
 
 
 class KoopmanState(NamedTuple):

@@ -34,7 +34,7 @@ class SKC(Koopman):
         self.write = Linear(config.dim, routes)
         self.write_bias = nn.Parameter(torch.zeros(routes))
         self.read = Linear(config.dim, routes)
-        self.capsules = Capsules(config, exact)
+        self.capsules = Capsules(config.layer_store, config.norm_eps, exact)
         self.capsule_gain = nn.Parameter(torch.zeros(config.mixer_dim))
 
     def forward(self, x_BTD, context, state):

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx import ops
-from core.config import COUPLING, TAPS
+from core.model_config import COUPLING, TAPS
 
 FLOOR = 0.5
 """Mass that a capsule's mean is taken over beside what was routed to it: one that got nothing keeps almost nothing."""
@@ -43,12 +43,12 @@ class CapsuleTape(NamedTuple):
 class Capsules(nn.Module):
     """Letters: B rows, T positions, C channels in H heads of K, N capsules per head, M blocks of Q positions."""
 
-    def __init__(self, config, exact):
+    def __init__(self, store, eps, exact):
         super().__init__()
-        self._config, self._exact = config, exact
-        heads, count, block = config.capsule_heads, config.capsules, config.capsule_block
+        self._store, self._eps, self._exact = store, eps, exact
+        heads, count, block = store.heads, store.capsules, store.block
         self.temperature = mx.zeros((2, heads))
-        if config.capsule_bands:
+        if store.bands:
             self.bands = mx.zeros((block, count))
         self.rate = mx.zeros((heads, count))
         self.couple_in = mx.zeros((heads, COUPLING, count))
@@ -56,15 +56,15 @@ class Capsules(nn.Module):
 
     def __call__(self, write_BTR, read_BTR, values_BTC, context, state):
         """Return what every token reads (B, T, C), and the tape; R = H * N routing logits."""
-        config = self._config
+        store = self._store
         rows, seq, width = values_BTC.shape
         state = state or self.start(values_BTC, context)
         keys_BTHN, reads_BTHN = self.route(write_BTR, 0, context), self.route(read_BTR, 1, context)
-        writes_BTHN = self.shifted(keys_BTHN, context, state) if config.capsule_shift else keys_BTHN
-        phase = context.position % config.capsule_block
+        writes_BTHN = self.shifted(keys_BTHN, context, state) if store.shift else keys_BTHN
+        phase = context.position % store.block
         template_QN = self.template(context)
         w_BMHQN, q_BMHQN = self.blocks(writes_BTHN, phase), self.blocks(reads_BTHN, phase)
-        values_BTHK = values_BTC.astype(context.wide).reshape(rows, seq, config.capsule_heads, -1)
+        values_BTHK = values_BTC.astype(context.wide).reshape(rows, seq, store.heads, -1)
         v_BMHQK = self.blocks(values_BTHK, phase)
         documents_BMQ, fresh_BMQ = self.borders(context, phase)
         # Written at the end of its block: what of it is in the document that is open then.
@@ -80,15 +80,15 @@ class Capsules(nn.Module):
         fresh_BMHQ1 = fresh_BMQ[:, :, None, :, None]
         coupled_BMHQN = mx.where(fresh_BMHQ1, q_BMHQN + q_BMHQN @ self.coupling(), 0.0)
         y_BMHQK = coupled_BMHQN @ before_BMHNK
-        if config.capsule_intra:
-            seen_QQ = ops.causal_mask(config.capsule_block, config.capsule_block, None)
-            seen_BMQQ = mx.logical_and(documents_BMQ[..., :, None] == documents_BMQ[..., None, :], seen_QQ)
+        if store.intra:
+            seen_XQQ = ops.causal_mask(store.block, store.block, documents_BMQ.reshape(-1, store.block))
+            seen_BMQQ = seen_XQQ.reshape(*documents_BMQ.shape, store.block)
             scores_BMHQQ = mx.where(seen_BMQQ[:, :, None], q_BMHQN @ mx.swapaxes(w_BMHQN, -1, -2), 0.0)
             inside_BMHQK = scores_BMHQQ @ v_BMHQK
             if phase:
                 first_BHQN = mx.where(fresh_BMHQ1[:, 0], q_BMHQN[:, 0], 0.0)
                 inside_BMHQK = add_first(inside_BMHQK, first_BHQN @ state.plain)
-            y_BMHQK = y_BMHQK + config.capsule_intra * inside_BMHQK
+            y_BMHQK = y_BMHQK + store.intra * inside_BMHQK
         y_BTC = mx.swapaxes(y_BMHQK, 2, 3).reshape(rows, -1, width)[:, phase : phase + seq]
         tape = CapsuleTape(
             state, phase, keys_BTHN, w_BMHQN, v_BMHQK, template_QN, stored_BMHNK, documents_BMQ, fresh_BMQ
@@ -97,24 +97,22 @@ class Capsules(nn.Module):
 
     def start(self, values_BTC, context):
         """Return the state before the first token."""
-        heads, count = self._config.capsule_heads, self._config.capsules
+        heads, count = self._store.heads, self._store.capsules
         rows, width = values_BTC.shape[0], values_BTC.shape[-1] // heads
         zeros = mx.zeros((rows, heads, count, width), dtype=context.wide)
         return self.state(zeros, zeros, zeros, zeros[..., 0], zeros[..., 0])
 
     def state(self, stored_BHNK, sums_BHNK, plain_BHNK, mass_BHN, key_BHN):
         """Return the state without what these options never read."""
-        plain_BHNK = plain_BHNK if self._config.capsule_intra else None
-        return CapsuleState(
-            stored_BHNK, sums_BHNK, plain_BHNK, mass_BHN, key_BHN if self._config.capsule_shift else None
-        )
+        plain_BHNK = plain_BHNK if self._store.intra else None
+        return CapsuleState(stored_BHNK, sums_BHNK, plain_BHNK, mass_BHN, key_BHN if self._store.shift else None)
 
     def route(self, logits_BTR, which, context):
         """Return the share of each capsule: a softmax of normalised, so bounded, logits, in float32."""
-        config = self._config
+        store = self._store
         rows, seq, _ = logits_BTR.shape
-        logits_BTHN = logits_BTR.astype(context.wide).reshape(rows, seq, config.capsule_heads, config.capsules)
-        logits_BTHN = ops.rms_norm(logits_BTHN, config.norm_eps, self._exact)
+        logits_BTHN = logits_BTR.astype(context.wide).reshape(rows, seq, store.heads, store.capsules)
+        logits_BTHN = ops.rms_norm(logits_BTHN, self._eps, self._exact)
         return ops.softmax(logits_BTHN * self.temperature[which][:, None], self._exact)
 
     def shifted(self, keys_BTHN, context, state):
@@ -125,16 +123,16 @@ class Capsules(nn.Module):
 
     def template(self, context):
         """Return the weight of every place in a block, per capsule: the inverse Walsh transform of its bands."""
-        config = self._config
-        if config.capsule_bands:
+        store = self._store
+        if store.bands:
             return mx.swapaxes(context.walsh, 0, 1) @ self.bands
-        shape = (config.capsule_block, config.capsules)
+        shape = (store.block, store.capsules)
         return mx.ones(shape, dtype=context.wide)
 
     def blocks(self, x_BTHX, phase):
         """Return (B, M, H, Q, X): whole blocks, with zeros for what came before the chunk and what is still to come."""
         rows, seq, heads, width = x_BTHX.shape
-        block = self._config.capsule_block
+        block = self._store.block
         end = -(phase + seq) % block
         if phase or end:
             x_BTHX = mx.pad(x_BTHX, [(0, 0), (phase, end), (0, 0), (0, 0)])
@@ -142,7 +140,7 @@ class Capsules(nn.Module):
 
     def borders(self, context, phase):
         """Return the document of every place (B, M, Q), and whether none has begun in its block up to there."""
-        block, (rows, seq) = self._config.capsule_block, context.documents.shape
+        block, (rows, seq) = self._store.block, context.documents.shape
         end = -(phase + seq) % block
         parts = [context.documents[:, :1] * 0] * phase + [context.documents] + [context.documents[:, -1:]] * end
         documents_BMQ = mx.concatenate(parts, axis=1).reshape(rows, -1, block)
@@ -172,7 +170,7 @@ class Capsules(nn.Module):
     def commit(self, tape, context, n):
         """Return the state after the first n tokens of a chunk, n from 1 up."""
         before = tape.before
-        block, place = divmod(tape.phase + n, self._config.capsule_block)
+        block, place = divmod(tape.phase + n, self._store.block)
         stored_BHNK = tape.stored[:, block - 1] if block else before.stored
         key_BHN, zeros_BHNK = tape.keys[:, n - 1], mx.zeros_like(stored_BHNK)
         if not place:

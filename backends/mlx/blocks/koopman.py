@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from backends.mlx import ops
 from backends.mlx.blocks.linear import Linear, Output
-from core.config import COUPLING, TAPS
+from core.model_config import COUPLING, TAPS
 
 
 class KoopmanState(NamedTuple):

@@ -33,7 +33,7 @@ class SKC(Koopman):
         self.write = Linear(config.dim, routes)
         self.write_bias = mx.zeros((routes,))
         self.read = Linear(config.dim, routes)
-        self.capsules = Capsules(config, exact)
+        self.capsules = Capsules(config.layer_store, config.norm_eps, exact)
         self.capsule_gain = mx.zeros((config.mixer_dim,))
 
     def __call__(self, x_BTD, context, state):
