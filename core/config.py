@@ -22,6 +22,7 @@ LATER = {
     "capsule_shift", "capsule_intra", "capsule_bands", "shared_blocks", "repeat_layers", "repeat_from",
     "bank", "bank_heads", "bank_capsules", "bank_times", "bank_gate", "engram_orders", "engram_heads", "engram_buckets",
     "engram_dim", "engram_layer", "engram_keep", "hash_storage", "bigram_buckets", "bigram_dim", "smear", "lr_hash",
+    "attention_conv",
 }  # fmt: skip
 """Fields that came after the first files were written: a file without one of them means its default."""
 

@@ -75,6 +75,8 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     q_gain: float = 1.5
     """Start value of the per-head gain on normalised queries."""
+    attention_conv: bool = False
+    """A short convolution of what enters attention, as the recurrent mixers have one; it starts as the identity."""
     residual_mix: bool = False
     """Each layer's input is a learned mix of the stream and the embedding stream (start 1, 0)."""
     unet_skips: bool = False

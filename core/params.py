@@ -19,12 +19,12 @@ GROUPS: tuple[Group, ...] = ("embed", "matrix", "vector", "hash")
 
 
 class Init(NamedTuple):
-    """A start value: normal (scale = standard deviation), uniform (scale = bound), constant (scale = value); rows: the
-    value in the first `until` rows, 0 in the others; rates: log(expm1(1 / t)), so that softplus gives 1 / t back, with
+    """A start value: normal (scale = standard deviation), uniform (scale = bound), constant (scale = value); rows and
+    columns: the value in the first `until` of them, 0 in the others; rates: log(expm1(1 / t)), so that softplus gives 1 / t back, with
     time constants t spread over the last axis from `scale` to `until` at equal ratios.
     """
 
-    kind: Literal["normal", "uniform", "constant", "rows", "rates"]
+    kind: Literal["normal", "uniform", "constant", "rows", "columns", "rates"]
     scale: float
     until: float = 0.0
 
@@ -62,6 +62,11 @@ def _attention(config: ModelConfig) -> dict[str, Param]:
     """Rows of one `attention` layer's mixer."""
     kv = config.kv_heads * config.head_dim
     return {
+        **(
+            {"mixer.conv": Param((config.dim, TAPS), Init("columns", 1.0, 1), "vector")}
+            if config.attention_conv
+            else {}
+        ),
         "mixer.q.weight": _matrix(config, config.dim, config.dim),
         "mixer.k.weight": _matrix(config, kv, config.dim),
         "mixer.v.weight": _matrix(config, kv, config.dim),
@@ -201,6 +206,8 @@ def _start(row: Param, seed: int, name: str) -> np.ndarray:
     values = np.full(row.shape, scale)
     if kind == "rows":
         values[int(until) :] = 0.0
+    elif kind == "columns":
+        values[:, int(until) :] = 0.0
     elif kind == "rates":
         share = np.arange(row.shape[-1]) / max(row.shape[-1] - 1, 1)
         values[:] = np.log(np.expm1(1.0 / (scale * (until / scale) ** share)))
@@ -246,7 +253,7 @@ def same_shapes(config: ModelConfig, group: Group) -> list[list[str]]:
 def by_group(config: ModelConfig) -> dict[Group, list[str]]:
     """Return the names of every optimizer group that has any."""
     rows = param_table(config).items()
-    names = {group: [name for name, row in rows if row.group == group] for group in GROUPS}
+    names: dict[Group, list[str]] = {g: [name for name, row in rows if row.group == g] for g in GROUPS}
     return {group: found for group, found in names.items() if found}
 
 
@@ -314,7 +321,7 @@ def state_size(config: ModelConfig) -> int:
     """Return the floats of the decoding state of one sequence that do not grow with it (recurrent layers)."""
     koopman = TAPS * config.mixer_dim
     capsules = _store_size(config.layer_store, config.mixer_dim)
-    sizes = {"attention": 0, "koopman": koopman}
+    sizes = {"attention": config.attention_conv * (TAPS - 1) * config.dim, "koopman": koopman}
     mixers = sum(sizes.get(config.kinds[p.layer], koopman + capsules) for p in config.passes(True))
     return mixers + len(config.banks) * _store_size(config.bank_store, config.dim) + config.smear * config.dim
 

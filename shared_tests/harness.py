@@ -134,7 +134,9 @@ def mini(name: str) -> RunConfig:
     model = dataclasses.replace(
         config.model, layers=5, blocks=("skc", "skc_parallel", "koopman", "attention"), shared_blocks=4,
         repeat_layers=(1, 2, 3), mixer_dim=16, capsules=5, capsule_heads=2, capsule_block=8, capsule_intra=0.25,
-        mlp_hidden=48, residual_mix=True, unet_skips=True, depth_damping=True, output_norm="gain",
+        mlp_hidden=48, residual_mix=True, unet_skips=True, depth_damping=True, output_norm="gain", attention_conv=True,
+        bank="both", bank_heads=2, bank_capsules=3, engram_orders=3, engram_heads=2, engram_buckets=101, engram_dim=12,
+        bigram_buckets=53, bigram_dim=6, smear=True,
     )  # fmt: skip
     train = dataclasses.replace(config.train, repeat_from=0.5)
     return dataclasses.replace(config, preset=EVERYTHING, model=model, train=train)

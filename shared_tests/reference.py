@@ -334,7 +334,12 @@ def attention_mixer(config: ModelConfig, w: dict[str, Array], n: Array, tokens: 
     """Return what enters the output projection of attention."""
     rows, seq, dim = n.shape
     turn = tables.rope_tables(seq, config.rope_dims, config.rope_base)
-    mask = causal_mask(seq, seq, document_ids(tokens, config.bos) if config.documents == "isolated" else None)
+    documents = document_ids(tokens, config.bos) if config.documents == "isolated" else None
+    mask = causal_mask(seq, seq, documents)
+    if config.attention_conv:
+        ids = np.zeros_like(tokens) if documents is None else documents
+        before = np.concatenate([np.zeros((rows, 3), int), ids], axis=1)
+        n = short_conv(np.concatenate([np.zeros((rows, 3, dim)), n], axis=1), w["mixer.conv"], before)
 
     def heads(name: str) -> Array:
         return linear(n, w[f"mixer.{name}.weight"]).reshape(rows, seq, -1, config.head_dim).transpose(0, 2, 1, 3)

@@ -41,8 +41,8 @@ def cases(op: str, n: int) -> list[tuple]:
         tail = reference.causal_mask(late, n, documents)
         return [(q, k, v, None), (q, k, v, mask), (q[:, :, -late:], k, v, tail), (q, q, q, mask)]
     if op == "ngram_buckets":
-        ids = tokens(f"{op}/{n}", 2, 3 + n, 65_536, 1)
-        ids[0, :2] = -1
+        ids = tokens(f"{op}/{n}", 2, 3 + n, 65_535, 1)
+        ids[0, :2], ids[1, -1] = -1, 65_535
         late = np.cumsum(ids == 1, axis=1).astype(np.int32)
         return [(ids, late, MULTIPLIERS, buckets) for buckets in (2, 3067, 4096, 65_521)]
     if op == "hashed_rows":

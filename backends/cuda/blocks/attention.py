@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from backends.cuda import ops
 from backends.cuda.blocks.linear import Linear, Output
+from core.model_config import TAPS
 
 
 class AttentionState(NamedTuple):
@@ -14,6 +15,7 @@ class AttentionState(NamedTuple):
 
     k: Any  # (B, G, S, K), rotated
     v: Any  # (B, G, S, K)
+    tail: Any  # (B, TAPS - 1, D): what entered last, 0 where it was another document; in a tape (B, TAPS - 1 + T, D)
 
 
 class Attention(nn.Module):
@@ -28,11 +30,18 @@ class Attention(nn.Module):
         self.k = Linear(config.dim, kv)
         self.v = Linear(config.dim, kv)
         self.o = Output(config.dim, config, exact)
+        if config.attention_conv:
+            self.conv = nn.Parameter(torch.zeros(config.dim, TAPS))
         self.q_gain = nn.Parameter(torch.zeros(config.heads))
 
     def forward(self, x_BTD, context, state):
         config, exact = self._config, self._exact
         rows, seq, dim = x_BTD.shape
+        tail_BPD = None
+        if config.attention_conv:
+            zeros_BPD = torch.zeros((rows, TAPS - 1, dim), dtype=x_BTD.dtype, device=x_BTD.device)
+            tail_BPD = torch.cat([zeros_BPD if state is None else state.tail, x_BTD], dim=1)
+            x_BTD = ops.short_conv(tail_BPD, self.conv, context.history)
         split = (rows, seq, -1, config.head_dim)
         q_BHTK = torch.swapaxes(self.q(x_BTD).reshape(split), 1, 2)
         k_BGTK = torch.swapaxes(self.k(x_BTD).reshape(split), 1, 2)
@@ -43,10 +52,14 @@ class Attention(nn.Module):
         if state is not None:
             k_BGTK, v_BGTK = torch.cat([state.k, k_BGTK], dim=2), torch.cat([state.v, v_BGTK], dim=2)
         y_BHTK = ops.attention(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)
-        return self.o(torch.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim)), AttentionState(k_BGTK, v_BGTK)
+        return self.o(torch.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim)), AttentionState(k_BGTK, v_BGTK, tail_BPD)
 
     def commit(self, tape, context, n):
         """Return the state after the first n tokens of a chunk, n from 1 up: the last of it that context.keep says."""
         end = context.kept + n
         begin = end - min(context.keep, end)
-        return AttentionState(tape.k[:, :, begin:end], tape.v[:, :, begin:end])
+        tail_BPD = None
+        if tape.tail is not None:
+            same_BP = context.history[:, n : n + TAPS - 1] == context.documents[:, n - 1 : n]
+            tail_BPD = torch.where(same_BP[..., None], tape.tail[:, n : n + TAPS - 1], 0.0)
+        return AttentionState(tape.k[:, :, begin:end], tape.v[:, :, begin:end], tail_BPD)

@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from backends.mlx import ops
 from backends.mlx.blocks.linear import Linear, Output
+from core.model_config import TAPS
 
 
 class AttentionState(NamedTuple):
@@ -14,6 +15,7 @@ class AttentionState(NamedTuple):
 
     k: Any  # (B, G, S, K), rotated
     v: Any  # (B, G, S, K)
+    tail: Any  # (B, TAPS - 1, D): what entered last, 0 where it was another document; in a tape (B, TAPS - 1 + T, D)
 
 
 class Attention(nn.Module):
@@ -28,11 +30,18 @@ class Attention(nn.Module):
         self.k = Linear(config.dim, kv)
         self.v = Linear(config.dim, kv)
         self.o = Output(config.dim, config, exact)
+        if config.attention_conv:
+            self.conv = mx.zeros((config.dim, TAPS))
         self.q_gain = mx.zeros((config.heads,))
 
     def __call__(self, x_BTD, context, state):
         config, exact = self._config, self._exact
         rows, seq, dim = x_BTD.shape
+        tail_BPD = None
+        if config.attention_conv:
+            zeros_BPD = mx.zeros((rows, TAPS - 1, dim), dtype=x_BTD.dtype)
+            tail_BPD = mx.concatenate([zeros_BPD if state is None else state.tail, x_BTD], axis=1)
+            x_BTD = ops.short_conv(tail_BPD, self.conv, context.history)
         split = (rows, seq, -1, config.head_dim)
         q_BHTK = mx.swapaxes(self.q(x_BTD).reshape(split), 1, 2)
         k_BGTK = mx.swapaxes(self.k(x_BTD).reshape(split), 1, 2)
@@ -43,10 +52,14 @@ class Attention(nn.Module):
         if state is not None:
             k_BGTK, v_BGTK = mx.concatenate([state.k, k_BGTK], axis=2), mx.concatenate([state.v, v_BGTK], axis=2)
         y_BHTK = ops.attention(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)
-        return self.o(mx.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim)), AttentionState(k_BGTK, v_BGTK)
+        return self.o(mx.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim)), AttentionState(k_BGTK, v_BGTK, tail_BPD)
 
     def commit(self, tape, context, n):
         """Return the state after the first n tokens of a chunk, n from 1 up: the last of it that context.keep says."""
         end = context.kept + n
         begin = end - min(context.keep, end)
-        return AttentionState(tape.k[:, :, begin:end], tape.v[:, :, begin:end])
+        tail_BPD = None
+        if tape.tail is not None:
+            same_BP = context.history[:, n : n + TAPS - 1] == context.documents[:, n - 1 : n]
+            tail_BPD = mx.where(same_BP[..., None], tape.tail[:, n : n + TAPS - 1], 0.0)
+        return AttentionState(tape.k[:, :, begin:end], tape.v[:, :, begin:end], tail_BPD)
