@@ -20,8 +20,8 @@ GROUPS: tuple[Group, ...] = ("embed", "matrix", "vector", "hash")
 
 class Init(NamedTuple):
     """A start value: normal (scale = standard deviation), uniform (scale = bound), constant (scale = value); rows and
-    columns: the value in the first `until` of them, 0 in the others; rates: log(expm1(1 / t)), so that softplus gives 1 / t back, with
-    time constants t spread over the last axis from `scale` to `until` at equal ratios.
+    columns: the value in the first `until` of them, 0 in the others; rates: log(expm1(1 / t)), so that softplus gives
+    1 / t back, with time constants t spread over the last axis from `scale` to `until` at equal ratios.
     """
 
     kind: Literal["normal", "uniform", "constant", "rows", "columns", "rates"]
@@ -61,12 +61,9 @@ def _output(config: ModelConfig, name: str, into: int) -> dict[str, Param]:
 def _attention(config: ModelConfig) -> dict[str, Param]:
     """Rows of one `attention` layer's mixer."""
     kv = config.kv_heads * config.head_dim
+    identity = Param((config.dim, TAPS), Init("columns", 1.0, 1), "vector")
     return {
-        **(
-            {"mixer.conv": Param((config.dim, TAPS), Init("columns", 1.0, 1), "vector")}
-            if config.attention_conv
-            else {}
-        ),
+        **({"mixer.conv": identity} if config.attention_conv else {}),
         "mixer.q.weight": _matrix(config, config.dim, config.dim),
         "mixer.k.weight": _matrix(config, kv, config.dim),
         "mixer.v.weight": _matrix(config, kv, config.dim),
