@@ -27,6 +27,10 @@ def gaussian(model: ModelConfig) -> dict[str, Stored]:
         values = noise.standard_normal(row.shape, np.float32) * np.float32(0.02)
         if len(row.shape) == 2:
             values *= np.exp(0.2 * noise.standard_normal((row.shape[0], 1), np.float32))
+        if name == "engram.table" and model.engram_keep:
+            tables = values.reshape(model.engram_orders, -1, values.shape[1])
+            for part, share in zip(tables, model.engram_keep, strict=True):
+                part[noise.random(len(part)) >= share] = 0.0
         out[name] = module("cuda", "storage").to_host(to_device("cuda", values, "float32"), row.storage)
     return out
 
@@ -35,10 +39,18 @@ def written(model: ModelConfig, path: Path) -> int:
     return write_artifact(path, model, gaussian(model), tokenizer_sha256="0" * 64, provenance={"seed": 0})
 
 
-@pytest.mark.parametrize("name", ["ablate", "ternary_74m", "baseline"])
+@pytest.mark.parametrize("name", ["ablate", "ternary_74m", "baseline", "skc_ablate", "skc_600", "skc_8xh100"])
 def test_the_prediction_is_within_two_percent(name: str, tmp_path: Path) -> None:
-    model = presets.get(name).config.model
-    assert predicted_bytes(model) == pytest.approx(written(model, tmp_path / "a.skc"), rel=0.02)
+    config = presets.get(name).config
+    size = written(config.model, tmp_path / "a.skc")
+    assert predicted_bytes(config.model) == pytest.approx(size, rel=0.02)
+    assert size + config.export.code_bytes <= config.export.budget
+
+
+def test_every_preset_fits() -> None:
+    for name, preset in presets.PRESETS.items():
+        left = preset.config.export.budget - preset.config.export.code_bytes
+        assert left == 15_960_000 and predicted_bytes(preset.config.model) <= left, name
 
 
 @pytest.mark.parametrize("storage", MATRICES)

@@ -252,6 +252,8 @@ def test_a_gap_anywhere_in_an_ngram_silences_it() -> None:
     ids = np.array([[4, 5, -1, 7, 8, 9, 10]])
     rows = ngram_buckets(ids, np.zeros_like(ids), [[3], [5], [7]], 97)[0]
     assert (rows >= 0).tolist() == [[False] * 3, [True, False, False], [True, True, False], [True] * 3]
+    none = ngram_buckets(np.array([[4, -1, 6]]), np.zeros((1, 3), int), [[3]], 97)[0]
+    assert none.tolist() == [[-1], [-1]]  # the newest, the oldest
     there_and_back = ngram_buckets(np.arange(7)[None], np.array([[0, 0, 0, 1, 0, 0, 0]]), [[3], [5]], 97)[0]
     assert (there_and_back >= 0).tolist() == [[True, True], [False, False], [False, False], [True, False], [True, True]]
 

@@ -20,6 +20,9 @@ GOLDEN_START = {
     "ternary_74m": "b0dd4cf2e292fb2b",
     "skc_ablate": "365ccfc36b6c7ff5",
     "skc_mac": "bef7557557ab7051",
+    "skc_600": "5881047c09049b3a",
+    "skc_8xh100": "16a01b75b51dcd20",
+    "skc_proxy": "be74522a2b95594a",
     "everything": "ff8b2a22f7ac6974",
     "opposite": "c691323174615142",
 }

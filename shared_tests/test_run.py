@@ -250,6 +250,17 @@ def test_warm_up_leaves_no_trace() -> None:
     assert all(np.array_equal(engine.optimizer()[name], value) for name, value in optimizer.items())
 
 
+def test_warm_up_compiles_with_and_without_repeated_layers() -> None:
+    config = config_of()
+    model = dataclasses.replace(config.model, repeat_layers=(0,))
+    config = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, repeat_from=0.5))
+    engine: Any = BigramEngine(config_of())
+    step, seen = engine.train_step, []
+    engine.train_step = lambda batch, plan: (seen.append(plan.repeat), step(batch, plan))[1]
+    warm_up(engine, config)
+    assert sorted(seen) == [False, True]
+
+
 def test_the_clock_counts_training_only(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(core.train.time, "perf_counter", lambda: now[0])

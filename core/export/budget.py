@@ -41,9 +41,11 @@ def predicted_bytes(model: ModelConfig) -> int:
     """Return the bytes of the artifact of a trained `model`, without code."""
     bits = 0.0
     table = param_table(model)
-    for row in table.values():
-        bits += math.prod(row.shape) * compressed_bits(row.storage, row.shape[-1])
-        bits += SCALE_BITS * math.prod(scales_shape(row.storage, row.shape) or (0,))
+    for name, row in table.items():
+        scales = SCALE_BITS * math.prod(scales_shape(row.storage, row.shape) or (0,))
+        part = math.prod(row.shape) * compressed_bits(row.storage, row.shape[-1]) + scales
+        kept = model.engram_keep if name == "engram.table" and model.engram_keep else (1.0,)
+        bits += part * sum(kept) / len(kept)  # a pruned row is all zeros, which compress to almost nothing
     return round(bits / 8) + HEADER + HEADER_PER_TENSOR * len(table)
 
 

@@ -24,7 +24,48 @@ SKC_MAC = RunConfig(
     eval=EvalConfig(seq=256, batch=16, train_documents=8),
 )  # fmt: skip
 
+FULL = ModelConfig(
+    dim=768, layers=12, blocks=("koopman", "skc"), heads=12, kv_heads=4, mlp_hidden=2304, rope_dims=32, mixer_dim=512,
+    bank="head", engram_orders=3, engram_heads=4, engram_buckets=16_381, engram_dim=384, engram_keep=(0.5, 0.35, 0.25),
+    hash_storage="int4/row", smear=True, matrix_storage="ternary/128", table_storage="int6/row", output_norm="plain",
+)  # fmt: skip
+"""The whole family at 768 wide: Koopman and SKC layers, bank, packed EngramHash, smear."""
+
+NODE = TrainConfig(
+    steps=20_000, seconds=599.0, batch=512, seq=1024, micro_batch=8, lr_embed=0.02, lr_matrix=0.03, lr_vector=0.01,
+    matrix_rule="muon", muon_rows=True, warmup=0.0, warmdown=0.3, floor=0.0, weight_decay=0.0, z_loss=1e-4,
+    quantise="always", eval_every=None, save_every=1000,
+)  # fmt: skip
+"""Ten minutes on a node: 524,288 tokens a step."""
+
+SKC_600 = RunConfig(model=FULL, train=NODE, eval=EvalConfig(seq=1024))
+
+SKC_8XH100 = RunConfig(
+    model=dataclasses.replace(
+        FULL, vocab=8192, embed_dim=256, layers=11, blocks=("koopman", "skc", "koopman", "attention"), mlp_hidden=2688,
+        engram_orders=2, engram_dim=128, engram_keep=(0.5, 0.35),
+    ),
+    train=NODE,
+    eval=EvalConfig(seq=1024),
+)  # fmt: skip
+
+SKC_PROXY = RunConfig(
+    model=dataclasses.replace(
+        FULL, dim=640, layers=8, blocks=("koopman", "skc", "koopman", "attention"), heads=10, kv_heads=5,
+        mlp_hidden=2560, engram_buckets=3067, engram_dim=192,
+    ),
+    train=dataclasses.replace(NODE, batch=128),
+    eval=EvalConfig(seq=1024),
+)  # fmt: skip
+
 PRESETS = {
     "skc_ablate": ("the SKC base of ablations: `ablate` with Koopman and SKC layers", SKC_ABLATE, 3_147_076),
     "skc_mac": ("minutes on a laptop: a ternary hybrid of Koopman, SKC and attention layers", SKC_MAC, 1_431_116),
+    "skc_600": (
+        "the whole family for 600 s on a node, vocabulary 1,024: Koopman, SKC, bank, EngramHash",
+        SKC_600,
+        69_317_334,
+    ),
+    "skc_8xh100": ("the budget filled at vocabulary 8,192: a hybrid for 600 s on 8xH100", SKC_8XH100, 67_711_240),
+    "skc_proxy": ("a smaller hybrid for 2 GPUs, to try on what skc_8xh100 will do", SKC_PROXY, 38_165_538),
 }

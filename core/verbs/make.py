@@ -9,6 +9,7 @@ from core.bundled import open_data
 from core.config import ConfigError, RunConfig
 from core.data import Dataset
 from core.engine import DType, Engine, EngineOptions, choose_backend, load_engine
+from core.engram import start_weights
 from core.export.artifact import check_limits
 from core.export.budget import predicted_bytes
 from core.finish import finish
@@ -52,7 +53,7 @@ def train_run(options: Train, context: Context) -> Outcome:
     check_data(config, dataset)
     check_limits(config.model)
     _check_budget(config)
-    engine = load_engine(backend, config, options=EngineOptions(dtype=options.dtype))
+    engine = load_engine(backend, config, start_weights(config, dataset.train), EngineOptions(dtype=options.dtype))
     out = options.out or f"runs/{config.preset}-{backend}-{config.seed}"
     run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
     with run.open_log() as log, say.copied_to(log):
