@@ -14,7 +14,7 @@ class Constants(NamedTuple):
     walsh: Any  # (Q, Q), sequency order, Q tokens per capsule block
 
 
-class State(NamedTuple):
+class ModelState(NamedTuple):
     """What the next token needs of those before it, all layers together."""
 
     position: int  # tokens before it

@@ -15,7 +15,9 @@ COUPLING = 4
 MOST_HASHES = 4
 """Hash functions that there are multipliers for, per n-gram order (core/engram.py)."""
 MOST_BUCKETS = 65_521
-"""Largest number of buckets whose hashes stay below 2^32 (core/engram.py)."""
+"""Most buckets of a hashed table: the largest prime whose hashes stay below 2^32 (core/engram.py)."""
+MOST_HASHED = 65_536
+"""Largest vocabulary whose ids can be hashed so."""
 
 
 class Store(NamedTuple):
@@ -183,6 +185,7 @@ class ModelConfig:
             require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)}: expected a positive number")
         for name in ("matrix_std", "embed_std", "capsule_intra", "engram_orders", "bigram_buckets", "engram_layer"):
             require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)}: expected a number from 0 up")
+        self._check_idle()
         self._check_mixers()
         self._check_memories()
         self._check_trunk()
@@ -202,6 +205,16 @@ class ModelConfig:
             times = getattr(self, name)
             good = len(times) == 2 and 0.01 <= times[0] <= times[1] <= 1e6
             require(good, f"model.{name}={times}: expected two rising numbers from 0.01 to 1e6")
+
+    def _check_idle(self) -> None:
+        """Refuse what no layer would use: the user meant something else."""
+        stores = {"skc", "skc_parallel"} & set(self.blocks)
+        for name, used in (
+            ("attention_conv", "attention" in self.blocks),
+            ("capsule_intra", bool(stores)),
+        ):
+            require(not getattr(self, name) or used, f"model.{name}={getattr(self, name)}: no layer has a use for it")
+        require(self.capsule_shift or bool(stores), "model.capsule_shift=False: no layer has capsules")
 
     def _check_memories(self) -> None:
         require(
@@ -224,6 +237,10 @@ class ModelConfig:
         for name, used in (("engram_buckets", orders), ("bigram_buckets", self.bigram_buckets)):
             value = getattr(self, name)
             require(not used or 2 <= value <= MOST_BUCKETS, f"model.{name}={value}: expected from 2 to {MOST_BUCKETS}")
+        require(
+            not self.reach or self.vocab <= MOST_HASHED,
+            f"model.vocab={self.vocab}: n-gram memories hash token ids below {MOST_HASHED}",
+        )
         require(self.bigram_dim >= 1, f"model.bigram_dim={self.bigram_dim}: expected at least 1")
         require(
             orders == 0 or self.engram_layer < self.layers,

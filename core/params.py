@@ -293,18 +293,24 @@ def matmul_params(config: ModelConfig) -> int:
 FLOP_RULE = (
     "training FLOPs per token = 3 * (2 * matmul weights, head included and a repeated layer's twice + per layer: "
     "attention 2 * seq * dim; Koopman mixer 4 * C^2 of its two Hadamard products; capsules 4 * N * C of write and "
-    "read, the bank's too)"
+    "read, the bank's too, and 2 * Q * (H * N + C) of a read of the open block)"
 )
 
 
 def flops_per_token(config: ModelConfig, seq: int) -> int:
     """Return training FLOPs per token (forward and backward) by FLOP_RULE: causal attention counts half the square."""
     width = config.mixer_dim
-    koopman, capsules = 4 * width**2, 4 * config.capsules * width
+    koopman, capsules = 4 * width**2, _store_cost(config.layer_store, width)
     cost = {"attention": 2 * seq * config.dim, "koopman": koopman}
     mixers = sum(cost.get(config.kinds[p.layer], koopman + capsules) for p in config.passes(True))
-    banks = len(config.banks) * 4 * config.bank_capsules * config.dim
+    banks = len(config.banks) * _store_cost(config.bank_store, config.dim)
     return 3 * (2 * matmul_params(config) + mixers + banks)
+
+
+def _store_cost(store: Store, width: int) -> int:
+    """Return forward FLOPs per token of a store of capsules for `width` channels."""
+    inside = 2 * store.block * (store.heads * store.capsules + width) if store.intra else 0
+    return 4 * store.capsules * width + inside
 
 
 def state_per_token(config: ModelConfig) -> int:

@@ -2,10 +2,15 @@
 
 import numpy as np
 
+from core.model_config import ModelConfig
 
-def rope_tables(seq: int, dims: int, base: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return (cos, sin), each (seq, dims / 2) float64: position t turns pair i by t * base^(-2 i / dims)."""
-    angles = np.arange(seq)[:, None] * base ** (-np.arange(0, dims, 2) / dims)[None, :]
+
+def rope_tables(seq: int, dims: int, base: float, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return (cos, sin), each (seq, dims / 2) float64, of positions from `first` on.
+
+    Position t turns pair i by t * base^(-2 i / dims).
+    """
+    angles = np.arange(first, first + seq)[:, None] * base ** (-np.arange(0, dims, 2) / dims)[None, :]
     return np.cos(angles), np.sin(angles)
 
 
@@ -25,3 +30,10 @@ def walsh(n: int) -> np.ndarray:
     """Return the rows of `hadamard(n)` in sequency order: row k changes its sign k times."""
     rows = hadamard(n)
     return rows[np.argsort(np.count_nonzero(np.diff(np.sign(rows)), axis=1), kind="stable")]
+
+
+def mixer_tables(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the recurrent mixers and capsules of a model use: hadamard, walsh (1 x 1 if none)."""
+    recurs = set(config.kinds) - {"attention"}
+    stores = recurs - {"koopman"} or config.banks
+    return hadamard(config.mixer_dim if recurs else 1), walsh(config.capsule_block if stores else 1)

@@ -205,7 +205,10 @@ def plant_leak(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def last_loss(backend: str, config: RunConfig, enough: float = -math.inf) -> float:
     """Return the mean loss of the last 50 of 300 steps on fresh uniform tokens, or of the first 25 below `enough`."""
     model = dataclasses.replace(config.model, vocab=VOCAB)
-    fewer = {"repeat_layers": model.repeat_layers[:1]} if config.preset == EVERYTHING else {"layers": 2}
+    kinds = tuple(dict.fromkeys(model.kinds))
+    fewer: dict[str, Any] = {"layers": max(2, len(kinds)), "blocks": kinds}
+    if config.preset == EVERYTHING:
+        fewer = {"repeat_layers": model.repeat_layers[:1]}
     model = dataclasses.replace(model, **fewer)
     rates: dict[str, Any] = {f"lr_{group}": 3e-3 for group in ("embed", "matrix", "vector")}
     rates["matrix_rule"] = "adamw"  # no rule can learn what is not there; Muon's small products would double the time

@@ -150,11 +150,17 @@ def flat(state: Any) -> list[np.ndarray]:
 
 
 def nudged(state: Any) -> list[Any]:
-    """Return copies of a model's state in which one mixer's array of floats is moved a little."""
+    """Return copies of a model's state in which one of its arrays is moved a little, or its last token another one."""
     out = []
-    for i, mixer in enumerate(state.mixers):
-        for changed in _nudge(mixer):
-            out.append(state._replace(mixers=(*state.mixers[:i], changed, *state.mixers[i + 1 :])))
+    for field in ("mixers", "banks"):
+        parts = getattr(state, field)
+        for i, part in enumerate(parts):
+            for changed in _nudge(part):
+                out.append(state._replace(**{field: (*parts[:i], changed, *parts[i + 1 :])}))
+    if state.smeared is not None:
+        out.append(state._replace(smeared=state.smeared + 0.1))
+    if state.ids.shape[1]:
+        out.append(state._replace(ids=abs(state.ids - 1)))
     return out
 
 

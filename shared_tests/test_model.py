@@ -3,6 +3,9 @@
 Two cases compile (one per backend): about a minute each on a cold machine.
 """
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,7 +13,7 @@ from core import params, presets, schedule
 from core.config import RunConfig
 from core.engine import Batch
 from shared_tests import reference
-from shared_tests.harness import BACKENDS, EVERYTHING, batches, engine, mini, minis, tokens, working_weights
+from shared_tests.harness import BACKENDS, EVERYTHING, OPPOSITE, batches, engine, mini, minis, tokens, working_weights
 from shared_tests.tolerances import P2_BFLOAT16, P2_FLOAT32, P2_FLOAT64, relative_rms
 
 pytestmark = pytest.mark.pair
@@ -70,6 +73,15 @@ def test_logits_equal_the_oracle(name: str, backend: str) -> None:
     assert relative_rms(got, reference.model(config.model, used, tokens)) <= P2_FLOAT64
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_alone_with_a_bank_equals_the_oracle(backend: str) -> None:
+    config = mini("tiny")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, bank="both", capsule_block=8))
+    weights, rows = working_weights(config.model, 1.0), batches(config, 1)[0].tokens
+    got = engine(backend, config, weights, dtype="float64").logits(rows)
+    assert relative_rms(got, reference.model(config.model, weights, rows)) <= P2_FLOAT64
+
+
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_the_real_size_runs_forward_once_and_agrees(name: str) -> None:
     config = presets.get(name).config
@@ -103,9 +115,9 @@ def test_bfloat16_computes_the_same_model_with_float32_masters(name: str, backen
 
 # torch imports its compiler's parts under names it has itself deprecated.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_and_eager_agree(backend: str) -> None:
-    config = mini("debug")
+@pytest.mark.parametrize("backend, name", [*((backend, "debug") for backend in BACKENDS), ("mlx", OPPOSITE)])
+def test_compiled_and_eager_agree(backend: str, name: str) -> None:
+    config = mini(name)
     results, weights = [], []
     for compiled in (False, True):
         made = engine(backend, config, working_weights(config.model, 1.0), dtype="float32", compile=compiled)
@@ -139,8 +151,6 @@ def test_every_parameter_gets_a_gradient_within_two_steps(name: str, backend: st
 @pytest.mark.parametrize("name", ["tiny", "ablate"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_micro_batches_give_the_gradient_of_the_whole(backend: str, name: str) -> None:
-    import dataclasses
-
     config = mini(name)
     small = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=1))
     ends = []
@@ -185,3 +195,17 @@ def test_rows_do_not_depend_on_their_neighbours(backend: str, name: str) -> None
     for row in range(len(batch.tokens)):
         alone = made.logits(batch.tokens[row : row + 1])
         assert np.abs(alone[0] - together[row]).max() <= CAUSAL
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_torch_compile_sees_the_step_as_one_graph() -> None:
+    """A graph break would send the step back to Python on a GPU; nothing is compiled here."""
+    import torch
+
+    config = mini(EVERYTHING)
+    made: Any = engine("cuda", config, working_weights(config.model, 1.0), dtype="float32")
+    batch = batches(config, 1)[0]
+    tokens, targets = made._move(batch.tokens), made._move(batch.targets)
+    weights, tables = made._trained(made._params, False), made._constants(batch.tokens.shape[1])
+    found = torch._dynamo.explain(made._losses)(weights, tokens, targets, tables, True)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons

@@ -56,3 +56,17 @@ def test_dropped_rows_are_zero_in_training_artifact_and_scoring(backend: str, tm
     again = engine(backend, CONFIG, dtype="float32")
     again.load_params(artifact.weights)
     assert again.nll(*rows_of(CONFIG)).tobytes() == made.nll(*rows_of(CONFIG)).tobytes()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_resumed_run_keeps_the_rows_and_the_bits(backend: str) -> None:
+    first = engine(backend, CONFIG, start_weights(CONFIG, Text()), dtype="float32")  # type: ignore[arg-type]
+    run = batches(CONFIG, 4)
+    for step, batch in enumerate(run):
+        if step == 2:
+            second = engine(backend, CONFIG, dtype="float32")
+            second.load_params(first.params(), first.quantise)
+            second.load_optimizer(first.optimizer())
+        for made in (first,) if step < 2 else (first, second):
+            made.train_step(batch, schedule.plan(step, 0.5, CONFIG.train)).result()
+    assert_same(second.params(), first.params(), "resumed")

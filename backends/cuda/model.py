@@ -10,7 +10,7 @@ from backends.cuda.blocks import BLOCKS
 from backends.cuda.blocks.linear import Linear
 from backends.cuda.blocks.memory import Bank, Bigram, Engram
 from backends.cuda.blocks.mlp import MLP
-from core.context import Context, State
+from core.context import Context, ModelState
 from core.model_config import TAPS
 
 
@@ -177,7 +177,7 @@ class Model(nn.Module):
         kept = torch.zeros((rows, 0), dtype=torch.int32, device=device) if attends else None
         ids = torch.full((rows, self._config.reach), -1, dtype=torch.int32, device=device)
         config = self._config
-        return State(0, kept, (None,) * len(config.passes(True)), (None,) * len(config.banks), ids, None)
+        return ModelState(0, kept, (None,) * len(config.passes(True)), (None,) * len(config.banks), ids, None)
 
     def commit(self, tape, n, keep):
         """Return the state after the first n tokens of a chunk, n from 1 up, with the last `keep` keys of attention."""
@@ -196,4 +196,4 @@ class Model(nn.Module):
         last = slice(end - self._config.reach, end)
         ids = torch.where(documents_BX[:, last] == context.documents[:, n - 1 : n], ids_BX[:, last], -1)
         smeared = plain_BTD[:, n - 1 : n] if self._config.smear else None
-        return State(state.position + n, kept, tuple(mixers), tuple(stores), ids, smeared)
+        return ModelState(state.position + n, kept, tuple(mixers), tuple(stores), ids, smeared)

@@ -43,11 +43,11 @@ def chunked(decay, drive, start, backwards=False):
         for k, following in zip(chunks, chunks[1:], strict=False):
             entering[following] = torch.addcmul(ends[:, k], whole[:, k], entering[k])
         entries = torch.stack(entering, dim=1)
-    states = torch.empty(shape, dtype=drive.dtype, device=drive.device)
-    last, places = entries, states.unbind(2)
+    last, states = entries, [entries] * size
     for w in order:
-        last = torch.addcmul(drives[w], decays[w], last, out=places[w])
-    return states.reshape(rows, count * size, width)[:, :seq]
+        last = torch.addcmul(drives[w], decays[w], last)
+        states[w] = last
+    return torch.stack(states, dim=2).reshape(rows, count * size, width)[:, :seq]
 
 
 class _Scan(Function):

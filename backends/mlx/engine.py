@@ -16,7 +16,7 @@ from core.engine import Arrays, Batch, EngineOptions, State, StepResult
 from core.params import check_arrays, exported, optimizer_slots, param_table
 from core.schedule import NUMBERS, StepPlan
 from core.storage import Stored
-from core.tables import hadamard, rope_tables, walsh
+from core.tables import mixer_tables, rope_tables
 
 IN_FLIGHT = 2
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float64": mx.float64}
@@ -66,7 +66,8 @@ class Engine:
         self._model = Model(config.model, self._exact)
         names = {name: tuple(value.shape) for name, value in dict(tree_flatten(self._model.parameters())).items()}
         check_arrays(weights, names, "weights for the MLX model")
-        self._tables: dict[int, Constants] = {}
+        self._tables: dict[tuple[int, int], Constants] = {}
+        self._mixing = [mx.array(table, self._wide) for table in mixer_tables(config.model)]
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
         self._weights = None
@@ -204,7 +205,7 @@ class Engine:
             return tape.before
         seen = tape.before.seen_after(tape.tokens, n, self._config)
         state = self._model.commit(tape.model, n, int(seen.max()))
-        mx.eval(tree_flatten(state.mixers), [] if state.kept is None else state.kept)  # MLX: else the graph would grow
+        mx.eval([part for _, part in tree_flatten(state) if isinstance(part, mx.array)])  # MLX: else graphs would grow
         return State(state, seen)
 
     def weights(self) -> Arrays:
@@ -267,17 +268,16 @@ class Engine:
         return self._weights
 
     def _constants(self, seq, position=0):
-        """Return the tables of positions `position` to `position + seq`."""
-        end = position + seq
-        length = end if position == 0 else 1 << (end - 1).bit_length()  # a growing state asks for ever new lengths
-        if length not in self._tables:
-            cos, sin = rope_tables(length, self._config.rope_dims, self._config.rope_base)
-            recurs = set(self._config.kinds) - {"attention"}
-            sizes = (self._config.mixer_dim, self._config.capsule_block) if recurs else (1, 1)
-            tables = (cos, sin, hadamard(sizes[0]), walsh(sizes[1]))
-            self._tables[length] = Constants(*(mx.array(table, self._wide) for table in tables))
-        made = self._tables[length]
-        return made if position == 0 else made._replace(cos=made.cos[position:end], sin=made.sin[position:end])
+        """Return the tables of positions `position` to `position + seq`; those of rows from 0 on are kept."""
+        if (position, seq) in self._tables:
+            return self._tables[position, seq]
+        dims = self._config.rope_dims if "attention" in self._config.kinds else 0
+        tables = rope_tables(seq, dims, self._config.rope_base, position)
+        cos, sin = (mx.array(table, self._wide) for table in tables)
+        made = Constants(cos, sin, *self._mixing)
+        if position == 0:
+            self._tables[position, seq] = made
+        return made
 
 
 def build(config, weights: Arrays, options: EngineOptions, quantise: bool) -> Engine:

@@ -1,6 +1,7 @@
 """Named runs. A preset is a RunConfig with one line of purpose and the counts that a test holds it to."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from core.config import ConfigError, RunConfig
@@ -41,7 +42,7 @@ def mini(config: RunConfig) -> RunConfig:
     """
     model = config.model
     heads = min(model.heads, 4)
-    dim = min(model.dim, 16 * heads)
+    dim, layers = min(model.dim, 16 * heads), min(model.layers, 4)
     kv_heads = max(1, heads * model.kv_heads // model.heads)
     rotated = max(2, round(dim // heads * model.rope_dims / model.head_dim / 2) * 2) if model.rope_dims else 0
     return dataclasses.replace(
@@ -50,7 +51,7 @@ def mini(config: RunConfig) -> RunConfig:
             model,
             vocab=min(model.vocab, 97),
             dim=dim,
-            layers=min(model.layers, 4),
+            layers=layers,
             heads=heads,
             kv_heads=kv_heads,
             rope_dims=rotated,
@@ -64,7 +65,9 @@ def mini(config: RunConfig) -> RunConfig:
             engram_dim=min(model.engram_dim, 2 * model.engram_orders * model.engram_heads) or model.engram_dim,
             engram_layer=min(model.engram_layer, 1),
             shared_blocks=None if model.shared_blocks is None else min(model.shared_blocks, 4),
-            repeat_layers=tuple(i for i in model.repeat_layers if i < 4),
+            repeat_layers=tuple(sorted({min(i, layers - 1) for i in model.repeat_layers})),
+            capsule_heads=min(model.capsule_heads, 4),
+            bank_heads=math.gcd(model.bank_heads, dim),
         ),
         train=dataclasses.replace(
             config.train, batch=4, seq=37, steps=50, micro_batch=None, seconds=None, seq_stages=(), seq_until=()
