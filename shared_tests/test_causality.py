@@ -167,7 +167,7 @@ def test_documents_are_isolated_exactly_where_the_preset_says_so(name: str, back
     rows[:, 17] = bos
     base = logits(rows)
     changed = rows.copy()
-    changed[:, 3] = (changed[:, 3] + 5) % vocab
+    changed[:, [3, 14, 15, 16]] = (changed[:, [3, 14, 15, 16]] + 5) % vocab
     changed[changed == bos] = (bos + 1) % vocab
     changed[:, 17] = bos
     effect = np.abs(logits(changed) - base)

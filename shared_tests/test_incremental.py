@@ -135,9 +135,10 @@ def test_the_state_is_as_large_as_declared(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_keys_of_ended_documents_are_dropped(backend: str) -> None:
     model, rows = made("skc_mac", backend)
-    state = model.start(1)
+    state, whole = model.start(1), model.logits(rows[1:2])
     for t in range(12):  # row 1 has documents at 7, 8 and 9
-        _, state = step(model, state, rows[1:2, t])
+        said, state = step(model, state, rows[1:2, t])
+        assert np.abs(said - whole[:, t]).max() <= CAUSAL, t
     assert state.model.kept.shape == (1, 3) and state.seen.tolist() == [3]
 
 
