@@ -1,6 +1,7 @@
 """Every setting of a run, as frozen dataclasses: the docstring under a field is its help text.
 
-`RunConfig` is what `config.json` holds; `to_json` and `from_json` are exact inverses and refuse unknown keys.
+`RunConfig` is what `config.json` holds; `to_json` and `from_json` are exact inverses and refuse unknown keys. The
+model settings are in core/model_config.py, how a setting is refused in core/checks.py: import both from here.
 """
 
 import dataclasses

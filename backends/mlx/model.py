@@ -160,7 +160,7 @@ class Model(nn.Module):
             if self._config.engram_orders and step.layer == self._config.engram_layer and not step.again:
                 x_BTD = record["engram"] = self.engram(x_BTD, context)
             x_BTD, tape = self.blocks[step.block](x_BTD, embedded_BTD, context, step, mixer)
-            tapes.append(tape)
+            tapes.append(None if state is None else tape)  # only a chunk is committed: else memory for nothing
             if unet and step.layer < half:
                 skips.append(x_BTD)
             record[f"blocks.{step.layer}" + ".again" * step.again] = x_BTD
