@@ -1,5 +1,6 @@
 """The model's settings: what both backends build, what an artifact carries."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,8 @@ TAPS = 4
 """Taps of the short convolution, the current token included."""
 COUPLING = 4
 """Rank of the couplings between channels and between capsules."""
+MOST_WALSH = 8192
+"""Largest Walsh-Hadamard matrix."""
 MOST_HASHES = 4
 """Hash functions that there are multipliers for, per n-gram order (core/engram.py)."""
 MOST_BUCKETS = 65_521
@@ -193,8 +196,8 @@ class ModelConfig:
     def _check_mixers(self) -> None:
         for name in ("mixer_dim", "capsule_block"):
             value = getattr(self, name)
-            power = value >= 2 and value & (value - 1) == 0
-            require(power, f"model.{name}={value}: expected a power of two from 2 up (Walsh-Hadamard transform)")
+            power = 2 <= value <= MOST_WALSH and value & (value - 1) == 0
+            require(power, f"model.{name}={value}: expected a power of two from 2 to {MOST_WALSH} (Walsh-Hadamard)")
         for name in ("capsules", "capsule_heads", "bank_capsules", "bank_heads"):
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: expected at least 1")
         require(
@@ -252,18 +255,17 @@ class ModelConfig:
             f"model.engram_keep={keep}: expected a share above 0 and at most 1 for each of {orders} n-gram orders",
         )
 
-    def _check_trunk(self) -> None:
-        shared, again = self.shared_blocks, self.repeat_layers
+    def _check_trunk(self) -> None:  # of a hostile file too: nothing here may take time or memory by its numbers
+        shared, again, period = self.shared_blocks, self.repeat_layers, len(self.blocks)
         require(shared is None or 1 <= shared <= self.layers, f"model.shared_blocks={shared}: expected 1 to layers")
-        for i, kind in enumerate(self.kinds):
-            first = self.kinds[self.block_of(i)]
-            require(
-                kind == first,
-                f"model.shared_blocks={shared}: layer {i} ({kind}) would share a block with a {first} layer; "
-                "make shared_blocks a multiple of the length of model.blocks",
-            )
+        alike = len(set(self.blocks)) == 1
         require(
-            list(again) == list(range(again[0], again[-1] + 1)) if again else True,
+            shared in (None, self.layers) or alike or shared % period == 0,
+            f"model.shared_blocks={shared}: layers of different kinds would share a block; "
+            f"make it a multiple of the {period} kinds of model.blocks",
+        )
+        require(
+            all(b == a + 1 for a, b in itertools.pairwise(again)),
             f"model.repeat_layers={again}: expected consecutive layers, for example (3, 4)",
         )
         require(

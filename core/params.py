@@ -11,7 +11,7 @@ import numpy as np
 
 from core import rng
 from core.config import ModelConfig, TrainConfig
-from core.model_config import COUPLING, TAPS, Store
+from core.model_config import COUPLING, TAPS, Pass, Store
 from core.storage import Storage, raw_bits, storage_class
 
 Group = Literal["embed", "matrix", "vector", "hash"]
@@ -153,9 +153,8 @@ MIXERS: dict[str, Callable[[ModelConfig], dict[str, Param]]] = {
 """Layer kind -> the rows of its mixer."""
 
 
-def _block(config: ModelConfig, index: int) -> dict[str, Param]:
-    """Rows of one block; what belongs to a pass has one row per pass where there are several."""
-    passes = [p for p in config.passes(True) if p.block == index]
+def _block(config: ModelConfig, index: int, passes: list[Pass]) -> dict[str, Param]:
+    """Rows of one block that its `passes` use; what belongs to a pass has one row per pass where there are several."""
     shape = (config.dim,) if len(passes) == 1 else (len(passes), config.dim)
     # A repeat's scales start at 0: switched on in the middle of a run, it changes nothing at first; one that never was
     # switched on changes nothing at all, so that scoring may always run the whole depth.
@@ -179,8 +178,10 @@ def param_table(config: ModelConfig) -> dict[str, Param]:
         table["embed_up.weight"] = _matrix(config, config.dim, width)._replace(storage=stored)
         table["embed_down.weight"] = _matrix(config, width, config.dim)._replace(storage=stored)
     table |= _memories(config)
+    passes = config.passes(True)
     for i in range(config.shared_blocks or config.layers):
-        table |= {f"blocks.{i}.{name}": row for name, row in _block(config, i).items()}
+        mine = [step for step in passes if step.block == i]
+        table |= {f"blocks.{i}.{name}": row for name, row in _block(config, i, mine).items()}
     for place in config.banks:
         table |= _bank(config, f"bank_{place}")
     if config.unet_skips:

@@ -206,6 +206,15 @@ HUGE = [
     {"mlp_hidden": 2**63},
     {"vocab": 2**20, "embed_dim": 257},
     {"blocks": ["attention"] * 60_000, "layers": 60_000},
+    {"layers": 2**40, "shared_blocks": 2**39},
+    {"repeat_layers": [0, 2**60], "layers": 2**61},
+    {"capsule_block": 2**40},
+    {"blocks": ["koopman"], "mixer_dim": 2**40},
+    {"blocks": ["skc"], "capsules": 2**40},
+    {"blocks": ["skc"], "capsules": 2**62, "capsule_heads": 4},
+    {"engram_orders": 3, "engram_dim": 12 * 2**40},
+    {"bigram_buckets": 65_521, "bigram_dim": 2**60},
+    {"bank": "both", "bank_heads": 1, "bank_capsules": 2**50},
 ]
 
 

@@ -317,7 +317,10 @@ def test_parity_says_yes_and_no(capsys: Capture, monkeypatch: pytest.MonkeyPatch
         ("train debug --model.blocks koopmann", "unknown layer kind 'koopmann'; known kinds: attention, koopman, skc"),
         ("train debug --model.blocks skc --model.mixer-dim 48", "model.mixer_dim=48: expected a power of two"),
         ("train debug --model.engram-orders 2 --model.engram-dim 12", "model.engram_dim=12 is not divisible by the 8"),
-        ("train debug --model.shared-blocks 1 --model.blocks skc attention", "layer 1 .attention. would share a block"),
+        (
+            "train debug --model.shared-blocks 1 --model.blocks skc attention",
+            "of different kinds would share a block",
+        ),
         ("train debug --data.path nowhere", "nowhere: no manifest.json here"),
         ("info debug extra", "Unrecognized options: extra"),
         ("eval", "Missing from skc eval"),

@@ -4,21 +4,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def pytest_on(folder: Path, body: str) -> subprocess.CompletedProcess[str]:
+
+def pytest_on(folder: Path, body: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Run pytest with our conftest on one test file of its own."""
     (folder / "test_it.py").write_text(f"import pytest\n{body}")
     (folder / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
     code = "import sys, pytest; sys.modules['torch'] = None; sys.exit(pytest.main(sys.argv[1:]))"  # torch loads slowly
-    command = [sys.executable, "-c", code, "-p", "shared_tests.conftest", "-q", str(folder)]
+    command = [sys.executable, "-c", code, "-p", "shared_tests.conftest", "-q", *options, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 
-def test_a_skipped_pair_test_fails_the_session(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--numprocesses", "1")], ids=["alone", "workers"])
+def test_a_skipped_pair_test_fails_the_session(tmp_path: Path, options: tuple[str, ...]) -> None:
     pair = "@pytest.mark.pair\ndef test_twins():\n    pytest.skip('no mlx')\n"
-    failed = pytest_on(tmp_path, pair)
+    failed = pytest_on(tmp_path, pair, *options)
     assert failed.returncode == 1 and "SKIPPED PAIR TEST" in failed.stdout
-    fine = pytest_on(tmp_path, pair.replace("@pytest.mark.pair\n", ""))
+    fine = pytest_on(tmp_path, pair.replace("@pytest.mark.pair\n", ""), *options)
     assert fine.returncode == 0 and "SKIPPED PAIR TEST" not in fine.stdout
 
 
