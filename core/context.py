@@ -1,4 +1,8 @@
-"""What the layers of one forward pass share, and the state that goes on to the next: a backend's arrays."""
+"""What the layers of one forward pass share, and the state that goes on to the next: a backend's arrays.
+
+B rows, T positions, S kept keys, G key/value heads, K channels of a head, D width of the stream, C mixer channels; of
+a store of capsules: H heads, N capsules, M blocks, Q tokens of a block.
+"""
 
 from typing import Any, NamedTuple
 
@@ -12,6 +16,66 @@ class Constants(NamedTuple):
     sin: Any
     hadamard: Any  # (C, C), Sylvester order
     walsh: Any  # (Q, Q), sequency order, Q tokens per capsule block
+
+
+class AttentionState(NamedTuple):
+    """What the next token needs of those before it."""
+
+    k: Any  # (B, G, S, K), rotated
+    v: Any  # (B, G, S, K)
+    tail: Any  # (B, TAPS - 1, D): what entered last, 0 where it was another document; in a tape (B, TAPS - 1 + T, D)
+
+
+class KoopmanState(NamedTuple):
+    """What the next token needs of those before it."""
+
+    tail: Any  # (B, TAPS - 1, C): the last values that are in the current document, else 0
+    last: Any  # (B, C): the recurrence, float32 or wider
+
+
+class KoopmanTape(NamedTuple):
+    """What the state after any token of a chunk is made of."""
+
+    values: Any  # (B, TAPS - 1 + T, C)
+    states: Any  # (B, T, C)
+
+
+class CapsuleState(NamedTuple):
+    """What the next token needs of those before it; float32 or wider."""
+
+    stored: Any  # (B, H, N, K): the capsules, as completed blocks left them
+    sums: Any  # (B, H, N, K): of the open block, weighted over time
+    plain: Any  # (B, H, N, K): of the open block, not weighted; None without an intra-block read
+    mass: Any  # (B, H, N): what was routed in the open block
+    key: Any  # (B, H, N): the last token's own routing; None without a shift
+
+
+class CapsuleTape(NamedTuple):
+    """What the state after any token of a chunk is made of. M blocks, Q tokens in each."""
+
+    before: CapsuleState
+    phase: int  # tokens of the first block that came before the chunk
+    keys: Any  # (B, T, H, N), not shifted
+    writes: Any  # (B, M, H, Q, N)
+    values: Any  # (B, M, H, Q, K)
+    template: Any  # (Q, N)
+    stored: Any  # (B, M, H, N, K), after each block
+    documents: Any  # (B, M, Q)
+    fresh: Any  # (B, M, Q): no document has begun in the block up to here
+
+
+class SKCState(NamedTuple):
+    """What the next token needs of those before it."""
+
+    koopman: Any  # KoopmanState
+    capsules: Any  # CapsuleState, or None: empty
+
+
+class SKCTape(NamedTuple):
+    """What the state after any token of a chunk is made of."""
+
+    koopman: Any  # KoopmanTape
+    capsules: Any  # CapsuleTape
 
 
 class ModelState(NamedTuple):

@@ -13,6 +13,8 @@ TAPS = 4
 """Taps of the short convolution, the current token included."""
 COUPLING = 4
 """Rank of the couplings between channels and between capsules."""
+FLOOR = 0.5
+"""Mass that a capsule's mean is taken over beside what was routed to it: one that got nothing keeps almost nothing."""
 MOST_WALSH = 8192
 """Largest Walsh-Hadamard matrix."""
 MOST_HASHES = 4

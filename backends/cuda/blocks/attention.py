@@ -1,21 +1,12 @@
 """Layer kind `attention`: causal, grouped-query, with normalised queries and keys, a gain per head, partial RoPE."""
 
-from typing import Any, NamedTuple
-
 import torch
 import torch.nn as nn
 
 from backends.cuda import ops
 from backends.cuda.blocks.linear import Linear, Output
+from core.context import AttentionState
 from core.model_config import TAPS
-
-
-class AttentionState(NamedTuple):
-    """What the next token needs of those before it."""
-
-    k: Any  # (B, G, S, K), rotated
-    v: Any  # (B, G, S, K)
-    tail: Any  # (B, TAPS - 1, D): what entered last, 0 where it was another document; in a tape (B, TAPS - 1 + T, D)
 
 
 class Attention(nn.Module):

@@ -1,28 +1,13 @@
 """Layer kind `koopman`: a short convolution, then a diagonal recurrence over channels that a Walsh-Hadamard transform
 mixes, read out through a low-rank coupling and an output gate (spec/causal_skc.md a1)."""
 
-from typing import Any, NamedTuple
-
 import torch
 import torch.nn as nn
 
 from backends.cuda import ops
 from backends.cuda.blocks.linear import Linear, Output
+from core.context import KoopmanState, KoopmanTape
 from core.model_config import COUPLING, TAPS
-
-
-class KoopmanState(NamedTuple):
-    """What the next token needs of those before it."""
-
-    tail: Any  # (B, TAPS - 1, C): the last values that are in the current document, else 0
-    last: Any  # (B, C): the recurrence, float32 or wider
-
-
-class KoopmanTape(NamedTuple):
-    """What the state after any token of a chunk is made of."""
-
-    values: Any  # (B, TAPS - 1 + T, C)
-    states: Any  # (B, T, C)
 
 
 class Koopman(nn.Module):

@@ -1,7 +1,5 @@
 """Layer kinds `skc` and `skc_parallel`: a Koopman mixer whose values are also stored in capsules and read from them."""
 
-from typing import Any, NamedTuple
-
 import torch
 import torch.nn as nn
 
@@ -9,20 +7,7 @@ from backends.cuda import ops
 from backends.cuda.blocks.capsules import Capsules
 from backends.cuda.blocks.koopman import Koopman
 from backends.cuda.blocks.linear import Linear
-
-
-class SKCState(NamedTuple):
-    """What the next token needs of those before it."""
-
-    koopman: Any  # KoopmanState
-    capsules: Any  # CapsuleState, or None: empty
-
-
-class SKCTape(NamedTuple):
-    """What the state after any token of a chunk is made of."""
-
-    koopman: Any  # KoopmanTape
-    capsules: Any  # CapsuleTape
+from core.context import SKCState, SKCTape
 
 
 class SKC(Koopman):

@@ -4,40 +4,12 @@ what the blocks before theirs have stored (spec/causal_skc.md a2).
 Blocks are counted from the start of the row, or of the carried state: no position depends on the length of the row.
 """
 
-from typing import Any, NamedTuple
-
 import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx import ops
-from core.model_config import COUPLING, TAPS
-
-FLOOR = 0.5
-"""Mass that a capsule's mean is taken over beside what was routed to it: one that got nothing keeps almost nothing."""
-
-
-class CapsuleState(NamedTuple):
-    """What the next token needs of those before it; float32 or wider."""
-
-    stored: Any  # (B, H, N, K): the capsules, as completed blocks left them
-    sums: Any  # (B, H, N, K): of the open block, weighted over time
-    plain: Any  # (B, H, N, K): of the open block, not weighted; None without an intra-block read
-    mass: Any  # (B, H, N): what was routed in the open block
-    key: Any  # (B, H, N): the last token's own routing; None without a shift
-
-
-class CapsuleTape(NamedTuple):
-    """What the state after any token of a chunk is made of. M blocks, Q tokens in each."""
-
-    before: CapsuleState
-    phase: int  # tokens of the first block that came before the chunk
-    keys: Any  # (B, T, H, N), not shifted
-    writes: Any  # (B, M, H, Q, N)
-    values: Any  # (B, M, H, Q, K)
-    template: Any  # (Q, N)
-    stored: Any  # (B, M, H, N, K), after each block
-    documents: Any  # (B, M, Q)
-    fresh: Any  # (B, M, Q): no document has begun in the block up to here
+from core.context import CapsuleState, CapsuleTape
+from core.model_config import COUPLING, FLOOR, TAPS
 
 
 class Capsules(nn.Module):
