@@ -39,6 +39,7 @@ VERBS = {
     "train": Verb("core.verbs.make", "Train", "train_run", "train a preset, score it, export it, report", True),
     "eval": Verb("core.verbs.judge", "Eval", "evaluate", "score a run or an artifact on validation text"),
     "sample": Verb("core.verbs.judge", "Sample", "write_text", "let a run or an artifact write text"),
+    "audit": Verb("core.verbs.audit", "Audit", "audit_score", "does the score of a run or an artifact keep the rules?"),
     "export": Verb("core.verbs.make", "Export", "export_run", "write a run's artifact, reload it, score it again"),
     "compare": Verb("core.verbs.look", "Compare", "compare_runs", "two or more runs: settings, curves, bytes, speed"),
     "parity": Verb("core.verbs.judge", "Parity", "parity", "hold both backends to each other", True),

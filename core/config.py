@@ -23,7 +23,7 @@ LATER = {
     "capsule_shift", "capsule_intra", "capsule_bands", "shared_blocks", "repeat_layers", "repeat_from",
     "bank", "bank_heads", "bank_capsules", "bank_times", "bank_gate", "engram_orders", "engram_heads", "engram_buckets",
     "engram_dim", "engram_layer", "engram_keep", "hash_storage", "bigram_buckets", "bigram_dim", "smear", "lr_hash",
-    "attention_conv",
+    "attention_conv", "plugins",
 }  # fmt: skip
 """Fields that came after the first files were written: a file without one of them means its default."""
 
@@ -225,6 +225,8 @@ class EvalConfig:
     """Documents of the estimate that is made during training."""
     seed: int = 0
     """Seed of the draw of documents: not the run's, so that runs of other seeds are judged on the same text."""
+    plugins: tuple[str, ...] = ()
+    """What else has a part in the score of the artifact: temperature, or package.module:Class (docs/legality.md)."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**31, f"eval.seed={self.seed}: expected from 0 to 2^31 - 1")

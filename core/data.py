@@ -4,6 +4,7 @@
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import numpy as np
 
 from core import rng
 from core.engine import Batch
+from core.files import open_input
 from core.shards import DataError as DataError
 from core.shards import open_shard as open_shard
 from core.shards import write_shard as write_shard
@@ -67,6 +69,21 @@ class Split:
         for row, start in zip(out, np.asarray(starts).tolist(), strict=True):
             self._copy(start, row)
         return self._checked(out)
+
+    def documents(self, count: int) -> "Split":
+        """Return the stream of the first `count` documents."""
+        stop = int(self.document_starts[count]) if count < len(self.document_starts) else len(self)
+        begins = self._ends - [len(shard) for shard in self._shards]
+        shards = [s[: stop - b] for s, b in zip(self._shards, begins.tolist(), strict=True) if b < stop]
+        lengths = None if self.document_bytes is None else self.document_bytes[:count]
+        return Split(shards, self._tokenizer, self.name, document_bytes=lengths, unknown_tokens=self.unknown_tokens)
+
+    def changed(self, start: int, stop: int, place: int | None = None, token: int = 0) -> "Split":
+        """Return tokens start to stop as a stream of their own, with another token at `place`."""
+        tokens = self.read(start, stop).astype("<u2")
+        if place is not None:
+            tokens[place] = token
+        return Split([tokens], self._tokenizer, self.name)
 
     def _copy(self, start: int, out: np.ndarray) -> None:
         stop = start + len(out)
@@ -123,16 +140,27 @@ class Dataset:
     val: Split
 
 
-def open_dataset(path: str) -> Dataset:
-    """Open a folder that `skc data` wrote; DataError names the file and the field that is missing or wrong."""
+def identity(dataset: Dataset) -> dict[str, str]:
+    """Return what names the data of a run: its name and a hash of what the manifest says of its files."""
+    splits = json.dumps(dataset.manifest["splits"], sort_keys=True).encode()
+    return {"name": dataset.name, "sha256": hashlib.sha256(splits).hexdigest()}
+
+
+def open_dataset(path: str, train: bool = True) -> Dataset:
+    """Open a folder that `skc data` wrote; DataError names the file and the field that is missing or wrong.
+
+    Without `train` the training shards stay closed, as an evaluation wants it, and its split is empty.
+    """
     manifest = read_manifest(path)
     entry = _field(path, manifest, "tokenizer", dict)
     tokenizer = Tokenizer.load(os.path.join(path, _field(path, entry, "file", str)))
     if tokenizer.sha256 != _field(path, entry, "sha256", str):
         raise DataError(f"{path}/tokenizer.model: sha256: not the tokenizer of the manifest; prepare the data again")
     splits = _field(path, manifest, "splits", dict)
-    train, val = (_open_split(path, _field(path, splits, name, dict), name, tokenizer) for name in ("train", "val"))
-    return Dataset(path, _field(path, manifest, "name", str), tokenizer, manifest, train, val)
+    entries = {name: _field(path, splits, name, dict) for name in ("train", "val")}
+    text = _open_split(path, entries["train"], "train", tokenizer) if train else Split([], tokenizer, f"{path}/train")
+    val = _open_split(path, entries["val"], "val", tokenizer)
+    return Dataset(path, _field(path, manifest, "name", str), tokenizer, manifest, text, val)
 
 
 def read_manifest(path: str) -> dict[str, Any]:
@@ -143,8 +171,8 @@ def read_manifest(path: str) -> dict[str, Any]:
     if os.path.getsize(file) > MAX_MANIFEST:
         raise DataError(f"{file}: over {MAX_MANIFEST} bytes; this is not a manifest")
     try:
-        with open(file, encoding="utf-8") as text:
-            manifest = json.load(text)
+        with open_input(file) as data:
+            manifest = json.loads(data.read().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON ({error}); prepare the data again") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
@@ -179,14 +207,21 @@ def _open_split(path: str, entry: dict[str, Any], name: str, tokenizer: Tokenize
 
 
 def _read_lengths(path: str) -> np.ndarray:
-    """Map a .npy of (documents,) int64; its header cannot claim more than the file holds."""
+    """Map a .npy of (documents,) int64, as numpy writes it; its header cannot claim more than the file holds."""
     try:
-        lengths = np.load(path, mmap_mode="r", allow_pickle=False)
+        with open_input(path) as file:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise ValueError(f"version {version}, expected (1, 0)")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            row = dtype == np.dtype("<i8") and len(shape) == 1
+            if row and not 0 <= 8 * shape[0] <= os.fstat(file.fileno()).st_size - file.tell():
+                raise ValueError(f"cut off before value {shape[0]}")
+            if row:
+                return np.memmap(file, dtype, "r", file.tell(), shape)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise DataError(f"{path}: document_bytes: not a .npy array ({error}); prepare the data again") from error
-    if not isinstance(lengths, np.ndarray) or lengths.dtype != np.dtype("<i8") or lengths.ndim != 1:
-        raise DataError(f"{path}: document_bytes: expected one row of int64")
-    return lengths
+    raise DataError(f"{path}: document_bytes: expected one row of int64")
 
 
 def batch(split: Split, step: int, rows: int, seq: int, seed: int) -> Batch:

@@ -1,10 +1,22 @@
-"""The one way in which a file is replaced, and the name that a failed write lacks."""
+"""The one way in which a file is replaced, the one way in which inputs are opened, and the name of a failed write."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+OPENED: list[str] = []
+"""Real paths that this process opened through `open_input`, each once: what an audited evaluation declares."""
+
+
+def open_input(path: str | Path) -> BinaryIO:
+    """Open a file that an evaluation reads (artifact, tokenizer, shards, manifest) and note it in OPENED; OSError."""
+    file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    real = os.path.realpath(path)
+    if real not in OPENED:
+        OPENED.append(real)
+    return file
 
 
 @contextmanager

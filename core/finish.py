@@ -1,18 +1,22 @@
 """What ends a run: the score, the artifact, the score of the artifact as its reader returns it, the report."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.config import RunConfig
+from core.config import RunConfig, to_json
 from core.console import Console
-from core.data import Dataset
+from core.data import Dataset, identity
 from core.engine import Arrays, Engine
 from core.export.artifact import read_artifact, write_artifact
 from core.report import write_report
 from core.run import Run
 from core.scoring import Score, score
+from core.scoring.ledger import Ledger
+from core.scoring.plugins import load_plugins
 from core.train import write_samples
 
 
@@ -25,7 +29,8 @@ def finish(
     prints as JSON. `engine` is left with the artifact's weights.
     """
     config = run.config
-    scored = final_score(engine, dataset, config, say, "scoring")
+    state = run.path / "state"
+    scored = final_score(engine, dataset, config, say, "scoring", state / "score.ledger")
     say(f"{describe(scored)} (weights in memory)")
     if path is None:
         run.log(step, {"final/score": scored.to_json()})
@@ -44,7 +49,7 @@ def finish(
         check_promise(decoded, engine.weights(), target)
         say(f"all {len(decoded)} tensors of the artifact are those of the forward pass, bit for bit")
     engine.load_params(decoded)
-    stored = final_score(engine, dataset, config, say, "scoring the artifact")
+    stored = final_score(engine, dataset, config, say, "scoring the artifact", state / "artifact.ledger")
     gap = stored.bpb - scored.bpb
     say(f"{describe(stored)} (artifact, reloaded); round-trip gap {gap:+.6f}")
     allowed = config.export.budget - config.export.code_bytes
@@ -52,6 +57,13 @@ def finish(
     say(f"artifact {size:,} bytes, {verdict} the {allowed:,} that are left of the budget beside the code")
     exported = {"score": stored.to_json(), "gap": gap, "bytes": size, "allowed": allowed, "within": size <= allowed}
     exported["exact"] = exact
+    if config.eval.plugins:
+        name = ", ".join(config.eval.plugins)
+        ledger = state / "plugins.ledger"
+        helped = final_score(engine, dataset, config, say, f"scoring with {name}", ledger, plugins=True)
+        say(f"{describe(helped)} (artifact)")
+        exported["plugins"] = helped.to_json()
+        engine.load_params(decoded)  # whatever a plug-in has learned
     value = {"run": str(run.path), "step": step, "score": scored.to_json()}
     value["artifact"] = {"path": str(target), **exported}
     if path is not None:
@@ -81,12 +93,61 @@ def check_promise(decoded: Arrays, scored: Arrays, path: str | Path) -> None:
             raise PromiseError(f"{path}: {name} is not the weight that was scored; the artifact is removed")
 
 
-def final_score(engine: Engine, dataset: Dataset, config: RunConfig, say: Console, label: str) -> Score:
-    """Score as config.eval says, with progress."""
-    report = say.progress(label)
+def final_score(
+    engine: Engine,
+    dataset: Dataset,
+    config: RunConfig,
+    say: Console,
+    label: str,
+    ledger: Path | None = None,
+    *,
+    plugins: bool = False,
+    keep: bool = False,
+) -> Score:
+    """Score as config.eval says, with progress; with its plug-ins if `plugins`.
+
+    With `ledger` a killed evaluation goes on from that file, which is deleted at the end unless `keep`: a kept file is
+    the user's and LedgerError says so if it is of another evaluation, another one is replaced.
+    """
     settings, isolated = config.eval, config.model.documents == "isolated"
+    used = load_plugins(settings.plugins) if plugins else []
+    book = None
+    if ledger is not None:
+        book = Ledger.open(ledger, len(dataset.val), evaluation_key(engine, dataset, config, plugins), anew=not keep)
+    if book is not None and book.writes:
+        say(f"{label} goes on from {ledger}: {book.writes} forward passes are in it")
+    report = say.progress(label)
     drawn, seed = settings.documents, settings.seed
-    return score(engine, dataset, settings, documents=drawn, seed=seed, progress=report, isolated=isolated)
+    try:
+        found = score(
+            engine, dataset, settings, documents=drawn, seed=seed, progress=report, ledger=book, isolated=isolated,
+            plugins=used,
+        )  # fmt: skip
+    except BaseException:
+        if book is not None:
+            book.close()
+        raise
+    if book is not None:
+        book.close(delete=not keep)
+        Path(f"{ledger}.plugins").unlink(missing_ok=True)
+    return found
+
+
+def evaluation_key(engine: Engine, dataset: Dataset, config: RunConfig, plugins: bool) -> str:
+    """Return what names an evaluation: the sha256 of weights, text, and the settings that decide its numbers."""
+    weights = hashlib.sha256()
+    for values in engine.weights().values():
+        weights.update(np.ascontiguousarray(values, np.float32).data)
+    settings = to_json(config.eval)
+    free = ("train_documents",) if plugins else ("train_documents", "plugins", "batch")
+    value = {
+        "weights": weights.hexdigest(),
+        "data": identity(dataset),
+        "model": to_json(config.model),
+        "eval": {name: setting for name, setting in settings.items() if name not in free},
+        "engine": [engine.backend, engine.dtype],
+    }
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def describe(found: Score) -> str:
@@ -94,4 +155,5 @@ def describe(found: Score) -> str:
     spread = f" ± {found.error:.4f}" if found.error else ""
     what = "all" if found.full else f"{found.documents} of {found.total_documents}"
     how = f"rule {found.byte_rule}, {what} documents, {found.windows}"
+    how += f", with {', '.join(found.plugins)}" if found.plugins else ""
     return f"{found.label} {found.bpb:.4f}{spread} bits per byte ({how})"

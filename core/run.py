@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -134,6 +135,11 @@ class Run:
     def open_log(self) -> TextIO:
         """Open log.txt for more lines."""
         return io.TextIOWrapper(io.BufferedWriter(_Named(self.log_path, "ab")), encoding="utf-8")
+
+    def logged_configs(self) -> set[str]:
+        """Return the `config_digest` of every start of the run, out of log.txt."""
+        text = _read_text(self.log_path) if self.log_path.exists() else ""
+        return set(re.findall("configuration sha256 ([0-9a-f]{64})", text))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; one that a kill cut short is left out; RunError names a bad one."""
@@ -265,6 +271,19 @@ class Run:
         kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step] if saved else []
         replace_file(self.metrics_path, "".join(kept).encode())
         return step, seconds
+
+
+def config_digest(config: RunConfig) -> str:
+    """Return the sha256 of all settings but the seed, those that do not decide the weights, and the data's place."""
+    value = to_json(config)
+    kept = {
+        f"{part}.{name}": setting
+        for part, settings in value.items() if isinstance(settings, dict)
+        for name, setting in settings.items()
+    }  # fmt: skip
+    kept = {name: setting for name, setting in kept.items() if not name.startswith((*FREE, "data."))}
+    kept |= {f"eval.{name}": value["eval"][name] for name in ("windows", "seq", "stride", "plugins")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 class _Named(io.FileIO):

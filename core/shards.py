@@ -9,11 +9,11 @@ import os
 import struct
 from array import array
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from core.files import replace_file
+from core.files import open_input, replace_file
 from core.tokenizer import Tokenizer, token_bytes
 
 MAGIC = 20240520
@@ -40,9 +40,13 @@ class WrittenSplit(NamedTuple):
 
 def open_shard(path: str) -> np.ndarray:
     """Map an official shard and return its tokens ((count,) uint16); DataError names the field that is wrong."""
-    with open(path, "rb") as file:
-        header = file.read(HEADER_BYTES)
-        size = os.fstat(file.fileno()).st_size
+    with open_input(path) as file:
+        return _map_tokens(path, file)
+
+
+def _map_tokens(path: str, file: BinaryIO) -> np.ndarray:
+    header = file.read(HEADER_BYTES)
+    size = os.fstat(file.fileno()).st_size
     if len(header) < HEADER_BYTES:
         raise DataError(
             f"{path}: header: {len(header)} bytes, expected {HEADER_BYTES}; the file is cut off or no shard"
@@ -57,7 +61,7 @@ def open_shard(path: str) -> np.ndarray:
     expected = HEADER_BYTES + 2 * count
     if size != expected:
         raise DataError(f"{path}: size: {size} bytes, expected {expected} for {count} tokens; the file is damaged")
-    return np.memmap(path, "<u2", "r", HEADER_BYTES, (count,))
+    return np.memmap(file, "<u2", "r", HEADER_BYTES, (count,))
 
 
 def write_shard(path: str, tokens: np.ndarray) -> None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
+from core.files import open_input
+
 MAX_VOCAB = 65_535
 MAX_LINE = 100_000
 """Characters of one training line; SentencePiece drops lines over its `max_sentence_length`, so longer ones are cut."""
@@ -61,7 +63,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str) -> "Tokenizer":
         """Read a `.model` file; FileNotFoundError or TokenizerError."""
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return cls(file.read(), path)
 
     def encode(self, text: str) -> np.ndarray:

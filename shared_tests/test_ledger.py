@@ -1,8 +1,10 @@
 """The ledger: written once, honest about what it holds, strict about its file. Budget: 5 s."""
 
+import contextlib
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,57 +70,112 @@ def test_ledger_memory() -> None:
             Ledger(tokens)
 
 
-def test_ledger_file(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.npy"
-    ledger = Ledger(50)
+def filled(path: Path, **changes: Any) -> Ledger:
+    """Begin a ledger of 50 tokens at `path`, and write 21 of its targets."""
+    ledger = Ledger.open(path, **{"tokens": 50, "key": "weights and text", **changes})
     ledger.write(np.arange(1, 20), np.linspace(0, 3, 19), 4)
-    ledger.write(np.array([30, 22]), np.array([1 / 3, 7.0]), 5)
-    ledger.save(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["ledger.npy"]
-    np.testing.assert_array_equal(np.load(path, allow_pickle=False), ledger.entries)
-    loaded = Ledger.load(path)
-    np.testing.assert_array_equal(loaded.entries, ledger.entries)
-    with pytest.raises(LedgerError, match="already scored by write 2"):
-        loaded.write(np.array([22]), np.array([1.0]), 6)
-    rest = np.flatnonzero(loaded.entries["order"] == 0) + 1
-    assert loaded.write(rest, np.ones(len(rest)), 6)[0].order == 3
-    assert loaded.complete()
+    ledger.write(np.array([30, 22, 23]), np.array([1 / 3, 7.0, -1e-7]), 5)
+    return ledger
+
+
+def test_what_is_written_is_on_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    ledger = filled(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["ledger"]
+    np.testing.assert_array_equal(Ledger.read(path).entries, ledger.entries)  # while it is being written
+    ledger.close()
+    again = Ledger.open(path, 50, "weights and text")
+    np.testing.assert_array_equal(again.entries, ledger.entries)
+    assert again.writes == 2
+    with pytest.raises(LedgerError, match="target 5 was already scored by write 1"):
+        again.write(np.array([5]), np.ones(1), 5)
+    assert [s.order for s in again.write(np.array([20]), np.ones(1), 5)] == [3]
+    rest = np.flatnonzero(again.entries["order"] == 0) + 1
+    again.write(rest, np.ones(len(rest)), 6)
+    again.close()
+    assert Ledger.read(path).complete() and Ledger.read(path).path is None
+    gone = Ledger.open(path, 50, "weights and text")
+    gone.close(delete=True)
+    assert not path.exists()
+
+
+def test_one_evaluation_and_one_writer_per_file(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    ledger = filled(path)
+    with pytest.raises(LedgerError, match="another evaluation is writing"):
+        Ledger.open(path, 50, "weights and text")
+    ledger.close()
+    for tokens, key in ((51, "weights and text"), (50, "other weights")):
+        with pytest.raises(LedgerError, match="holds another evaluation"):
+            Ledger.open(path, tokens, key)
+    Ledger.open(path, 50, "weights and text").close()
+    with filled_again(path) as writing, pytest.raises(LedgerError, match="another evaluation is writing"):
+        Ledger.open(path, 50, "other weights", anew=True)
+    assert writing.writes == 2
+    fresh = Ledger.open(path, 50, "other weights", anew=True)
+    assert fresh.writes == 0
+    fresh.close()
+
+
+def filled_again(path: Path) -> Any:
+    return contextlib.closing(Ledger.open(path, 50, "weights and text"))
+
+
+def test_a_repeated_pass_must_give_what_is_written(tmp_path: Path) -> None:
+    ledger = filled(tmp_path / "ledger")
+    nats = np.linspace(0, 3, 19)
+    found = ledger.confirm(np.arange(1, 20), nats + 1e-6, 4, 1)
+    assert [(s.start, s.stop, s.version, s.order) for s in found] == [(1, 20, 4, 1)]
+    np.testing.assert_array_equal(ledger.nats(found[0]), nats)
+    refused = (
+        (np.arange(1, 20), nats + 2e-3, 4, 1),
+        (np.arange(1, 20), nats, 5, 1),
+        (np.arange(1, 20), nats, 4, 2),
+        (np.arange(2, 21), nats, 4, 1),
+    )
+    for positions, costs, version, order in refused:
+        with pytest.raises(LedgerError, match="cannot go on"):
+            ledger.confirm(positions, costs, version, order)
+    ledger.close()
+
+
+def test_a_kill_loses_the_write_that_it_cut(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    filled(path).close()
+    good = path.read_bytes()
+    first = next(n for n in range(len(good)) if good[n:].startswith(b"SCOR"))
+    second = next(n for n in range(first + 1, len(good)) if good[n:].startswith(b"SCOR"))
+    for size in range(first, len(good)):
+        path.write_bytes(good[:size])
+        writes = (size >= second) + 0
+        assert Ledger.read(path).writes == writes
+        ledger = Ledger.open(path, 50, "weights and text")
+        assert ledger.writes == writes
+        ledger.close()
+        assert path.read_bytes() == good[: (first, second)[writes]], "what was cut short is gone"
+    path.write_bytes(good + bytes(100))  # a power cut
+    assert Ledger.read(path).writes == 2
 
 
 def test_damaged_ledger_files(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.npy"
-    ledger = Ledger(20)
-    ledger.write(np.arange(1, 12), np.ones(11), 1)
-    ledger.save(path)
+    path = tmp_path / "ledger"
+    filled(path).close()
     good = path.read_bytes()
-
-    def refused(data: bytes, field: str) -> None:
+    for data in (b"", good[:10], b"PK\x03\x04" + good[4:], good.replace(b'"tokens": 50', b'"tokens": ""')):
         path.write_bytes(data)
-        with pytest.raises(LedgerError, match=f"{path.name}: {field}"):
-            Ledger.load(path)
-
-    for data in (b"", good[:100], good[:-1], good + b"x", good + bytes(16), b"PK\x03\x04" + good[4:]):
-        refused(data, "header")
-    refused(good.replace(b"(19,)", b"(18,)"), "header")
-    body = np.frombuffer(good[-19 * 16 :], ledger.entries.dtype)
-    damage = (
-        ("nats", 3, np.nan),
-        ("nats", 3, -1.0),
-        ("nats", 18, -1e-9),
-        ("order", 3, -1),
-        ("version", 3, -2),
-    )
-    for field, index, value in damage:
-        changed = body.copy()
-        changed[field][index] = value
-        refused(good[: -19 * 16] + changed.tobytes(), f"{field} of target {index + 1}")
+        with pytest.raises(LedgerError, match="header: not a ledger"):
+            Ledger.read(path)
     noise = np.random.default_rng(0)
+    refused = 0
     for _ in range(500):
         data = bytearray(good)
         for i in noise.integers(0, len(good), 3):
-            data[i] = noise.integers(256)
+            data[i] ^= 1 << noise.integers(8)
         path.write_bytes(data)
         try:
-            Ledger.load(path)
-        except LedgerError:
+            found = Ledger.read(path)
+        except LedgerError as error:
+            refused += str(path) in str(error)
             continue
+        assert (found.entries["order"] > 0).sum() in (0, 19, 22), "no write is taken in part"
+    assert refused > 400

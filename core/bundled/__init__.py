@@ -11,15 +11,18 @@ from core.prepare import Progress, prepare
 BUNDLED = Path(__file__).parent
 
 
-def open_data(path: str) -> Dataset:
-    """Open a folder that `skc data` wrote; `sample` is the bundled text, prepared under data/sample on first use."""
+def open_data(path: str, train: bool = True) -> Dataset:
+    """Open a folder that `skc data` wrote; `sample` is the bundled text, prepared under data/sample on first use.
+
+    `train` is that of `open_dataset`.
+    """
     if path != "sample":
-        return open_dataset(path)
+        return open_dataset(path, train)
     folder = os.path.join("data", "sample")
     if not os.path.isfile(os.path.join(folder, "manifest.json")):
         print(f"preparing the bundled text in {folder}", file=sys.stderr)
     prepare_sample(folder)
-    return open_dataset(folder)
+    return open_dataset(folder, train)
 
 
 def prepare_sample(out: str, progress: Progress | None = None) -> dict[str, Any]:

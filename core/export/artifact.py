@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from core.config import LATER, ConfigError, ModelConfig, from_json, to_json
 from core.engine import Arrays
 from core.export import codecs
-from core.files import replace_file
+from core.files import open_input, replace_file
 from core.params import Param, check_arrays, count, param_table
 from core.storage import Stored, decode
 
@@ -97,7 +97,7 @@ def check_limits(model: ModelConfig) -> None:
 def read_artifact(path: str | Path) -> Artifact:
     """Read an artifact; ArtifactError names the field that is wrong. Memory and time are bounded for any bytes."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             size = os.fstat(file.fileno()).st_size
             data = file.read(min(size, MAX_FILE))
     except OSError as error:

@@ -1,9 +1,9 @@
 """Scoring, the only path: windows go through the engine, nats into the ledger, and bits per byte comes from that."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -11,8 +11,10 @@ from core import rng
 from core.config import ConfigError, EvalConfig
 from core.data import Dataset, Split
 from core.scoring.accounting import bits_per_byte, count_bytes, ratio_error
-from core.scoring.ledger import Ledger, LedgerError, Scored
-from core.scoring.stateful import Carrier, score_streams
+from core.scoring.ledger import Ledger, LedgerError
+from core.scoring.plugins import Plugin
+from core.scoring.session import Session, Watch
+from core.scoring.stateful import score_streams
 from core.scoring.windows import Windows, cut, document_ranges, document_windows, sliding
 
 
@@ -48,6 +50,8 @@ class Score:
     """Bits per raw byte, where the raw bytes are known."""
     windows: str
     """How the text was cut."""
+    plugins: tuple[str, ...] = ()
+    """What else had a part in the predictions."""
 
     @property
     def label(self) -> str:
@@ -56,7 +60,7 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields and the label as plain JSON values."""
-        return {"label": self.label, **dataclasses.asdict(self)}
+        return {"label": self.label, **dataclasses.asdict(self), "plugins": list(self.plugins)}
 
 
 def score(
@@ -68,35 +72,31 @@ def score(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
     ledger: Ledger | None = None,
-    weights_version: int = 0,
     isolated: bool = True,
+    plugins: Sequence[Plugin] = (),
+    watch: Watch | None = None,
 ) -> Score:
     """Score the validation text: all of it as `config` says, or `documents` documents drawn by `seed` as an estimate.
 
     An estimate scores each drawn document by itself (windows inside documents, whatever `config.windows` says), and
     stays an estimate even if the draw takes them all. Windows that are already in `ledger` are not scored again, so a
     killed evaluation goes on. `isolated`: whether the model's documents are; windows with carry then begin anew with
-    each document, else the text is one stream. `progress` gets (windows done, windows in all). ConfigError if there is
-    nothing to score or no byte rule applies; LedgerError if the engine's numbers are not finite or `ledger` is of
-    another text.
+    each document, else the text is one stream. `plugins` are those of config.plugins, made for this pass. `progress`
+    gets (windows done, windows in all). ConfigError if there is nothing to score or no byte rule applies; LedgerError
+    if the engine's numbers are not finite, a rule is broken, or `ledger` is of another text.
     """
     split = dataset.val
     if len(split) < 2:
         raise ConfigError(f"data {dataset.name}: {len(split)} validation tokens; scoring needs at least 2")
     total = len(split.document_starts)
     drawn = None if documents is None else rng.choose(seed, "eval/documents", total, min(documents, total))
-    begins, ends, cuts = _select(split, config, drawn)
-    streams = _streams(split, drawn, isolated) if config.windows == "stateful" else None
+    begins, ends, _ = _select(split, config, drawn)
     counted = count_bytes(dataset, begins, ends, drawn)  # first, so that a missing byte rule costs no forward pass
     ledger = Ledger(len(split)) if ledger is None else ledger
     if ledger.tokens != len(split):
         raise LedgerError(f"the ledger is for {ledger.tokens} tokens, the text has {len(split)}: start a new one")
-    if streams is not None:
-        score_streams(
-            cast(Carrier, engine), split, streams, config.seq, config.batch, ledger, weights_version, progress
-        )
-    else:
-        _run(engine, split, cuts, config, ledger, weights_version, progress)
+    vocab = dataset.tokenizer.vocab
+    score_text(engine, split, config, ledger, drawn, isolated, plugins, vocab, watch, progress)
     nats = np.array([ledger.total(a + 1, b + 1) for a, b in zip(begins.tolist(), ends.tolist(), strict=True)])
     targets, all_nats, all_bytes = int((ends - begins).sum()), float(nats.sum()), int(counted.counted.sum())
     raw_bytes = 0 if counted.raw is None else int(counted.raw.sum())
@@ -114,7 +114,45 @@ def score(
         error=None if error is None else bits_per_byte(error, 1),
         bpb_raw=bits_per_byte(all_nats, raw_bytes) if raw_bytes else None,
         windows=_described(config, drawn is not None),
+        plugins=config.plugins if plugins else (),
     )
+
+
+def score_text(
+    engine: Scorer,
+    split: Split,
+    config: EvalConfig,
+    ledger: Ledger,
+    drawn: np.ndarray | None = None,
+    isolated: bool = True,
+    plugins: Sequence[Plugin] = (),
+    vocab: int = 0,
+    watch: Watch | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Bring every target of `split`, or of the documents `drawn`, into `ledger`: the one scoring path.
+
+    The arguments are those of `score`, which makes a figure of what is in the ledger then.
+    """
+    session = Session(engine, split, config, ledger, plugins, vocab, watch)
+    try:
+        if config.windows == "stateful":
+            _check_streams(plugins)
+            score_streams(session, _streams(split, drawn, isolated), progress)
+        else:
+            _run(session, session.order(_select(split, config, drawn)[2], 1, len(split) - 1), progress)
+    finally:
+        session.close()
+
+
+def _check_streams(plugins: Sequence[Plugin]) -> None:
+    """Raise ConfigError for a plug-in that windows with carry cannot honour."""
+    for plugin in plugins:
+        if plugin.kind == "adaptation" or type(plugin).order is not Plugin.order:
+            raise ConfigError(
+                f"eval.windows=stateful with plug-in {type(plugin).__name__}: the state comes from earlier weights, "
+                "and documents have an order of their own: use --eval.windows sliding or documents"
+            )
 
 
 def _stride(config: EvalConfig) -> int:
@@ -148,43 +186,14 @@ def _select(split: Split, config: EvalConfig, drawn: np.ndarray | None) -> tuple
     return *whole, sliding(len(split), config.seq, _stride(config))
 
 
-def score_batch(
-    engine: Scorer, split: Split, part: Windows, config: EvalConfig, ledger: Ledger, weights_version: int
-) -> tuple[Scored, ...]:
-    """Score at most config.batch windows in one forward pass and return the ranges that are now in the ledger.
-
-    Windows are padded at their end and the batch with empty rows to (config.batch, config.seq): one static shape, and a
-    causal model cannot see the padding. A driver that learns takes the ranges and passes the next weights version.
-    """
-    tokens = np.zeros((config.batch, config.seq), np.int32)
-    targets = np.zeros_like(tokens)
-    for row, (start, length) in enumerate(zip(part.start.tolist(), part.length.tolist(), strict=True)):
-        text = split.read(start, start + length + 1)
-        tokens[row, :length], targets[row, :length] = text[:-1], text[1:]
-    nats = np.asarray(engine.nll(tokens, targets), np.float64)
-    if nats.shape != tokens.shape:
-        raise LedgerError(f"the engine returned nll of shape {nats.shape}, expected {tokens.shape}")
-    offset = np.arange(config.seq)
-    kept = (offset >= part.first[:, None]) & (offset < part.length[:, None])
-    positions = part.start[:, None] + offset + 1
-    return ledger.write(positions[kept], nats[: len(kept)][kept], weights_version)
-
-
-def _run(
-    engine: Scorer,
-    split: Split,
-    cuts: Windows,
-    config: EvalConfig,
-    ledger: Ledger,
-    weights_version: int,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    """Score every window whose targets are not in the ledger yet."""
-    total = len(cuts.start)
-    todo = cuts.take(~ledger.written(cuts.start + cuts.length))
+def _run(session: Session, cuts: Windows, progress: Callable[[int, int], None] | None) -> None:
+    """Score every window that has to be."""
+    size, total = session.config.batch, len(cuts.start)
+    todo = cuts.take(session.todo(cuts.start + cuts.length))
     skipped = total - len(todo.start)
-    for i in range(0, len(todo.start), config.batch):
-        part = todo.take(slice(i, i + config.batch))
-        score_batch(engine, split, part, config, ledger, weights_version)
+    for i in range(0, len(todo.start), size):
+        part = todo.take(slice(i, i + size))
+        if not session.skip(1):
+            session.windows(part)
         if progress is not None:
             progress(skipped + i + len(part.start), total)

@@ -1,30 +1,29 @@
 """The ledger: what every target cost, written once, before anything may learn from it (spec/challenge.md D)."""
 
+from collections.abc import Iterator
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from core.files import replace_file
+from core.scoring.journal import InUseError, Journal
+from core.scoring.journal import LedgerError as LedgerError
 
 ENTRY = np.dtype([("nats", "<f8"), ("version", "<i4"), ("order", "<i4")])
 """One target: -log p in nats, version of the weights that scored it, number of the write (from 1; 0: not written)."""
 MAX_TARGETS = 2**28
 ROUNDING = 1e-4
 """How far below 0 the rounding of a log-softmax may push nats."""
-HEADER_BYTES = 192
+REPEATABLE = 1e-3
+"""How far a repeated forward pass may be from what is written, in nats: other rounding, not other weights."""
 _LEDGER = object()
-
-
-class LedgerError(ValueError):
-    """A rule of the ledger was broken, or its file is damaged."""
 
 
 @dataclass(frozen=True)
 class Scored:
     """Target positions [start, stop) that are in a ledger: the only thing that learning from evaluation text may take.
 
-    Only `Ledger.write` makes one; `Ledger.nats` refuses one that does not match what was written.
+    Only a ledger makes one; `Ledger.nats` refuses one that does not match what was written.
     """
 
     start: int
@@ -37,18 +36,67 @@ class Scored:
 
     def __post_init__(self, made_by: object) -> None:
         if made_by is not _LEDGER:
-            raise LedgerError("Scored cannot be made by hand: score the targets and take what Ledger.write returns")
+            raise LedgerError("Scored cannot be made by hand: score the targets and take what comes back", "D9")
 
 
 class Ledger:
-    """A write-once entry for each of the tokens - 1 targets of a stream (positions 1 .. tokens - 1), 16 bytes each."""
+    """A write-once entry for each of the tokens - 1 targets of a stream (positions 1 .. tokens - 1), 16 bytes each.
 
-    def __init__(self, tokens: int) -> None:
+    One that was opened on a file appends every write to it, so that a killed evaluation goes on where it was.
+    """
+
+    def __init__(self, tokens: int, journal: Journal | None = None) -> None:
         if not 2 <= tokens <= MAX_TARGETS + 1:
             raise LedgerError(f"a ledger for {tokens} tokens: expected from 2 to {MAX_TARGETS + 1}")
         self._entries = np.zeros(tokens - 1, ENTRY)
         self._written = 0
         self._writes = 0
+        self._journal: Journal | None = None
+        for positions, nats, version in journal.records() if journal else ():
+            self.write(positions, nats, version)
+        self._journal = journal
+
+    @classmethod
+    def open(cls, path: str | Path, tokens: int, key: str, anew: bool = False) -> "Ledger":
+        """Open the ledger at `path`, or begin one; LedgerError if it is damaged, in use, or of another evaluation.
+
+        `key` names the evaluation: text, weights and everything else that decides its numbers. With `anew` a file that
+        is damaged or of another evaluation is replaced.
+        """
+        try:
+            return cls._continued(path, tokens, key)
+        except LedgerError as error:
+            if not anew or isinstance(error, InUseError):
+                raise
+        Path(path).unlink()
+        return cls._continued(path, tokens, key)
+
+    @classmethod
+    def _continued(cls, path: str | Path, tokens: int, key: str) -> "Ledger":
+        journal = Journal.open(path, tokens, key)
+        try:
+            return cls(tokens, journal)
+        except BaseException:
+            journal.close()
+            raise
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Ledger":
+        """Read the ledger at `path` without continuing it."""
+        with Journal.read(path) as journal:
+            ledger = cls(journal.tokens, journal)
+            ledger._journal = None
+        return ledger
+
+    @property
+    def path(self) -> Path | None:
+        """The file that it is written to."""
+        return self._journal.path if self._journal else None
+
+    @property
+    def writes(self) -> int:
+        """How many writes it holds."""
+        return self._writes
 
     @property
     def tokens(self) -> int:
@@ -70,19 +118,40 @@ class Ledger:
         """
         positions, nats = np.asarray(positions, np.int64), np.asarray(nats, np.float64)
         self._check(positions, nats, version)
+        again = positions[self.written(positions)]
+        if len(again):
+            order = self._entries[again[0] - 1]["order"]
+            raise LedgerError(f"target {again[0]} was already scored by write {order}: each is scored once", "D10")
         if not len(positions):
             return ()
+        if self._journal:
+            self._journal.append(positions, nats, version)
         block = np.empty(len(positions), ENTRY)
         block["nats"], block["version"], block["order"] = nats, version, self._writes + 1
         self._entries[positions - 1] = block  # one assignment, so that an interrupt leaves no half-written entry
         self._writes += 1
         self._written += len(positions)
-        cuts = np.flatnonzero(np.diff(positions) != 1)
-        starts, stops = positions[np.append(0, cuts + 1)], positions[np.append(cuts, -1)] + 1
-        return tuple(
-            Scored(start, stop, version, self._writes, _LEDGER)
-            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
-        )
+        return tuple(_scored(positions, version, self._writes))
+
+    def confirm(self, positions: np.ndarray, nats: np.ndarray, version: int, order: int) -> tuple[Scored, ...]:
+        """Return what write number `order` returned, for an evaluation that goes on and repeats its forward pass.
+
+        What is written stays. LedgerError if it is not these targets, or if the numbers differ by more than rounding.
+        """
+        positions, nats = np.asarray(positions, np.int64), np.asarray(nats, np.float64)
+        self._check(positions, nats, version)
+        entries = self._entries[positions - 1]
+        same = (entries["order"] == order) & (entries["version"] == version)
+        far = np.abs(entries["nats"] - nats) > REPEATABLE
+        if not same.all() or far.any():
+            where = int(np.argmax(~same | far))
+            there = entries[where]
+            raise LedgerError(
+                f"target {positions[where]}: repeating write {order} gives {nats[where]:.6f} nats with weights "
+                f"{version}, write {there['order']} with weights {there['version']} gave {there['nats']:.6f}: this "
+                f"evaluation cannot go on; delete {self.path} to begin anew"
+            )
+        return tuple(_scored(positions, version, order))
 
     def _check(self, positions: np.ndarray, nats: np.ndarray, version: int) -> None:
         if positions.ndim != 1 or positions.shape != nats.shape:
@@ -91,16 +160,14 @@ class Ledger:
             raise LedgerError(f"weights version {version}: expected from 0 to 2^31 - 1")
         outside = positions[(positions < 1) | (positions >= self.tokens)]
         if len(outside):
-            raise LedgerError(f"target {outside[0]} is outside the stream: expected from 1 to {self.tokens - 1}")
+            raise LedgerError(f"target {outside[0]} is outside the stream: expected from 1 to {self.tokens - 1}", "D5")
         if len(np.unique(positions)) != len(positions):
-            raise LedgerError("a target occurs twice in one write: each is scored once")
-        again = positions[self.written(positions)]
-        if len(again):
-            entry = self._entries[again[0] - 1]
-            raise LedgerError(f"target {again[0]} was already scored by write {entry['order']}: each is scored once")
+            raise LedgerError("a target occurs twice in one write: each is scored once", "D5")
         bad = np.flatnonzero(~(np.isfinite(nats) & (nats >= -ROUNDING)))
         if len(bad):
-            raise LedgerError(f"target {positions[bad[0]]} got {nats[bad[0]]} nats: expected a finite number from 0 up")
+            raise LedgerError(
+                f"target {positions[bad[0]]} got {nats[bad[0]]} nats: expected a finite number from 0 up", "D8"
+            )
 
     def written(self, positions: np.ndarray) -> np.ndarray:
         """Return for each target position whether it is written, (count,) bool."""
@@ -111,7 +178,7 @@ class Ledger:
         entries = self._entries[scored.start - 1 : scored.stop - 1] if scored.start >= 1 else self._entries[:0]
         same = (entries["order"] == scored.order) & (entries["version"] == scored.version)
         if scored.order < 1 or len(entries) != scored.stop - scored.start or not same.all():
-            raise LedgerError(f"targets {scored.start} to {scored.stop - 1} were not scored so in this ledger")
+            raise LedgerError(f"targets {scored.start} to {scored.stop - 1} were not scored so in this ledger", "D9")
         return entries["nats"].copy()
 
     def complete(self) -> bool:
@@ -125,40 +192,29 @@ class Ledger:
         """
         entries = self._entries[start - 1 : self.tokens - 1 if stop is None else stop - 1]
         if not entries["order"].all():
-            raise LedgerError(f"target {start + int(np.argmin(entries['order'] > 0))} is not scored: no total yet")
+            missing = start + int(np.argmin(entries["order"] > 0))
+            raise LedgerError(f"target {missing} is not scored: no total yet", "D5")
         return float(np.sum(entries["nats"]))
 
-    def save(self, path: str | Path) -> None:
-        """Write the entries as one .npy file, replacing `path` at once."""
-        replace_file(path, _header(len(self._entries)), self._entries.data)
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        if self._journal:
+            self._journal.sync()
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Ledger":
-        """Read what `save` wrote, ready for further writes; LedgerError names the file and what is wrong with it."""
-        with open(path, "rb") as file:
-            head = file.read(HEADER_BYTES)
-            count, rest = divmod(file.seek(0, 2) - HEADER_BYTES, ENTRY.itemsize)
-            if rest or not 1 <= count <= MAX_TARGETS or head != _header(count):
-                raise LedgerError(f"{path}: header: not a ledger, or cut short")
-            file.seek(HEADER_BYTES)
-            entries = np.fromfile(file, ENTRY, count)
-        order, version, nats = entries["order"], entries["version"], entries["nats"]
-        lowest = np.where(order > 0, -ROUNDING, 0.0)
-        valid = {"order": order >= 0, "version": version >= 0, "nats": np.isfinite(nats)}
-        with np.errstate(invalid="ignore"):  # comparing a signalling NaN warns
-            valid["nats"] &= nats >= lowest
-        for name, good in valid.items():
-            if not good.all():
-                raise LedgerError(f"{path}: {name} of target {np.argmin(good) + 1} is damaged")
-        ledger = cls(2)
-        ledger._entries = entries
-        ledger._written = int(np.count_nonzero(order))
-        ledger._writes = int(order.max())
-        return ledger
+    def close(self, delete: bool = False) -> None:
+        """Leave the file, or delete it if its numbers are no longer needed."""
+        if self._journal:
+            path = self._journal.path
+            self._journal.close()
+            self._journal = None
+            if delete:
+                path.unlink(missing_ok=True)
 
 
-def _header(count: int) -> bytes:
-    """Return the .npy header of `count` entries, always HEADER_BYTES long: `load` compares it and parses nothing."""
-    text = f"{{'descr': {ENTRY.descr}, 'fortran_order': False, 'shape': ({count},), }}"
-    size = HEADER_BYTES - 10
-    return b"\x93NUMPY\x01\x00" + size.to_bytes(2, "little") + text.encode().ljust(size - 1) + b"\n"
+def _scored(positions: np.ndarray, version: int, order: int) -> Iterator[Scored]:
+    """Yield the ranges of consecutive positions."""
+    if len(positions):
+        cuts = np.flatnonzero(np.diff(positions) != 1)
+        starts, stops = positions[np.append(0, cuts + 1)], positions[np.append(cuts, -1)] + 1
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            yield Scored(start, stop, version, order, _LEDGER)

@@ -1,12 +1,13 @@
 """Scoring with carry: a stream goes through the engine window by window, and the state goes on from one to the next."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
-from core.data import Split
-from core.scoring.ledger import Ledger
+from core.scoring.plugins import View
+from core.scoring.session import Session
 
 
 class Carrier(Protocol):
@@ -26,14 +27,7 @@ class Carrier(Protocol):
 
 
 def score_streams(
-    engine: Carrier,
-    split: Split,
-    streams: list[tuple[int, int]],
-    seq: int,
-    batch: int,
-    ledger: Ledger,
-    version: int,
-    progress: Callable[[int, int], None] | None,
+    session: Session, streams: list[tuple[int, int]], progress: Callable[[int, int], None] | None
 ) -> None:
     """Score the input ranges [begin, end) of `streams`, each from an empty state on, in windows of `seq` tokens.
 
@@ -41,34 +35,40 @@ def score_streams(
     stream with targets that are not in the ledger is run from its start, since its state is not kept; only those are
     written.
     """
+    seq, batch, engine = session.config.seq, session.config.batch, cast(Carrier, session.engine)
     lengths = np.array([end - begin for begin, end in streams], np.int64)
     total = int((-(-lengths // seq)).sum())
-    todo = [i for i in np.argsort(-lengths, kind="stable").tolist() if not _complete(ledger, *streams[i])]
+    todo = [i for i in np.argsort(-lengths, kind="stable").tolist() if _open(session, *streams[i])]
     done = total - int((-(-lengths[todo] // seq)).sum())
     for at in range(0, len(todo), batch):
         group = [streams[i] for i in todo[at : at + batch]]
-        state, longest = engine.start(len(group)), group[0][1] - group[0][0]
+        longest = group[0][1] - group[0][0]
+        if session.skip(-(-longest // seq)):
+            done += sum(-(-(end - begin) // seq) for begin, end in group)
+            continue
+        state = engine.start(len(group))
         for offset in range(0, longest, seq):
             width = min(seq, longest - offset)
             tokens = np.zeros((len(group), width), np.int32)
             targets, kept = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+            positions = np.zeros(tokens.shape, np.int64)
             for row, (begin, end) in enumerate(group):
                 first = begin + offset
                 length = max(0, min(width, end - first))
                 if length:
-                    text = split.read(first, first + length + 1)
+                    text = session.split.read(first, first + length + 1)
                     tokens[row, :length], targets[row, :length] = text[:-1], text[1:]
-                    kept[row, :length] = ~ledger.written(np.arange(first + 1, first + length + 1))
+                    positions[row, :length] = np.arange(first + 1, first + length + 1)
+                    kept[row, :length] = session.todo(positions[row, :length])
                     done += 1
             tape = engine.chunk(state, tokens)
-            nats = np.asarray(tape.nll(targets), np.float64)
-            positions = np.array([begin for begin, _ in group])[:, None] + offset + np.arange(width) + 1
-            ledger.write(positions[kept], nats[kept], version)
+            session.put(View(tokens, positions, kept), targets, functools.partial(tape.nll, targets), tape.logits)
             if offset + width < longest:
                 state = engine.commit(tape, width)
             if progress is not None:
                 progress(done, total)
 
 
-def _complete(ledger: Ledger, begin: int, end: int) -> bool:
-    return bool(ledger.written(np.arange(begin + 1, end + 1)).all())
+def _open(session: Session, begin: int, end: int) -> bool:
+    """Return whether a stream has targets that must be scored."""
+    return bool(session.todo(np.arange(begin + 1, end + 1)).any())

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -18,7 +17,7 @@ from tyro.conf import FlagConversionOff, Suppress
 import core
 from core.config import ConfigError, DataConfig, EvalConfig, ExportConfig, ModelConfig, RunConfig, TrainConfig
 from core.console import Console
-from core.data import Dataset, batch
+from core.data import Dataset, batch, identity
 from core.engine import Arrays, Engine
 from core.export.artifact import read_artifact
 from core.params import exported
@@ -90,14 +89,7 @@ def open_subject(path: str, data: str | None, step: int | None = None) -> Subjec
     if os.path.isfile(path):
         if step is not None:
             raise RunError(f"{path}: is an artifact, which has one set of weights: leave out --step {step}")
-        found = read_artifact(path)
-        seq = found.provenance.get("train_seq")
-        seq = seq if isinstance(seq, int) and 1 <= seq <= 65_536 else EvalConfig.seq
-        name = str(found.provenance.get("preset", "artifact"))
-        config = RunConfig(
-            preset=name, model=found.model, train=TrainConfig(batch=1, seq=seq), eval=EvalConfig(seq=seq)
-        )
-        subject = Subject(f"artifact {path}", config, found.weights, found.tokenizer_sha256, None, False)
+        subject = open_artifact(path, None)
     elif os.path.isdir(path):
         run = Run.open(path)
         saved = run.checkpoint(step)
@@ -112,6 +104,18 @@ def open_subject(path: str, data: str | None, step: int | None = None) -> Subjec
     if data is None:
         return subject
     return subject._replace(config=dataclasses.replace(subject.config, data=DataConfig(data)))
+
+
+def open_artifact(path: str, data: str | None) -> Subject:
+    """Read an artifact; ArtifactError. `data` replaces the text it is judged on."""
+    found = read_artifact(path)
+    seq = found.provenance.get("train_seq")
+    seq = seq if isinstance(seq, int) and 1 <= seq <= 65_536 else EvalConfig.seq
+    name = str(found.provenance.get("preset", "artifact"))
+    config = RunConfig(preset=name, model=found.model, train=TrainConfig(batch=1, seq=seq), eval=EvalConfig(seq=seq))
+    if data is not None:
+        config = dataclasses.replace(config, data=DataConfig(data))
+    return Subject(f"artifact {path}", config, found.weights, found.tokenizer_sha256, None, False)
 
 
 def check_tokenizer(subject: Subject, dataset: Dataset) -> None:
@@ -159,12 +163,6 @@ def commit() -> tuple[str | None, bool | None]:
             return None, None
         answers.append(done.stdout.strip())
     return answers[0], bool(answers[1])
-
-
-def identity(dataset: Dataset) -> dict[str, str]:
-    """Return what names the data of a run: its name and a hash of what the manifest says of its files."""
-    splits = json.dumps(dataset.manifest["splits"], sort_keys=True).encode()
-    return {"name": dataset.name, "sha256": hashlib.sha256(splits).hexdigest()}
 
 
 def environment(engine: Engine, dataset: Dataset, command: str, step: int) -> dict[str, Any]:

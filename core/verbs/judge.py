@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
@@ -37,6 +38,10 @@ class Eval:
     """Score only this many documents: an estimate with an error bar, never a score."""
     batch: int | None = None
     """Windows per forward pass."""
+    plugins: tuple[str, ...] | None = None
+    """What else has a part in the score: temperature, or package.module:Class (docs/legality.md)."""
+    ledger: str | None = None
+    """Keep the cost of every target in this file, and go on from it if an evaluation was killed."""
     step: int | None = None
     """Step of a checkpoint that train.keep_every kept; None: the last one."""
     backend: Backend = "auto"
@@ -48,7 +53,11 @@ class Eval:
 
     def config(self, base: EvalConfig) -> EvalConfig:
         """Return `base` with what was given replaced."""
-        given = {n: getattr(self, n) for n in ("windows", "seq", "stride", "batch") if getattr(self, n) is not None}
+        given = {
+            n: getattr(self, n)
+            for n in ("windows", "seq", "stride", "batch", "plugins")
+            if getattr(self, n) is not None
+        }
         if self.documents is not None:
             given["documents"] = None if self.documents == "all" else self.documents
         if self.windows in ("plain", "stateful") and self.stride is None:
@@ -114,13 +123,14 @@ def evaluate(options: Eval, context: Context) -> Outcome:
     """Score a run or an artifact."""
     subject = open_subject(options.path, options.data, options.step)
     config = dataclasses.replace(subject.config, eval=options.config(subject.config.eval))
-    dataset = open_data(config.data.path)
+    dataset = open_data(config.data.path, train=False)
     check_tokenizer(subject, dataset)
     choices = EngineOptions(dtype=options.dtype)
     engine = load_engine(options.backend, config, subject.weights, choices, subject.quantise)
     used = "stored form of the weights" if subject.quantise else "weights as they are"
     context.say(f"{subject.what} ({used}) on {engine.backend}, {engine.device}, {engine.dtype}; data {dataset.path}")
-    found = final_score(engine, dataset, config, context.say, "scoring")
+    ledger = None if options.ledger is None else Path(options.ledger)
+    found = final_score(engine, dataset, config, context.say, "scoring", ledger, plugins=True, keep=True)
     context.say(describe(found))
     value = {"path": options.path, "step": subject.step, "backend": engine.backend, "data": dataset.path}
     value["quantise"] = subject.quantise

@@ -7,16 +7,16 @@ from tyro.conf import Positional
 from core import presets
 from core.bundled import open_data
 from core.config import ConfigError, RunConfig
-from core.data import Dataset
+from core.data import Dataset, identity
 from core.engine import DType, Engine, EngineOptions, choose_backend, load_engine
 from core.engram import start_weights
 from core.export.artifact import check_limits
 from core.export.budget import predicted_bytes
 from core.finish import finish
 from core.params import count, exported
-from core.run import Run, RunError
+from core.run import Run, RunError, config_digest
 from core.train import done, train
-from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_data, environment, identity
+from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_data, environment
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> 
     """Say what is about to run, and how."""
     config, say = run.config, context.say
     say(f"{context.command}")
+    say(f"configuration sha256 {config_digest(config)} (all settings but the seed)")
     say(f"run {run.path}: {_purpose(config)}; {count(config.model):,} parameters, seed {config.seed}")
     model = config.model
     say(f"stores matrices as {model.matrix_storage}, tables as {model.table_storage}; quantise {config.train.quantise}")

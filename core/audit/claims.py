@@ -1,0 +1,176 @@
+"""What is claimed of a run beside its predictions: bytes, times, seeds, one configuration (D1 to D3, D15 to D17)."""
+
+import lzma
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from core.audit.isolation import Isolated
+from core.audit.rules import Finding
+from core.audit.seeds import beats
+from core.config import RunConfig
+from core.run import Run, config_digest
+
+LIMIT = 16_000_000
+"""Bytes of code and compressed model (D1)."""
+SECONDS = 600.0
+"""Of training and of evaluation, each, on 8 H100 (D2, D3)."""
+CLAIM = {True: 1e-5, False: 5e-3}
+"""How far a recorded score may be from the audited one, in bits per byte: same backend and compute type, or not."""
+
+
+class Plan(NamedTuple):
+    """What is audited, and how."""
+
+    artifact: Path
+    run: Run | None
+    config: RunConfig
+    """Of the evaluation."""
+    folder: Path
+    """Where ledger and reports go."""
+    backend: str
+    dtype: str | None
+    documents: int | None
+    """Score only the first so many documents; None: all."""
+    flips: int
+    seed: int
+    seeds: tuple[Run, ...]
+    """All runs of the claim, this one included."""
+    reference: tuple[float, ...]
+    """Scores to beat, in bits per byte."""
+
+
+def check_size(plan: Plan, seen: Isolated, data: Path) -> Finding:
+    """D1: the artifact and the code that was read, packed as submissions are; strictly, every file as it is."""
+    text = {str(file.resolve()) for file in data.glob("val_*")} | {str((data / "manifest.json").resolve())}
+    artifact = plan.artifact.stat().st_size
+    code = [file for file in seen.files if file.kind == "code"]
+    packed = packed_code([Path(file.path) for file in code])
+    rest = [file for file in seen.files if file.kind in ("input", "other") and file.read and file.path not in text]
+    rest = [file for file in rest if Path(file.path) != plan.artifact.resolve()]
+    raw, others = sum(file.size or 0 for file in code), sum(file.size or 0 for file in rest)
+    challenge, strict = artifact + packed, artifact + raw + others
+    names = ", ".join(sorted(Path(file.path).name for file in rest)) or "nothing else"
+    kept = "" if strict <= LIMIT else f", over {LIMIT:,}"
+    evidence = (
+        f"{challenge:,} bytes: artifact {artifact:,}, {len(code)} files of code {packed:,} packed (LZMA, base85). "
+        f"Strictly, every file that was opened as it is: {strict:,}{kept} (code {raw:,}; {names} {others:,}). "
+        f"Left out: the validation text, and {len(seen.packages)} installed packages (D18)"
+    )
+    details = {"artifact": artifact, "packed_code": packed, "code": raw, "other": others, "challenge": challenge,
+               "strict": strict, "limit": LIMIT, "files": sorted(f.path for f in (*code, *rest))}  # fmt: skip
+    if not code and artifact <= LIMIT:
+        return Finding("D1", "NOT CHECKED", "the evaluation ended before its files were known", details)
+    return Finding("D1", "PASS" if challenge <= LIMIT else "FAIL", evidence, details)
+
+
+def packed_code(files: Sequence[Path]) -> int:
+    """Return the bytes of source files as submissions pack them: one LZMA stream in base85."""
+    text = b"".join(file.read_bytes() for file in files if file.is_file())
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    return -(-len(lzma.compress(text, lzma.FORMAT_RAW, filters=filters)) * 5 // 4) if text else 0
+
+
+def check_training_time(plan: Plan) -> Finding:
+    """D2: what the run says of its training time; this machine is not the one that the rule is about."""
+    if plan.run is None:
+        return Finding("D2", "NOT CHECKED", "a bare artifact does not say how long it was trained")
+    rows = [row for row in plan.run.metrics() if "clock/seconds" in row]
+    if not rows:
+        return Finding("D2", "NOT CHECKED", "the run has recorded no training time")
+    seconds, device = rows[-1]["clock/seconds"], str(plan.run.environment().get("device", "an unknown device"))
+    evidence = f"trained for {seconds:.1f} s on {device} (training clock: no evaluation, no compilation)"
+    if "H100" in device and seconds > SECONDS:
+        return Finding("D2", "FAIL", f"{evidence}; at most {SECONDS:.0f} s", {"seconds": seconds})
+    return Finding("D2", "NOT CHECKED", f"{evidence}; the rule is about 8 H100", {"seconds": seconds})
+
+
+def check_evaluation_time(plan: Plan, seen: Isolated) -> Finding:
+    """D3: the strict clock, from before the process was started to the last score."""
+    value = seen.value or {}
+    if not value.get("score"):
+        return Finding("D3", "NOT CHECKED", "the evaluation did not come to its end")
+    strict, prepared = value["clock"], value["prepared"]
+    evidence = (
+        f"{strict:.1f} s by the strict clock on {value['device']}: {prepared:.1f} s until the model was there "
+        f"(start of Python, imports, decompression), {strict - prepared:.1f} s of scoring, compilation included"
+    )
+    details = {"strict": strict, "prepared": prepared}
+    if value["resumed"]:
+        return Finding(
+            "D3", "NOT CHECKED", f"went on from {value['resumed']} passes of an earlier start; {evidence}", details
+        )
+    if plan.documents is not None:
+        return Finding("D3", "NOT CHECKED", f"only a part of the text was scored; {evidence}", details)
+    if strict <= SECONDS:
+        return Finding("D3", "PASS", evidence, details)
+    slow = "H100" not in value["device"]
+    why = "; the rule is about 8 H100" if slow else f"; at most {SECONDS:.0f} s"
+    return Finding("D3", "NOT CHECKED" if slow else "FAIL", evidence + why, details)
+
+
+def check_reference(plan: Plan, seen: Isolated) -> Finding:
+    """D15: all seeds of the claim against the reference, in nats per token of this tokenizer."""
+    scores = {str(run.path): recorded(run) for run in plan.seeds}
+    ours = {name: found["loss"] for name, found in scores.items() if found}
+    first = next((found for found in scores.values() if found), None)
+    if first is None or not plan.reference:
+        names = (
+            ", ".join(f"{name} {found['bpb']:.4f}" for name, found in scores.items() if found) or "none with a score"
+        )
+        return Finding("D15", "NOT CHECKED", f"give scores to beat with --reference; seeds: {names}")
+    per_token = math.log(2.0) * first["bytes"] / first["targets"]
+    return beats(ours, [bpb * per_token for bpb in plan.reference])
+
+
+def check_configuration(plan: Plan, seen: Isolated) -> Finding:
+    """D16: one configuration in config.json, logs and seeds; figures that the audit finds again."""
+    if plan.run is None:
+        return Finding("D16", "NOT CHECKED", "a bare artifact has no logs")
+    digests = {str(run.path): config_digest(run.config) for run in plan.seeds}
+    logged = {str(run.path): run.logged_configs() for run in plan.seeds}
+    details = {"config_sha256": digests, "logged": {name: sorted(found) for name, found in logged.items()}}
+    if len(set(digests.values())) > 1:
+        return Finding("D16", "FAIL", f"the seeds have different settings: {', '.join(sorted(digests))}", details)
+    strangers = [name for name, found in logged.items() if found - {digests[name]}]
+    if strangers:
+        words = f"log.txt of {', '.join(strangers)} was written with other settings than its config.json has"
+        return Finding("D16", "FAIL", words, details)
+    silent = [name for name, found in logged.items() if not found]
+    digest = config_digest(plan.run.config)
+    words = f"configuration {digest[:12]} (all settings but the seed) in config.json and log of {len(digests)} run(s)"
+    claim = recorded(plan.run)
+    audited = (seen.value or {}).get("score")
+    if claim is None or not audited or plan.documents is not None or claim["windows"] != audited["windows"]:
+        return Finding("D16", "NOT CHECKED", f"{words}; its recorded score was not computed again", details)
+    env, gap = plan.run.environment(), abs(claim["bpb"] - audited["bpb"])
+    same = (env.get("backend"), env.get("dtype")) == (seen.value["backend"], seen.value["dtype"])
+    details |= {"recorded": claim["bpb"], "audited": audited["bpb"]}
+    words += f"; recorded {claim['bpb']:.6f} bits per byte, audited {audited['bpb']:.6f}"
+    size = plan.run.last("final/artifact")["bytes"]
+    if gap > CLAIM[same] or size != plan.artifact.stat().st_size:
+        return Finding(
+            "D16", "FAIL", f"{words}; recorded {size:,} bytes, found {plan.artifact.stat().st_size:,}", details
+        )
+    if silent:
+        return Finding("D16", "NOT CHECKED", f"{words}; no settings in the log of {', '.join(silent)}", details)
+    return Finding("D16", "PASS", words, details)
+
+
+def check_seeds(plan: Plan) -> Finding:
+    """D17: what was run can only be told by those who ran it."""
+    seeds = ", ".join(f"{run.path} (seed {run.config.seed})" for run in plan.seeds) or "no run folder was given"
+    return Finding("D17", "NOT CHECKED", f"software cannot see runs that are not shown; shown: {seeds}")
+
+
+def recorded(run: Run) -> dict[str, Any] | None:
+    """Return the score that a run claims for its artifact."""
+    final = run.last("final/artifact")
+    return None if final is None else final.get("plugins") or final["score"]
+
+
+def claimed_rule(plan: Plan, seen: Isolated) -> Any:
+    """Return the byte rule of the recorded score, or of the audited one where none is recorded."""
+    found = recorded(plan.run) if plan.run else None
+    return (found or (seen.value or {}).get("score") or {}).get("byte_rule")

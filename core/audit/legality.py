@@ -1,0 +1,66 @@
+"""legality.md: what an audit found, for a reader who wants to check it."""
+
+from core.audit.auditor import Audit
+from core.audit.rules import RULES
+from core.scoring.accounting import bits_per_byte
+
+MEANING = {"PASS": "what software can check of it holds", "FAIL": "it is broken", "NOT CHECKED": "see the evidence"}
+
+
+def markdown(found: Audit) -> str:
+    """Return the report of an audit."""
+    plan, seen = found.plan, found.isolated
+    counts = {verdict: sum(f.verdict == verdict for f in found.findings) for verdict in MEANING}
+    lines = [
+        f"# Audit of {plan.run.path if plan.run else plan.artifact}",
+        "",
+        headline(found),
+        "",
+        ", ".join(f"{count} {verdict} ({MEANING[verdict]})" for verdict, count in counts.items()) + ".",
+        "",
+        "| rule | asks for | verdict | evidence |",
+        "|---|---|---|---|",
+        *(f"| {f.rule} | {RULES[f.rule]} | **{f.verdict}** | {_cell(f.evidence)} |" for f in found.findings),
+        "",
+        "## How it was watched",
+        "",
+        *(f"* In force: {words}." for words in seen.measures),
+        *(f"* Not in force: {words}." for words in seen.missing),
+        f"* Strict clock of the whole process: {seen.seconds:.1f} s. The audit took {found.seconds:.1f} s.",
+        "",
+        "## Files of ours that the evaluation opened",
+        "",
+        "| file | kind | bytes | seen by |",
+        "|---|---|---|---|",
+        *(
+            f"| {_cell(file.path)} | {file.kind} | {'gone' if file.size is None else f'{file.size:,}'} | "
+            f"{', '.join(file.seen_by)} |"
+            for file in seen.files
+            if file.kind in ("code", "input", "other")
+        ),
+        "",
+        "## Packages",
+        "",
+        ", ".join(f"{name} {version}" for name, version in sorted(seen.packages.items())) or "none",
+        "",
+        "docs/legality.md says how each rule is enforced and what cannot be checked.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def headline(found: Audit) -> str:
+    """Return the audited score in words."""
+    score = (found.isolated.value or {}).get("score")
+    if not score:
+        return "The evaluation gave no score."
+    plugins = f", with {', '.join(score['plugins'])}" if score["plugins"] else ""
+    part = "" if found.plan.documents is None else f" of the first {found.plan.documents:,} documents"
+    bpb = bits_per_byte(score["nats"], score["bytes"])
+    return (
+        f"{bpb:.4f} bits per byte{part} ({score['targets']:,} targets, {score['bytes']:,} bytes, rule "
+        f"{score['byte_rule']}, windows {score['windows']}{plugins})."
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

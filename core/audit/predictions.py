@@ -1,0 +1,146 @@
+"""What the watched evaluation says of its predictions: D5 and D7 to D12."""
+
+from typing import Any
+
+from core.audit.isolation import Isolated
+from core.audit.rules import Finding
+from core.audit.texts import check_official
+from core.data import Dataset
+
+
+def check_once(seen: Isolated, documents: int | None) -> Finding:
+    """D5: every target has one entry."""
+    broken = broken_rule(seen, "D5")
+    if broken:
+        return Finding("D5", "FAIL", broken)
+    if not seen.value:
+        return Finding("D5", "NOT CHECKED", died(seen))
+    book = seen.value["ledger"]
+    evidence = f"{book['written']:,} of {book['targets']:,} targets are in the ledger, each once"
+    if not seen.value["score"]:
+        return Finding("D5", "NOT CHECKED", f"{evidence}; another rule stopped the evaluation", book)
+    if book["written"] != book["targets"]:
+        return Finding("D5", "FAIL", f"{evidence}; the others were not scored", book)
+    if documents is not None:
+        return Finding("D5", "NOT CHECKED", f"{evidence}, but only {documents:,} documents were asked for", book)
+    return Finding("D5", "PASS", evidence, book)
+
+
+def check_set(seen: Isolated, documents: int | None, dataset: Dataset) -> Finding:
+    """D5: is it the official set?"""
+    score = (seen.value or {}).get("score")
+    if documents is not None or not score:
+        return Finding("D5", "NOT CHECKED", "not the whole set was scored, so its constants were not compared")
+    return check_official(dataset, score["documents"], score["targets"], score["bytes"])
+
+
+def check_predictions(seen: Isolated) -> list[Finding]:
+    """D7 to D12: what flips, distributions and ledger say of the predictions."""
+    if not seen.value:
+        return [Finding(rule, "NOT CHECKED", died(seen)) for rule in ("D7", "D8", "D9", "D10", "D11", "D12")]
+    flips, found, book = seen.value["flips"], seen.value["distributions"], seen.value["ledger"]
+    plugins: dict[str, str] = seen.value["plugins"]
+    findings = [_causal(seen, flips), _normal(seen, found), _score_first(seen, flips, book), _single(seen, book)]
+    named = ", ".join(f"{name} ({kind})" for name, kind in plugins.items())
+    foreign = [name for name in plugins if ":" in name]
+    if foreign:
+        words = f"plug-ins {named}: what they do beyond D7 to D10 is for a reader of {', '.join(foreign)}"
+        findings.append(Finding("D11", "NOT CHECKED", words, {"plugins": plugins}))
+    else:
+        words = f"plug-ins: {named or 'none'}; nothing else may change a prediction"
+        findings.append(Finding("D11", "PASS", words, {"plugins": plugins}))
+    caches = [name for name, kind in plugins.items() if kind == "cache"]
+    if not caches:
+        words = "no cache; n-gram tables that were trained are in the artifact and its bytes"
+        findings.append(Finding("D12", "PASS", words))
+    else:
+        worst = [f.rule for f in findings[:4] if f.verdict == "FAIL"]
+        unknown = [f.rule for f in findings[:4] if f.verdict == "NOT CHECKED"]
+        verdict = "FAIL" if worst else "NOT CHECKED" if unknown else "PASS"
+        words = f"cache {', '.join(caches)}: follows from D7 to D10" + (
+            f", broken: {', '.join(worst)}" if worst else ""
+        )
+        findings.append(Finding("D12", verdict, words))
+    return findings
+
+
+def _causal(seen: Isolated, flips: dict[str, Any]) -> Finding:
+    if broken_rule(seen, "D7"):
+        return Finding("D7", "FAIL", broken_rule(seen, "D7"))
+    evidence = (
+        f"{flips['flips']} random tokens changed in {len(flips['tokens'])} texts of {max(flips['tokens'])} tokens, "
+        f"through the whole scoring path: {flips['compared']:,} predictions (the whole vocabulary) had to keep their "
+        f"bits, {flips['noticed']:,} could and did notice"
+    )
+    if flips["wrong"]:
+        first = flips["wrong"][0]
+        such = f"such as that of target {first['target']} when token {first['token']} was changed"
+        return Finding("D7", "FAIL", f"{evidence}; {flips['wrong_count']:,} noticed that must not, {such}", flips)
+    if not flips["repeatable"]:
+        return Finding(
+            "D7", "NOT CHECKED", "scoring the same text twice gave other bits, so a flip shows nothing", flips
+        )
+    if not flips["flips"] or not flips["noticed"]:
+        return Finding("D7", "NOT CHECKED", f"{evidence}: the test saw no effect at all, so it shows nothing", flips)
+    return Finding("D7", "PASS", evidence, flips)
+
+
+def _normal(seen: Isolated, found: dict[str, Any]) -> Finding:
+    if broken_rule(seen, "D8"):
+        return Finding("D8", "FAIL", broken_rule(seen, "D8"), found)
+    worst = "not finite" if found["largest_log_sum"] is None else f"{found['largest_log_sum']:.1e}"
+    evidence = (
+        f"{found['positions']:,} predictions of {found['passes']} forward passes, over all {found['vocabulary']:,} "
+        f"tokens: the log of their sum is at most {worst} away from 0 (limit {found['limit']:.0e}); the costs in the "
+        f"ledger are theirs within {found['largest_cost_gap']:.1e} nats"
+    )
+    if not found["positions"]:
+        return Finding("D8", "NOT CHECKED", "no forward pass was looked at", found)
+    return Finding("D8", "PASS" if found["normal"] and found["agrees"] else "FAIL", evidence, found)
+
+
+def _score_first(seen: Isolated, flips: dict[str, Any], book: dict[str, Any]) -> Finding:
+    broken = broken_rule(seen, "D9")
+    if broken:
+        return Finding("D9", "FAIL", broken, book)
+    if flips["wrong"] and flips["by_plugins"]:
+        first = flips["wrong"][0]
+        words = (
+            f"the plug-ins used token {first['token']} for target {first['target']} before it was in the ledger (the "
+            "model alone passes the same flip)"
+        )
+        return Finding("D9", "FAIL", words, flips)
+    updates = book["versions"] - 1
+    if updates and not book["versions_rise"]:
+        return Finding("D9", "FAIL", "targets were scored by older weights after newer ones", book)
+    what = (
+        f"weights changed {updates} times, each on ranges that were in the ledger" if updates else "no weight changed"
+    )
+    verdict = "PASS" if seen.value["score"] and not flips["wrong"] else "NOT CHECKED"
+    return Finding("D9", verdict, f"{book['writes']:,} writes to the ledger, {what}", book)
+
+
+def _single(seen: Isolated, book: dict[str, Any]) -> Finding:
+    broken = broken_rule(seen, "D10")
+    if broken:
+        return Finding("D10", "FAIL", broken, book)
+    how = "from left to right" if book["left_to_right"] else (
+        "not in the order of the text (documents by length, or as a plug-in asked: an open point of the rules)"
+    )  # fmt: skip
+    verdict = "PASS" if seen.value["score"] else "NOT CHECKED"
+    return Finding("D10", verdict, f"{book['writes']:,} writes, no target twice, {how}", book)
+
+
+def broken_rule(seen: Isolated, rule: str) -> str:
+    """Return how the evaluation broke a rule, where it did."""
+    value = seen.value or {}
+    for found in (value.get("broken"), (value.get("flips") or {}).get("broken")):
+        if found and found["rule"] == rule:
+            return found["message"]
+    return ""
+
+
+def died(seen: Isolated) -> str:
+    """Return why the evaluation gave no answer."""
+    error = seen.error or {"kind": "?", "message": "no answer"}
+    return f"the evaluation stopped: {error['kind']}: {error['message']}"

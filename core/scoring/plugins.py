@@ -1,0 +1,226 @@
+"""Plug-ins: what may change predictions while a text is scored, on nothing but what has been scored already.
+
+A plug-in sees the windows that come next before they are scored (their inputs; the inputs of a window include the
+targets before each position, and it must not look further), may change the predictions, and learns from the targets
+after they are in the ledger. What it does with that is audited (`skc audit`), not trusted.
+"""
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+
+import numpy as np
+
+from core.config import ConfigError
+from core.data import Split
+from core.engine import Arrays, Batch, Engine, StepResult
+from core.schedule import StepPlan
+from core.scoring.ledger import Ledger, LedgerError, Scored
+from core.scoring.windows import Windows
+
+Kind = Literal["temperature", "cache", "adaptation"]
+
+
+class View(NamedTuple):
+    """The windows of one forward pass. Rows that are not in use, and the ends of short ones, are zero and not kept."""
+
+    tokens: np.ndarray  # (rows, seq) int32: inputs
+    positions: np.ndarray  # (rows, seq) int64: places of the targets in the stream
+    kept: np.ndarray  # (rows, seq) bool: the targets that this pass scores
+
+
+class ScoredText(NamedTuple):
+    """Targets that are in the ledger now: what `Plugin.learn` gets."""
+
+    ranges: tuple[Scored, ...]
+    """Their places in the stream, for `Learner.train`."""
+    view: View
+    row: np.ndarray  # (count,) int64: where each target is in the view
+    column: np.ndarray  # (count,) int64
+    targets: np.ndarray  # (count,) int32
+    nats: np.ndarray  # (count,) float64: what each cost
+
+
+class Learner:
+    """The weights, as a plug-in of kind `adaptation` may change them: by training on text that is in the ledger.
+
+    The optimizer begins with no memory: that of the training run is in no artifact.
+    """
+
+    def __init__(self, engine: Any, split: Split, ledger: Ledger) -> None:
+        self._engine, self._split, self._ledger = cast(Engine, engine), split, ledger
+        self._before: tuple[Arrays, Arrays, bool] | None = None
+        self.version = 0
+        """Version of the weights: how often they were changed."""
+
+    def train(self, ranges: Sequence[Scored], plan: StepPlan) -> StepResult:
+        """Take one optimizer step on scored ranges of equal length, one row each (their inputs are one token earlier).
+
+        LedgerError if one of them was not scored.
+        """
+        for one in ranges:
+            self._ledger.nats(one)
+        if len({one.stop - one.start for one in ranges}) != 1:
+            raise LedgerError("train on at least one range, and on ranges of one length")
+        self._keep()
+        rows = np.stack([self._split.read(one.start - 1, one.stop) for one in ranges])
+        batch = Batch(np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:]))
+        done = self._engine.train_step(batch, plan).result()
+        self.version += 1
+        return done
+
+    def reset(self) -> None:
+        """Put the weights back as they were before the first `train`, as a new version; the optimizer forgets."""
+        if self._before is not None:
+            self._load(*self._before)
+            self._forget()
+            self.version += 1
+
+    def close(self) -> None:
+        """Put weights and optimizer back: the evaluation is over."""
+        if self._before is not None:
+            self._load(*self._before)
+
+    def state(self) -> Arrays:
+        """Return what an interrupted evaluation needs to go on."""
+        if self._before is None:
+            return {}
+        sides = {"param": self._engine.params(), "optim": self._engine.optimizer()}
+        arrays = {f"{side}.{name}": value for side, part in sides.items() for name, value in part.items()}
+        return {**arrays, "quantise": np.array([self._engine.quantise])}
+
+    def load(self, state: Arrays, version: int) -> None:
+        """Go on from `state`."""
+        self.version = version
+        if state:
+            self._keep()
+            params, optim = ({n[6:]: v for n, v in state.items() if n[:6] == f"{s}."} for s in ("param", "optim"))
+            self._load(params, optim, bool(state["quantise"][0]))
+
+    def _keep(self) -> None:
+        if self._before is None:
+            self._before = self._engine.params(), self._engine.optimizer(), self._engine.quantise
+            self._forget()
+
+    def _forget(self) -> None:
+        """Leave of the optimizer the running averages alone: they are weights."""
+        state = self._engine.optimizer()
+        empty = {name: v if name.endswith(".ema") else np.zeros_like(v) for name, v in state.items()}
+        self._engine.load_optimizer(empty)
+
+    def _load(self, params: Arrays, optimizer: Arrays, quantise: bool) -> None:
+        self._engine.load_params(params, quantise)
+        self._engine.load_optimizer(optimizer)
+
+
+class Plugin:
+    """What every plug-in is; each of its methods may be replaced. One object serves one scoring pass."""
+
+    kind: ClassVar[Kind] = "cache"
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        """Begin a scoring pass; the weights are there for kind `adaptation` only."""
+
+    def order(self, windows: Windows) -> Windows:
+        """Return the windows in the order in which they are to be scored."""
+        return windows
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        """Return log-probabilities for the next token of every position: (rows, seq, V) float32, as it was given."""
+        return logprobs
+
+    def learn(self, text: ScoredText) -> None:
+        """Take note of targets that have been scored, those of the last `predict`."""
+
+    def state(self) -> Arrays:
+        """Return what was learned, so that a killed evaluation can go on; weights are not part of it."""
+        return {}
+
+    def load(self, state: Arrays) -> None:
+        """Take back what `state` returned."""
+
+
+class Temperature(Plugin):
+    """One temperature for all predictions, the best on what has been scored so far.
+
+    Log-probabilities are multiplied by b = 1 / temperature and normalised again. The cost of a scored target is convex
+    in b: its slope is the expected log-probability less the target's, its curvature the variance. Newton's method on
+    the sum over all scored targets so far, each measured at the b that was in use, with PRIOR targets in favour of 1.
+    """
+
+    kind = "temperature"
+    PRIOR = 256.0
+    """Weight of b = 1, in targets of curvature 1."""
+    SAMPLE = 256
+    """Targets of one pass that are looked at."""
+
+    def __init__(self) -> None:
+        self._pull, self._curvature = self.PRIOR, self.PRIOR
+        self._seen: np.ndarray | None = None
+
+    @property
+    def inverse(self) -> float:
+        """The b in use."""
+        return float(np.clip(self._pull / self._curvature, 0.5, 2.0))
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        """Return the log-probabilities at this temperature."""
+        self._seen = logprobs
+        return log_softmax(logprobs * logprobs.dtype.type(self.inverse))
+
+    def learn(self, text: ScoredText) -> None:
+        """Measure slope and curvature on some of the targets, evenly spread."""
+        assert self._seen is not None
+        pick = np.unique(np.linspace(0, len(text.targets) - 1, self.SAMPLE).astype(np.int64))
+        logprobs = self._seen[text.row[pick], text.column[pick]].astype(np.float64)
+        b = self.inverse
+        p = np.exp(b * logprobs - np.max(b * logprobs, -1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        finite = np.maximum(logprobs, -1e9)
+        mean = (p * finite).sum(-1)
+        variance = (p * (finite - mean[:, None]) ** 2).sum(-1)
+        slope = mean - finite[np.arange(len(pick)), text.targets[pick]]
+        self._pull += float((variance * b - slope).sum())
+        self._curvature += float(variance.sum())
+
+    def state(self) -> Arrays:
+        """Return both sums."""
+        return {"sums": np.array([self._pull, self._curvature])}
+
+    def load(self, state: Arrays) -> None:
+        """Take both sums back."""
+        self._pull, self._curvature = map(float, state["sums"])
+
+
+PLUGINS: dict[str, type[Plugin]] = {"temperature": Temperature}
+"""Plug-ins by the name that eval.plugins knows them by; others are named as package.module:Class."""
+
+
+def load_plugins(names: Sequence[str]) -> list[Plugin]:
+    """Make the plug-ins of eval.plugins; ConfigError for one that is not there."""
+    return [_find(name)() for name in names]
+
+
+def _find(name: str) -> type[Plugin]:
+    if name in PLUGINS:
+        return PLUGINS[name]
+    module, _, cls = name.partition(":")
+    if not (module and cls) or module.startswith("."):
+        close = difflib.get_close_matches(name, PLUGINS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(PLUGINS)}"
+        raise ConfigError(f"eval.plugins: {name!r} is not a plug-in; {hint} (your own: package.module:Class)")
+    try:
+        found = getattr(importlib.import_module(module), cls, None)
+    except ImportError as error:
+        raise ConfigError(f"eval.plugins: {name!r}: {error}; it is looked for on PYTHONPATH") from error
+    if not (isinstance(found, type) and issubclass(found, Plugin)):
+        raise ConfigError(f"eval.plugins: {name!r} is not a class that extends core.scoring.plugins.Plugin")
+    return found
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the log-probabilities of (..., V) logits, in their type; sums are taken in float64."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    total = np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)
+    return shifted - np.log(total).astype(shifted.dtype)

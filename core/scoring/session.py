@@ -1,0 +1,221 @@
+"""One scoring pass: windows go through engine and plug-ins into the ledger, and only then does anything learn."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors.numpy
+
+from core.config import EvalConfig
+from core.data import Split
+from core.files import replace_file
+from core.scoring.ledger import Ledger, LedgerError
+from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
+from core.scoring.windows import Windows
+
+SNAPSHOT_EVERY = 30.0
+"""Seconds between two copies of what the plug-ins have learned."""
+
+
+class Watch(Protocol):
+    """Looks at forward passes before they are written; changes nothing."""
+
+    def wants(self, number: int) -> bool:
+        """Whether to look at pass `number` (from 1): its whole distribution is computed then."""
+        ...
+
+    def see(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
+        """Look at the costs that will be written, (rows, seq), and the log-probabilities, (rows, seq, V)."""
+        ...
+
+
+class Session:
+    """What a scoring pass holds together.
+
+    With plug-ins every pass counts, in order, since it decides what they learn: an evaluation that goes on takes them
+    from their last copy, repeats the passes that came after it, and checks that they give what the ledger holds.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        split: Split,
+        config: EvalConfig,
+        ledger: Ledger,
+        plugins: Sequence[Plugin] = (),
+        vocab: int = 0,
+        watch: Watch | None = None,
+    ) -> None:
+        self.engine, self.split, self.config, self.ledger = engine, split, config, ledger
+        self.plugins, self._watch = list(plugins), watch
+        self.learner = Learner(engine, split, ledger)
+        self._before = ledger.writes
+        self._number = self._done = 0
+        for plugin in self.plugins:
+            plugin.start(vocab, self.learner if plugin.kind == "adaptation" else None)
+        self._state_path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
+        self._saved = time.monotonic()
+        if self.plugins:
+            self._restore()
+
+    def order(self, windows: Windows, begin: int, end: int) -> Windows:
+        """Return the windows in the order that the plug-ins give; LedgerError unless each target comes exactly once.
+
+        `begin` and `end` bound the targets' positions.
+        """
+        if not self.plugins:
+            return windows
+        wanted = _covered(windows, begin, end)
+        for plugin in self.plugins:
+            windows = plugin.order(windows)
+        if windows.length.max(initial=0) > self.config.seq:
+            raise LedgerError(f"a window of {windows.length.max()} tokens: expected at most eval.seq={self.config.seq}")
+        pairs = np.stack([windows.start, windows.first])
+        if pairs.shape[1] != np.unique(pairs, axis=1).shape[1]:
+            raise LedgerError("a window is to be scored twice: there is a single pass, without a choice", "D10")
+        counts = _covered(windows, begin, end)
+        if (counts != wanted).any():
+            place = int(np.argmax(counts != wanted))
+            raise LedgerError(f"target {begin + place} is to be scored {counts[place]} times, expected once", "D5")
+        return windows
+
+    def todo(self, positions: np.ndarray) -> np.ndarray:
+        """Return which targets a forward pass has to score: with plug-ins all of them, even if it only repeats them."""
+        return np.ones(len(positions), bool) if self.plugins else ~self.ledger.written(positions)
+
+    def skip(self, passes: int) -> bool:
+        """Whether the next `passes` forward passes are not needed: what they taught the plug-ins is in their copy."""
+        if self._number + passes > self._done:
+            return False
+        self._number += passes
+        return True
+
+    def windows(self, part: Windows) -> None:
+        """Score at most config.batch windows in one forward pass.
+
+        Windows are padded at their end and the batch with empty rows to (config.batch, config.seq): one static shape,
+        and a causal model cannot see the padding.
+        """
+        config = self.config
+        tokens = np.zeros((config.batch, config.seq), np.int32)
+        targets = np.zeros_like(tokens)
+        positions = np.zeros(tokens.shape, np.int64)
+        kept = np.zeros(tokens.shape, bool)
+        for row, (start, length, first) in enumerate(zip(*(side.tolist() for side in part), strict=True)):
+            text = self.split.read(start, start + length + 1)
+            tokens[row, :length], targets[row, :length] = text[:-1], text[1:]
+            positions[row, :length] = np.arange(start + 1, start + length + 1)
+            kept[row, first:length] = True
+        engine = self.engine
+        view = View(tokens, positions, kept)
+        self.put(view, targets, lambda: engine.nll(tokens, targets), lambda: engine.logits(tokens))
+
+    def put(
+        self, view: View, targets: np.ndarray, nll: Callable[[], np.ndarray], logits: Callable[[], np.ndarray]
+    ) -> None:
+        """Score a forward pass: `nll` or, for plug-ins, `logits` of the view, both not computed yet."""
+        if not view.kept.any():
+            return
+        self._number += 1
+        if self._number <= self._done:
+            return
+        watched = self._watch is not None and self._watch.wants(self._number)
+        logprobs = log_softmax(np.asarray(logits())) if self.plugins or watched else None
+        if self.plugins:
+            assert logprobs is not None
+            for plugin in self.plugins:
+                shape = logprobs.shape
+                logprobs = np.asarray(plugin.predict(logprobs, view))
+                if logprobs.shape != shape:
+                    raise LedgerError(f"{_name(plugin)}: predictions of shape {logprobs.shape}, expected {shape}", "D8")
+            nats = -np.take_along_axis(logprobs, targets[..., None].astype(np.int64), -1)[..., 0].astype(np.float64)
+        else:
+            nats = np.asarray(nll(), np.float64)
+        if nats.shape != targets.shape:
+            raise LedgerError(f"the engine returned nll of shape {nats.shape}, expected {targets.shape}")
+        if watched:
+            assert self._watch is not None and logprobs is not None
+            self._watch.see(view, targets, nats, logprobs)
+        self._enter(view, targets, nats)
+
+    def _enter(self, view: View, targets: np.ndarray, nats: np.ndarray) -> None:
+        """Write what a pass gave into the ledger, then let the plug-ins learn from it."""
+        row, column = np.nonzero(view.kept)
+        positions, costs = view.positions[row, column], nats[row, column]
+        if self.plugins and self._number <= self._before:
+            scored = self.ledger.confirm(positions, costs, self.learner.version, self._number)
+        else:
+            scored = self.ledger.write(positions, costs, self.learner.version)
+        if self.plugins:
+            costs = self.ledger.entries["nats"][positions - 1]  # as written: a repeated pass may round otherwise
+            text = ScoredText(scored, view, row, column, targets[row, column], costs)
+            for plugin in self.plugins:
+                plugin.learn(text)
+            if self._state_path is not None and time.monotonic() - self._saved > SNAPSHOT_EVERY:
+                self._snapshot()
+
+    def close(self) -> None:
+        """End the pass: the engine gets its own weights back, and copies are not needed any more."""
+        self.learner.close()
+        if self._state_path is not None and self.ledger.complete():
+            self._state_path.unlink(missing_ok=True)
+
+    def _snapshot(self) -> None:
+        """Copy what the plug-ins know after this pass; the ledger is on the disk first, so it is never behind."""
+        assert self._state_path is not None
+        self.ledger.sync()
+        sides = {"learner": self.learner.state(), **{str(i): p.state() for i, p in enumerate(self.plugins)}}
+        arrays = {f"{side}/{n}": np.ascontiguousarray(v) for side, part in sides.items() for n, v in part.items()}
+        state = json.dumps({"number": self._number, "version": self.learner.version})
+        replace_file(self._state_path, safetensors.numpy.save(arrays, {"skc": state}))
+        self._saved = time.monotonic()
+
+    def _restore(self) -> None:
+        path = self._state_path
+        if path is None or not path.exists():
+            return
+        if not self._before:  # what an earlier evaluation of this name left
+            path.unlink()
+            return
+        try:
+            with safetensors.safe_open(path, "np") as file:
+                state = json.loads((file.metadata() or {})["skc"])
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            number, version = int(state["number"]), int(state["version"])
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise LedgerError(f"{path}: damaged ({error}); delete it and {self.ledger.path} to begin anew") from error
+        if not 0 <= number <= self._before:
+            raise LedgerError(f"{path}: is of another ledger; delete both to begin anew")
+        try:
+            self.learner.load(_side(arrays, "learner"), version)
+            for i, plugin in enumerate(self.plugins):
+                plugin.load(_side(arrays, str(i)))
+        except Exception as error:  # whatever a plug-in raises that has become another one
+            self.learner.close()
+            raise LedgerError(
+                f"{path}: is not of these plug-ins ({error!r}); delete it and {self.ledger.path} to begin anew"
+            ) from error
+        self._done = number
+
+
+def _side(arrays: dict[str, np.ndarray], side: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(f"{side}/"): value for name, value in arrays.items() if name.startswith(f"{side}/")}
+
+
+def _name(plugin: Plugin) -> str:
+    return f"plug-in {type(plugin).__name__}"
+
+
+def _covered(windows: Windows, begin: int, end: int) -> np.ndarray:
+    """Return how often each target position from begin to end (inclusive) is scored."""
+    steps = np.zeros(end - begin + 2, np.int64)
+    first, last = windows.start + windows.first + 1 - begin, windows.start + windows.length + 1 - begin
+    inside = (first >= 0) & (last <= end - begin + 1) & (first < last)
+    if not inside.all():
+        raise LedgerError(f"a window scores targets outside {begin} to {end}, or none", "D5")
+    np.add.at(steps, first, 1)
+    np.add.at(steps, last, -1)
+    return np.cumsum(steps)[:-1]

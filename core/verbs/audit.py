@@ -1,0 +1,131 @@
+"""The verb audit: does a score keep the rules?"""
+
+import dataclasses
+import json
+import shutil
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from core.audit.auditor import audit
+from core.audit.claims import Plan
+from core.audit.legality import headline, markdown
+from core.audit.rules import Finding
+from core.bundled import open_data
+from core.config import ConfigError
+from core.engine import DType, choose_backend
+from core.files import replace_file
+from core.run import Run, RunError
+from core.verbs.common import Backend, Context, Outcome, check_tokenizer, open_artifact
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Options of `skc audit`; those left out are the run's own."""
+
+    path: Positional[str]
+    """Run folder (its artifact is audited) or artifact."""
+    data: str | None = None
+    """Prepared folder, or sample; None: what the run was trained on (a bare artifact: sample)."""
+    tokens: int | None = None
+    """Score only the first documents, up to so many tokens: quicker; no rule about the whole set is checked."""
+    windows: Literal["plain", "sliding", "documents", "stateful"] | None = None
+    """As in `skc eval`."""
+    seq: int | None = None
+    """Longest context of a window, in tokens."""
+    stride: int | None = None
+    """Targets scored per window after the first."""
+    batch: int | None = None
+    """Windows per forward pass."""
+    plugins: tuple[str, ...] | None = None
+    """What else has a part in the score: temperature, or package.module:Class (docs/legality.md)."""
+    flips: int = 4
+    """Tokens that the flip test changes."""
+    seed: int = 0
+    """Seed of where the audit looks."""
+    seeds: tuple[str, ...] = ()
+    """Other runs of the same claim, one per seed."""
+    reference: tuple[float, ...] = ()
+    """Scores to beat, in bits per byte."""
+    out: str | None = None
+    """Folder of ledger, audit.json and legality.md; None: audit/ in the run folder, or ARTIFACT.audit."""
+    backend: Backend = "auto"
+    """auto: MLX on a Mac, PyTorch elsewhere, as installed."""
+    dtype: DType | None = None
+    """Compute type; None: bfloat16 on a GPU, float32 on a CPU."""
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+
+def audit_score(options: Audit, context: Context) -> Outcome:
+    """Audit a run's artifact, or a bare one; not ok if a rule is broken."""
+    if options.flips < 1 or (options.tokens is not None and options.tokens < 1):
+        raise ConfigError(f"--flips {options.flips} --tokens {options.tokens}: expected at least 1")
+    plan = _plan(options)
+    found = audit(plan, context.say)
+    value = found.to_json()
+    report, data = plan.folder / "legality.md", plan.folder / "audit.json"
+    replace_file(report, markdown(found).encode())
+    replace_file(data, (json.dumps(value, indent=1) + "\n").encode())
+    context.say(headline(found))
+    for one in found.findings:
+        _show(one, context)
+    broken = [f.rule for f in found.findings if f.verdict == "FAIL"]
+    context.say(f"broken: {', '.join(dict.fromkeys(broken))}" if broken else "no rule was found broken")
+    for path in (report, data):
+        context.say(f"wrote {path}")
+    return Outcome(found.ok, {**value, "files": [str(report), str(data)]})
+
+
+def _show(finding: Finding, context: Context) -> None:
+    """Print a finding, its evidence broken into lines that stay under each other."""
+    width = max(60, shutil.get_terminal_size().columns)
+    head = f"{finding.rule:<4} {finding.verdict:<12} "
+    lines = textwrap.wrap(finding.evidence, width - len(head)) or [""]
+    for i, line in enumerate(lines):
+        context.say(f"{head if i == 0 else ' ' * len(head)}{line}")
+
+
+def _plan(options: Audit) -> Plan:
+    path = Path(options.path)
+    run = Run.open(path) if path.is_dir() else None
+    artifact = run.artifact_path if run else path
+    if not artifact.is_file():
+        made = (
+            f"train it to its end: skc train {run.config.preset} --out {path}" if run else "give a run or an artifact"
+        )
+        raise RunError(f"{artifact}: no such artifact; {made}")
+    subject = open_artifact(str(artifact), options.data)
+    base = run.config if run else subject.config
+    given = {n: getattr(options, n) for n in ("windows", "seq", "stride", "batch", "plugins")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.windows in ("plain", "stateful") and options.stride is None:
+        given["stride"] = None
+    config = dataclasses.replace(
+        base,
+        model=subject.config.model,
+        eval=dataclasses.replace(base.eval, documents=None, **given),
+        data=base.data if options.data is None else subject.config.data,
+    )
+    dataset = open_data(config.data.path, train=False)
+    check_tokenizer(subject, dataset)
+    documents = None
+    if options.tokens is not None and options.tokens < len(dataset.val):
+        documents = max(1, int((dataset.val.document_starts <= options.tokens).sum()) - 1)
+    others = [Run.open(other) for other in options.seeds]
+    return Plan(
+        artifact=artifact,
+        run=run,
+        config=config,
+        folder=Path(options.out) if options.out else path / "audit" if run else Path(f"{path}.audit"),
+        backend=choose_backend(options.backend),
+        dtype=options.dtype,
+        documents=documents,
+        flips=options.flips,
+        seed=options.seed,
+        seeds=tuple([run, *others] if run else others),
+        reference=options.reference,
+    )
