@@ -12,12 +12,14 @@ from core.audit.claims import (
     check_seeds,
     check_size,
     check_training_time,
+    claimed_bytes,
     claimed_rule,
 )  # fmt: skip
+from core.audit.disjoint import check_disjoint
 from core.audit.isolation import DIED, Isolated, check_isolation, check_packages, run_isolated
 from core.audit.predictions import check_once, check_predictions, check_set
 from core.audit.rules import Finding
-from core.audit.texts import check_bytes, check_disjoint, check_reversible
+from core.audit.texts import check_bytes, check_reversible
 from core.bundled import open_data
 from core.config import to_json
 from core.console import Console
@@ -61,8 +63,15 @@ class Audit(NamedTuple):
         }
 
 
+class AuditError(ValueError):
+    """The evaluation cannot be made: the message, its own, says why."""
+
+
 def audit(plan: Plan, say: Console) -> Audit:
-    """Evaluate in a watched process, check the texts beside it, and return a finding for every rule."""
+    """Evaluate in a watched process, check the texts beside it, and return a finding for every rule.
+
+    AuditError if what was given cannot be evaluated at all.
+    """
     began = time.monotonic()
     dataset = open_data(plan.config.data.path)
     base = Path(dataset.path)
@@ -94,6 +103,8 @@ def audit(plan: Plan, say: Console) -> Audit:
     died = seen.error is not None and seen.error["kind"] == DIED
     if not died and not _is_done(ledger):  # only a kill leaves something to go on from
         ledger.unlink(missing_ok=True)
+    if seen.error and seen.error["kind"].startswith("core."):  # the user can do something about it
+        raise AuditError(seen.error["message"])
     say("checking the texts")
     limit = None if plan.documents is None else int(dataset.val.documents(plan.documents).document_starts[-1]) + 1
     findings = [
@@ -105,7 +116,9 @@ def audit(plan: Plan, say: Console) -> Audit:
         check_set(seen, plan.documents, dataset),
         check_disjoint(dataset, say.progress("validation text in training text")),
         *check_predictions(seen),
-        check_bytes(dataset, claimed_rule(plan, seen), limit, say.progress("bytes of the text")),
+        check_bytes(
+            dataset, claimed_rule(plan, seen), limit, say.progress("bytes of the text"), claimed_bytes(plan, seen)
+        ),
         check_reversible(dataset, limit, say.progress("tokens back to text")),
         check_reference(plan, seen),
         check_configuration(plan, seen),

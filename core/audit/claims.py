@@ -172,5 +172,15 @@ def recorded(run: Run) -> dict[str, Any] | None:
 
 def claimed_rule(plan: Plan, seen: Isolated) -> Any:
     """Return the byte rule of the recorded score, or of the audited one where none is recorded."""
+    return _claimed(plan, seen).get("byte_rule")
+
+
+def claimed_bytes(plan: Plan, seen: Isolated) -> int | None:
+    """Return the bytes that that score was divided by, if it is one of the whole set."""
+    found = _claimed(plan, seen)
+    return found.get("bytes") if found.get("full") and plan.documents is None else None
+
+
+def _claimed(plan: Plan, seen: Isolated) -> dict[str, Any]:
     found = recorded(plan.run) if plan.run else None
-    return (found or (seen.value or {}).get("score") or {}).get("byte_rule")
+    return found or (seen.value or {}).get("score") or {}
