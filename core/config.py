@@ -192,8 +192,8 @@ class TrainConfig:
         return self.micro_batch or self.batch
 
     def rows_of(self, seq: int) -> tuple[int, int]:
-        """Return the rows of a step and of one micro-batch when rows hold `seq` tokens."""
-        return self.tokens_per_step // seq, self.rows * self.seq // seq
+        """Return the rows of a step and of one micro-batch (at least one) when rows hold `seq` tokens."""
+        return self.tokens_per_step // seq, max(1, self.rows * self.seq // seq)
 
     @property
     def lengths(self) -> tuple[int, ...]:

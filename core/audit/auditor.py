@@ -37,8 +37,8 @@ class Audit(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """No rule was found broken."""
-        return all(finding.verdict != "FAIL" for finding in self.findings)
+        """The evaluation came to its end, and no rule was found broken."""
+        return self.isolated.error is None and all(finding.verdict != "FAIL" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
@@ -106,7 +106,7 @@ def audit(plan: Plan, say: Console) -> Audit:
     if seen.error and seen.error["kind"].startswith("core."):  # the user can do something about it
         raise AuditError(seen.error["message"])
     say("checking the texts")
-    limit = None if plan.documents is None else int(dataset.val.documents(plan.documents).document_starts[-1]) + 1
+    limit = None if plan.documents is None else len(dataset.val.documents(plan.documents))
     findings = [
         check_size(plan, seen, base),
         check_training_time(plan),

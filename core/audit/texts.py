@@ -82,7 +82,7 @@ def check_reversible(dataset: Dataset, limit: int | None, progress: Progress | N
         # Unknown tokens and broken bytes become signs that are text themselves and come back, but the text is lost.
         lossy = tokenizer.unknown in ids or (REPLACED in text and not same)
         whole = not lossy and (same or tokenizer.decode(again) == text)
-        count.update(documents=1, returned=whole, same_tokens=same)
+        count.update(documents=1, returned=int(whole), same_tokens=int(same))
         if not whole:
             first = first or f"; the first is document {number}"
     extent = _extent(dataset, count["documents"], limit)

@@ -1,0 +1,202 @@
+"""Cheats that the auditor must catch by the rule that they break, and honest near-misses. Budget: 100 s.
+
+Every case is a whole `skc audit`, a process with a framework in it: 2 to 4 s. There is no compiler on PATH, since
+MLX would compile its kernels anew in every audit.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from core.audit.rules import RULES
+from core.audit.traced import STRACE
+from core.cli import main
+from core.data import open_dataset
+from shared_tests import zoo
+from shared_tests.harness import engine, working_weights
+
+NEEDED = ("sh", "true", "mount", "unshare")
+"""Programs that the watch is made of, beside strace."""
+
+
+class Zoo(NamedTuple):
+    """What the cases share."""
+
+    folder: Path
+    data: str
+    model: str
+
+
+class Seen(NamedTuple):
+    """What an audit said."""
+
+    failed: dict[str, str]
+    """Broken rule -> evidence."""
+    value: dict[str, Any]
+    report: str
+
+
+Audit = Callable[..., Seen]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """A text of 4,141 tokens in 8 documents, 18,626 to train on, and the artifact of a random model."""
+    folder = tmp_path_factory.mktemp("zoo")
+    data = zoo.write_data(folder, zoo.novels("train", 30, 1500), zoo.novels("val", 8, 1200))
+    config = zoo.small(data)
+    return Zoo(folder, data, zoo.write_model(folder / "model.skc", config, zoo.half_weights(config)))
+
+
+def programs(folder: Path, *names: str) -> str:
+    """Make a folder in which only some programs are found."""
+    folder.mkdir()
+    for name in names:
+        found = shutil.which(name)
+        if found:
+            (folder / name).symlink_to(found)
+    return str(folder)
+
+
+@pytest.fixture
+def audit(place: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Audit:
+    """Audit a model and return what failed; the exit code, audit.json and legality.md must say the same."""
+    monkeypatch.setenv("PATH", programs(tmp_path / "bin", *NEEDED, "strace"))
+    monkeypatch.setenv(zoo.DATA, place.data)
+
+    def run(*options: str, model: str = place.model, data: str = place.data, backend: str = "mlx") -> Seen:
+        out = tmp_path / "audit"
+        settings = ["--data", data, "--seq", "64", "--batch", "4", "--backend", backend, "--out", str(out)]
+        code = main(["audit", model, *settings, *options])
+        value, report = json.loads((out / "audit.json").read_text()), (out / "legality.md").read_text()
+        assert {f["rule"] for f in value["findings"]} == RULES.keys()
+        failed = {f["rule"]: f["evidence"] for f in value["findings"] if f["verdict"] == "FAIL"}
+        assert code == (1 if failed else 0)
+        assert set(re.findall(r"^\| (D\d+) \|.* \*\*FAIL\*\* \|", report, re.MULTILINE)) == failed.keys()
+        return Seen(failed, value, report)
+
+    return run
+
+
+def named(*plugins: str) -> list[str]:
+    return ["--plugins", *(name if name == "temperature" else f"shared_tests.zoo:{name}" for name in plugins)]
+
+
+CHEATS = {
+    "CountsFirst": ("mlx", {"D9": "before it was in the ledger", "D7": "that must not", "D12": "broken: D7, D9"}),
+    "Forger": ("mlx", {"D9": "cannot be made by hand"}),
+    "Borrower": ("mlx", {"D9": "were not scored so"}),
+    "Bypass": ("cuda", {"D9": "before it was in the ledger", "D7": "that must not"}),
+    "GoldBoost": ("mlx", {"D8": "away from 0", "D7": "that must not", "D9": "before it was in the ledger"}),
+    "Pool": ("mlx", {"D7": "that must not", "D9": "before it was in the ledger", "D12": "broken: D7, D9"}),
+    "BestOfTwo": ("mlx", {"D8": "away from 0"}),
+    "Rescorer": ("mlx", {"D10": "scored twice"}),
+    "TailTwice": ("mlx", {"D5": "scored 2 times"}),
+    "TrainShard": ("mlx", {"D4": "training data: .*train_000000.bin"}),
+    "TrainMap": ("mlx", {"D4": "training data: .*train_000000.bin"}),
+    "Phone": ("mlx", {"D4": f"network: .*{zoo.PORT}"}),
+    "Starter": ("mlx", {"D18": "foreign programs were executed: .*true"}),
+}
+"""Plug-in -> backend, and what breaks with the words that say so: these rules and no other."""
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_cheat_fails_by_its_rule(audit: Audit, name: str) -> None:
+    backend, broken = CHEATS[name]
+    seen = audit(*named(name), backend=backend)
+    assert seen.failed.keys() == broken.keys(), seen.failed
+    for rule, words in broken.items():
+        assert re.search(words, seen.failed[rule]), seen.failed[rule]
+    assert seen.value["error"] is None
+
+
+HONEST = {
+    "sliding cache": ("--windows", "sliding", "--stride", "16", *named("HonestCache")),
+    "stateful cache": ("--windows", "stateful", *named("HonestCache")),
+    "documents temperature": ("--windows", "documents", "--stride", "32", *named("temperature")),
+    "plain training": named("HonestTraining"),
+}
+
+
+@pytest.mark.parametrize("backend", ["mlx", "cuda"])
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_near_miss_breaks_nothing(audit: Audit, name: str, backend: str) -> None:
+    seen = audit(*HONEST[name], backend=backend)
+    assert not seen.failed and seen.value["error"] is None
+    verdicts = [(f["rule"], f["verdict"]) for f in seen.value["findings"]]
+    passed = {"D1", "D3", "D4", "D5", "D6", "D7", "D8", "D9", "D10", "D12", "D13", "D14", "D18"}
+    assert passed <= {rule for rule, verdict in verdicts if verdict == "PASS"}, verdicts
+    assert seen.value["evaluation"]["ledger"]["versions"] == (17 if name == "plain training" else 1)
+
+
+def test_recurrent_layers_with_a_cache_break_nothing(audit: Audit, place: Zoo) -> None:
+    config = zoo.small(place.data, "skc_mac")
+    stored = engine("mlx", config, working_weights(config.model, 2.0)).quantised()
+    model = zoo.write_model(place.folder / "skc.skc", config, stored)
+    seen = audit("--windows", "stateful", *named("HonestCache", "temperature"), model=model)
+    assert not seen.failed and seen.value["error"] is None
+    assert seen.value["evaluation"]["flips"]["noticed"] > 100 and not seen.value["evaluation"]["flips"]["wrong"]
+
+
+@pytest.mark.parametrize("watch", ["all", "no strace"])
+def test_a_native_open_is_seen_or_reads_nothing(audit: Audit, tmp_path: Path, watch: str) -> None:
+    if watch == "no strace":
+        os.remove(tmp_path / "bin" / "strace")
+    seen = audit(*named("TrainNative"))
+    force, missing = (" ".join(seen.value["isolation"][side]) for side in ("in_force", "missing"))
+    d4 = next(f for f in seen.value["findings"] if f["rule"] == "D4")
+    if "covered" in force:
+        assert seen.value["error"] is None  # it raises if it reads a byte
+    if STRACE in force:
+        assert watch == "all" and seen.failed.keys() == {"D4"} and "seen by the system" in seen.failed["D4"]
+    else:
+        assert STRACE in missing and f"Not in force: {STRACE}" in seen.report
+        assert d4["verdict"] == ("PASS" if "covered" in force else "NOT CHECKED"), d4
+
+
+@pytest.mark.parametrize("way", ["documents", "passages"])
+def test_validation_text_in_training(audit: Audit, place: Zoo, tmp_path: Path, way: str) -> None:
+    train, val = zoo.novels("train", 30, 1500), zoo.novels("val", 8, 4000)
+    if way == "passages":
+        train += [f"Once more. {text}" for text in val]
+    data = zoo.write_data(tmp_path, train, val)
+    if way == "documents":
+        text = open_dataset(data).val
+        copied = text.read(0, int(text.document_starts[1]))
+        zoo.change_tokens(data, "train", lambda tokens: np.append(tokens, copied))
+    seen = audit("--tokens", "700", data=data)
+    assert seen.failed.keys() == {"D6"}
+    figures = next(f["details"] for f in seen.value["findings"] if f["rule"] == "D6")
+    assert (figures["copied_documents"] > 0) == (way == "documents")
+    assert (figures["copied_passages"] > figures["passages"] // 2) == (way == "passages")
+
+
+def test_unknown_tokens_at_no_bytes(audit: Audit, place: Zoo, tmp_path: Path) -> None:
+    data = str(shutil.copytree(place.data, tmp_path / "data"))
+
+    zoo.change_tokens(
+        data, "val", lambda tokens: np.where((np.arange(len(tokens)) % 50 == 5) & (tokens != 1), 3, tokens)
+    )
+    config = zoo.small(data)
+    windows = "plain seq=64 stride=64"
+    score = {"bpb": 3.3, "byte_rule": "table", "loss": 6.7, "targets": 4140, "bytes": 11_700, "windows": windows}
+    run = zoo.claimed_run(tmp_path / "run", config, zoo.half_weights(config), score)
+    seen = audit(model=run, data=data)
+    assert seen.failed.keys() == {"D13", "D16"}  # the score is not found again either: raw bytes are counted
+    assert re.search("[78][0-9] unknown tokens were charged 0 bytes", seen.failed["D13"])
+
+
+def test_an_oversize_artifact(audit: Audit, place: Zoo) -> None:
+    config = zoo.small(place.data, bigram_buckets=65_521, bigram_dim=168)
+    path = place.folder / "wide.skc"
+    zoo.write_model(path, config, zoo.half_weights(config, wide=True))
+    assert path.stat().st_size > 16_000_000
+    seen = audit("--tokens", "700", model=str(path))
+    assert seen.failed.keys() == {"D1"} and f"{path.stat().st_size:,}" in seen.failed["D1"]

@@ -1,0 +1,331 @@
+"""Cheats and honest near-misses for the auditor: plug-ins, prepared texts and artifacts, each with one known fault.
+
+The plug-ins are named as shared_tests.zoo:Class in --plugins. They run in the audited process, so this module imports
+what an evaluation needs and no more.
+"""
+
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import json
+import lzma
+import os
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core import presets, rng, schedule
+from core.bundled import BUNDLED
+from core.config import DataConfig, RunConfig, TrainConfig
+from core.engine import Arrays, Batch
+from core.export.artifact import write_artifact
+from core.params import param_table
+from core.parity import perturbed
+from core.prepare import prepare
+from core.run import Run
+from core.scoring.ledger import Scored
+from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
+from core.scoring.windows import Windows
+from core.shards import open_shard, shard_record, write_shard
+from core.storage import Stored
+from core.tokenizer import Tokenizer
+
+DATA = "SKC_ZOO_DATA"
+"""Environment variable: the folder whose training text the thieves go for."""
+TOKENIZER = BUNDLED / "tokenizer.model"
+PORT = 41_018
+ROW = 256
+"""Targets that one forward pass scores, and tokens of a row that is trained on."""
+PLAN = schedule.plan(0, 0.5, TrainConfig(warmup=0.0, warmdown=0.0, lr_embed=1e-3, lr_matrix=1e-3, lr_vector=1e-3))
+
+
+# Honest ones, which look like cheats.
+
+
+class HonestCache(Plugin):
+    """Mixes in which tokens followed the last one, counted after they were scored."""
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        self._counts = np.zeros((vocab, vocab), np.float32)
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        counts = self._counts[view.tokens] + np.float32(1 / logprobs.shape[-1])
+        return mixed(logprobs, counts / counts.sum(-1, keepdims=True))
+
+    def learn(self, text: ScoredText) -> None:
+        np.add.at(self._counts, (text.view.tokens[text.row, text.column], text.targets), 1)
+
+    def state(self) -> Arrays:
+        return {"counts": self._counts}
+
+    def load(self, state: Arrays) -> None:
+        self._counts = state["counts"].copy()
+
+
+class HonestTraining(Plugin):
+    """Takes an optimizer step on every ROW targets that were scored."""
+
+    kind = "adaptation"
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        assert learner is not None
+        self._learner = learner
+        self._last: Scored | None = None
+
+    def learn(self, text: ScoredText) -> None:
+        for one in text.ranges:
+            if one.stop - one.start == ROW:
+                self._last = one
+                assert self._learner.train([one], PLAN).finite
+
+
+# C1 to C4: what is predicted, and when something learns.
+
+
+class CountsFirst(HonestCache):
+    """Counts the targets of the windows before they are scored: they are the next inputs."""
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        np.add.at(self._counts, (view.tokens[:, :-1], view.tokens[:, 1:]), 1)
+        return super().predict(logprobs, view)
+
+    def learn(self, text: ScoredText) -> None:
+        pass
+
+
+class Forger(HonestTraining):
+    """Trains on what is scored next, with a Scored that it makes by hand."""
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        first = int(view.positions[view.kept][0])
+        self._learner.train([Scored(first, first + ROW, self._learner.version, 1)], PLAN)
+        return logprobs
+
+
+class Borrower(HonestTraining):
+    """Trains on what is scored next, with the Scored of what was scored before, moved on."""
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        if self._last is not None:
+            moved, first = copy.copy(self._last), int(view.positions[view.kept][0])
+            for name, value in (("start", first), ("stop", first + ROW)):
+                object.__setattr__(moved, name, value)
+            self._learner.train([moved], PLAN)
+        return logprobs
+
+
+class Bypass(HonestTraining):
+    """Trains the engine behind the learner's back on what is scored next, and predicts again."""
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        engine: Any = self._learner._engine
+        engine.train_step(Batch(view.tokens[:, :-1].copy(), view.tokens[:, 1:].copy()), PLAN).result()
+        return log_softmax(np.asarray(engine.logits(view.tokens)))
+
+    def learn(self, text: ScoredText) -> None:
+        pass
+
+
+class GoldBoost(Plugin):
+    """Takes the root of each target's probability and leaves the others as they are."""
+
+    kind = "temperature"
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        out, gold = logprobs.copy(), view.tokens[:, 1:, None].astype(np.int64)
+        np.put_along_axis(out[:, :-1], gold, np.take_along_axis(out[:, :-1], gold, -1) / 2, -1)
+        return out
+
+
+class Pool(Plugin):
+    """Mixes in how often a token occurs in the window, what comes later included."""
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        vocab = logprobs.shape[-1]
+        counts = np.stack([np.bincount(row, minlength=vocab) for row in view.tokens])[:, None] + 1 / vocab
+        return mixed(logprobs, counts / counts.sum(-1, keepdims=True))
+
+
+class BestOfTwo(Plugin):
+    """Takes the better of two predictions, token by token."""
+
+    kind = "temperature"
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        return np.maximum(logprobs, log_softmax(logprobs * np.float32(2)))
+
+
+class Rescorer(Plugin):
+    """Has the first windows scored again at the end."""
+
+    kind = "temperature"
+
+    def order(self, windows: Windows) -> Windows:
+        number = np.arange(len(windows.start))
+        return windows.take(np.append(number, number[:4]))
+
+
+class TailTwice(Plugin):
+    """Adds a last window, one token before the last, that scores all its targets."""
+
+    kind = "temperature"
+
+    def order(self, windows: Windows) -> Windows:
+        added = windows.start[-1] - 1, windows.length[-1], 0
+        return Windows(*(np.append(side, value) for side, value in zip(windows, added, strict=True)))
+
+
+# What an evaluation opens, reaches and starts.
+
+
+class TrainShard(Plugin):
+    """Fits a temperature to the training text, opened as the project opens it."""
+
+    kind = "temperature"
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        try:
+            tokens = np.array(self.read(training_file()))
+        except (OSError, ValueError):  # covered by an empty file
+            tokens = np.zeros(1, np.int64)
+        self._inverse = np.float32(1 + np.bincount(tokens).max() / len(tokens))
+
+    def read(self, path: str) -> np.ndarray:
+        return open_shard(path)
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        return log_softmax(logprobs * self._inverse)
+
+
+class TrainMap(TrainShard):
+    """The same by way of numpy."""
+
+    def read(self, path: str) -> np.ndarray:
+        return np.memmap(path, "<u2", "r")
+
+
+class TrainNative(Plugin):
+    """Opens the training text past Python; raises if there is a byte to read."""
+
+    kind = "temperature"
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        libc, path = ctypes.CDLL(None), training_file().encode()
+        handle = libc.open(path, os.O_RDONLY)
+        got = os.read(handle, 16) if handle >= 0 else b""
+        libc.fopen.restype = ctypes.c_void_p
+        libc.fread.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p]
+        file, buffer = libc.fopen(path, b"rb"), ctypes.create_string_buffer(16)
+        if got or (file and libc.fread(buffer, 1, 16, file)):
+            raise RuntimeError("a native call read the training text")
+
+
+class Phone(Plugin):
+    """Tries to reach another process."""
+
+    kind = "temperature"
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", PORT), 1).close()
+
+
+class Starter(Plugin):
+    """Starts a program."""
+
+    kind = "temperature"
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        subprocess.run(["true"], check=True)
+
+
+class Crash(Plugin):
+    """Comes to no end."""
+
+    kind = "temperature"
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        raise RuntimeError("no prediction today")
+
+
+def mixed(logprobs: np.ndarray, other: np.ndarray, weight: float = 0.1) -> np.ndarray:
+    """Return the logarithm of (1 - weight) * model + weight * other."""
+    return np.log((1 - weight) * np.exp(logprobs) + weight * other).astype(logprobs.dtype)
+
+
+def training_file() -> str:
+    """Return the first training shard of the folder that DATA names."""
+    return os.path.join(os.environ[DATA], "train_000000.bin")
+
+
+# Texts and artifacts.
+
+
+def novels(split: str, count: int, size: int) -> list[str]:
+    """Return the first pieces of the bundled chapters, of different sizes about `size` characters."""
+    with lzma.open(BUNDLED / f"{split}.jsonl.xz", "rt", encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line, _ in zip(file, range(count), strict=False)]
+    return [text[: size * (i % 4 + 1) // 2].strip() for i, text in enumerate(texts)]
+
+
+def write_data(folder: Path, train: list[str], val: list[str]) -> str:
+    """Prepare texts with the bundled tokenizer in folder/data and return that path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"train": train, "val": val}
+    for name, texts in files.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    out, (inputs, held) = str(folder / "data"), ([str(folder / f"{name}.jsonl")] for name in files)
+    prepare(inputs, out, val=held, tokenizer=str(TOKENIZER), threads=1)
+    return out
+
+
+def change_tokens(data: str, split: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Put other tokens in the one shard of a split; the manifest says their number, and no more of what they are."""
+    path, file = os.path.join(data, "manifest.json"), os.path.join(data, f"{split}_000000.bin")
+    write_shard(file, change(np.array(open_shard(file))))
+    manifest = json.loads(Path(path).read_text())
+    tokens = len(open_shard(file))
+    manifest["splits"][split] |= {"files": [shard_record(file, tokens)], "tokens": tokens}
+    Path(path).write_text(json.dumps(manifest))
+
+
+def small(data: str, name: str = "debug", **model: Any) -> RunConfig:
+    """Return the mini of a preset for the bundled tokenizer, with windows of 64 tokens, 4 at once."""
+    config = presets.mini(presets.get(name).config)
+    model = {"vocab": 1024, "bos": 1, **model}
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **model), data=DataConfig(data),
+        eval=dataclasses.replace(config.eval, seq=ROW // 4, batch=4, documents=None),
+        train=dataclasses.replace(config.train, batch=1, seq=ROW),
+    )  # fmt: skip
+
+
+def half_weights(config: RunConfig, wide: bool = False) -> dict[str, Stored]:
+    """Return random float16 weights whose logits are not flat; the table of a `wide` model is drawn without care."""
+    base = dataclasses.replace(config.model, bigram_buckets=11) if wide else config.model
+    weights = perturbed(base, 0, 3.0)
+    if wide:
+        shape = param_table(config.model)["bigram.table"].shape
+        raw = rng.integers16(0, "wide", int(np.prod(shape)))
+        weights["bigram.table"] = raw.reshape(shape).astype(np.float32) / 65_536 - 0.5
+    return {name: Stored(value.astype(np.float16), None) for name, value in weights.items()}
+
+
+def write_model(path: Path, config: RunConfig, stored: dict[str, Stored]) -> str:
+    """Write an artifact that the bundled tokenizer belongs to."""
+    digest = Tokenizer.load(str(TOKENIZER)).sha256
+    write_artifact(path, config.model, stored, tokenizer_sha256=digest, provenance={"train_seq": ROW})
+    return str(path)
+
+
+def claimed_run(folder: Path, config: RunConfig, stored: dict[str, Stored], score: dict[str, Any]) -> str:
+    """Make a run folder that was never trained and claims `score` for its artifact."""
+    run = Run.create(folder, config, TOKENIZER.read_bytes())
+    size = Path(write_model(run.artifact_path, config, stored)).stat().st_size
+    run.log(0, {"final/artifact": {"score": score, "gap": 0.0, "bytes": size}})
+    return str(folder)
