@@ -27,6 +27,14 @@ class Batch(NamedTuple):
     targets: np.ndarray  # (rows, seq) int32
 
 
+def micro_rows(batch: Batch, most: int) -> int:
+    """Return the rows of one micro-batch: `most`, or all of a smaller batch; ValueError unless it divides the batch."""
+    rows = len(batch.tokens)
+    if rows > most and rows % most:
+        raise ValueError(f"a step of {rows} rows cannot be cut into micro-batches of {most}: give a multiple, or fewer")
+    return min(rows, most)
+
+
 class StepResult(NamedTuple):
     """What one optimizer step reports."""
 

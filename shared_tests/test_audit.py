@@ -4,6 +4,7 @@ The zoo of cheats is in test_zoo.py; here are the flip test by itself, claims of
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ import pytest
 
 from core import rng
 from core.audit.flips import flip_test
-from core.audit.isolation import Isolated
+from core.audit.isolation import DIED, Isolated
 from core.audit.predictions import check_predictions
 from core.audit.rules import RULES
 from core.cli import main
@@ -29,6 +30,7 @@ from core.config import RunConfig
 from core.data import Split, open_dataset
 from core.engine import load_engine
 from core.export.artifact import read_artifact
+from core.finish import evaluation_key
 from core.run import Run
 from core.scoring import score
 from core.scoring.ledger import Ledger
@@ -168,10 +170,14 @@ def test_bits_that_change_by_themselves_prove_nothing() -> None:
     assert not found["repeatable"] and verdicts(found)["D7"] != "PASS"
 
 
-def verdicts(flips: dict[str, Any]) -> dict[str, str]:
+AGAIN = {"error": False, "alone": None, "wrong": [], "wrong_count": 0, "changed": [5], "tokens": 99, "compared": 50,
+         "noticed": 9}  # fmt: skip
+
+
+def verdicts(flips: dict[str, Any], again: dict[str, Any] | None = None) -> dict[str, str]:
     """Return the verdicts on predictions of an evaluation that is fine but for what `flips` says."""
     value = {
-        "broken": None, "score": {"bpb": 1.0}, "plugins": {}, "flips": flips,
+        "broken": None, "score": {"bpb": 1.0}, "plugins": {}, "flips": flips, "again": again or AGAIN,
         "ledger": {"writes": 9, "versions": 1, "versions_rise": True, "left_to_right": True},
         "distributions": {"passes": 1, "positions": 9, "vocabulary": 97, "largest_log_sum": 0.0, "limit": 1e-4,
                           "largest_cost_gap": 0.0, "normal": True, "agrees": True},
@@ -301,6 +307,39 @@ def test_a_killed_audit_goes_on(trained: Path, tmp_path: Path) -> None:
     artifact = load_engine("cuda", config, read_artifact(run / "artifact.skc").weights)
     whole = score(artifact, open_dataset(config.data.path), evaluation, documents=None, seed=0)
     assert abs(value["score"]["bpb"] - whole.bpb) < 1e-6 and value["score"]["targets"] == whole.targets
+
+
+def test_a_ledger_from_elsewhere_is_not_taken(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever ships a run may ship what a killed audit leaves, with every number that he likes in it."""
+    run = copied(trained, tmp_path / "run")
+    path, config = run / "audit" / "ledger", Run.open(run).config
+    dataset = open_dataset(config.data.path)
+    model = load_engine("cuda", config, read_artifact(run / "artifact.skc").weights)
+    settings = dataclasses.replace(config, eval=dataclasses.replace(config.eval, documents=None))
+    name, his = evaluation_key(model, dataset, settings, plugins=True), "his secret"
+    (tmp_path / "his" / "skc").mkdir(parents=True)
+    (tmp_path / "his" / "skc" / "audit-key").write_text(his)
+    for place in ("mine", "his"):  # the second is the control: with his own secret it is taken
+        ledger = Ledger.open(path, len(dataset.val), hashlib.sha256(f"{his} {name}".encode()).hexdigest(), anew=True)
+        ledger.write(np.arange(1, len(dataset.val) - 44), np.full(len(dataset.val) - 45, 0.01), 0)
+        ledger.close()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / place))
+        found = audit(run)
+        assert ("went on from" in found["D3"][0][1]) == (place == "his")
+        assert (failed(found) == set()) == (place == "mine")
+
+
+def test_a_changed_text_in_a_fresh_process_is_judged() -> None:
+    honest = flipped(WINDOWS["plain"])
+    assert verdicts(honest)["D7"] == "PASS"
+    for changes, verdict in (
+        ({"wrong": [7], "wrong_count": 1}, "FAIL"),
+        ({"alone": {"targets": 9, "largest_gap": 0.2, "rounding": False}}, "FAIL"),
+        ({"alone": {"targets": 9, "largest_gap": 1e-7, "rounding": True}}, "PASS"),
+        ({"error": True, "why": {"kind": "core.shards.DataError", "message": "cut off"}}, "FAIL"),
+        ({"error": True, "why": {"kind": DIED, "message": "killed"}}, "NOT CHECKED"),
+    ):
+        assert verdicts(honest, {**AGAIN, **changes})["D7"] == verdict, changes
 
 
 def test_an_evaluation_that_ends_too_early_is_not_fine(trained: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -21,7 +21,7 @@ from core import presets, rng, schedule
 from core.bundled import open_data
 from core.cli import main
 from core.config import ConfigError, EvalConfig
-from core.engine import Batch, Engine, EngineOptions, load_engine
+from core.engine import Batch, Engine, EngineOptions, load_engine, micro_rows
 from core.export.artifact import write_artifact
 from core.scoring import Score, score, score_text, session
 from core.scoring.ledger import Ledger, LedgerError, Scored
@@ -419,6 +419,19 @@ def test_the_engine_gets_its_weights_back(backend: str, end: str) -> None:
 
 @pytest.mark.pair
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_fewer_rows_than_a_micro_batch_are_learned(backend: str) -> None:
+    """8 rows of 64 fit a micro-batch: one row of 32 is less, and one of 128 more tokens than any row of training."""
+    dataset = make_dataset(LENGTHS)
+    for length, batch in ((32, 2), (128, 8)):
+        plugin = Adaptation(length)
+        _, entries = run(fresh(backend, small("debug")), dataset, [plugin], batch=batch)
+        assert plugin.steps > 0 and entries["version"].max() == plugin.steps
+    with pytest.raises(ValueError, match="3 rows cannot be cut into micro-batches of 2"):
+        micro_rows(Batch(np.zeros((3, 4), np.int32), np.zeros((3, 4), np.int32)), 2)
+
+
+@pytest.mark.pair
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_adaptation_is_scored_first_and_trained_then(backend: str) -> None:
     """The ledger holds, to the bit, what this loop gives; each version of the weights is that of its updates."""
     dataset = make_dataset(LENGTHS)
@@ -570,6 +583,21 @@ def test_predictions_must_be_a_distribution_of_finite_costs(change: Any, message
     with pytest.raises(LedgerError, match=message) as refused:
         score_text(Markov(), dataset.val, config(), book, None, True, [Plugin(), Predicts(change)], VOCAB)
     assert refused.value.rule == "D8" and book.writes == 0
+
+
+def test_plugins_change_predictions_one_after_the_other() -> None:
+    """In the order of eval.plugins, in the engine's own precision, and where none changes anything nothing changes."""
+    dataset, model = make_dataset(SHORT), fresh("cuda", small("debug"), "float64")
+    _, plain = run(model, dataset, [])
+    _, same = run(model, dataset, [Plugin(), Plugin()])
+    assert np.abs(plain["nats"]).max() > 0 and np.abs(plain["nats"] - same["nats"]).max() < 1e-12
+    sharper, flatter = Predicts(lambda p: log_softmax(2 * p)), Predicts(lambda p: np.log(0.5 * np.exp(p) + 0.5 / VOCAB))
+    _, found = run(model, dataset, [sharper, flatter])
+    _, other = run(model, dataset, [flatter, sharper])
+    text = dataset.val.tokens
+    p = np.exp(log_softmax(2 * log_softmax(model.logits(text[None, :16]))))[0, np.arange(16), text[1:17]]
+    assert np.abs(found["nats"][:16] + np.log(0.5 * p + 0.5 / VOCAB)).max() < 1e-12
+    assert np.abs(found["nats"] - other["nats"]).max() > 1e-3
 
 
 @pytest.mark.parametrize("plugin", [Adaptation(), Ordered(lambda w: w)])

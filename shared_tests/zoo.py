@@ -8,6 +8,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import gc
 import json
 import lzma
 import os
@@ -181,6 +182,44 @@ class TailTwice(Plugin):
 
 
 # What an evaluation opens, reaches and starts.
+
+
+class Oracle(Plugin):
+    """Reads the validation text from its shard, beside the evaluation, and mixes the targets in."""
+
+    kind = "temperature"
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        self._text = self._find().astype(np.int64)
+
+    def _find(self) -> np.ndarray:
+        return np.array(open_shard(os.path.join(os.environ[DATA], "val_000000.bin")))
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        known = np.full_like(logprobs, np.log(1e-3 / (logprobs.shape[-1] - 1)))
+        targets = self._text[np.minimum(view.positions, len(self._text) - 1)]
+        np.put_along_axis(known, targets[..., None], np.float32(np.log(1 - 1e-3)), -1)
+        return np.logaddexp(logprobs, known) - np.float32(np.log(2.0))
+
+
+class Searcher(Oracle):
+    """Finds the validation text in the memory of the process."""
+
+    def _find(self) -> np.ndarray:
+        return max((x for x in gc.get_objects() if isinstance(x, np.memmap) and x.dtype == np.uint16), key=len)
+
+
+class FirstOnly(CountsFirst):
+    """Cheats in the pass that is scored, and is honest in every later one of the process."""
+
+    passes = 0
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        super().start(vocab, learner)
+        type(self).passes += 1
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        return super().predict(logprobs, view) if type(self).passes == 1 else logprobs
 
 
 class TrainShard(Plugin):

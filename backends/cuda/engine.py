@@ -12,7 +12,7 @@ from torch.func import functional_call
 from backends.cuda import ops, optim, storage
 from backends.cuda.model import Model
 from core.context import Constants
-from core.engine import Arrays, Batch, EngineOptions, State, StepResult
+from core.engine import Arrays, Batch, EngineOptions, State, StepResult, micro_rows
 from core.params import check_arrays, exported, optimizer_slots, param_table
 from core.schedule import NUMBERS, StepPlan
 from core.storage import Stored
@@ -140,7 +140,8 @@ class Engine:
 
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
         hyper = torch.tensor(plan.numbers, dtype=self._wide).to(self._device, non_blocking=True)
-        rows = self._train.rows_of(batch.tokens.shape[1])[1]
+        seq = batch.tokens.shape[1]
+        rows = micro_rows(batch, self._train.rows_of(seq)[1])
         count = len(batch.tokens) // rows
         loss, grads = None, {}
         weights = self._trained(self._params, plan.quantise)

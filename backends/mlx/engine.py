@@ -12,7 +12,7 @@ from backends.mlx import ops, optim, storage
 from backends.mlx.blas import load_fast_blas
 from backends.mlx.model import Model
 from core.context import Constants
-from core.engine import Arrays, Batch, EngineOptions, State, StepResult
+from core.engine import Arrays, Batch, EngineOptions, State, StepResult, micro_rows
 from core.params import check_arrays, exported, optimizer_slots, param_table
 from core.schedule import NUMBERS, StepPlan
 from core.storage import Stored
@@ -149,7 +149,7 @@ class Engine:
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
         hyper = mx.array(np.array(plan.numbers), self._wide)
         seq = batch.tokens.shape[1]
-        rows = self._train.rows_of(seq)[1]
+        rows = micro_rows(batch, self._train.rows_of(seq)[1])
         count, tables = len(batch.tokens) // rows, self._constants(seq)
         weights = self._trained(self._params, plan.quantise)
         if count == 1:

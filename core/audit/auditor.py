@@ -1,9 +1,15 @@
 """Audits a run or an artifact: watches its evaluation, checks the texts, and has a finding for every rule."""
 
+import dataclasses
+import os
+import secrets
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core.audit.again import Predictions, check_again
 from core.audit.claims import (
     Plan,
     check_configuration,
@@ -16,13 +22,16 @@ from core.audit.claims import (
     claimed_rule,
 )  # fmt: skip
 from core.audit.disjoint import check_disjoint
-from core.audit.isolation import DIED, Isolated, check_isolation, check_packages, run_isolated
-from core.audit.predictions import check_once, check_predictions, check_set
+from core.audit.evaluation import AGREE
+from core.audit.isolation import DIED, Isolated, check_packages, run_isolated
+from core.audit.predictions import check_isolated, check_once, check_predictions, check_set
 from core.audit.rules import Finding
 from core.audit.texts import check_bytes, check_reversible
 from core.bundled import open_data
 from core.config import to_json
 from core.console import Console
+from core.data import Dataset
+from core.files import replace_file
 from core.run import config_digest
 from core.scoring.ledger import Ledger, LedgerError
 
@@ -75,43 +84,30 @@ def audit(plan: Plan, say: Console) -> Audit:
     began = time.monotonic()
     dataset = open_data(plan.config.data.path)
     base = Path(dataset.path)
-    shards = [base / entry["file"] for entry in dataset.manifest["splits"]["train"]["files"]]
+    shards, texts = ([base / e["file"] for e in dataset.manifest["splits"][n]["files"]] for n in ("train", "val"))
     plan.folder.mkdir(parents=True, exist_ok=True)
     ledger = plan.folder / "ledger"
-    copies = Path(f"{ledger}.plugins")
     if _is_done(ledger):  # an audit that came to its end is not continued but made again
         ledger.unlink()
-        copies.unlink(missing_ok=True)
+        Path(f"{ledger}.plugins").unlink(missing_ok=True)
     say(f"evaluating {plan.artifact} in a process of its own")
-    seen = run_isolated(
-        "core.audit.evaluation:audited",
-        {
-            "artifact": str(plan.artifact),
-            "data": dataset.path,
-            "config": to_json(plan.config),
-            "backend": plan.backend,
-            "dtype": plan.dtype,
-            "ledger": str(ledger),
-            "started": time.monotonic(),
-            "documents": plan.documents,
-            "flips": plan.flips,
-            "seed": plan.seed,
-        },
-        hidden=shards,
-        writable=[plan.folder, ledger, copies],
-    )
+    seen = _evaluate(plan, base, ledger, plan.documents, plan.flips, shards)
     died = seen.error is not None and seen.error["kind"] == DIED
     if not died and not _is_done(ledger):  # only a kill leaves something to go on from
         ledger.unlink(missing_ok=True)
     if seen.error and seen.error["kind"].startswith("core."):  # the user can do something about it
         raise AuditError(seen.error["message"])
+    fresh: list[Isolated] = []
+    if seen.value and seen.value["score"]:
+        say("scoring the start of the text again, changed, in a process of its own")
+        seen.value["again"] = _again(plan, dataset, seen, [*shards, *texts], fresh)
     say("checking the texts")
     limit = None if plan.documents is None else len(dataset.val.documents(plan.documents))
     findings = [
         check_size(plan, seen, base),
         check_training_time(plan),
         check_evaluation_time(plan, seen),
-        check_isolation(seen, shards),
+        check_isolated(seen, fresh, shards, texts),
         check_once(seen, plan.documents),
         check_set(seen, plan.documents, dataset),
         check_disjoint(dataset, say.progress("validation text in training text")),
@@ -126,6 +122,75 @@ def audit(plan: Plan, say: Console) -> Audit:
         check_packages(seen),
     ]
     return Audit(findings, seen, plan, time.monotonic() - began)
+
+
+def _evaluate(
+    plan: Plan, data: Path, ledger: Path, documents: int | None, flips: int, hidden: Sequence[Path]
+) -> Isolated:
+    """Run the evaluation of the text in `data` in a watched process."""
+    return run_isolated(
+        "core.audit.evaluation:audited",
+        {
+            "artifact": str(plan.artifact),
+            "data": str(data),
+            "config": to_json(plan.config),
+            "backend": plan.backend,
+            "dtype": plan.dtype,
+            "ledger": str(ledger),
+            "predictions": f"{ledger}.predictions.npz",
+            "secret": _secret(),
+            "started": time.monotonic(),
+            "documents": documents,
+            "flips": flips,
+            "seed": plan.seed,
+        },
+        hidden=hidden,
+        writable=[ledger.parent, ledger, Path(f"{ledger}.plugins")],
+    )
+
+
+def _again(
+    plan: Plan, dataset: Dataset, seen: Isolated, hidden: Sequence[Path], fresh: list[Isolated]
+) -> dict[str, Any]:
+    """Score the start of the text in fresh processes, which are added to `fresh`, and compare the predictions."""
+    predictions = plan.folder / "ledger.predictions.npz"
+    first = None
+    if not seen.value["resumed"] and seen.value["ledger"]["left_to_right"]:
+        first = Predictions.load(predictions)
+    text = (
+        dataset if plan.documents is None else dataclasses.replace(dataset, val=dataset.val.documents(plan.documents))
+    )
+    with tempfile.TemporaryDirectory(prefix="skc-again-") as name:
+        folder = Path(name)
+
+        def score(data: Path) -> Predictions | None:
+            ledger = folder / f"{data.name}-audit" / "ledger"
+            ledger.parent.mkdir()
+            fresh.append(_evaluate(plan, data, ledger, None, 0, hidden))
+            value = fresh[-1].value
+            return Predictions.load(Path(f"{ledger}.predictions.npz")) if value and value["score"] else None
+
+        near = AGREE[seen.value["dtype"]]
+        found = check_again(score, text, plan.config, first, folder, plan.seed, near)
+    if found["error"]:
+        last = fresh[-1]
+        broken = (last.value or {}).get("broken")
+        found["why"] = last.error or (broken and {"kind": broken["rule"], "message": broken["message"]})
+    return found
+
+
+def _secret() -> str:
+    """Return what only this user on this machine knows, made on first use: a ledger from elsewhere is not continued."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skc"
+    path = cache / "audit-key"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            replace_file(path, secrets.token_hex(32).encode())
+            path.chmod(0o600)
+        return path.read_text()
+    except OSError:  # nowhere to keep it: this audit cannot be continued
+        return secrets.token_hex(32)
 
 
 def _is_done(ledger: Path) -> bool:

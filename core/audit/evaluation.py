@@ -1,13 +1,15 @@
 """The evaluation that is audited: what runs in the watched process, from the artifact's bytes to the last number."""
 
 import dataclasses
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.audit.flips import flip_test
+from core.audit.again import Predictions
+from core.audit.flips import PASSES, Prints, first_inputs, flip_test
 from core.bundled import open_data
 from core.config import ConfigError, RunConfig, from_json
 from core.console import Console
@@ -28,10 +30,10 @@ AGREE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 5e-2}
 
 
 class Distributions:
-    """Looks at the distributions that were scored, on some of the passes."""
+    """Looks at the distributions that were scored, on some of the passes, and keeps the predictions of the first."""
 
-    def __init__(self, every: int) -> None:
-        self._every = every
+    def __init__(self, every: int, tokens: int) -> None:
+        self._every, self.prints = every, Prints(tokens)
         self.passes = self.positions = 0
         self.sum = self.cost = 0.0
         """Largest distance from 0 of a log-sum over the vocabulary, and of a cost from that distribution's."""
@@ -39,8 +41,9 @@ class Distributions:
         """The log-sum that is furthest from 0."""
 
     def wants(self, number: int) -> bool:
-        """Take the first two passes and one in `every` after them."""
-        return number <= 2 or number % self._every == 0
+        """Take the first passes and one in `every` after them."""
+        self._number = number
+        return number <= PASSES or number % self._every == 0
 
     def see(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
         """Add up the probabilities of every kept position."""
@@ -54,6 +57,8 @@ class Distributions:
         self.cost = max(self.cost, float(np.abs(nats[view.kept] - of_target).max()))
         self.passes += 1
         self.positions += len(kept)
+        if self._number <= PASSES:
+            self.prints.see(view, targets, nats, logprobs)
 
 
 def audited(
@@ -63,6 +68,8 @@ def audited(
     backend: str,
     dtype: str | None,
     ledger: str,
+    predictions: str,
+    secret: str,
     started: float,
     documents: int | None,
     flips: int,
@@ -70,7 +77,9 @@ def audited(
 ) -> dict[str, Any]:
     """Score an artifact and return what was seen, as plain JSON values.
 
-    `started`: time.monotonic() before the process was started; `documents`: score only the first so many, None: all.
+    `predictions`: where the predictions of the first passes go; `secret`: goes into the name of the ledger, so that one
+    from elsewhere is not taken; `started`: time.monotonic() before the process was started; `documents`: score only the
+    first so many, None: all; `flips`: 0 leaves the flip test out.
     """
     say = Console(as_json=True)
     found = read_artifact(artifact)
@@ -86,18 +95,23 @@ def audited(
         n: p.kind for n, p in zip(settings.eval.plugins, load_plugins(settings.eval.plugins), strict=True)
     }
     value["prepared"] = time.monotonic() - started
-    value |= _score(engine, dataset, settings, Path(ledger), say)
+    key = hashlib.sha256(f"{secret} {evaluation_key(engine, dataset, settings, plugins=True)}".encode()).hexdigest()
+    value |= _score(engine, dataset, settings, Path(ledger), key, Path(predictions), say)
     value["clock"] = time.monotonic() - started
+    if not flips:
+        return value
     value["flips"] = flip_test(engine, dataset.val, settings, flips, seed, say.progress("flip test"))
     return value
 
 
-def _score(engine: Engine, dataset: Dataset, config: RunConfig, path: Path, say: Console) -> dict[str, Any]:
+def _score(
+    engine: Engine, dataset: Dataset, config: RunConfig, path: Path, key: str, predictions: Path, say: Console
+) -> dict[str, Any]:
     """Score the text and return the score, or the rule that was broken, and what ledger and distributions say."""
     settings = config.eval
     passes = len(dataset.val) // (settings.batch * (settings.stride or settings.seq)) + 1
-    watch = Distributions(max(1, passes // SAMPLED))
-    book = Ledger.open(path, len(dataset.val), evaluation_key(engine, dataset, config, plugins=True), anew=True)
+    watch = Distributions(max(1, passes // SAMPLED), len(dataset.val))
+    book = Ledger.open(path, len(dataset.val), key, anew=True)
     resumed = book.writes
     value: dict[str, Any] = {"resumed": resumed, "broken": None, "score": None}
     try:
@@ -113,6 +127,7 @@ def _score(engine: Engine, dataset: Dataset, config: RunConfig, path: Path, say:
         value["broken"] = {"rule": error.rule, "message": str(error)}
     finally:
         value["ledger"] = _order(book.entries)
+        _save_predictions(predictions, watch.prints, book.entries, dataset, config)
         book.close()
     value["distributions"] = {
         "passes": watch.passes, "positions": watch.positions, "vocabulary": dataset.tokenizer.vocab,
@@ -121,6 +136,16 @@ def _score(engine: Engine, dataset: Dataset, config: RunConfig, path: Path, say:
         "limit": NORMAL[engine.dtype],
     }  # fmt: skip
     return value
+
+
+def _save_predictions(path: Path, prints: Prints, entries: np.ndarray, dataset: Dataset, config: RunConfig) -> None:
+    """Write what the first passes predicted, for the parent to compare."""
+    seen = np.flatnonzero(prints.first_input >= 0)
+    tokens = int(seen.max(initial=0)) + 1
+    order = np.where(prints.first_input >= 0, np.append(0, entries["order"]), 0)
+    nats = np.append(0.0, entries["nats"])
+    firsts = first_inputs(prints.first_input, dataset.val, config)
+    Predictions(*(side[:tokens] for side in (prints.predicted, order, firsts, nats))).save(path)
 
 
 def _order(entries: np.ndarray) -> dict[str, Any]:

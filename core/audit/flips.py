@@ -69,11 +69,16 @@ class Run:
         self.predicted = prints.predicted
         self.order = np.append(0, ledger.entries["order"])
         self.nats = np.append(0.0, ledger.entries["nats"])
-        self.first_input = prints.first_input
-        if config.eval.windows == "stateful":  # the state holds all of the document
-            starts = text.document_starts if isolated else np.zeros(1, np.int64)
-            inputs = np.maximum(np.arange(len(text)) - 1, 0)
-            self.first_input = starts[np.searchsorted(starts, inputs, "right") - 1]
+        self.first_input = first_inputs(prints.first_input, text, config)
+
+
+def first_inputs(of_windows: np.ndarray, text: Split, config: RunConfig) -> np.ndarray:
+    """Return the first token that each prediction could see: of its window or, with carry, of its document."""
+    if config.eval.windows != "stateful":
+        return of_windows
+    starts = text.document_starts if config.model.documents == "isolated" else np.zeros(1, np.int64)
+    inputs = np.maximum(np.arange(len(text)) - 1, 0)
+    return starts[np.searchsorted(starts, inputs, "right") - 1]
 
 
 def may_notice(run: Run, place: int, learns: bool) -> np.ndarray:

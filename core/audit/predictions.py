@@ -1,11 +1,33 @@
 """What the watched evaluation says of its predictions: D5 and D7 to D12."""
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from core.audit.isolation import Isolated
+from core.audit.isolation import DIED, Isolated, check_isolation
 from core.audit.rules import Finding
 from core.audit.texts import check_official
 from core.data import Dataset
+
+
+def check_isolated(
+    seen: Isolated, fresh: Sequence[Isolated], train_files: Sequence[Path], texts: Sequence[Path]
+) -> Finding:
+    """D4: of the evaluation, and of the processes that scored a changed text and had no use for the real one."""
+    found = check_isolation(seen, train_files)
+    if found.verdict == "FAIL":
+        return found
+    for other in fresh:
+        again = check_isolation(other, train_files)
+        if again.verdict == "FAIL":
+            return again
+        real = {os.path.realpath(text) for text in texts}
+        opened = [file.path for file in other.files if file.path in real]
+        if opened:
+            words = f"given a changed text to score, the evaluation opened the real one: {', '.join(opened)}"
+            return Finding("D4", "FAIL", words, found.details)
+    return found
 
 
 def check_once(seen: Isolated, documents: int | None) -> Finding:
@@ -75,17 +97,42 @@ def _causal(seen: Isolated, flips: dict[str, Any]) -> Finding:
         f"through the whole scoring path: {flips['compared']:,} predictions (the whole vocabulary) had to keep their "
         f"bits, {flips['noticed']:,} could and did notice"
     )
+    again = seen.value.get("again")
+    details = {"flips": flips, "again": again}
+    if again is None:
+        return Finding("D7", "NOT CHECKED", "another rule stopped the evaluation", details)
+    if again["wrong"]:
+        words = (
+            f"scored again in a fresh process with tokens {', '.join(map(str, again['changed']))} changed, "
+            f"{again['wrong_count']:,} predictions of the start of the text differ that must not, such as that of "
+            f"target {again['wrong'][0]}"
+        )
+        return Finding("D7", "FAIL", words, details)
+    if again["alone"] and not again["alone"]["rounding"]:
+        words = (
+            f"the first {again['tokens']:,} tokens, scored by themselves in a fresh process, cost up to "
+            f"{again['alone']['largest_gap']:.3f} nats per target more or less than as a part of the whole text"
+        )
+        return Finding("D7", "FAIL", words, details)
+    if again["error"]:
+        why = again.get("why") or {"kind": DIED, "message": "no answer"}
+        words = f"a fresh process could not score the changed start of the text: {why['kind']}: {why['message']}"
+        return Finding("D7", "NOT CHECKED" if why["kind"] == DIED else "FAIL", words, details)
+    evidence += (
+        f"; in a fresh process that had only the first {again['tokens']:,} tokens, {len(again['changed'])} of them "
+        f"changed, {again['compared']:,} predictions had the same bits and {again['noticed']:,} noticed"
+    )
     if flips["wrong"]:
         first = flips["wrong"][0]
         such = f"such as that of target {first['target']} when token {first['token']} was changed"
-        return Finding("D7", "FAIL", f"{evidence}; {flips['wrong_count']:,} noticed that must not, {such}", flips)
+        return Finding("D7", "FAIL", f"{evidence}; {flips['wrong_count']:,} noticed that must not, {such}", details)
     if not flips["repeatable"]:
         return Finding(
             "D7", "NOT CHECKED", "scoring the same text twice gave other bits, so a flip shows nothing", flips
         )
     if not flips["flips"] or not flips["noticed"]:
-        return Finding("D7", "NOT CHECKED", f"{evidence}: the test saw no effect at all, so it shows nothing", flips)
-    return Finding("D7", "PASS", evidence, flips)
+        return Finding("D7", "NOT CHECKED", f"{evidence}: the test saw no effect at all, so it shows nothing", details)
+    return Finding("D7", "PASS", evidence, details)
 
 
 def _normal(seen: Isolated, found: dict[str, Any]) -> Finding:

@@ -134,10 +134,10 @@ def score_text(
 
     The arguments are those of `score`, which makes a figure of what is in the ledger then.
     """
+    check_plugins(config, plugins)
     session = Session(engine, split, config, ledger, plugins, vocab, watch)
     try:
         if config.windows == "stateful":
-            _check_streams(plugins)
             score_streams(session, _streams(split, drawn, isolated), progress)
         else:
             _run(session, session.order(_select(split, config, drawn)[2], 1, len(split) - 1), progress)
@@ -145,9 +145,9 @@ def score_text(
         session.close()
 
 
-def _check_streams(plugins: Sequence[Plugin]) -> None:
+def check_plugins(config: EvalConfig, plugins: Sequence[Plugin]) -> None:
     """Raise ConfigError for a plug-in that windows with carry cannot honour."""
-    for plugin in plugins:
+    for plugin in plugins if config.windows == "stateful" else ():
         if plugin.kind == "adaptation" or type(plugin).order is not Plugin.order:
             raise ConfigError(
                 f"eval.windows=stateful with plug-in {type(plugin).__name__}: the state comes from earlier weights, "

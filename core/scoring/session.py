@@ -124,11 +124,12 @@ class Session:
             return
         watched = self._watch is not None and self._watch.wants(self._number)
         logprobs = log_softmax(np.asarray(logits())) if self.plugins or watched else None
+        shown = View(*map(_read_only, view))
         if self.plugins:
             assert logprobs is not None
             for plugin in self.plugins:
                 shape = logprobs.shape
-                logprobs = np.asarray(plugin.predict(logprobs, view))
+                logprobs = np.asarray(plugin.predict(logprobs, shown))
                 if logprobs.shape != shape:
                     raise LedgerError(f"{_name(plugin)}: predictions of shape {logprobs.shape}, expected {shape}", "D8")
             nats = -np.take_along_axis(logprobs, targets[..., None].astype(np.int64), -1)[..., 0].astype(np.float64)
@@ -139,7 +140,7 @@ class Session:
         if watched:
             assert self._watch is not None and logprobs is not None
             self._watch.see(view, targets, nats, logprobs)
-        self._enter(view, targets, nats)
+        self._enter(shown, targets, nats)
 
     def _enter(self, view: View, targets: np.ndarray, nats: np.ndarray) -> None:
         """Write what a pass gave into the ledger, then let the plug-ins learn from it."""
@@ -199,6 +200,13 @@ class Session:
                 f"{path}: is not of these plug-ins ({error!r}); delete it and {self.ledger.path} to begin anew"
             ) from error
         self._done = number
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    """Return a view that a plug-in cannot write to: what is scored is not its to change."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _side(arrays: dict[str, np.ndarray], side: str) -> dict[str, np.ndarray]:

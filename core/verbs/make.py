@@ -15,6 +15,7 @@ from core.export.budget import predicted_bytes
 from core.finish import finish
 from core.params import count, exported
 from core.run import Run, RunError, config_digest
+from core.scoring import check_plugins
 from core.scoring.plugins import load_plugins
 from core.train import done, train
 from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_data, environment
@@ -54,7 +55,7 @@ def train_run(options: Train, context: Context) -> Outcome:
     check_data(config, dataset)
     check_limits(config.model)
     _check_budget(config)
-    load_plugins(config.eval.plugins)  # one that is not there is told now, not after the training
+    check_plugins(config.eval, load_plugins(config.eval.plugins))  # now, not after the training
     engine = load_engine(backend, config, start_weights(config, dataset.train), EngineOptions(dtype=options.dtype))
     out = options.out or f"runs/{config.preset}-{backend}-{config.seed}"
     run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))

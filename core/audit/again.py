@@ -1,0 +1,166 @@
+"""The changed text in a process of its own: what was scored must not know what it had not been shown.
+
+The flip test runs inside the evaluation's process, where the whole text is, and after the score. So the start of the
+text is scored once more by a fresh process that gets it in a folder of its own, with a few tokens changed, and nothing
+after it; the real text is hidden. Predictions that could not have seen a change must have the first process's bits.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from core import rng
+from core.audit.flips import PASSES
+from core.config import RunConfig
+from core.data import Dataset
+from core.files import replace_file
+from core.shards import shard_record, write_shard
+
+CHANGES = 4
+"""Tokens that are changed, all scored by one forward pass."""
+
+
+class Predictions(NamedTuple):
+    """What the first forward passes predicted, by target position; order 0: not among them."""
+
+    predicted: np.ndarray  # (tokens,) uint64: checksums
+    order: np.ndarray  # (tokens,) int64: number of the pass
+    first_input: np.ndarray  # (tokens,) int64: the first token that the prediction could see
+    nats: np.ndarray  # (tokens,) float64
+
+    @classmethod
+    def load(cls, path: Path) -> "Predictions":
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(*(file[name] for name in cls._fields))
+
+    def save(self, path: Path) -> None:
+        """Write the arrays as one .npz file."""
+        np.savez(path, **self._asdict())
+
+    def first(self, tokens: int) -> "Predictions":
+        """Return the predictions of the first `tokens` tokens, filled up if there are fewer."""
+        kept = [np.concatenate([side[:tokens], np.zeros(max(0, tokens - len(side)), side.dtype)]) for side in self]
+        return Predictions(*kept)
+
+
+def start_length(config: RunConfig, tokens: int) -> int:
+    """Return how many tokens of a text the first PASSES forward passes score, about, and one more."""
+    settings = config.eval
+    stride = settings.stride or settings.seq
+    return min(tokens, PASSES * settings.batch * stride + settings.seq - stride + 1)
+
+
+def write_start(dataset: Dataset, length: int, changes: dict[int, int], folder: Path) -> None:
+    """Write the first `length` validation tokens, some of them changed, as a prepared folder without training text."""
+    folder.mkdir(parents=True)
+    tokens = dataset.val.read(0, length)
+    for place, token in changes.items():
+        tokens[place] = token
+    write_shard(str(folder / "val_000000.bin"), tokens)
+    shutil.copyfile(Path(dataset.path) / dataset.manifest["tokenizer"]["file"], folder / "tokenizer.model")
+    entry = {
+        **dataset.manifest["splits"]["val"],
+        "files": [shard_record(str(folder / "val_000000.bin"), length)],
+        "document_bytes": None,
+    }
+    if dataset.val.document_bytes is not None:
+        count = int((dataset.val.document_starts < length).sum())
+        np.save(folder / "val_document_bytes.npy", np.asarray(dataset.val.document_bytes[:count], "<i8"))
+        entry["document_bytes"] = "val_document_bytes.npy"
+    manifest = {
+        **dataset.manifest,
+        "tokenizer": {**dataset.manifest["tokenizer"], "file": "tokenizer.model"},
+        "splits": {**dataset.manifest["splits"], "val": entry},
+    }
+    replace_file(folder / "manifest.json", json.dumps(manifest).encode())
+
+
+def draw_changes(dataset: Dataset, base: Predictions, config: RunConfig, seed: int) -> dict[int, int]:
+    """Return places, scored by one of the later of the first passes, and other tokens for them."""
+    bos, vocab = config.model.bos, config.model.vocab
+    tokens = dataset.val.read(0, len(base.order))
+    last = int(base.order.max(initial=0))
+    chosen = max(1, last - 1)
+    places = np.flatnonzero((base.order == chosen) & (tokens != bos))
+    places = places[places > 0]
+    if not len(places):
+        return {}
+    changes = {}
+    for place in places[rng.choose(seed, "audit/again", len(places), min(CHANGES, len(places)))].tolist():
+        token = rng.below(seed, f"audit/again/{place}", vocab)
+        while token in (bos, dataset.tokenizer.unknown, int(tokens[place])):
+            token = (token + 1) % vocab
+        changes[place] = token
+    return changes
+
+
+def compare(base: Predictions, changed: Predictions, places: list[int], learns: bool) -> dict[str, Any]:
+    """Return which predictions of the same passes differ, and which of them must not."""
+    same = (base.order > 0) & (base.order == changed.order) & (base.first_input == changed.first_input)
+    targets = np.arange(len(base.order))
+    allowed = np.zeros(len(targets), bool)
+    for place in places:
+        allowed |= (base.first_input <= place) & (place < targets)
+    if learns:
+        allowed |= base.order > min(int(base.order[place]) for place in places)
+    differs = same & (base.predicted != changed.predicted)
+    wrong = np.flatnonzero(differs & ~allowed)
+    return {
+        "compared": int((same & ~allowed).sum()),
+        "noticed": int((differs & allowed).sum()),
+        "wrong": wrong[:3].tolist(),
+        "wrong_count": len(wrong),
+    }
+
+
+def check_again(
+    score: Callable[[Path], Predictions | None],
+    dataset: Dataset,
+    config: RunConfig,
+    first: Predictions | None,
+    folder: Path,
+    seed: int,
+    near: float,
+) -> dict[str, Any]:
+    """Score the start of the text again with tokens changed and return what noticed, as plain JSON values.
+
+    `score` scores a prepared folder in a fresh process (None: it failed). `first`: the first predictions of the
+    evaluation itself; None, or in another order: the start is scored unchanged as well. `near`: nats that rounding may
+    make.
+    """
+    learns = bool(config.eval.plugins)
+    length = start_length(config, len(dataset.val))
+    value: dict[str, Any] = {
+        "tokens": length, "changed": [], "error": False, "alone": None,
+        "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0,
+    }  # fmt: skip
+
+    def unchanged() -> Predictions | None:
+        write_start(dataset, length, {}, folder / "unchanged")
+        return score(folder / "unchanged")
+
+    base = first.first(length) if first is not None else unchanged()
+    if base is None:
+        return {**value, "error": True}
+    changes = draw_changes(dataset, base, config, seed)
+    write_start(dataset, length, changes, folder / "changed")
+    changed = score(folder / "changed")
+    if changed is None or not changes:
+        return {**value, "error": changed is None}
+    value["changed"] = sorted(changes)
+    found = compare(base, changed.first(length), sorted(changes), learns)
+    if first is not None and (found["wrong"] or not found["compared"]):
+        alone = unchanged()  # is it the change, or that the text ends?
+        if alone is None:
+            return {**value, "error": True}
+        alone = alone.first(length)
+        same = (base.order > 0) & (base.order == alone.order) & (base.first_input == alone.first_input)
+        gap = float(np.abs(base.nats - alone.nats)[same].max(initial=0.0))
+        value["alone"] = {"targets": int(same.sum()), "largest_gap": gap, "rounding": gap <= near}
+        found = compare(alone, changed.first(length), sorted(changes), learns)
+    return {**value, **found}
