@@ -114,15 +114,24 @@ OPPOSITE = "opposite"
 """Recurrent layers with what EVERYTHING has on off, and documents that do not end."""
 
 
+HYBRID = "hybrid"
+"""Koopman, SKC and attention layers in one ternary model without memories."""
+
+
 def minis() -> list[str]:
-    """Return the names of all presets, EVERYTHING and OPPOSITE."""
-    return [*presets.PRESETS, EVERYTHING, OPPOSITE]
+    """Return the names of all presets, EVERYTHING, OPPOSITE and HYBRID."""
+    return [*presets.PRESETS, EVERYTHING, OPPOSITE, HYBRID]
 
 
 def mini(name: str) -> RunConfig:
-    """Return the mini of preset `name`, or EVERYTHING or OPPOSITE."""
+    """Return the mini of preset `name`, or EVERYTHING, OPPOSITE or HYBRID."""
     if name in presets.PRESETS:
         return presets.mini(presets.get(name).config)
+    if name == HYBRID:
+        config = presets.get("skc_mac").config
+        layers = ("koopman", "skc_parallel", "koopman", "attention")
+        model = dataclasses.replace(config.model, blocks=layers, bank="none", engram_orders=0)
+        return presets.mini(dataclasses.replace(config, preset=HYBRID, model=model))
     config = presets.mini(presets.get("debug").config)
     if name == OPPOSITE:
         model = dataclasses.replace(

@@ -10,13 +10,14 @@ from core import rng
 from core.config import RunConfig
 from core.engine import Engine, step
 from core.params import state_per_token, state_size
-from shared_tests.harness import BACKENDS, EVERYTHING, OPPOSITE, engine, mini, to_numpy, tokens, working_weights
+from shared_tests.harness import BACKENDS, EVERYTHING, HYBRID, OPPOSITE, engine, mini, to_numpy, tokens, working_weights
 from shared_tests.tolerances import CAUSAL, P2_FLOAT32
 
 pytestmark = pytest.mark.pair
 SEQ = 50
-NAMES = ("tiny", "skc_ablate", "skc_mac", EVERYTHING, "packed", OPPOSITE)
-"""Attention alone, recurrent layers alone, both, every option, also with documents that do not end, and few options."""
+NAMES = ("tiny", "skc_ablate", HYBRID, "skc_mac", EVERYTHING, "packed", OPPOSITE)
+"""Attention alone, recurrent layers alone, both, recurrent layers with memories, every option, also with documents that
+do not end, and few options."""
 
 
 def config_of(name: str) -> RunConfig:
@@ -134,7 +135,7 @@ def test_the_state_is_as_large_as_declared(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_keys_of_ended_documents_are_dropped(backend: str) -> None:
-    model, rows = made("skc_mac", backend)
+    model, rows = made(HYBRID, backend)
     state, whole = model.start(1), model.logits(rows[1:2])
     for t in range(12):  # row 1 has documents at 7, 8 and 9
         said, state = step(model, state, rows[1:2, t])

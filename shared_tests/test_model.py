@@ -13,7 +13,18 @@ from core import params, presets, schedule
 from core.config import RunConfig
 from core.engine import Batch
 from shared_tests import reference
-from shared_tests.harness import BACKENDS, EVERYTHING, OPPOSITE, batches, engine, mini, minis, tokens, working_weights
+from shared_tests.harness import (
+    BACKENDS,
+    EVERYTHING,
+    HYBRID,
+    OPPOSITE,
+    batches,
+    engine,
+    mini,
+    minis,
+    tokens,
+    working_weights,
+)
 from shared_tests.tolerances import P2_BFLOAT16, P2_FLOAT32, P2_FLOAT64, relative_rms
 
 pytestmark = pytest.mark.pair
@@ -183,7 +194,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(backend: str) -> 
             assert np.array_equal(after[key], value), key
 
 
-@pytest.mark.parametrize("name", ["tiny", "skc_mac", EVERYTHING])
+@pytest.mark.parametrize("name", ["tiny", "skc_mac", HYBRID, EVERYTHING])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_do_not_depend_on_their_neighbours(backend: str, name: str) -> None:
     from shared_tests.tolerances import CAUSAL

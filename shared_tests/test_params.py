@@ -19,12 +19,13 @@ GOLDEN_START = {
     "baseline": "7b55752794ae2b2f",
     "ternary_74m": "b0dd4cf2e292fb2b",
     "skc_ablate": "365ccfc36b6c7ff5",
-    "skc_mac": "bef7557557ab7051",
+    "skc_mac": "dd0b8606246d17bb",
     "skc_600": "5881047c09049b3a",
     "skc_8xh100": "16a01b75b51dcd20",
     "skc_proxy": "be74522a2b95594a",
     "everything": "ff8b2a22f7ac6974",
     "opposite": "c691323174615142",
+    "hybrid": "bef7557557ab7051",
 }
 """blake2b of all start values of each preset's mini, in table order (made by this file's `digest`)."""
 

@@ -10,14 +10,14 @@ from core.config import ConfigError, EvalConfig
 from core.engine import Engine
 from core.scoring import score
 from core.scoring.ledger import Ledger
-from shared_tests.harness import BACKENDS, engine, mini, working_weights
+from shared_tests.harness import BACKENDS, HYBRID, engine, mini, working_weights
 from shared_tests.test_scoring import make_dataset
 
 pytestmark = pytest.mark.pair
 LENGTHS = [5, 40, 1, 17, 16, 2, 33, 90, 3, 1]
 
 
-def made(backend: str, name: str = "skc_mac", **model: Any) -> Engine:
+def made(backend: str, name: str = HYBRID, **model: Any) -> Engine:
     config = mini(name)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
     return engine(backend, config, working_weights(config.model, 2.0), dtype="float64")
