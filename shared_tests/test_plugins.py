@@ -129,7 +129,7 @@ class Lives:
     def __init__(self, path: Path, windows: str) -> None:
         changes, length = CUTS[windows]
         self.path, self.settings, self._length = path, config(**changes), length
-        self.run = small("skc_mac" if windows == "stateful" else "debug", length or TRAIN.seq)
+        self.run = small("hybrid" if windows == "stateful" else "debug", length or TRAIN.seq)
         self.dataset = make_dataset(SHORT)
         self.passes = self.updates = 0
         """What the last life computed, and how many updates all lives together made."""
@@ -343,7 +343,7 @@ HELP: dict[str, Callable[[], list[Plugin]]] = {
 )
 def test_backends_agree(windows: str, helper: str) -> None:
     dataset, changes = make_dataset(SHORT), CUTS[windows][0]
-    run_config = small("skc_mac" if windows == "stateful" else "debug")
+    run_config = small("hybrid" if windows == "stateful" else "debug")
     for dtype in ("float64", "float32"):
         (ours, mine), (theirs, other) = (
             run(fresh(backend, run_config, dtype), dataset, HELP[helper](), **changes) for backend in BACKENDS

@@ -138,7 +138,7 @@ def _causal(seen: Isolated, flips: dict[str, Any]) -> Finding:
 def _normal(seen: Isolated, found: dict[str, Any]) -> Finding:
     if broken_rule(seen, "D8"):
         return Finding("D8", "FAIL", broken_rule(seen, "D8"), found)
-    worst = "not finite" if found["largest_log_sum"] is None else f"{found['largest_log_sum']:.1e}"
+    worst = "not finite" if found["largest_log_sum"] is None else f"{abs(found['largest_log_sum']):.1e}"
     evidence = (
         f"{found['positions']:,} predictions of {found['passes']} forward passes, over all {found['vocabulary']:,} "
         f"tokens: the log of their sum is at most {worst} away from 0 (limit {found['limit']:.0e}); the costs in the "
