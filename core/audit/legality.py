@@ -26,7 +26,7 @@ def markdown(found: Audit) -> str:
         "",
         *(f"* In force: {words}." for words in seen.measures),
         *(f"* Not in force: {words}." for words in seen.missing),
-        f"* The evaluating process ran for {seen.seconds:.1f} s, flip test included; the audit took {found.seconds:.1f} s.",
+        f"* The evaluating process ran for {seen.seconds:.1f} s, flip test included; the audit for {found.seconds:.1f} s.",
         "",
         "## Files of ours that the evaluation opened",
         "",
