@@ -57,19 +57,20 @@ def finish(
     say(f"artifact {size:,} bytes, {verdict} the {allowed:,} that are left of the budget beside the code")
     exported = {"score": stored.to_json(), "gap": gap, "bytes": size, "allowed": allowed, "within": size <= allowed}
     exported["exact"] = exact
-    if config.eval.plugins:
-        name = ", ".join(config.eval.plugins)
-        ledger = state / "plugins.ledger"
-        helped = final_score(engine, dataset, config, say, f"scoring with {name}", ledger, plugins=True)
-        say(f"{describe(helped)} (artifact)")
-        exported["plugins"] = helped.to_json()
-        engine.load_params(decoded)  # whatever a plug-in has learned
     value = {"run": str(run.path), "step": step, "score": scored.to_json()}
     value["artifact"] = {"path": str(target), **exported}
     if path is not None:
         say(f"wrote {path}")
         return {**value, "samples": [], "files": [str(path)]}
     run.log(step, {"final/artifact": exported})
+    if config.eval.plugins:
+        named = f"scoring with {', '.join(config.eval.plugins)}"
+        helped = final_score(engine, dataset, config, say, named, state / "plugins.ledger", plugins=True)
+        say(f"{describe(helped)} (artifact)")
+        run.log(step, {"final/plugins": helped.to_json()})
+        value["plugins"] = helped.to_json()
+    for left in state.glob("*.ledger*"):  # of an evaluation that was given up
+        left.unlink()
     shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
     texts = shown[-1] if shown else write_samples(run, engine, dataset, step, say)
     written = [run.artifact_path, *write_report(run)]
@@ -113,7 +114,8 @@ def final_score(
     used = load_plugins(settings.plugins) if plugins else []
     book = None
     if ledger is not None:
-        book = Ledger.open(ledger, len(dataset.val), evaluation_key(engine, dataset, config, plugins), anew=not keep)
+        key = evaluation_key(engine, dataset, config, bool(used))
+        book = Ledger.open(ledger, len(dataset.val), key, anew=not keep)
     if book is not None and book.writes:
         say(f"{label} goes on from {ledger}: {book.writes} forward passes are in it")
     report = say.progress(label)

@@ -36,6 +36,7 @@ METRICS = {
     "samples": "texts that the model wrote",
     "final/score": "the Score of the weights in memory",
     "final/artifact": "the Score of the weights reloaded from the artifact, its bytes and the gap",
+    "final/plugins": "the Score of the artifact with the plug-ins of eval.plugins",
 }
 """Every name that metrics.jsonl may hold beside `step`, the number of steps done."""
 FREE = (
@@ -282,7 +283,6 @@ def config_digest(config: RunConfig) -> str:
         for name, setting in settings.items()
     }  # fmt: skip
     kept = {name: setting for name, setting in kept.items() if not name.startswith((*FREE, "data."))}
-    kept |= {f"eval.{name}": value["eval"][name] for name in ("windows", "seq", "stride", "plugins")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

@@ -334,8 +334,11 @@ def test_a_changed_text_in_a_fresh_process_is_judged() -> None:
     assert verdicts(honest)["D7"] == "PASS"
     for changes, verdict in (
         ({"wrong": [7], "wrong_count": 1}, "FAIL"),
-        ({"alone": {"targets": 9, "largest_gap": 0.2, "rounding": False}}, "FAIL"),
-        ({"alone": {"targets": 9, "largest_gap": 1e-7, "rounding": True}}, "PASS"),
+        ({"alone": {"targets": 9, "largest_gap": 0.2, "rounding": False, "same_bits": False}}, "FAIL"),
+        ({"alone": {"targets": 9, "largest_gap": 0.0, "rounding": True, "same_bits": True}}, "PASS"),
+        ({"alone": {"targets": 9, "largest_gap": 1e-7, "rounding": True, "same_bits": False}}, "NOT CHECKED"),
+        ({"compared": 0}, "NOT CHECKED"),
+        ({"noticed": 0}, "NOT CHECKED"),
         ({"error": True, "why": {"kind": "core.shards.DataError", "message": "cut off"}}, "FAIL"),
         ({"error": True, "why": {"kind": DIED, "message": "killed"}}, "NOT CHECKED"),
     ):

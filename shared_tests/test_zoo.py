@@ -93,10 +93,12 @@ CHEATS = {
     "CountsFirst": ("mlx", {"D9": "before it was in the ledger", "D7": "that must not", "D12": "broken: D7, D9"}),
     "Forger": ("mlx", {"D9": "cannot be made by hand"}),
     "Borrower": ("mlx", {"D9": "were not scored so"}),
-    "Bypass": ("cuda", {"D9": "before it was in the ledger", "D7": "that must not"}),
+    "Bypass": ("cuda", {"D7": "scored again in a fresh process with tokens"}),
     "GoldBoost": ("mlx", {"D8": "away from 0", "D7": "that must not", "D9": "before it was in the ledger"}),
     "Pool": ("mlx", {"D7": "that must not", "D9": "before it was in the ledger", "D12": "broken: D7, D9"}),
     "BestOfTwo": ("mlx", {"D8": "away from 0"}),
+    "LateFuture": ("mlx", {"D7": "scored again in a fresh process with tokens"}),
+    "LateGold": ("mlx", {"D7": "scored again in a fresh process with tokens", "D8": "away from 0"}),
     "Oracle": ("mlx", {"D4": "opened the real one", "D7": "could not score the changed start"}),
     "Searcher": ("mlx", {"D7": "scored again in a fresh process with tokens"}),
     "FirstOnly": ("mlx", {"D7": "scored again in a fresh process with tokens", "D12": "broken: D7"}),
@@ -189,11 +191,27 @@ def test_unknown_tokens_at_no_bytes(audit: Audit, place: Zoo, tmp_path: Path) ->
     )
     config = zoo.small(data)
     windows = "plain seq=64 stride=64"
-    score = {"bpb": 3.3, "byte_rule": "table", "loss": 6.7, "targets": 4140, "bytes": 11_700, "windows": windows}
+    score = {
+        "bpb": 3.3,
+        "byte_rule": "table",
+        "loss": 6.7,
+        "targets": 4140,
+        "bytes": 11_700,
+        "windows": windows,
+        "full": True,
+    }
     run = zoo.claimed_run(tmp_path / "run", config, zoo.half_weights(config), score)
     seen = audit(model=run, data=data)
     assert seen.failed.keys() == {"D13", "D16"}  # the score is not found again either: raw bytes are counted
     assert re.search("[78][0-9] unknown tokens were charged 0 bytes", seen.failed["D13"])
+
+
+def test_a_table_beside_the_artifact_counts(audit: Audit, place: Zoo) -> None:
+    table = Path(place.data) / "table.bin"
+    table.write_bytes(bytes(16_000_000))
+    seen = audit(*named("Table"))
+    table.unlink()
+    assert seen.failed.keys() == {"D1"} and "table.bin 16,000,000" in seen.failed["D1"]
 
 
 def test_an_oversize_artifact(audit: Audit, place: Zoo) -> None:

@@ -6,6 +6,7 @@ after it; the real text is hidden. Predictions that could not have seen a change
 """
 
 import json
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,11 +49,22 @@ class Predictions(NamedTuple):
         return Predictions(*kept)
 
 
-def start_length(config: RunConfig, tokens: int) -> int:
-    """Return how many tokens of a text the first PASSES forward passes score, about, and one more."""
+def start_length(config: RunConfig, tokens: int, passes: int) -> int:
+    """Return how many tokens of a text the first `passes` forward passes score, about, and one more."""
     settings = config.eval
     stride = settings.stride or settings.seq
-    return min(tokens, PASSES * settings.batch * stride + settings.seq - stride + 1)
+    return min(tokens, passes * settings.batch * stride + settings.seq - stride + 1)
+
+
+def draw_passes(config: RunConfig, tokens: int) -> int:
+    """Return how many passes the changed text takes: nobody can know it before.
+
+    Without plug-ins a forward pass knows nothing of those before it, and PASSES are as good as all. With them it is a
+    random part of the whole, at least half of it: what they do may depend on what they have seen.
+    """
+    settings = config.eval
+    total = tokens // (settings.batch * (settings.stride or settings.seq))
+    return max(PASSES, total - secrets.randbelow(max(1, total // 2))) if settings.plugins else PASSES
 
 
 def write_start(dataset: Dataset, length: int, changes: dict[int, int], folder: Path) -> None:
@@ -126,15 +138,16 @@ def check_again(
     folder: Path,
     seed: int,
     near: float,
+    passes: int,
 ) -> dict[str, Any]:
     """Score the start of the text again with tokens changed and return what noticed, as plain JSON values.
 
     `score` scores a prepared folder in a fresh process (None: it failed). `first`: the first predictions of the
     evaluation itself; None, or in another order: the start is scored unchanged as well. `near`: nats that rounding may
-    make.
+    make. `passes`: that of `draw_passes`.
     """
     learns = bool(config.eval.plugins)
-    length = start_length(config, len(dataset.val))
+    length = start_length(config, len(dataset.val), passes)
     value: dict[str, Any] = {
         "tokens": length, "changed": [], "error": False, "alone": None,
         "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0,
@@ -144,9 +157,10 @@ def check_again(
         write_start(dataset, length, {}, folder / "unchanged")
         return score(folder / "unchanged")
 
-    base = first.first(length) if first is not None else unchanged()
+    base = first if first is not None else unchanged()
     if base is None:
         return {**value, "error": True}
+    base = base.first(length)
     changes = draw_changes(dataset, base, config, seed)
     write_start(dataset, length, changes, folder / "changed")
     changed = score(folder / "changed")
@@ -161,6 +175,11 @@ def check_again(
         alone = alone.first(length)
         same = (base.order > 0) & (base.order == alone.order) & (base.first_input == alone.first_input)
         gap = float(np.abs(base.nats - alone.nats)[same].max(initial=0.0))
-        value["alone"] = {"targets": int(same.sum()), "largest_gap": gap, "rounding": gap <= near}
+        value["alone"] = {
+            "targets": int(same.sum()),
+            "largest_gap": gap,
+            "rounding": gap <= near,
+            "same_bits": bool((base.predicted == alone.predicted)[same].all()),
+        }
         found = compare(alone, changed.first(length), sorted(changes), learns)
     return {**value, **found}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.audit.again import Predictions, check_again
+from core.audit.again import Predictions, check_again, draw_passes
 from core.audit.claims import (
     Plan,
     check_configuration,
@@ -30,7 +30,7 @@ from core.audit.texts import check_bytes, check_reversible
 from core.bundled import open_data
 from core.config import to_json
 from core.console import Console
-from core.data import Dataset
+from core.data import DataError, Dataset, identity
 from core.files import replace_file
 from core.run import config_digest
 from core.scoring.ledger import Ledger, LedgerError
@@ -82,8 +82,11 @@ def audit(plan: Plan, say: Console) -> Audit:
     AuditError if what was given cannot be evaluated at all.
     """
     began = time.monotonic()
-    dataset = open_data(plan.config.data.path)
+    dataset = _open(plan.config.data.path)
     base = Path(dataset.path)
+    same_data = plan.run is not None and plan.run.environment().get("data") in (None, identity(dataset))
+    passes = draw_passes(plan.config, len(dataset.val))
+    reference = check_reference(plan)  # what is wrong with the claim is told before the work
     shards, texts = ([base / e["file"] for e in dataset.manifest["splits"][n]["files"]] for n in ("train", "val"))
     plan.folder.mkdir(parents=True, exist_ok=True)
     ledger = plan.folder / "ledger"
@@ -91,20 +94,21 @@ def audit(plan: Plan, say: Console) -> Audit:
         ledger.unlink()
         Path(f"{ledger}.plugins").unlink(missing_ok=True)
     say(f"evaluating {plan.artifact} in a process of its own")
-    seen = _evaluate(plan, base, ledger, plan.documents, plan.flips, shards)
-    died = seen.error is not None and seen.error["kind"] == DIED
-    if not died and not _is_done(ledger):  # only a kill leaves something to go on from
+    seen = _evaluate(plan, base, ledger, plan.documents, plan.flips, shards, passes)
+    kind = seen.error["kind"] if seen.error else ""
+    busy = kind == DIED or kind.endswith("InUseError")
+    if not busy and not _is_done(ledger):  # only a kill leaves something to go on from
         ledger.unlink(missing_ok=True)
     if seen.error and seen.error["kind"].startswith("core."):  # the user can do something about it
         raise AuditError(seen.error["message"])
     fresh: list[Isolated] = []
     if seen.value and seen.value["score"]:
         say("scoring the start of the text again, changed, in a process of its own")
-        seen.value["again"] = _again(plan, dataset, seen, [*shards, *texts], fresh)
+        seen.value["again"] = _again(plan, dataset, seen, [*shards, *texts], fresh, passes)
     say("checking the texts")
     limit = None if plan.documents is None else len(dataset.val.documents(plan.documents))
     findings = [
-        check_size(plan, seen, base),
+        check_size(plan, seen, dataset),
         check_training_time(plan),
         check_evaluation_time(plan, seen),
         check_isolated(seen, fresh, shards, texts),
@@ -113,19 +117,31 @@ def audit(plan: Plan, say: Console) -> Audit:
         check_disjoint(dataset, say.progress("validation text in training text")),
         *check_predictions(seen),
         check_bytes(
-            dataset, claimed_rule(plan, seen), limit, say.progress("bytes of the text"), claimed_bytes(plan, seen)
+            dataset,
+            claimed_rule(plan, seen, same_data),
+            limit,
+            say.progress("bytes of the text"),
+            claimed_bytes(plan, seen, same_data),
         ),
         check_reversible(dataset, limit, say.progress("tokens back to text")),
-        check_reference(plan, seen),
-        check_configuration(plan, seen),
+        reference,
+        check_configuration(plan, seen, same_data),
         check_seeds(plan),
         check_packages(seen),
     ]
     return Audit(findings, seen, plan, time.monotonic() - began)
 
 
+def _open(path: str) -> Dataset:
+    """Open the data, without its training text where that is not here."""
+    try:
+        return open_data(path)
+    except DataError:
+        return open_data(path, train=False)
+
+
 def _evaluate(
-    plan: Plan, data: Path, ledger: Path, documents: int | None, flips: int, hidden: Sequence[Path]
+    plan: Plan, data: Path, ledger: Path, documents: int | None, flips: int, hidden: Sequence[Path], passes: int
 ) -> Isolated:
     """Run the evaluation of the text in `data` in a watched process."""
     return run_isolated(
@@ -138,6 +154,7 @@ def _evaluate(
             "dtype": plan.dtype,
             "ledger": str(ledger),
             "predictions": f"{ledger}.predictions.npz",
+            "passes": passes,
             "secret": _secret(),
             "started": time.monotonic(),
             "documents": documents,
@@ -150,7 +167,7 @@ def _evaluate(
 
 
 def _again(
-    plan: Plan, dataset: Dataset, seen: Isolated, hidden: Sequence[Path], fresh: list[Isolated]
+    plan: Plan, dataset: Dataset, seen: Isolated, hidden: Sequence[Path], fresh: list[Isolated], passes: int
 ) -> dict[str, Any]:
     """Score the start of the text in fresh processes, which are added to `fresh`, and compare the predictions."""
     predictions = plan.folder / "ledger.predictions.npz"
@@ -166,12 +183,12 @@ def _again(
         def score(data: Path) -> Predictions | None:
             ledger = folder / f"{data.name}-audit" / "ledger"
             ledger.parent.mkdir()
-            fresh.append(_evaluate(plan, data, ledger, None, 0, hidden))
+            fresh.append(_evaluate(plan, data, ledger, None, 0, hidden, passes))
             value = fresh[-1].value
             return Predictions.load(Path(f"{ledger}.predictions.npz")) if value and value["score"] else None
 
         near = AGREE[seen.value["dtype"]]
-        found = check_again(score, text, plan.config, first, folder, plan.seed, near)
+        found = check_again(score, text, plan.config, first, folder, plan.seed, near, passes)
     if found["error"]:
         last = fresh[-1]
         broken = (last.value or {}).get("broken")

@@ -2,14 +2,15 @@
 
 import dataclasses
 import hashlib
+import secrets
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.audit.again import Predictions
-from core.audit.flips import PASSES, Prints, first_inputs, flip_test
+from core.audit.again import Predictions, start_length
+from core.audit.flips import Prints, first_inputs, flip_test
 from core.bundled import open_data
 from core.config import ConfigError, RunConfig, from_json
 from core.console import Console
@@ -32,8 +33,9 @@ AGREE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 5e-2}
 class Distributions:
     """Looks at the distributions that were scored, on some of the passes, and keeps the predictions of the first."""
 
-    def __init__(self, every: int, tokens: int) -> None:
-        self._every, self.prints = every, Prints(tokens)
+    def __init__(self, share: float, passes: int, tokens: int) -> None:
+        self._share, self._passes, self.prints = share, passes, Prints(tokens)
+        self.seconds = 0.0
         self.passes = self.positions = 0
         self.sum = self.cost = 0.0
         """Largest distance from 0 of a log-sum over the vocabulary, and of a cost from that distribution's."""
@@ -41,12 +43,13 @@ class Distributions:
         """The log-sum that is furthest from 0."""
 
     def wants(self, number: int) -> bool:
-        """Take the first passes and one in `every` after them."""
+        """Take the first passes and a random share of those after them, which nobody can know before."""
         self._number = number
-        return number <= PASSES or number % self._every == 0
+        return number <= self._passes or secrets.randbelow(1 << 20) < self._share * (1 << 20)
 
     def see(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
         """Add up the probabilities of every kept position."""
+        began = time.monotonic()
         kept = logprobs[view.kept]
         highest = kept.max(-1, keepdims=True)
         total = np.log(np.exp(kept - highest).sum(-1, dtype=np.float64)) + highest[:, 0]
@@ -57,8 +60,9 @@ class Distributions:
         self.cost = max(self.cost, float(np.abs(nats[view.kept] - of_target).max()))
         self.passes += 1
         self.positions += len(kept)
-        if self._number <= PASSES:
+        if self._number <= self._passes:
             self.prints.see(view, targets, nats, logprobs)
+        self.seconds += time.monotonic() - began
 
 
 def audited(
@@ -69,6 +73,7 @@ def audited(
     dtype: str | None,
     ledger: str,
     predictions: str,
+    passes: int,
     secret: str,
     started: float,
     documents: int | None,
@@ -77,9 +82,9 @@ def audited(
 ) -> dict[str, Any]:
     """Score an artifact and return what was seen, as plain JSON values.
 
-    `predictions`: where the predictions of the first passes go; `secret`: goes into the name of the ledger, so that one
-    from elsewhere is not taken; `started`: time.monotonic() before the process was started; `documents`: score only the
-    first so many, None: all; `flips`: 0 leaves the flip test out.
+    `predictions`: where the predictions of the first `passes` go; `secret`: goes into the name of the ledger, so that
+    one from elsewhere is not taken; `started`: time.monotonic() before the process was started; `documents`: score only
+    the first so many, None: all; `flips`: 0 leaves the flip test out.
     """
     say = Console(as_json=True)
     found = read_artifact(artifact)
@@ -96,7 +101,7 @@ def audited(
     }
     value["prepared"] = time.monotonic() - started
     key = hashlib.sha256(f"{secret} {evaluation_key(engine, dataset, settings, plugins=True)}".encode()).hexdigest()
-    value |= _score(engine, dataset, settings, Path(ledger), key, Path(predictions), say)
+    value |= _score(engine, dataset, settings, Path(ledger), key, Path(predictions), passes, say)
     value["clock"] = time.monotonic() - started
     if not flips:
         return value
@@ -105,12 +110,20 @@ def audited(
 
 
 def _score(
-    engine: Engine, dataset: Dataset, config: RunConfig, path: Path, key: str, predictions: Path, say: Console
+    engine: Engine,
+    dataset: Dataset,
+    config: RunConfig,
+    path: Path,
+    key: str,
+    predictions: Path,
+    passes: int,
+    say: Console,
 ) -> dict[str, Any]:
     """Score the text and return the score, or the rule that was broken, and what ledger and distributions say."""
     settings = config.eval
-    passes = len(dataset.val) // (settings.batch * (settings.stride or settings.seq)) + 1
-    watch = Distributions(max(1, passes // SAMPLED), len(dataset.val))
+    total = len(dataset.val) // (settings.batch * (settings.stride or settings.seq)) + 1
+    start = start_length(config, len(dataset.val), passes)
+    watch = Distributions(SAMPLED / total, passes, start)
     book = Ledger.open(path, len(dataset.val), key, anew=True)
     resumed = book.writes
     value: dict[str, Any] = {"resumed": resumed, "broken": None, "score": None}
@@ -129,6 +142,7 @@ def _score(
         value["ledger"] = _order(book.entries)
         _save_predictions(predictions, watch.prints, book.entries, dataset, config)
         book.close()
+    value["watching"] = watch.seconds
     value["distributions"] = {
         "passes": watch.passes, "positions": watch.positions, "vocabulary": dataset.tokenizer.vocab,
         "largest_log_sum": watch.worst if np.isfinite(watch.worst) else None, "largest_cost_gap": watch.cost,
@@ -140,12 +154,10 @@ def _score(
 
 def _save_predictions(path: Path, prints: Prints, entries: np.ndarray, dataset: Dataset, config: RunConfig) -> None:
     """Write what the first passes predicted, for the parent to compare."""
-    seen = np.flatnonzero(prints.first_input >= 0)
-    tokens = int(seen.max(initial=0)) + 1
-    order = np.where(prints.first_input >= 0, np.append(0, entries["order"]), 0)
-    nats = np.append(0.0, entries["nats"])
+    count = len(prints.predicted)
+    order = np.where(prints.first_input >= 0, np.append(0, entries["order"][: count - 1]), 0)
     firsts = first_inputs(prints.first_input, dataset.val, config)
-    Predictions(*(side[:tokens] for side in (prints.predicted, order, firsts, nats))).save(path)
+    Predictions(prints.predicted, order, firsts, np.append(0.0, entries["nats"][: count - 1])).save(path)
 
 
 def _order(entries: np.ndarray) -> dict[str, Any]:

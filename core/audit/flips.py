@@ -27,7 +27,7 @@ BLOCK = 1 << 22
 
 
 class Prints:
-    """Remembers a checksum of the predictions for every target, and what each of them could see."""
+    """Remembers a checksum of the predictions for the targets before `tokens`, and what each of them could see."""
 
     def __init__(self, tokens: int) -> None:
         self.predicted = np.zeros(tokens, np.uint64)
@@ -39,10 +39,11 @@ class Prints:
 
     def see(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
         """Take the checksums of a pass."""
-        places = view.positions[view.kept]
-        self.predicted[places] = checksums(logprobs[view.kept])
+        kept = view.kept & (view.positions < len(self.predicted))
+        places = view.positions[kept]
+        self.predicted[places] = checksums(logprobs[kept])
         firsts = np.broadcast_to(view.positions[:, :1] - 1, view.positions.shape)
-        self.first_input[places] = firsts[view.kept]
+        self.first_input[places] = firsts[kept]
 
 
 def checksums(values: np.ndarray) -> np.ndarray:
@@ -77,7 +78,7 @@ def first_inputs(of_windows: np.ndarray, text: Split, config: RunConfig) -> np.n
     if config.eval.windows != "stateful":
         return of_windows
     starts = text.document_starts if config.model.documents == "isolated" else np.zeros(1, np.int64)
-    inputs = np.maximum(np.arange(len(text)) - 1, 0)
+    inputs = np.maximum(np.arange(len(of_windows)) - 1, 0)
     return starts[np.searchsorted(starts, inputs, "right") - 1]
 
 

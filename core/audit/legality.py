@@ -2,7 +2,6 @@
 
 from core.audit.auditor import Audit
 from core.audit.rules import RULES
-from core.scoring.accounting import bits_per_byte
 
 MEANING = {"PASS": "what software can check of it holds", "FAIL": "it is broken", "NOT CHECKED": "see the evidence"}
 
@@ -26,7 +25,7 @@ def markdown(found: Audit) -> str:
         "",
         *(f"* In force: {words}." for words in seen.measures),
         *(f"* Not in force: {words}." for words in seen.missing),
-        f"* The evaluating process ran for {seen.seconds:.1f} s, flip test included; the audit for {found.seconds:.1f} s.",
+        f"* The evaluating process ran for {seen.seconds:.1f} s, flip test included; the audit {found.seconds:.1f} s.",
         "",
         "## Files of ours that the evaluation opened",
         "",
@@ -55,9 +54,8 @@ def headline(found: Audit) -> str:
         return "The evaluation gave no score."
     plugins = f", with {', '.join(score['plugins'])}" if score["plugins"] else ""
     part = "" if found.plan.documents is None else f" of the first {found.plan.documents:,} documents"
-    bpb = bits_per_byte(score["nats"], score["bytes"])
     return (
-        f"{bpb:.4f} bits per byte{part} ({score['targets']:,} targets, {score['bytes']:,} bytes, rule "
+        f"{score['bpb']:.4f} bits per byte{part} ({score['targets']:,} targets, {score['bytes']:,} bytes, rule "
         f"{score['byte_rule']}, windows {score['windows']}{plugins})."
     )
 

@@ -74,17 +74,18 @@ def check_predictions(seen: Isolated) -> list[Finding]:
     else:
         words = f"plug-ins: {named or 'none'}; nothing else may change a prediction"
         findings.append(Finding("D11", "PASS", words, {"plugins": plugins}))
-    caches = [name for name, kind in plugins.items() if kind == "cache"]
+    caches = [name for name, kind in plugins.items() if kind == "cache" or name in foreign]
     if not caches:
-        words = "no cache; n-gram tables that were trained are in the artifact and its bytes"
+        words = "no cache; n-gram tables of the model are in the artifact and its bytes"
         findings.append(Finding("D12", "PASS", words))
     else:
         worst = [f.rule for f in findings[:4] if f.verdict == "FAIL"]
         unknown = [f.rule for f in findings[:4] if f.verdict == "NOT CHECKED"]
-        verdict = "FAIL" if worst else "NOT CHECKED" if unknown else "PASS"
-        words = f"cache {', '.join(caches)}: follows from D7 to D10" + (
-            f", broken: {', '.join(worst)}" if worst else ""
-        )
+        declared = any(kind == "cache" for kind in plugins.values())
+        verdict = "FAIL" if worst and declared else "NOT CHECKED" if worst or unknown else "PASS"
+        what = "cache" if declared else "perhaps a cache, though it does not say so"
+        broken = f", broken: {', '.join(worst)}" if worst else ""
+        words = f"{', '.join(caches)} ({what}): follows from D7 to D10{broken}"
         findings.append(Finding("D12", verdict, words))
     return findings
 
@@ -101,6 +102,10 @@ def _causal(seen: Isolated, flips: dict[str, Any]) -> Finding:
     details = {"flips": flips, "again": again}
     if again is None:
         return Finding("D7", "NOT CHECKED", "another rule stopped the evaluation", details)
+    alone = again["alone"]
+    if alone and alone["rounding"] and not alone["same_bits"]:
+        words = "scoring the same text in another process gave other bits, so a change shows nothing"
+        return Finding("D7", "NOT CHECKED", words, details)
     if again["wrong"]:
         words = (
             f"scored again in a fresh process with tokens {', '.join(map(str, again['changed']))} changed, "
@@ -108,10 +113,13 @@ def _causal(seen: Isolated, flips: dict[str, Any]) -> Finding:
             f"target {again['wrong'][0]}"
         )
         return Finding("D7", "FAIL", words, details)
-    if again["alone"] and not again["alone"]["rounding"]:
+    if not flips["repeatable"]:
+        words = "scoring the same text twice gave other bits, so a flip shows nothing"
+        return Finding("D7", "NOT CHECKED", words, details)
+    if alone and not alone["rounding"]:
         words = (
             f"the first {again['tokens']:,} tokens, scored by themselves in a fresh process, cost up to "
-            f"{again['alone']['largest_gap']:.3f} nats per target more or less than as a part of the whole text"
+            f"{alone['largest_gap']:.3f} nats per target more or less than as a part of the whole text"
         )
         return Finding("D7", "FAIL", words, details)
     if again["error"]:
@@ -126,11 +134,7 @@ def _causal(seen: Isolated, flips: dict[str, Any]) -> Finding:
         first = flips["wrong"][0]
         such = f"such as that of target {first['target']} when token {first['token']} was changed"
         return Finding("D7", "FAIL", f"{evidence}; {flips['wrong_count']:,} noticed that must not, {such}", details)
-    if not flips["repeatable"]:
-        return Finding(
-            "D7", "NOT CHECKED", "scoring the same text twice gave other bits, so a flip shows nothing", flips
-        )
-    if not flips["flips"] or not flips["noticed"]:
+    if not flips["flips"] or not flips["noticed"] or not again["compared"] or not again["noticed"]:
         return Finding("D7", "NOT CHECKED", f"{evidence}: the test saw no effect at all, so it shows nothing", details)
     return Finding("D7", "PASS", evidence, details)
 
@@ -153,7 +157,7 @@ def _score_first(seen: Isolated, flips: dict[str, Any], book: dict[str, Any]) ->
     broken = broken_rule(seen, "D9")
     if broken:
         return Finding("D9", "FAIL", broken, book)
-    if flips["wrong"] and flips["by_plugins"]:
+    if flips["wrong"] and flips["by_plugins"] and flips["repeatable"]:
         first = flips["wrong"][0]
         words = (
             f"the plug-ins used token {first['token']} for target {first['target']} before it was in the ledger (the "

@@ -111,7 +111,7 @@ def check_official(dataset: Dataset, documents: int, targets: int, byte_count: i
     low, high = OFFICIAL_BYTES
     details = {"documents": documents, "targets": targets, "bytes": byte_count, "vocab": dataset.tokenizer.vocab}
     measured = f"{documents} documents, {targets} targets, {byte_count} bytes, {ratio:.5f} bytes per token"
-    if documents != OFFICIAL_DOCUMENTS:
+    if documents != OFFICIAL_DOCUMENTS or abs(byte_count / low - 1) > 0.5:
         return Finding("D5", "NOT CHECKED", f"not the official set: {measured}", details)
     if not low <= byte_count <= high:
         return Finding("D5", "FAIL", f"{measured}: expected {low} to {high} bytes in {documents} documents", details)
@@ -122,7 +122,8 @@ def check_official(dataset: Dataset, documents: int, targets: int, byte_count: i
         return Finding("D5", "NOT CHECKED", what, details)
     expected = f"expected {' or '.join(map(str, known))} bytes per token, within {TOLERANCE}"
     fits = any(abs(ratio - value) <= TOLERANCE for value in known)
-    return Finding("D5", "PASS" if fits else "FAIL", f"{measured}: {expected}", details)
+    own = "" if fits else "; documents and bytes fit, so perhaps another tokenizer of as many pieces"
+    return Finding("D5", "PASS" if fits else "NOT CHECKED", f"{measured}: {expected}{own}", details)
 
 
 def _documents(dataset: Dataset, limit: int | None, progress: Progress | None) -> Iterator[tuple[int, np.ndarray]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import textwrap
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Audit:
     data: str | None = None
     """Prepared folder, or sample; None: what the run was trained on (a bare artifact: sample)."""
     tokens: int | None = None
-    """Score only the first documents, up to so many tokens: quicker; no rule about the whole set is checked."""
+    """Score only the first documents, about so many tokens: quicker; no rule about the whole set is checked."""
     windows: Literal["plain", "sliding", "documents", "stateful"] | None = None
     """As in `skc eval`."""
     seq: int | None = None
@@ -64,17 +65,22 @@ def audit_score(options: Audit, context: Context) -> Outcome:
     """Audit a run's artifact, or a bare one; not ok if a rule is broken."""
     if options.flips < 1 or (options.tokens is not None and options.tokens < 1):
         raise ConfigError(f"--flips {options.flips} --tokens {options.tokens}: expected at least 1")
+    if not all(math.isfinite(score) and score > 0 for score in options.reference):
+        raise ConfigError(f"--reference {options.reference}: expected bits per byte above 0")
     plan = _plan(options)
+    report, data = plan.folder / "legality.md", plan.folder / "audit.json"
+    for old in (report, data):  # whatever happens now, an earlier verdict is not this one's
+        old.unlink(missing_ok=True)
     found = audit(plan, context.say)
     value = found.to_json()
-    report, data = plan.folder / "legality.md", plan.folder / "audit.json"
     replace_file(report, markdown(found).encode())
     replace_file(data, (json.dumps(value, indent=1) + "\n").encode())
     context.say(headline(found))
     for one in found.findings:
         _show(one, context)
     broken = [f.rule for f in found.findings if f.verdict == "FAIL"]
-    context.say(f"broken: {', '.join(dict.fromkeys(broken))}" if broken else "no rule was found broken")
+    fine = "no rule was found broken" if found.ok else "the evaluation did not come to its end"
+    context.say(f"broken: {', '.join(dict.fromkeys(broken))}" if broken else fine)
     for path in (report, data):
         context.say(f"wrote {path}")
     return Outcome(found.ok, {**value, "files": [str(report), str(data)]})
@@ -115,7 +121,8 @@ def _plan(options: Audit) -> Plan:
     documents = None
     if options.tokens is not None and options.tokens < len(dataset.val):
         documents = max(1, int((dataset.val.document_starts <= options.tokens).sum()) - 1)
-    others = [Run.open(other) for other in options.seeds]
+    places = {Path(other).resolve() for other in options.seeds} - {path.resolve()}
+    others = [Run.open(place) for place in sorted(places)]
     return Plan(
         artifact=artifact,
         run=run,
