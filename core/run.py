@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from core.config import ConfigError, RunConfig, differences, from_json, to_json
+from core.config import LATER, ConfigError, RunConfig, differences, from_json, to_json
 from core.engine import Arrays, Engine
 from core.files import naming, replace_file
 from core.params import check_arrays, optimizer_slots, param_table
@@ -275,12 +275,15 @@ class Run:
 
 
 def config_digest(config: RunConfig) -> str:
-    """Return the sha256 of all settings but the seed, those that do not decide the weights, and the data's place."""
-    value = to_json(config)
+    """Return the sha256 of all settings but the seed, those that do not decide the weights, and the data's place.
+
+    A field that came later counts where it is not at its default, so that runs keep their digest.
+    """
+    value, defaults = to_json(config), to_json(RunConfig())
     kept = {
         f"{part}.{name}": setting
         for part, settings in value.items() if isinstance(settings, dict)
-        for name, setting in settings.items()
+        for name, setting in settings.items() if name not in LATER or setting != defaults[part][name]
     }  # fmt: skip
     kept = {name: setting for name, setting in kept.items() if not name.startswith((*FREE, "data."))}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

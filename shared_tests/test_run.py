@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import core.run
 import core.train
 from core import presets, rng
 from core.bundled import open_data
-from core.config import ConfigError, RunConfig
+from core.config import ConfigError, DataConfig, RunConfig, to_json
 from core.data import Dataset
 from core.engine import Arrays, Batch, StepResult
 from core.params import param_table, start_values
-from core.run import METRICS, Run, RunError, _digest
+from core.run import METRICS, Run, RunError, _digest, config_digest
 from core.schedule import StepPlan
 from core.storage import Stored
 from core.train import NonFiniteError, train, warm_up
@@ -443,3 +444,27 @@ def test_a_checkpoint_holds_the_whole_table(whole: Run) -> None:
         saved.params, key=list(param_table(whole.config.model)).index
     )
     assert saved.optimizer.keys() == {f"{name}.{slot}" for name in saved.params for slot in ("m", "v")}
+
+
+def test_the_digest_of_settings() -> None:
+    """All that decides the weights counts, and nothing else; a field that older files lack counts off its default."""
+    config = presets.get("debug").config
+    digest = config_digest(config)
+    same = [
+        dataclasses.replace(config, seed=7),
+        dataclasses.replace(config, eval=dataclasses.replace(config.eval, seq=64)),
+        dataclasses.replace(config, data=DataConfig("elsewhere")),
+        dataclasses.replace(config, train=dataclasses.replace(config.train, save_every=3)),
+    ]
+    assert {config_digest(other) for other in same} == {digest}
+    other = [
+        dataclasses.replace(config, train=dataclasses.replace(config.train, lr_matrix=0.5)),
+        dataclasses.replace(config, train=dataclasses.replace(config.train, lr_hash=0.5)),
+        dataclasses.replace(config, model=dataclasses.replace(config.model, smear=True)),
+    ]
+    assert len({digest, *map(config_digest, other)}) == 4
+    with pytest.MonkeyPatch.context() as patch:  # what a version without the field would have written
+        plain = to_json(config)
+        del plain["train"]["lr_hash"]
+        patch.setattr(core.run, "to_json", lambda _: plain)
+        assert config_digest(config) == digest

@@ -155,7 +155,8 @@ def check_configuration(plan: Plan, seen: Isolated, same_data: bool) -> Finding:
         return Finding("D16", "FAIL", words, details)
     silent = [name for name, found in logged.items() if not found]
     digest = config_digest(plan.run.config)
-    words = f"configuration {digest[:12]} (all settings but the seed) in config.json and log of {len(digests)} run(s)"
+    words = f"configuration {digest[:12]} (what decides the weights, but the seed) in config.json and log of "
+    words += f"{len(digests)} run(s)"
     claim = recorded(plan.run)
     audited = (seen.value or {}).get("score")
     if not (claim and audited and _same_thing(claim, audited) and same_data and plan.documents is None):
