@@ -322,6 +322,6 @@ def test_places() -> None:
         numpy: "package", os.path.realpath(ast.__file__): "python", os.path.realpath(sys.executable): "python",
         f"{root}/core/data.py": "code", f"{root}/core/bundled/tokenizer.model": "other", f"{root}/data/x.bin": "other",
         "/etc/passwd": "system", "/dev/shm/x": "other", "/home/me/train.bin": "other", "/run-1/x": "audit",
-        "/run-10/x": "other", "/given/val.bin": "input",
+        "/run-10/x": "other", "/given/val.bin": "input", f"{root}/lab.egg-info/entry_points.txt": "package",
     }  # fmt: skip
     assert {p: places.classify(p, {"/given/val.bin"}, ["/run-1"]) for p in expected} == expected

@@ -73,7 +73,20 @@ def audit(place: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Audit:
 
     def run(*options: str, model: str = place.model, data: str = place.data, backend: str = "mlx") -> Seen:
         out = tmp_path / "audit"
-        settings = ["--data", data, "--seq", "64", "--batch", "4", "--backend", backend, "--out", str(out)]
+        settings = [
+            "--data",
+            data,
+            "--seq",
+            "64",
+            "--batch",
+            "4",
+            "--flips",
+            "2",
+            "--backend",
+            backend,
+            "--out",
+            str(out),
+        ]
         code = main(["audit", model, *settings, *options])
         value, report = json.loads((out / "audit.json").read_text()), (out / "legality.md").read_text()
         assert {f["rule"] for f in value["findings"]} == RULES.keys()

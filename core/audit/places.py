@@ -62,7 +62,7 @@ def classify(path: str, announced: Collection[str] = (), own: Sequence[str] = ()
         return "audit"
     if path.endswith((".py", ".pyc")) and under(path, CODE):
         return "code"
-    if under(path, _PACKAGES):
+    if under(path, _PACKAGES) or _is_metadata(path):
         return "package"
     if under(path, _STANDARD):
         return "python"
@@ -71,6 +71,11 @@ def classify(path: str, announced: Collection[str] = (), own: Sequence[str] = ()
     if path.startswith("/memfd:") or (under(path, SYSTEM) and not under(path, ["/dev/shm"])):
         return "system"
     return "python" if under(path, _PYTHON) else "other"
+
+
+def _is_metadata(path: str) -> bool:
+    """Return whether a file says what a distribution is: an editable install keeps it beside the checkout."""
+    return os.path.dirname(path).endswith((".egg-info", ".dist-info"))
 
 
 def listed(
