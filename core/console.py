@@ -35,6 +35,11 @@ class Console:
         self._terminal = self._stream.isatty()
         self._log: TextIO | None = None
         self._status: Any = None
+        self._muted = False
+
+    def mute(self) -> None:
+        """Say nothing from here on: another rank speaks."""
+        self._muted = True
 
     @contextmanager
     def copied_to(self, file: TextIO) -> Iterator[None]:
@@ -47,6 +52,8 @@ class Console:
 
     def __call__(self, line: str = "") -> None:
         """Print one line."""
+        if self._muted:
+            return
         self.clear()
         if self._terminal:
             from rich.console import Console as Rich
@@ -66,6 +73,8 @@ class Console:
 
         def report(done: int, total: int, label: str = label) -> None:
             nonlocal shown
+            if self._muted:
+                return
             now = time.monotonic()
             if self._terminal and done >= total:
                 self.clear()
@@ -105,5 +114,5 @@ class Console:
     def result(self, value: dict[str, Any]) -> None:
         """Print the verb's JSON object on stdout, if it was asked for."""
         self.clear()
-        if self.as_json:
+        if self.as_json and not self._muted:
             print(json.dumps(value, allow_nan=False), flush=True)

@@ -224,8 +224,8 @@ def _read_lengths(path: str) -> np.ndarray:
     raise DataError(f"{path}: document_bytes: expected one row of int64")
 
 
-def batch(split: Split, step: int, rows: int, seq: int, seed: int) -> Batch:
-    """Return the rows of step `step`: a pure function of its arguments.
+def batch(split: Split, step: int, rows: int, seq: int, seed: int, part: slice | None = None) -> Batch:
+    """Return the rows of step `step`, or `part` of them: a pure function of its arguments.
 
     Windows of seq + 1 tokens lie on a grid of stride seq; row r of step s is window number s * rows + r. Each epoch
     visits every window once, in the order (m * i + o) mod n with m coprime to n, drawn from (seed, epoch).
@@ -237,15 +237,16 @@ def batch(split: Split, step: int, rows: int, seq: int, seed: int) -> Batch:
             f"{split.name}: {len(split)} tokens, shorter than one row of seq + 1 = {seq + 1}; use a smaller train.seq"
         )
     orders: dict[int, tuple[int, int]] = {}
-    starts = np.empty(rows, np.int64)
-    for row in range(rows):
+    wanted = range(rows)[part or slice(None)]
+    starts = np.empty(len(wanted), np.int64)
+    for place, row in enumerate(wanted):
         epoch, i = divmod(step * rows + row, windows)
         if epoch not in orders:
             orders[epoch] = _order(seed, epoch, windows)
         multiplier, offset = orders[epoch]
-        starts[row] = (multiplier * i + offset) % windows * seq
+        starts[place] = (multiplier * i + offset) % windows * seq
     tokens = split.gather(starts, seq + 1)
-    return Batch(np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:]))
+    return Batch(np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:]), rows)
 
 
 def _order(seed: int, epoch: int, windows: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from core.config import ConfigError, ModelConfig, RunConfig
+from core.ranks import Alone, Ranks
 from core.schedule import StepPlan
 from core.storage import Stored
 
@@ -25,14 +26,19 @@ class Batch(NamedTuple):
 
     tokens: np.ndarray  # (rows, seq) int32
     targets: np.ndarray  # (rows, seq) int32
+    total: int = 0
+    """Rows of the step on all ranks together; 0: these."""
 
 
-def micro_rows(batch: Batch, most: int) -> int:
-    """Return the rows of one micro-batch: `most`, or all of a smaller batch; ValueError unless it divides the batch."""
-    rows = len(batch.tokens)
-    if rows > most and rows % most:
-        raise ValueError(f"a step of {rows} rows cannot be cut into micro-batches of {most}: give a multiple, or fewer")
-    return min(rows, most)
+def micro_batches(batch: Batch, most: int, world: int) -> tuple[list[slice], list[float], float]:
+    """Return the rows of each micro-batch, its weight, and what the weighted sum is divided by to be the step's mean.
+
+    A micro-batch has `most` rows, or as many as the busiest of `world` ranks has; a last one may have fewer.
+    """
+    rows, total = len(batch.tokens), batch.total or len(batch.tokens)
+    unit = min(most, -(-total // world))
+    parts = [slice(i, min(i + unit, rows)) for i in range(0, rows, unit)]
+    return parts, [(part.stop - part.start) / unit for part in parts], total / unit
 
 
 class StepResult(NamedTuple):
@@ -110,9 +116,11 @@ class Engine(Protocol):
     """Choices that were made at build time, one line each, printed at the start of a run."""
     quantise: bool
     """Whether forward passes use the stored form of the weights: what the last step's plan, or a load, said."""
+    ranks: Ranks
+    """The processes that train together: they call train_step and optimizer in the same order."""
 
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
-        """Start one optimizer step; at most two are in flight."""
+        """Start one optimizer step on this rank's rows; at most two are in flight."""
         ...
 
     def gradients(self, batch: Batch) -> tuple[float, Arrays]:
@@ -239,10 +247,11 @@ def load_engine(
     weights: Arrays | None = None,
     options: EngineOptions | None = None,
     quantise: bool = False,
+    ranks: Ranks | None = None,
 ) -> Engine:
     """Build the model of `config` on `backend` with `weights` (None: the start values of config.seed).
 
-    `quantise` is that of `Engine.load_params`.
+    `quantise` is that of `Engine.load_params`; `ranks` are what `core.ranks.join` gave, None: this process alone.
     """
     from core.params import start_values
 
@@ -252,4 +261,4 @@ def load_engine(
     module = importlib.import_module(f"backends.{name}.engine")
     if weights is None:
         weights = start_values(config.model, config.seed)
-    return module.build(config, weights, options, quantise)
+    return module.build(config, weights, options, quantise, ranks or Alone())

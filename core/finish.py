@@ -12,6 +12,7 @@ from core.console import Console
 from core.data import Dataset, identity
 from core.engine import Arrays, Engine
 from core.export.artifact import read_artifact, write_artifact
+from core.ranks import only_rank_0, share_arrays
 from core.report import write_report
 from core.run import Run
 from core.scoring import Score, score
@@ -26,30 +27,38 @@ def finish(
     """Score the weights of `step`, write the artifact, score it again through its reader, write the report.
 
     With `path` only the artifact is written, there: the run's own results stay those of its end. Returns what a verb
-    prints as JSON. `engine` is left with the artifact's weights.
+    prints as JSON. `engine` is left with the artifact's weights. All ranks score; rank 0 writes.
     """
-    config = run.config
-    state = run.path / "state"
-    scored = final_score(engine, dataset, config, say, "scoring", state / "score.ledger")
+    config, ranks = run.config, engine.ranks
+    state, first = run.path / "state", ranks.rank == 0
+
+    def judge(label: str, name: str, plugins: bool = False) -> Score:
+        return final_score(engine, dataset, config, say, label, state / name if first else None, plugins=plugins)
+
+    scored = judge("scoring", "score.ledger")
     say(f"{describe(scored)} (weights in memory)")
     if path is None:
         run.log(step, {"final/score": scored.to_json()})
     target, exact = path or run.artifact_path, engine.quantise
     if config.train.quantise != "never" and not exact:
         say(f"WARNING: train.quantise={config.train.quantise} never switched on: weights are rounded only now")
-    size = write_artifact(
-        target,
-        config.model,
-        engine.quantised(),
-        tokenizer_sha256=dataset.tokenizer.sha256,
-        provenance={"preset": config.preset, "seed": config.seed, "step": step, "train_seq": config.train.seq},
+    provenance = {"preset": config.preset, "seed": config.seed, "step": step, "train_seq": config.train.seq}
+    size = only_rank_0(
+        ranks,
+        lambda: write_artifact(
+            target,
+            config.model,
+            engine.quantised(),
+            tokenizer_sha256=dataset.tokenizer.sha256,
+            provenance=provenance,
+        ),
     )
-    decoded = read_artifact(target).weights
+    decoded = share_arrays(ranks, read_artifact(target).weights if first else None)
     if exact:
         check_promise(decoded, engine.weights(), target)
         say(f"all {len(decoded)} tensors of the artifact are those of the forward pass, bit for bit")
     engine.load_params(decoded)
-    stored = final_score(engine, dataset, config, say, "scoring the artifact", state / "artifact.ledger")
+    stored = judge("scoring the artifact", "artifact.ledger")
     gap = stored.bpb - scored.bpb
     say(f"{describe(stored)} (artifact, reloaded); round-trip gap {gap:+.6f}")
     allowed = config.export.budget - config.export.code_bytes
@@ -65,10 +74,12 @@ def finish(
     run.log(step, {"final/artifact": exported})
     if config.eval.plugins:
         named = f"scoring with {', '.join(config.eval.plugins)}"
-        helped = final_score(engine, dataset, config, say, named, state / "plugins.ledger", plugins=True)
+        helped = judge(named, "plugins.ledger", plugins=True)
         say(f"{describe(helped)} (artifact)")
         run.log(step, {"final/plugins": helped.to_json()})
         value["plugins"] = helped.to_json()
+    if not first:
+        return value
     for left in state.glob("*.ledger*"):  # of an evaluation that was given up
         left.unlink()
     shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
@@ -123,7 +134,7 @@ def final_score(
     try:
         found = score(
             engine, dataset, settings, documents=drawn, seed=seed, progress=report, ledger=book, isolated=isolated,
-            plugins=used,
+            plugins=used, ranks=engine.ranks,
         )  # fmt: skip
     except BaseException:
         if book is not None:

@@ -178,7 +178,7 @@ def _batches(config: RunConfig, steps: int) -> list[Batch]:
     out = []
     for step in range(steps):
         made = batch_at(dataset.train, step, config.train.batch, config.train.seq, config.seed)
-        out.append(Batch(*(part if vocab >= dataset.tokenizer.vocab else part % vocab for part in made)))
+        out.append(made if vocab >= dataset.tokenizer.vocab else Batch(made.tokens % vocab, made.targets % vocab))
     return out
 
 

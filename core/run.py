@@ -20,6 +20,7 @@ from core.config import LATER, ConfigError, RunConfig, differences, from_json, t
 from core.engine import Arrays, Engine
 from core.files import naming, replace_file
 from core.params import check_arrays, optimizer_slots, param_table
+from core.ranks import Ranks, agree, share_arrays
 
 METRICS = {
     "train/loss": "mean nats per target since the last line",
@@ -261,6 +262,7 @@ class Run:
                 f"add --dtype {saved.dtype}, or choose another --out"
             )
         step, seconds = (saved.step, saved.seconds) if saved else (0, 0.0)
+        _share(engine.ranks, saved)
         if saved:
             try:
                 engine.load_params(saved.params, saved.quantise)
@@ -272,6 +274,37 @@ class Run:
         kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step] if saved else []
         replace_file(self.metrics_path, "".join(kept).encode())
         return step, seconds
+
+
+class Follower(Run):
+    """A run as ranks other than 0 see it: its settings. They write nothing, and read what rank 0 read."""
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Leave it to rank 0."""
+
+    def save(self, engine: Engine, step: int, seconds: float) -> None:
+        """Give rank 0 what this rank knows of the optimizer's state."""
+        engine.optimizer()
+
+    def restore(self, engine: Engine) -> tuple[int, float]:
+        """Load the checkpoint that rank 0 read."""
+        saved = _share(engine.ranks, None)
+        if saved is None:
+            return 0, 0.0
+        engine.load_params(saved.params, saved.quantise)
+        engine.load_optimizer(saved.optimizer)
+        return saved.step, saved.seconds
+
+
+def _share(ranks: Ranks, saved: Checkpoint | None) -> Checkpoint | None:
+    """Return rank 0's checkpoint on every rank."""
+    if ranks.world == 1:
+        return saved
+    head = agree(ranks, saved and {k: v for k, v in saved._asdict().items() if k not in ("params", "optimizer")})
+    if head is None:
+        return None
+    params = share_arrays(ranks, saved and saved.params)
+    return Checkpoint(**head, params=params, optimizer=share_arrays(ranks, saved and saved.optimizer))
 
 
 def config_digest(config: RunConfig) -> str:

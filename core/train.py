@@ -1,5 +1,6 @@
 """The training loop, on one screen: what happens, in the order in which it happens."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core import rng
-from core.config import RunConfig, TrainConfig
+from core.config import ConfigError, RunConfig, TrainConfig
 from core.console import duration
 from core.data import Dataset, Prefetch, batch
 from core.engine import Batch, Engine, Pending
 from core.generate import samples
+from core.ranks import agree, share
 from core.run import Run
 from core.schedule import plan, progress_by_steps
 from core.scoring import score
@@ -60,9 +62,12 @@ class Clock:
 def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
     """Train `engine` to the end of `run.config` on `dataset`, from the run's checkpoint if it has one.
 
-    NonFiniteError names the first step whose loss or gradients were not finite.
+    Every rank of the engine does this with its rows of each batch; time is rank 0's. NonFiniteError names the first
+    step whose loss or gradients were not finite, ConfigError a run of fewer rows than ranks.
     """
-    config, settings = run.config, run.config.train
+    config, settings, ranks = run.config, run.config.train, engine.ranks
+    if settings.batch < ranks.world:
+        raise ConfigError(f"train.batch={settings.batch} rows cannot be shared by {ranks.world} ranks: use fewer ranks")
     step, seconds = run.restore(engine)
     if step:
         say(f"resumed at step {step}")
@@ -70,12 +75,15 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
         warm_up(engine, config)
     first = plan(step, _progress(step, seconds, settings), settings).seq
     rows = settings.rows_of
-    feed = Prefetch(lambda s, seq: batch(dataset.train, s, rows(seq)[0], seq, config.seed), step, first)
+    part = functools.partial(share, ranks=ranks)
+    feed = Prefetch(
+        lambda s, seq: batch(dataset.train, s, rows(seq)[0], seq, config.seed, part(rows(seq)[0])), step, first
+    )
     clock = Clock(seconds)
     meter, saved = Meter(run, dataset, clock, say), step
     try:
-        while not done(step, clock.seconds, settings):
-            progress = _progress(step, clock.seconds, settings)
+        while not done(step, seconds := _agreed(clock, engine, settings), settings):
+            progress = _progress(step, seconds, settings)
             now = plan(step, progress, settings)
             if settings.quantise == "late" and now.quantise and not engine.quantise:
                 say(f"step {step}: from here on forward passes use the stored form of the weights")
@@ -89,7 +97,7 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
             with clock.paused():
                 if evaluate:
                     _estimate(run, engine, dataset, step, say)
-                if write:
+                if write and ranks.rank == 0:
                     write_samples(run, engine, dataset, step, say)
                 if save:
                     run.save(engine, step, clock.seconds)
@@ -98,7 +106,7 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
         feed.close()
     meter.read(step)
     seconds = clock.seconds
-    if saved != step or not run.checkpoint_path.exists():
+    if agree(ranks, saved != step or not run.checkpoint_path.exists()):
         run.save(engine, step, seconds)
     return Summary(step, seconds)
 
@@ -113,11 +121,11 @@ def warm_up(engine: Engine, config: RunConfig) -> None:
     for seq in sorted(set(settings.lengths)):
         rows = settings.rows_of(seq)[0]
         drawn = rng.integers16(config.seed, "warm-up", rows * (seq + 1)) % config.model.vocab
-        drawn = drawn.astype(np.int32).reshape(rows, seq + 1)
+        drawn = drawn.astype(np.int32).reshape(rows, seq + 1)[share(rows, engine.ranks)]
         tokens, targets = np.ascontiguousarray(drawn[:, :-1]), np.ascontiguousarray(drawn[:, 1:])
         for repeat in {plan(0, 0.0, settings).repeat, True}:
             first = replace(plan(0, 0.0, settings), seq=seq, quantise=settings.quantise != "never", repeat=repeat)
-            engine.train_step(Batch(tokens, targets), first).result()
+            engine.train_step(Batch(tokens, targets, rows), first).result()
     engine.load_params(params, quantise)
     engine.load_optimizer(optimizer)
 
@@ -184,7 +192,10 @@ def _estimate(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -
     """Estimate the validation score on a few documents and record it."""
     config = run.config
     settings, isolated = config.eval, config.model.documents == "isolated"
-    found = score(engine, dataset, settings, documents=settings.train_documents, seed=settings.seed, isolated=isolated)
+    found = score(
+        engine, dataset, settings, documents=settings.train_documents, seed=settings.seed, isolated=isolated,
+        ranks=engine.ranks,
+    )  # fmt: skip
     run.log(step, {"val/bpb": found.bpb} | ({} if found.error is None else {"val/error": found.error}))
     spread = f" ± {found.error:.4f}" if found.error else ""  # no error where the draw took all documents
     say(
@@ -209,6 +220,11 @@ def _due(step: int, every: int | None) -> bool:
 def done(step: int, seconds: float, settings: TrainConfig) -> bool:
     """Return whether a run of `step` steps and `seconds` of training has reached its end."""
     return step >= settings.steps or (settings.seconds is not None and seconds >= settings.seconds)
+
+
+def _agreed(clock: Clock, engine: Engine, settings: TrainConfig) -> float:
+    """Return the training time that every rank goes by; where only steps count, nobody is asked."""
+    return clock.seconds if settings.seconds is None else agree(engine.ranks, clock.seconds)
 
 
 def _progress(step: int, seconds: float, settings: TrainConfig) -> float:

@@ -21,7 +21,7 @@ from core import presets, rng, schedule
 from core.bundled import open_data
 from core.cli import main
 from core.config import ConfigError, EvalConfig
-from core.engine import Batch, Engine, EngineOptions, load_engine, micro_rows
+from core.engine import Batch, Engine, EngineOptions, load_engine, micro_batches
 from core.export.artifact import write_artifact
 from core.scoring import Score, score, score_text, session
 from core.scoring.ledger import Ledger, LedgerError, Scored
@@ -426,8 +426,9 @@ def test_fewer_rows_than_a_micro_batch_are_learned(backend: str) -> None:
         plugin = Adaptation(length)
         _, entries = run(fresh(backend, small("debug")), dataset, [plugin], batch=batch)
         assert plugin.steps > 0 and entries["version"].max() == plugin.steps
-    with pytest.raises(ValueError, match="3 rows cannot be cut into micro-batches of 2"):
-        micro_rows(Batch(np.zeros((3, 4), np.int32), np.zeros((3, 4), np.int32)), 2)
+    three = Batch(np.zeros((3, 4), np.int32), np.zeros((3, 4), np.int32))
+    assert micro_batches(three, 2, 1) == ([slice(0, 2), slice(2, 3)], [1.0, 0.5], 1.5)
+    assert micro_batches(three._replace(total=8), 8, 3) == ([slice(0, 3)], [1.0], 8 / 3)
 
 
 @pytest.mark.pair

@@ -1,5 +1,6 @@
 """The PyTorch engine: model, optimizer and device behind core.engine.Engine. A translation of the MLX engine."""
 
+import functools
 import resource
 import sys
 import time
@@ -10,10 +11,12 @@ import torch
 from torch.func import functional_call
 
 from backends.cuda import ops, optim, storage
+from backends.cuda.distributed import Reducer
 from backends.cuda.model import Model
 from core.context import Constants
-from core.engine import Arrays, Batch, EngineOptions, State, StepResult, micro_rows
+from core.engine import Arrays, Batch, EngineOptions, State, StepResult, micro_batches
 from core.params import check_arrays, exported, optimizer_slots, param_table
+from core.ranks import buckets, updated_by
 from core.schedule import NUMBERS, StepPlan
 from core.storage import Stored
 from core.tables import mixer_tables, rope_tables
@@ -53,7 +56,7 @@ class Engine:
 
     backend = "cuda"
 
-    def __init__(self, config, weights: Arrays, options: EngineOptions, quantise: bool):
+    def __init__(self, config, weights: Arrays, options: EngineOptions, quantise: bool, ranks):
         gpu = torch.cuda.is_available()
         self.dtype = options.dtype or ("bfloat16" if gpu else "float32")
         self._device = torch.device("cuda" if gpu else "cpu")
@@ -80,6 +83,8 @@ class Engine:
         wanted = options.compile if options.compile is not None else gpu
         self._objective = torch.compile(self._losses, backend=self._count, dynamic=False) if wanted else self._losses
         self._finish = torch.compile(self._update, backend=self._count, dynamic=False) if wanted else self._update
+        self._change = torch.compile(self._rules, backend=self._count, dynamic=False) if wanted else self._rules
+        self.ranks, self._buckets = ranks, buckets(config, ranks.world)
         self.notes = (
             f"compile: {'loss and update (torch.compile)' if wanted else 'off (eager)'}",
             f"attention: {'exact, composed' if self._exact else 'torch scaled_dot_product_attention'}",
@@ -115,25 +120,69 @@ class Engine:
         loss = torch.mean(nll)
         return loss + self._train.z_loss * torch.mean(torch.square(total)) if self._train.z_loss else loss, loss
 
-    def _gradient(self, weights, tokens, targets, repeat):
-        """Return (objective, loss, gradients) of one micro-batch."""
+    def _gradient(self, weights, tokens, targets, repeat, ready=None):
+        """Return (objective, loss, gradients) of one micro-batch; `ready` gets each gradient when it is there."""
         objective, loss = self._objective(weights, tokens, targets, self._constants(tokens.shape[1]), repeat)
+        hooks = [weights[n].register_hook(functools.partial(ready, n)) for n in self._table] if ready else []
         grads = torch.autograd.grad(objective, [weights[name] for name in self._table])
+        for hook in hooks:
+            hook.remove()
         return objective.detach(), loss.detach(), dict(zip(self._table, grads, strict=True))
 
     @torch.no_grad()
     def _update(self, params, state, grads, loss, hyper, count):
         """Return (mean loss, norm, finite) after one clipped and guarded update of params and state, in place."""
-        if count != 1:  # CUDA: eager torch would walk all gradients once more for nothing
-            loss, grads = loss / count, {name: g / count for name, g in grads.items()}
-        norm = optim.global_norm(grads.values())
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
-        scale = optim.clip_scale(norm, self._train.clip)
+        loss, norm, finite = self._measured(loss / count, optim.global_norm(grads.values()) / count)
+        self._rules(params, state, grads, norm, finite, hyper, count)
+        self._follow(params, state, finite, hyper)
+        return loss, norm, finite
+
+    def _measured(self, loss, norm):
+        return loss, norm, torch.isfinite(loss) & torch.isfinite(norm)
+
+    @torch.no_grad()
+    def _rules(self, params, state, grads, norm, finite, hyper, count):
+        """Update the parameters that have gradients, which are `count` times too large, and their state, in place."""
+        scale = optim.clip_scale(norm, self._train.clip) / count
         grads = {name: g * scale for name, g in grads.items()}
         new = optim.update(self._run, params, state, grads, dict(zip(NUMBERS, hyper, strict=True)))
-        for fresh, stale in zip(new, (params, state), strict=True):
-            for name, value in stale.items():  # CUDA: in place, so that no second copy is kept
-                value.copy_(torch.where(finite, fresh[name], value))
+        self._replace(new, (params, state), finite)
+
+    @torch.no_grad()
+    def _follow(self, params, state, finite, hyper):
+        """Update the running averages, in place."""
+        new = optim.averages(self._run, params, state, dict(zip(NUMBERS, hyper, strict=True)))
+        self._replace((new,), (state,), finite)
+
+    def _replace(self, new, old, finite):
+        for fresh, stale in zip(new, old, strict=True):
+            for name, value in fresh.items():  # CUDA: in place, so that no second copy is kept
+                stale[name].copy_(torch.where(finite, value, stale[name]))
+
+    @torch.no_grad()
+    def _update_together(self, reducer, loss, hyper, count):
+        """Do what _update does with all ranks: each updates its part of Muon's matrices, which then go to all."""
+        grads, params, state = reducer.finish(), self._params, self._state
+        alone, all_ = updated_by(self._buckets, self.ranks.rank)
+        squares = [
+            torch.square(optim.global_norm([grads[n] for n in names])) if names else None for names in (alone, all_)
+        ]
+        zero = torch.zeros_like(loss)
+        ours, common = (zero if s is None else s for s in squares)
+        loss, ours = self.ranks.sum(torch.stack([loss, ours]))
+        loss, norm, finite = self._measured(loss / count, torch.sqrt(ours + common) / count)
+        waits = []
+        for shape in sorted({params[b.names[0]].shape for b in self._buckets if b.slots}):
+            shaped = [b for b in self._buckets if b.slots and params[b.names[0]].shape == shape]
+            mine = {n: grads[n] for b in shaped if (n := b.owned(self.ranks.rank)) is not None}
+            if mine:
+                self._change(params, state, mine, norm, finite, hyper, count)
+            waits.append(self.ranks.share_updates(shaped, params))  # while the next shape is updated
+        if all_:
+            self._change(params, state, {n: grads[n] for n in all_}, norm, finite, hyper, count)
+        for wait in waits:
+            wait()
+        self._follow(params, state, finite, hyper)
         return loss, norm, finite
 
     # The protocol.
@@ -141,18 +190,23 @@ class Engine:
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
         hyper = torch.tensor(plan.numbers, dtype=self._wide).to(self._device, non_blocking=True)
         seq = batch.tokens.shape[1]
-        rows = micro_rows(batch, self._train.rows_of(seq)[1])
-        count = len(batch.tokens) // rows
-        loss, grads = None, {}
+        parts, shares, count = micro_batches(batch, self._train.rows_of(seq)[1], self.ranks.world)
+        reducer = Reducer(self.ranks, self._buckets) if self.ranks.world > 1 else None
+        loss, grads = 0.0, {}
         weights = self._trained(self._params, plan.quantise)
-        for i in range(0, len(batch.tokens), rows):
-            tokens, targets = self._move(batch.tokens[i : i + rows]), self._move(batch.targets[i : i + rows])
-            _, new, more = self._gradient(weights, tokens, targets, plan.repeat)
-            loss, grads = (
-                (new, more) if loss is None else (loss + new, {name: grads[name] + more[name] for name in grads})
-            )
+        for part, share in zip(parts, shares, strict=True):
+            tokens, targets = self._move(batch.tokens[part]), self._move(batch.targets[part])
+            last = part is parts[-1]
+            ready = functools.partial(_send, reducer, grads, share) if reducer is not None and last else None
+            _, new, more = self._gradient(weights, tokens, targets, plan.repeat, ready)
+            loss = loss + new * share
+            if ready is None:
+                grads = {name: _sum(grads, share, name, g) for name, g in more.items()}
         del weights
-        numbers = self._finish(self._params, self._state, grads, loss, hyper, float(count))
+        if reducer is None:
+            numbers = self._finish(self._params, self._state, grads, loss, hyper, count)
+        else:
+            numbers = self._update_together(reducer, loss, hyper, count)
         self.quantise, self._weights = plan.quantise, None
         self._in_flight.append(Pending(*numbers, self._mark()))
         if len(self._in_flight) > IN_FLIGHT:
@@ -217,7 +271,11 @@ class Engine:
                 self._state[f"{name}.ema"].copy_(self._params[name])
         self.quantise, self._weights = quantise, None
 
+    @torch.no_grad()
     def optimizer(self) -> Arrays:
+        if self.ranks.world > 1:  # each rank has the momentum of the matrices that it updates
+            shared = {name: self._state[f"{name}.m"] for b in self._buckets for name in b.names}
+            self.ranks.share_updates([b for b in self._buckets if b.slots], shared)()
         return {name: value.cpu().numpy().copy() for name, value in self._state.items()}
 
     def load_optimizer(self, state: Arrays) -> None:
@@ -300,6 +358,17 @@ class Engine:
         return event
 
 
-def build(config, weights: Arrays, options: EngineOptions, quantise: bool) -> Engine:
+def _sum(grads, share, name, grad):
+    """Return a micro-batch's gradient, weighted, with those of the micro-batches before."""
+    grad = grad if share == 1 else grad * share
+    return grads[name] + grad if name in grads else grad
+
+
+def _send(reducer, grads, share, name, grad):
+    """Send the gradient of a step to the other ranks: of the last micro-batch, while its backward pass goes on."""
+    reducer.add(name, _sum(grads, share, name, grad.detach()))
+
+
+def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks) -> Engine:
     """Return the engine of `config` with `weights`."""
-    return Engine(config, weights, options, quantise)
+    return Engine(config, weights, options, quantise, ranks)

@@ -60,7 +60,7 @@ def muon(param, grad, m, lr, decay, momentum, settings):
 
 
 def update(config, params, state, grads, hyper):
-    """Return (params, state) after one update of every parameter by the rule of its group, and of the averages.
+    """Return (params, state) of every parameter that has a gradient after one update by the rule of its group.
 
     config is a RunConfig; params, state and grads are keyed by name; hyper holds core.schedule.NUMBERS by name.
     """
@@ -68,7 +68,10 @@ def update(config, params, state, grads, hyper):
     new_params, new_state = {}, {}
     for group in GROUPS:
         decay = hyper["weight_decay"] if group == "matrix" else 0.0
-        for names in same_shapes(config.model, group):
+        for shaped in same_shapes(config.model, group):
+            names = [name for name in shaped if name in grads]
+            if not names:
+                continue
             if group == "matrix" and train.matrix_rule == "muon":
                 weight = torch.stack([params[name] for name in names])
                 grad = torch.stack([grads[name] for name in names])
@@ -91,7 +94,10 @@ def update(config, params, state, grads, hyper):
                     train.beta2,
                     train.eps,
                 )
-    decay = hyper["average"]
-    for name in averaged(config.model, train):
-        new_state[f"{name}.ema"] = decay * state[f"{name}.ema"] + (1 - decay) * new_params[name]
     return new_params, new_state
+
+
+def averages(config, params, state, hyper):
+    """Return the running averages, `<param>.ema`, after the update that gave `params`."""
+    decay, names = hyper["average"], averaged(config.model, config.train)
+    return {f"{n}.ema": decay * state[f"{n}.ema"] + (1 - decay) * params[n] for n in names}

@@ -10,10 +10,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from backends.mlx import ops, optim, storage
 from backends.mlx.blas import load_fast_blas
+from backends.mlx.distributed import reduce
 from backends.mlx.model import Model
 from core.context import Constants
-from core.engine import Arrays, Batch, EngineOptions, State, StepResult, micro_rows
+from core.engine import Arrays, Batch, EngineOptions, State, StepResult, micro_batches
 from core.params import check_arrays, exported, optimizer_slots, param_table
+from core.ranks import buckets, updated_by
 from core.schedule import NUMBERS, StepPlan
 from core.storage import Stored
 from core.tables import mixer_tables, rope_tables
@@ -52,7 +54,7 @@ class Engine:
 
     backend = "mlx"
 
-    def __init__(self, config, weights: Arrays, options: EngineOptions, quantise: bool):
+    def __init__(self, config, weights: Arrays, options: EngineOptions, quantise: bool, ranks):
         gpu = mx.default_device() == mx.Device(mx.gpu)
         self.dtype = options.dtype or ("bfloat16" if gpu else "float32")
         if gpu and self.dtype == "float64":
@@ -81,6 +83,9 @@ class Engine:
         self._whole = compiled(self._step)
         self._accumulate = compiled(self._add_gradient)
         self._finish = compiled(self._update)
+        self._change = compiled(self._rules)
+        self._after = compiled(self._follow)
+        self.ranks, self._buckets = ranks, buckets(config, ranks.world)
         self._score = compiled(self._nll)
         self._predict = compiled(self._logits)
         self._store = compiled(self._stored)
@@ -119,22 +124,54 @@ class Engine:
         (objective, loss), grads = mx.value_and_grad(self._losses)(weights, tokens, targets, tables, repeat)
         return objective, loss, grads
 
-    def _add_gradient(self, weights, grads, loss, tokens, targets, tables, repeat):
+    def _add_gradient(self, weights, grads, loss, share, tokens, targets, tables, repeat):
         self._traces += self._compiled  # compiled code runs in Python while it is traced only: this counts compilations
         _, new, more = self._gradient(weights, tokens, targets, tables, repeat)
-        return loss + new, {name: grads[name] + more[name] for name in grads}
+        return loss + new * share, {name: grads[name] + more[name] * share for name in grads}
 
     def _update(self, params, state, grads, loss, hyper, count):
         """Return (params, state, mean loss, norm, finite) after one clipped and guarded update."""
-        loss, grads = loss / count, {name: g / count for name, g in grads.items()}
-        norm = optim.global_norm(grads.values())
-        finite = mx.isfinite(loss) & mx.isfinite(norm)
-        scale = optim.clip_scale(norm, self._train.clip)
+        loss, norm, finite = self._measured(loss / count, optim.global_norm(grads.values()) / count)
+        params, changed = self._rules(params, state, grads, norm, finite, hyper, count)
+        return params, {**changed, **self._follow(params, state, finite, hyper)}, loss, norm, finite
+
+    def _measured(self, loss, norm):
+        return loss, norm, mx.isfinite(loss) & mx.isfinite(norm)
+
+    def _rules(self, params, state, grads, norm, finite, hyper, count):
+        """Return params and state of the parameters that have gradients, which are `count` times too large."""
+        scale = optim.clip_scale(norm, self._train.clip) / count
         grads = {name: g * scale for name, g in grads.items()}
-        new_params, new_state = optim.update(self._run, params, state, grads, dict(zip(NUMBERS, hyper, strict=True)))
-        new_params = {name: mx.where(finite, new_params[name], params[name]) for name in params}
-        new_state = {name: mx.where(finite, new_state[name], state[name]) for name in state}
-        return new_params, new_state, loss, norm, finite
+        new = optim.update(self._run, params, state, grads, dict(zip(NUMBERS, hyper, strict=True)))
+        return tuple(self._guarded(fresh, old, finite) for fresh, old in zip(new, (params, state), strict=True))
+
+    def _follow(self, params, state, finite, hyper):
+        """Return the running averages."""
+        new = optim.averages(self._run, params, state, dict(zip(NUMBERS, hyper, strict=True)))
+        return self._guarded(new, state, finite)
+
+    def _guarded(self, new, old, finite):
+        return {name: mx.where(finite, value, old[name]) for name, value in new.items()}
+
+    def _update_together(self, grads, loss, hyper, count):
+        """Do what _update does with all ranks: each updates its part of Muon's matrices, which then go to all."""
+        grads, params, state = reduce(self.ranks, self._buckets, grads), self._params, self._state
+        alone, all_ = updated_by(self._buckets, self.ranks.rank)
+        squares = [
+            mx.square(optim.global_norm([grads[n] for n in names])) if names else None for names in (alone, all_)
+        ]
+        zero = mx.zeros_like(loss)
+        ours, common = (zero if s is None else s for s in squares)
+        loss, ours = self.ranks.sum(mx.stack([loss, ours]))
+        loss, norm, finite = self._measured(loss / count, mx.sqrt(ours + common) / count)
+        mx.eval(loss, norm, finite)  # MLX: collectives in the same order on every rank
+        for names in (alone, all_):
+            if names:
+                new = self._change(params, state, {n: grads[n] for n in names}, norm, finite, hyper, count)
+                params, state = params | new[0], state | new[1]
+        params = params | self.ranks.share_updates([b for b in self._buckets if b.slots], params)
+        state = state | self._after(params, state, finite, hyper)
+        return params, state, loss, norm, finite
 
     def _step(self, params, weights, state, tokens, targets, tables, hyper, repeat):
         self._traces += self._compiled
@@ -149,20 +186,24 @@ class Engine:
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
         hyper = mx.array(np.array(plan.numbers), self._wide)
         seq = batch.tokens.shape[1]
-        rows = micro_rows(batch, self._train.rows_of(seq)[1])
-        count, tables = len(batch.tokens) // rows, self._constants(seq)
+        parts, shares, count = micro_batches(batch, self._train.rows_of(seq)[1], self.ranks.world)
+        tables, number = self._constants(seq), mx.array(count, self._wide)
         weights = self._trained(self._params, plan.quantise)
-        if count == 1:
+        if count == 1 and self.ranks.world == 1:
             tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
             out = self._whole(self._params, weights, self._state, tokens, targets, tables, hyper, plan.repeat)
         else:
             loss = mx.zeros((), self._wide)
             grads = {name: mx.zeros_like(value) for name, value in self._params.items()}
-            for i in range(0, len(batch.tokens), rows):
-                tokens, targets = mx.array(batch.tokens[i : i + rows]), mx.array(batch.targets[i : i + rows])
-                loss, grads = self._accumulate(weights, grads, loss, tokens, targets, tables, plan.repeat)
+            for part, share in zip(parts, shares, strict=True):
+                tokens, targets = mx.array(batch.tokens[part]), mx.array(batch.targets[part])
+                share = mx.array(share, self._wide)
+                loss, grads = self._accumulate(weights, grads, loss, share, tokens, targets, tables, plan.repeat)
                 mx.eval(loss, grads)  # MLX: one micro-batch's activations at a time
-            out = self._finish(self._params, self._state, grads, loss, hyper, mx.array(float(count), self._wide))
+            if self.ranks.world == 1:
+                out = self._finish(self._params, self._state, grads, loss, hyper, number)
+            else:
+                out = self._update_together(grads, loss, hyper, number)
         del weights
         self._params, self._state, *numbers = out
         self.quantise, self._weights = plan.quantise, None
@@ -227,6 +268,11 @@ class Engine:
         mx.eval(self._params)
 
     def optimizer(self) -> Arrays:
+        if self.ranks.world > 1:  # each rank has the momentum of the matrices that it updates
+            matrices = [b for b in self._buckets if b.slots]
+            shared = {name: self._state[f"{name}.m"] for b in matrices for name in b.names}
+            shared = self.ranks.share_updates(matrices, shared)
+            self._state |= {f"{name}.m": value for name, value in shared.items()}
         return {name: np.array(value) for name, value in self._state.items()}
 
     def load_optimizer(self, state: Arrays) -> None:
@@ -280,6 +326,6 @@ class Engine:
         return made
 
 
-def build(config, weights: Arrays, options: EngineOptions, quantise: bool) -> Engine:
+def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks) -> Engine:
     """Return the engine of `config` with `weights`."""
-    return Engine(config, weights, options, quantise)
+    return Engine(config, weights, options, quantise, ranks)

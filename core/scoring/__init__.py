@@ -10,6 +10,7 @@ import numpy as np
 from core import rng
 from core.config import ConfigError, EvalConfig
 from core.data import Dataset, Split
+from core.ranks import Alone, Ranks, only_rank_0
 from core.scoring.accounting import bits_per_byte, count_bytes, ratio_error
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Plugin
@@ -75,6 +76,7 @@ def score(
     isolated: bool = True,
     plugins: Sequence[Plugin] = (),
     watch: Watch | None = None,
+    ranks: Ranks | None = None,
 ) -> Score:
     """Score the validation text: all of it as `config` says, or `documents` documents drawn by `seed` as an estimate.
 
@@ -82,9 +84,16 @@ def score(
     stays an estimate even if the draw takes them all. Windows that are already in `ledger` are not scored again, so a
     killed evaluation goes on. `isolated`: whether the model's documents are; windows with carry then begin anew with
     each document, else the text is one stream. `plugins` are those of config.plugins, made for this pass. `progress`
-    gets (windows done, windows in all). ConfigError if there is nothing to score or no byte rule applies; LedgerError
-    if the engine's numbers are not finite, a rule is broken, or `ledger` is of another text.
+    gets (windows done, windows in all). Each of `ranks` scores its share and all return the same; with plug-ins, which
+    learn in the order of the text, rank 0 works alone. ConfigError if there is nothing to score or no byte rule
+    applies; LedgerError if the engine's numbers are not finite, a rule is broken, or `ledger` is of another text.
     """
+    ranks = ranks or Alone()
+    if plugins and ranks.world > 1:
+        choices = {"documents": documents, "seed": seed, "progress": progress, "ledger": ledger, "isolated": isolated}
+        choices |= {"plugins": plugins, "watch": watch}
+        found = only_rank_0(ranks, lambda: score(engine, dataset, config, **choices).to_json())
+        return Score(**{k: v for k, v in found.items() if k not in ("label", "plugins")}, plugins=config.plugins)
     split = dataset.val
     if len(split) < 2:
         raise ConfigError(f"data {dataset.name}: {len(split)} validation tokens; scoring needs at least 2")
@@ -96,7 +105,7 @@ def score(
     if ledger.tokens != len(split):
         raise LedgerError(f"the ledger is for {ledger.tokens} tokens, the text has {len(split)}: start a new one")
     vocab = dataset.tokenizer.vocab
-    score_text(engine, split, config, ledger, drawn, isolated, plugins, vocab, watch, progress)
+    score_text(engine, split, config, ledger, drawn, isolated, plugins, vocab, watch, progress, ranks)
     nats = np.array([ledger.total(a + 1, b + 1) for a, b in zip(begins.tolist(), ends.tolist(), strict=True)])
     targets, all_nats, all_bytes = int((ends - begins).sum()), float(nats.sum()), int(counted.counted.sum())
     raw_bytes = 0 if counted.raw is None else int(counted.raw.sum())
@@ -129,13 +138,14 @@ def score_text(
     vocab: int = 0,
     watch: Watch | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Bring every target of `split`, or of the documents `drawn`, into `ledger`: the one scoring path.
 
     The arguments are those of `score`, which makes a figure of what is in the ledger then.
     """
     check_plugins(config, plugins)
-    session = Session(engine, split, config, ledger, plugins, vocab, watch)
+    session = Session(engine, split, config, ledger, plugins, vocab, watch, ranks)
     try:
         if config.windows == "stateful":
             score_streams(session, _streams(split, drawn, isolated), progress)
@@ -191,7 +201,7 @@ def _run(session: Session, cuts: Windows, progress: Callable[[int, int], None] |
     size, total = session.config.batch, len(cuts.start)
     todo = cuts.take(session.todo(cuts.start + cuts.length))
     skipped = total - len(todo.start)
-    for i in range(0, len(todo.start), size):
+    for i in session.turns(range(0, len(todo.start), size)):
         part = todo.take(slice(i, i + size))
         if not session.skip(1):
             session.windows(part)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +12,13 @@ import safetensors.numpy
 from core.config import EvalConfig
 from core.data import Split
 from core.files import replace_file
+from core.ranks import Alone, Ranks
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
 from core.scoring.windows import Windows
 
+EXCHANGE = 8
+"""Forward passes of each rank between two exchanges of what they gave."""
 SNAPSHOT_EVERY = 30.0
 """Seconds between two copies of what the plug-ins have learned."""
 
@@ -48,7 +51,9 @@ class Session:
         plugins: Sequence[Plugin] = (),
         vocab: int = 0,
         watch: Watch | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks, self._held = ranks or Alone(), []
         self.engine, self.split, self.config, self.ledger = engine, split, config, ledger
         self.plugins, self._watch = list(plugins), watch
         self.learner = Learner(engine, split, ledger)
@@ -60,6 +65,33 @@ class Session:
         self._saved = time.monotonic()
         if self.plugins:
             self._restore()
+        if self._ranks.world > 1:  # what rank 0 has from an evaluation that was killed
+            written = np.flatnonzero(ledger.entries["order"])
+            self._held = [(written + 1, ledger.entries["nats"][written])] if self._ranks.rank == 0 else []
+            self.exchange()
+
+    def turns(self, passes: range) -> Iterator[int]:
+        """Yield this rank's share of the passes: every world-th; what they gave goes to all ranks from time to time.
+
+        A pass is the same whichever rank makes it, so that a score does not depend on how many there are.
+        """
+        world = self._ranks.world
+        for number, begin in enumerate(passes):
+            if number % world == self._ranks.rank:
+                yield begin
+            if (number + 1) % (EXCHANGE * world) == 0 or number + 1 == len(passes):
+                self.exchange()
+
+    def exchange(self) -> None:
+        """Enter what every rank has scored since the last time into every rank's ledger."""
+        if self._ranks.world == 1:
+            return
+        empty = np.empty(0, np.int64), np.empty(0)
+        sides = [np.concatenate(side) for side in zip(*[empty, *self._held], strict=True)]
+        for positions, nats in zip(*map(self._ranks.gather, sides), strict=True):
+            fresh = ~self.ledger.written(positions)
+            self.ledger.write(positions[fresh], nats[fresh], self.learner.version)
+        self._held = []
 
     def order(self, windows: Windows, begin: int, end: int) -> Windows:
         """Return the windows in the order that the plug-ins give; LedgerError unless each target comes exactly once.
@@ -146,6 +178,9 @@ class Session:
         """Write what a pass gave into the ledger, then let the plug-ins learn from it."""
         row, column = np.nonzero(view.kept)
         positions, costs = view.positions[row, column], nats[row, column]
+        if self._ranks.world > 1:
+            self._held.append((positions, costs))
+            return
         if self.plugins and self._number <= self._before:
             scored = self.ledger.confirm(positions, costs, self.learner.version, self._number)
         else:

@@ -40,7 +40,7 @@ def score_streams(
     total = int((-(-lengths // seq)).sum())
     todo = [i for i in np.argsort(-lengths, kind="stable").tolist() if _open(session, *streams[i])]
     done = total - int((-(-lengths[todo] // seq)).sum())
-    for at in range(0, len(todo), batch):
+    for at in session.turns(range(0, len(todo), batch)):
         group = [streams[i] for i in todo[at : at + batch]]
         longest = group[0][1] - group[0][0]
         if session.skip(-(-longest // seq)):

@@ -175,6 +175,7 @@ def environment(engine: Engine, dataset: Dataset, command: str, step: int) -> di
         "step": step,
         "backend": engine.backend,
         "device": engine.device,
+        "ranks": engine.ranks.world,
         "dtype": engine.dtype,
         "notes": list(engine.notes),
         "platform": platform.platform(),

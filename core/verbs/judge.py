@@ -1,6 +1,7 @@
 """Verbs that measure: eval, sample, parity, bench."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,11 +11,14 @@ from tyro.conf import Positional
 from core import presets
 from core.bench import run_bench
 from core.bundled import open_data
-from core.config import EvalConfig
-from core.engine import DType, EngineOptions, load_engine
+from core.config import EvalConfig, to_json
+from core.data import identity
+from core.engine import DType, EngineOptions, choose_backend, load_engine
 from core.finish import describe, final_score
 from core.generate import context_limit, sample
+from core.heartbeat import Heartbeat
 from core.parity import run_parity
+from core.ranks import Ranks, check_same, join
 from core.run import Run
 from core.tokenizer import Tokenizer
 from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_tokenizer, open_subject
@@ -120,16 +124,27 @@ class Bench(PresetOptions):
 
 
 def evaluate(options: Eval, context: Context) -> Outcome:
-    """Score a run or an artifact."""
+    """Score a run or an artifact; every rank that a launcher started scores its share."""
+    ranks = join(choose_backend(options.backend))
+    if ranks.rank:
+        context.say.mute()
+    with Heartbeat(ranks, hint="the same command goes on from its --ledger, if it has one"):
+        outcome = _evaluate(options, ranks, context)
+    ranks.close()
+    return outcome
+
+
+def _evaluate(options: Eval, ranks: Ranks, context: Context) -> Outcome:
     subject = open_subject(options.path, options.data, options.step)
     config = dataclasses.replace(subject.config, eval=options.config(subject.config.eval))
     dataset = open_data(config.data.path, train=False)
     check_tokenizer(subject, dataset)
     choices = EngineOptions(dtype=options.dtype)
-    engine = load_engine(options.backend, config, subject.weights, choices, subject.quantise)
+    check_same(ranks, {"configuration": json.dumps(to_json(config)), "data": json.dumps(identity(dataset))})
+    engine = load_engine(options.backend, config, subject.weights, choices, subject.quantise, ranks)
     used = "stored form of the weights" if subject.quantise else "weights as they are"
     context.say(f"{subject.what} ({used}) on {engine.backend}, {engine.device}, {engine.dtype}; data {dataset.path}")
-    ledger = None if options.ledger is None else Path(options.ledger)
+    ledger = None if options.ledger is None or ranks.rank else Path(options.ledger)
     found = final_score(engine, dataset, config, context.say, "scoring", ledger, plugins=True, keep=True)
     context.say(describe(found))
     value = {"path": options.path, "step": subject.step, "backend": engine.backend, "data": dataset.path}

@@ -1,20 +1,25 @@
 """Verbs that make weights and artifacts: train, export."""
 
+import contextlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from tyro.conf import Positional
 
 from core import presets
 from core.bundled import open_data
-from core.config import ConfigError, RunConfig
+from core.config import ConfigError, RunConfig, to_json
 from core.data import Dataset, identity
 from core.engine import DType, Engine, EngineOptions, choose_backend, load_engine
 from core.engram import start_weights
 from core.export.artifact import check_limits
 from core.export.budget import predicted_bytes
 from core.finish import finish
+from core.heartbeat import Heartbeat
 from core.params import count, exported
-from core.run import Run, RunError, config_digest
+from core.ranks import Ranks, check_same, join
+from core.run import Follower, Run, RunError, config_digest
 from core.scoring import check_plugins
 from core.scoring.plugins import load_plugins
 from core.train import done, train
@@ -48,22 +53,39 @@ class Export:
 
 
 def train_run(options: Train, context: Context) -> Outcome:
-    """Train, or go on training, then score, export and report."""
+    """Train, or go on training, then score, export and report; on every rank that a launcher started."""
     config, say = options.config(), context.say
     backend = choose_backend(options.backend)
+    ranks = join(backend)
+    if ranks.rank:
+        say.mute()
+    out = options.out or f"runs/{config.preset}-{backend}-{config.seed}"
+    with Heartbeat(ranks, hint=f"the same command goes on from the last checkpoint in {out}"):
+        outcome = _train(options, config, backend, out, ranks, context)
+    ranks.close()
+    return outcome
+
+
+def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ranks, context: Context) -> Outcome:
+    say = context.say
     dataset = open_data(config.data.path)
     check_data(config, dataset)
     check_limits(config.model)
     _check_budget(config)
     check_plugins(config.eval, load_plugins(config.eval.plugins))  # now, not after the training
-    engine = load_engine(backend, config, start_weights(config, dataset.train), EngineOptions(dtype=options.dtype))
-    out = options.out or f"runs/{config.preset}-{backend}-{config.seed}"
-    run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
-    with run.open_log() as log, say.copied_to(log):
-        saved = run.checkpoint()
-        if saved is None or not done(saved.step, saved.seconds, config.train):  # else this start trains nothing
-            run.record_environment(environment(engine, dataset, context.command, saved.step if saved else 0))
-        _introduce(run, engine, dataset, context)
+    check_same(ranks, {"configuration": json.dumps(to_json(config)), "data": json.dumps(identity(dataset))})
+    choices = EngineOptions(dtype=options.dtype)
+    engine = load_engine(backend, config, start_weights(config, dataset.train), choices, ranks=ranks)
+    with contextlib.ExitStack() as stack:
+        if ranks.rank:
+            run = Follower(Path(out), config)
+        else:
+            run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
+            stack.enter_context(say.copied_to(stack.enter_context(run.open_log())))
+            saved = run.checkpoint()
+            if saved is None or not done(saved.step, saved.seconds, config.train):  # else this start trains nothing
+                run.record_environment(environment(engine, dataset, context.command, saved.step if saved else 0))
+            _introduce(run, engine, dataset, context)
         summary = train(run, engine, dataset, say)
         value = finish(run, engine, dataset, summary.steps, say)
         say(f"the whole run is in {run.path}")
@@ -90,7 +112,8 @@ def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> 
     say(f"run {run.path}: {_purpose(config)}; {count(config.model):,} parameters, seed {config.seed}")
     model = config.model
     say(f"stores matrices as {model.matrix_storage}, tables as {model.table_storage}; quantise {config.train.quantise}")
-    say(f"{engine.backend} on {engine.device}, {engine.dtype}; " + "; ".join(engine.notes))
+    together = f"{engine.ranks.world} ranks, each {engine.device}" if engine.ranks.world > 1 else engine.device
+    say(f"{engine.backend} on {together}, {engine.dtype}; " + "; ".join(engine.notes))
     train_tokens, val_tokens = len(dataset.train), len(dataset.val)
     say(f"data {dataset.path}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate on")
 
