@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from core import published
 from core.corpus import check_inputs, document_hash, read_documents
 from core.data import SCAN, SCHEMA, Split, read_manifest
 from core.files import replace_file
@@ -25,6 +26,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the stage, and the bytes of input read and in all."""
 TRAINING_BYTES = 1 << 27
 """About the most text that a tokenizer is trained on: a sample of the documents, chosen by hash."""
+COUNTED = ("documents", "tokens", "table_bytes")
 
 
 def prepare(
@@ -50,7 +52,7 @@ def prepare(
     DataError or TokenizerError says what is wrong with the input.
     """
     if not inputs or (val is not None and not val):
-        raise DataError("no input files: give at least one .txt or .jsonl file (also .gz, .xz)")
+        raise DataError("no input files: give at least one .txt, .jsonl (also .gz, .xz, .zst) or .parquet file")
     if not 0 < val_share < 1:
         raise DataError(f"val_share={val_share}: expected a share between 0 and 1")
     if not 1 <= shard_tokens < 2**31:
@@ -81,11 +83,17 @@ def prepare(
 
 
 def adopt_shards(
-    folder: str, tokenizer: str, *, name: str | None = None, progress: Progress | None = None
+    folder: str,
+    tokenizer: str,
+    *,
+    name: str | None = None,
+    made_from: dict[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the manifest that downloaded official shards lack, so that `open_dataset` opens `folder`; return it.
 
-    The shards are the folder's `*_train_*.bin` and `*_val_*.bin`; raw bytes stay unknown. DataError if shards are
+    The shards are the folder's `*_train_*.bin` and `*_val_*.bin`; raw bytes stay unknown; `made_from` is where they
+    came from. `published` of the manifest says whether validation is the published one. DataError if shards are
     missing or damaged, do not fit the tokenizer, or the folder has a manifest already.
     """
     if os.path.lexists(os.path.join(folder, "manifest.json")):
@@ -109,9 +117,10 @@ def adopt_shards(
     manifest = {
         "schema": SCHEMA,
         "name": name or os.path.basename(os.path.abspath(folder)),
-        "made_from": None,
+        "made_from": made_from,
         "tokenizer": _tokenizer_record(model),
         "splits": splits,
+        "published": published.compare(model.vocab, *(splits["val"][key] for key in COUNTED)),
         "disjoint": None,
         "empty_documents": None,
     }
@@ -193,19 +202,21 @@ def _intact(out: str, manifest: dict[str, Any]) -> bool:
 
 
 def _install(temporary: str, out: str, manifest: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """Put a finished folder in place of `out`, unless another process was first with the same; return its manifest.
-
-    A kill in between leaves the old folder, or none.
-    """
+    """Put a finished folder in place of `out`, unless another process was first with the same; return its manifest."""
     existing = _existing(out, manifest["made_from"], overwrite)
     if existing is not None:
         return existing
+    swap_folder(temporary, out)
+    return manifest
+
+
+def swap_folder(temporary: str, out: str) -> None:
+    """Put a folder in place of `out`; a kill in between leaves the old folder, or none."""
     old = f"{temporary}.old"
     if os.path.lexists(out):
         os.rename(out, old)
     os.rename(temporary, out)
     shutil.rmtree(old, ignore_errors=True)
-    return manifest
 
 
 def _fill(folder: str, sources: _Sources, shard_tokens: int, threads: int) -> dict[str, Any]:

@@ -1,22 +1,16 @@
 """Rules about the text, checked on the data itself: is it the whole set, reversible, and are its bytes right."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 
-from core.audit.rules import Finding
+from core import published
+from core.audit.rules import Finding, Progress
 from core.data import Dataset
 from core.tokenizer import SPACE, token_bytes
 
-Progress = Callable[[int, int], None]
-"""Told (tokens done, tokens in all)."""
-OFFICIAL_DOCUMENTS = 50_000
-OFFICIAL_BYTES = (151_073_000, 151_081_000)
-OFFICIAL_BYTES_PER_TOKEN = {1024: (2.43592,), 4096: (3.3197, 3.31925), 8192: (3.72663,)}
-"""Vocabulary -> bytes per token of the full public validation text (spec/challenge.md D)."""
-TOLERANCE = 2e-4
 REPLACED = "\ufffd"
 """What decoding gives for bytes that are no UTF-8."""
 
@@ -106,12 +100,12 @@ def check_official(dataset: Dataset, documents: int, targets: int, byte_count: i
 
     `targets` are those of the whole stream, tokens - 1, untruncated; `byte_count` is theirs by the table.
     """
-    known = OFFICIAL_BYTES_PER_TOKEN.get(dataset.tokenizer.vocab)
+    known = published.BYTES_PER_TOKEN.get(dataset.tokenizer.vocab)
     ratio = byte_count / max(targets, 1)
-    low, high = OFFICIAL_BYTES
+    low, high = published.BYTES
     details = {"documents": documents, "targets": targets, "bytes": byte_count, "vocab": dataset.tokenizer.vocab}
     measured = f"{documents} documents, {targets} targets, {byte_count} bytes, {ratio:.5f} bytes per token"
-    if documents != OFFICIAL_DOCUMENTS or abs(byte_count / low - 1) > 0.5:
+    if documents != published.DOCUMENTS or abs(byte_count / low - 1) > 0.5:
         return Finding("D5", "NOT CHECKED", f"not the official set: {measured}", details)
     if not low <= byte_count <= high:
         return Finding("D5", "FAIL", f"{measured}: expected {low} to {high} bytes in {documents} documents", details)
@@ -120,8 +114,8 @@ def check_official(dataset: Dataset, documents: int, targets: int, byte_count: i
             f"{measured}: documents and bytes fit, bytes per token are not known for {dataset.tokenizer.vocab} pieces"
         )
         return Finding("D5", "NOT CHECKED", what, details)
-    expected = f"expected {' or '.join(map(str, known))} bytes per token, within {TOLERANCE}"
-    fits = any(abs(ratio - value) <= TOLERANCE for value in known)
+    expected = f"expected {' or '.join(map(str, known))} bytes per token, within {published.TOLERANCE}"
+    fits = any(abs(ratio - value) <= published.TOLERANCE for value in known)
     own = "" if fits else "; documents and bytes fit, so perhaps another tokenizer of as many pieces"
     return Finding("D5", "PASS" if fits else "NOT CHECKED", f"{measured}: {expected}{own}", details)
 

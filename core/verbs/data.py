@@ -1,10 +1,13 @@
 """Verbs that make data folders: data sample, data prepare, data adopt."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
+from core import fineweb, published
 from core.bundled import prepare_sample
+from core.hub import Folder, Hub
 from core.prepare import Progress as StageProgress
 from core.prepare import adopt_shards, prepare
 from core.verbs.common import Context, Outcome
@@ -25,7 +28,7 @@ class Prepare:
     """Options of `skc data prepare`."""
 
     inputs: Positional[tuple[str, ...]]
-    """Text files: .txt or .jsonl (one object with "text" a line), each also .gz or .xz."""
+    """Files: .txt or .jsonl (one object with "text" a line), each also .gz, .xz or .zst; .parquet (column "text")."""
     out: str
     """Folder to write."""
     val: tuple[str, ...] = ()
@@ -62,6 +65,28 @@ class Adopt:
     """Print one JSON object on stdout; everything else goes to stderr."""
 
 
+@dataclass(frozen=True)
+class Fineweb:
+    """Options of `skc data fineweb`."""
+
+    variant: str = "sp1024"
+    """Tokenizer of the shards: sp1024, sp4096 or sp8192; the default repository may have sp1024 only."""
+    out: str | None = None
+    """Folder to write, or to add shards to; None: data/fineweb10B_VARIANT."""
+    train_shards: int | None = None
+    """Training shards to take, from the first on (200 MB each); None: the challenge's 80, or all if there are fewer."""
+    repo: str = fineweb.REPO
+    """Dataset repository of the Hugging Face hub; kevclark/parameter-golf has sp4096 and sp8192."""
+    revision: str = "main"
+    """Branch, tag or commit of the repository."""
+    prefix: str | None = None
+    """Folder in the source that holds manifest.json; None: datasets (a local folder's top, if it lies there)."""
+    source: Annotated[str | None, arg(name="from", metavar="FOLDER")] = None
+    """A folder on this machine with the same layout; then nothing is downloaded."""
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+
 def sample(options: Sample, context: Context) -> Outcome:
     """Prepare the bundled text."""
     return _told(prepare_sample(options.out, progress=_stages(context)), options.out, context)
@@ -91,6 +116,25 @@ def adopt(options: Adopt, context: Context) -> Outcome:
     return _told(made, options.folder, context)
 
 
+def fetch(options: Fineweb, context: Context) -> Outcome:
+    """Download published shards."""
+    source = Hub(options.repo, options.revision) if options.source is None else Folder(options.source)
+    out = options.out or f"data/fineweb10B_{options.variant}"
+    made = fineweb.fetch_fineweb(
+        source,
+        out,
+        variant=options.variant,
+        prefix=options.prefix,
+        train_shards=options.train_shards,
+        progress=_stages(context),
+    )
+    outcome = _told(made, out, context)
+    for note in fineweb.notes(made):
+        context.say(note)
+    made_from = {key: value for key, value in made["made_from"].items() if key != "files"}
+    return Outcome(True, outcome.value | {"made_from": made_from})
+
+
 def _stages(context: Context) -> StageProgress:
     """Show one progress line per stage."""
     shown = {}
@@ -114,4 +158,8 @@ def _told(manifest: dict, out: str, context: Context) -> Outcome:
         rate = f", {split['bytes_per_token']:.4f} bytes per token" if split["bytes_per_token"] else ""
         context.say(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens{rate}")
     context.say(f"wrote {out}")
-    return Outcome(True, {"path": out, "name": manifest["name"], "tokenizer": manifest["tokenizer"], "splits": splits})
+    value = {"path": out, "name": manifest["name"], "tokenizer": manifest["tokenizer"], "splits": splits}
+    if "published" in manifest:
+        context.say(published.line(manifest["published"]))
+        value["published"] = manifest["published"]
+    return Outcome(True, value)

@@ -1,0 +1,46 @@
+"""The published validation text, known by its constants (spec/challenge.md 0 and D): checked, never trusted."""
+
+from typing import Any
+
+DOCUMENTS = 50_000
+BYTES = (151_073_000, 151_081_000)
+"""By the byte table, whichever tokenizer."""
+TARGETS = {1024: (62_021_632,), 4096: (45_508_608, 45_514_752), 8192: (40_540_160,)}
+"""Vocabulary -> targets as published logs count them: cut to a whole number of rows of at most ROW tokens."""
+ROW = 2048
+BYTES_PER_TOKEN = {1024: (2.43592,), 4096: (3.3197, 3.31925), 8192: (3.72663,)}
+TOLERANCE = 2e-4
+TRAIN_SHARDS = 80
+"""Training shards that the challenge's own downloader takes."""
+
+
+def compare(vocab: int, documents: int, tokens: int, table_bytes: int) -> dict[str, Any]:
+    """Hold a whole validation split to the constants: figures, and in `differs` a line for whatever is not so.
+
+    `same` is None where all that is known fits, but a vocabulary of that size was never published.
+    """
+    targets, (low, high) = tokens - 1, BYTES
+    ratio = table_bytes / max(targets, 1)
+    differs = []
+    if documents != DOCUMENTS:
+        differs.append(f"documents {documents:,} (published: {DOCUMENTS:,})")
+    if vocab in TARGETS and not any(0 <= targets - known < ROW for known in TARGETS[vocab]):
+        known = " or ".join(f"{known:,}" for known in TARGETS[vocab])
+        differs.append(f"tokens {tokens:,} (published: {known}, and less than a row)")
+    if not low <= table_bytes <= high:
+        differs.append(f"bytes {table_bytes:,} (published: {low:,} to {high:,})")
+    known = BYTES_PER_TOKEN.get(vocab, ())
+    if known and not any(abs(ratio - value) <= TOLERANCE for value in known):
+        differs.append(f"bytes per token {ratio:.5f} (published: {' or '.join(map(str, known))})")
+    same = False if differs else True if known else None
+    return {"same": same, "documents": documents, "bytes_per_token": ratio, "differs": differs}
+
+
+def line(found: dict[str, Any]) -> str:
+    """Return what `compare` found as a line for people."""
+    if found["differs"]:
+        return f"WARNING: NOT the published validation text: {'; '.join(found['differs'])}"
+    if found["same"] is None:
+        return f"validation text: documents {found['documents']:,} and bytes as published; no such vocabulary was"
+    ratio = f"{found['bytes_per_token']:.5f} bytes per token"
+    return f"validation text: documents {found['documents']:,}, tokens, bytes, {ratio}: as published"
