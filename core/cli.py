@@ -35,12 +35,16 @@ VERBS = {
     "info": Verb("core.verbs.look", "Info", "info", "parameters, bytes against the budget, FLOPs of a preset", True),
     "data sample": Verb("core.verbs.data", "Sample", "sample", "prepare the bundled text"),
     "data prepare": Verb("core.verbs.data", "Prepare", "prepare_text", "tokenise text files into shards"),
+    "data fineweb": Verb("core.verbs.data", "Fineweb", "fetch", "download the challenge's published shards"),
     "data adopt": Verb("core.verbs.data", "Adopt", "adopt", "use a folder of downloaded official shards"),
     "train": Verb("core.verbs.make", "Train", "train_run", "train a preset, score it, export it, report", True),
     "eval": Verb("core.verbs.judge", "Eval", "evaluate", "score a run or an artifact on validation text"),
     "sample": Verb("core.verbs.judge", "Sample", "write_text", "let a run or an artifact write text"),
     "audit": Verb("core.verbs.audit", "Audit", "audit_score", "does the score of a run or an artifact keep the rules?"),
     "export": Verb("core.verbs.make", "Export", "export_run", "write a run's artifact, reload it, score it again"),
+    "import-official": Verb(
+        "core.verbs.official", "Import", "import_official", "make a run of a checkpoint of the official scripts"
+    ),
     "compare": Verb("core.verbs.look", "Compare", "compare_runs", "two or more runs: settings, curves, bytes, speed"),
     "parity": Verb("core.verbs.judge", "Parity", "parity", "hold both backends to each other", True),
     "bench": Verb("core.verbs.judge", "Bench", "bench", "measure training speed", True),
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, ArithmeticError, OSError) as error:
         if not _is_users(error):
             raise
-        print(f"{name}: {_message(error)}", file=sys.stderr)
+        _complain(name, error)
         return 1 if isinstance(error, ArithmeticError) else 2
 
 
@@ -101,6 +105,18 @@ def _run(verb: Verb, options: Any, command: str) -> int:
         context.say.clear()
     context.say.result({"ok": outcome.ok, **outcome.value})
     return 0 if outcome.ok else 1
+
+
+def _complain(name: str, error: Exception) -> None:
+    """Say what went wrong; of several ranks, only the first says what all of them find."""
+    from core.config import ConfigError
+    from core.ranks import launched
+    from core.train import NonFiniteError
+
+    _, rank = launched() or ("", 0)
+    if rank and isinstance(error, ConfigError | UsageError | NonFiniteError):
+        return
+    print(f"{name}: {f'rank {rank}: ' if rank else ''}{_message(error)}", file=sys.stderr)
 
 
 def _is_users(error: Exception) -> bool:

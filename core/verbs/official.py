@@ -1,0 +1,134 @@
+"""The verb import-official: a checkpoint of the official scripts becomes a run folder of our `baseline`."""
+
+import dataclasses
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from core.bundled import open_data
+from core.config import ConfigError, DataConfig, RunConfig
+from core.data import Dataset, identity
+from core.engine import Engine, choose_backend, load_engine
+from core.export.artifact import check_limits
+from core.official import Checkpoint, model_of, read_official, to_ours
+from core.params import count
+from core.presets.transformers import BASELINE
+from core.run import Run, RunError, config_digest
+from core.verbs.common import Backend, Context, Outcome, check_data, environment
+
+
+@dataclass(frozen=True)
+class Import:
+    """Options of `skc import-official`."""
+
+    file: Positional[str]
+    """final_model.pt or final_model.int8.ptz of train_gpt.py, or the .npz of train_gpt_mlx.py."""
+    out: str
+    """Run folder to make."""
+    data: str = "sample"
+    """Prepared folder with the tokenizer that the model was trained with; weights do not say which that was."""
+    rope_base: float = BASELINE.model.rope_base
+    """ROPE_BASE of the training."""
+    softcap: float = 30.0
+    """LOGIT_SOFTCAP of the training."""
+    norm_eps: float | None = None
+    """Epsilon of the norms; None: what float32 gives in the script (train_gpt.py 1.19e-7, train_gpt_mlx.py 1e-6)."""
+    seq: int = BASELINE.train.seq
+    """TRAIN_SEQ_LEN of the training: the window that is scored."""
+    backend: Backend = "auto"
+    """auto: MLX on a Mac, PyTorch elsewhere, as installed."""
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+
+def import_official(options: Import, context: Context) -> Outcome:
+    """Make a run folder of step 0 out of an official checkpoint; nothing is left in --out if it cannot be."""
+    say, out = context.say, Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out}: exists, and an import makes a folder of its own; choose another --out")
+    found = read_official(options.file)
+    config, dataset = _configured(options, found)
+    engine = load_engine(choose_backend(options.backend), config, to_ours(found, config.model))
+    loss, uniform = _first_loss(engine, dataset, options.seq), math.log(config.model.vocab)
+    model = config.model
+    lines = [
+        context.command,
+        f"configuration sha256 {config_digest(config)} (all that decides the weights, but the seed)",
+        f"{options.file}: {found.kind} of {found.script}, {count(model):,} parameters: {model.layers} layers of "
+        f"{model.dim}, {model.heads} heads, {model.kv_heads} key heads, MLP {model.mlp_hidden}, "
+        f"vocabulary {model.vocab}",
+        f"taken as given, for weights do not say it: rope_base {model.rope_base:g}, softcap {model.softcap:g}, "
+        f"norm_eps {model.norm_eps:.3g}, seq {options.seq}, tokenizer {dataset.tokenizer.sha256[:12]} of "
+        f"{dataset.path}",
+        f"first window of the validation text: {loss:.4f} nats per token (all tokens alike: {uniform:.4f})",
+    ]
+    if not loss < uniform:
+        lines.append("WARNING: no better than no model: was it trained with this tokenizer? Give its data with --data")
+    _write(out, config, engine, dataset, _environment(options, found, engine, dataset, context), lines)
+    for line in [*lines[2:], f"wrote {out}, a run for skc eval, sample, export, and after that audit"]:
+        say(line)
+    value = {
+        "run": str(out), "script": found.script, "kind": found.kind, "sha256": found.sha256, "parameters": count(model),
+        "model": dataclasses.asdict(model), "backend": engine.backend, "first_window": loss, "uniform": uniform,
+    }  # fmt: skip
+    return Outcome(True, value)
+
+
+def _configured(options: Import, found: Checkpoint) -> tuple[RunConfig, Dataset]:
+    """Return `baseline` with what the file and the options say, and the data, once they fit each other."""
+    dataset = open_data(options.data)
+    model = model_of(
+        options.file, found, rope_base=options.rope_base, softcap=options.softcap, norm_eps=options.norm_eps,
+        bos=dataset.tokenizer.bos,
+    )  # fmt: skip
+    if model.vocab != dataset.tokenizer.vocab:
+        raise ConfigError(
+            f"{options.file}: has {model.vocab} tokens, but the tokenizer of {options.data} has "
+            f"{dataset.tokenizer.vocab}: give the data it was trained on with --data PATH"
+        )
+    config = dataclasses.replace(
+        BASELINE,
+        preset="baseline",
+        model=model,
+        data=DataConfig(options.data),
+        train=dataclasses.replace(BASELINE.train, seq=options.seq),
+        eval=dataclasses.replace(BASELINE.eval, seq=options.seq),
+    )
+    check_data(config, dataset)
+    check_limits(model)
+    return config, dataset
+
+
+def _environment(options: Import, found: Checkpoint, engine: Engine, dataset: Dataset, context: Context) -> dict:
+    """Return env.json: this process, and the file that the weights are from."""
+    source = {
+        "file": os.path.basename(options.file), "sha256": found.sha256, "bytes": found.size,
+        "script": found.script, "kind": found.kind,
+    }  # fmt: skip
+    note = "weights of an official checkpoint; its optimizer state is not known, and steps are counted from 0"
+    env = environment(engine, dataset, context.command, 0)
+    return {**env, "notes": [*env["notes"], note], "imported": source}
+
+
+def _write(out: Path, config: RunConfig, engine: Engine, dataset: Dataset, env: dict, lines: list[str]) -> None:
+    """Make the run beside `out` and move it there whole."""
+    staging = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        run = Run.create(staging, config, dataset.tokenizer.model, identity(dataset))
+        run.record_environment(env)
+        with run.open_log() as log:
+            log.writelines(f"{line}\n" for line in lines)
+        run.save(engine, 0, 0.0)
+        os.rename(staging, out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _first_loss(engine: Engine, dataset: Dataset, seq: int) -> float:
+    row = dataset.val.read(0, min(seq + 1, len(dataset.val)))
+    return float(engine.nll(row[None, :-1], row[None, 1:]).mean())
