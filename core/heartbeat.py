@@ -144,15 +144,23 @@ def _accept(server: socket.socket, count: int, key: str) -> dict[int, socket.soc
                     f"ranks {missing} did not connect to rank 0 within {CONNECT:.0f} s: a firewall between the nodes?"
                 ) from None
             connection.settimeout(CONNECT)
-            try:
-                shown, _, rank = connection.makefile().readline().strip().partition(" ")
-            except (OSError, ValueError):
-                continue
-            if hmac.compare_digest(shown.encode(), key.encode()) and rank.isdecimal():
+            shown, _, rank = _line(connection).partition(b" ")
+            if hmac.compare_digest(shown, key.encode()) and rank.isdigit():
                 found[int(rank)] = connection
             else:
                 connection.close()
     return found
+
+
+def _line(connection: socket.socket) -> bytes:
+    """Return the first line that comes, without what comes after it; nothing where none does."""
+    line = b""
+    try:
+        while len(line) < 64 and not line.endswith(b"\n") and (byte := connection.recv(1)):
+            line += byte
+    except OSError:
+        return b""
+    return line.removesuffix(b"\n")
 
 
 def _connect(host: str, port: int, key: str, rank: int) -> socket.socket:
