@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, ArithmeticError, OSError) as error:
-        if not _is_users(error):
+        if not is_users(error):
             raise
         _complain(name, error)
         return 1 if isinstance(error, ArithmeticError) else 2
@@ -116,17 +116,17 @@ def _complain(name: str, error: Exception) -> None:
     _, rank = launched() or ("", 0)
     if rank and isinstance(error, ConfigError | UsageError | NonFiniteError):
         return
-    print(f"{name}: {f'rank {rank}: ' if rank else ''}{_message(error)}", file=sys.stderr)
+    print(f"{name}: {f'rank {rank}: ' if rank else ''}{message(error)}", file=sys.stderr)
 
 
-def _is_users(error: Exception) -> bool:
+def is_users(error: Exception) -> bool:
     """Whether the user can do something about it: our own typed errors, and files that cannot be opened or written."""
     if isinstance(error, OSError):
         return error.errno in USER_ERRNO
     return type(error).__module__.startswith("core.") or type(error) is UsageError
 
 
-def _message(error: Exception) -> str:
+def message(error: Exception) -> str:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         hint = f"; {NO_SPACE[error.errno]}, what was saved before is intact" if error.errno in NO_SPACE else ""

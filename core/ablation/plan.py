@@ -1,0 +1,237 @@
+"""An ablation file: what it says, and the runs that it asks for.
+
+name = "parts"
+base = "ablate_float"              # a preset
+seeds = [0, 1, 2]
+backends = ["auto"]                # auto, mlx, cuda; default: auto
+reference = "plain"                # what the others are held against; default: the first variant
+[budget]
+steps = 250                        # or tokens, or seconds of training
+[settings]                         # of every run
+"data.path" = "data/mine"
+[variants.plain]                   # a variant: a few settings; none: the base as it is
+[variants.engram]
+"model.engram_orders" = 2
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from core import presets
+from core.config import ConfigError, RunConfig, from_json, to_json
+from core.engine import BACKENDS
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
+KEYS = ("name", "purpose", "base", "seeds", "backends", "dtype", "reference", "budget", "settings", "variants")
+BUDGETS = ("steps", "tokens", "seconds")
+MANY_STEPS = 10_000_000
+"""Steps of a run whose end is a time."""
+CODE = ("core", "backends")
+"""Folders whose Python files decide what a run computes."""
+
+
+class Job(NamedTuple):
+    """One run that an ablation asks for."""
+
+    variant: str
+    seed: int
+    backend: Literal["mlx", "cuda"]
+    config: RunConfig
+    dtype: str | None
+
+
+class Ablation(NamedTuple):
+    """What an ablation file says, checked."""
+
+    name: str
+    purpose: str
+    base: str
+    seeds: tuple[int, ...]
+    backends: tuple[str, ...]
+    dtype: str | None
+    reference: str
+    budget: tuple[str, float]
+    """(`steps`, `tokens` or `seconds`; how many)."""
+    settings: dict[str, Any]
+    variants: dict[str, dict[str, Any]]
+    path: str
+
+    def jobs(self) -> list[Job]:
+        """Return its runs, seed by seed, so that a table of all variants is there early."""
+        made = []
+        for seed in self.seeds:
+            for backend in self.backends:
+                for name in self.variants:
+                    made.append(Job(name, seed, backend, self.config(name, seed), self.dtype))  # type: ignore[arg-type]
+        return made
+
+    def config(self, variant: str, seed: int) -> RunConfig:
+        """Return the settings of one run; ConfigError names the file, the variant and the field that is wrong."""
+        values = to_json(presets.get(self.base).config)
+        where = f"{self.path}: variants.{variant}"
+        for source, changes in ((f"{self.path}: settings", self.settings), (where, self.variants[variant])):
+            for field, value in changes.items():
+                _set(values, field, value, source)
+        values["seed"] = seed
+        try:
+            config = from_json(RunConfig, values, "config")
+            kind, amount = self.budget
+            train = config.train
+            if kind == "seconds":
+                train = dataclasses.replace(train, seconds=float(amount), steps=MANY_STEPS)
+            else:
+                steps = int(amount) if kind == "steps" else -(-int(amount) // train.tokens_per_step)
+                train = dataclasses.replace(train, seconds=None, steps=steps)
+            return dataclasses.replace(config, train=train)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {str(error).replace('config.', '', 1)}") from error
+
+
+def read_plan(path: str | Path) -> Ablation:
+    """Read an ablation file; ConfigError names the file and the field that is wrong."""
+    where = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        value = tomllib.loads(text)
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{where}: not TOML: {error}") from error
+    _only(value, KEYS, where)
+    base = _typed(value, "base", str, where)
+    presets.get(base)
+    variants = _typed(value, "variants", dict, where)
+    if not variants:
+        raise ConfigError(f"{where}: variants: none; add at least one table [variants.NAME]")
+    for name, changes in variants.items():
+        _name(name, f"{where}: variants")
+        if not isinstance(changes, dict):
+            raise ConfigError(f"{where}: variants.{name}: expected a table, got {type(changes).__name__}")
+    settings = _typed(value, "settings", dict, where, {})
+    reference = _typed(value, "reference", str, where, next(iter(variants)))
+    if reference not in variants:
+        raise ConfigError(f"{where}: reference: {reference!r} is not a variant; known: {', '.join(variants)}")
+    made = Ablation(
+        name=_name(_typed(value, "name", str, where, Path(path).stem), f"{where}: name"),
+        purpose=_typed(value, "purpose", str, where, ""),
+        base=base,
+        seeds=_seeds(_typed(value, "seeds", list, where, [0, 1, 2]), where),
+        backends=_backends(_typed(value, "backends", list, where, ["auto"]), where),
+        dtype=_dtype(value.get("dtype"), where),
+        reference=reference,
+        budget=_budget(_typed(value, "budget", dict, where), where),
+        settings=_flat(settings, f"{where}: settings"),
+        variants={name: _flat(changes, f"{where}: variants.{name}") for name, changes in variants.items()},
+        path=where,
+    )
+    seen: dict[str, str] = {}
+    for name in made.variants:
+        digest = json.dumps(to_json(made.config(name, 0)))
+        if digest in seen:
+            raise ConfigError(f"{where}: variants.{name}: is the same as variants.{seen[digest]}; remove one")
+        seen[digest] = name
+    return made
+
+
+def code_version(root: Path) -> str:
+    """Return a hash of the Python files that decide what a run computes: a change of documents changes nothing."""
+    state = hashlib.sha256()
+    for folder in CODE:
+        for path in sorted((root / folder).rglob("*.py")):
+            state.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return state.hexdigest()
+
+
+def job_key(job: Job, code: str, data: dict[str, str]) -> str:
+    """Return what names a run for ever: settings, backend, type, code and data, not the ablation or variant."""
+    config = to_json(job.config)
+    config.pop("preset")
+    value = {"config": config, "backend": job.backend, "dtype": job.dtype, "code": code, "data": data}
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _set(values: dict[str, Any], field: str, value: Any, where: str) -> None:
+    part, _, name = field.partition(".")
+    known = [f"{p}.{n}" for p, v in values.items() if isinstance(v, dict) for n in v]
+    if field not in known:
+        close = difflib.get_close_matches(field, known, 1)
+        hint = f"did you mean {close[0]}?" if close else "see: skc train PRESET --help"
+        raise ConfigError(f"{where}: unknown field {field!r}; {hint}")
+    if field in ("train.steps", "train.seconds"):
+        raise ConfigError(f"{where}: {field}: is what [budget] decides")
+    values[part][name] = value
+
+
+def _flat(value: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return {"model.dim": 64} for it or for {"model": {"dim": 64}}: TOML users write both; "none" means None."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        parts = {f"{key}.{name}": v for name, v in inner.items()} if isinstance(inner, dict) else {key: inner}
+        for name, v in parts.items():
+            if name in flat:
+                raise ConfigError(f"{where}: {name}: is given twice")
+            flat[name] = None if v == "none" and name not in ("model.bank",) else v
+    return flat
+
+
+def _only(value: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in value:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _typed(value: dict[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:
+    if key not in value:
+        if default is None:
+            raise ConfigError(f"{where}: {key}: missing")
+        return default
+    if type(value[key]) is not kind:
+        raise ConfigError(f"{where}: {key}: expected {kind.__name__}, got {type(value[key]).__name__}")
+    return value[key]
+
+
+def _name(name: str, where: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"{where}: {name!r}: expected letters, digits and _ . + -, at most 61")
+    return name
+
+
+def _seeds(seeds: list[Any], where: str) -> tuple[int, ...]:
+    good = all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
+    if not seeds or not good or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{where}: seeds: {seeds}: expected different whole numbers from 0 to 2^31 - 1")
+    return tuple(seeds)
+
+
+def _backends(names: list[Any], where: str) -> tuple[str, ...]:
+    from core.engine import choose_backend
+
+    for name in names:
+        if name not in ("auto", *BACKENDS):
+            raise ConfigError(f"{where}: backends: {name!r}: expected auto, {', '.join(BACKENDS)}")
+    found = tuple(choose_backend(name) for name in names)
+    if not found or len(set(found)) < len(found):
+        raise ConfigError(f"{where}: backends: {names}: expected one or more, each once (auto is one of the others)")
+    return found
+
+
+def _dtype(value: Any, where: str) -> str | None:
+    if value not in (None, "float32", "bfloat16", "float64"):
+        raise ConfigError(f"{where}: dtype: {value!r}: expected float32, bfloat16 or float64")
+    return value
+
+
+def _budget(value: dict[str, Any], where: str) -> tuple[str, float]:
+    if len(value) != 1 or next(iter(value)) not in BUDGETS:
+        raise ConfigError(f"{where}: budget: {value}: expected one of steps, tokens, seconds")
+    kind, amount = next(iter(value.items()))
+    whole = kind != "seconds"
+    if type(amount) is not int and (whole or type(amount) is not float) or not 0 < amount < MANY_STEPS * 10_000:
+        raise ConfigError(f"{where}: budget.{kind}: {amount!r}: expected a positive {'whole ' if whole else ''}number")
+    return kind, amount

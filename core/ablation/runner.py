@@ -1,0 +1,169 @@
+"""Runs the jobs of an ablation, several at a time, each in a process of its own; what is done is never done again."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from core.ablation.results import read_result
+from core.ablation.store import Place, Store, finished
+
+WORKER = (sys.executable, "-m", "core.ablation.worker")
+POLL = 0.2
+"""Seconds between two looks at the workers."""
+ELSEWHERE = 2.0
+"""Seconds between two looks at runs that another process trains."""
+LAST_WORDS = 600
+"""Characters of a failed run's last line that are kept."""
+
+
+class Slot(NamedTuple):
+    """Where one worker at a time runs."""
+
+    number: int
+    device: str | None
+    """CUDA_VISIBLE_DEVICES of its workers; None: as it is."""
+
+
+class Running(NamedTuple):
+    """A worker."""
+
+    place: Place
+    process: subprocess.Popen
+    output: IO[bytes]
+    lock: ExitStack
+
+    def close(self) -> None:
+        """Let go of what an ended worker used."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.output.close()
+        self.lock.close()
+
+
+class Progress(NamedTuple):
+    """What a live table shows."""
+
+    running: tuple[Place, ...]
+    done: int
+    failed: int
+    total: int
+
+
+def run_all(
+    store: Store,
+    places: Sequence[Place],
+    *,
+    parallel: int = 1,
+    devices: Sequence[str] = (),
+    threads: int | None = None,
+    worker: Sequence[str] = WORKER,
+    started: Callable[[Place], None],
+    ended: Callable[[Place], None],
+    shown: Callable[[Progress], None],
+) -> None:
+    """Bring every place to its end: done, or failed once. Runs that other processes train are waited for.
+
+    `started` gets each run before its worker begins (it writes job.json), `ended` when it has ended or was found done;
+    `shown` is called a few times a second. An exception (Ctrl-C) ends the workers; their checkpoints stay.
+    """
+    slots = [Slot(i, devices[i % len(devices)] if devices else None) for i in range(parallel)]
+    waiting, elsewhere, running = list(places), [], {}
+    done = failed = 0
+    looked = time.monotonic()
+
+    def close(place: Place) -> None:
+        nonlocal done, failed
+        state = store.status(place)[0]
+        done, failed = done + (state == "done"), failed + (state == "failed")
+        ended(place)
+
+    try:
+        while waiting or elsewhere or running:
+            for slot in [s for s in slots if s not in running]:
+                while waiting and slot not in running:
+                    place = waiting.pop(0)
+                    made = _start(store, place, slot, threads, worker, started)
+                    if made is not None:
+                        running[slot] = made
+                    elif store.status(place)[0] == "done":
+                        close(place)
+                    else:
+                        elsewhere.append(place)
+            for slot, made in list(running.items()):
+                if made.process.poll() is not None:
+                    del running[slot]
+                    _finish(store, made)
+                    close(made.place)
+            if elsewhere and time.monotonic() - looked > ELSEWHERE:
+                looked = time.monotonic()
+                for place in [p for p in elsewhere if not store.busy(p)]:
+                    elsewhere.remove(place)
+                    if store.status(place)[0] in ("done", "failed"):
+                        close(place)
+                    else:  # whoever trained it was killed
+                        waiting.append(place)
+            shown(Progress(tuple(made.place for made in running.values()), done, failed, len(places)))
+            time.sleep(POLL)
+    finally:
+        for made in running.values():
+            made.process.terminate()
+        for made in running.values():
+            made.process.wait()
+            made.close()
+
+
+def _start(
+    store: Store,
+    place: Place,
+    slot: Slot,
+    threads: int | None,
+    worker: Sequence[str],
+    started: Callable[[Place], None],
+) -> Running | None:
+    """Start the worker of a run; None if it is done already or another process has it."""
+    with ExitStack() as stack:
+        lock = stack.enter_context(store.held(place))
+        if lock is None:
+            return None
+        if finished(place.folder):
+            return None
+        started(place)
+        (place.home / "failed.json").unlink(missing_ok=True)
+        variables = dict(os.environ)
+        if threads is not None:
+            variables |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
+        if slot.device is not None:
+            variables["CUDA_VISIBLE_DEVICES"] = slot.device
+        output = open(place.home / "worker.txt", "wb")  # noqa: SIM115
+        process = subprocess.Popen(
+            [*worker, str(place.home)],
+            stdin=subprocess.PIPE,  # its end tells the worker that this process is gone
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=variables,
+            pass_fds=(lock.fileno(),),  # the worker holds the run, whatever becomes of this process
+        )
+        return Running(place, process, output, stack.pop_all())
+
+
+def _finish(store: Store, worker: Running) -> None:
+    """Write down how a worker ended."""
+    code = worker.process.returncode
+    if read_result(worker.place.job, worker.place.folder, "done").bpb is None:
+        last = _last_line(worker.place.home / "worker.txt")
+        store.fail(worker.place, last or f"ended with code {code} and said nothing")
+    worker.close()
+
+
+def _last_line(path: Path) -> str:
+    """Return the last line that a worker said."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 20_000))
+        lines = file.read().decode(errors="replace").split("\n")
+    said = [line.strip() for line in lines if line.strip()]
+    return said[-1][-LAST_WORDS:] if said else ""

@@ -1,0 +1,51 @@
+"""One run of an ablation in a process of its own: `python -m core.ablation.worker FOLDER`; not for people.
+
+It reads FOLDER/job.json, trains in FOLDER/run or goes on there, and ends when whoever started it is gone.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from core.cli import is_users, message
+from core.config import RunConfig, from_json
+from core.console import Console
+from core.verbs.common import Context
+from core.verbs.make import Train, train_run
+
+GONE = 75
+"""Exit code of a worker whose parent is gone."""
+
+
+def train_options(job: dict[str, Any], folder: Path) -> Train:
+    """Return the options of `skc train` for what job.json says."""
+    config = from_json(RunConfig, job["config"], "job.json: config")
+    return dataclasses.replace(Train.of(config), backend=job["backend"], dtype=job["dtype"], out=str(folder / "run"))
+
+
+def main() -> int:
+    """Train; 2 and one line where the settings do not work, 1 where a check failed."""
+    folder = Path(sys.argv[1])
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    try:
+        outcome = train_run(train_options(job, folder), Context(Console(), job["command"]))
+    except (ValueError, ArithmeticError, OSError) as error:
+        if not is_users(error):
+            raise
+        print(message(error), flush=True)
+        return 2
+    return 0 if outcome.ok else 1
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(GONE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""A stand-in for core.ablation.worker that trains nothing: `python -m shared_tests.ablation_worker FOLDER`.
+
+It makes a real run folder, step by step, with a checkpoint counter, and notes every step it takes in FOLDER/taken.txt,
+so that a test can see that no step is lost and none is taken twice. Seed 13 fails.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from core.config import RunConfig, from_json
+from core.files import replace_file
+from core.run import Run
+
+STEPS = 10
+
+
+def main() -> int:
+    """Take the steps that are left."""
+    folder = Path(sys.argv[1])
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(75)), daemon=True).start()
+    job = json.loads((folder / "job.json").read_text())
+    config = from_json(RunConfig, job["config"])
+    run = Run.create(folder / "run", config, b"tokenizer")
+    if config.seed == 13:
+        print("Traceback ...\nskc train: the loss (nan) is not finite")
+        return 1
+    counter = run.path / "state" / "steps"
+    done = int(counter.read_text()) if counter.exists() else 0
+    for step in range(done, STEPS):
+        time.sleep(float(os.environ.get("SKC_TEST_STEP", "0.02")))
+        with open(folder / "taken.txt", "a") as file:
+            file.write(f"{step}\n")
+        replace_file(counter, str(step + 1).encode())
+        run.log(step + 1, {"train/loss": 3.0, "train/bpb": 2.0, "clock/seconds": 0.1 * (step + 1)})
+    bpb = 2.0 - config.model.dim / 1000 + config.seed / 10_000
+    score = {"bpb": bpb, "error": None, "byte_rule": "table", "label": "score"}
+    run.log(STEPS, {"final/artifact": {"score": score, "bytes": 1000 + config.model.dim}})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
