@@ -27,8 +27,10 @@ from core.ranks import Alone, Ranks, join, share
 from core.run import Follower, Run
 from core.schedule import plan, progress_by_steps
 from core.scoring import score
+from core.scoring.plugins import Temperature
 from core.train import train
 from shared_tests.killed import everything
+from shared_tests.plugin_examples import Adaptation
 
 
 def curves(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -125,11 +127,11 @@ def scores(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
         for drawn in (None, 7):
             made = score(engine, dataset, settings, documents=drawn, seed=0, ranks=ranks)
             found[f"{windows} {drawn}"] = made.to_json()
-    settings = EvalConfig(seq=24, batch=3, plugins=("temperature",))
-    from core.scoring.plugins import Temperature
-
-    made = score(engine, dataset, settings, documents=None, seed=0, ranks=ranks, plugins=[Temperature()])
-    return {**found, "plug-in": made.to_json()}
+    settings = EvalConfig(seq=24, batch=3, plugins=("temperature", "shared_tests.plugin_examples:Adaptation"))
+    for plugin in (Temperature(), Adaptation(24)):  # what learns, and what trains
+        made = score(engine, dataset, settings, documents=7, seed=0, ranks=ranks, plugins=[plugin])
+        found[type(plugin).__name__] = made.to_json()
+    return found
 
 
 def beaten(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
