@@ -42,6 +42,7 @@ VERBS = {
     "sample": Verb("core.verbs.judge", "Sample", "write_text", "let a run or an artifact write text"),
     "audit": Verb("core.verbs.audit", "Audit", "audit_score", "does the score of a run or an artifact keep the rules?"),
     "export": Verb("core.verbs.make", "Export", "export_run", "write a run's artifact, reload it, score it again"),
+    "ablate": Verb("core.verbs.ablate", "Ablate", "ablate", "variants of a preset: what helped, by how much, how sure"),
     "import-official": Verb(
         "core.verbs.official", "Import", "import_official", "make a run of a checkpoint of the official scripts"
     ),

@@ -31,8 +31,8 @@ class Console:
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
-        self._stream: TextIO = sys.stderr if as_json else sys.stdout
-        self._terminal = self._stream.isatty()
+        self.stream: TextIO = sys.stderr if as_json else sys.stdout
+        self.terminal = self.stream.isatty()
         self._log: TextIO | None = None
         self._status: Any = None
         self._muted = False
@@ -55,12 +55,12 @@ class Console:
         if self._muted:
             return
         self.clear()
-        if self._terminal:
+        if self.terminal:
             from rich.console import Console as Rich
 
-            Rich(file=self._stream, soft_wrap=True).print(line, markup=False, emoji=False)
+            Rich(file=self.stream, soft_wrap=True).print(line, markup=False, emoji=False)
         else:
-            print(line, file=self._stream, flush=True)
+            print(line, file=self.stream, flush=True)
         if self._log is not None:
             print(line, file=self._log, flush=True)
 
@@ -76,9 +76,9 @@ class Console:
             if self._muted:
                 return
             now = time.monotonic()
-            if self._terminal and done >= total:
+            if self.terminal and done >= total:
                 self.clear()
-            elif now - shown >= (0.1 if self._terminal else PLAIN_EVERY):
+            elif now - shown >= (0.1 if self.terminal else PLAIN_EVERY):
                 shown = now
                 left = (now - began) * (total - done) / done if done else 0.0
                 self._show(f"{label}: {done}/{total} ({100 * done / max(total, 1):.0f} %), {duration(left)} left")
@@ -86,13 +86,13 @@ class Console:
         return report
 
     def _show(self, line: str) -> None:
-        if not self._terminal:
-            print(line, file=self._stream, flush=True)
+        if not self.terminal:
+            print(line, file=self.stream, flush=True)
             return
         if self._status is None:
             from rich.console import Console as Rich
 
-            self._status = Rich(file=self._stream).status("")
+            self._status = Rich(file=self.stream).status("")
             self._status.start()
         self._status.update(line)
 

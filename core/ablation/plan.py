@@ -20,6 +20,7 @@ import hashlib
 import json
 import re
 import tomllib
+import typing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -174,8 +175,16 @@ def _flat(value: dict[str, Any], where: str) -> dict[str, Any]:
         for name, v in parts.items():
             if name in flat:
                 raise ConfigError(f"{where}: {name}: is given twice")
-            flat[name] = None if v == "none" and name not in ("model.bank",) else v
+            flat[name] = None if v == "none" and not _knows_none(name) else v
     return flat
+
+
+def _knows_none(field: str) -> bool:
+    """Whether `none` is one of a field's own values; elsewhere it stands for None, which TOML lacks."""
+    part, _, name = field.partition(".")
+    kind = typing.get_type_hints(RunConfig).get(part)
+    hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+    return "none" in typing.get_args(hints.get(name))
 
 
 def _only(value: dict[str, Any], known: tuple[str, ...], where: str) -> None:
