@@ -94,7 +94,7 @@ class Context(NamedTuple):
 
     cos: Any  # (T, rope_dims / 2)
     sin: Any
-    mask: Any  # which keys a query sees, or None: plain causal
+    mask: Any  # which keys a query sees, or None: plain causal; CUDA: or where its document begins
     documents: Any  # (B, T) int32, 0: the document that was open before the first token
     history: Any  # (B, TAPS - 1 + T): the same, with the positions before in front
     starts: Any  # (B, T) bool: where a document begins and recurrences start anew
@@ -105,6 +105,7 @@ class Context(NamedTuple):
     ids: Any  # (B, P + T): tokens, with those before in front
     wide: Any  # type of recurrent states: float32 or wider
     keep: int = 0  # keys to keep when the chunk is committed
+    attend: Any = None  # CUDA: the form of attention that was chosen at build; MLX has one
 
     def last_ids(self, before):
         """Return tokens and documents with `before` positions in front: (B, before + T) each."""

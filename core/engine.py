@@ -200,6 +200,8 @@ class Engine(Protocol):
     def stats(self) -> dict[str, float]:
         """Return what the device tells: peak_bytes and active_bytes of arrays, or process_bytes; and traces.
 
+        A device with memory of its own adds limit_bytes, all of it.
+
         `traces` counts compilations of the training step's parts: the whole of it in MLX, loss and update in torch.
         """
         ...

@@ -130,14 +130,14 @@ def outcome(scan: Any, case: Case, device: str) -> Arrays:
 
 
 def load(source: str, folder: str, name: str) -> Any:
-    """Return the function scan of a changed source: Triton reads a kernel's lines from its file."""
+    """Return the module of a changed source: Triton reads a kernel's lines from its file."""
     path = Path(folder) / f"{name}.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.scan
+    return module
 
 
 def main(device: str, file: str) -> None:
@@ -153,7 +153,7 @@ def main(device: str, file: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for i, (fault, (old, new)) in enumerate(FAULTS.items()):
             assert source.count(old) == 1, f"{fault}: the kernels no longer hold {old!r}"
-            faulty = load(source.replace(old, new), folder, f"fault{i}")
+            faulty = load(source.replace(old, new), folder, f"fault{i}").scan
             found |= {f"{fault}/{key}": x for key, x in outcome(faulty, FAULTY, device).items()}
     np.savez(file, **found)  # pyright: ignore[reportArgumentType]
     messages = {}

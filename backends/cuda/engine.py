@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch.func import functional_call
 
-from backends.cuda import ops, optim, storage
+from backends.cuda import attention, ops, optim, storage
 from backends.cuda.distributed import Reducer
 from backends.cuda.model import Model
+from backends.cuda.staging import to_gpu
 from core.context import Constants
 from core.engine import Arrays, Batch, EngineOptions, State, StepResult, micro_batches
 from core.params import check_arrays, exported, optimizer_slots, param_table
@@ -22,6 +23,10 @@ from core.storage import Stored
 from core.tables import mixer_tables, rope_tables
 
 IN_FLIGHT = 2
+SPARE = 8
+"""Compilations of one part of the step beyond those that a run declares: evaluation during training has other rows."""
+ROOMS = 4
+"""How often the room for documents (attention.room) may grow."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -65,14 +70,17 @@ class Engine:
         self._run, self._config, self._train = config, config.model, config.train
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         self._table = param_table(config.model)
+        self._attention = attention.choose(config.model, self.dtype, self._exact, self._device, config.train.seq)
+        attend = None if self._attention.form is None else self._attention.form.attend
         with torch.device("meta"):  # CUDA: the module holds no weights: as in MLX, they come as arguments
-            self._model = Model(config.model, self._exact)
+            self._model = Model(config.model, self._exact, attend)
         names = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
         check_arrays(weights, names, "weights for the torch model")
         self._tables: dict[tuple[int, int], Constants] = {}
         self._mixing = [
             torch.tensor(table, dtype=self._wide, device=self._device) for table in mixer_tables(config.model)
         ]
+        self._staging = to_gpu(self._device) if gpu else None
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
         self._weights = None
@@ -85,10 +93,17 @@ class Engine:
         self._finish = torch.compile(self._update, backend=self._count, dynamic=False) if wanted else self._update
         self._change = torch.compile(self._rules, backend=self._count, dynamic=False) if wanted else self._rules
         self.ranks, self._buckets = ranks, buckets(config, ranks.world)
+        if wanted:  # past its limit torch goes on eagerly
+            limits = torch._dynamo.config
+            limits.recompile_limit = most = max(limits.recompile_limit, SPARE + self._shapes())
+            limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2 * most)
         self.notes = (
-            f"compile: {'loss and update (torch.compile)' if wanted else 'off (eager)'}",
-            f"attention: {'exact, composed' if self._exact else 'torch scaled_dot_product_attention'}",
+            f"compile: loss and update (torch.compile), {self._shapes()} shapes declared"
+            if wanted
+            else "compile: off (eager)",
+            self._attention.note,
             f"scan: {'exact, step by step' if self._exact else 'Triton kernel' if gpu else 'in chunks'}",
+            f"cross-entropy: {'exact, composed' if self._exact else 'Triton kernel' if gpu else 'softcap apart'}",
         )
 
     # What is compiled on a GPU.
@@ -109,20 +124,26 @@ class Engine:
         weights = self._stored(params) if quantise else {name: value.detach() for name, value in params.items()}
         return {name: value.requires_grad_() for name, value in weights.items()}
 
-    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None):
-        return functional_call(
-            self._model, weights, (tokens, tables, self._compute, repeat, record, state), strict=True
-        )
+    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, room=None):
+        given = (tokens, tables, self._compute, repeat, record, state, capped, room)
+        return functional_call(self._model, weights, given, strict=True)
 
-    def _losses(self, weights, tokens, targets, tables, repeat):
-        logits, _ = self._forward(weights, tokens, tables, repeat)
-        nll, total = ops.cross_entropy(logits, targets, self._exact)
+    def _read(self, tokens, **options):
+        """Run the scored weights over rows of tokens from the host; return what the model returns."""
+        options["room"] = self._room(tokens)
+        return self._forward(self._scored(), self._move(tokens), self._constants(tokens.shape[1]), **options)
+
+    def _losses(self, weights, tokens, targets, tables, repeat, room=None):
+        logits, _ = self._forward(weights, tokens, tables, repeat, capped=False, room=room)
+        nll, total = ops.cross_entropy(logits, targets, self._exact, self._config.softcap)
         loss = torch.mean(nll)
         return loss + self._train.z_loss * torch.mean(torch.square(total)) if self._train.z_loss else loss, loss
 
-    def _gradient(self, weights, tokens, targets, repeat, ready=None):
+    def _gradient(self, weights, batch, part, repeat, ready=None):
         """Return (objective, loss, gradients) of one micro-batch; `ready` gets each gradient when it is there."""
-        objective, loss = self._objective(weights, tokens, targets, self._constants(tokens.shape[1]), repeat)
+        tokens, targets = self._move(batch.tokens[part]), self._move(batch.targets[part])
+        tables, room = self._constants(tokens.shape[1]), self._room(batch.tokens[part])
+        objective, loss = self._objective(weights, tokens, targets, tables, repeat, room)
         hooks = [weights[n].register_hook(functools.partial(ready, n)) for n in self._table] if ready else []
         grads = torch.autograd.grad(objective, [weights[name] for name in self._table])
         for hook in hooks:
@@ -195,10 +216,9 @@ class Engine:
         loss, grads = 0.0, {}
         weights = self._trained(self._params, plan.quantise)
         for part, share in zip(parts, shares, strict=True):
-            tokens, targets = self._move(batch.tokens[part]), self._move(batch.targets[part])
             last = part is parts[-1]
             ready = functools.partial(_send, reducer, grads, share) if reducer is not None and last else None
-            _, new, more = self._gradient(weights, tokens, targets, plan.repeat, ready)
+            _, new, more = self._gradient(weights, batch, part, plan.repeat, ready)
             loss = loss + new * share
             if ready is None:
                 grads = {name: _sum(grads, share, name, g) for name, g in more.items()}
@@ -217,22 +237,22 @@ class Engine:
 
     def gradients(self, batch: Batch) -> tuple[float, Arrays]:
         weights = self._trained(self._params, self.quantise)
-        objective, _, grads = self._gradient(weights, self._move(batch.tokens), self._move(batch.targets), True)
+        objective, _, grads = self._gradient(weights, batch, slice(None), True)
         return objective.item(), {name: g.cpu().numpy() for name, g in grads.items()}
 
     @torch.no_grad()
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        logits, _ = self._forward(self._scored(), self._move(tokens), self._constants(tokens.shape[1]))
-        return ops.cross_entropy(logits, self._move(targets), self._exact)[0].cpu().numpy()
+        logits, _ = self._read(tokens, capped=False)
+        return ops.cross_entropy(logits, self._move(targets), self._exact, self._config.softcap)[0].cpu().numpy()
 
     @torch.no_grad()
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return self._forward(self._scored(), self._move(tokens), self._constants(tokens.shape[1]))[0].cpu().numpy()
+        return self._read(tokens)[0].cpu().numpy()
 
     @torch.no_grad()
     def activations(self, tokens: np.ndarray) -> Arrays:
         record = {}
-        self._forward(self._scored(), self._move(tokens), self._constants(tokens.shape[1]), record=record)
+        self._read(tokens, record=record)
         return {name: value.to(self._wide).cpu().numpy() for name, value in record.items()}
 
     def start(self, rows: int) -> State:
@@ -276,7 +296,7 @@ class Engine:
         if self.ranks.world > 1:  # each rank has the momentum of the matrices that it updates
             shared = {name: self._state[f"{name}.m"] for b in self._buckets for name in b.names}
             self.ranks.share_updates([b for b in self._buckets if b.slots], shared)()
-        return {name: value.cpu().numpy().copy() for name, value in self._state.items()}
+        return {name: self._state[name].cpu().numpy().copy() for name in self._slots}
 
     def load_optimizer(self, state: Arrays) -> None:
         check_arrays(state, self._slots, "optimizer state")
@@ -285,7 +305,8 @@ class Engine:
         self._weights = None
 
     def matmul_rate(self, n: int, repeats: int) -> float:
-        a = torch.full((n, n), 0.5, dtype=self._compute, device=self._device)
+        # CUDA: not a constant, which a GPU multiplies faster than what models hold: it takes less power
+        a = torch.randn((n, n), device=self._device).to(self._compute)
         best = float("inf")
         for _ in range(repeats + 1):
             start = time.perf_counter()
@@ -315,6 +336,7 @@ class Engine:
             memory = {
                 "peak_bytes": float(torch.cuda.max_memory_allocated()),
                 "active_bytes": float(torch.cuda.memory_allocated()),
+                "limit_bytes": float(torch.cuda.mem_get_info()[1]),
             }
         else:  # CUDA: on the CPU only the whole process can be measured (in bytes on macOS, kilobytes elsewhere)
             unit = 1 if sys.platform == "darwin" else 1024
@@ -331,6 +353,21 @@ class Engine:
     def _zeros(self, shapes):
         return {name: torch.zeros(shape, dtype=self._wide, device=self._device) for name, shape in shapes.items()}
 
+    def _room(self, tokens):
+        """Return for how many documents attention makes room in a batch, or None where it takes a mask."""
+        form = self._attention.form
+        apart = form is not None and form.spans and self._config.documents == "isolated"
+        return attention.room(tokens, self._config.bos) if apart else None
+
+    def _shapes(self):
+        """Return how many times one part of the step may be compiled: for each shape that a run can have."""
+        spans = self._attention.form is not None and self._attention.form.spans
+        losses = len(set(self._train.lengths)) * (1 + (self._train.repeat_from > 0))
+        losses *= (1 + (self.ranks.world > 1)) * (
+            ROOMS if spans else 1
+        )  # a rank's last micro-batch may have fewer rows
+        return max(losses, 1 + len({self._table[b.names[0]].shape for b in self._buckets if b.slots}))
+
     def _constants(self, seq, position=0):
         """Return the tables of positions `position` to `position + seq`; those of rows from 0 on are kept."""
         if (position, seq) in self._tables:
@@ -344,10 +381,7 @@ class Engine:
         return made
 
     def _move(self, array):
-        tensor = torch.from_numpy(np.ascontiguousarray(array, np.int32))
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor
+        return self._staging(array) if self._staging else torch.from_numpy(np.ascontiguousarray(array, np.int32))
 
     def _mark(self):
         """Return an event after the work queued so far, or None where the device runs in step with the host."""

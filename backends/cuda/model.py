@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from backends.cuda import ops
+from backends.cuda import attention, ops
 from backends.cuda.blocks import BLOCKS
 from backends.cuda.blocks.linear import Linear
 from backends.cuda.blocks.memory import Bank, Bigram, Engram
@@ -61,9 +61,10 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """Tokens to softcapped logits. Letters: B rows, T positions, D width, E embedding width, V vocabulary."""
 
-    def __init__(self, config, exact):
+    def __init__(self, config, exact, attend=None):
         super().__init__()
         self._config, self._exact = config, exact
+        self._attend = attend or ops.attention  # CUDA: the form that the engine chose
         width = config.embed_dim or config.dim
         self.embed = Embedding(config.vocab, width)
         if config.embed_dim is not None:
@@ -104,19 +105,21 @@ class Model(nn.Module):
         return plain_BTD + share_D * torch.where(same_BT1, before_BTD, 0.0), plain_BTD, values_BTD
 
     def head(self, x_BTD):
+        """Return logits before the softcap."""
         x_BTD = self.norm(x_BTD)
         x_BTE = self.embed_down(x_BTD) if self._config.embed_dim is not None else x_BTD
         logits_BTV = ops.linear(x_BTE, self.embed.weight)
+        return logits_BTV + self.vocab_bias if self._config.vocab_bias else logits_BTV  # with the bias float32 or wider
+
+    def cap(self, logits_BTV):
+        """Return softcapped logits, float32 or wider."""
         if logits_BTV.dtype == torch.bfloat16:
             logits_BTV = logits_BTV.float()
-        if self._config.vocab_bias:
-            logits_BTV = logits_BTV + self.vocab_bias
-        return (
-            logits_BTV if self._config.softcap is None else ops.softcap(logits_BTV, self._config.softcap, self._exact)
-        )
+        cap = self._config.softcap
+        return logits_BTV if cap is None else ops.softcap(logits_BTV, cap, self._exact)
 
-    def context(self, tokens_BT, constants, state, wide):
-        """Return the Context of these rows."""
+    def context(self, tokens_BT, constants, state, wide, room=None):
+        """Return the Context of these rows; `room` as in forward."""
         seq, isolated = tokens_BT.shape[1], self._config.documents == "isolated"
         starts_BT = tokens_BT == self._config.bos if isolated else torch.zeros_like(tokens_BT, dtype=torch.bool)
         ids_BT = ops.document_ids(tokens_BT, self._config.bos) if isolated else torch.zeros_like(tokens_BT)
@@ -125,22 +128,26 @@ class Model(nn.Module):
         ids_BS = ids_BT if kept_BS is None else torch.cat([kept_BS, ids_BT], dim=1)
         keys, mask = ids_BS.shape[1], None
         if "attention" in self._config.kinds and (isolated or keys > seq):
-            mask = ops.causal_mask(seq, keys, ids_BS)
+            mask = ops.causal_mask(seq, keys, ids_BS) if room is None else None
+        if room is not None:  # CUDA: some forms of attention take where documents begin instead
+            mask = attention.Spans(attention.spans(ids_BT, room), seq)
         position = 0 if state is None else state.position
         cos, sin, hadamard, walsh = constants
         ids = tokens_BT if state is None else torch.cat([state.ids, tokens_BT], dim=1)
         if state is None:
             ids = torch.nn.functional.pad(ids, (self._config.reach, 0), value=-1)
         tables = (hadamard, walsh, position, keys - seq, ids)
-        return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide)
+        return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, attend=self._attend)
 
-    def forward(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None):
+    def forward(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, room=None):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
-        `record` (a dict) collects the stream after every layer. `repeat`: layers that are to be repeated are.
+        `record` (a dict) collects the stream after every layer. `repeat`: layers that are to be repeated are. Not
+        `capped`: logits before the softcap, as wide as they come, for ops.cross_entropy. `room`: for how
+        many documents there is room in attention without a mask, which takes no state.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        context = self.context(tokens_BT, constants, state, wide)
+        context = self.context(tokens_BT, constants, state, wide, room)
         embedded_BTD, plain_BTD, values_BTD = self.embedding(tokens_BT, context, state, dtype)
         x_BTD = embedded_BTD
         record = {} if record is None else record
@@ -168,7 +175,8 @@ class Model(nn.Module):
             f_BTD = self.norm(x_BTD)
             y_BTD, banks["head"] = self.bank_head(f_BTD, values_BTD, context, banks["head"])
             x_BTD = record["bank_head"] = f_BTD + y_BTD
-        record["logits"] = logits_BTV = self.head(x_BTD)
+        logits_BTV = self.head(x_BTD)
+        record["logits"] = logits_BTV = self.cap(logits_BTV) if capped else logits_BTV
         return logits_BTV, (state, context, tapes, banks, plain_BTD)
 
     def start(self, rows, device):

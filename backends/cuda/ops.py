@@ -196,8 +196,17 @@ def softcap(x, cap, exact):
     return cap * torch.tanh(x / cap) if exact else Softcap.apply(x, cap)
 
 
-def cross_entropy(logits, targets, exact):
-    """Return (-log softmax(logits)[target], logsumexp(logits)): (..., V) and (...) int -> (...) and (...)."""
+def cross_entropy(logits, targets, exact, cap=None):
+    """Return (-log softmax(z)[target], logsumexp(z)): logits (..., V) and targets (...) int -> (...) and (...).
+
+    z is softcap(logits, cap), or the logits where cap is None; float32 or wider.
+    """
+    if logits.is_cuda and not exact:  # CUDA: one kernel, as in scan.py
+        from backends.cuda.kernels.cross_entropy import cross_entropy as kernel
+
+        return kernel(logits, targets, cap)
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    logits = logits if cap is None else softcap(logits, cap, exact)
     if not exact:
         return CrossEntropy.apply(logits, targets)
     total = logsumexp(logits, exact)

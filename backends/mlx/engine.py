@@ -106,16 +106,16 @@ class Engine:
         """Return the weights of a training step's forward pass; gradients at them are those of `params`."""
         return self._store(params) if quantise else params
 
-    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None):
+    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True):
         self._model.update(tree_unflatten(list(weights.items())))
-        return self._model(tokens, tables, self._compute, repeat, record, state)
+        return self._model(tokens, tables, self._compute, repeat, record, state, capped)
 
     def _logits(self, weights, tokens, tables):
         return self._forward(weights, tokens, tables)[0]
 
     def _losses(self, weights, tokens, targets, tables, repeat):
-        logits, _ = self._forward(weights, tokens, tables, repeat)
-        nll, total = ops.cross_entropy(logits, targets, self._exact)
+        logits, _ = self._forward(weights, tokens, tables, repeat, capped=False)
+        nll, total = ops.cross_entropy(logits, targets, self._exact, self._config.softcap)
         loss = mx.mean(nll)
         return loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss, loss
 
@@ -179,7 +179,8 @@ class Engine:
         return self._update(params, state, grads, loss, hyper, 1.0)
 
     def _nll(self, weights, tokens, targets, tables):
-        return ops.cross_entropy(self._logits(weights, tokens, tables), targets, self._exact)[0]
+        logits, _ = self._forward(weights, tokens, tables, capped=False)
+        return ops.cross_entropy(logits, targets, self._exact, self._config.softcap)[0]
 
     # The protocol.
 
@@ -205,7 +206,9 @@ class Engine:
             else:
                 out = self._update_together(grads, loss, hyper, number)
         del weights
-        self._params, self._state, *numbers = out
+        params, state, *numbers = out
+        self._params = {name: params[name] for name in self._table}  # MLX: another order would be compiled again
+        self._state = {name: state[name] for name in self._slots}
         self.quantise, self._weights = plan.quantise, None
         mx.async_eval(self._params, self._state, *numbers)
         self._in_flight.append(Pending(*numbers))
@@ -273,7 +276,7 @@ class Engine:
             shared = {name: self._state[f"{name}.m"] for b in matrices for name in b.names}
             shared = self.ranks.share_updates(matrices, shared)
             self._state |= {f"{name}.m": value for name, value in shared.items()}
-        return {name: np.array(value) for name, value in self._state.items()}
+        return {name: np.array(self._state[name]) for name in self._slots}
 
     def load_optimizer(self, state: Arrays) -> None:
         check_arrays(state, self._slots, "optimizer state")

@@ -104,16 +104,18 @@ class Model(nn.Module):
         return plain_BTD + share_D * mx.where(same_BT1, before_BTD, 0.0), plain_BTD, values_BTD
 
     def head(self, x_BTD):
+        """Return logits before the softcap."""
         x_BTD = self.norm(x_BTD)
         x_BTE = self.embed_down(x_BTD) if self._config.embed_dim is not None else x_BTD
         logits_BTV = ops.linear(x_BTE, self.embed.weight)
+        return logits_BTV + self.vocab_bias if self._config.vocab_bias else logits_BTV  # with the bias float32 or wider
+
+    def cap(self, logits_BTV):
+        """Return softcapped logits, float32 or wider."""
         if logits_BTV.dtype == mx.bfloat16:
             logits_BTV = logits_BTV.astype(mx.float32)
-        if self._config.vocab_bias:
-            logits_BTV = logits_BTV + self.vocab_bias
-        return (
-            logits_BTV if self._config.softcap is None else ops.softcap(logits_BTV, self._config.softcap, self._exact)
-        )
+        cap = self._config.softcap
+        return logits_BTV if cap is None else ops.softcap(logits_BTV, cap, self._exact)
 
     def context(self, tokens_BT, constants, state, wide):
         """Return the Context of these rows."""
@@ -134,10 +136,11 @@ class Model(nn.Module):
         tables = (hadamard, walsh, position, keys - seq, ids)
         return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide)
 
-    def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None):
+    def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
-        `record` (a dict) collects the stream after every layer. `repeat`: layers that are to be repeated are.
+        `record` (a dict) collects the stream after every layer. `repeat`: layers that are to be repeated are. Not
+        `capped`: logits before the softcap, as wide as they come, for ops.cross_entropy.
         """
         wide = mx.float64 if dtype == mx.float64 else mx.float32
         context = self.context(tokens_BT, constants, state, wide)
@@ -168,7 +171,8 @@ class Model(nn.Module):
             f_BTD = self.norm(x_BTD)
             y_BTD, banks["head"] = self.bank_head(f_BTD, values_BTD, context, banks["head"])
             x_BTD = record["bank_head"] = f_BTD + y_BTD
-        record["logits"] = logits_BTV = self.head(x_BTD)
+        logits_BTV = self.head(x_BTD)
+        record["logits"] = logits_BTV = self.cap(logits_BTV) if capped else logits_BTV
         return logits_BTV, (state, context, tapes, banks, plain_BTD)
 
     def start(self, rows):

@@ -42,7 +42,7 @@ class Attention(nn.Module):
         q_BHTK = q_BHTK * self.q_gain.to(q_BHTK.dtype)[:, None, None]
         if state is not None:
             k_BGTK, v_BGTK = torch.cat([state.k, k_BGTK], dim=2), torch.cat([state.v, v_BGTK], dim=2)
-        y_BHTK = ops.attention(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)
+        y_BHTK = context.attend(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)  # CUDA: the form chosen at build
         return self.o(torch.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim)), AttentionState(k_BGTK, v_BGTK, tail_BPD)
 
     def commit(self, tape, context, n):
