@@ -48,6 +48,7 @@ class Split:
         unknown_tokens: int | None = None,
     ) -> None:
         self._shards = list(shards)
+        self._closed: str | None = None
         self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
         self._tokenizer = tokenizer
         self.name = name
@@ -70,8 +71,13 @@ class Split:
             self._copy(start, row)
         return self._checked(out)
 
+    def close(self, why: str) -> None:
+        """Drop the shards: from here on every read is a DataError that says `why`. Lengths stay known."""
+        self._shards, self._closed = [], why
+
     def documents(self, count: int) -> "Split":
         """Return the stream of the first `count` documents."""
+        self._check_open()
         stop = int(self.document_starts[count]) if count < len(self.document_starts) else len(self)
         begins = self._ends - [len(shard) for shard in self._shards]
         shards = [s[: stop - b] for s, b in zip(self._shards, begins.tolist(), strict=True) if b < stop]
@@ -85,7 +91,12 @@ class Split:
             tokens[place] = token
         return Split([tokens], self._tokenizer, self.name)
 
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise DataError(f"{self.name}: is closed: {self._closed}")
+
     def _copy(self, start: int, out: np.ndarray) -> None:
+        self._check_open()
         stop = start + len(out)
         if not 0 <= start <= stop <= len(self):
             raise DataError(f"{self.name}: tokens {start} to {stop} are outside the stream of {len(self)}")

@@ -30,6 +30,8 @@ METRICS = {
     "perf/tok_s": "tokens per second of training time since the last line",
     "perf/step_ms": "training time per step since the last line",
     "clock/seconds": "training time since step 0: no evaluation, samples, checkpoints or compilation",
+    "clock/stopped": "training time when the last step was done",
+    "clock/closed": "the same when the training text was closed; the last checkpoint, written in between, counts",
     "progress": "share of the run that the schedule saw at the last step",
     "progress/each": "the same for every step since the last line (runs with train.seconds only)",
     "val/bpb": "validation estimate made during training",

@@ -15,7 +15,7 @@ from core.console import duration
 from core.data import Dataset, Prefetch, batch
 from core.engine import Batch, Engine, Pending
 from core.generate import samples
-from core.ranks import agree, share
+from core.ranks import Ranks, agree, share
 from core.run import Run
 from core.schedule import plan, progress_by_steps
 from core.scoring import score
@@ -35,6 +35,21 @@ class Summary(NamedTuple):
     """Steps that the weights have seen, earlier starts included."""
     seconds: float
     """Training time, earlier starts included."""
+    ended: float
+    """When the last step was done, by time.perf_counter."""
+
+
+class Due(NamedTuple):
+    """What follows a step."""
+
+    evaluate: bool
+    """A validation estimate."""
+    write: bool
+    """Samples of text."""
+    save: bool
+    """A checkpoint."""
+    read: bool
+    """The loop waits for the device: one of these, a log line, or the last step."""
 
 
 class Clock:
@@ -66,49 +81,55 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
     step whose loss or gradients were not finite, ConfigError a run of fewer rows than ranks.
     """
     config, settings, ranks = run.config, run.config.train, engine.ranks
-    if settings.batch < ranks.world:
-        raise ConfigError(f"train.batch={settings.batch} rows cannot be shared by {ranks.world} ranks: use fewer ranks")
+    check_rows(settings, ranks)
     step, seconds = run.restore(engine)
     if step:
         say(f"resumed at step {step}")
     if not done(step, seconds, settings):
         warm_up(engine, config)
-    first = plan(step, _progress(step, seconds, settings), settings).seq
-    rows = settings.rows_of
-    part = functools.partial(share, ranks=ranks)
-    feed = Prefetch(
-        lambda s, seq: batch(dataset.train, s, rows(seq)[0], seq, config.seed, part(rows(seq)[0])), step, first
-    )
+    feed = prefetch(config, ranks, dataset, step, plan(step, progress_of(step, seconds, settings), settings).seq)
     clock = Clock(seconds)
-    meter, saved = Meter(run, dataset, clock, say), step
+    meter, saved = Meter(run, engine, dataset, clock, say), step
     try:
-        while not done(step, seconds := _agreed(clock, engine, settings), settings):
-            progress = _progress(step, seconds, settings)
+        while not done(step, seconds := agreed(clock, engine, settings), settings):
+            progress = progress_of(step, seconds, settings)
             now = plan(step, progress, settings)
             if settings.quantise == "late" and now.quantise and not engine.quantise:
                 say(f"step {step}: from here on forward passes use the stored form of the weights")
             meter.add(step, progress, engine.train_step(feed.get(step, now.seq), now))
             step += 1
-            evaluate, write, save = (
-                _due(step, every) for every in (settings.eval_every, settings.sample_every, settings.save_every)
-            )
-            if evaluate or write or save or _due(step, settings.log_every) or step == settings.steps:
+            now_due = due(step, settings)
+            if now_due.read:
                 meter.read(step)  # waits for the device: what follows is not training and the clock stands still
             with clock.paused():
-                if evaluate:
+                if now_due.evaluate:
                     _estimate(run, engine, dataset, step, say)
-                if write and ranks.rank == 0:
+                if now_due.write and ranks.rank == 0:
                     write_samples(run, engine, dataset, step, say)
-                if save:
+                if now_due.save:
                     run.save(engine, step, clock.seconds)
                     saved = step
     finally:
         feed.close()
     meter.read(step)
-    seconds = clock.seconds
+    seconds, ended = clock.seconds, time.perf_counter()
     if agree(ranks, saved != step or not run.checkpoint_path.exists()):
         run.save(engine, step, seconds)
-    return Summary(step, seconds)
+    return Summary(step, seconds, ended)
+
+
+def check_rows(settings: TrainConfig, ranks: Ranks) -> None:
+    """Raise ConfigError for a run of fewer rows than ranks."""
+    if settings.batch < ranks.world:
+        raise ConfigError(f"train.batch={settings.batch} rows cannot be shared by {ranks.world} ranks: use fewer ranks")
+
+
+def prefetch(config: RunConfig, ranks: Ranks, dataset: Dataset, step: int, seq: int) -> Prefetch:
+    """Start to make this rank's batches from `step` on, in rows of `seq`."""
+    rows, part = config.train.rows_of, functools.partial(share, ranks=ranks)
+    return Prefetch(
+        lambda s, seq: batch(dataset.train, s, rows(seq)[0], seq, config.seed, part(rows(seq)[0])), step, seq
+    )
 
 
 def warm_up(engine: Engine, config: RunConfig) -> None:
@@ -133,8 +154,9 @@ def warm_up(engine: Engine, config: RunConfig) -> None:
 class Meter:
     """The steps since the last line: read together, so that the device is not stalled by every one of them."""
 
-    def __init__(self, run: Run, dataset: Dataset, clock: Clock, say: Say) -> None:
-        self._run, self._clock, self._say = run, clock, say
+    def __init__(self, run: Run, engine: Engine, dataset: Dataset, clock: Clock, say: Say) -> None:
+        self._run, self._engine, self._clock, self._say = run, engine, clock, say
+        self._traces = engine.stats()["traces"]
         self._tokens, self._bytes = len(dataset.train), training_bytes(dataset)
         self._steps: list[tuple[int, float, Pending]] = []
         self._shown = self._first = clock.seconds
@@ -175,6 +197,19 @@ class Meter:
         self._steps, self._shown, self._taken = [], now, self._taken + count
         self._run.log(step, values)
         self._say(self._line(step, values, now))
+        self._warn(step, progress[-1])
+
+    def _warn(self, step: int, progress: float) -> None:
+        """Say once that the device's code was compiled again: a step waited for it, and the clock went on."""
+        more = self._engine.stats()["traces"] - self._traces
+        if more > 0:
+            seq = plan(step - 1, progress, self._run.config.train).seq
+            rows = self._run.config.train.rows_of(seq)[1]
+            self._say(
+                f"compiled again by step {step} ({more:.0f} more): {rows} rows of {seq} tokens, in a shape "
+                "that the warm-up had not seen (said once)"
+            )
+            self._traces = float("inf")
 
     def _line(self, step: int, values: dict[str, Any], now: float) -> str:
         settings = self._run.config.train
@@ -213,6 +248,15 @@ def write_samples(run: Run, engine: Engine, dataset: Dataset, step: int, say: Sa
     return texts
 
 
+def due(step: int, settings: TrainConfig) -> Due:
+    """Return what follows when `step` steps are done."""
+    evaluate, write, save = (
+        _due(step, every) for every in (settings.eval_every, settings.sample_every, settings.save_every)
+    )
+    read = evaluate or write or save or _due(step, settings.log_every) or step == settings.steps
+    return Due(evaluate, write, save, read)
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
@@ -222,10 +266,11 @@ def done(step: int, seconds: float, settings: TrainConfig) -> bool:
     return step >= settings.steps or (settings.seconds is not None and seconds >= settings.seconds)
 
 
-def _agreed(clock: Clock, engine: Engine, settings: TrainConfig) -> float:
+def agreed(clock: Clock, engine: Engine, settings: TrainConfig) -> float:
     """Return the training time that every rank goes by; where only steps count, nobody is asked."""
     return clock.seconds if settings.seconds is None else agree(engine.ranks, clock.seconds)
 
 
-def _progress(step: int, seconds: float, settings: TrainConfig) -> float:
+def progress_of(step: int, seconds: float, settings: TrainConfig) -> float:
+    """Return the share of the run that the schedule sees at the start of `step`, after `seconds` of training."""
     return progress_by_steps(step, settings) if settings.seconds is None else min(1.0, seconds / settings.seconds)

@@ -17,6 +17,8 @@ LIMIT = 16_000_000
 """Bytes of code and compressed model (D1)."""
 SECONDS = 600.0
 """Of training and of evaluation, each, on 8 H100 (D2, D3)."""
+SLOWER = ("CPU", "Apple")
+"""Devices of which 8 are slower than 8 H100: how their names begin."""
 CLAIM = {True: 1e-5, False: 5e-3}
 """How far a recorded score may be from the audited one, in bits per byte: same backend and compute type, or not."""
 
@@ -86,15 +88,43 @@ def packed_code(files: Sequence[Path]) -> int:
 
 
 def check_training_time(plan: Plan) -> Finding:
-    """D2: what the run says of its training time; this machine is not the one that the rule is about."""
+    """D2: what the run has recorded of its training clock and of when it closed its training text.
+
+    PASS on machines that are no faster than the rule's; FAIL on those that are no slower, if it took longer by more
+    than the step in which the time ran out.
+    """
     if plan.run is None:
         return Finding("D2", "NOT CHECKED", "a bare artifact does not say how long it was trained")
-    rows = [row for row in plan.run.metrics() if "clock/seconds" in row]
-    if not rows:
+    names = ("clock/seconds", "clock/stopped", "clock/closed", "perf/step_ms")
+    seconds, stopped, closed, step = (_number(plan.run.last(name)) for name in names)
+    environment = plan.run.environment()
+    if seconds is None:
         return Finding("D2", "NOT CHECKED", "the run has recorded no training time")
-    seconds, device = rows[-1]["clock/seconds"], str(plan.run.environment().get("device", "an unknown device"))
-    evidence = f"trained for {seconds:.1f} s on {device} (training clock: no evaluation, no compilation)"
-    return Finding("D2", "NOT CHECKED", f"{evidence}; the rule is {SECONDS:.0f} s of 8 H100", {"seconds": seconds})
+    seconds = max(seconds, stopped or 0.0)
+    starts = [environment, *environment.get("earlier", [])]
+    machines = [
+        (str(start.get("device", "an unknown device")), _number(start.get("ranks", 1)) or math.nan) for start in starts
+    ]
+    named = ", ".join(f"{ranks:g} x {device}" for device, ranks in dict.fromkeys(machines))
+    evidence = f"trained for {seconds:.1f} s on {named} (training clock: no evaluation, no compilation)"
+    ending = f"training data was closed at {closed:.1f} s" if closed is not None else "no close of its data is recorded"
+    rule = f"the rule is {SECONDS:.0f} s of 8 H100"
+    details = {"seconds": seconds, "stopped": stopped, "closed": closed, "starts": len(starts)}
+    slower = all(ranks <= 8 and ("H100" in device or device.startswith(SLOWER)) for device, ranks in machines)
+    official = all(ranks >= 8 and "H100" in device for device, ranks in machines)
+    if official and seconds > SECONDS + (step or 0.0) / 1000:
+        return Finding("D2", "FAIL", f"{evidence}; {ending}; {rule}", details)
+    if closed is None or not slower or max(seconds, closed) > SECONDS:
+        return Finding("D2", "NOT CHECKED", f"{evidence}; {ending}; {rule}", details)
+    if len(starts) > 1:
+        lost = f"{len(starts)} starts, and steps that were lost between them are not on the clock"
+        return Finding("D2", "NOT CHECKED", f"{evidence}; {ending}; {lost}", details)
+    return Finding("D2", "PASS", f"{evidence}; {ending}", details)
+
+
+def _number(value: object) -> float | None:
+    """Return a number out of a run's files, or None for anything else."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def check_evaluation_time(plan: Plan, seen: Isolated) -> Finding:

@@ -2,27 +2,33 @@
 
 import contextlib
 import json
+import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from tyro.conf import Positional
 
 from core import presets
+from core.audit.claims import SECONDS
 from core.bundled import open_data
 from core.config import ConfigError, RunConfig, to_json
+from core.console import Console, duration
 from core.data import Dataset, identity
 from core.engine import DType, Engine, EngineOptions, choose_backend, load_engine
 from core.engram import start_weights
 from core.export.artifact import check_limits
 from core.export.budget import predicted_bytes
 from core.finish import finish
+from core.forecast import Forecast, forecast
 from core.heartbeat import Heartbeat
 from core.params import count, exported
-from core.ranks import Ranks, check_same, join
+from core.probe import probe
+from core.ranks import Ranks, agree, check_same, join
 from core.run import Follower, Run, RunError, config_digest
 from core.scoring import check_plugins
 from core.scoring.plugins import load_plugins
-from core.train import done, train
+from core.train import Summary, check_rows, done, train
 from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_data, environment
 
 
@@ -36,6 +42,8 @@ class Train(PresetOptions):
     """Run folder; a run there with the same settings is resumed. None: runs/<preset>-<backend>-<seed>."""
     dtype: DType | None = None
     """Compute type; None: bfloat16 on a GPU, float32 on a CPU."""
+    dry_run: bool = False
+    """Build everything, time some steps and scoring passes, show the plan of the run, and write nothing."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +75,19 @@ def train_run(options: Train, context: Context) -> Outcome:
 
 
 def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ranks, context: Context) -> Outcome:
-    say = context.say
+    say, began = context.say, time.perf_counter()
     dataset = open_data(config.data.path)
     check_data(config, dataset)
     check_limits(config.model)
-    _check_budget(config)
+    check_rows(config.train, ranks)
+    if not options.dry_run:
+        _check_budget(config)
     check_plugins(config.eval, load_plugins(config.eval.plugins))  # now, not after the training
     check_same(ranks, {"configuration": json.dumps(to_json(config)), "data": json.dumps(identity(dataset))})
     choices = EngineOptions(dtype=options.dtype)
     engine = load_engine(backend, config, start_weights(config, dataset.train), choices, ranks=ranks)
+    if options.dry_run:
+        return _forecast(engine, dataset, config, out, time.perf_counter() - began, say)
     with contextlib.ExitStack() as stack:
         if ranks.rank:
             run = Follower(Path(out), config)
@@ -87,11 +99,45 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
                 run.record_environment(environment(engine, dataset, context.command, saved.step if saved else 0))
             _introduce(run, engine, dataset, context)
         summary = train(run, engine, dataset, say)
+        _close_training(run, dataset, summary, say)
         value = finish(run, engine, dataset, summary.steps, say)
         say(f"the whole run is in {run.path}")
     return Outcome(
         True, {**value, "seconds": summary.seconds, "backend": engine.backend, "parameters": count(config.model)}
     )
+
+
+def _close_training(run: Run, dataset: Dataset, summary: Summary, say: Console) -> None:
+    """Close the training text for good: what comes after training cannot read it (rule D2)."""
+    closed = summary.seconds + time.perf_counter() - summary.ended
+    dataset.train.close(f"training ended at {summary.seconds:.1f} s, and nothing reads its text after that")
+    run.log(summary.steps, {"clock/stopped": summary.seconds, "clock/closed": closed})
+    say(f"training stopped at {summary.seconds:.3f} s; training data was closed at {closed:.3f} s")
+
+
+def _forecast(engine: Engine, dataset: Dataset, config: RunConfig, out: str, build: float, say: Console) -> Outcome:
+    """Time a few steps and passes and show the plan of a whole run; not ok if it passes a limit of its own."""
+    ranks = engine.ranks
+    say(f"plan of a whole run, from step 0, {_purpose(config)}; nothing is written")
+    machine = f"{_together(engine)}, {engine.dtype}"
+    say(f"{engine.backend} on {machine}; " + "; ".join(engine.notes))
+    if (Path(out) / "config.json").exists():
+        say(f"{out} holds a run already: it is left as it is, and training would go on with it or refuse to")
+    costs = probe(engine, dataset, config, say)
+    found = forecast(
+        config,
+        costs,
+        machine=machine,
+        official=ranks.world == 8 and "H100" in engine.device,
+        train_tokens=len(dataset.train),
+        artifact_bytes=predicted_bytes(config.model),
+        build=build,
+        disk_free=_free(Path(out).absolute()),
+        rule_seconds=SECONDS,
+    )
+    _show(found, say)
+    value = {**found.to_json(), "parameters": count(config.model), "backend": engine.backend, "ranks": ranks.world}
+    return Outcome(*agree(ranks, [found.ok, value]))  # rank 0's disk decides for all
 
 
 def _check_budget(config: RunConfig) -> None:
@@ -112,10 +158,50 @@ def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> 
     say(f"run {run.path}: {_purpose(config)}; {count(config.model):,} parameters, seed {config.seed}")
     model = config.model
     say(f"stores matrices as {model.matrix_storage}, tables as {model.table_storage}; quantise {config.train.quantise}")
-    together = f"{engine.ranks.world} ranks, each {engine.device}" if engine.ranks.world > 1 else engine.device
-    say(f"{engine.backend} on {together}, {engine.dtype}; " + "; ".join(engine.notes))
+    say(f"{engine.backend} on {_together(engine)}, {engine.dtype}; " + "; ".join(engine.notes))
     train_tokens, val_tokens = len(dataset.train), len(dataset.val)
     say(f"data {dataset.path}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate on")
+
+
+def _show(found: Forecast, say: Console) -> None:
+    """Print a plan as tables."""
+    each = found.seconds / found.steps
+    say()
+    say(f"steps     {found.steps:,} in {found.seconds:,.1f} s of training ({duration(found.seconds)})")
+    say(f"tokens    {found.tokens:,}, {found.epochs:.3g} epochs of the training text")
+    say(f"speed     {found.tokens / found.seconds:,.0f} tok/s, {1000 * each:,.1f} ms a step")
+    say()
+    kinds = [(kind["name"], kind["steps"], f"{1000 * kind['seconds']:,.1f}") for kind in found.step_kinds]
+    say.table(("kind of step", "steps", "ms each"), kinds)
+    say()
+    spans = [
+        (p.name, f"{p.steps[0]:,} to {p.steps[1]:,}", f"{p.seconds[0]:,.1f} to {p.seconds[1]:,.1f}")
+        for p in found.phases
+    ]
+    say.table(("phase", "steps", "seconds of training"), spans)
+    say()
+    say.table(("beside training steps", "times", "seconds"), [(n, t, f"{took:,.2f}") for n, t, took in found.works])
+    say(f"all together {found.total:,.1f} s ({duration(found.total)}); start of Python, report and disk not counted")
+    say()
+    rows = []
+    for limit in found.limits:
+        digits = 1 if limit.unit == "s" else 0
+        left = limit.limit - limit.value
+        verdict = f"OVER by {-left:,.{digits}f}" if limit.over else f"{left:,.{digits}f} left"
+        figures = (f"{side:,.{digits}f} {limit.unit}" for side in (limit.value, limit.limit))
+        rows.append((limit.what, *figures, verdict, limit.note))
+    say.table(("limit", "expected", "at most", "", ""), rows)
+    over = [limit.what for limit in found.limits if limit.over and limit.binding]
+    say(f"would exceed: {', '.join(over)}" if over else "exceeds no limit of the run")
+
+
+def _free(path: Path) -> int:
+    """Return the free bytes of the disk on which `path` would be."""
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+def _together(engine: Engine) -> str:
+    return f"{engine.ranks.world} ranks, each {engine.device}" if engine.ranks.world > 1 else engine.device
 
 
 def _purpose(config: RunConfig) -> str:
