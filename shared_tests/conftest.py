@@ -1,5 +1,6 @@
 """What every test runs under: one thread, no network, a temporary home and working folder, and no silent pair skips."""
 
+import gc
 import os
 import shutil
 import socket
@@ -41,6 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now (the frameworks) out of every later garbage collection: 8 % of the whole time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import importlib
+import io
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import sentencepiece
 
 from backends.mlx.blas import load_fast_blas
 from core import presets, rng
@@ -104,6 +106,23 @@ def batches(config: RunConfig, count: int) -> list[Batch]:
 def working_weights(config: ModelConfig, scale: float) -> Arrays:
     """Return `core.parity.perturbed` weights of seed 0, made once per test process."""
     return perturbed(config, 0, scale)
+
+
+LINES = ["the café in the old town", "a café and the sea", "the sea, the old café"] * 5
+"""What `tiny_tokenizer` learns from."""
+
+
+def tiny_tokenizer(**options: Any) -> bytes:
+    """Train a tiny model that lacks what the official settings have, byte pieces above all, unless `options` say so."""
+    model = io.BytesIO()
+    made: dict[str, Any] = {
+        "vocab_size": 40, "pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3, "byte_fallback": False,
+        "add_dummy_prefix": False,
+    }  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES), model_writer=model, model_type="bpe", minloglevel=2, **(made | options)
+    )
+    return model.getvalue()
 
 
 EVERYTHING = "everything"

@@ -1,4 +1,4 @@
-"""Plug-ins and engines that tests use: an honest cache, an honest adaptation, and a process that kills itself."""
+"""Plug-ins and engines that tests use: an honest adaptation, and a process that kills itself."""
 
 import dataclasses
 import itertools
@@ -13,43 +13,18 @@ import numpy as np
 from core import rng, schedule
 from core.config import EvalConfig, RunConfig, TrainConfig
 from core.engine import Arrays, Engine
-from core.scoring import score_text, session
+from core.scoring import Score, score, score_text, session
 from core.scoring.ledger import Ledger
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
 from core.scoring.windows import Windows
 from shared_tests.harness import engine, mini, working_weights
 from shared_tests.killed import fix_threads
 from shared_tests.test_scoring import BOS, VOCAB, FakeSplit, make_dataset
+from shared_tests.zoo import HonestCache
 
 TRAIN = TrainConfig(
     steps=100, batch=1, seq=64, warmup=0.0, warmdown=0.0, lr_embed=1e-3, lr_matrix=1e-3, lr_vector=1e-3, lr_hash=1e-3
 )
-
-
-class BigramCache(Plugin):
-    """Mixes in how often a token followed the one before it, in what has been scored."""
-
-    kind = "cache"
-    WEIGHT = 0.1
-
-    def start(self, vocab: int, learner: Learner | None) -> None:
-        assert learner is None, "the weights are for adaptations only"
-        self._counts = np.zeros((vocab, vocab))
-
-    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
-        counts = self._counts[view.tokens] + 1 / logprobs.shape[-1]
-        followed = counts / counts.sum(-1, keepdims=True)
-        mixed = (1 - self.WEIGHT) * np.exp(logprobs.astype(np.float64)) + self.WEIGHT * followed
-        return np.log(mixed).astype(logprobs.dtype)
-
-    def learn(self, text: ScoredText) -> None:
-        np.add.at(self._counts, (text.view.tokens[text.row, text.column], text.targets), 1)
-
-    def state(self) -> Arrays:
-        return {"counts": self._counts}
-
-    def load(self, state: Arrays) -> None:
-        self._counts = state["counts"].copy()
 
 
 class Adaptation(Plugin):
@@ -83,7 +58,7 @@ class Killed(Exception):
     """What a test kills an evaluation with."""
 
 
-class Counted(BigramCache):
+class Counted(HonestCache):
     """Counts the passes that were computed."""
 
     def __init__(self) -> None:
@@ -171,7 +146,27 @@ class Markov:
         return dataset
 
 
+SHORT = [5, 40, 1, 17, 16, 2, 33, 20]
 LENGTHS = [5, 40, 1, 17, 16, 2, 33, 90, 3, 1, 70, 31, 33]
+
+CUTS = {
+    "plain": ({"batch": 2}, 32),
+    "sliding": ({"windows": "sliding", "stride": 8, "batch": 3}, 24),
+    "documents": ({"windows": "documents", "batch": 2}, 17),
+    "stateful": ({"windows": "stateful", "batch": 4}, 0),
+}
+"""Options of each kind of windows, and the length of the ranges that are trained on."""
+
+
+def config(**changes: Any) -> EvalConfig:
+    return EvalConfig(**{"seq": 16, "batch": 4, "plugins": ("x",), **changes})
+
+
+def run(engine: Any, dataset: Any, plugins: list[Plugin], **changes: Any) -> tuple[Score, np.ndarray]:
+    """Return the score and the entries of its ledger."""
+    book = Ledger(len(dataset.val))
+    found = score(engine, dataset, config(**changes), documents=None, seed=0, ledger=book, plugins=plugins)
+    return found, book.entries
 
 
 def small(name: str = "skc_mac", length: int = TRAIN.seq) -> RunConfig:
@@ -184,6 +179,15 @@ def small(name: str = "skc_mac", length: int = TRAIN.seq) -> RunConfig:
 def fresh(backend: str, config: RunConfig, dtype: str = "float32") -> Engine:
     """Return an engine whose weights work, always the same."""
     return engine(backend, config, working_weights(config.model, 2.0), dtype=dtype)
+
+
+def held(model: Engine) -> dict[str, bytes]:
+    """Return everything that an engine holds, and what it predicts."""
+    text = make_dataset(SHORT).val.tokens[None, :17]
+    sides = {"params": model.params(), "optimizer": model.optimizer(), "weights": model.weights()}
+    arrays = {f"{side}/{name}": value.tobytes() for side, part in sides.items() for name, value in part.items()}
+    scores = {"nll": model.nll(text[:, :-1], text[:, 1:]).tobytes(), "logits": model.logits(text).tobytes()}
+    return {**arrays, **scores, "quantise": bytes([model.quantise])}
 
 
 def child(path: str, place: str, count: str) -> None:
@@ -212,6 +216,6 @@ def child(path: str, place: str, count: str) -> None:
 
     os.replace = renamed
     score_text(
-        fresh("mlx", small("debug")), dataset.val, settings, book, None, True, [Visits(), BigramCache(), Adaptation()],
+        fresh("mlx", small("debug")), dataset.val, settings, book, None, True, [Visits(), HonestCache(), Adaptation()],
         VOCAB, None, lambda done, total: visit("progress"),
     )  # fmt: skip

@@ -48,19 +48,19 @@ def flip_leaks(logits: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, bos
     Every flip is a row of a batch, held against the same row of an unchanged batch of that shape. Of rows longer than
     64, every fifth position and the last are flipped.
     """
-    worst = 0.0
-    for row in rows:
-        at = range(len(row)) if len(row) <= 64 else [*range(0, len(row), 5), len(row) - 1]
-        flips = [(s, token) for s in at for token in ((row[s] + 7) % vocab, bos)]
-        size = min(FLIPS, len(flips))
-        base = logits(np.repeat(row[None], size, axis=0))
-        for i in range(0, len(flips), size):
-            changed = np.repeat(row[None], size, axis=0)
-            part = flips[i : i + size]
-            for r, (s, token) in enumerate(part):
-                changed[r, s] = token
-            effect = np.abs(logits(changed) - base).max(axis=-1)
-            worst = max(worst, *(float(effect[r, :s].max(initial=0.0)) for r, (s, _) in enumerate(part)))
+    count, seq = rows.shape
+    at = range(seq) if seq <= 64 else [*range(0, seq, 5), seq - 1]
+    flips = [[(s, new) for s in at for new in ((row[s] + 7) % vocab, bos) if new != row[s]] for row in rows]
+    each = min(FLIPS // count, max(map(len, flips)))  # rows of a batch for each of `rows`
+    unchanged = np.repeat(rows, each, axis=0)
+    base, worst = logits(unchanged), 0.0
+    for first in range(0, max(map(len, flips)), each):
+        changed = unchanged.copy()
+        part = [(i * each + r, *f) for i, own in enumerate(flips) for r, f in enumerate(own[first : first + each])]
+        for r, s, new in part:
+            changed[r, s] = new
+        effect = np.abs(logits(changed) - base).max(axis=-1)
+        worst = max(worst, *(float(effect[r, :s].max(initial=0.0)) for r, s, _ in part))
     return worst
 
 
@@ -191,7 +191,7 @@ def test_documents_are_isolated_exactly_where_the_preset_says_so(name: str, back
 
 # Random tokens: nothing can be learned, so a loss below ln V can only come from seeing the target.
 
-VOCAB, SEQ, ROWS, STEPS = 32, 24, 16, 300
+VOCAB, SEQ, ROWS, STEPS = 32, 17, 8, 300
 
 
 def plant_leak(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,9 @@ def last_loss(backend: str, config: RunConfig, enough: float = -math.inf) -> flo
         fewer = {"repeat_layers": model.repeat_layers[:1]}
     model = dataclasses.replace(model, **fewer)
     rates: dict[str, Any] = {f"lr_{group}": 3e-3 for group in ("embed", "matrix", "vector")}
-    rates["matrix_rule"] = "adamw"  # no rule can learn what is not there; Muon's small products would double the time
+    # No rule can learn what is not there, and no form of the weights knows a token: AdamW on the weights as they are
+    # takes half the time of Muon on stored ones (the flips are looked at with stored ones).
+    rates |= {"matrix_rule": "adamw", "quantise": "never"}
     train = dataclasses.replace(config.train, batch=ROWS, seq=SEQ, steps=STEPS, warmdown=0.0, **rates)
     config = dataclasses.replace(config, model=model, train=train)
     # Packed documents need no mask in the fast form; the exact one always asks for it, so that a leak can be planted.

@@ -11,8 +11,11 @@ def pytest_on(folder: Path, body: str, *options: str) -> subprocess.CompletedPro
     """Run pytest with our conftest on one test file of its own."""
     (folder / "test_it.py").write_text(f"import pytest\n{body}")
     (folder / "pytest.ini").write_text("[pytest]\naddopts = --strict-markers\n")
-    code = "import sys, pytest; sys.modules['torch'] = None; sys.exit(pytest.main(sys.argv[1:]))"  # torch loads slowly
-    command = [sys.executable, "-c", code, "-p", "shared_tests.conftest", "-q", *options, str(folder)]
+    (folder / "first").mkdir(exist_ok=True)
+    (folder / "first" / "torch.py").write_text("raise ImportError")  # it loads slowly; workers get our sys.path
+    code = "import sys, pytest; sys.path.insert(0, sys.argv.pop(1)); sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(folder / "first"), "-p", "shared_tests.conftest", "-q", *options]
+    command.append(str(folder / "test_it.py"))
     return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 

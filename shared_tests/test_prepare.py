@@ -20,7 +20,7 @@ from core.corpus import read_documents
 from core.data import DataError, Dataset, open_dataset
 from core.prepare import prepare
 from core.tokenizer import TokenizerError
-from shared_tests.test_tokenizer import train_plain
+from shared_tests.harness import tiny_tokenizer
 
 MODEL = str(BUNDLED / "tokenizer.model")
 ROOT = Path(__file__).parent.parent
@@ -187,7 +187,7 @@ def test_impossible_vocabulary_leaves_nothing(tmp_path: Path) -> None:
 
 def test_unknown_tokens_and_both_byte_counts(tmp_path: Path) -> None:
     """Without byte pieces the table falls short of the text: the manifest must say so."""
-    (tmp_path / "plain.model").write_bytes(train_plain())
+    (tmp_path / "plain.model").write_bytes(tiny_tokenizer())
     source = jsonl(tmp_path / "t.jsonl", ["the ☃ sea", "the old sea", "a café"])
     val = jsonl(tmp_path / "v.jsonl", ["the town"])
     manifest = prepare([source], str(tmp_path / "out"), val=[val], tokenizer=str(tmp_path / "plain.model"))

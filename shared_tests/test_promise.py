@@ -37,7 +37,7 @@ def small(**changes: Any) -> RunConfig:
         base.model, dim=48, layers=2, heads=2, kv_heads=1, rope_dims=8, mlp_hidden=189, **changes.pop("model", {})
     )
     train = dataclasses.replace(
-        base.train, steps=6, batch=4, seq=64, eval_every=3, save_every=3, muon_momentum_steps=0, **changes
+        base.train, steps=6, batch=4, seq=64, eval_every=None, save_every=3, muon_momentum_steps=0, **changes
     )
     return dataclasses.replace(base, model=model, train=train, eval=dataclasses.replace(base.eval, seq=64, documents=2))
 

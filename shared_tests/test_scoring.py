@@ -16,7 +16,7 @@ from core.scoring import Score, score
 from core.scoring.accounting import bits_per_byte
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.session import Session
-from core.scoring.windows import plain, sliding
+from core.scoring.windows import sliding
 from core.tokenizer import ByteTable
 
 BOS, UNKNOWN, VOCAB = 1, 3, 50
@@ -199,7 +199,7 @@ def test_wrong_ledger_is_refused() -> None:
     with pytest.raises(LedgerError, match="start a new one"):
         score(BigramEngine(), dataset, config(), documents=None, seed=0, ledger=Ledger(len(dataset.val) + 1))
     other = Ledger(len(dataset.val))
-    Session(BigramEngine(), dataset.val, config(), other).windows(plain(len(dataset.val), 10).take(slice(0, 4)))
+    Session(BigramEngine(), dataset.val, config(), other).windows(sliding(len(dataset.val), 10, 10).take(slice(0, 4)))
     with pytest.raises(LedgerError, match="already scored"):
         score(BigramEngine(), dataset, config(), documents=None, seed=0, ledger=other)
     ends = Ledger(len(dataset.val))

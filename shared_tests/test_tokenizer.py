@@ -1,6 +1,5 @@
 """Tokenizers: the byte table against hand-counted bytes, round trips, and models that must be refused. Budget: 10 s."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +11,9 @@ from hypothesis import strategies as st
 
 import core.tokenizer
 from core.tokenizer import Tokenizer, TokenizerError, token_bytes, train_tokenizer
+from shared_tests.harness import LINES, tiny_tokenizer
 
 BUNDLED = Path(core.tokenizer.__file__).parent / "bundled" / "tokenizer.model"
-LINES = ["the café in the old town", "a café and the sea", "the sea, the old café"] * 5
-
-
-def train_plain(**options: Any) -> bytes:
-    """Train a tiny model that lacks what the official settings have."""
-    model = io.BytesIO()
-    settings: dict[str, Any] = {
-        "bos_id": 1,
-        "pad_id": 0,
-        "eos_id": 2,
-        "unk_id": 3,
-        "byte_fallback": False,
-        "add_dummy_prefix": False,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=40,
-        minloglevel=2,
-        **(settings | options),
-    )
-    return model.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +23,7 @@ def bundled() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def plain() -> Tokenizer:
-    return Tokenizer(train_plain())
+    return Tokenizer(tiny_tokenizer())
 
 
 def stream_bytes(tokenizer: Tokenizer, ids: list[int] | np.ndarray) -> list[int]:
@@ -120,7 +97,8 @@ def test_without_byte_pieces_unknown_text_costs_nothing(plain: Tokenizer) -> Non
 
 
 def test_unused_pieces_are_boundaries() -> None:
-    with_unused = Tokenizer(train_plain(byte_fallback=False, control_symbols=["<ctl>"], user_defined_symbols=["<usr>"]))
+    symbols: dict[str, Any] = {"control_symbols": ["<ctl>"], "user_defined_symbols": ["<usr>"]}
+    with_unused = Tokenizer(tiny_tokenizer(**symbols))
     control, user = piece_ids(with_unused, "<ctl>", "<usr>")
     table = with_unused.table
     assert table.boundary[control] and table.base[control] == 0
@@ -150,7 +128,7 @@ def test_not_a_model(cut: int) -> None:
 
 def test_model_without_bos() -> None:
     with pytest.raises(TokenizerError, match="no BOS id"):
-        Tokenizer(train_plain(bos_id=-1))
+        Tokenizer(tiny_tokenizer(bos_id=-1))
 
 
 def test_vocabulary_over_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:

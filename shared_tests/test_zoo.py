@@ -1,7 +1,6 @@
 """Cheats that the auditor must catch by the rule that they break, and honest near-misses. Budget: 100 s.
 
-Every case is a whole `skc audit`, a process with a framework in it: 2 to 4 s. There is no compiler on PATH, since
-MLX would compile its kernels anew in every audit.
+Every case is a whole `skc audit`, two processes with a framework in them: 2 to 4 s.
 """
 
 import json
@@ -19,11 +18,8 @@ from core.audit.rules import RULES
 from core.audit.traced import STRACE
 from core.cli import main
 from core.data import open_dataset
-from shared_tests import zoo
+from shared_tests import zoo, zoo_data
 from shared_tests.harness import engine, working_weights
-
-NEEDED = ("sh", "true", "mount", "unshare")
-"""Programs that the watch is made of, beside strace."""
 
 
 class Zoo(NamedTuple):
@@ -50,43 +46,21 @@ Audit = Callable[..., Seen]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     """A text of 4,141 tokens in 8 documents, 18,626 to train on, and the artifact of a random model."""
     folder = tmp_path_factory.mktemp("zoo")
-    data = zoo.write_data(folder, zoo.novels("train", 30, 1500), zoo.novels("val", 8, 1200))
-    config = zoo.small(data)
-    return Zoo(folder, data, zoo.write_model(folder / "model.skc", config, zoo.half_weights(config)))
-
-
-def programs(folder: Path, *names: str) -> str:
-    """Make a folder in which only some programs are found."""
-    folder.mkdir()
-    for name in names:
-        found = shutil.which(name)
-        if found:
-            (folder / name).symlink_to(found)
-    return str(folder)
+    data = zoo_data.write_data(folder, zoo_data.novels("train", 30, 1500), zoo_data.novels("val", 8, 1200))
+    config = zoo_data.small(data)
+    return Zoo(folder, data, zoo_data.write_model(folder / "model.skc", config, zoo_data.half_weights(config)))
 
 
 @pytest.fixture
 def audit(place: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Audit:
     """Audit a model and return what failed; the exit code, audit.json and legality.md must say the same."""
-    monkeypatch.setenv("PATH", programs(tmp_path / "bin", *NEEDED, "strace"))
+    monkeypatch.setenv("PATH", zoo_data.programs(tmp_path / "bin"))
     monkeypatch.setenv(zoo.DATA, place.data)
 
     def run(*options: str, model: str = place.model, data: str = place.data, backend: str = "mlx") -> Seen:
         out = tmp_path / "audit"
-        settings = [
-            "--data",
-            data,
-            "--seq",
-            "64",
-            "--batch",
-            "4",
-            "--flips",
-            "2",
-            "--backend",
-            backend,
-            "--out",
-            str(out),
-        ]
+        settings = ["--data", data, "--seq", "64", "--batch", "4", "--flips", "2", "--backend", backend]
+        settings += ["--out", str(out)]
         code = main(["audit", model, *settings, *options])
         value, report = json.loads((out / "audit.json").read_text()), (out / "legality.md").read_text()
         assert {f["rule"] for f in value["findings"]} == RULES.keys()
@@ -155,9 +129,9 @@ def test_an_honest_near_miss_breaks_nothing(audit: Audit, name: str, backend: st
 
 
 def test_recurrent_layers_with_a_cache_break_nothing(audit: Audit, place: Zoo) -> None:
-    config = zoo.small(place.data, "skc_mac")
+    config = zoo_data.small(place.data, "skc_mac")
     stored = engine("mlx", config, working_weights(config.model, 2.0)).quantised()
-    model = zoo.write_model(place.folder / "skc.skc", config, stored)
+    model = zoo_data.write_model(place.folder / "skc.skc", config, stored)
     seen = audit("--windows", "stateful", *named("HonestCache", "temperature"), model=model)
     assert not seen.failed and seen.value["error"] is None
     assert seen.value["evaluation"]["flips"]["noticed"] > 100 and not seen.value["evaluation"]["flips"]["wrong"]
@@ -181,14 +155,14 @@ def test_a_native_open_is_seen_or_reads_nothing(audit: Audit, tmp_path: Path, wa
 
 @pytest.mark.parametrize("way", ["documents", "passages"])
 def test_validation_text_in_training(audit: Audit, place: Zoo, tmp_path: Path, way: str) -> None:
-    train, val = zoo.novels("train", 30, 1500), zoo.novels("val", 8, 4000)
+    train, val = zoo_data.novels("train", 30, 1500), zoo_data.novels("val", 8, 4000)
     if way == "passages":
         train += [f"Once more. {text}" for text in val]
-    data = zoo.write_data(tmp_path, train, val)
+    data = zoo_data.write_data(tmp_path, train, val)
     if way == "documents":
         text = open_dataset(data).val
         copied = text.read(0, int(text.document_starts[1]))
-        zoo.change_tokens(data, "train", lambda tokens: np.append(tokens, copied))
+        zoo_data.change_tokens(data, "train", lambda tokens: np.append(tokens, copied))
     seen = audit("--tokens", "700", data=data)
     assert seen.failed.keys() == {"D6"}
     figures = next(f["details"] for f in seen.value["findings"] if f["rule"] == "D6")
@@ -199,10 +173,10 @@ def test_validation_text_in_training(audit: Audit, place: Zoo, tmp_path: Path, w
 def test_unknown_tokens_at_no_bytes(audit: Audit, place: Zoo, tmp_path: Path) -> None:
     data = str(shutil.copytree(place.data, tmp_path / "data"))
 
-    zoo.change_tokens(
+    zoo_data.change_tokens(
         data, "val", lambda tokens: np.where((np.arange(len(tokens)) % 50 == 5) & (tokens != 1), 3, tokens)
     )
-    config = zoo.small(data)
+    config = zoo_data.small(data)
     windows = "plain seq=64 stride=64"
     score = {
         "bpb": 3.3,
@@ -213,7 +187,7 @@ def test_unknown_tokens_at_no_bytes(audit: Audit, place: Zoo, tmp_path: Path) ->
         "windows": windows,
         "full": True,
     }
-    run = zoo.claimed_run(tmp_path / "run", config, zoo.half_weights(config), score)
+    run = zoo_data.claimed_run(tmp_path / "run", config, zoo_data.half_weights(config), score)
     seen = audit(model=run, data=data)
     assert seen.failed.keys() == {"D13", "D16"}  # the score is not found again either: raw bytes are counted
     assert re.search("[78][0-9] unknown tokens were charged 0 bytes", seen.failed["D13"])
@@ -228,9 +202,9 @@ def test_a_table_beside_the_artifact_counts(audit: Audit, place: Zoo) -> None:
 
 
 def test_an_oversize_artifact(audit: Audit, place: Zoo) -> None:
-    config = zoo.small(place.data, bigram_buckets=65_521, bigram_dim=168)
+    config = zoo_data.small(place.data, bigram_buckets=65_521, bigram_dim=168)
     path = place.folder / "wide.skc"
-    zoo.write_model(path, config, zoo.half_weights(config, wide=True))
+    zoo_data.write_model(path, config, zoo_data.half_weights(config, wide=True))
     assert path.stat().st_size > 16_000_000
     seen = audit("--tokens", "700", model=str(path))
     assert seen.failed.keys() == {"D1"} and f"{path.stat().st_size:,}" in seen.failed["D1"]

@@ -1,45 +1,31 @@
-"""Cheats and honest near-misses for the auditor: plug-ins, prepared texts and artifacts, each with one known fault.
+"""Cheats and honest near-misses for the auditor: plug-ins, each with one known fault.
 
-The plug-ins are named as shared_tests.zoo:Class in --plugins. They run in the audited process, so this module imports
-what an evaluation needs and no more.
+They are named as shared_tests.zoo:Class in --plugins and run in the audited process, so this module imports what an
+evaluation needs and no more. Texts and artifacts with a known fault are made by zoo_data.py.
 """
 
 import contextlib
 import copy
 import ctypes
-import dataclasses
 import gc
-import json
-import lzma
 import os
 import socket
 import subprocess
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core import presets, rng, schedule
-from core.bundled import BUNDLED
-from core.config import DataConfig, RunConfig, TrainConfig
+from core import schedule
+from core.config import TrainConfig
 from core.engine import Arrays, Batch
-from core.export.artifact import write_artifact
 from core.files import open_input
-from core.params import param_table
-from core.parity import perturbed
-from core.prepare import prepare
-from core.run import Run
 from core.scoring.ledger import Scored
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
 from core.scoring.windows import Windows
-from core.shards import open_shard, shard_record, write_shard
-from core.storage import Stored
-from core.tokenizer import Tokenizer
+from core.shards import open_shard
 
 DATA = "SKC_ZOO_DATA"
 """Environment variable: the folder whose training text the thieves go for."""
-TOKENIZER = BUNDLED / "tokenizer.model"
 PORT = 41_018
 ROW = 256
 """Targets that one forward pass scores, and tokens of a row that is trained on."""
@@ -53,6 +39,7 @@ class HonestCache(Plugin):
     """Mixes in which tokens followed the last one, counted after they were scored."""
 
     def start(self, vocab: int, learner: Learner | None) -> None:
+        assert learner is None, "the weights are for adaptations only"
         self._counts = np.zeros((vocab, vocab), np.float32)
 
     def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
@@ -334,71 +321,3 @@ def mixed(logprobs: np.ndarray, other: np.ndarray, weight: float = 0.1) -> np.nd
 def training_file() -> str:
     """Return the first training shard of the folder that DATA names."""
     return os.path.join(os.environ[DATA], "train_000000.bin")
-
-
-# Texts and artifacts.
-
-
-def novels(split: str, count: int, size: int) -> list[str]:
-    """Return the first pieces of the bundled chapters, of different sizes about `size` characters."""
-    with lzma.open(BUNDLED / f"{split}.jsonl.xz", "rt", encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line, _ in zip(file, range(count), strict=False)]
-    return [text[: size * (i % 4 + 1) // 2].strip() for i, text in enumerate(texts)]
-
-
-def write_data(folder: Path, train: list[str], val: list[str]) -> str:
-    """Prepare texts with the bundled tokenizer in folder/data and return that path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {"train": train, "val": val}
-    for name, texts in files.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    out, (inputs, held) = str(folder / "data"), ([str(folder / f"{name}.jsonl")] for name in files)
-    prepare(inputs, out, val=held, tokenizer=str(TOKENIZER), threads=1)
-    return out
-
-
-def change_tokens(data: str, split: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Put other tokens in the one shard of a split; the manifest says their number, and no more of what they are."""
-    path, file = os.path.join(data, "manifest.json"), os.path.join(data, f"{split}_000000.bin")
-    write_shard(file, change(np.array(open_shard(file))))
-    manifest = json.loads(Path(path).read_text())
-    tokens = len(open_shard(file))
-    manifest["splits"][split] |= {"files": [shard_record(file, tokens)], "tokens": tokens}
-    Path(path).write_text(json.dumps(manifest))
-
-
-def small(data: str, name: str = "debug", **model: Any) -> RunConfig:
-    """Return the mini of a preset for the bundled tokenizer, with windows of 64 tokens, 4 at once."""
-    config = presets.mini(presets.get(name).config)
-    model = {"vocab": 1024, "bos": 1, **model}
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, **model), data=DataConfig(data),
-        eval=dataclasses.replace(config.eval, seq=ROW // 4, batch=4, documents=None),
-        train=dataclasses.replace(config.train, batch=1, seq=ROW),
-    )  # fmt: skip
-
-
-def half_weights(config: RunConfig, wide: bool = False) -> dict[str, Stored]:
-    """Return random float16 weights whose logits are not flat; the table of a `wide` model is drawn without care."""
-    base = dataclasses.replace(config.model, bigram_buckets=11) if wide else config.model
-    weights = perturbed(base, 0, 3.0)
-    if wide:
-        shape = param_table(config.model)["bigram.table"].shape
-        raw = rng.integers16(0, "wide", int(np.prod(shape)))
-        weights["bigram.table"] = raw.reshape(shape).astype(np.float32) / 65_536 - 0.5
-    return {name: Stored(value.astype(np.float16), None) for name, value in weights.items()}
-
-
-def write_model(path: Path, config: RunConfig, stored: dict[str, Stored]) -> str:
-    """Write an artifact that the bundled tokenizer belongs to."""
-    digest = Tokenizer.load(str(TOKENIZER)).sha256
-    write_artifact(path, config.model, stored, tokenizer_sha256=digest, provenance={"train_seq": ROW})
-    return str(path)
-
-
-def claimed_run(folder: Path, config: RunConfig, stored: dict[str, Stored], score: dict[str, Any]) -> str:
-    """Make a run folder that was never trained and claims `score` for its artifact."""
-    run = Run.create(folder, config, TOKENIZER.read_bytes())
-    size = Path(write_model(run.artifact_path, config, stored)).stat().st_size
-    run.log(0, {"final/artifact": {"score": score, "gap": 0.0, "bytes": size}})
-    return str(folder)

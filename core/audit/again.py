@@ -10,12 +10,12 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from core import rng
-from core.audit.flips import PASSES
+from core.audit.flips import PASSES, Predictions, compare
 from core.config import RunConfig
 from core.data import Dataset
 from core.files import replace_file
@@ -23,30 +23,6 @@ from core.shards import shard_record, write_shard
 
 CHANGES = 4
 """Tokens that are changed, all scored by one forward pass."""
-
-
-class Predictions(NamedTuple):
-    """What the first forward passes predicted, by target position; order 0: not among them."""
-
-    predicted: np.ndarray  # (tokens,) uint64: checksums
-    order: np.ndarray  # (tokens,) int64: number of the pass
-    first_input: np.ndarray  # (tokens,) int64: the first token that the prediction could see
-    nats: np.ndarray  # (tokens,) float64
-
-    @classmethod
-    def load(cls, path: Path) -> "Predictions":
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            return cls(*(file[name] for name in cls._fields))
-
-    def save(self, path: Path) -> None:
-        """Write the arrays as one .npz file."""
-        np.savez(path, **self._asdict())
-
-    def first(self, tokens: int) -> "Predictions":
-        """Return the predictions of the first `tokens` tokens, filled up if there are fewer."""
-        kept = [np.concatenate([side[:tokens], np.zeros(max(0, tokens - len(side)), side.dtype)]) for side in self]
-        return Predictions(*kept)
 
 
 def start_length(config: RunConfig, tokens: int, passes: int) -> int:
@@ -111,25 +87,6 @@ def draw_changes(dataset: Dataset, base: Predictions, config: RunConfig, seed: i
     return changes
 
 
-def compare(base: Predictions, changed: Predictions, places: list[int], learns: bool) -> dict[str, Any]:
-    """Return which predictions of the same passes differ, and which of them must not."""
-    same = (base.order > 0) & (base.order == changed.order) & (base.first_input == changed.first_input)
-    targets = np.arange(len(base.order))
-    allowed = np.zeros(len(targets), bool)
-    for place in places:
-        allowed |= (base.first_input <= place) & (place < targets)
-    if learns:
-        allowed |= base.order > min(int(base.order[place]) for place in places)
-    differs = same & (base.predicted != changed.predicted)
-    wrong = np.flatnonzero(differs & ~allowed)
-    return {
-        "compared": int((same & ~allowed).sum()),
-        "noticed": int((differs & allowed).sum()),
-        "wrong": wrong[:3].tolist(),
-        "wrong_count": len(wrong),
-    }
-
-
 def check_again(
     score: Callable[[Path], Predictions | None],
     dataset: Dataset,
@@ -153,27 +110,36 @@ def check_again(
         "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0,
     }  # fmt: skip
 
-    def unchanged() -> Predictions | None:
-        write_start(dataset, length, {}, folder / "unchanged")
-        return score(folder / "unchanged")
+    def scored(changes: dict[int, int]) -> Predictions | None:
+        place = folder / secrets.token_hex(8)  # a name that told the test from the evaluation would help a cheat
+        write_start(dataset, length, changes, place)
+        return score(place)
 
-    base = first if first is not None else unchanged()
+    def judged(base: Predictions, changed: Predictions) -> dict[str, Any]:
+        effect = compare(base, changed, sorted(changes), learns, False)
+        return {
+            "compared": effect.compared,
+            "noticed": effect.noticed,
+            "wrong": effect.wrong[:3].tolist(),
+            "wrong_count": len(effect.wrong),
+        }
+
+    base = first if first is not None else scored({})
     if base is None:
         return {**value, "error": True}
     base = base.first(length)
     changes = draw_changes(dataset, base, config, seed)
-    write_start(dataset, length, changes, folder / "changed")
-    changed = score(folder / "changed")
+    changed = scored(changes)
     if changed is None or not changes:
         return {**value, "error": changed is None}
-    value["changed"] = sorted(changes)
-    found = compare(base, changed.first(length), sorted(changes), learns)
+    changed, value["changed"] = changed.first(length), sorted(changes)
+    found = judged(base, changed)
     if first is not None and (found["wrong"] or not found["compared"]):
-        alone = unchanged()  # is it the change, or that the text ends?
+        alone = scored({})  # is it the change, or that the text ends?
         if alone is None:
             return {**value, "error": True}
         alone = alone.first(length)
-        same = (base.order > 0) & (base.order == alone.order) & (base.first_input == alone.first_input)
+        same = base.like(alone)
         gap = float(np.abs(base.nats - alone.nats)[same].max(initial=0.0))
         value["alone"] = {
             "targets": int(same.sum()),
@@ -181,5 +147,5 @@ def check_again(
             "rounding": gap <= near,
             "same_bits": bool((base.predicted == alone.predicted)[same].all()),
         }
-        found = compare(alone, changed.first(length), sorted(changes), learns)
+        found = judged(alone, changed)
     return {**value, **found}

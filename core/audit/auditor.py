@@ -1,5 +1,6 @@
 """Audits a run or an artifact: watches its evaluation, checks the texts, and has a finding for every rule."""
 
+import contextlib
 import dataclasses
 import os
 import secrets
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.audit.again import Predictions, check_again, draw_passes
+from core.audit.again import check_again, draw_passes
 from core.audit.claims import (
     Plan,
     check_configuration,
@@ -23,6 +24,7 @@ from core.audit.claims import (
 )  # fmt: skip
 from core.audit.disjoint import check_disjoint
 from core.audit.evaluation import AGREE
+from core.audit.flips import Predictions
 from core.audit.isolation import DIED, Isolated, check_packages, run_isolated
 from core.audit.predictions import check_isolated, check_once, check_predictions, check_set
 from core.audit.rules import Finding
@@ -31,7 +33,6 @@ from core.bundled import open_data
 from core.config import to_json
 from core.console import Console
 from core.data import DataError, Dataset, identity
-from core.files import replace_file
 from core.run import config_digest
 from core.scoring.ledger import Ledger, LedgerError
 
@@ -177,11 +178,11 @@ def _again(
     text = (
         dataset if plan.documents is None else dataclasses.replace(dataset, val=dataset.val.documents(plan.documents))
     )
-    with tempfile.TemporaryDirectory(prefix="skc-again-") as name:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
         def score(data: Path) -> Predictions | None:
-            ledger = folder / f"{data.name}-audit" / "ledger"
+            ledger = folder / secrets.token_hex(8) / "ledger"
             ledger.parent.mkdir()
             fresh.append(_evaluate(plan, data, ledger, None, 0, hidden, passes))
             value = fresh[-1].value
@@ -203,8 +204,11 @@ def _secret() -> str:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            replace_file(path, secrets.token_hex(32).encode())
-            path.chmod(0o600)
+            with tempfile.NamedTemporaryFile("w", dir=cache) as file:  # O_CREAT | O_EXCL, mode 0600
+                file.write(secrets.token_hex(32))
+                file.flush()
+                with contextlib.suppress(FileExistsError):  # another audit was quicker: its key holds
+                    os.link(file.name, path)  # whole or not at all, and never over one that is there
         return path.read_text()
     except OSError:  # nowhere to keep it: this audit cannot be continued
         return secrets.token_hex(32)

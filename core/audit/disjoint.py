@@ -3,16 +3,14 @@
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from core.audit.rules import Finding
+from core.audit.rules import Finding, Progress
 from core.data import Dataset, Split
 
-Progress = Callable[[int, int], None]
-"""Told (tokens done, tokens in all)."""
 CHUNK = 1 << 16
 """Tokens of a stream in memory at once: few enough for a processor's cache, which makes hashing twice as fast."""
 PASSAGE = 64

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from core.audit.again import Predictions, start_length
-from core.audit.flips import Prints, first_inputs, flip_test
+from core.audit.again import start_length
+from core.audit.flips import Predictions, Prints, first_inputs, flip_test
 from core.bundled import open_data
 from core.config import ConfigError, RunConfig, from_json
 from core.console import Console
@@ -20,7 +20,7 @@ from core.export.artifact import read_artifact
 from core.finish import evaluation_key
 from core.scoring import score
 from core.scoring.ledger import Ledger, LedgerError
-from core.scoring.plugins import View, load_plugins
+from core.scoring.plugins import View, load_plugins, plugin_kinds
 
 SAMPLED = 16
 """Forward passes whose whole distribution is looked at, about."""
@@ -96,9 +96,7 @@ def audited(
     options = EngineOptions(dtype=dtype)  # type: ignore[arg-type]
     engine = load_engine(backend, settings, found.weights, options)
     value: dict[str, Any] = {"backend": engine.backend, "device": engine.device, "dtype": engine.dtype}
-    value["plugins"] = {
-        n: p.kind for n, p in zip(settings.eval.plugins, load_plugins(settings.eval.plugins), strict=True)
-    }
+    value["plugins"] = plugin_kinds(settings.eval.plugins)
     value["prepared"] = time.monotonic() - started
     key = hashlib.sha256(f"{secret} {evaluation_key(engine, dataset, settings, plugins=True)}".encode()).hexdigest()
     value |= _score(engine, dataset, settings, Path(ledger), key, Path(predictions), passes, say)

@@ -5,12 +5,13 @@ scored in an earlier forward pass, from which plug-ins may have learned. Every o
 target itself included, must have the same bits, over the whole vocabulary.
 """
 
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from core import rng
+from core.audit.rules import Progress
 from core.config import RunConfig
 from core.data import Split
 from core.engine import Engine
@@ -59,18 +60,80 @@ def checksums(values: np.ndarray) -> np.ndarray:
     return out
 
 
-class Run:
-    """One scoring pass over a piece of text: what was predicted, and when each target was scored."""
+class Predictions(NamedTuple):
+    """What was predicted of a text and when, by target position; order 0: not scored, or not looked at."""
 
-    def __init__(self, engine: Engine, text: Split, config: RunConfig, plugins: bool) -> None:
-        ledger, prints = Ledger(len(text)), Prints(len(text))
-        isolated, vocab = config.model.documents == "isolated", config.model.vocab
-        used = load_plugins(config.eval.plugins) if plugins else []
-        score_text(engine, text, config.eval, ledger, None, isolated, used, vocab, prints)
-        self.predicted = prints.predicted
-        self.order = np.append(0, ledger.entries["order"])
-        self.nats = np.append(0.0, ledger.entries["nats"])
-        self.first_input = first_inputs(prints.first_input, text, config)
+    predicted: np.ndarray  # (tokens,) uint64: checksums
+    order: np.ndarray  # (tokens,) int64: number of the pass
+    first_input: np.ndarray  # (tokens,) int64: the first token that the prediction could see
+    nats: np.ndarray  # (tokens,) float64
+
+    @classmethod
+    def load(cls, path: Path) -> "Predictions":
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(*(file[name] for name in cls._fields))
+
+    def save(self, path: Path) -> None:
+        """Write the arrays as one .npz file."""
+        np.savez(path, **self._asdict())
+
+    def first(self, tokens: int) -> "Predictions":
+        """Return the predictions of the first `tokens` tokens, filled up if there are fewer."""
+        kept = [np.concatenate([side[:tokens], np.zeros(max(0, tokens - len(side)), side.dtype)]) for side in self]
+        return Predictions(*kept)
+
+    def like(self, other: "Predictions") -> np.ndarray:
+        """Return which targets were scored by the same pass and from the same first token on in both, (tokens,)."""
+        return (self.order > 0) & (self.order == other.order) & (self.first_input == other.first_input)
+
+    def may_notice(self, places: list[int], learns: bool) -> np.ndarray:
+        """Return which targets may be predicted otherwise when the tokens at `places` are changed, (tokens,) bool."""
+        targets = np.arange(len(self.order))
+        allowed = np.zeros(len(targets), bool)
+        for place in places:
+            allowed |= (self.first_input <= place) & (place < targets)
+        if learns:
+            allowed |= self.order > min(int(self.order[place]) for place in places)
+        return allowed
+
+
+class Effect(NamedTuple):
+    """What a change of some tokens did to the predictions."""
+
+    compared: int
+    """Predictions that had to keep their bits."""
+    noticed: int
+    """Predictions that changed, and could."""
+    wrong: np.ndarray
+    """Targets whose prediction changed and must not, (count,) int64."""
+
+
+def compare(base: Predictions, changed: Predictions, places: list[int], learns: bool, whole: bool) -> Effect:
+    """Return what changing the tokens at `places` did.
+
+    `whole`: both are of one text from end to end, so a target that is scored at another time is wrong as well: the
+    order of scoring must not depend on the text that is scored. Otherwise such targets are left out.
+    """
+    same, allowed = base.like(changed), base.may_notice(places, learns)
+    differs = base.predicted != changed.predicted
+    if whole:
+        scored = (base.order > 0) | (changed.order > 0)
+        allowed, differs = allowed & same, differs | ~same
+    else:
+        scored = same
+    held = scored & ~allowed
+    return Effect(int(held.sum()), int((scored & differs & allowed).sum()), np.flatnonzero(held & differs))
+
+
+def predict(engine: Engine, text: Split, config: RunConfig, plugins: bool) -> Predictions:
+    """Score a piece of text in one pass, with the plug-ins of `config` or without, and return what was predicted."""
+    ledger, prints = Ledger(len(text)), Prints(len(text))
+    isolated, vocab = config.model.documents == "isolated", config.model.vocab
+    used = load_plugins(config.eval.plugins) if plugins else []
+    score_text(engine, text, config.eval, ledger, None, isolated, used, vocab, prints)
+    order, nats = (np.append(0, ledger.entries[name]) for name in ("order", "nats"))
+    return Predictions(prints.predicted, order, first_inputs(prints.first_input, text, config), nats)
 
 
 def first_inputs(of_windows: np.ndarray, text: Split, config: RunConfig) -> np.ndarray:
@@ -82,16 +145,8 @@ def first_inputs(of_windows: np.ndarray, text: Split, config: RunConfig) -> np.n
     return starts[np.searchsorted(starts, inputs, "right") - 1]
 
 
-def may_notice(run: Run, place: int, learns: bool) -> np.ndarray:
-    """Return which targets of `run` may be predicted otherwise when the token at `place` is changed, (tokens,) bool."""
-    targets = np.arange(len(run.order))
-    in_context = (run.first_input <= place) & (place < targets)
-    learned = (run.order > run.order[place]) if learns else np.zeros(len(targets), bool)
-    return in_context | learned
-
-
 def flip_test(
-    engine: Engine, split: Split, config: RunConfig, flips: int, seed: int, progress: Callable[[int, int], None]
+    engine: Engine, split: Split, config: RunConfig, flips: int, seed: int, progress: Progress
 ) -> dict[str, Any]:
     """Flip `flips` tokens at random places and return what noticed, as plain JSON values."""
     learns = bool(config.eval.plugins)
@@ -105,17 +160,17 @@ def flip_test(
     try:
         for number, (start, stop) in enumerate(pieces):
             text = split.changed(start, stop)
-            base = Run(engine, text, config, learns)
+            base = predict(engine, text, config, learns)
             done += 1
             if number == 0:
-                again = Run(engine, text, config, learns)
+                again = predict(engine, text, config, learns)
                 value["repeatable"] = bool((again.predicted == base.predicted).all())
                 done += 1
             progress(done, total)
             for i in range(number, flips, len(pieces)):
                 place, token = _flip(text, base, config, seed, f"{number}/{i}")
-                changed = Run(engine, split.changed(start, stop, place, token), config, learns)
-                _compare(value, base, changed, place, start, learns)
+                changed = predict(engine, split.changed(start, stop, place, token), config, learns)
+                _add(value, compare(base, changed, [place], learns, True), place, start)
                 done += 1
                 progress(done, total)
                 if value["wrong"] and learns and not value["by_plugins"]:
@@ -138,7 +193,7 @@ def _pieces(split: Split, config: RunConfig, seed: int) -> list[tuple[int, int]]
     return [(int(starts[i]), min(len(split), int(starts[i]) + length + 1)) for i in sorted(picks.tolist())]
 
 
-def _flip(text: Split, base: Run, config: RunConfig, seed: int, name: str) -> tuple[int, int]:
+def _flip(text: Split, base: Predictions, config: RunConfig, seed: int, name: str) -> tuple[int, int]:
     """Return a place, away from the end and not a document's start, and another token for it."""
     tokens, bos, vocab = text.read(0, len(text)), config.model.bos, config.model.vocab
     places = np.flatnonzero(tokens[: max(2, 3 * len(tokens) // 4)] != bos)
@@ -151,20 +206,13 @@ def _flip(text: Split, base: Run, config: RunConfig, seed: int, name: str) -> tu
     return place, token
 
 
-def _compare(value: dict[str, Any], base: Run, changed: Run, place: int, start: int, learns: bool) -> None:
-    """Add to `value` what a flip did."""
-    differs = base.predicted != changed.predicted
-    differs[0] = False
-    allowed = may_notice(base, place, learns)
-    if (base.order != changed.order).any():  # the order of scoring itself must not depend on the text that is scored
-        allowed &= base.order == changed.order
-        differs |= base.order != changed.order
-    wrong = np.flatnonzero(differs & ~allowed)
+def _add(value: dict[str, Any], effect: Effect, place: int, start: int) -> None:
+    """Add to `value` what a flip at `place`, of a piece that begins at `start`, did."""
     value["flips"] += 1
-    value["compared"] += int((~allowed).sum()) - 1
-    value["noticed"] += int((differs & allowed).sum())
-    value["wrong_count"] += len(wrong)
-    for target in wrong[: max(0, 3 - len(value["wrong"]))].tolist():
+    value["compared"] += effect.compared
+    value["noticed"] += effect.noticed
+    value["wrong_count"] += len(effect.wrong)
+    for target in effect.wrong[: max(0, 3 - len(value["wrong"]))].tolist():
         value["wrong"].append({"token": start + place, "target": start + target})
 
 
@@ -172,8 +220,6 @@ def _clean_without(
     engine: Engine, split: Split, config: RunConfig, piece: tuple[int, int], place: int, token: int
 ) -> bool:
     """Return whether the model alone, without plug-ins, passes this flip."""
-    base = Run(engine, split.changed(*piece), config, False)
-    changed = Run(engine, split.changed(*piece, place, token), config, False)
-    differs = base.predicted != changed.predicted
-    differs[0] = False
-    return not (differs & ~may_notice(base, place, False)).any()
+    base = predict(engine, split.changed(*piece), config, False)
+    changed = predict(engine, split.changed(*piece, place, token), config, False)
+    return not len(compare(base, changed, [place], False, True).wrong)

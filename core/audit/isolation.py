@@ -6,6 +6,7 @@ witness.py's notes from inside; what strace saw is out of its reach.
 """
 
 import filecmp
+import functools
 import importlib.metadata
 import json
 import os
@@ -169,9 +170,15 @@ def _is_local(words: str, own: Sequence[str]) -> bool:
 
 def _versions(modules: list[str]) -> dict[str, str]:
     """Return distribution -> version of top-level modules."""
-    owners = importlib.metadata.packages_distributions()
+    owners = _owners()
     names = sorted({name for module in modules for name in owners.get(module, [])}, key=str.lower)
     return {name: importlib.metadata.version(name) for name in names}
+
+
+@functools.cache
+def _owners() -> dict[str, list[str]]:
+    """Return top-level module -> distributions; cached, as it reads the lists of files of all that is installed."""
+    return {**importlib.metadata.packages_distributions()}
 
 
 def check_isolation(found: Isolated, train_files: Sequence[Path]) -> Finding:

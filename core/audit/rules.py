@@ -1,7 +1,10 @@
 """The rules of the challenge that software can check (spec/challenge.md D), and what a check says of one."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+Progress = Callable[[int, int], None]
+"""Told how far a check is: (done, in all), of a text in tokens."""
 Verdict = Literal["PASS", "FAIL", "NOT CHECKED"]
 RULES = {
     "D1": "code and compressed model within 16,000,000 bytes",

@@ -56,14 +56,16 @@ BASELINE = RunConfig(
     model=ModelConfig(
         dim=512, layers=9, heads=8, kv_heads=4, mlp_hidden=1024, rope_dims=64, residual_mix=True, unet_skips=True,
         documents="packed", matrix_init="uniform", embed_std=0.005, matrix_storage="int8/row", table_storage="int8/row",
+        norm_eps=2.0**-23,
     ),
     train=TrainConfig(
-        steps=20_000, seconds=600.0, batch=512, seq=1024, micro_batch=8, lr_embed=0.05, lr_matrix=0.04, lr_vector=0.04,
-        matrix_rule="muon",
-        warmup=0.0, warmdown=0.1, floor=0.0, weight_decay=0.0, clip=None, eval_every=None, save_every=1000,
+        steps=20_000, seconds=600.0, batch=512, seq=1024, micro_batch=64, lr_embed=0.05, lr_matrix=0.04,
+        lr_vector=0.04, matrix_rule="muon", warmup=0.0, warmdown=0.087, floor=0.0, weight_decay=0.0, clip=None,
+        eval_every=None, save_every=1000,
     ),
     eval=EvalConfig(seq=1024),
 )  # fmt: skip
+"""The settings of the official `train_gpt.py`; docs/launch.md compares them field by field."""
 
 PRESETS = {
     "debug": ("seconds on any machine: a small float model, for tests and first looks", DEBUG, 32_900),

@@ -202,6 +202,11 @@ def load_plugins(names: Sequence[str]) -> list[Plugin]:
     return [_find(name)() for name in names]
 
 
+def plugin_kinds(names: Sequence[str]) -> dict[str, Kind]:
+    """Return name -> kind of the plug-ins of eval.plugins, none of which is made; ConfigError for an unknown one."""
+    return {name: _find(name).kind for name in names}
+
+
 def _find(name: str) -> type[Plugin]:
     if name in PLUGINS:
         return PLUGINS[name]

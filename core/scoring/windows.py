@@ -34,11 +34,6 @@ def cut(begins: np.ndarray, ends: np.ndarray, seq: int, stride: int) -> Windows:
     return Windows(start, np.minimum(seq, ends[piece] - start), np.where(number == 0, 0, seq - stride))
 
 
-def plain(tokens: int, seq: int) -> Windows:
-    """Return consecutive windows over a stream of `tokens` tokens."""
-    return sliding(tokens, seq, seq)
-
-
 def sliding(tokens: int, seq: int, stride: int) -> Windows:
     """Return windows that overlap by seq - stride over a stream of `tokens` tokens."""
     return cut(np.zeros(1, np.int64), np.array([tokens - 1], np.int64), seq, stride)
