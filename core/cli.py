@@ -128,6 +128,7 @@ def is_users(error: Exception) -> bool:
 
 
 def message(error: Exception) -> str:
+    """Return what to tell the user, in one line."""
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         hint = f"; {NO_SPACE[error.errno]}, what was saved before is intact" if error.errno in NO_SPACE else ""
