@@ -12,6 +12,7 @@ import scipy.stats
 from core.ablation import charts, telling
 from core.ablation.findings import assess
 from core.ablation.page import NARROW
+from core.ablation.pictures import learning
 from core.ablation.plan import read_plan
 from core.ablation.report import draw, write_report
 from core.ablation.results import Outcome
@@ -126,7 +127,8 @@ def test_the_reader_of_this_test_sees_faults() -> None:
 
 def test_every_figure_of_the_table_is_that_of_the_statistics(cases: Reports, tmp_path: Path) -> None:
     made = cases.made["twelve"]
-    page, _, files = cases("twelve")
+    page, text, files = cases("twelve")
+    assert "&lt; 0.0001</td>" in text and "< 0.0001</td>" not in text
     head, *rows = page.tables[0]
     assert tuple(head) == telling.HEAD and len(rows) == 12
     base = {r.seed: r for r in made.of("plain")}
@@ -233,6 +235,23 @@ def test_pictures_show_the_figures_inside_their_frame(width: int, cases: Reports
     assert any(line == pytest.approx(ends, abs=0.5) for line in lines)
     assert any(m.words == "koopman" for m in drawn["curves step"].marks)
     assert "<svg" in charts.svg(drawn["bytes"])
+
+
+def test_missing_seeds_do_not_move_a_point_and_shared_noise_leaves_the_gaps(cases: Reports) -> None:
+    made = cases.made["twelve"]
+    (found,) = assess(made)
+    one, base = next(e for e in found.ends if e.variant == "skc"), found.summaries[0].bpb
+    assert one.paired is not None and base is not None
+    dots = [mark.words for mark in draw(made, found, 900)["bytes"].marks if mark.shape == "dot"]
+    assert f"skc: 851,000 bytes, {base + one.paired.mean:.4f}" in dots
+    for case, basis in (("three", "validation estimates"), ("two-backends", "training curves")):
+        what, lines, gaps = learning(cases.made[case], "mlx", "step")
+        ends = {e.variant: e.paired.mean for e in assess(cases.made[case])[0].ends if e.paired}
+        assert what == basis and [line.name for line in lines] == ["plain", *ends]
+        assert set(gaps[0].mean) == {0.0}
+        for line in gaps[1:]:  # made with the same difference all along, and with the same batches
+            assert line.mean == pytest.approx([ends[line.name]] * len(line.xs), abs=1e-9)
+            assert max(line.high) - min(line.low) < 0.02 < max(lines[0].high) - min(lines[0].low)
 
 
 def test_ticks_and_short() -> None:

@@ -188,6 +188,9 @@ def test_a_budget_of_seconds_is_compared_at_the_end(tmp_path: Path) -> None:
     made = outcome(tmp_path, {"plain": 0.0, "b": -0.1}, budget="seconds = 25.6", speed={"plain": 1.0, "b": 1.0})
     (found,) = assess(made)
     assert found.seconds[0].at == "25.6 s, the end" and found.seconds[0].basis == "artifact"
+    made = outcome(tmp_path, {"plain": 0.0, "b": -0.1}, speed={"plain": 1.0, "b": 0.99})
+    (found,) = assess(made)  # a budget of steps: 1 % more time is more training, however little
+    assert found.seconds[0].at == "25.6 s" and found.seconds[0].basis == "validation estimates"
 
 
 def test_equal_bytes(tmp_path: Path) -> None:
