@@ -109,13 +109,14 @@ def _run(verb: Verb, options: Any, command: str) -> int:
 
 
 def _complain(name: str, error: Exception) -> None:
-    """Say what went wrong; of several ranks, only the first says what all of them find."""
+    """Say what went wrong; of several ranks, only the first of each machine says what all of them find."""
     from core.config import ConfigError
     from core.ranks import launched
     from core.train import NonFiniteError
 
     _, rank = launched() or ("", 0)
-    if rank and isinstance(error, ConfigError | UsageError | NonFiniteError):
+    first = os.environ.get("LOCAL_RANK", str(rank)) == "0"
+    if not first and isinstance(error, ConfigError | UsageError | NonFiniteError):
         return
     print(f"{name}: {f'rank {rank}: ' if rank else ''}{message(error)}", file=sys.stderr)
 

@@ -124,6 +124,9 @@ def _existing(out: str, origin: dict[str, Any], wanted: int) -> dict[str, Any] |
     _same_source(out, made, origin)
     if held > wanted:
         raise DataError(f"{out}: holds {held} training shards, {wanted} were asked for; choose another folder for them")
+    strangers = sorted(set(os.listdir(out)) - {"manifest.json", STATE, *made["files"]})
+    if held < wanted and strangers:  # the folder is replaced by one with more shards
+        raise DataError(f"{out}: holds {', '.join(strangers[:5])} beside the data; move it away to add shards")
     return manifest
 
 

@@ -84,8 +84,11 @@ class Heartbeat:
             ready, _, _ = select.select(list(sockets.values()), [], [], self._beat / 4)
             now = time.monotonic()
             for rank, connection in list(sockets.items()):
-                gone = f"was not heard for {self._silence:.0f} s" if now - heard[rank] > self._silence else None
-                if connection in ready:
+                gone = None
+                if connection not in ready:
+                    if now - heard[rank] > self._silence:
+                        gone = f"was not heard for {self._silence:.0f} s"
+                else:
                     try:
                         data = connection.recv(4096)
                     except OSError:

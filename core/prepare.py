@@ -213,6 +213,7 @@ def _install(temporary: str, out: str, manifest: dict[str, Any], overwrite: bool
 def swap_folder(temporary: str, out: str) -> None:
     """Put a folder in place of `out`; a kill in between leaves the old folder, or none."""
     old = f"{temporary}.old"
+    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed below
     if os.path.lexists(out):
         os.rename(out, old)
     os.rename(temporary, out)

@@ -23,7 +23,7 @@ from core.generate import samples
 from core.params import param_table
 from core.ranks import Ranks, agree
 from core.schedule import plan, progress_by_steps
-from core.scoring import score
+from core.scoring import alone, score
 from core.scoring.plugins import load_plugins
 from core.train import Clock, agreed, prefetch, warm_up
 
@@ -159,8 +159,12 @@ def _time_scoring(engine: Engine, dataset: Dataset, config: RunConfig, documents
             )  # fmt: skip
         return marks
 
-    alone = plugins and ranks.world > 1
-    cold, marks = ([(0.0, 1, 1)], [(0.0, 1, 1)]) if alone and ranks.rank else (begin(1), begin(PASSES))
+    if plugins and ranks.rank:
+        cold = marks = [(0.0, 1, 1)]
+    elif plugins:
+        cold, marks = alone(engine, lambda: (begin(1), begin(PASSES)))
+    else:
+        cold, marks = begin(1), begin(PASSES)
     seconds, windows, total = marks[-1]
     later = len(marks) - 1
     passes = math.ceil(total * len(marks) / windows)  # with carry: about

@@ -37,6 +37,8 @@ class Summary(NamedTuple):
     """Training time, earlier starts included."""
     ended: float
     """When the last step was done, by time.perf_counter."""
+    taken: int
+    """Steps of this start."""
 
 
 class Due(NamedTuple):
@@ -88,7 +90,8 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
     if not done(step, seconds, settings):
         warm_up(engine, config)
     feed = prefetch(config, ranks, dataset, step, plan(step, progress_of(step, seconds, settings), settings).seq)
-    clock = Clock(seconds)
+    clock, first = Clock(seconds), step
+    ended = time.perf_counter()
     meter, saved = Meter(run, engine, dataset, clock, say), step
     try:
         while not done(step, seconds := agreed(clock, engine, settings), settings):
@@ -101,6 +104,7 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
             now_due = due(step, settings)
             if now_due.read:
                 meter.read(step)  # waits for the device: what follows is not training and the clock stands still
+            ended = time.perf_counter()
             with clock.paused():
                 if now_due.evaluate:
                     _estimate(run, engine, dataset, step, say)
@@ -111,11 +115,12 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
                     saved = step
     finally:
         feed.close()
-    meter.read(step)
-    seconds, ended = clock.seconds, time.perf_counter()
+    if meter.read(step):
+        ended = time.perf_counter()
+    seconds = clock.seconds
     if agree(ranks, saved != step or not run.checkpoint_path.exists()):
         run.save(engine, step, seconds)
-    return Summary(step, seconds, ended)
+    return Summary(step, seconds, ended, step - first)
 
 
 def check_rows(settings: TrainConfig, ranks: Ranks) -> None:
@@ -166,10 +171,13 @@ class Meter:
         """Remember a step that was started."""
         self._steps.append((step, progress, pending))
 
-    def read(self, step: int) -> None:
-        """Wait for the steps since the last line and record them; NonFiniteError names the first bad one."""
+    def read(self, step: int) -> bool:
+        """Wait for the steps since the last line and record them, if there are any, and return whether there were.
+
+        NonFiniteError names the first bad one.
+        """
         if not self._steps:
-            return
+            return False
         results = [(number, pending.result()) for number, _, pending in self._steps]
         for number, result in results:
             if not result.finite:
@@ -198,6 +206,7 @@ class Meter:
         self._run.log(step, values)
         self._say(self._line(step, values, now))
         self._warn(step, progress[-1])
+        return True
 
     def _warn(self, step: int, progress: float) -> None:
         """Say once that the device's code was compiled again: a step waited for it, and the clock went on."""

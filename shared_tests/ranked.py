@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import core.train
-from core.config import EvalConfig, RunConfig
+from core.config import ConfigError, EvalConfig, RunConfig
 from core.data import open_dataset
 from core.engine import Batch, Engine, EngineOptions, load_engine
 from core.heartbeat import Heartbeat
@@ -29,6 +29,7 @@ from core.schedule import plan, progress_by_steps
 from core.scoring import score
 from core.scoring.plugins import Temperature
 from core.train import train
+from core.verbs.common import same_start
 from shared_tests.killed import everything
 from shared_tests.plugin_examples import Adaptation
 
@@ -115,6 +116,18 @@ class FastClock(core.train.Clock):
         return 10 * super().seconds
 
 
+def apart(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Start alike, then with other options on rank 1, and return what is said."""
+    config = everything((folder / "data-path").read_text())
+    dataset = open_dataset(config.data.path)
+    same_start(ranks, config, dataset, dtype=None)
+    try:
+        same_start(ranks, config, dataset, dtype="float64" if ranks.rank else None)
+    except ConfigError as error:
+        return {"said": str(error)}
+    return {"said": ""}
+
+
 def scores(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Score the same weights in every kind of windows and return nats and bits per byte."""
     config = everything((folder / "data-path").read_text())
@@ -136,9 +149,9 @@ def scores(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 def beaten(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Hear each other while rank 1 is busy for longer than the silence allows, then lose it."""
-    with Heartbeat(ranks, beat=0.2, silence=2.0, hint="go on from the checkpoint"):
+    with Heartbeat(ranks, beat=0.2, silence=4.0, hint="go on from the checkpoint"):
         if ranks.rank == 1:
-            until = time.monotonic() + 4
+            until = time.monotonic() + 6
             while time.monotonic() < until:  # busy in Python: the slow rank of the test
                 sum(range(1000))
         ranks.broadcast(b"")  # the others wait for the slow one here
@@ -155,7 +168,7 @@ def beaten(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[[str, Ranks, Path], dict[str, Any]]] = {
-    "curves": curves, "whole_run": whole_run, "timed": timed, "scores": scores, "beaten": beaten,
+    "curves": curves, "whole_run": whole_run, "timed": timed, "apart": apart, "scores": scores, "beaten": beaten,
 }  # fmt: skip
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from core.ablation.plan import code_version, read_plan
+from core.ablation.plan import read_plan
 from core.ablation.store import Store
 from core.cli import main
-from core.verbs.common import ROOT
+from core.verbs.common import code_version
 from shared_tests.killed import small_data
 
 PLAN = """
@@ -58,7 +58,7 @@ def test_an_ablation_from_plan_to_report(tmp_path: Path, capsys: pytest.CaptureF
     folder = Path(store) / "ablations" / "first"
     assert {"report.html", "report.md", "members.json"} <= {path.name for path in folder.iterdir()}
     rows = Store(store).rows()
-    assert [row["status"] for row in rows] == ["done"] * 4 and {row["code"] for row in rows} == {code_version(ROOT)}
+    assert [row["status"] for row in rows] == ["done"] * 4 and {row["code"] for row in rows} == {code_version()}
 
     places = sorted(Path(store).glob("runs/*/run/metrics.jsonl"))
     before = {path: path.stat().st_mtime_ns for path in places}

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from core.ablation.plan import Ablation, code_version, job_key, read_plan
+from core.ablation.plan import Ablation, job_key, read_plan
 from core.ablation.runner import Progress, run_all
 from core.ablation.store import Place, Store, StoreError
 from core.config import ConfigError
-from core.verbs.common import ROOT
+from core.verbs.common import code_version
 
 WORKER = (sys.executable, "-m", "shared_tests.ablation_worker")
 DATA = {"name": "test", "sha256": "0"}
@@ -135,7 +135,7 @@ def test_the_code_version_follows_the_code(tmp_path: Path) -> None:
     (tmp_path / "core" / "notes.md").write_text("x")
     assert code_version(tmp_path) == before
     (tmp_path / "backends/cuda/a.py").write_text("x = 2\n")
-    assert code_version(tmp_path) != before and len(code_version(ROOT)) == 64
+    assert code_version(tmp_path) != before and len(code_version()) == 64
 
 
 # The runner.
@@ -226,6 +226,16 @@ def test_the_index_can_be_made_again(tmp_path: Path) -> None:
         file.unlink()
     assert store.rebuild() == 8
     assert {table: sorted(map(str, store.rows(table))) for table in ("runs", "members")} == before
+
+
+def test_a_name_belongs_to_one_file(tmp_path: Path) -> None:
+    """Two files of one name would overwrite each other's report."""
+    store, plan = Store(tmp_path / "store"), read_plan(write(tmp_path))
+    for _ in range(2):
+        store.check_name(plan)
+        store.write_members(plan, places(store, plan))
+    with pytest.raises(StoreError, match="name: 'widths' is that of .*plan.toml.*give it another name"):
+        store.check_name(read_plan(write(tmp_path, name="other.toml")))
 
 
 def test_a_damaged_store_is_named(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import core.ranks
 from core.config import ConfigError
 from core.params import param_table
 from core.ranks import Alone, agree, buckets, check_same, join, launched, only_rank_0, share, share_arrays, updated_by
+from core.run import Run
 from core.scoring.ledger import Ledger
 from shared_tests.harness import BACKENDS, mini
 from shared_tests.killed import small_data
@@ -47,7 +48,7 @@ def both(request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.Tem
     made = []
     for world in (1, 2):
         folder = fresh(tmp_path_factory.mktemp(f"{world}-{request.param}"), data)
-        made.append((folder, together(request.param, world, folder, "curves", "scores", "whole_run", "timed")))
+        made.append((folder, together(request.param, world, folder, "curves", "scores", "whole_run", "timed", "apart")))
     return request.param, *made
 
 
@@ -90,6 +91,11 @@ def test_rank_0_has_the_clock(both: Any) -> None:
     assert found["steps"] == [found["saved"]] * 2 and found["saved"] >= 2 and 1 <= found["seconds"] < 20
 
 
+def test_ranks_are_started_alike(both: Any) -> None:
+    """Another dtype on one rank is found before anything is built."""
+    assert both[2][1]["apart"]["said"].startswith("rank 1 has another options than rank 0: start every rank with the")
+
+
 def test_the_command_line_with_two_ranks(data: str, tmp_path: Path) -> None:
     """Train and eval by the ring: rank 0 prints and writes, rank 1 is silent, and the score is that of one process."""
     out = str(tmp_path / "run")
@@ -100,6 +106,7 @@ def test_the_command_line_with_two_ranks(data: str, tmp_path: Path) -> None:
     trained = json.loads((tmp_path / "rank-0").read_text().splitlines()[-1])
     assert (tmp_path / "rank-1").read_text() == "" and trained["step"] == 4
     assert json.loads((tmp_path / "run" / "env.json").read_text())["ranks"] == 2
+    assert not [row for row in Run.open(out).metrics() if "clock/closed" in row][1:], "one close of the training text"
     evaluate = ["-m", "core.cli", "eval", out, "--backend", "mlx", "--json"]
     book = tmp_path / "cost.ledger"
     processes = start("mlx", 2, [*evaluate, "--ledger", str(book)], tmp_path)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from core.config import ConfigError
 
-PATIENCE = datetime.timedelta(hours=1)
+PATIENCE = datetime.timedelta(hours=12)
 """How long a collective waits: longer than a slow rank compiles or evaluates. Dead ranks are the heartbeat's matter."""
 # CUDA: torch 2.13 renamed both
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -132,13 +132,10 @@ class Reducer:
 def join() -> Ranks:
     """Join the ranks that torchrun started, on the GPU of the local rank where there is one for each."""
     if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise ConfigError(
-                f"local rank {local}, but this node has {torch.cuda.device_count()} GPUs: use --nproc_per_node="
-                f"{torch.cuda.device_count()}"
-            )
-        torch.cuda.set_device(local)
+        here, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > there:  # on every rank of the node, so that the first says it
+            raise ConfigError(f"{here} ranks on a node of {there} GPUs: use --nproc_per_node={there}")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(kind, timeout=PATIENCE)
     return Ranks()

@@ -237,7 +237,7 @@ def _missing(outcome: Outcome, backend: str) -> list[str]:
         ("failed", "failed"), ("running", "still running"), ("waiting", "not started"),
     ):  # fmt: skip
         names = [f"{r.variant} seed {r.seed}" for r in outcome.results if (r.status, r.backend) == (status, backend)]
-        if len(names) == len(outcome.results):
+        if len(names) == sum(r.backend == backend for r in outcome.results):
             found.append(f"{words}: all of {len(names)} runs")
         elif names:
             found.append(f"{words}: {_some(names)}; a seed counts only where variant and reference both have it")

@@ -33,8 +33,6 @@ KEYS = ("name", "purpose", "base", "seeds", "backends", "dtype", "reference", "b
 BUDGETS = ("steps", "tokens", "seconds")
 MANY_STEPS = 10_000_000
 """Steps of a run whose end is a time."""
-CODE = ("core", "backends")
-"""Folders whose Python files decide what a run computes."""
 
 
 class Job(NamedTuple):
@@ -136,15 +134,6 @@ def read_plan(path: str | Path) -> Ablation:
             raise ConfigError(f"{where}: variants.{name}: is the same as variants.{seen[digest]}; remove one")
         seen[digest] = name
     return made
-
-
-def code_version(root: Path) -> str:
-    """Return a hash of the Python files that decide what a run computes: a change of documents changes nothing."""
-    state = hashlib.sha256()
-    for folder in CODE:
-        for path in sorted((root / folder).rglob("*.py")):
-            state.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return state.hexdigest()
 
 
 def job_key(job: Job, code: str, data: dict[str, str]) -> str:

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from core.ablation.results import read_result
 from core.ablation.store import Place, Store, finished
 
 WORKER = (sys.executable, "-m", "core.ablation.worker")
@@ -93,7 +92,7 @@ def run_all(
                     elif store.status(place)[0] == "done":
                         close(place)
                     else:
-                        elsewhere.append(place)
+                        elsewhere.append((place, time.time()))
             for slot, made in list(running.items()):
                 if made.process.poll() is not None:
                     del running[slot]
@@ -101,11 +100,11 @@ def run_all(
                     close(made.place)
             if elsewhere and time.monotonic() - looked > ELSEWHERE:
                 looked = time.monotonic()
-                for place in [p for p in elsewhere if not store.busy(p)]:
-                    elsewhere.remove(place)
-                    if store.status(place)[0] in ("done", "failed"):
+                for place, since in [(p, t) for p, t in elsewhere if not store.busy(p)]:
+                    elsewhere.remove((place, since))
+                    if store.status(place)[0] == "done" or store.failed_since(place, since):
                         close(place)
-                    else:  # whoever trained it was killed
+                    else:  # whoever held it was killed, or only looked
                         waiting.append(place)
             shown(Progress(tuple(made.place for made in running.values()), done, failed, len(places)))
             time.sleep(POLL)
@@ -154,7 +153,7 @@ def _start(
 def _finish(store: Store, worker: Running) -> None:
     """Write down how a worker ended."""
     code = worker.process.returncode
-    if read_result(worker.place.job, worker.place.folder, "done").bpb is None:
+    if not finished(worker.place.folder):
         last = _last_line(worker.place.home / "worker.txt")
         store.fail(worker.place, last or f"ended with code {code} and said nothing")
     worker.close()

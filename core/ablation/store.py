@@ -9,6 +9,7 @@ STORE/index.sqlite        the index: SQLite with a write-ahead log, or any datab
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,8 +86,18 @@ class Store:
         folder = self.ablation_folder(plan)
         folder.mkdir(parents=True, exist_ok=True)
         rows = [[p.job.variant, p.job.seed, p.job.backend, p.key] for p in places]
-        value = {"schema": SCHEMA, "ablation": plan.name, "file": plan.path, "runs": rows}
+        value = {"schema": SCHEMA, "ablation": plan.name, "file": os.path.abspath(plan.path), "runs": rows}
         replace_file(folder / "members.json", json.dumps(value, indent=1).encode())
+
+    def check_name(self, plan: Ablation) -> None:
+        """Raise StoreError if the store has an ablation of this name that another file describes."""
+        file = self.ablation_folder(plan) / "members.json"
+        if file.exists():
+            before = _read(file).get("file")
+            if before != os.path.abspath(plan.path):
+                raise StoreError(
+                    f"{plan.path}: name: {plan.name!r} is that of {before} in {self.path}: give it another name"
+                )
 
     @contextmanager
     def held(self, place: Place) -> Iterator[IO | None]:
@@ -117,6 +128,11 @@ class Store:
         if failed.exists():
             return "failed", str(_read(failed).get("message"))
         return "waiting", None
+
+    def failed_since(self, place: Place, when: float) -> bool:
+        """Whether a run has failed since a time (of time.time)."""
+        failed = place.home / "failed.json"
+        return failed.exists() and failed.stat().st_mtime >= when
 
     def fail(self, place: Place, message: str) -> None:
         """Write down how a try ended."""

@@ -11,11 +11,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from core.ablation.plan import code_version
 from core.cli import is_users, message
 from core.config import RunConfig, from_json
 from core.console import Console
-from core.verbs.common import ROOT, Context
+from core.verbs.common import Context, code_version
 from core.verbs.make import Train, train_run
 
 GONE = 75
@@ -33,7 +32,7 @@ def main() -> int:
     folder = Path(sys.argv[1])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    if job["code"] != code_version(ROOT):
+    if job["code"] != code_version():
         print("the code in core/ or backends/ has changed since this ablation was started: start it again")
         return 2
     try:

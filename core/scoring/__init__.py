@@ -92,7 +92,7 @@ def score(
     if plugins and ranks.world > 1:
         choices = {"documents": documents, "seed": seed, "progress": progress, "ledger": ledger, "isolated": isolated}
         choices |= {"plugins": plugins, "watch": watch}
-        found = only_rank_0(ranks, lambda: _alone(engine, lambda: score(engine, dataset, config, **choices).to_json()))
+        found = only_rank_0(ranks, lambda: alone(engine, lambda: score(engine, dataset, config, **choices).to_json()))
         return Score(**{k: v for k, v in found.items() if k not in ("label", "plugins")}, plugins=config.plugins)
     split = dataset.val
     if len(split) < 2:
@@ -127,7 +127,7 @@ def score(
     )
 
 
-def _alone(engine: Any, act: Callable[[], Any]) -> Any:
+def alone(engine: Any, act: Callable[[], Any]) -> Any:
     """Do something with this rank's engine that the other ranks do not: what adapts must not wait for them."""
     together, engine.ranks = engine.ranks, Alone()
     try:

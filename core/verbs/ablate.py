@@ -1,6 +1,10 @@
 """Verb `skc ablate FILE.toml`: variants of a preset, several seeds, and what can be believed of their differences."""
 
+import importlib
 import shlex
+import subprocess
+import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ from tyro.conf import Positional
 from core.ablation.effects import Effect, resolvable
 from core.ablation.findings import assess
 from core.ablation.live import Live
-from core.ablation.plan import Ablation, Job, code_version, read_plan
+from core.ablation.plan import Ablation, Job, read_plan
 from core.ablation.report import write_report
 from core.ablation.results import Outcome as Results
 from core.ablation.runner import run_all
@@ -18,9 +22,10 @@ from core.ablation.store import Place, Store
 from core.bundled import open_data
 from core.console import Console, duration
 from core.data import identity
+from core.engine import choose_backend
 from core.export.budget import predicted_bytes
 from core.params import count
-from core.verbs.common import ROOT, Context, Outcome, check_data
+from core.verbs.common import ROOT, Context, Outcome, check_data, code_version
 
 ASSUMED = 0.004
 """Standard deviation of paired differences in bits per byte that is assumed where no runs are there to measure it."""
@@ -65,12 +70,13 @@ def ablate(options: Ablate, context: Context) -> Outcome:
         plan = plan._replace(settings={**plan.settings, "data.path": options.data})
     store = Store(options.store, options.database)
     data = {name: _checked(plan, name) for name in plan.variants}
-    code = code_version(ROOT)
+    code = code_version()
     places = [store.place(job, code, data[job.variant]) for job in plan.jobs()]
     if options.rebuild:
         say(f"the index of {store.path} was made again: {store.rebuild()} runs")
     if options.dry_run:
         return _dry_run(options, plan, store, places, say)
+    store.check_name(plan)
     store.write_members(plan, places)
     store.enter_members(plan, places)
     states = [store.status(place)[0] for place in places]
@@ -107,7 +113,7 @@ def ablate(options: Ablate, context: Context) -> Outcome:
 
 def _checked(plan: Ablation, variant: str) -> dict[str, str]:
     """Return the identity of a variant's data; what would stop its runs is found now, not after hours."""
-    from core.verbs.make import _check_budget as check_budget
+    from core.verbs.make import check_budget
 
     config = plan.config(variant, plan.seeds[0])
     dataset = open_data(config.data.path)
@@ -133,13 +139,14 @@ def _dry_run(options: Ablate, plan: Ablation, store: Store, places: list[Place],
     """Print what would be run, how long it takes by a probe of every variant, and what the seeds can resolve."""
     states = [store.status(place)[0] for place in places]
     rows, seconds = [], 0.0
+    starting = {backend: _starting(backend) for backend in plan.backends}
     for name in plan.variants:
         for backend in plan.backends:
             both = zip(places, states, strict=True)
             mine = [(p, s) for p, s in both if (p.job.variant, p.job.backend) == (name, backend)]
             config = mine[0][0].job.config
             left = sum(state != "done" for _, state in mine)
-            each = _seconds(mine[0][0].job, say) if left else None
+            each = starting[backend] + _seconds(mine[0][0].job, say) if left else None
             seconds += left * (each or 0.0)
             takes = "-" if each is None else duration(each)
             rows.append((name, backend, count(config.model), predicted_bytes(config.model), len(mine), left, takes))
@@ -156,6 +163,19 @@ def _dry_run(options: Ablate, plan: Ablation, store: Store, places: list[Place],
     say(f"{text}; standard deviation of paired differences {spread:.4f}, {whence}")
     value: dict[str, Any] = {"name": plan.name, "runs": len(places), "to_do": len(places) - states.count("done")}
     return Outcome(True, {**value, "seconds": seconds, "spread": spread, "resolvable": smallest})
+
+
+def _starting(backend: str) -> float:
+    """Return the seconds that a worker takes before it begins to build; this process has what it imports then."""
+    code = f"import core.ablation.worker, backends.{backend}.engine"
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    took = time.perf_counter() - began
+    choose_backend(backend)
+    if backend == "mlx":  # before anything imports MLX
+        importlib.import_module("backends.mlx.blas").load_fast_blas()
+    importlib.import_module(f"backends.{backend}.engine")
+    return took
 
 
 def _seconds(job: Job, say: Console) -> float:

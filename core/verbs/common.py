@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -15,12 +16,13 @@ import numpy as np
 from tyro.conf import FlagConversionOff, Suppress
 
 import core
-from core.config import ConfigError, DataConfig, EvalConfig, ExportConfig, ModelConfig, RunConfig, TrainConfig
+from core.config import ConfigError, DataConfig, EvalConfig, ExportConfig, ModelConfig, RunConfig, TrainConfig, to_json
 from core.console import Console
 from core.data import Dataset, batch, identity
 from core.engine import Arrays, Engine
 from core.export.artifact import read_artifact
 from core.params import exported
+from core.ranks import Ranks, check_same
 from core.run import Run, RunError
 from core.scoring.accounting import count_bytes
 
@@ -163,6 +165,23 @@ def commit() -> tuple[str | None, bool | None]:
             return None, None
         answers.append(done.stdout.strip())
     return answers[0], bool(answers[1])
+
+
+def code_version(root: Path = ROOT) -> str:
+    """Return a hash of the Python files that decide what a run computes: a change of documents changes nothing."""
+    state = hashlib.sha256()
+    for folder in ("core", "backends"):
+        for path in sorted((root / folder).rglob("*.py")):
+            state.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return state.hexdigest()
+
+
+def same_start(ranks: Ranks, config: RunConfig, dataset: Dataset, **options: Any) -> None:
+    """Raise ConfigError, on every rank, unless all ranks were started alike: options, settings, code and data."""
+    if ranks.world == 1:
+        return
+    kinds = {"options": options, "configuration": to_json(config), "data": identity(dataset)}
+    check_same(ranks, {**{name: json.dumps(value) for name, value in kinds.items()}, "code": code_version()})
 
 
 def environment(engine: Engine, dataset: Dataset, command: str, step: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Verbs that make data folders: data sample, data prepare, data adopt."""
+"""Verbs that make data folders: data sample, data prepare, data adopt, data fineweb."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,7 +1,6 @@
 """Verbs that measure: eval, sample, parity, bench."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,17 +10,25 @@ from tyro.conf import Positional
 from core import presets
 from core.bench import run_bench
 from core.bundled import open_data
-from core.config import EvalConfig, to_json
-from core.data import identity
+from core.config import EvalConfig, RunConfig, from_json, to_json
 from core.engine import DType, EngineOptions, choose_backend, load_engine
 from core.finish import describe, final_score
 from core.generate import context_limit, sample
 from core.heartbeat import Heartbeat
 from core.parity import run_parity
-from core.ranks import Ranks, check_same, join
+from core.ranks import Ranks, agree, join, share_arrays
 from core.run import Run
 from core.tokenizer import Tokenizer
-from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_tokenizer, open_subject
+from core.verbs.common import (
+    Backend,
+    Context,
+    Outcome,
+    PresetOptions,
+    Subject,
+    check_tokenizer,
+    open_subject,
+    same_start,
+)
 
 
 @dataclass(frozen=True)
@@ -130,17 +137,28 @@ def evaluate(options: Eval, context: Context) -> Outcome:
         context.say.mute()
     with Heartbeat(ranks, hint="the same command goes on from its --ledger, if it has one"):
         outcome = _evaluate(options, ranks, context)
-    ranks.close()
+        ranks.close()
     return outcome
 
 
+def _shared(ranks: Ranks, subject: Subject | None) -> Subject:
+    """Return rank 0's model on every rank: another one's folder may be missing, or an older copy."""
+    if ranks.world == 1:
+        assert subject is not None
+        return subject
+    rest = subject and {**subject._asdict(), "config": to_json(subject.config), "weights": None}
+    value = agree(ranks, rest)
+    config = from_json(RunConfig, value["config"])
+    return Subject(**{**value, "config": config, "weights": share_arrays(ranks, subject and subject.weights)})
+
+
 def _evaluate(options: Eval, ranks: Ranks, context: Context) -> Outcome:
-    subject = open_subject(options.path, options.data, options.step)
+    subject = _shared(ranks, open_subject(options.path, options.data, options.step) if ranks.rank == 0 else None)
     config = dataclasses.replace(subject.config, eval=options.config(subject.config.eval))
     dataset = open_data(config.data.path, train=False)
     check_tokenizer(subject, dataset)
     choices = EngineOptions(dtype=options.dtype)
-    check_same(ranks, {"configuration": json.dumps(to_json(config)), "data": json.dumps(identity(dataset))})
+    same_start(ranks, config, dataset, dtype=options.dtype)
     engine = load_engine(options.backend, config, subject.weights, choices, subject.quantise, ranks)
     used = "stored form of the weights" if subject.quantise else "weights as they are"
     context.say(f"{subject.what} ({used}) on {engine.backend}, {engine.device}, {engine.dtype}; data {dataset.path}")

@@ -1,7 +1,6 @@
 """Verbs that make weights and artifacts: train, export."""
 
 import contextlib
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from tyro.conf import Positional
 from core import presets
 from core.audit.claims import SECONDS
 from core.bundled import open_data
-from core.config import ConfigError, RunConfig, to_json
+from core.config import ConfigError, RunConfig
 from core.console import Console, duration
 from core.data import Dataset, identity
 from core.engine import DType, Engine, EngineOptions, choose_backend, load_engine
@@ -24,12 +23,12 @@ from core.forecast import Forecast, forecast
 from core.heartbeat import Heartbeat
 from core.params import count, exported
 from core.probe import probe
-from core.ranks import Ranks, agree, check_same, join
+from core.ranks import Ranks, agree, join
 from core.run import Follower, Run, RunError, config_digest
 from core.scoring import check_plugins
 from core.scoring.plugins import load_plugins
 from core.train import Summary, check_rows, done, train
-from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_data, environment
+from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_data, environment, same_start
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def train_run(options: Train, context: Context) -> Outcome:
     out = options.out or f"runs/{config.preset}-{backend}-{config.seed}"
     with Heartbeat(ranks, hint=f"the same command goes on from the last checkpoint in {out}"):
         outcome = _train(options, config, backend, out, ranks, context)
-    ranks.close()
+        ranks.close()
     return outcome
 
 
@@ -81,9 +80,9 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
     check_limits(config.model)
     check_rows(config.train, ranks)
     if not options.dry_run:
-        _check_budget(config)
+        check_budget(config)
     check_plugins(config.eval, load_plugins(config.eval.plugins))  # now, not after the training
-    check_same(ranks, {"configuration": json.dumps(to_json(config)), "data": json.dumps(identity(dataset))})
+    same_start(ranks, config, dataset, dry_run=options.dry_run, dtype=options.dtype, out=out)
     choices = EngineOptions(dtype=options.dtype)
     engine = load_engine(backend, config, start_weights(config, dataset.train), choices, ranks=ranks)
     if options.dry_run:
@@ -111,6 +110,8 @@ def _close_training(run: Run, dataset: Dataset, summary: Summary, say: Console) 
     """Close the training text for good: what comes after training cannot read it (rule D2)."""
     closed = summary.seconds + time.perf_counter() - summary.ended
     dataset.train.close(f"training ended at {summary.seconds:.1f} s, and nothing reads its text after that")
+    if not summary.taken:  # an earlier start trained, and its record stands
+        return
     run.log(summary.steps, {"clock/stopped": summary.seconds, "clock/closed": closed})
     say(f"training stopped at {summary.seconds:.3f} s; training data was closed at {closed:.3f} s")
 
@@ -140,7 +141,7 @@ def _forecast(engine: Engine, dataset: Dataset, config: RunConfig, out: str, bui
     return Outcome(*agree(ranks, [found.ok, value]))  # rank 0's disk decides for all
 
 
-def _check_budget(config: RunConfig) -> None:
+def check_budget(config: RunConfig) -> None:
     """Raise ConfigError if the artifact is predicted to be over the budget: better now than after the training."""
     predicted, allowed = predicted_bytes(config.model), config.export.budget - config.export.code_bytes
     if predicted > allowed:

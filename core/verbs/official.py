@@ -116,6 +116,7 @@ def _environment(options: Import, found: Checkpoint, engine: Engine, dataset: Da
 
 def _write(out: Path, config: RunConfig, engine: Engine, dataset: Dataset, env: dict, lines: list[str]) -> None:
     """Make the run beside `out` and move it there whole."""
+    out = Path(os.path.abspath(out))  # "." has no name
     staging = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         run = Run.create(staging, config, dataset.tokenizer.model, identity(dataset))
