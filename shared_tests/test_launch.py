@@ -66,7 +66,7 @@ def test_one_node_plans_then_trains_with_two_ranks(tmp_path: Path) -> None:
     data = small_data(tmp_path / "text", 60)
     options = ["debug", "--data.path", data, "--train.steps", "4", "--eval.documents", "2", "--json"]
     refused = launch("one_node", *options, "--out", "over", "--export.budget", "60000", cwd=tmp_path, NPROC="2")
-    assert refused.returncode == 1 and "one_node: stopped by the plan" in refused.stderr
+    assert refused.returncode == 1 and "one_node: the plan failed, or passes a limit" in refused.stderr
     assert not json.loads(refused.stdout)["ok"] and not (tmp_path / "over").exists()
     found = launch("one_node", "-n", "2", *options, "--out", "run", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
@@ -100,7 +100,7 @@ def test_macs_hear_of_a_rank_that_failed(plan: str, run: str, code: int, started
     assert lines[0].endswith("-m core.cli train tiny --seed 3 --backend mlx --dry-run")
     assert lines[0].startswith(f"--backend ring --hostfile hosts.json --env PYTHONPATH={FOLDER.parent.parent} --cwd ")
     assert started == 1 or lines[1].endswith("--seed 3 --backend mlx")
-    assert (plan or run) in found.stderr and ("stopped by the plan" in found.stderr) is bool(plan)
+    assert (plan or run) in found.stderr and ("nothing was trained" in found.stderr) is bool(plan)
 
 
 def test_the_example_of_a_ring_is_a_host_file() -> None:
