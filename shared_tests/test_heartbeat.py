@@ -32,7 +32,7 @@ def ended(processes: list[subprocess.Popen], seconds: float) -> list[int]:
             process.wait()
 
 
-@pytest.mark.parametrize("how", ["", "kill", "stop", "raise"])
+@pytest.mark.parametrize("how", ["kill", "stop", "raise"])
 def test_a_slow_rank_is_waited_for_and_a_dead_one_is_not(how: str, tmp_path: Path) -> None:
     """Rank 1 of 3 is busy for 6 s, longer than the silence that is allowed, then it is killed, stopped, or raises."""
     processes = start(
@@ -43,9 +43,6 @@ def test_a_slow_rank_is_waited_for_and_a_dead_one_is_not(how: str, tmp_path: Pat
     ended(processes, 0)
     assert all((tmp_path / f"slow-{rank}").exists() for rank in range(3)), "the slow rank was not waited for"
     said = [(tmp_path / f"rank-{rank}").read_text() for rank in range(3)]
-    if not how:
-        assert codes == [0, 0, 0] and said == ["", "", ""]
-        return
     reason = {
         "kill": "rank 1 ended without a word (killed?)",
         "stop": "rank 1 was not heard for 4 s",

@@ -232,6 +232,7 @@ def test_the_other_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun with --backend mlx, and mlx.launch with --backend cuda."""
     monkeypatch.delenv("MLX_RANK", raising=False)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="started by torchrun.*add --backend cuda, or start it with mlx.launch"):
         join("mlx")
     monkeypatch.delenv("RANK")
