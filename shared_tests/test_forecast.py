@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -386,6 +387,23 @@ def test_training_data_is_closed_when_training_ends(
     )
     verdict, evidence = d2(run)
     assert verdict == "PASS" and evidence.endswith(f"; training data was closed at {closed:.1f} s")
+    same = ["--data.path", run.config.data.path, "--backend", "cuda", "--out", str(run.path), "--train.steps", "6"]
+    assert main(["train", "debug", *same]) == 0, "the same command again trains nothing"
+    assert [row["clock/closed"] for row in run.metrics() if "clock/closed" in row] == [closed], "its record stands"
+
+
+def test_what_follows_the_last_step_counts_until_the_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint inside the loop, at the last step, comes before the close as one after the loop does."""
+    save = Run.save
+
+    def slow(self: Run, *rest: Any) -> None:
+        time.sleep(0.3)
+        save(self, *rest)
+
+    monkeypatch.setattr(Run, "save", slow)
+    assert main(["train", "debug", *debug_data(tmp_path), "--train.save-every", "3"]) == 0
+    run = Run.open(tmp_path / "run")
+    assert run.last("clock/closed") - run.last("clock/stopped") >= 0.3
 
 
 def d2(run: Run | None) -> tuple[str, str]:
