@@ -18,7 +18,7 @@ import pytest
 
 from core import rng
 from core.engine import Arrays
-from shared_tests.test_kernels import environment, load
+from shared_tests.test_kernels import environment, found_by, load
 from shared_tests.tolerances import P1_EXACT, P1_FAST, P2_BFLOAT16, relative_rms
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux only")
@@ -233,13 +233,8 @@ class Run(NamedTuple):
 
 
 def run(device: str, folder: Path) -> Run:
-    """Run `main` in a process of its own."""
-    variables = environment(TRITON_INTERPRET="1") if device == "cpu" else environment()
-    command = [sys.executable, "-m", "shared_tests.test_cross_entropy", device, str(folder / "found.npz")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables)
-    assert done.returncode == 0, done.stderr[-3000:]
-    with np.load(folder / "found.npz") as found:
-        return Run(dict(found), json.loads(done.stdout))
+    """Run `main` on a device."""
+    return Run(*found_by("shared_tests.test_cross_entropy", device, folder))
 
 
 @pytest.fixture(scope="session")

@@ -204,14 +204,19 @@ class Run(NamedTuple):
         return {key: self.arrays[f"{name}/{key}"] for key in ("h", "d_decay", "d_drive", "d_start")}
 
 
-def run(device: str, folder: Path) -> Run:
-    """Run `main` in a process of its own."""
+def found_by(module: str, device: str, folder: Path) -> tuple[Arrays, dict[str, str]]:
+    """Run a module's `main` in its own process (cpu: in Triton's interpreter) and return what it found and said."""
     variables = environment(TRITON_INTERPRET="1") if device == "cpu" else environment()
-    command = [sys.executable, "-m", "shared_tests.test_kernels", device, str(folder / "found.npz")]
+    command = [sys.executable, "-m", module, device, str(folder / "found.npz")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables)
     assert done.returncode == 0, done.stderr[-3000:]
     with np.load(folder / "found.npz") as found:
-        return Run(dict(found), json.loads(done.stdout))
+        return dict(found), json.loads(done.stdout)
+
+
+def run(device: str, folder: Path) -> Run:
+    """Run `main` on a device."""
+    return Run(*found_by("shared_tests.test_kernels", device, folder))
 
 
 @pytest.fixture(scope="session")

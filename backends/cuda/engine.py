@@ -159,6 +159,7 @@ class Engine:
         return loss, norm, finite
 
     def _measured(self, loss, norm):
+        """Return both, and whether they are finite."""
         return loss, norm, torch.isfinite(loss) & torch.isfinite(norm)
 
     @torch.no_grad()
@@ -185,11 +186,9 @@ class Engine:
         """Do what _update does with all ranks: each updates its part of Muon's matrices, which then go to all."""
         grads, params, state = reducer.finish(), self._params, self._state
         alone, all_ = updated_by(self._buckets, self.ranks.rank)
-        squares = [
-            torch.square(optim.global_norm([grads[n] for n in names])) if names else None for names in (alone, all_)
-        ]
-        zero = torch.zeros_like(loss)
-        ours, common = (zero if s is None else s for s in squares)
+        zero = torch.zeros_like(loss)  # a rank may have no matrix of its own
+        norms = [optim.global_norm([zero, *(grads[n] for n in names)]) for names in (alone, all_)]
+        ours, common = (torch.square(norm) for norm in norms)
         loss, ours = self.ranks.sum(torch.stack([loss, ours]))
         loss, norm, finite = self._measured(loss / count, torch.sqrt(ours + common) / count)
         waits = []

@@ -136,6 +136,7 @@ class Engine:
         return params, {**changed, **self._follow(params, state, finite, hyper)}, loss, norm, finite
 
     def _measured(self, loss, norm):
+        """Return both, and whether they are finite."""
         return loss, norm, mx.isfinite(loss) & mx.isfinite(norm)
 
     def _rules(self, params, state, grads, norm, finite, hyper, count):
@@ -157,11 +158,9 @@ class Engine:
         """Do what _update does with all ranks: each updates its part of Muon's matrices, which then go to all."""
         grads, params, state = reduce(self.ranks, self._buckets, grads), self._params, self._state
         alone, all_ = updated_by(self._buckets, self.ranks.rank)
-        squares = [
-            mx.square(optim.global_norm([grads[n] for n in names])) if names else None for names in (alone, all_)
-        ]
-        zero = mx.zeros_like(loss)
-        ours, common = (zero if s is None else s for s in squares)
+        zero = mx.zeros_like(loss)  # a rank may have no matrix of its own
+        norms = [optim.global_norm([zero, *(grads[n] for n in names)]) for names in (alone, all_)]
+        ours, common = (mx.square(norm) for norm in norms)
         loss, ours = self.ranks.sum(mx.stack([loss, ours]))
         loss, norm, finite = self._measured(loss / count, mx.sqrt(ours + common) / count)
         mx.eval(loss, norm, finite)  # MLX: collectives in the same order on every rank
