@@ -21,6 +21,7 @@ from core.engine import Arrays, Engine
 from core.files import naming, replace_file
 from core.params import check_arrays, optimizer_slots, param_table
 from core.ranks import Ranks, agree, share_arrays
+from core.trackers import Copies
 
 METRICS = {
     "train/loss": "mean nats per target since the last line",
@@ -83,6 +84,8 @@ class Run:
         self.metrics_path = path / "metrics.jsonl"
         self.env_path = path / "env.json"
         self.log_path = path / "log.txt"
+        self.copies: Copies | None = None
+        """Trackers that get every line of metrics.jsonl too."""
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -135,6 +138,8 @@ class Run:
             _drop_cut_line(self.metrics_path)
         with naming(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
+        if self.copies is not None:
+            self.copies.row(step, values)
 
     def open_log(self) -> TextIO:
         """Open log.txt for more lines."""
@@ -273,8 +278,10 @@ class Run:
                 raise RunError(f"{self.checkpoint_path}: {error}; delete it to train from the start") from error
             if not self.kept_path(step).exists():  # a kill may have come before it got that name
                 self._keep(step)
-        kept = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step] if saved else []
-        replace_file(self.metrics_path, "".join(kept).encode())
+        kept = [row for row in self.metrics() if row["step"] <= step] if saved else []
+        replace_file(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        if self.copies is not None:
+            self.copies.rows(kept)
         return step, seconds
 
 

@@ -1,7 +1,9 @@
 """`skc ablate` from the command line, with real training. Budget: 60 s."""
 
+import ast
 import json
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from core.ablation.plan import read_plan
 from core.ablation.store import Store
 from core.cli import main
-from core.verbs.common import code_version
+from core.verbs.common import READERS, ROOT, code_version, reads
 from shared_tests.killed import small_data
 
 PLAN = """
@@ -89,6 +91,33 @@ def test_a_run_refuses_other_code_than_its_ablations(tmp_path: Path, capsys: pyt
         patch.setattr(worker.threading, "Thread", lambda **_: type("Quiet", (), {"start": lambda self: None})())
         assert worker.main() == 2
     assert "has changed since this ablation was started" in capsys.readouterr().out
+
+
+def _imported(path: Path) -> Iterator[Path]:
+    """Yield the files of this checkout that a Python file imports, at its top or anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{name}" for name in names] + [str(node.module)]
+        for name in names:
+            for file in (ROOT / f"{name.replace('.', '/')}.py", ROOT / name.replace(".", "/") / "__init__.py"):
+                if name.startswith(("core", "backends")) and file.exists():
+                    yield file
+
+
+def test_what_a_run_is_named_by_is_all_that_it_imports() -> None:
+    """Files that are left out of the code's version are imported by no run: a change in them cannot change a score."""
+    begin = [ROOT / "core" / "ablation" / "worker.py", *(ROOT / "backends").rglob("*.py")]
+    seen, waiting = set(begin), list(begin)
+    while waiting:
+        for file in set(_imported(waiting.pop())) - seen:
+            seen.add(file)
+            waiting.append(file)
+    names = {str(path.relative_to(ROOT).as_posix()) for path in seen}
+    assert {"core/train.py", "core/config.py", "core/scoring/accounting.py", "core/verbs/make.py"} <= names
+    assert {name for name in names if reads(name)} <= {"core/ablation/__init__.py"}
+    assert not (ROOT / "core" / "ablation" / "__init__.py").read_text().count("import")
+    assert all((ROOT / path).exists() or list(ROOT.glob(f"{path}*")) for path in READERS)
 
 
 def test_what_would_stop_a_run_is_found_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from core import trackers
 from core.ablation.effects import Effect, resolvable
 from core.ablation.findings import assess
 from core.ablation.live import Live
@@ -20,11 +21,13 @@ from core.ablation.results import Outcome as Results
 from core.ablation.runner import run_all
 from core.ablation.store import Place, Store
 from core.bundled import open_data
+from core.config import ConfigError
 from core.console import Console, duration
 from core.data import identity
 from core.engine import choose_backend
 from core.export.budget import predicted_bytes
 from core.params import count
+from core.run import Run, RunError
 from core.verbs.common import ROOT, Context, Outcome, check_data, code_version
 
 ASSUMED = 0.004
@@ -53,6 +56,8 @@ class Ablate:
     """Where the index is: sqlite:///FILE or postgresql+psycopg://...; None: index.sqlite in the store."""
     rebuild: bool = False
     """Make the index again from the run folders first."""
+    track: tuple[trackers.Name, ...] = ()
+    """Copy every run, when it has ended, to tensorboard, wandb or both, in the ablation's folder."""
     json: bool = False
     """Print one JSON object on stdout; everything else goes to stderr."""
 
@@ -76,6 +81,7 @@ def ablate(options: Ablate, context: Context) -> Outcome:
         say(f"the index of {store.path} was made again: {store.rebuild()} runs")
     if options.dry_run:
         return _dry_run(options, plan, store, places, say)
+    trackers.check(options.track)
     store.check_name(plan)
     store.write_members(plan, places)
     store.enter_members(plan, places)
@@ -92,6 +98,7 @@ def ablate(options: Ablate, context: Context) -> Outcome:
         state, message = store.status(place)
         result = store.outcome(plan, [place]).results[0]
         store.update(place, result)
+        _copy(options, store.ablation_folder(plan), plan.name, place, say)
         if state == "failed":
             live.close()
             say(f"FAILED: {place.job.variant}, seed {place.job.seed}, {place.job.backend}: {message}")
@@ -120,6 +127,29 @@ def _checked(plan: Ablation, variant: str) -> dict[str, str]:
     check_data(config, dataset)
     check_budget(config)
     return identity(dataset)
+
+
+def _copy(options: Ablate, folder: Path, group: str, place: Place, say: Console) -> None:
+    """Give trackers what an ended run recorded."""
+    if not options.track or not (place.folder / "config.json").exists():
+        return
+    job = place.job
+    name = f"{job.variant}-{job.seed}-{job.backend}"
+    try:
+        run = Run.open(place.folder)
+        copies = trackers.start(options.track, folder / "tracked" / name, job.config, _silent, name, group)
+        copies.rows(run.metrics())
+        copies.close()
+    except RunError:  # the report says so
+        return
+    except ConfigError as error:  # no account, no network: the runs go on
+        return say(f"{name}: {error}")
+    for lost in copies.lost:
+        say(f"{lost} did not get {name}; its run folder has it all")
+
+
+def _silent(_: str) -> None:
+    """Say nothing: one line for every run and tracker would be too many."""
 
 
 def _described(plan: Ablation) -> str:

@@ -29,6 +29,11 @@ from core.scoring.accounting import count_bytes
 Backend = Literal["auto", "mlx", "cuda"]
 PACKAGES = ("numpy", "torch", "mlx", "sentencepiece", "safetensors", "brotli", "tyro", "matplotlib", "rich")
 ROOT = Path(core.__file__).resolve().parent.parent
+READERS = (
+    "core/ablation/", "core/compare", "core/transfer", "core/verbs/ablate.py", "core/verbs/audit.py",
+    "core/verbs/look.py", "core/verbs/track.py",
+)  # fmt: skip
+"""How the names of files begin that ask for runs or read them: no run imports them (but its worker)."""
 
 
 class Context(NamedTuple):
@@ -168,12 +173,19 @@ def commit() -> tuple[str | None, bool | None]:
 
 
 def code_version(root: Path = ROOT) -> str:
-    """Return a hash of the Python files that decide what a run computes: a change of documents changes nothing."""
+    """Return a hash of the Python files that may decide what a run computes: of all that are not READERS."""
     state = hashlib.sha256()
     for folder in ("core", "backends"):
         for path in sorted((root / folder).rglob("*.py")):
+            if reads(path.relative_to(root).as_posix()):
+                continue
             state.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
     return state.hexdigest()
+
+
+def reads(name: str) -> bool:
+    """Return whether a file of this checkout only asks for runs or reads them."""
+    return name.startswith(READERS) and name != "core/ablation/worker.py"
 
 
 def same_start(ranks: Ranks, config: RunConfig, dataset: Dataset, **options: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from core import presets
+from core import presets, trackers
 from core.audit.claims import SECONDS
 from core.bundled import open_data
 from core.config import ConfigError, RunConfig
@@ -41,6 +41,8 @@ class Train(PresetOptions):
     """Run folder; a run there with the same settings is resumed. None: runs/<preset>-<backend>-<seed>."""
     dtype: DType | None = None
     """Compute type; None: bfloat16 on a GPU, float32 on a CPU."""
+    track: tuple[trackers.Name, ...] = ()
+    """Copy every recorded line to tensorboard, wandb or both, in the run folder."""
     dry_run: bool = False
     """Build everything, time some steps and scoring passes, show the plan of the run, and write nothing."""
 
@@ -79,6 +81,7 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
     check_data(config, dataset)
     check_limits(config.model)
     check_rows(config.train, ranks)
+    trackers.check(options.track)
     if not options.dry_run:
         check_budget(config)
     check_plugins(config.eval, load_plugins(config.eval.plugins))  # now, not after the training
@@ -97,6 +100,8 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
             if saved is None or not done(saved.step, saved.seconds, config.train):  # else this start trains nothing
                 run.record_environment(environment(engine, dataset, context.command, saved.step if saved else 0))
             _introduce(run, engine, dataset, context)
+            run.copies = trackers.start(options.track, run.path, config, say)
+            stack.callback(run.copies.close)
         summary = train(run, engine, dataset, say)
         _close_training(run, dataset, summary, say)
         value = finish(run, engine, dataset, summary.steps, say)
