@@ -191,7 +191,7 @@ def test_documents_are_isolated_exactly_where_the_preset_says_so(name: str, back
 
 # Random tokens: nothing can be learned, so a loss below ln V can only come from seeing the target.
 
-VOCAB, SEQ, ROWS, STEPS = 32, 17, 8, 300
+VOCAB, SEQ, ROWS, STEPS = 32, 17, 8, 150
 
 
 def plant_leak(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +214,7 @@ def plant_leak(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def last_loss(backend: str, config: RunConfig, enough: float = -math.inf) -> float:
-    """Return the mean loss of the last 50 of 300 steps on fresh uniform tokens, or of the first 25 below `enough`."""
+    """Return the mean loss of the last 50 of STEPS steps on fresh uniform tokens, or of the first 25 below `enough`."""
     model = dataclasses.replace(config.model, vocab=VOCAB)
     kinds = tuple(dict.fromkeys(model.kinds))
     fewer: dict[str, Any] = {"layers": max(2, len(kinds)), "blocks": kinds}

@@ -253,7 +253,9 @@ def test_a_killed_process_proves_nothing_but_what_the_system_saw(tmp_path: Path)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_the_process_ends_with_its_parent(tmp_path: Path, number: signal.Signals) -> None:
     note = tmp_path / "pid"
-    call = f"from core.audit.isolation import run_isolated; run_isolated('{HERE}:wait', {{'path': {str(note)!r}}})"
+    # A background job of a script has SIGINT ignored, and passes that on.
+    call = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    call += f"from core.audit.isolation import run_isolated; run_isolated('{HERE}:wait', {{'path': {str(note)!r}}})"
     parent = subprocess.Popen(
         [sys.executable, "-c", call], env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.DEVNULL
     )
