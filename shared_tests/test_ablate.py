@@ -14,6 +14,7 @@ from core.ablation.store import Store
 from core.cli import main
 from core.verbs.common import READERS, ROOT, code_version, reads
 from shared_tests.killed import small_data
+from shared_tests.test_trackers import events
 
 PLAN = """
     name = "first"
@@ -64,8 +65,12 @@ def test_an_ablation_from_plan_to_report(tmp_path: Path, capsys: pytest.CaptureF
 
     places = sorted(Path(store).glob("runs/*/run/metrics.jsonl"))
     before = {path: path.stat().st_mtime_ns for path in places}
-    code, again, said = call(command, capsys)
+    code, again, said = call([*command, "--track", "tensorboard"], capsys)
     assert code == 0 and "4 of 4 runs are done already" in said
+    tracked = {path.name: events(path / "tensorboard") for path in (folder / "tracked").iterdir()}
+    assert tracked.keys() == {"plain-1-cuda", "plain-2-cuda", "wide-1-cuda", "wide-2-cuda"}
+    ends = [v for rows in tracked.values() for _, name, v, _ in rows if name == "final/artifact/score/bpb"]
+    assert sorted(ends) == pytest.approx(sorted(row["bpb"] for row in Store(store).rows()), rel=1e-6)
     assert {path: path.stat().st_mtime_ns for path in places} == before, "a run was repeated"
     assert again["backends"] == found["backends"]
 

@@ -8,16 +8,23 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from core.ablation import runner
+from core.ablation.findings import assess
 from core.ablation.plan import Ablation, job_key, read_plan
+from core.ablation.results import Start
 from core.ablation.runner import Progress, run_all
 from core.ablation.store import Place, Store, StoreError
+from core.cli import main
 from core.config import ConfigError
+from core.run import Run
 from core.verbs.common import code_version
+from shared_tests.killed import small_data
 
 WORKER = (sys.executable, "-m", "shared_tests.ablation_worker")
 DATA = {"name": "test", "sha256": "0"}
@@ -48,11 +55,11 @@ def places(store: Store, plan: Ablation, code: str = "code") -> list[Place]:
     return [store.place(job, code, DATA) for job in plan.jobs()]
 
 
-def go(store: Store, where: list[Place], parallel: int = 2) -> list[Progress]:
+def go(store: Store, where: list[Place], parallel: int = 2, worker: Sequence[str] = WORKER) -> list[Progress]:
     """Run the stand-in worker on all places and return what was shown."""
     shown: list[Progress] = []
     run_all(
-        store, where, parallel=parallel, threads=1, worker=WORKER, shown=shown.append,
+        store, where, parallel=parallel, threads=1, worker=worker, shown=shown.append,
         started=lambda place: store.prepare(place, "code", DATA, "test"),
         ended=lambda place: store.update(place, store.outcome(None, [place]).results[0]),  # type: ignore[arg-type]
     )  # fmt: skip
@@ -157,6 +164,87 @@ def test_runs_go_side_by_side_and_a_failed_one_stops_nobody(tmp_path: Path) -> N
     before = taken(good)
     shown = go(store, where)
     assert taken(good) == before == [Counter(map(str, range(10)))] * 4 and shown[-1].done == 4
+
+
+def test_a_result_says_what_it_was_measured_on(tmp_path: Path) -> None:
+    """Targets, device and type; who ran beside it, counted and not as allowed; what was killed counts as allowed."""
+    plan, store = read_plan(write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1]"))), Store(tmp_path / "store")
+    where = places(store, plan)
+    go(store, where, parallel=4)
+    run = Run.open(where[0].folder)
+    for device in ("H100", "A100", "A100"):
+        run.record_environment({"device": device, "dtype": "float32", "data": {"name": "x"}})
+    first, second = store.outcome(plan, where).results
+    assert (first.documents, first.total_documents, first.targets) == (9, 9, 5_000)
+    assert (first.device, first.dtype, first.data) == ("H100, then A100", "float32", '{"name": "x"}')
+    assert (second.device, second.dtype, second.data) == (None, None, None), "no env.json: not known, no error"
+    assert first.host == second.host == runner.HOST and first.threads == 1
+    assert first.beside and 1.5 < first.beside <= 2, "two ran, though four were allowed"
+    for place, parallel in zip(where, (1, 4), strict=True):
+        (place.home / "machine.json").unlink()
+        store.begin(place, Start(runner.HOST, None, 1, parallel))
+    assert [r.beside for r in store.outcome(plan, where).results] == [1, 4]
+    store.end(where[1], 10.0, 2.0)
+    store.begin(where[1], Start("other", None, 2, 4))
+    store.end(where[1], 30.0, 3.0)
+    assert store.outcome(plan, where).results[1][-3:] == (f"{runner.HOST}, then other", 2, 2.75)
+    (where[1].home / "machine.json").write_text("{")
+    assert store.outcome(plan, where).results[1].beside is None
+    store.update(where[0], first)
+    (row,) = (row for row in store.rows() if row["key"] == where[0].key)
+    assert [row[name] for name in ("targets", "documents", "device", "dtype", "host", "threads")] == [
+        5_000, 9, "H100, then A100", "float32", runner.HOST, 1,
+    ]  # fmt: skip
+
+
+DAMAGING = """
+import sys
+from pathlib import Path
+import shared_tests.ablation_worker as worker
+home = Path(sys.argv[1])
+code = worker.main()
+if '"seed": 2,' in (home / "job.json").read_text():
+    metrics = home / "run" / "metrics.jsonl"
+    metrics.write_text("nonsense" + metrics.read_text())
+print("the whole run is in", home)
+sys.exit(code)
+"""
+
+
+def test_a_damaged_run_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found when it ends, or later: it counts as failed with what is wrong, the others are done, the exit code is 1."""
+    file = write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1, 2, 3]"))
+    plan, store = read_plan(file), Store(tmp_path / "store")
+    where = places(store, plan)
+    damaging = (sys.executable, "-c", DAMAGING)
+    shown = go(store, where, worker=damaging)
+    assert (shown[-1].done, shown[-1].failed) == (4, 2)
+    outcome = store.outcome(plan, where)
+    failed = [r for r in outcome.results if r.status == "failed"]
+    assert [r.seed for r in failed] == [2, 2] and all("metrics.jsonl:1: not JSON" in str(r.message) for r in failed)
+    assert assess(outcome)[0].ends[0].short == "2 of 3; 1 failed"
+    last = where[0].folder / "metrics.jsonl"
+    whole = last.read_text()
+    for instead in ('{"score": {"loss": 1.0}}', '"new"', '{"score": {"bpb": "low"}}'):
+        last.write_text(whole[: whole.rindex('{"score')] + instead + "}\n")
+        result = store.outcome(plan, where).results[0]
+        assert result.status == "failed" and "final/artifact: not a score of this version" in str(result.message)
+    assert Counter(r.status for r in store.outcome(plan, where).results) == {"done": 3, "failed": 3}
+    assert store.rebuild() == 6 and Counter(row["status"] for row in store.rows()) == {"done": 3, "failed": 3}
+    (where[1].home / "failed.json").write_text("{")
+    (where[1].folder / "metrics.jsonl").write_text("")
+    assert "failed.json: not JSON" in str(store.outcome(plan, where).results[1].message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_all, "__kwdefaults__", {**(run_all.__kwdefaults__ or {}), "worker": damaging})
+        code = main(["ablate", str(file), "--data", small_data(tmp_path), "--store", str(tmp_path / "s"), "--json"])
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert code == 1 and [line.partition(":")[0] for line in found["failed"]] == [
+        "plain, seed 2, cuda", "wide, seed 2, cuda",
+    ]  # fmt: skip
+    assert [v["n"] for v in found["backends"]["cuda"]["variants"]] == [2, 2] and said.err.count("FAILED: ") == 2
+    assert "not JSON" in (tmp_path / "s" / "ablations" / "widths" / "report.html").read_text()
 
 
 START = """

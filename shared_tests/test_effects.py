@@ -150,7 +150,10 @@ def test_pairs_only_where_both_exist_and_are_alike(tmp_path: Path) -> None:
     made = change(made, "same", 0, bpb=math.nan)
     (found,) = assess(made)
     assert [e.seeds for e in found.ends] == [(0, 3), (2, 3), (0, 2, 3)]
-    assert all(e.early for e in found.ends)
+    assert not any(e.early for e in found.ends), "nothing is to come"
+    assert [e.short for e in found.ends] == [
+        "2 of 4; 1 failed; 1 left out", "2 of 4; 1 failed; 1 left out", "3 of 4; 1 failed",
+    ]  # fmt: skip
     text = "\n".join(found.doubts)
     assert "failed: plain seed 1" in text and "good: different byte rules (raw, table), seed 2 left out" in text
     assert "without a finite score, left out: same seed 0" in text
@@ -221,3 +224,54 @@ def test_backends_are_never_mixed_and_unfinished_is_an_early_look(tmp_path: Path
     assert all(e.early and e.verdict == "one seed: no interval" for e in found.ends)
     (found,) = assess(unfinished(outcome(tmp_path, TRUE)))
     assert {e.verdict for e in found.ends} == {"nothing to compare"} and found.spread is None
+
+
+def test_a_seed_that_failed_is_not_one_to_come(tmp_path: Path) -> None:
+    """Eight of twelve runs are there, one failed: a verdict says both, and what can still come makes it early."""
+    early = unfinished(outcome(tmp_path, TRUE), 8)
+    (found,) = assess(change(early, "bad", 1, status="failed", bpb=None))
+    assert [(e.waiting, e.failed) for e in found.ends] == [(1, 0), (1, 0), (1, 1)]
+    assert [e.short for e in found.ends] == ["early look: 2 of 3", "early look: 2 of 3", "early look: 1 of 3; 1 failed"]
+    assert {e.short for e in found.steps + found.seconds if e.variant == "bad"} == {"early look: 1 of 3; 1 failed"}
+    (found,) = assess(change(outcome(tmp_path, TRUE), "plain", 1, status="failed", bpb=None))
+    assert {(e.waiting, e.failed, e.early, e.short) for e in found.ends} == {(0, 1, False, "2 of 3; 1 failed")}
+
+
+def test_scores_over_other_targets_are_not_comparable(tmp_path: Path) -> None:
+    """Same text, other numbers of targets: left out; other tokens of the same documents: held against each other."""
+    text = {"documents": 9, "total_documents": 9, "targets": 5_000, "data": "a"}
+    made = outcome(tmp_path, TRUE)
+    for variant in TRUE:
+        for seed in range(3):
+            made = change(made, variant, seed, **text)
+    assert assess(made)[0].doubts == ()
+    (found,) = assess(change(made, "good", 1, targets=4_000))
+    assert found.doubts == ("good: different numbers of targets (4,000, 5,000), seed 1 left out: not comparable",)
+    assert found.ends[0].seeds == (0, 2)
+    (found,) = assess(change(made, "good", 1, targets=4_000, data="other tokens"))
+    assert found.doubts == () and found.ends[0].seeds == (0, 1, 2)
+    (found,) = assess(change(made, "good", 1, targets=4_000, data="other tokens", documents=8))
+    assert found.ends[0].seeds == (0, 2)
+    assert assess(change(made, "good", 1, targets=None))[0].doubts == (), "of an older run: not known"
+
+
+def test_speeds_measured_under_other_conditions_are_said(tmp_path: Path) -> None:
+    """Company, devices, machines, threads, types; more where the budget is in seconds; nothing where all are alike."""
+    for budget, words in (("steps = 250", "tokens/s and seconds are not"), ("seconds = 9.5", "bits per byte are not")):
+        made = outcome(tmp_path, TRUE, budget=budget)
+        here = {"device": "H100", "host": "aa", "threads": 1, "beside": 2.0, "dtype": "float32"}
+        for variant in TRUE:
+            for seed in range(3):
+                made = change(made, variant, seed, **here)
+        assert not any("good" in doubt for doubt in assess(made)[0].doubts)
+        for fields, said in (
+            ({"beside": 1.0}, "good: on average 1.7 runs side by side against 2.0 of the reference: "),
+            ({"device": "A100"}, "good: other devices than the reference (A100, H100), seed 1: "),
+            ({"host": "bb"}, "good: other machines than the reference (bb, aa), seed 1: "),
+            ({"threads": None}, "good: other numbers of CPU threads than the reference (as the libraries chose, 1), "),
+            ({"dtype": "bfloat16"}, "good: computed in another type than the reference (bfloat16, float32), seed 1"),
+        ):
+            (doubt,) = (doubt for doubt in assess(change(made, "good", 1, **fields))[0].doubts if "good" in doubt)
+            assert doubt.startswith(said) and (words in doubt or "dtype" in fields), doubt
+        assert not any("good" in d for d in assess(change(made, "good", 1, beside=1.5))[0].doubts), "a little is alike"
+        assert not any("good" in d for d in assess(change(made, "good", 1, device=None, host=None))[0].doubts)

@@ -50,6 +50,10 @@ class Effect(NamedTuple):
     """p, adjusted for all variants of the table."""
     verdict: Verdict
     note: str = ""
+    waiting: int = 0
+    """Planned seeds that are still to come, on one side or both."""
+    failed: int = 0
+    """Planned seeds that nothing is to come of, since a run failed."""
 
     @property
     def differences(self) -> tuple[float, ...]:
@@ -58,8 +62,18 @@ class Effect(NamedTuple):
 
     @property
     def early(self) -> bool:
-        """Return whether fewer seeds are there than were planned, so that the verdict is an early look."""
-        return self.paired is not None and self.paired.n != self.planned
+        """Return whether seeds are still to come, so that the verdict is an early look."""
+        return self.paired is not None and self.waiting > 0
+
+    @property
+    def short(self) -> str:
+        """Return how many of the planned seeds are there and why not all; empty if they are."""
+        if self.paired is None or self.paired.n == self.planned:
+            return ""
+        out = self.planned - self.paired.n - self.waiting - self.failed
+        why = [f"{self.failed} failed"] if self.failed else []
+        why += [f"{out} left out"] if out > 0 else []
+        return "; ".join([f"{'early look: ' if self.early else ''}{self.paired.n} of {self.planned}", *why])
 
 
 def paired(ours: Sequence[float], reference: Sequence[float]) -> Paired:

@@ -1,20 +1,19 @@
 """What an ablation found: every variant against the reference, at the end and at equal steps, seconds and bytes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
 
+from core.ablation.doubts import Pair, alike, company, missing, uneven, unlike
 from core.ablation.effects import Effect, effect, family, pooled_spread
 from core.ablation.results import Outcome, Result
 
 SAME_SIZE = 0.005
 """Share by which artifacts may differ and still count as equally big."""
 SAME_TIME = 0.02
-Pair = tuple[Result, Result]
-"""(ours, reference) of one seed."""
 
 
 class Summary(NamedTuple):
@@ -77,18 +76,25 @@ def _assess(outcome: Outcome, backend: str) -> Findings:
         for name, runs in groups.items()
         if name != plan.reference
     }
-    doubts = _missing(outcome, backend) + _unlike(both)
-    pairs = {name: [p for p in of if _alike(p)] for name, of in both.items()}
-    doubts += _uneven(outcome, pairs, [r for runs in groups.values() for r in runs])
-    planned = len(plan.seeds)
+    planned, kind = len(plan.seeds), plan.budget[0]
+    doubts = missing(outcome, backend) + unlike(both)
+    pairs = {name: [p for p in of if alike(p)] for name, of in both.items()}
+    doubts += uneven(outcome, pairs, [r for runs in groups.values() for r in runs])
+    doubts += [doubt for name, of in pairs.items() for doubt in company(name, of, kind)]
     ends = family([effect(name, backend, _bpb(of), planned) for name, of in pairs.items()])
+    lost = {name: _lost(outcome, name, backend) for name in pairs}
+
+    def counted(effects: Iterable[Effect]) -> tuple[Effect, ...]:
+        return tuple(e._replace(waiting=lost[e.variant][0], failed=lost[e.variant][1]) for e in effects)
+
+    sizes = _sizes(plan.reference, backend, pairs, planned)
     return Findings(
         backend,
         tuple(_summary(name, runs) for name, runs in groups.items()),
-        ends,
-        family([_along(name, backend, of, planned, "step", plan.budget[0]) for name, of in pairs.items()]),
-        family([_along(name, backend, of, planned, "seconds", plan.budget[0]) for name, of in pairs.items()]),
-        _sizes(plan.reference, backend, pairs, planned),
+        counted(ends),
+        counted(family([_along(name, backend, of, planned, "step", kind) for name, of in pairs.items()])),
+        counted(family([_along(name, backend, of, planned, "seconds", kind) for name, of in pairs.items()])),
+        tuple(s._replace(equal=counted([s.equal])[0]) if s.equal else s for s in sizes),
         pooled_spread([one.paired for one in ends]),
         tuple(doubts),
     )
@@ -110,9 +116,14 @@ def _bpb(pairs: Sequence[Pair]) -> list[tuple[int, float, float]]:
     return [(a.seed, float(a.bpb or 0.0), float(b.bpb or 0.0)) for a, b in pairs]
 
 
-def _alike(pair: Pair) -> bool:
-    """Return whether two figures are of one kind: bits per byte of other bytes, or of other text, are not."""
-    return pair[0].byte_rule == pair[1].byte_rule and pair[0].label == pair[1].label
+def _lost(outcome: Outcome, name: str, backend: str) -> tuple[int, int]:
+    """Return how many seeds of a variant are (still to come, failed), by its runs and those of the reference."""
+    states: dict[int, set[str]] = {}
+    for r in outcome.results:
+        if r.backend == backend and r.variant in (name, outcome.plan.reference):
+            states.setdefault(r.seed, set()).add(r.status)
+    failed = sum("failed" in found for found in states.values())
+    return sum(bool(found & {"waiting", "running"}) and "failed" not in found for found in states.values()), failed
 
 
 def _along(name: str, backend: str, pairs: list[Pair], planned: int, field: str, budget: str) -> Effect:
@@ -229,57 +240,3 @@ def _rival(
     if ours > base and best[0] > fmean(b for _, _, b in _bpb(sized)):
         return effect(name, backend, _bpb(sized), planned), f"{reference}, as more bytes did not help others"
     return effect(name, backend, best[1], planned), best[2]
-
-
-def _missing(outcome: Outcome, backend: str) -> list[str]:
-    found = []
-    for status, words in (
-        ("failed", "failed"), ("running", "still running"), ("waiting", "not started"),
-    ):  # fmt: skip
-        names = [f"{r.variant} seed {r.seed}" for r in outcome.results if (r.status, r.backend) == (status, backend)]
-        if len(names) == sum(r.backend == backend for r in outcome.results):
-            found.append(f"{words}: all of {len(names)} runs")
-        elif names:
-            found.append(f"{words}: {_some(names)}; a seed counts only where variant and reference both have it")
-    lost = [
-        f"{r.variant} seed {r.seed}"
-        for r in outcome.results
-        if r.status == "done" and r.backend == backend and (r.bpb is None or not math.isfinite(r.bpb))
-    ]
-    return found + ([f"finished without a finite score, left out: {_some(lost)}"] if lost else [])
-
-
-def _unlike(both: dict[str, list[Pair]]) -> list[str]:
-    found = []
-    for field, words in (("byte_rule", "byte rules"), ("label", "kinds of figure")):
-        for name, of in both.items():
-            unlike = [(a, b) for a, b in of if getattr(a, field) != getattr(b, field)]
-            if unlike:
-                kinds = sorted({str(getattr(r, field)) for pair in unlike for r in pair})
-                seeds = ", ".join(str(a.seed) for a, _ in unlike)
-                found.append(f"{name}: different {words} ({', '.join(kinds)}), seed {seeds} left out: not comparable")
-    return found
-
-
-def _uneven(outcome: Outcome, pairs: dict[str, list[Pair]], runs: list[Result]) -> list[str]:
-    """Return what makes figures that can be compared less fair than they look."""
-    found, kind = [], outcome.plan.budget[0]
-    estimates = [r.error for r in runs if r.label == "estimate" and r.error]
-    if any(r.label == "estimate" for r in runs):
-        about = f", standard error about {fmean(estimates):.4f} each" if estimates else ""
-        found.append(
-            f"the figures are estimates over some documents{about}: "
-            "the intervals are about seeds, not about which documents were drawn"
-        )
-    for name, of in pairs.items():
-        if kind != "seconds" and any(a.steps != b.steps for a, b in of):
-            steps = " against ".join(f"{fmean(r.steps or 0 for r in side):,.0f}" for side in zip(*of, strict=True))
-            found.append(f"{name}: {steps} steps of the reference")
-        tokens = [[r.curve[-1].tokens for r in side if r.curve] for side in zip(*of, strict=True)]
-        if kind == "steps" and all(tokens) and len(tokens) == 2 and fmean(tokens[0]) != fmean(tokens[1]):
-            found.append(f"{name}: as many steps, but {fmean(tokens[0]):,.0f} tokens against {fmean(tokens[1]):,.0f}")
-    return found
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

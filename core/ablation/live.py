@@ -1,45 +1,89 @@
 """What is seen while an ablation runs: a table that moves on a terminal, elsewhere a line now and then."""
 
+import heapq
 import time
-from typing import Any
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
 
+from core.ablation.results import Result
 from core.ablation.runner import Progress
 from core.ablation.store import Place
 from core.console import PLAIN_EVERY, Console, duration
 from core.run import Run, RunError
 
+EVERY = 0.5
+"""Seconds between two looks at a terminal's table."""
+
+
+class Seen(NamedTuple):
+    """What a run under way has recorded so far."""
+
+    step: int = 0
+    share: float = 0.0
+    """Of its training."""
+    seconds: float = 0.0
+    """Of training."""
+    bpb: float | None = None
+    """Of the training batches since the line before."""
+
+
+class Pace(NamedTuple):
+    """How fast a run gets on, by the clock on the wall: evaluations count too, and its start does not."""
+
+    first: tuple[float, float]
+    """(time of time.monotonic, share of its training) when it was first seen here to train."""
+    last: tuple[float, float]
+    """The same when it was last seen to have got on."""
+
+    def left(self, now: float) -> float | None:
+        """Return the seconds to the end of its training; None while it was seen at one place only."""
+        (began, start), (then, share) = self
+        return max(0.0, (1 - share) * (then - began) / (share - start) - (now - then)) if share > start else None
+
 
 class Live:
-    """Shows the runs under way, each with its step, bits per byte and time left; `seconds` is the time of one run."""
+    """Shows the runs under way, each with its step, bits per byte and time left, and what the variants gave so far."""
 
     def __init__(self, say: Console, parallel: int) -> None:
         self._say, self._parallel = say, parallel
-        self._began = self._shown = time.monotonic()
+        self._shown = time.monotonic()
         self._live: Any = None
-        self._took: list[float] = []
-        self._starts: dict[str, float] = {}
+        self._starts: dict[str, tuple[float, float]] = {}
+        """Key of a run -> (when it was started here, the share of its training that was done then)."""
+        self._paces: dict[str, Pace] = {}
+        self._took: dict[tuple[str, str], list[float]] = {}
+        """(variant, backend) -> seconds from start to end of runs that were trained here as a whole."""
+        self._found: dict[str, tuple[str, float]] = {}
+        """Key of a run -> (variant, and backend where there are several; its bits per byte)."""
 
     def started(self, place: Place) -> None:
         """Note when a run began."""
-        self._starts[place.key] = time.monotonic()
+        self._starts[place.key] = time.monotonic(), _seen(place).share
+        self._paces.pop(place.key, None)
 
-    def ended(self, place: Place) -> None:
-        """Note how long a run took that was trained here."""
-        if place.key in self._starts:
-            self._took.append(time.monotonic() - self._starts.pop(place.key))
+    def ended(self, place: Place, result: Result | None = None) -> None:
+        """Note how long a run took that was trained here, and what it gave."""
+        began, share = self._starts.pop(place.key, (0.0, 1.0))
+        if result is None or result.bpb is None:  # failed: how soon says nothing about the others
+            return
+        if share == 0:
+            self._took.setdefault((result.variant, result.backend), []).append(time.monotonic() - began)
+        self._found[place.key] = f"{result.variant}, {result.backend}", result.bpb
 
     def __call__(self, progress: Progress) -> None:
         """Show where things stand."""
         now = time.monotonic()
-        every = 0.5 if self._say.terminal else PLAIN_EVERY
+        every = EVERY if self._say.terminal else PLAIN_EVERY
         if now - self._shown < every:
             return
         self._shown = now
+        seen = {place.key: self._look(place, now) for place in progress.running}
         if self._say.terminal:
-            self._draw(progress)
+            self._draw(progress, seen)
         elif progress.running:
-            places = "; ".join(" ".join(map(str, row)) for row in map(self._row, progress.running))
-            self._say(f"{self._head(progress)}: {places}")
+            places = "; ".join(" ".join(self._row(place, seen[place.key])) for place in progress.running)
+            self._say(f"{self._head(progress, seen)}: {places}")
 
     def close(self) -> None:
         """Take the table away."""
@@ -47,42 +91,122 @@ class Live:
             self._live.stop()
             self._live = None
 
-    def _head(self, progress: Progress) -> str:
-        left = progress.total - progress.done - progress.failed
+    def _look(self, place: Place, now: float) -> Seen:
+        """Return what a run has recorded, and note how fast it gets on."""
+        seen = _seen(place)
+        if place.key not in self._starts or seen.share > self._starts[place.key][1]:
+            here = now, seen.share
+            pace = self._paces.setdefault(place.key, Pace(here, here))
+            if seen.share > pace.last[1]:
+                self._paces[place.key] = pace._replace(last=here)
+        return seen
+
+    def left(self, progress: Progress, seen: dict[str, Seen]) -> float | None:
+        """Return the seconds until all runs are done that are not another process's; None while nobody can know.
+
+        Runs under way end one by one, and those that wait begin where one ends, in their order.
+        """
+        places = {place.key: place for place in progress.running}
+        under_way = {key: self._left(place, seen[key]) for key, place in places.items()}
+        wholes = {kind: fmean(took) for kind, took in self._took.items()}
+        for key, (_, whole) in under_way.items():
+            if whole is not None:
+                wholes.setdefault(_kind(places[key]), whole)
+        if not wholes:
+            return None
+        usual = fmean(wholes.values())
+        ends = [usual if left is None else left for left, _ in under_way.values()]
+        ends += [0.0] * (self._parallel - len(ends))
+        heapq.heapify(ends)
+        for place in progress.waiting:
+            heapq.heappush(ends, heapq.heappop(ends) + wholes.get(_kind(place), usual))
+        return max(ends)
+
+    def _left(self, place: Place, seen: Seen) -> tuple[float | None, float | None]:
+        """Return (seconds that a run has left, seconds that a whole one like it takes), as far as it is known."""
+        began, share = self._starts.get(place.key, (time.monotonic(), 0.0))
+        now, took, pace = time.monotonic(), self._took.get(_kind(place)), self._paces.get(place.key)
+        spent = now - began
+        training = pace.left(now) if pace else None
+        if took:  # what comes after the training counts too
+            whole = fmean(took)
+            return max(whole * (1 - share) - spent, training or 0.0), whole
+        if training is None and seen.share > share:  # by its own clock, which leaves out evaluations
+            training = seen.seconds * (1 - seen.share) / seen.share
+        if training is None:
+            return None, None
+        return training, (spent + training) / (1 - share) if share < 1 else None
+
+    def _head(self, progress: Progress, seen: dict[str, Seen]) -> str:
         failed = f", {progress.failed} failed" if progress.failed else ""
         text = f"{progress.done} of {progress.total} runs done{failed}"
-        if self._took and left:
-            text += f", about {duration(left * sum(self._took) / len(self._took) / self._parallel)} left"
-        return text
+        left = self.left(progress, seen)
+        return text if left is None else f"{text}, about {duration(left)} left"
 
-    def _draw(self, progress: Progress) -> None:
+    def _draw(self, progress: Progress, seen: dict[str, Seen]) -> None:
+        from rich.console import Console as Rich
+        from rich.console import Group
         from rich.live import Live as RichLive
-        from rich.table import Table
+        from rich.text import Text
 
-        table = Table("variant", "seed", "backend", "step", "bits per byte", "left", title=self._head(progress))
-        for place in progress.running:
-            table.add_row(*map(str, self._row(place)))
         if self._live is None:
-            from rich.console import Console as Rich
-
             self._live = RichLive(console=Rich(file=self._say.stream), auto_refresh=False, transient=True)
             self._live.start()
-        self._live.update(table, refresh=True)
+        width = self._live.console.width
+        parts: list[Any] = [Text(self._head(progress, seen), no_wrap=True, overflow="ellipsis")]
+        rows = [self._row(place, seen[place.key]) for place in progress.running]
+        if rows:
+            parts.append(_table(("training", "seed", "backend", "step", "bits per byte", "left"), rows, width))
+        if self._found:
+            parts.append(_table(("done", "runs", "mean bits per byte", "lowest"), self._so_far(), width))
+        self._live.update(Group(*parts), refresh=True)
 
-    def _row(self, place: Place) -> tuple[object, ...]:
+    def _so_far(self) -> list[tuple[str, ...]]:
+        """Return what the variants gave so far, the best mean first; seeds may be missing on one side."""
+        groups: dict[str, list[float]] = {}
+        for variant, bpb in self._found.values():
+            groups.setdefault(variant, []).append(bpb)
+        ranked = sorted(groups.items(), key=lambda group: fmean(group[1]))
+        return [(name, str(len(of)), f"{fmean(of):.4f}", f"{min(of):.4f}") for name, of in ranked]
+
+    def _row(self, place: Place, seen: Seen) -> tuple[str, ...]:
         """Return what is known of a run under way."""
         job, train = place.job, place.job.config.train
-        step, bpb, left = 0, "-", "-"
-        try:
-            rows = Run.open(place.folder).metrics() if (place.folder / "config.json").exists() else []
-        except RunError:  # half written
-            rows = []
-        trained = [row for row in rows if "train/loss" in row]
-        if trained:
-            step, seconds = trained[-1]["step"], trained[-1]["clock/seconds"]
-            if "train/bpb" in trained[-1]:
-                bpb = f"{trained[-1]['train/bpb']:.4f}"
-            share = seconds / train.seconds if train.seconds else step / train.steps
-            left = duration(seconds * (1 - share) / share) if 0 < share < 1 else "scoring"
-        steps = f"{step}" if train.seconds else f"{step}/{train.steps}"
-        return job.variant, job.seed, job.backend, steps, bpb, left
+        step = f"{seen.step}" if train.seconds else f"{seen.step}/{train.steps}"
+        left = self._left(place, seen)[0]
+        text = "scoring" if seen.share >= 1 else "-" if left is None else duration(left)
+        return job.variant, str(job.seed), job.backend, step, "-" if seen.bpb is None else f"{seen.bpb:.4f}", text
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], width: int) -> Any:
+    """Return a table of Rich's, in which only the names of the first column are cut where the terminal is narrow."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE_HEAD)
+    widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
+    names = max(8, width - sum(widths[1:]) - 3 * len(widths) - 1)  # 3: what Rich puts between two columns
+    for i, name in enumerate(head):
+        made.add_column(name, justify="right" if i else "left", no_wrap=True, max_width=widths[i] if i else names)
+    for row in rows:
+        made.add_row(*map(Text, row))  # a name may look like markup
+    return made
+
+
+def _kind(place: Place) -> tuple[str, str]:
+    return place.job.variant, place.job.backend
+
+
+def _seen(place: Place) -> Seen:
+    """Return what a run has recorded; what another version or half a write left counts as nothing."""
+    train = place.job.config.train
+    try:
+        rows = Run.open(place.folder).metrics() if (place.folder / "config.json").exists() else []
+        last = next(row for row in reversed(rows) if "train/loss" in row)
+        step, seconds = last["step"], float(last["clock/seconds"])
+        share = seconds / train.seconds if train.seconds else step / train.steps
+        bpb = last.get("train/bpb")
+        return Seen(step, min(1.0, share), seconds, None if bpb is None else float(bpb))
+    except (RunError, StopIteration, KeyError, TypeError, ValueError):
+        return Seen()

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from html import escape
 
-from core.ablation import charts, telling
+from core.ablation import charts, search_telling, telling
 from core.ablation.charts import Picture
 from core.ablation.findings import Findings
 from core.ablation.results import Outcome
+from core.ablation.search import Searched
 
 WIDE, NARROW = 900, 350
 """Widths that every picture is drawn for; the page shows the one that fits."""
@@ -63,13 +64,16 @@ pre code{font-size:inherit}
 h1{font-size:1.4rem}tbody th{max-width:9rem}}
 @media print{.scroll{overflow:visible}td,th{white-space:normal}}
 """
-TEXT_COLUMNS = {"variant", "verdict", "where", "figures", "held against"}
+TEXT_COLUMNS = {"variant", "verdict", "where", "figures", "held against", "figure", "note"}
 Drawn = dict[str, Picture]
 """`difference`, `curves step`, `curves seconds`, `gaps`, `bytes`: what there is something to draw for."""
 
 
-def page(outcome: Outcome, found: Sequence[Findings], drawn: Sequence[tuple[Drawn, Drawn]]) -> str:
-    """Return the whole page; `drawn` has the (wide, narrow) pictures of each backend."""
+def page(
+    outcome: Outcome, found: Sequence[Findings], drawn: Sequence[tuple[Drawn, Drawn]],
+    searched: Searched | None = None, tried: tuple[Drawn, Drawn] | None = None,
+) -> str:  # fmt: skip
+    """Return the whole page; `drawn` has the (wide, narrow) pictures of each backend, `tried` those of a search."""
     plan = outcome.plan
     parts = [f"<h1>{escape(plan.name)}</h1>", f"<p>{escape(plan.purpose)}</p>" if plan.purpose else "", _facts(outcome)]
     if not any(one.n for tables in found for one in tables.summaries):
@@ -78,7 +82,9 @@ def page(outcome: Outcome, found: Sequence[Findings], drawn: Sequence[tuple[Draw
     for tables, pictures in zip(found, drawn, strict=True):
         name = f" on {tables.backend}" if len(found) > 1 else ""
         parts += _backend(outcome, tables, pictures, name)
-    parts += [_changes(outcome), _failed(outcome), _samples(outcome), _method(), _repeat(outcome)]
+    if searched:
+        parts += _search(outcome, searched, tried or ({}, {}))
+    parts += [_changes(outcome), _failed(outcome), _samples(outcome), _method(), _repeat(outcome, searched)]
     head = (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -123,6 +129,20 @@ def _backend(outcome: Outcome, found: Findings, drawn: tuple[Drawn, Drawn], name
     parts += _figure(f"Difference while training{name}", "gaps", drawn, telling.GAPS)
     parts += _figure(f"Bytes against bits per byte{name}", "bytes", drawn, telling.BYTES)
     return parts
+
+
+def _search(outcome: Outcome, searched: Searched, drawn: tuple[Drawn, Drawn]) -> list[str]:
+    parts = [f"<h2>Search</h2><p>{escape(search_telling.summary(searched))}</p>"]
+    gains = search_telling.gains(searched, outcome)
+    if gains:
+        parts.append(f'<p class="note">{escape(search_telling.WARNING)}</p>')
+        parts.append(_table("Selected and confirmed", search_telling.GAIN_HEAD, search_telling.gain_rows(gains)))
+    parts += _figure("", "search", drawn, search_telling.PROGRESS)
+    parts += _figure("", "search fields", drawn, search_telling.FIELDS)
+    table = _table("Trials", search_telling.head(searched), search_telling.rows(searched))
+    lines = "".join(f"<li>{escape(line)}</li>" for line in search_telling.method(searched))
+    few = len(searched.trials) <= 12
+    return [*parts, f"<details{' open' if few else ''}><summary>All trials</summary>{table}<ul>{lines}</ul></details>"]
 
 
 def _answers(found: Findings, reference: str) -> str:
@@ -187,8 +207,7 @@ def _method() -> str:
     return f"<h2>How it was computed</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in telling.METHOD)}</ul>"
 
 
-def _repeat(outcome: Outcome) -> str:
-    file = f"{outcome.plan.name}.toml"
-    command = f"<pre><code>skc ablate {escape(file)}</code></pre>"
-    text = f"<pre><code>{escape(telling.as_toml(outcome.plan))}</code></pre>"
-    return f"<h2>To repeat it</h2><p>Save this as {escape(file)}:</p>{text}{command}"
+def _repeat(outcome: Outcome, searched: Searched | None) -> str:
+    file, command = search_telling.repeat(outcome.plan, searched)
+    text = f"<pre><code>{escape(file)}</code></pre><pre><code>{escape(command)}</code></pre>"
+    return f"<h2>To repeat it</h2><p>Save this as {escape(outcome.plan.name)}.toml:</p>{text}"

@@ -12,24 +12,26 @@ steps = 250                        # or tokens, or seconds of training
 [variants.plain]                   # a variant: a few settings; none: the base as it is
 [variants.engram]
 "model.engram_orders" = 2
+
+[search], what `--search` does, is read by core/ablation/space.py.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import re
 import tomllib
-import typing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from core import presets
+from core.ablation.fields import flat, named, only, put, seeds, typed
+from core.ablation.space import FOUND, TRIAL, Search, read_search
 from core.config import ConfigError, RunConfig, from_json, to_json
 from core.engine import BACKENDS
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
-KEYS = ("name", "purpose", "base", "seeds", "backends", "dtype", "reference", "budget", "settings", "variants")
+KEYS = (
+    "name", "purpose", "base", "seeds", "backends", "dtype", "reference", "budget", "settings", "variants", "search",
+)  # fmt: skip
 BUDGETS = ("steps", "tokens", "seconds")
 MANY_STEPS = 10_000_000
 """Steps of a run whose end is a time."""
@@ -60,6 +62,8 @@ class Ablation(NamedTuple):
     settings: dict[str, Any]
     variants: dict[str, dict[str, Any]]
     path: str
+    search: Search | None = None
+    """What `--search` does; nothing without it."""
 
     def jobs(self) -> list[Job]:
         """Return its runs, seed by seed, so that a table of all variants is there early."""
@@ -76,7 +80,7 @@ class Ablation(NamedTuple):
         where = f"{self.path}: variants.{variant}"
         for source, changes in ((f"{self.path}: settings", self.settings), (where, self.variants[variant])):
             for field, value in changes.items():
-                _set(values, field, value, source)
+                put(values, field, value, source)
         values["seed"] = seed
         try:
             config = from_json(RunConfig, values, "config")
@@ -100,31 +104,31 @@ def read_plan(path: str | Path) -> Ablation:
         value = tomllib.loads(text)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{where}: not TOML: {error}") from error
-    _only(value, KEYS, where)
-    base = _typed(value, "base", str, where)
+    only(value, KEYS, where)
+    base = typed(value, "base", str, where)
     presets.get(base)
-    variants = _typed(value, "variants", dict, where)
+    variants = typed(value, "variants", dict, where)
     if not variants:
         raise ConfigError(f"{where}: variants: none; add at least one table [variants.NAME]")
     for name, changes in variants.items():
-        _name(name, f"{where}: variants")
+        named(name, f"{where}: variants")
         if not isinstance(changes, dict):
             raise ConfigError(f"{where}: variants.{name}: expected a table, got {type(changes).__name__}")
-    settings = _typed(value, "settings", dict, where, {})
-    reference = _typed(value, "reference", str, where, next(iter(variants)))
+    settings = typed(value, "settings", dict, where, {})
+    reference = typed(value, "reference", str, where, next(iter(variants)))
     if reference not in variants:
         raise ConfigError(f"{where}: reference: {reference!r} is not a variant; known: {', '.join(variants)}")
     made = Ablation(
-        name=_name(_typed(value, "name", str, where, Path(path).stem), f"{where}: name"),
-        purpose=_typed(value, "purpose", str, where, ""),
+        name=named(typed(value, "name", str, where, Path(path).stem), f"{where}: name"),
+        purpose=typed(value, "purpose", str, where, ""),
         base=base,
-        seeds=_seeds(_typed(value, "seeds", list, where, [0, 1, 2]), where),
-        backends=_backends(_typed(value, "backends", list, where, ["auto"]), where),
+        seeds=seeds(typed(value, "seeds", list, where, [0, 1, 2]), where),
+        backends=_backends(typed(value, "backends", list, where, ["auto"]), where),
         dtype=_dtype(value.get("dtype"), where),
         reference=reference,
-        budget=_budget(_typed(value, "budget", dict, where), where),
-        settings=_flat(settings, f"{where}: settings"),
-        variants={name: _flat(changes, f"{where}: variants.{name}") for name, changes in variants.items()},
+        budget=_budget(typed(value, "budget", dict, where), where),
+        settings=flat(settings, f"{where}: settings"),
+        variants={name: flat(changes, f"{where}: variants.{name}") for name, changes in variants.items()},
         path=where,
     )
     seen: dict[str, str] = {}
@@ -133,7 +137,12 @@ def read_plan(path: str | Path) -> Ablation:
         if digest in seen:
             raise ConfigError(f"{where}: variants.{name}: is the same as variants.{seen[digest]}; remove one")
         seen[digest] = name
-    return made
+    if "search" not in value:
+        return made
+    taken = next((name for name in made.variants if name == FOUND or TRIAL.fullmatch(name)), None)
+    if taken:
+        raise ConfigError(f"{where}: variants.{taken}: is what [search] calls its own; give it another name")
+    return made._replace(search=read_search(typed(value, "search", dict, where), made, f"{where}: search"))
 
 
 def job_key(job: Job, code: str, data: dict[str, str]) -> str:
@@ -142,69 +151,6 @@ def job_key(job: Job, code: str, data: dict[str, str]) -> str:
     config.pop("preset")
     value = {"config": config, "backend": job.backend, "dtype": job.dtype, "code": code, "data": data}
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _set(values: dict[str, Any], field: str, value: Any, where: str) -> None:
-    part, _, name = field.partition(".")
-    known = [f"{p}.{n}" for p, v in values.items() if isinstance(v, dict) for n in v]
-    if field not in known:
-        close = difflib.get_close_matches(field, known, 1)
-        hint = f"did you mean {close[0]}?" if close else "see: skc train PRESET --help"
-        raise ConfigError(f"{where}: unknown field {field!r}; {hint}")
-    if field in ("train.steps", "train.seconds"):
-        raise ConfigError(f"{where}: {field}: is what [budget] decides")
-    values[part][name] = value
-
-
-def _flat(value: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return {"model.dim": 64} for it or for {"model": {"dim": 64}}: TOML users write both; "none" means None."""
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        parts = {f"{key}.{name}": v for name, v in inner.items()} if isinstance(inner, dict) else {key: inner}
-        for name, v in parts.items():
-            if name in flat:
-                raise ConfigError(f"{where}: {name}: is given twice")
-            flat[name] = None if v == "none" and not _knows_none(name) else v
-    return flat
-
-
-def _knows_none(field: str) -> bool:
-    """Whether `none` is one of a field's own values; elsewhere it stands for None, which TOML lacks."""
-    part, _, name = field.partition(".")
-    kind = typing.get_type_hints(RunConfig).get(part)
-    hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-    return "none" in typing.get_args(hints.get(name))
-
-
-def _only(value: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    for key in value:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
-
-
-def _typed(value: dict[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:
-    if key not in value:
-        if default is None:
-            raise ConfigError(f"{where}: {key}: missing")
-        return default
-    if type(value[key]) is not kind:
-        raise ConfigError(f"{where}: {key}: expected {kind.__name__}, got {type(value[key]).__name__}")
-    return value[key]
-
-
-def _name(name: str, where: str) -> str:
-    if not NAME.fullmatch(name):
-        raise ConfigError(f"{where}: {name!r}: expected letters, digits and _ . + -, at most 61")
-    return name
-
-
-def _seeds(seeds: list[Any], where: str) -> tuple[int, ...]:
-    good = all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds)
-    if not seeds or not good or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{where}: seeds: {seeds}: expected different whole numbers from 0 to 2^31 - 1")
-    return tuple(seeds)
 
 
 def _backends(names: list[Any], where: str) -> tuple[str, ...]:

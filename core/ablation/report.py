@@ -3,17 +3,23 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.ablation import charts, pictures, telling
+from core.ablation import charts, pictures, search_telling, telling
 from core.ablation.findings import Findings, assess
 from core.ablation.page import NARROW, WIDE, Drawn, page
 from core.ablation.results import Outcome
+from core.ablation.search import Searched
+from core.ablation.search_pictures import draw as draw_search
 
 FILES = {"difference": "difference", "curves step": "curves", "gaps": "gaps", "bytes": "bytes"}
 """Picture -> its file; the page also has curves against seconds."""
+SEARCH_FILES = {"search": "search.png", "search fields": "search-fields.png"}
 
 
-def write_report(outcome: Outcome, folder: Path) -> list[Path]:
-    """Write report.html, report.md and the pictures that there is something to draw for; return their paths."""
+def write_report(outcome: Outcome, folder: Path, searched: Searched | None = None) -> list[Path]:
+    """Write report.html, report.md and the pictures that there is something to draw for; return their paths.
+
+    `searched` is the search that the outcome's variant `found` came from.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found = assess(outcome)
     drawn = [(draw(outcome, tables, WIDE), draw(outcome, tables, NARROW)) for tables in found]
@@ -22,15 +28,24 @@ def write_report(outcome: Outcome, folder: Path) -> list[Path]:
         images.append([])
         for key, name in FILES.items():
             path = folder / (f"{name}-{found[i].backend}.png" if i else f"{name}.png")
-            if key in wide:
-                charts.png(wide[key], path)
-                images[-1].append(path)
-            else:
-                path.unlink(missing_ok=True)  # of an earlier report: it would now be wrong
+            images[-1] += _png(wide, key, path)
+    tried = searched and (draw_search(searched, WIDE), draw_search(searched, NARROW))
+    images.append([])
+    for key, name in SEARCH_FILES.items():
+        images[-1] += _png(tried[0] if tried else {}, key, folder / name)
     html, text = folder / "report.html", folder / "report.md"
-    html.write_text(page(outcome, found, drawn), encoding="utf-8")
-    text.write_text(_markdown(outcome, found, images), encoding="utf-8")
+    html.write_text(page(outcome, found, drawn, searched, tried), encoding="utf-8")
+    text.write_text(_markdown(outcome, found, images, searched), encoding="utf-8")
     return [html, text, *(path for of in images for path in of)]
+
+
+def _png(drawn: Drawn, key: str, path: Path) -> list[Path]:
+    """Write a picture, or remove that of an earlier report, which would now be wrong."""
+    if key not in drawn:
+        path.unlink(missing_ok=True)
+        return []
+    charts.png(drawn[key], path)
+    return [path]
 
 
 def draw(outcome: Outcome, found: Findings, width: int) -> Drawn:
@@ -72,13 +87,15 @@ def _points(found: Findings, reference: str) -> list[tuple[str, float, float, st
     return points
 
 
-def _markdown(outcome: Outcome, found: Sequence[Findings], images: Sequence[Sequence[Path]]) -> str:
+def _markdown(
+    outcome: Outcome, found: Sequence[Findings], images: Sequence[Sequence[Path]], searched: Searched | None
+) -> str:
     plan = outcome.plan
     lines = [f"# {plan.name}", "", *([_plain(plan.purpose), ""] if plan.purpose else [])]
     lines += ["; ".join(f"{name}: {_plain(value)}" for name, value in telling.facts(outcome)), ""]
     if not any(one.n for tables in found for one in tables.summaries):
         lines += ["No run has finished yet. Nothing can be said so far.", ""]
-    for tables, files in zip(found, images, strict=True):
+    for tables, files in zip(found, images[:-1], strict=True):
         name = f" on {tables.backend}" if len(found) > 1 else ""
         if tables.ends and any(one.n for one in tables.summaries):
             lines += [f"## Answers{name}", ""]
@@ -99,6 +116,8 @@ def _markdown(outcome: Outcome, found: Sequence[Findings], images: Sequence[Sequ
                 ("equal bytes", telling.SIZE_HEAD, telling.size_rows(tables.sizes)),
             ):
                 lines += [f"## At {title}{name}", "", *_table(head, rows), ""]
+    if searched:
+        lines += _search(outcome, searched, images[-1])
     lines += ["## What each variant changes", ""]
     for name, changed in telling.changes(plan).items():
         lines += [f"`{name}`:", "", *_code("\n".join(changed)), ""]
@@ -108,8 +127,19 @@ def _markdown(outcome: Outcome, found: Sequence[Findings], images: Sequence[Sequ
         lines += [f"`{run.variant}`, seed {run.seed}, {run.backend}:", ""]
         lines += [*_code(run.message or "it left no message; see log.txt in its folder"), ""]
     lines += ["## How it was computed", "", *(f"* {line}" for line in telling.METHOD), ""]
-    lines += ["## To repeat it", "", f"Save this as {plan.name}.toml:", "", *_code(telling.as_toml(plan)), ""]
-    return "\n".join([*lines, *_code(f"skc ablate {plan.name}.toml"), ""])
+    file, command = search_telling.repeat(plan, searched)
+    lines += ["## To repeat it", "", f"Save this as {plan.name}.toml:", "", *_code(file), ""]
+    return "\n".join([*lines, *_code(command), ""])
+
+
+def _search(outcome: Outcome, searched: Searched, images: Sequence[Path]) -> list[str]:
+    lines = ["## Search", "", _plain(search_telling.summary(searched)), ""]
+    gains = search_telling.gains(searched, outcome)
+    if gains:
+        lines += [search_telling.WARNING, "", *_table(search_telling.GAIN_HEAD, search_telling.gain_rows(gains)), ""]
+    lines += [text for path in images for text in (f"![{path.stem}]({path.name})", "")]
+    lines += ["### Trials", "", *_table(search_telling.head(searched), search_telling.rows(searched)), ""]
+    return [*lines, *(f"* {_plain(line)}" for line in search_telling.method(searched)), ""]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

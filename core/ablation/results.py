@@ -1,5 +1,6 @@
 """What the runs of an ablation gave, read from their folders: they are the source, everything else is a view."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -47,6 +48,37 @@ class Result(NamedTuple):
     samples: tuple[str, ...] = ()
     message: str | None = None
     """Of a failed run: what it said last."""
+    documents: int | None = None
+    """That the score is over; the others are as in core.scoring.Score too."""
+    total_documents: int | None = None
+    targets: int | None = None
+    data: str | None = None
+    """Which text it was trained and scored on, as JSON."""
+    device: str | None = None
+    """What trained it; several, in order, if it was started on several."""
+    dtype: str | None = None
+    """Compute type."""
+    host: str | None = None
+    """Hash of the machine's name."""
+    threads: int | None = None
+    """CPU threads that it was given; None: as the libraries chose."""
+    beside: float | None = None
+    """How many runs of its `skc ablate` ran side by side with it, itself among them, on average over its time."""
+
+
+class Start(NamedTuple):
+    """One start of a run's process, as machine.json has it."""
+
+    host: str | None = None
+    device: str | None = None
+    """CUDA_VISIBLE_DEVICES, where it was set for this run."""
+    threads: int | None = None
+    parallel: int | None = None
+    """Runs that might run side by side."""
+    seconds: float | None = None
+    """From its start to its end; None if whoever started it was killed."""
+    beside: float | None = None
+    """Runs that did run side by side, on average; None as above."""
 
 
 class Outcome(NamedTuple):
@@ -67,41 +99,107 @@ def read_result(job: Job, folder: Path, status: Status, message: str | None = No
     bare = Result(job.variant, job.seed, job.backend, status, folder, message=message)
     if not (folder / "config.json").exists():
         return bare
-    try:
-        run = Run.open(folder)
-        rows = run.metrics()
-    except RunError as error:
-        if status == "done":
-            raise
-        return bare._replace(message=message or str(error))
-    curve = _curve(rows, run.config.train.tokens_per_step)
+    run = Run.open(folder)
+    rows = run.metrics()
+    env = _environment(run)
+    curve = _curve(rows, run)
     trained = [p for p in curve if p.train_bpb is not None] or list(curve)
     last = trained[-1] if trained else None
-    made = bare._replace(curve=curve, steps=last.step if last else 0, seconds=last.seconds if last else 0.0)
+    made = _where(bare, env, folder)._replace(
+        curve=curve, steps=last.step if last else 0, seconds=last.seconds if last else 0.0
+    )
     if last and last.seconds:
         made = made._replace(tokens_per_second=last.tokens / last.seconds)
-    final: dict[str, Any] | None = next((r["final/artifact"] for r in reversed(rows) if "final/artifact" in r), None)
-    if final is None or status != "done":
+    found = final(rows, folder)
+    if found is None or status != "done":
         return made
-    score = final["score"]
+    score = found["score"]
     samples = next((r["samples"] for r in reversed(rows) if "samples" in r), [])
     from core.params import count
 
     return made._replace(
         bpb=score["bpb"], error=score["error"], byte_rule=score["byte_rule"], label=score["label"],
-        bytes=final["bytes"], parameters=count(run.config.model), samples=tuple(samples),
+        documents=score.get("documents"), total_documents=score.get("total_documents"), targets=score.get("targets"),
+        bytes=found["bytes"], parameters=count(run.config.model), samples=tuple(map(str, samples)),
     )  # fmt: skip
 
 
-def _curve(rows: list[dict[str, Any]], tokens_per_step: int) -> tuple[Point, ...]:
+def final(rows: list[dict[str, Any]], folder: Path) -> dict[str, Any] | None:
+    """Return what metrics say of the artifact's score, None before the end; RunError if it is not as it should be."""
+    found = next((r["final/artifact"] for r in reversed(rows) if "final/artifact" in r), None)
+    if found is None:
+        return None
+    score = found.get("score") if isinstance(found, dict) else None
+    kinds = {"bpb": (int, float), "error": (int, float, type(None)), "byte_rule": str, "label": str}
+    good = isinstance(score, dict) and all(
+        name in score and type(score[name]) is not bool and isinstance(score[name], kind)
+        for name, kind in kinds.items()
+    )
+    if not good or type(found.get("bytes")) is not int:
+        raise RunError(
+            f"{folder / 'metrics.jsonl'}: final/artifact: not a score of this version; move {folder.parent} away"
+        )
+    return found
+
+
+def starts(home: Path) -> tuple[Start, ...]:
+    """Return how a run was started, each time; nothing where that is not known: it only says how fair speeds are."""
+    try:
+        rows = json.loads((home / "machine.json").read_text(encoding="utf-8"))["starts"]
+        return tuple(Start(**row) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    """Return env.json; nothing where it is damaged: no figure depends on it."""
+    try:
+        return run.environment()
+    except RunError:
+        return {}
+
+
+def _where(result: Result, env: dict[str, Any], folder: Path) -> Result:
+    """Return a result with what is known of the machines that it ran on."""
+    earlier = env.get("earlier")
+    times = [e for e in [*(earlier if isinstance(earlier, list) else []), env] if isinstance(e, dict)]
+    began = starts(folder.parent)
+    return result._replace(
+        device=_joined([e.get("device") for e in times]),
+        dtype=env["dtype"] if isinstance(env.get("dtype"), str) else None,
+        data=json.dumps(env["data"], sort_keys=True) if "data" in env else None,
+        host=_joined([start.host for start in began]),
+        threads=began[-1].threads if began else None,
+        beside=_beside(began),
+    )
+
+
+def _joined(names: list[Any]) -> str | None:
+    """Return different names in order as one text, None without any."""
+    return ", then ".join(dict.fromkeys(str(name) for name in names if name)) or None
+
+
+def _beside(began: tuple[Start, ...]) -> float | None:
+    """Return the mean over all starts, by time; of one that was killed, only what it was allowed is known."""
+    known = [s.seconds for s in began if s.seconds]
+    usual = sum(known) / len(known) if known else 1.0
+    parts = [(s.seconds or usual, s.beside if s.beside is not None else s.parallel) for s in began]
+    kept = [(seconds, beside) for seconds, beside in parts if beside is not None]
+    return sum(seconds * beside for seconds, beside in kept) / sum(seconds for seconds, _ in kept) if kept else None
+
+
+def _curve(rows: list[dict[str, Any]], run: Run) -> tuple[Point, ...]:
     points: dict[int, Point] = {}
     for row in rows:
         step = row["step"]
         before = points.get(step)
+        for name in ("clock/seconds", "train/bpb", "val/bpb"):
+            if name in row and type(row[name]) not in (int, float):
+                raise RunError(f"{run.metrics_path}: step {step}: {name}: expected a number, got {row[name]!r}")
         seconds = row.get("clock/seconds", before.seconds if before else None)
         if seconds is None:
             continue
-        old = before or Point(step, step * tokens_per_step, seconds, None, None)
+        old = before or Point(step, step * run.config.train.tokens_per_step, seconds, None, None)
         points[step] = old._replace(
             train_bpb=row.get("train/bpb", old.train_bpb), val_bpb=row.get("val/bpb", old.val_bpb)
         )

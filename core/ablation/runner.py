@@ -1,21 +1,26 @@
 """Runs the jobs of an ablation, several at a time, each in a process of its own; what is done is never done again."""
 
+import hashlib
 import os
+import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from core.ablation.store import Place, Store, finished
+from core.ablation.results import Start
+from core.ablation.store import Place, Store, damage, finished
 
 WORKER = (sys.executable, "-m", "core.ablation.worker")
 POLL = 0.2
 """Seconds between two looks at the workers."""
 ELSEWHERE = 2.0
 """Seconds between two looks at runs that another process trains."""
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+"""Tells machines apart without naming them."""
 LAST_WORDS = 600
 """Characters of a failed run's last line that are kept."""
 
@@ -35,6 +40,8 @@ class Running(NamedTuple):
     process: subprocess.Popen
     output: IO[bytes]
     lock: ExitStack
+    began: float
+    """Of time.monotonic."""
 
     def close(self) -> None:
         """Let go of what an ended worker used."""
@@ -51,6 +58,26 @@ class Progress(NamedTuple):
     done: int
     failed: int
     total: int
+    waiting: tuple[Place, ...] = ()
+    """Not begun, in order; the rest are trained by other processes."""
+
+
+class Beside:
+    """Counts how many runs ran side by side with each run, look by look."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, int]] = {}
+
+    def look(self, running: Collection[Running]) -> None:
+        """Count what runs now."""
+        for made in running:
+            looks, runs = self._seen.get(made.place.key, (0, 0))
+            self._seen[made.place.key] = looks + 1, runs + len(running)
+
+    def end(self, store: Store, made: Running) -> None:
+        """Write down what was counted of a run that has ended."""
+        looks, runs = self._seen.pop(made.place.key, (1, 1))
+        store.end(made.place, round(time.monotonic() - made.began, 3), round(runs / looks, 3))
 
 
 def run_all(
@@ -73,6 +100,7 @@ def run_all(
     slots = [Slot(i, devices[i % len(devices)] if devices else None) for i in range(parallel)]
     waiting, elsewhere, running = list(places), [], {}
     done = failed = 0
+    beside = Beside()
     looked = time.monotonic()
 
     def close(place: Place) -> None:
@@ -86,16 +114,18 @@ def run_all(
             for slot in [s for s in slots if s not in running]:
                 while waiting and slot not in running:
                     place = waiting.pop(0)
-                    made = _start(store, place, slot, threads, worker, started)
+                    made = _start(store, place, Start(HOST, slot.device, threads, parallel), worker, started)
                     if made is not None:
                         running[slot] = made
                     elif store.status(place)[0] == "done":
                         close(place)
                     else:
                         elsewhere.append((place, time.time()))
+            beside.look(running.values())
             for slot, made in list(running.items()):
                 if made.process.poll() is not None:
                     del running[slot]
+                    beside.end(store, made)
                     _finish(store, made)
                     close(made.place)
             if elsewhere and time.monotonic() - looked > ELSEWHERE:
@@ -106,21 +136,22 @@ def run_all(
                         close(place)
                     else:  # whoever held it was killed, or only looked
                         waiting.append(place)
-            shown(Progress(tuple(made.place for made in running.values()), done, failed, len(places)))
+            under_way = tuple(made.place for made in running.values())
+            shown(Progress(under_way, done, failed, len(places), tuple(waiting)))
             time.sleep(POLL)
     finally:
         for made in running.values():
             made.process.terminate()
         for made in running.values():
             made.process.wait()
+            beside.end(store, made)
             made.close()
 
 
 def _start(
     store: Store,
     place: Place,
-    slot: Slot,
-    threads: int | None,
+    how: Start,
     worker: Sequence[str],
     started: Callable[[Place], None],
 ) -> Running | None:
@@ -132,12 +163,13 @@ def _start(
         if finished(place.folder):
             return None
         started(place)
+        store.begin(place, how)
         (place.home / "failed.json").unlink(missing_ok=True)
-        variables = dict(os.environ)
-        if threads is not None:
-            variables |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
-        if slot.device is not None:
-            variables["CUDA_VISIBLE_DEVICES"] = slot.device
+        variables = {name: value for name, value in os.environ.items() if name != "PGPASSWORD"}  # the index's only
+        if how.threads is not None:
+            variables |= {f"{library}_NUM_THREADS": str(how.threads) for library in ("OMP", "MKL", "OPENBLAS")}
+        if how.device is not None:
+            variables["CUDA_VISIBLE_DEVICES"] = how.device
         output = open(place.home / "worker.txt", "wb")  # noqa: SIM115
         process = subprocess.Popen(
             [*worker, str(place.home)],
@@ -147,22 +179,25 @@ def _start(
             env=variables,
             pass_fds=(lock.fileno(),),  # the worker holds the run, whatever becomes of this process
         )
-        return Running(place, process, output, stack.pop_all())
+        return Running(place, process, output, stack.pop_all(), time.monotonic())
 
 
 def _finish(store: Store, worker: Running) -> None:
     """Write down how a worker ended."""
     code = worker.process.returncode
     if not finished(worker.place.folder):
-        last = _last_line(worker.place.home / "worker.txt")
+        last = damage(worker.place.folder) or _last_line(worker.place.home / "worker.txt")
         store.fail(worker.place, last or f"ended with code {code} and said nothing")
     worker.close()
 
 
 def _last_line(path: Path) -> str:
     """Return the last line that a worker said."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 20_000))
-        lines = file.read().decode(errors="replace").split("\n")
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 20_000))
+            lines = file.read().decode(errors="replace").split("\n")
+    except FileNotFoundError:
+        return ""
     said = [line.strip() for line in lines if line.strip()]
     return said[-1][-LAST_WORDS:] if said else ""

@@ -2,7 +2,7 @@
 
 STORE/runs/KEY/run/       a run folder
 STORE/runs/KEY/           job.json: what was asked for; failed.json: how the last try ended, if badly; worker.txt: what
-                          it said; lock: held by whoever trains it
+                          it said; lock: held by whoever trains it; machine.json: where it ran, each time it was started
 STORE/ablations/NAME/     members.json (which runs an ablation has), report.html and its pictures
 STORE/index.sqlite        the index: SQLite with a write-ahead log, or any database that SQLAlchemy knows
 """
@@ -10,33 +10,19 @@ STORE/index.sqlite        the index: SQLite with a write-ahead log, or any datab
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from core.ablation.index import COLUMNS, Index, StoreError
 from core.ablation.plan import Ablation, Job, job_key
-from core.ablation.results import Outcome, Result, Status, read_result
-from core.config import ConfigError, to_json
+from core.ablation.results import Outcome, Result, Start, Status, final, read_result, starts
+from core.config import ConfigError, RunConfig, from_json, to_json
 from core.files import replace_file
 from core.run import Run, RunError
 
 SCHEMA = 1
-COLUMNS = {
-    "key": str, "preset": str, "seed": int, "backend": str, "dtype": str, "code": str, "data": str, "status": str,
-    "bpb": float, "error": float, "label": str, "byte_rule": str, "bytes": int, "parameters": int, "steps": int,
-    "seconds": float, "tokens_per_second": float, "message": str, "config": str, "folder": str,
-}  # fmt: skip
-"""Table `runs`: one row per run folder."""
-MEMBERS = {"ablation": str, "variant": str, "seed": int, "backend": str, "key": str}
-"""Table `members`: which runs an ablation has."""
-
-TABLES = {"runs": (COLUMNS, ("key",)), "members": (MEMBERS, ("ablation", "variant", "seed", "backend"))}
-"""Columns and primary key of each table."""
-
-
-class StoreError(ValueError):
-    """The store cannot be used: the message names the file and what is wrong with it."""
 
 
 class Place(NamedTuple):
@@ -60,7 +46,14 @@ class Store:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise StoreError(f"{path}: is a file, expected a folder of ablations; choose another --store")
-        self.database = database or f"sqlite:///{self.path / 'index.sqlite'}"
+        self._index = Index(database) if database else None
+        self._late: dict[str, Callable[[], None]] = {}
+
+    @property
+    def index(self) -> Index:
+        """The database of the index."""
+        self._index = self._index or Index(f"sqlite:///{self.path / 'index.sqlite'}")
+        return self._index
 
     def place(self, job: Job, code: str, data: dict[str, str]) -> Place:
         """Return where a job is kept."""
@@ -99,6 +92,19 @@ class Store:
                     f"{plan.path}: name: {plan.name!r} is that of {before} in {self.path}: give it another name"
                 )
 
+    def begin(self, place: Place, start: Start) -> None:
+        """Write down where a run is started."""
+        self._write_starts(place, [*starts(place.home), start])
+
+    def end(self, place: Place, seconds: float, beside: float) -> None:
+        """Write down how long the last start took and how many runs ran side by side then, on average, with it."""
+        *before, last = starts(place.home) or (Start(),)
+        self._write_starts(place, [*before, last._replace(seconds=seconds, beside=beside)])
+
+    def _write_starts(self, place: Place, made: list[Start]) -> None:
+        value = {"schema": SCHEMA, "starts": [one._asdict() for one in made]}
+        replace_file(place.home / "machine.json", json.dumps(value, indent=1).encode())
+
     @contextmanager
     def held(self, place: Place) -> Iterator[IO | None]:
         """Hold a run against every other process; None where another one holds it. It is inherited by a worker."""
@@ -126,7 +132,10 @@ class Store:
         if self.busy(place):
             return "running", None
         if failed.exists():
-            return "failed", str(_read(failed).get("message"))
+            try:
+                return "failed", str(_read(failed).get("message"))
+            except StoreError as error:
+                return "failed", str(error)
         return "waiting", None
 
     def failed_since(self, place: Place, when: float) -> bool:
@@ -139,112 +148,88 @@ class Store:
         replace_file(place.home / "failed.json", json.dumps({"schema": SCHEMA, "message": message}).encode())
 
     def outcome(self, plan: Ablation, places: list[Place]) -> Outcome:
-        """Read what all runs of an ablation gave so far."""
-        return Outcome(plan, tuple(read_result(p.job, p.folder, *self.status(p)) for p in places))
+        """Read what all runs of an ablation gave so far; one whose folder is damaged counts as failed."""
+        return Outcome(plan, tuple(map(self._result, places)))
+
+    def _result(self, place: Place) -> Result:
+        job = place.job
+        state, message = self.status(place)
+        try:
+            return read_result(job, place.folder, state, message)
+        except RunError as error:
+            if state == "running":  # its process will say so itself
+                return Result(job.variant, job.seed, job.backend, state, place.folder)
+            return Result(job.variant, job.seed, job.backend, "failed", place.folder, message=message or str(error))
 
     # The index.
 
     def update(self, place: Place, result: Result) -> None:
-        """Enter one run into the index."""
-        with self._database() as (connection, tables):
-            _replace(connection, tables["runs"], [_row(place.folder, result)], ("key",))
+        """Enter one run into the index; after a StoreError `settle` tries again."""
+        row = _row(place.folder, result)
+        self._enter(place.key, lambda: self.index.put(row))
 
     def enter_members(self, plan: Ablation, places: list[Place]) -> None:
-        """Enter an ablation's list of runs into the index, in place of an earlier one."""
+        """Enter an ablation's list of runs into the index, in place of an earlier one; a StoreError as above."""
         rows = [_member(plan.name, p.job.variant, p.job.seed, p.job.backend, p.key) for p in places]
-        with self._database() as (connection, tables):
-            table = tables["members"]
-            connection.execute(table.delete().where(table.c.ablation == plan.name))
-            connection.execute(table.insert(), rows)
+        self._enter("members", lambda: self.index.put_members(plan.name, rows))
+
+    def _enter(self, name: str, act: Callable[[], None]) -> None:
+        self._late[name] = act
+        act()
+        del self._late[name]
+
+    def settle(self) -> None:
+        """Enter what could not be entered; StoreError if that fails again."""
+        for name, act in list(self._late.items()):
+            self._enter(name, act)
 
     def rebuild(self) -> int:
         """Make the index again from the folders and return how many runs it has; StoreError names a damaged file."""
-        runs = [self._read_row(folder) for folder in sorted((self.path / "runs").glob("*/run"))]
-        members = []
-        for file in sorted(self.path.glob("ablations/*/members.json")):
-            value = _read(file)
-            members += [_member(value["ablation"], *row) for row in value["runs"]]
-        with self._database() as (connection, tables):
-            for table, rows in ((tables["runs"], runs), (tables["members"], members)):
-                connection.execute(table.delete())
-                if rows:
-                    connection.execute(table.insert(), rows)
-        return len(runs)
+        found: dict[str, list[dict[str, Any]]] = {}
+
+        def read() -> dict[str, list[dict[str, Any]]]:
+            found["runs"] = [self._read_row(folder) for folder in sorted((self.path / "runs").glob("*/run"))]
+            files = sorted(self.path.glob("ablations/*/members.json"))
+            found["members"] = [row for file in files for row in _read_members(file)]
+            return found
+
+        self.index.rebuild(read)
+        return len(found["runs"])
 
     def rows(self, table: str = "runs") -> list[dict[str, Any]]:
         """Return a table of the index, `runs` or `members`."""
-        with self._database() as (connection, tables):
-            return [dict(row._mapping) for row in connection.execute(tables[table].select())]
+        return self.index.rows(table)
 
     def _read_row(self, folder: Path) -> dict[str, Any]:
-        value = _read(folder.parent / "job.json")
-        from core.config import RunConfig, from_json
-
+        file = folder.parent / "job.json"
+        value = _read(file)
         try:
-            config = from_json(RunConfig, value["config"], f"{folder.parent / 'job.json'}: config")
+            config = from_json(RunConfig, value["config"], f"{file}: config")
             job = Job("", config.seed, value["backend"], config, value["dtype"])
-            place = Place(job, value["key"], folder)
-            return _row(folder, read_result(job, folder, *self.status(place)))
-        except (KeyError, ConfigError, RunError) as error:
+            if value["key"] != folder.parent.name:
+                raise StoreError(f"{file}: key {value['key']!r}, but its folder has another name: a copy; move it away")
+            return _row(folder, self._result(Place(job, value["key"], folder)))
+        except (KeyError, ConfigError) as error:
             raise StoreError(f"{folder}: is not a run of this version ({error}); move it away") from error
-
-    @contextmanager
-    def _database(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Yield a connection in a transaction, and the tables, which are made where they are not there yet."""
-        import sqlalchemy as sql
-        from sqlalchemy import event, exc, pool
-
-        kinds = {str: sql.Text, int: sql.BigInteger, float: sql.Double}
-        meta, tables = sql.MetaData(), {}
-        for name, (columns, keys) in TABLES.items():
-            made = (sql.Column(c, kinds[kind], primary_key=c in keys) for c, kind in columns.items())
-            tables[name] = sql.Table(name, meta, *made)
-        if self.database.startswith("sqlite:///"):
-            Path(self.database.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            engine = sql.create_engine(self.database, poolclass=pool.NullPool)
-            if engine.dialect.name == "sqlite":
-                event.listen(engine, "connect", _sqlite_settings)
-            with engine.begin() as connection:
-                for table in tables.values():  # another process may make them at the same time
-                    connection.execute(sql.schema.CreateTable(table, if_not_exists=True))
-                yield connection, tables
-        except exc.NoSuchModuleError as error:
-            raise StoreError(
-                f"--database {self.database}: {error}; expected sqlite:///FILE or postgresql+psycopg://..."
-            ) from error
-        except ModuleNotFoundError as error:
-            raise StoreError(f"--database {self.database}: {error}; pip install -e '.[postgresql]'") from error
-        except exc.SQLAlchemyError as error:
-            line = " ".join(str(error).split())[:300]
-            raise StoreError(
-                f"{self.database}: {line}; the runs are intact: delete the index and use --rebuild"
-            ) from error
 
 
 def finished(folder: Path) -> bool:
-    """Whether a run folder holds a finished run."""
+    """Whether a run folder holds a finished run, whole."""
+    return _final(folder)[0]
+
+
+def damage(folder: Path) -> str:
+    """Return what is wrong with a run folder; empty if nothing is, or if there is none yet."""
+    return _final(folder)[1]
+
+
+def _final(folder: Path) -> tuple[bool, str]:
     if not (folder / "config.json").exists():
-        return False
+        return False, ""
     try:
-        return Run.open(folder).last("final/artifact") is not None
-    except RunError:
-        return False
-
-
-def _sqlite_settings(connection: Any, _: Any) -> None:
-    """Several processes may write: a write-ahead log, and patience."""
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA busy_timeout=60000")
-
-
-def _replace(connection: Any, table: Any, rows: list[dict[str, Any]], keys: tuple[str, ...]) -> None:
-    import sqlalchemy as sql
-
-    for row in rows:
-        same = sql.and_(*(table.c[key] == row[key] for key in keys))
-        connection.execute(table.delete().where(same))
-        connection.execute(table.insert(), [row])
+        return final(Run.open(folder).metrics(), folder) is not None, ""
+    except RunError as error:
+        return False, str(error)
 
 
 def _row(folder: Path, result: Result) -> dict[str, Any]:
@@ -252,12 +237,26 @@ def _row(folder: Path, result: Result) -> dict[str, Any]:
     job = _read(folder.parent / "job.json")
     made: dict[str, Any] = {name: getattr(result, name, None) for name in COLUMNS}
     made |= {"key": job["key"], "preset": job["config"]["preset"], "seed": job["config"]["seed"], "code": job["code"]}
-    made |= {"dtype": job["dtype"], "data": json.dumps(job["data"]), "config": json.dumps(job["config"])}
+    made |= {
+        "dtype": result.dtype or job["dtype"],
+        "data": json.dumps(job["data"]),
+        "config": json.dumps(job["config"]),
+    }
     return made | {"folder": f"runs/{job['key']}/run"}
 
 
 def _member(ablation: str, variant: str, seed: int, backend: str, key: str) -> dict[str, Any]:
     return {"ablation": ablation, "variant": variant, "seed": seed, "backend": backend, "key": key}
+
+
+def _read_members(file: Path) -> list[dict[str, Any]]:
+    value = _read(file)
+    try:
+        if value["ablation"] != file.parent.name:
+            raise StoreError(f"{file}: of {value['ablation']!r}, but its folder has another name: a copy; move it away")
+        return [_member(value["ablation"], *row) for row in value["runs"]]
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{file}: not a list of runs ({error}); move its folder away") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,37 +1,31 @@
 """Verb `skc ablate FILE.toml`: variants of a preset, several seeds, and what can be believed of their differences."""
 
-import importlib
 import shlex
-import subprocess
-import sys
-import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
 from core import trackers
-from core.ablation.effects import Effect, resolvable
+from core.ablation import search_telling, telling
+from core.ablation.dry import described, dry_run
+from core.ablation.effects import Effect
 from core.ablation.findings import assess
 from core.ablation.live import Live
 from core.ablation.plan import Ablation, Job, read_plan
 from core.ablation.report import write_report
 from core.ablation.results import Outcome as Results
 from core.ablation.runner import run_all
-from core.ablation.store import Place, Store
+from core.ablation.search import Searched, load_optuna, run_search
+from core.ablation.store import Place, Store, StoreError
 from core.bundled import open_data
-from core.config import ConfigError
-from core.console import Console, duration
-from core.data import identity
-from core.engine import choose_backend
-from core.export.budget import predicted_bytes
-from core.params import count
+from core.config import ConfigError, RunConfig
+from core.console import Console
+from core.data import Dataset, identity
 from core.run import Run, RunError
-from core.verbs.common import ROOT, Context, Outcome, check_data, code_version
-
-ASSUMED = 0.004
-"""Standard deviation of paired differences in bits per byte that is assumed where no runs are there to measure it."""
+from core.verbs.common import Context, Outcome, check_data, code_version
 
 
 @dataclass(frozen=True)
@@ -46,6 +40,10 @@ class Ablate:
     """Folder of all ablations' runs; a run that is there is never repeated."""
     dry_run: bool = False
     """Only print the plan: runs, time, and the smallest effect that the seeds can resolve."""
+    search: bool = False
+    """Try the settings of [search], then train the best of them on the ablation's own seeds as variant `found`."""
+    retry: bool = False
+    """With --search: train failed trials again; those that came after them are then asked for anew."""
     parallel: int = 1
     """Runs at a time."""
     devices: tuple[str, ...] = ()
@@ -65,68 +63,112 @@ class Ablate:
         from core.checks import require
 
         require(self.parallel >= 1, f"--parallel {self.parallel}: expected at least 1")
+        require(self.search or not self.retry, "--retry is about trials of a search: add --search")
         require(self.threads is None or self.threads >= 1, f"--threads {self.threads}: expected at least 1")
 
 
 def ablate(options: Ablate, context: Context) -> Outcome:
     """Run what is not done yet, then judge and report; not ok if a run failed."""
     say, plan = context.say, read_plan(options.file)
+    search = plan.search if options.search else None
+    if options.search and search is None:
+        raise ConfigError(f"{options.file}: --search needs a table [search], which says what to try: docs/ablations.md")
+    if search is not None:
+        load_optuna()  # now, not after hours
+    elif plan.search is not None:
+        say(f"{options.file}: [search] is left alone: add --search to try its settings")
     if options.data is not None:
         plan = plan._replace(settings={**plan.settings, "data.path": options.data})
     store = Store(options.store, options.database)
-    data = {name: _checked(plan, name) for name in plan.variants}
+    data = {name: identity(_fit(plan.config(name, plan.seeds[0]))) for name in plan.variants}
     code = code_version()
-    places = [store.place(job, code, data[job.variant]) for job in plan.jobs()]
+
+    def text(variant: str) -> dict[str, str]:  # a search does not change it
+        return data[variant if search is None or variant in data else search.variant]
+
+    def place(job: Job) -> Place:
+        return store.place(job, code, text(job.variant))
+
+    places = [place(job) for job in plan.jobs()]
     if options.rebuild:
         say(f"the index of {store.path} was made again: {store.rebuild()} runs")
     if options.dry_run:
-        return _dry_run(options, plan, store, places, say)
+        known = search and run_search(plan, search, store, place, _fit, None)
+        if known:
+            plan = known.confirming()
+            places = [place(job) for job in plan.jobs()]
+        return Outcome(True, dry_run(plan, store, places, known, options.parallel, say))
     trackers.check(options.track)
     store.check_name(plan)
-    store.write_members(plan, places)
-    store.enter_members(plan, places)
+    _enter(store, plan, places)
     states = [store.status(place)[0] for place in places]
-    say(f"{plan.name}: {_described(plan)}; {states.count('done')} of {len(places)} runs are done already")
+    say(f"{plan.name}: {described(plan)}; {states.count('done')} of {len(places)} runs are done already")
     live = Live(say, options.parallel)
+
+    def indexed(act: Callable[[], None]) -> bool:
+        """Do something to the index; the runs go on without it, since it can be made again."""
+        try:
+            act()
+        except StoreError as error:
+            say(f"careful: {error}")
+            return False
+        return True
 
     def started(place: Place) -> None:
         live.started(place)
-        store.prepare(place, code, data[place.job.variant], _command(place, options))
+        store.prepare(place, code, text(place.job.variant), _command(place, options))
 
     def ended(place: Place) -> None:
-        live.ended(place)
-        state, message = store.status(place)
         result = store.outcome(plan, [place]).results[0]
-        store.update(place, result)
+        live.ended(place, result)
+        live.close()
+        indexed(lambda: store.update(place, result))
         _copy(options, store.ablation_folder(plan), plan.name, place, say)
-        if state == "failed":
-            live.close()
-            say(f"FAILED: {place.job.variant}, seed {place.job.seed}, {place.job.backend}: {message}")
+        if result.status == "failed":
+            say(f"FAILED: {place.job.variant}, seed {place.job.seed}, {place.job.backend}: {result.message}")
         elif result.bpb is not None:
-            live.close()
             say(f"{place.job.variant}, seed {place.job.seed}, {place.job.backend}: {result.bpb:.4f} bits per byte")
 
-    try:
-        run_all(
-            store, places, parallel=options.parallel, devices=options.devices, threads=options.threads,
-            started=started, ended=ended, shown=live,
-        )  # fmt: skip
-    finally:
-        live.close()
+    def train(wanted: Sequence[Place]) -> None:
+        try:
+            run_all(
+                store, wanted, parallel=options.parallel, devices=options.devices, threads=options.threads,
+                started=started, ended=ended, shown=live,
+            )  # fmt: skip
+        finally:
+            live.close()
+
+    def told(so_far: Searched) -> None:
+        indexed(lambda: _enter(store, plan, [*places, *so_far.places]))
+        say(f"search, {len(so_far.trials) - 1} of {so_far.search.trials} trials: {search_telling.leading(so_far)}")
+
+    searched = search and run_search(plan, search, store, place, _fit, train, options.retry, told)
+    if searched:
+        plan = searched.confirming()
+        places = [place(job) for job in plan.jobs()]
+        everything = [*places, *searched.places]
+        indexed(lambda: _enter(store, plan, everything))
+    train(places)
     outcome = store.outcome(plan, places)
-    files = write_report(outcome, store.ablation_folder(plan))
-    return _told(outcome, files, say)
+    files = write_report(outcome, store.ablation_folder(plan), searched)
+    found = _told(outcome, searched, files, say)
+    return found if indexed(store.settle) else found._replace(ok=False)
 
 
-def _checked(plan: Ablation, variant: str) -> dict[str, str]:
-    """Return the identity of a variant's data; what would stop its runs is found now, not after hours."""
+def _fit(config: RunConfig) -> Dataset:
+    """Return a run's data; what would stop the run is found now, not after hours."""
     from core.verbs.make import check_budget
 
-    config = plan.config(variant, plan.seeds[0])
     dataset = open_data(config.data.path)
     check_data(config, dataset)
     check_budget(config)
-    return identity(dataset)
+    return dataset
+
+
+def _enter(store: Store, plan: Ablation, places: list[Place]) -> None:
+    """Write down which runs an ablation has."""
+    store.write_members(plan, places)
+    store.enter_members(plan, places)
 
 
 def _copy(options: Ablate, folder: Path, group: str, place: Place, say: Console) -> None:
@@ -152,82 +194,12 @@ def _silent(_: str) -> None:
     """Say nothing: one line for every run and tracker would be too many."""
 
 
-def _described(plan: Ablation) -> str:
-    kind, amount = plan.budget
-    return (
-        f"{len(plan.variants)} variants of {plan.base}, {len(plan.seeds)} seeds, {amount:,} {kind} each, "
-        f"on {' and '.join(plan.backends)}"
-    )
-
-
 def _command(place: Place, options: Ablate) -> str:
     job = place.job
     return f"{shlex.join(['skc', 'ablate', options.file])}  # variant {job.variant}, seed {job.seed}"
 
 
-def _dry_run(options: Ablate, plan: Ablation, store: Store, places: list[Place], say: Console) -> Outcome:
-    """Print what would be run, how long it takes by a probe of every variant, and what the seeds can resolve."""
-    states = [store.status(place)[0] for place in places]
-    rows, seconds = [], 0.0
-    starting = {backend: _starting(backend) for backend in plan.backends}
-    for name in plan.variants:
-        for backend in plan.backends:
-            both = zip(places, states, strict=True)
-            mine = [(p, s) for p, s in both if (p.job.variant, p.job.backend) == (name, backend)]
-            config = mine[0][0].job.config
-            left = sum(state != "done" for _, state in mine)
-            each = starting[backend] + _seconds(mine[0][0].job, say) if left else None
-            seconds += left * (each or 0.0)
-            takes = "-" if each is None else duration(each)
-            rows.append((name, backend, count(config.model), predicted_bytes(config.model), len(mine), left, takes))
-    say(f"{plan.name}: {_described(plan)}; held against {plan.reference}")
-    say.table(("variant", "backend", "parameters", "bytes", "runs", "to do", "each takes"), rows)
-    seconds /= options.parallel
-    say(f"about {duration(seconds)} in all, {options.parallel} at a time")
-    spread, whence = _spread(store, plan, places)
-    n = len(plan.seeds)
-    smallest = resolvable(n, spread) if n > 1 else None
-    text = "one seed resolves nothing: there is no interval" if smallest is None else (
-        f"{n} seeds can resolve a difference of {smallest:.4f} bits per byte (5 % two-sided, 4 times in 5)"
-    )  # fmt: skip
-    say(f"{text}; standard deviation of paired differences {spread:.4f}, {whence}")
-    value: dict[str, Any] = {"name": plan.name, "runs": len(places), "to_do": len(places) - states.count("done")}
-    return Outcome(True, {**value, "seconds": seconds, "spread": spread, "resolvable": smallest})
-
-
-def _starting(backend: str) -> float:
-    """Return the seconds that a worker takes before it begins to build; this process has what it imports then."""
-    code = f"import core.ablation.worker, backends.{backend}.engine"
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    took = time.perf_counter() - began
-    choose_backend(backend)
-    if backend == "mlx":  # before anything imports MLX
-        importlib.import_module("backends.mlx.blas").load_fast_blas()
-    importlib.import_module(f"backends.{backend}.engine")
-    return took
-
-
-def _seconds(job: Job, say: Console) -> float:
-    """Return the seconds that a run takes from its start to its report, by `skc train --dry-run`."""
-    from core.verbs.make import Train, train_run
-
-    say(f"timing {job.variant} on {job.backend}")
-    quiet = Console()
-    quiet.mute()
-    options = replace(Train.of(job.config), backend=job.backend, dtype=job.dtype, dry_run=True)
-    return train_run(options, Context(quiet, "")).value["total"]
-
-
-def _spread(store: Store, plan: Ablation, places: list[Place]) -> tuple[float, str]:
-    """Return the standard deviation of paired differences, and whether it was measured."""
-    found = [f.spread for f in assess(store.outcome(plan, places)) if f.spread]
-    if found:
-        return max(found), "as measured on the runs that are done"
-    return ASSUMED, "assumed: no variant has two finished seeds yet"
-
-
-def _told(outcome: Results, files: list[Path], say: Console) -> Outcome:
+def _told(outcome: Results, searched: Searched | None, files: list[Path], say: Console) -> Outcome:
     """Say what was found, a table for each backend."""
     value: dict[str, Any] = {"name": outcome.plan.name, "backends": {}}
     for found in assess(outcome):
@@ -251,10 +223,20 @@ def _told(outcome: Results, files: list[Path], say: Console) -> Outcome:
             "effects": [{**e._asdict(), "paired": e.paired and e.paired._asdict()} for e in found.ends],
             "doubts": list(found.doubts),
         }
+    if searched:
+        value["search"] = search_telling.to_json(searched, outcome)
+        gains = search_telling.gains(searched, outcome)
+        say()
+        say(f"search: {search_telling.summary(searched)}")
+        if gains:
+            say.table(search_telling.GAIN_HEAD, search_telling.gain_rows(gains))
+        if searched.failed:
+            say("failed trials stay failed at the next start; --retry trains them again")
     for file in files:
         say(f"wrote {file}")
     failed = [f"{r.variant}, seed {r.seed}, {r.backend}: {r.message}" for r in outcome.results if r.status == "failed"]
-    return Outcome(not failed, {**value, "failed": failed, "files": [str(file) for file in files]})
+    good = not failed and (searched is None or searched.best is not None)
+    return Outcome(good, {**value, "failed": failed, "files": [str(file) for file in files]})
 
 
 def _effect(effect: Effect) -> tuple[str, str]:
@@ -263,4 +245,4 @@ def _effect(effect: Effect) -> tuple[str, str]:
     if found is None:
         return "-", effect.verdict
     interval = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
-    return f"{found.mean:+.4f}{interval}", effect.verdict + (" (early look)" if effect.early else "")
+    return f"{found.mean:+.4f}{interval}", telling.verdict(effect)

@@ -1,0 +1,129 @@
+"""`skc ablate FILE.toml --dry-run`: runs, time by a probe of every variant, and what the seeds can resolve."""
+
+import importlib
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from core.ablation.effects import resolvable
+from core.ablation.findings import assess
+from core.ablation.plan import Ablation, Job
+from core.ablation.search import Searched
+from core.ablation.space import FOUND
+from core.ablation.store import Place, Store
+from core.console import Console, duration
+from core.engine import choose_backend
+from core.export.budget import predicted_bytes
+from core.params import count
+from core.verbs.common import ROOT, Context
+
+ASSUMED = 0.004
+"""Standard deviation of paired differences in bits per byte that is assumed where no runs are there to measure it."""
+HEAD = ("variant", "backend", "parameters", "bytes", "runs", "to do", "each takes")
+
+
+def described(plan: Ablation) -> str:
+    """Return a plan in one line."""
+    kind, amount = plan.budget
+    return (
+        f"{len(plan.variants)} variants of {plan.base}, {len(plan.seeds)} seeds, {amount:,} {kind} each, "
+        f"on {' and '.join(plan.backends)}"
+    )
+
+
+def dry_run(
+    plan: Ablation, store: Store, places: Sequence[Place], searched: Searched | None, parallel: int, say: Console
+) -> dict[str, Any]:
+    """Print what would be run, how long it takes by a probe of every variant, and what the seeds can resolve.
+
+    `searched` is what is there of a search; the probe of its variant stands for all of its trials.
+    """
+    states = [store.status(place)[0] for place in places]
+    rows, seconds = [], 0.0
+    starting = {backend: _starting(backend) for backend in plan.backends}
+    probed: dict[tuple[str, str], float] = {}
+
+    def each(job: Job) -> float:
+        of = job.variant, job.backend
+        if of not in probed:
+            probed[of] = starting[job.backend] + _seconds(job, say)
+        return probed[of]
+
+    for name in plan.variants:
+        for backend in plan.backends:
+            both = zip(places, states, strict=True)
+            mine = [(p, s) for p, s in both if (p.job.variant, p.job.backend) == (name, backend)]
+            config = mine[0][0].job.config
+            left = sum(state != "done" for _, state in mine)
+            took = each(mine[0][0].job) if left else None
+            seconds += left * (took or 0.0)
+            takes = "-" if took is None else duration(took)
+            rows.append((name, backend, count(config.model), predicted_bytes(config.model), len(mine), left, takes))
+    value: dict[str, Any] = {"name": plan.name, "runs": len(places), "to_do": len(places) - states.count("done")}
+    if searched is not None:
+        for name, backend, runs, left in _search_runs(searched, store):
+            job = next(p.job for p in places if (p.job.variant, p.job.backend) == (searched.search.variant, backend))
+            took = each(job) if left else None
+            seconds += left * (took or 0.0)
+            takes = "-" if took is None else f"about {duration(took)}"
+            rows.append((name, backend, "-", "-", runs, left, takes))
+            value |= {"runs": value["runs"] + runs, "to_do": value["to_do"] + left}
+    say(f"{plan.name}: {described(plan)}; held against {plan.reference}")
+    say.table(HEAD, rows)
+    seconds /= parallel
+    say(f"about {duration(seconds)} in all, {parallel} at a time")
+    spread, whence = _spread(store, plan, places)
+    n = len(plan.seeds)
+    smallest = resolvable(n, spread) if n > 1 else None
+    text = "one seed resolves nothing: there is no interval" if smallest is None else (
+        f"{n} seeds can resolve a difference of {smallest:.4f} bits per byte (5 % two-sided, 4 times in 5)"
+    )  # fmt: skip
+    say(f"{text}; standard deviation of paired differences {spread:.4f}, {whence}")
+    return {**value, "seconds": seconds, "spread": spread, "resolvable": smallest}
+
+
+def _search_runs(searched: Searched, store: Store) -> list[tuple[str, str, int, int]]:
+    """Return (name, backend, runs, those to do) of a search's trials, and of its variant while nobody knows it."""
+    plan, search = searched.plan, searched.search
+    done = sum(store.status(place)[0] in ("done", "failed") for place in searched.places)
+    trials = len(searched.trials) if searched.complete else search.trials + 1
+    runs = trials * len(search.seeds)
+    made = [(f"{trials - 1} trials, start", plan.backends[0], runs, runs - done)]
+    if not searched.complete:
+        made += [(f"{FOUND}, not known yet", backend, len(plan.seeds), len(plan.seeds)) for backend in plan.backends]
+    return made
+
+
+def _starting(backend: str) -> float:
+    """Return the seconds that a worker takes before it begins to build; this process has what it imports then."""
+    code = f"import core.ablation.worker, backends.{backend}.engine"
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    took = time.perf_counter() - began
+    choose_backend(backend)
+    if backend == "mlx":  # before anything imports MLX
+        importlib.import_module("backends.mlx.blas").load_fast_blas()
+    importlib.import_module(f"backends.{backend}.engine")
+    return took
+
+
+def _seconds(job: Job, say: Console) -> float:
+    """Return the seconds that a run takes from its start to its report, by `skc train --dry-run`."""
+    from core.verbs.make import Train, train_run
+
+    say(f"timing {job.variant} on {job.backend}")
+    quiet = Console()
+    quiet.mute()
+    options = replace(Train.of(job.config), backend=job.backend, dtype=job.dtype, dry_run=True)
+    return train_run(options, Context(quiet, "")).value["total"]
+
+
+def _spread(store: Store, plan: Ablation, places: Sequence[Place]) -> tuple[float, str]:
+    """Return the standard deviation of paired differences, and whether it was measured."""
+    found = [f.spread for f in assess(store.outcome(plan, list(places))) if f.spread]
+    if found:
+        return max(found), "as measured on the runs that are done"
+    return ASSUMED, "assumed: no variant has two finished seeds yet"

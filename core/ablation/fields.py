@@ -1,0 +1,87 @@
+"""How an ablation file's keys, values and names of fields are read: every mistake is one line with file and key."""
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from core.config import ConfigError, RunConfig
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
+
+
+def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
+    """Set `train.lr_matrix` in a run's plain values; ConfigError for an unknown field, or one that [budget] decides."""
+    part, _, name = field.partition(".")
+    known = [f"{p}.{n}" for p, v in values.items() if isinstance(v, dict) for n in v]
+    if field not in known:
+        raise ConfigError(f"{where}: unknown field {field!r}; {closest(field, known, 'see: skc train PRESET --help')}")
+    if field in ("train.steps", "train.seconds"):
+        raise ConfigError(f"{where}: {field}: is what [budget] decides")
+    values[part][name] = value
+
+
+def flat(value: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return {"model.dim": 64} for it or for {"model": {"dim": 64}}: TOML users write both; "none" means None."""
+    made: dict[str, Any] = {}
+    for key, inner in value.items():
+        section = isinstance(inner, dict) and "." not in key  # a table under a dotted key is that field's value
+        for name, v in ({f"{key}.{n}": v for n, v in inner.items()} if section else {key: inner}).items():
+            if name in made:
+                raise ConfigError(f"{where}: {name}: is given twice")
+            made[name] = meant(name, v)
+    return made
+
+
+def meant(field: str, value: Any) -> Any:
+    """Return None for "none", which TOML lacks, unless it is one of the field's own values."""
+    return None if value == "none" and "none" not in typing.get_args(hint(field)) else value
+
+
+def hint(field: str) -> Any:
+    """Return the type of a field `section.name`; None for one that does not exist."""
+    part, _, name = field.partition(".")
+    kind = typing.get_type_hints(RunConfig).get(part)
+    return typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+
+
+def only(value: dict[str, Any], known: Iterable[str], where: str) -> None:
+    """Raise ConfigError for a key that is not known."""
+    known = list(known)
+    for key in value:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}; {closest(key, known, 'known: ' + ', '.join(known))}")
+
+
+def typed(value: dict[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:
+    """Return the value of a key, `default` where it is left out; ConfigError if it is missing or of another type."""
+    if key not in value:
+        if default is None:
+            raise ConfigError(f"{where}: {key}: missing")
+        return default
+    if type(value[key]) is not kind:
+        raise ConfigError(f"{where}: {key}: expected {kind.__name__}, got {type(value[key]).__name__}")
+    return value[key]
+
+
+def named(name: str, where: str) -> str:
+    """Return a name that a folder can have; ConfigError."""
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"{where}: {name!r}: expected letters, digits and _ . + -, at most 61")
+    return name
+
+
+def seeds(values: list[Any], where: str) -> tuple[int, ...]:
+    """Return seeds; ConfigError unless they are different whole numbers."""
+    good = all(type(seed) is int and 0 <= seed < 2**31 for seed in values)
+    if not values or not good or len(set(values)) < len(values):
+        raise ConfigError(f"{where}: seeds: {values}: expected different whole numbers from 0 to 2^31 - 1")
+    return tuple(values)
+
+
+def closest(word: str, known: list[str], other: str) -> str:
+    """Return `did you mean ...?`, or `other` where nothing known is close."""
+    close = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {close[0]}?" if close else other
