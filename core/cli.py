@@ -47,7 +47,7 @@ VERBS = {
         "core.verbs.official", "Import", "import_official", "make a run of a checkpoint of the official scripts"
     ),
     "track": Verb("core.verbs.track", "Track", "track", "copy recorded runs to TensorBoard or Weights & Biases"),
-    "compare": Verb("core.verbs.look", "Compare", "compare_runs", "two or more runs: settings, curves, bytes, speed"),
+    "compare": Verb("core.verbs.look", "Compare", "compare_runs", "runs: what differs, where curves part, speed"),
     "parity": Verb("core.verbs.judge", "Parity", "parity", "hold both backends to each other", True),
     "bench": Verb("core.verbs.judge", "Bench", "bench", "measure training speed", True),
 }

@@ -1,14 +1,14 @@
-"""`skc compare RUN RUN ...`: what differs between runs, in settings, curves, score, bytes and speed."""
+"""`skc compare RUN RUN ...`: what differs between runs, in settings, machine, curves, score, bytes and speed."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from core.compare_pair import By, Pair, choose_axis, hold, positions, words
+from core.compare_picture import draw
 from core.config import differences
 from core.params import count
 from core.run import Run, RunError
-
-COLOURS = ("#4c72b0", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd", "#8c8c8c", "#dd8452")
 
 
 @dataclass(frozen=True)
@@ -46,27 +46,35 @@ class Comparison:
     """Run -> largest difference of its training loss from the first run's, over the steps that both recorded."""
     doubts: tuple[str, ...]
     """Why final figures may not be held against each other."""
+    pairs: dict[str, Pair]
+    """Run -> what differs from the first, and where the curves part."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**asdict(self), "doubts": list(self.doubts)}
+        rows, transfer = [asdict(row) for row in self.rows], {run: pair.to_json() for run, pair in self.pairs.items()}
+        own = {"rows": rows, "settings": self.settings, "gaps": self.gaps, "doubts": list(self.doubts)}
+        return {**own, "transfer": transfer}
 
 
-def compare(paths: list[str]) -> tuple[Comparison, list[Run]]:
-    """Read two or more run folders; RunError if there are fewer, one is named twice, or one cannot be read."""
+def compare(paths: list[str], by: By = "auto") -> tuple[Comparison, list[Run]]:
+    """Read two or more run folders; RunError if there are fewer, one is named twice, or one cannot be read.
+
+    Curves are aligned by step, tokens or share of the schedule; `auto`: by step if steps are alike, else by tokens.
+    """
     if len(paths) < 2:
         raise RunError(f"compare: {len(paths)} run given, expected two or more: skc compare RUN RUN")
     runs = [Run.open(path) for path in paths]
     if len({run.path.resolve() for run in runs}) < len(runs):
         raise RunError(f"compare: a run is named twice in {', '.join(paths)}; name each once")
     rows = tuple(_row(run) for run in runs)
-    losses = [{r["step"]: r["train/loss"] for r in run.metrics() if "train/loss" in r} for run in runs]
-    settings, gaps = {}, {}
+    losses = [{step: r["train/loss"] for step, r in positions(run, "train/loss", "step").items()} for run in runs]
+    settings, gaps, pairs, axis = {}, {}, {}, choose_axis([run.config for run in runs], by)
     for run, loss in zip(runs[1:], losses[1:], strict=True):
         settings[str(run.path)] = differences(runs[0].config, run.config)
         common = losses[0].keys() & loss.keys()
         gaps[str(run.path)] = max((abs(losses[0][step] - loss[step]) for step in common), default=None)
-    return Comparison(rows, settings, gaps, tuple(_doubts(runs, rows))), runs
+        pairs[str(run.path)] = hold(runs[0], run, axis)
+    return Comparison(rows, settings, gaps, tuple(_doubts(runs, rows)), pairs), runs
 
 
 def _row(run: Run) -> Row:
@@ -123,12 +131,12 @@ def table(found: Comparison) -> tuple[tuple[str, ...], list[tuple[object, ...]]]
 
 
 def lines(found: Comparison) -> list[str]:
-    """Return what the table does not say: differing settings, how far the curves part, doubts."""
+    """Return what the table does not say: what differs, where the curves part, doubts."""
     out = []
-    for run, changed in found.settings.items():
+    for run, pair in found.pairs.items():
         gap = found.gaps[run]
         apart = "no common step" if gap is None else f"training losses at most {gap:.2g} nats apart"
-        out.append(f"{run} against {found.rows[0].run}: {apart}; {'; '.join(changed) or 'the same settings'}")
+        out += [f"{run} against {found.rows[0].run}: {apart}", *(f"  {line}" for line in words(pair))]
     return out + [f"careful: {doubt}" for doubt in found.doubts]
 
 
@@ -136,36 +144,15 @@ def write_comparison(found: Comparison, runs: list[Run], folder: Path) -> list[P
     """Write compare.md and compare.png into `folder` and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     report, picture = folder / "compare.md", folder / "compare.png"
-    _draw(runs, picture)
+    draw(runs, list(found.pairs.values()), picture)
     head, rows = table(found)
     text = ["# Comparison", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     text += [f"| {' | '.join(f'{c:,}' if isinstance(c, int) else str(c) for c in row)} |" for row in rows]
-    text += ["", "![bits per byte against step](compare.png)", "", *(f"* {line}" for line in lines(found)), ""]
+    text += ["", "![curves above, differences from the first below](compare.png)", "", *_bullets(lines(found)), ""]
     report.write_text("\n".join(text), encoding="utf-8")
     return [report, picture]
 
 
-def _draw(runs: list[Run], path: Path) -> None:
-    """Draw every run's training curve (thin) and validation estimates (points), one colour a run."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for i, run in enumerate(runs):
-        colour, rows = COLOURS[i % len(COLOURS)], run.metrics()
-        train = [(row["step"], row["train/bpb"]) for row in rows if "train/bpb" in row]
-        val = [(row["step"], row["val/bpb"], row.get("val/error", 0.0)) for row in rows if "val/bpb" in row]
-        name = run.path.name
-        if train:
-            axes.plot(*zip(*train, strict=True), color=colour, linewidth=1.0, alpha=0.6, label=f"{name}, training")
-        if val:
-            steps, values, errors = zip(*val, strict=True)
-            style: dict[str, Any] = {"color": colour, "fmt": "o", "markersize": 4, "capsize": 3}
-            axes.errorbar(steps, values, yerr=errors, label=f"{name}, validation", **style)
-    axes.set_xlabel("step")
-    axes.set_ylabel("bits per byte")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path)
+def _bullets(text: list[str]) -> list[str]:
+    """Return lines as a list of two levels."""
+    return [f"  * {line.strip()}" if line.startswith("  ") else f"* {line}" for line in text]

@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from core import presets
 from core.compare import compare, lines, table, write_comparison
+from core.compare_pair import By
 from core.config import RunConfig
 from core.doctor import examine
 from core.export.budget import predicted_bytes, with_tables
@@ -41,9 +42,12 @@ class Compare:
     """Options of `skc compare`."""
 
     runs: Positional[tuple[str, ...]]
-    """Run folders; the first is what the others are held against."""
+    """Run folders; the first is what the others are held against. Of a run trained elsewhere, config.json, env.json
+    and metrics.jsonl are enough."""
     out: str = "runs/compare"
     """Folder for compare.md and compare.png."""
+    by: By = "auto"
+    """What curves are aligned by: step, tokens, share of the schedule; auto: step if steps are alike, else tokens."""
     json: bool = False
     """Print one JSON object on stdout; everything else goes to stderr."""
 
@@ -66,8 +70,8 @@ def list_presets(options: Presets, context: Context) -> Outcome:
 
 
 def compare_runs(options: Compare, context: Context) -> Outcome:
-    """Hold runs against the first of them."""
-    found, runs = compare(list(options.runs))
+    """Hold runs against the first of them: data, settings, machine, where the curves part, scores, bytes, speed."""
+    found, runs = compare(list(options.runs), options.by)
     context.say.table(*table(found))
     context.say()
     for line in lines(found):
