@@ -261,7 +261,7 @@ def _curves(pair: Pair) -> str:
     )
     if pair.verdict == "parted":
         return text
-    return f"{text}. That is drift as rounding alone brings it (up to {DRIFT:.2f} nats, docs/log.md): more seeds decide"
+    return f"{text}. Grown rounding alone can bring as much (up to {DRIFT:.2f} nats, docs/log.md): more seeds decide"
 
 
 def _verdict(found: Finding, unit: str) -> str:
