@@ -16,7 +16,7 @@ STYLE = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:72rem;margin:0 auto;padding:1.5rem 1rem 4rem}
+main{max-width:78rem;margin:0 auto;padding:1.5rem 1rem 4rem}
 h1{font-size:1.75rem;line-height:1.2;margin:.5rem 0}
 h2{font-size:1.25rem;margin:2.5rem 0 .5rem}
 h3{font-size:1rem;margin:1.25rem 0 .25rem}
@@ -48,6 +48,7 @@ thead tr:last-child>*{border-bottom:1px solid var(--grid)}
 thead th{color:var(--muted);font-weight:600;background:var(--box)}
 th:first-child,.words{text-align:left}
 th:first-child{position:sticky;left:0;border-right:1px solid var(--grid)}
+td.words{white-space:normal;min-width:8rem}
 tbody th{font-weight:600;background:var(--page);max-width:14rem;overflow:hidden;text-overflow:ellipsis}
 figure{margin:1rem 0}
 svg{display:block;max-width:100%;height:auto}
