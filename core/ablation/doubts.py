@@ -65,6 +65,11 @@ def unlike(both: dict[str, list[Pair]]) -> list[str]:
 def uneven(outcome: Outcome, pairs: dict[str, list[Pair]], runs: list[Result]) -> list[str]:
     """Return what makes figures that can be compared less fair than they look."""
     found, kind = [], outcome.plan.budget[0]
+    if outcome.added:
+        found.append(
+            f"seed {some(outcome.added)} came after a report on the other seeds: if what it said was the reason, "
+            "p is too small and intervals are too narrow"
+        )
     estimates = [r.error for r in runs if r.label == "estimate" and r.error]
     if any(r.label == "estimate" for r in runs):
         about = f", standard error about {fmean(estimates):.4f} each" if estimates else ""

@@ -126,4 +126,4 @@ def _spread(store: Store, plan: Ablation, places: Sequence[Place]) -> tuple[floa
     found = [f.spread for f in assess(store.outcome(plan, list(places))) if f.spread]
     if found:
         return max(found), "as measured on the runs that are done"
-    return ASSUMED, "assumed: no variant has two finished seeds yet"
+    return ASSUMED, "assumed: no differences that vary are there yet"

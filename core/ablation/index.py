@@ -107,7 +107,8 @@ class Index:
             server = getattr(cause, "diag", None)  # PostgreSQL's own words, without the statement
             said = one_line(server and server.message_primary or cause)[:400]
             again = "use --rebuild when the database can be used again"
-            if not self._postgresql:
+            broken = "SQLITE_CORRUPT", "SQLITE_NOTADB"  # one that is locked, or whose disk is full, is not
+            if getattr(cause, "sqlite_errorname", "") in broken:
                 again = "delete that file and use --rebuild"
             raise StoreError(f"index {self}: {said}; the runs are intact: {again}") from error
 
@@ -150,6 +151,13 @@ class Index:
     def __str__(self) -> str:
         """Return the address without password and options, which may hold one."""
         return self._url.set(query={}).render_as_string(hide_password=True)
+
+
+def sqlite_address(path: Path) -> str:
+    """Return the address of an SQLite file; a ? or % in its path would else be read as a part of the address."""
+    import sqlalchemy as sql
+
+    return sql.URL.create("sqlite", database=str(path)).render_as_string()
 
 
 def _url(address: str) -> Any:

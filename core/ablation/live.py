@@ -1,8 +1,11 @@
 """What is seen while an ablation runs: a table that moves on a terminal, elsewhere a line now and then."""
 
 import heapq
+import json
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -10,8 +13,9 @@ from core.ablation.results import Result
 from core.ablation.runner import Progress
 from core.ablation.store import Place
 from core.console import PLAIN_EVERY, Console, duration
-from core.run import Run, RunError
 
+TAIL = 1 << 15
+"""Bytes of a metrics file that are looked at first."""
 EVERY = 0.5
 """Seconds between two looks at a terminal's table."""
 
@@ -81,9 +85,9 @@ class Live:
         seen = {place.key: self._look(place, now) for place in progress.running}
         if self._say.terminal:
             self._draw(progress, seen)
-        elif progress.running:
+        else:
             places = "; ".join(" ".join(self._row(place, seen[place.key])) for place in progress.running)
-            self._say(f"{self._head(progress, seen)}: {places}")
+            self._say(f"{self._head(progress, seen)}{': ' if places else ''}{places}")
 
     def close(self) -> None:
         """Take the table away."""
@@ -139,7 +143,9 @@ class Live:
 
     def _head(self, progress: Progress, seen: dict[str, Seen]) -> str:
         failed = f", {progress.failed} failed" if progress.failed else ""
-        text = f"{progress.done} of {progress.total} runs done{failed}"
+        others = progress.total - progress.done - progress.failed - len(progress.running) - len(progress.waiting)
+        elsewhere = f", {others} under way in another process" if others else ""  # which this one waits for
+        text = f"{progress.done} of {progress.total} runs done{failed}{elsewhere}"
         left = self.left(progress, seen)
         return text if left is None else f"{text}, about {duration(left)} left"
 
@@ -202,11 +208,29 @@ def _seen(place: Place) -> Seen:
     """Return what a run has recorded; what another version or half a write left counts as nothing."""
     train = place.job.config.train
     try:
-        rows = Run.open(place.folder).metrics() if (place.folder / "config.json").exists() else []
-        last = next(row for row in reversed(rows) if "train/loss" in row)
+        last = _last_row(place.folder / "metrics.jsonl")
         step, seconds = last["step"], float(last["clock/seconds"])
         share = seconds / train.seconds if train.seconds else step / train.steps
         bpb = last.get("train/bpb")
         return Seen(step, min(1.0, share), seconds, None if bpb is None else float(bpb))
-    except (RunError, StopIteration, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return Seen()
+
+
+def _last_row(path: Path) -> dict[str, Any]:
+    """Return the last line of a metrics file that has a training loss; KeyError without any.
+
+    Read from the end: the whole of a long run twice a second would take this process from the runs.
+    """
+    size = TAIL
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while True:
+            file.seek(max(0, end - size))
+            *lines, _ = file.read(end - file.tell()).split(b"\n")  # what follows the last line end is cut short
+            for line in reversed(lines if size >= end else lines[1:]):
+                if b'"train/loss"' in line:
+                    return json.loads(line)
+            if size >= end:
+                raise KeyError("train/loss")
+            size *= 8

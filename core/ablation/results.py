@@ -87,6 +87,8 @@ class Outcome(NamedTuple):
     plan: Ablation
     results: tuple[Result, ...]
     """In the order of `Ablation.jobs`."""
+    added: tuple[int, ...] = ()
+    """Seeds that were added after a report had shown the others."""
 
     def of(self, variant: str, backend: str | None = None) -> list[Result]:
         """Return the finished runs of a variant, by seed."""
@@ -114,7 +116,7 @@ def read_result(job: Job, folder: Path, status: Status, message: str | None = No
     if found is None or status != "done":
         return made
     score = found["score"]
-    samples = next((r["samples"] for r in reversed(rows) if "samples" in r), [])
+    samples = next((r["samples"] for r in reversed(rows) if isinstance(r.get("samples"), list)), [])
     from core.params import count
 
     return made._replace(
@@ -146,7 +148,9 @@ def starts(home: Path) -> tuple[Start, ...]:
     """Return how a run was started, each time; nothing where that is not known: it only says how fair speeds are."""
     try:
         rows = json.loads((home / "machine.json").read_text(encoding="utf-8"))["starts"]
-        return tuple(Start(**row) for row in rows)
+        made = tuple(Start(**row) for row in rows)
+        numbers = [n for start in made for n in start[2:]]
+        return made if all(n is None or type(n) in (int, float) for n in numbers) else ()
     except (OSError, ValueError, KeyError, TypeError):
         return ()
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -11,16 +12,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from core.ablation.folders import damage, finished
 from core.ablation.results import Start
-from core.ablation.store import Place, Store, damage, finished
+from core.ablation.store import Place, Store
 
 WORKER = (sys.executable, "-m", "core.ablation.worker")
 POLL = 0.2
 """Seconds between two looks at the workers."""
 ELSEWHERE = 2.0
 """Seconds between two looks at runs that another process trains."""
-HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-"""Tells machines apart without naming them."""
+HOST = hashlib.sha256(platform.node().partition(".")[0].encode()).hexdigest()[:8]
+"""Tells machines apart without naming them; what follows the first dot changes where a Mac changes its network."""
 LAST_WORDS = 600
 """Characters of a failed run's last line that are kept."""
 
@@ -187,6 +189,10 @@ def _finish(store: Store, worker: Running) -> None:
     code = worker.process.returncode
     if not finished(worker.place.folder):
         last = damage(worker.place.folder) or _last_line(worker.place.home / "worker.txt")
+        if code < 0:  # what it said last is no reason then
+            why = f"ended by signal {-code} ({signal.strsignal(-code) or 'unknown'})"
+            why += ", often for want of memory" if code == -signal.SIGKILL else ""
+            last = f"{why}; said last: {last}" if last else why
         store.fail(worker.place, last or f"ended with code {code} and said nothing")
     worker.close()
 

@@ -4,6 +4,7 @@ STORE/runs/KEY/run/       a run folder
 STORE/runs/KEY/           job.json: what was asked for; failed.json: how the last try ended, if badly; worker.txt: what
                           it said; lock: held by whoever trains it; machine.json: where it ran, each time it was started
 STORE/ablations/NAME/     members.json (which runs an ablation has), report.html and its pictures
+STORE/*/*/lock            of an ablation: held by whoever writes there
 STORE/index.sqlite        the index: SQLite with a write-ahead log, or any database that SQLAlchemy knows
 """
 
@@ -15,12 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from core.ablation.index import COLUMNS, Index, StoreError
+from core.ablation.folders import Stamps, finished, stamps_of
+from core.ablation.index import COLUMNS, Index, StoreError, sqlite_address
+from core.ablation.locks import alone, locked
 from core.ablation.plan import Ablation, Job, job_key
-from core.ablation.results import Outcome, Result, Start, Status, final, read_result, starts
+from core.ablation.results import Outcome, Result, Start, Status, read_result, starts
 from core.config import ConfigError, RunConfig, from_json, to_json
 from core.files import replace_file
-from core.run import Run, RunError
+from core.run import RunError
 
 SCHEMA = 1
 
@@ -48,11 +51,13 @@ class Store:
             raise StoreError(f"{path}: is a file, expected a folder of ablations; choose another --store")
         self._index = Index(database) if database else None
         self._late: dict[str, Callable[[], None]] = {}
+        self._read: dict[Path, tuple[Stamps, Result]] = {}
+        """Finished runs that were read, since a long run's metrics take a tenth of a second."""
 
     @property
     def index(self) -> Index:
         """The database of the index."""
-        self._index = self._index or Index(f"sqlite:///{self.path / 'index.sqlite'}")
+        self._index = self._index or Index(sqlite_address(self.path / "index.sqlite"))
         return self._index
 
     def place(self, job: Job, code: str, data: dict[str, str]) -> Place:
@@ -77,17 +82,20 @@ class Store:
     def write_members(self, plan: Ablation, places: list[Place]) -> None:
         """Write which runs an ablation has."""
         folder = self.ablation_folder(plan)
-        folder.mkdir(parents=True, exist_ok=True)
         rows = [[p.job.variant, p.job.seed, p.job.backend, p.key] for p in places]
         value = {"schema": SCHEMA, "ablation": plan.name, "file": os.path.abspath(plan.path), "runs": rows}
-        replace_file(folder / "members.json", json.dumps(value, indent=1).encode())
+        with alone(folder):
+            replace_file(folder / "members.json", json.dumps(value, indent=1).encode())
 
     def check_name(self, plan: Ablation) -> None:
-        """Raise StoreError if the store has an ablation of this name that another file describes."""
+        """Raise StoreError if the store has an ablation of this name that another file describes.
+
+        A file that is gone was moved, or the store was: on a Mac one file also has two names, /tmp and /private/tmp.
+        """
         file = self.ablation_folder(plan) / "members.json"
         if file.exists():
-            before = _read(file).get("file")
-            if before != os.path.abspath(plan.path):
+            before = str(_read(file).get("file"))
+            if os.path.exists(before) and not os.path.samefile(before, plan.path):
                 raise StoreError(
                     f"{plan.path}: name: {plan.name!r} is that of {before} in {self.path}: give it another name"
                 )
@@ -110,19 +118,15 @@ class Store:
         """Hold a run against every other process; None where another one holds it. It is inherited by a worker."""
         place.home.mkdir(parents=True, exist_ok=True)
         with open(place.home / "lock", "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield None
-                return
-            yield file
+            yield file if locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB) else None
 
     def busy(self, place: Place) -> bool:
         """Whether some process trains a run now."""
-        if not (place.home / "lock").exists():
+        try:
+            with open(place.home / "lock", "rb") as file:  # shared: whoever only looks keeps nobody else from looking
+                return not locked(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
             return False
-        with self.held(place) as held:
-            return held is None
 
     def status(self, place: Place) -> tuple[Status, str | None]:
         """Return where a run stands, and what it said last if it failed."""
@@ -154,12 +158,19 @@ class Store:
     def _result(self, place: Place) -> Result:
         job = place.job
         state, message = self.status(place)
+        stamps = stamps_of(place.folder)
+        seen, result = self._read.get(place.folder, (None, None))
+        if state == "done" and result is not None and seen == stamps:  # another variant's name may ask for it now
+            return result._replace(variant=job.variant, seed=job.seed, backend=job.backend)
         try:
-            return read_result(job, place.folder, state, message)
-        except RunError as error:
+            result = read_result(job, place.folder, state, message)
+        except (RunError, OSError) as error:
             if state == "running":  # its process will say so itself
                 return Result(job.variant, job.seed, job.backend, state, place.folder)
             return Result(job.variant, job.seed, job.backend, "failed", place.folder, message=message or str(error))
+        if state == "done":
+            self._read[place.folder] = stamps, result
+        return result
 
     # The index.
 
@@ -188,13 +199,18 @@ class Store:
         found: dict[str, list[dict[str, Any]]] = {}
 
         def read() -> dict[str, list[dict[str, Any]]]:
-            found["runs"] = [self._read_row(folder) for folder in sorted((self.path / "runs").glob("*/run"))]
+            found["runs"] = [self._read_row(folder) for folder in self._folders()]
             files = sorted(self.path.glob("ablations/*/members.json"))
             found["members"] = [row for file in files for row in _read_members(file)]
             return found
 
         self.index.rebuild(read)
         return len(found["runs"])
+
+    def _folders(self) -> list[Path]:
+        """Return all run folders, with those that a run failed before it made them."""
+        found = [file for name in ("run", "failed.json") for file in (self.path / "runs").glob(f"*/{name}")]
+        return sorted({file.with_name("run") for file in found})
 
     def rows(self, table: str = "runs") -> list[dict[str, Any]]:
         """Return a table of the index, `runs` or `members`."""
@@ -211,25 +227,6 @@ class Store:
             return _row(folder, self._result(Place(job, value["key"], folder)))
         except (KeyError, ConfigError) as error:
             raise StoreError(f"{folder}: is not a run of this version ({error}); move it away") from error
-
-
-def finished(folder: Path) -> bool:
-    """Whether a run folder holds a finished run, whole."""
-    return _final(folder)[0]
-
-
-def damage(folder: Path) -> str:
-    """Return what is wrong with a run folder; empty if nothing is, or if there is none yet."""
-    return _final(folder)[1]
-
-
-def _final(folder: Path) -> tuple[bool, str]:
-    if not (folder / "config.json").exists():
-        return False, ""
-    try:
-        return final(Run.open(folder).metrics(), folder) is not None, ""
-    except RunError as error:
-        return False, str(error)
 
 
 def _row(folder: Path, result: Result) -> dict[str, Any]:

@@ -39,14 +39,16 @@ METHOD = (
     "“Better” and “worse” need Holm p < 0.05. “Perhaps” means p < 0.05 by itself, but not among all variants.",
     "“Inside noise” means that the interval holds 0: differences like this one appear between seeds even if the "
     "change does nothing. It does not mean that the change does nothing; see what these seeds could have resolved.",
-    "The number of seeds was fixed beforehand, and nothing here corrects for looking early and stopping: where seeds "
-    "are still to come, the verdict is marked as an early look. A seed that failed, or that cannot be compared, is "
+    "All of this takes the number of seeds as fixed beforehand; nothing corrects for looking early and stopping, or "
+    "for more seeds after a look: where seeds are still to come, the verdict is marked as an early look, and where "
+    "some came after a report, that is said. A seed that failed, or that cannot be compared, is "
     "left out and counted: what fails most is not left out by chance, so what is left may flatter it.",
     "What seeds can resolve is the true difference that a two-sided test at 5 % finds with a chance of 80 % "
     "(noncentral t), given the pooled spread of the paired differences. Pooling assumes that variants vary alike.",
     "Equal seconds and equal steps: each pair of variant and reference at the last place that all of its runs reached, "
     "on a straight line between validation estimates. Training curves are single batches, more noisy than scores: of "
-    "them, the height of a line fitted to the quarter of the way before that place is taken. "
+    "them, the height of a line fitted to the quarter of the way before that place is taken. Rates fall towards each "
+    "run’s own end: where one run had ended and the other had not, the one that had ended looks better than it is. "
     "Speed and seconds are what these runs measured: runs side by side slow each other down, and where variant and "
     "reference had different company or machines, that is said.",
     "Equal bytes: against a straight line between the reference and one other variant, the one that makes the line "
@@ -191,7 +193,7 @@ def facts(outcome: Outcome) -> list[tuple[str, str]]:
         ("base", plan.base),
         ("reference", plan.reference),
         ("budget of a run", f"{plan.budget[1]:,} {plan.budget[0]}"),
-        ("seeds, fixed beforehand", ", ".join(map(str, plan.seeds))),
+        ("seeds", ", ".join(map(str, plan.seeds))),
         ("backend", ", ".join(plan.backends) + (f", {plan.dtype}" if plan.dtype else "")),
         ("runs", told),
     ]

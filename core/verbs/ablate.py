@@ -14,6 +14,8 @@ from core.ablation.dry import described, dry_run
 from core.ablation.effects import Effect
 from core.ablation.findings import assess
 from core.ablation.live import Live
+from core.ablation.locks import alone
+from core.ablation.looks import looked
 from core.ablation.plan import Ablation, Job, read_plan
 from core.ablation.report import write_report
 from core.ablation.results import Outcome as Results
@@ -22,7 +24,7 @@ from core.ablation.search import Searched, load_optuna, run_search
 from core.ablation.store import Place, Store, StoreError
 from core.bundled import open_data
 from core.config import ConfigError, RunConfig
-from core.console import Console
+from core.console import Console, one_line
 from core.data import Dataset, identity
 from core.run import Run, RunError
 from core.verbs.common import Context, Outcome, check_data, code_version
@@ -79,6 +81,9 @@ def ablate(options: Ablate, context: Context) -> Outcome:
         say(f"{options.file}: [search] is left alone: add --search to try its settings")
     if options.data is not None:
         plan = plan._replace(settings={**plan.settings, "data.path": options.data})
+    if len(options.devices) > options.parallel:
+        left = " ".join(options.devices[options.parallel :])
+        say(f"careful: with --parallel {options.parallel} nothing runs on --devices {left}; raise --parallel")
     store = Store(options.store, options.database)
     data = {name: identity(_fit(plan.config(name, plan.seeds[0]))) for name in plan.variants}
     code = code_version()
@@ -150,7 +155,10 @@ def ablate(options: Ablate, context: Context) -> Outcome:
         indexed(lambda: _enter(store, plan, everything))
     train(places)
     outcome = store.outcome(plan, places)
-    files = write_report(outcome, store.ablation_folder(plan), searched)
+    folder = store.ablation_folder(plan)
+    with alone(folder):  # another `skc ablate` of this file may have ended now too
+        outcome = outcome._replace(added=looked(folder, places))
+        files = write_report(outcome, folder, searched)
     found = _told(outcome, searched, files, say)
     return found if indexed(store.settle) else found._replace(ok=False)
 
@@ -172,22 +180,39 @@ def _enter(store: Store, plan: Ablation, places: list[Place]) -> None:
 
 
 def _copy(options: Ablate, folder: Path, group: str, place: Place, say: Console) -> None:
-    """Give trackers what an ended run recorded."""
+    """Give trackers what an ended run recorded, unless they have it from an earlier start."""
     if not options.track or not (place.folder / "config.json").exists():
         return
     job = place.job
     name = f"{job.variant}-{job.seed}-{job.backend}"
+    to = folder / "tracked" / name
     try:
         run = Run.open(place.folder)
-        copies = trackers.start(options.track, folder / "tracked" / name, job.config, _silent, name, group)
-        copies.rows(run.metrics())
-        copies.close()
+        with alone(to):  # another `skc ablate` may find the same run ended
+            left = [kind for kind in options.track if not _has(to, kind, run)]
+            copies = trackers.start(left, to, job.config, _silent, name, group)
+            copies.rows(run.metrics() if left else [])
+            copies.close()
+            for kind in set(left) - set(copies.lost):
+                (to / f"{kind}.copied").write_text(_state(run), encoding="utf-8")
     except RunError:  # the report says so
         return
-    except ConfigError as error:  # no account, no network: the runs go on
-        return say(f"{name}: {error}")
+    except Exception as error:  # no account, no network, no space: the runs go on
+        return say(f"{name} was not copied ({one_line(error) or type(error).__name__}); its run folder has it all")
     for lost in copies.lost:
         say(f"{lost} did not get {name}; its run folder has it all")
+
+
+def _has(folder: Path, kind: str, run: Run) -> bool:
+    """Whether a tracker's copy of a run is whole: a long run takes seconds, and all are looked at by every start."""
+    note = folder / f"{kind}.copied"
+    return note.exists() and (folder / kind).exists() and note.read_text(encoding="utf-8") == _state(run)
+
+
+def _state(run: Run) -> str:
+    """Return what changes when a run records more."""
+    found = run.metrics_path.stat()
+    return f"{found.st_size} bytes, {found.st_mtime_ns}"
 
 
 def _silent(_: str) -> None:
@@ -235,7 +260,8 @@ def _told(outcome: Results, searched: Searched | None, files: list[Path], say: C
     for file in files:
         say(f"wrote {file}")
     failed = [f"{r.variant}, seed {r.seed}, {r.backend}: {r.message}" for r in outcome.results if r.status == "failed"]
-    good = not failed and (searched is None or searched.best is not None)
+    whole = all(r.status == "done" for r in outcome.results)  # another process may be trying a failed one again
+    good = whole and (searched is None or searched.best is not None)
     return Outcome(good, {**value, "failed": failed, "files": [str(file) for file in files]})
 
 

@@ -1,0 +1,33 @@
+"""Which runs an ablation's first report was about: seeds that are added after a look were not fixed beforehand."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.ablation.folders import finished
+from core.ablation.store import Place
+from core.files import replace_file
+
+
+def looked(folder: Path, places: Sequence[Place]) -> tuple[int, ...]:
+    """Note what a report is about to show, and return the seeds that came to a variant after its first report.
+
+    A variant is noted with all its seeds by the first report that has a figure of it. What cannot be read counts as no
+    report.
+    """
+    file = folder / "looked.json"
+    try:
+        shown = set(map(str, json.loads(file.read_text(encoding="utf-8"))["shown"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        shown = set()
+    groups: dict[tuple[str, str], list[Place]] = {}
+    for place in places:
+        groups.setdefault((place.job.variant, place.job.backend), []).append(place)
+    added: set[int] = set()
+    for of in groups.values():
+        if any(place.key in shown for place in of):
+            added |= {place.job.seed for place in of if place.key not in shown}
+        elif any(finished(place.folder) for place in of):
+            shown |= {place.key for place in of}
+    replace_file(file, json.dumps({"shown": sorted(shown)}).encode())
+    return tuple(sorted(added))
