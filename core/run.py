@@ -383,7 +383,8 @@ def _refuse_differences(run: Run, config: RunConfig, tokenizer: bytes, data: Any
         raise ConfigError(
             f"{run.path}: data.path={config.data.path} holds other data than when it began ({which}): choose --out"
         )
-    lines = [line for line in differences(run.config, config) if not line.startswith(FREE)]
+    free = FREE if None in (begun, data) else (*FREE, "data.path")  # the same text, wherever it is
+    lines = [line for line in differences(run.config, config) if not line.startswith(free)]
     if lines and (run.checkpoint_path.exists() or run.kept()):
         raise ConfigError(
             f"{run.path} holds a run with other settings ({'; '.join(lines)}): choose another --out, or repeat them"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from core.config import ConfigError, RunConfig, to_json
-from core.files import replace_file
 
 Name = Literal["tensorboard", "wandb"]
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -100,7 +99,9 @@ class WandB:
         self._run.log(flat(new), step=step)
         self._names |= new.keys()
         state = {"id": self._id, "step": self._step, "names": sorted(self._names)}
-        replace_file(self._state_path, json.dumps(state).encode())
+        temporary = self._state_path.with_suffix(".tmp")  # no fsync, as training waits: at worst a line is sent twice
+        temporary.write_text(json.dumps(state), encoding="utf-8")
+        temporary.replace(self._state_path)
 
     def close(self) -> None:
         """Wait until all is written or sent."""
@@ -168,7 +169,7 @@ def start(
         Copies(made, say).close()
         raise
     for kind in names:
-        say(f"copied to {kind} ({folder / kind})")
+        say(f"what is recorded also goes to {kind} ({folder / kind})")
     return Copies(made, say)
 
 

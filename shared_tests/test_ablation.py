@@ -1,5 +1,6 @@
 """Ablation files, the store, the runner: nothing lost, nothing twice, every mistake one clear line. Budget: 60 s."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from core.ablation.results import Start
 from core.ablation.runner import Progress, run_all
 from core.ablation.store import Place, Store, StoreError
 from core.cli import main
-from core.config import ConfigError
+from core.config import ConfigError, DataConfig
 from core.run import Run
 from core.verbs.common import code_version
 from shared_tests.killed import small_data
@@ -126,6 +127,8 @@ def test_a_run_is_named_by_what_decides_it(tmp_path: Path) -> None:
     job = read_plan(write(tmp_path)).jobs()[0]
     key = job_key(job, "code", DATA)
     assert key == job_key(job._replace(variant="other"), "code", DATA)
+    elsewhere = dataclasses.replace(job.config, data=DataConfig("/another/folder"))
+    assert key == job_key(job._replace(config=elsewhere), "code", DATA), "DATA says which text it is, not where"
     others = [job_key(job._replace(**change), "code", DATA) for change in ({"backend": "mlx"}, {"dtype": "float64"})]
     others += [job_key(job, "new", DATA), job_key(job, "code", {"name": "x", "sha256": "1"})]
     others += [job_key(read_plan(write(tmp_path)).jobs()[1], "code", DATA)]

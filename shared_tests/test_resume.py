@@ -13,7 +13,7 @@ import pytest
 import core.train
 from core import presets, rng
 from core.cli import main
-from core.config import DataConfig, RunConfig
+from core.config import ConfigError, DataConfig, RunConfig
 from core.data import Dataset, Prefetch, open_dataset
 from core.engine import Arrays, Batch, Engine
 from core.export.artifact import read_artifact
@@ -315,6 +315,19 @@ def test_another_run_is_refused_in_one_line(
         # The same where only a kept checkpoint is left: it too belongs to the settings of the run.
         if begun.checkpoint_path.exists():
             begun.checkpoint_path.rename(begun.kept_path(2))
+
+
+def test_a_moved_text_is_the_same_text(begun: Run, tmp_path: Path) -> None:
+    """A run goes on with its data in another folder, unless nothing is there to say that it is the same."""
+    moved = str(shutil.copytree(begun.config.data.path, tmp_path / "moved"))
+    config = dataclasses.replace(begun.config, data=DataConfig(moved))
+    data, tokenizer = identity(open_dataset(moved)), begun.tokenizer_path.read_bytes()
+    begun.env_path.rename(tmp_path / "env.json")
+    with pytest.raises(ConfigError, match="data.path"):
+        Run.create(begun.path, config, tokenizer, data)
+    (tmp_path / "env.json").rename(begun.env_path)
+    run = Run.create(begun.path, config, tokenizer, data)
+    assert run.config.data.path == moved and run.checkpoint() is not None
 
 
 def test_one_flipped_bit_is_refused(begun: Run, capsys: pytest.CaptureFixture[str]) -> None:

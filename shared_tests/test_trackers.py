@@ -118,7 +118,7 @@ def test_a_run_and_its_resumption_are_copied_once(tmp_path: Path, capsys: pytest
     (out / "state" / "checkpoint.safetensors").write_bytes(before.kept_path(4).read_bytes())
     capsys.readouterr()
     assert main(["train", "debug", *often, *both, "--out", str(out)]) == 0
-    assert "copied to wandb" in capsys.readouterr().out
+    assert "also goes to wandb" in capsys.readouterr().out
     rows = Run.open(out).metrics()
     assert [r["train/loss"] for r in rows if "train/loss" in r] == [
         r["train/loss"] for r in before.metrics() if "train/loss" in r

@@ -149,6 +149,7 @@ def job_key(job: Job, code: str, data: dict[str, str]) -> str:
     """Return what names a run for ever: settings, backend, type, code and data, not the ablation or variant."""
     config = to_json(job.config)
     config.pop("preset")
+    config.pop("data")  # where the text is: `data` says which it is
     value = {"config": config, "backend": job.backend, "dtype": job.dtype, "code": code, "data": data}
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 

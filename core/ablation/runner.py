@@ -23,6 +23,8 @@ ELSEWHERE = 2.0
 """Seconds between two looks at runs that another process trains."""
 HOST = hashlib.sha256(platform.node().partition(".")[0].encode()).hexdigest()[:8]
 """Tells machines apart without naming them; what follows the first dot changes where a Mac changes its network."""
+LIBRARIES = ("OMP_NUM", "MKL_NUM", "OPENBLAS_NUM", "VECLIB_MAXIMUM")
+"""Variables NAME_THREADS that say how many threads a worker uses; the last one is that of Accelerate on a Mac."""
 LAST_WORDS = 600
 """Characters of a failed run's last line that are kept."""
 
@@ -169,7 +171,7 @@ def _start(
         (place.home / "failed.json").unlink(missing_ok=True)
         variables = {name: value for name, value in os.environ.items() if name != "PGPASSWORD"}  # the index's only
         if how.threads is not None:
-            variables |= {f"{library}_NUM_THREADS": str(how.threads) for library in ("OMP", "MKL", "OPENBLAS")}
+            variables |= {f"{library}_THREADS": str(how.threads) for library in LIBRARIES}
         if how.device is not None:
             variables["CUDA_VISIBLE_DEVICES"] = how.device
         output = open(place.home / "worker.txt", "wb")  # noqa: SIM115
