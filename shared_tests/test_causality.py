@@ -191,7 +191,7 @@ def test_documents_are_isolated_exactly_where_the_preset_says_so(name: str, back
 
 # Random tokens: nothing can be learned, so a loss below ln V can only come from seeing the target.
 
-VOCAB, SEQ, ROWS, STEPS = 32, 17, 8, 150
+VOCAB, SEQ, ROWS, STEPS = 32, 17, 8, 100
 
 
 def plant_leak(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,14 @@
 import heapq
 import json
 import os
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from types import FrameType
 from typing import Any, NamedTuple
 
 from core.ablation.results import Result
@@ -84,7 +88,8 @@ class Live:
         self._shown = now
         seen = {place.key: self._look(place, now) for place in progress.running}
         if self._say.terminal:
-            self._draw(progress, seen)
+            with _whole():
+                self._draw(progress, seen)
         else:
             places = "; ".join(" ".join(self._row(place, seen[place.key])) for place in progress.running)
             self._say(f"{self._head(progress, seen)}{': ' if places else ''}{places}")
@@ -92,7 +97,8 @@ class Live:
     def close(self) -> None:
         """Take the table away."""
         if self._live is not None:
-            self._live.stop()
+            with _whole():
+                self._live.stop()
             self._live = None
 
     def _look(self, place: Place, now: float) -> Seen:
@@ -234,3 +240,20 @@ def _last_row(path: Path) -> dict[str, Any]:
             if size >= end:
                 raise KeyError("train/loss")
             size *= 8
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Let Ctrl-C wait until something is drawn: half a table cannot be taken away."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: noted.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if noted:
+        before(*noted[0])
