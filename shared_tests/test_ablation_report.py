@@ -212,11 +212,8 @@ def test_one_variant_a_lost_reference_and_stale_pictures(cases: Reports, tmp_pat
     assert "".join(written(unfinished(made), tmp_path / "out")[0].words)
 
 
-@pytest.mark.parametrize("width", [NARROW, 900])
-def test_pictures_show_the_figures_inside_their_frame(width: int, cases: Reports) -> None:
-    made = cases.made["twelve"]
-    (found,) = assess(made)
-    drawn = draw(made, found, width)
+def inside(drawn: dict[str, charts.Picture]) -> None:
+    """Assert that every mark lies in its picture's frame, words with about the room that they take."""
     for name, picture in drawn.items():
         for mark in picture.marks:
             reach = len(mark.words) * mark.width * 0.55 if mark.shape == "words" else 0.0
@@ -224,6 +221,14 @@ def test_pictures_show_the_figures_inside_their_frame(width: int, cases: Reports
             for x, y in mark.places:
                 assert x - left >= -1 and x - left + reach <= picture.width + 1, (name, mark)
                 assert 0 <= y <= picture.height, (name, mark)
+
+
+@pytest.mark.parametrize("width", [NARROW, 900])
+def test_pictures_show_the_figures_inside_their_frame(width: int, cases: Reports) -> None:
+    made = cases.made["twelve"]
+    (found,) = assess(made)
+    drawn = draw(made, found, width)
+    inside(drawn)
     rings = [mark for mark in drawn["difference"].marks if mark.shape == "ring"]
     assert len(rings) == 5 * 9 + 4, "every seed, but for the one variant far away"
     one = next(e for e in found.ends if e.variant == "koopman")

@@ -129,6 +129,19 @@ def test_ctrl_c_takes_the_table_away(ran: tuple[list[str], Path], tmp_path: Path
     assert "interrupted; the same command goes on" in last and "training" not in last
 
 
+def test_ctrl_c_waits_until_a_table_is_drawn() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    drawn = []
+    try:
+        with pytest.raises(KeyboardInterrupt), live._whole():
+            os.kill(os.getpid(), signal.SIGINT)
+            drawn.append("half")
+            drawn.append("whole")
+        assert drawn == ["half", "whole"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Clock:
     """Stands for module `time`."""
 

@@ -31,7 +31,7 @@ from core.config import RunConfig
 from core.run import Run
 from shared_tests.killed import small_data
 from shared_tests.test_ablation import DATA, go, taken
-from shared_tests.test_ablation_report import EVIL, Page, offline
+from shared_tests.test_ablation_report import EVIL, Page, inside, offline
 
 PLAN = """
     name = "rates"
@@ -329,13 +329,7 @@ def test_pictures_show_the_trials_inside_their_frame(width: int, tmp_path: Path)
     made = runs.search(read(tmp_path, text.replace("trials = 12", "trials = 30")))
     drawn = draw(made, width)
     assert list(drawn) == ["search", "search fields"]
-    for name, picture in drawn.items():
-        for mark in picture.marks:
-            reach = len(mark.words) * mark.width * 0.55 if mark.shape == "words" else 0.0
-            left = {"start": 0.0, "middle": reach / 2, "end": reach}[mark.anchor]
-            for x, y in mark.places:
-                assert x - left >= -1 and x - left + reach <= picture.width + 1, (name, mark)
-                assert 0 <= y <= picture.height, (name, mark)
+    inside(drawn)
     far = [t for t in made.trials[1:] if t.bpb is not None and t.bpb > 5]
     assert far and made.failed
     for name, panels in (("search", 1), ("search fields", 5)):
