@@ -1,6 +1,15 @@
-"""The one way in which a file is replaced, the one way in which inputs are opened, and the name of a failed write."""
+"""The doors: the one way in which a file is opened to be read, and the one in which a file is written.
 
+Whatever lies under a name (a FIFO, a device, a link, a folder, a file that is too large, cut or of another type), a
+reader gets the bytes of a regular file or one typed error at once, and a writer never writes through a link.
+"""
+
+import fcntl
+import json
 import os
+import re
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,15 +17,104 @@ from typing import Any, BinaryIO
 
 OPENED: list[str] = []
 """Real paths that this process opened through `open_input`, each once: what an audited evaluation declares."""
+MAX_TEXT = 64 << 20
+"""Bytes of the largest text file (JSON, JSON lines, TOML, notes) that is read whole."""
+KINDS = {
+    stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link",
+}  # fmt: skip
+MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp$")
 
 
-def open_input(path: str | Path) -> BinaryIO:
-    """Open a file that an evaluation reads (artifact, tokenizer, shards, manifest) and note it in OPENED; OSError."""
-    file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+class FileError(ValueError):
+    """A file cannot be what was expected: the message names the file, what it is and what to do."""
+
+
+def open_file(path: str | Path, limit: int | None = None) -> BinaryIO:
+    """Open a regular file of at most `limit` bytes for reading; FileError for any other kind, OSError.
+
+    A link to a regular file is one. Nothing waits, whatever is there, and no device is opened.
+    """
+    _refuse_kind(path, os.stat(path).st_mode)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(handle)
+        _refuse_kind(path, status.st_mode)  # once more: the name may have changed hands since
+        if limit is not None and status.st_size > limit:
+            raise FileError(
+                f"{path}: {status.st_size:,} bytes, expected at most {limit:,}: this is not the file it is named as"
+            )
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def open_input(path: str | Path, limit: int | None = None) -> BinaryIO:
+    """Open a file that an evaluation reads (artifact, tokenizer, shards, manifest) and note it in OPENED."""
+    file = open_file(path, limit)
+    note_input(path)
+    return file
+
+
+def note_input(path: str | Path) -> None:
+    """Declare that the evaluation in this process reads `path`."""
     real = os.path.realpath(path)
     if real not in OPENED:
         OPENED.append(real)
-    return file
+
+
+def read_file(path: str | Path, limit: int) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes; FileError, OSError."""
+    with open_file(path, limit) as file:
+        return read_bounded(path, file, limit)
+
+
+def read_bounded(path: str | Path, file: BinaryIO, limit: int) -> bytes:
+    """Return the rest of an open file of at most `limit` bytes; FileError if it grew beyond that since."""
+    data = file.read(limit + 1)
+    if len(data) > limit:
+        raise FileError(f"{path}: over {limit:,} bytes: this is not the file it is named as")
+    return data
+
+
+def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
+    """Return the text of a UTF-8 file, less a byte order mark; FileError, OSError."""
+    return decode(path, read_file(path, limit))
+
+
+def decode(where: object, data: bytes) -> str:
+    """Return UTF-8 `data` as text, less a byte order mark; FileError names `where` and the encoding that was met."""
+    for mark, name in MARKS.items():
+        if data.startswith(mark):
+            raise FileError(f"{where}: is {name}, expected UTF-8: save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{where}: not UTF-8: {error.reason} at byte {error.start}: save it as UTF-8") from error
+
+
+def read_json(path: str | Path, limit: int = MAX_TEXT) -> Any:
+    """Return the value of a JSON file; FileError, OSError."""
+    return parse_json(path, read_text(path, limit))
+
+
+def parse_json(where: object, text: str) -> Any:
+    """Return the value of a JSON text, which must not hold NaN or infinity; FileError names `where`."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{where}: not JSON ({error}); the file is damaged") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _refuse_kind(path: str | Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise FileError(f"{path}: is {KINDS.get(stat.S_IFMT(mode), 'no file')}, expected a regular file")
 
 
 @contextmanager
@@ -25,21 +123,97 @@ def naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+@contextmanager
+def new_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a fresh file that takes the place of `path` when the block ends: fsynced, renamed.
+
+    A kill or an error leaves what was there. The fresh name did not exist and is no link; where `path` is a link, the
+    link is replaced, not what it points to.
+    """
+    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, 0o666), "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, temporary):  # the block may read other files too
+            error.filename, error.filename2 = str(path), None
         raise
 
 
 def replace_file(path: str | Path, *parts: Any) -> None:
-    """Write byte `parts` to a temporary name beside `path`, fsync, rename: a kill leaves the old file or the new."""
-    temporary = f"{path}.tmp"
+    """Write byte `parts` in place of `path`: a kill leaves the old file or the new one."""
+    with new_file(path) as file:
+        for part in parts:
+            file.write(part)
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """Write `text` in place of `path`, in UTF-8; lone surrogates become question marks."""
+    replace_file(path, text.encode("utf-8", "replace"))
+
+
+def append_file(path: str | Path) -> BinaryIO:
+    """Open a file of our own for more bytes at its end, and make it if there is none; FileError for a link, OSError."""
+    return _open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab")
+
+
+def edit_file(path: str | Path) -> BinaryIO:
+    """Open a file of our own, which must be there, to read it and to write into it; FileError for a link, OSError."""
+    return _open_own(path, os.O_RDWR, "r+b")
+
+
+def _open_own(path: str | Path, flags: int, mode: str) -> BinaryIO:
+    try:
+        _refuse_kind(path, os.lstat(path).st_mode)
+    except FileNotFoundError:
+        if not flags & os.O_CREAT:
+            raise
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
+    try:
+        _refuse_kind(path, os.fstat(handle).st_mode)
+        return os.fdopen(handle, mode)  # pyright: ignore[reportReturnType] - both modes are binary
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what killed writers of `folder` left behind: only whoever holds the folder may do that."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if TEMPORARY.search(name) and stat.S_ISREG(os.lstat(path).st_mode):
+            os.unlink(path)
+
+
+def sync_folder(path: str | Path) -> None:
+    """Fsync a folder, so that the names in it outlive a crash of the machine."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with naming(path):
-            with open(temporary, "wb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def locked(file: BinaryIO, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file until it is closed or its process ends; False if another process holds it; FileError.
+
+    `shared` locks keep out exclusive ones only. Without `wait` the answer comes at once.
+    """
+    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise FileError(f"{file.name}: {error.strerror}: no locks here; choose a folder on another disk") from error
+    return True
