@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 OPENED: list[str] = []
 """Real paths that this process opened through `open_input`, each once: what an audited evaluation declares."""
+TELL: BinaryIO | None = None
+"""Where each of these is written too, at once and ended by a zero byte: a process may die before it can list them."""
 MAX_TEXT = 64 << 20
 """Bytes of the largest text file (JSON, JSON lines, TOML, notes) that is read whole."""
 KINDS = {
@@ -63,6 +65,8 @@ def note_input(path: str | Path) -> None:
     real = os.path.realpath(path)
     if real not in OPENED:
         OPENED.append(real)
+        if TELL is not None:
+            TELL.write(os.fsencode(real) + b"\0")
 
 
 def read_file(path: str | Path, limit: int) -> bytes:
