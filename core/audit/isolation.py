@@ -67,10 +67,6 @@ class Isolated(NamedTuple):
     """What was attempted, in words."""
     executed: list[str]
     """Programs that were started, with their arguments."""
-    reached: list[str]
-    """Attempts on the memory or the open files of other processes."""
-    outlived: bool
-    """Processes went on after the answer, and were ended."""
     packages: dict[str, str]
     """Distribution -> version of all that was imported."""
     measures: list[str]
@@ -78,6 +74,10 @@ class Isolated(NamedTuple):
     missing: list[str]
     """What was not, and why."""
     returncode: int
+    reached: Sequence[str] = ()
+    """Attempts on the memory or the open files of other processes."""
+    outlived: bool = False
+    """Processes went on after the answer, and were ended."""
 
 
 def run_isolated(
@@ -145,7 +145,7 @@ def run_isolated(
             files=files,
             network=[words for words in dict.fromkeys(network) if not _is_local(words, own)],
             executed=list(dict.fromkeys(seen.executed if seen else events["executed"])),
-            reached=list(dict.fromkeys(seen.reached)) if seen else [],
+            reached=tuple(dict.fromkeys(seen.reached)) if seen else (),
             outlived=ending.outlived,
             packages=_versions(answer["packages"]),
             measures=force,
