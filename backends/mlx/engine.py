@@ -152,7 +152,8 @@ class Engine:
         return self._guarded(new, state, finite)
 
     def _guarded(self, new, old, finite):
-        return {name: mx.where(finite, value, old[name]) for name, value in new.items()}
+        # MLX: BLAS multiplies, and rounds, what lies in other strides by another path
+        return {name: mx.contiguous(mx.where(finite, value, old[name])) for name, value in new.items()}
 
     def _update_together(self, grads, loss, hyper, count):
         """Do what _update does with all ranks: each updates its part of Muon's matrices, which then go to all."""
@@ -264,7 +265,7 @@ class Engine:
 
     def load_params(self, params: Arrays, quantise: bool = False) -> None:
         check_arrays(params, {name: row.shape for name, row in self._table.items()}, "weights")
-        self._params = {name: mx.array(params[name], self._wide) for name in self._table}
+        self._params = self._on_device(params, self._table)
         self._state |= {f"{name}.ema": value for name, value in self._params.items() if f"{name}.ema" in self._slots}
         self.quantise, self._weights = quantise, None
         mx.eval(self._params)
@@ -279,7 +280,7 @@ class Engine:
 
     def load_optimizer(self, state: Arrays) -> None:
         check_arrays(state, self._slots, "optimizer state")
-        self._state = {name: mx.array(state[name], self._wide) for name in self._slots}
+        self._state = self._on_device(state, self._slots)
         self._weights = None
         mx.eval(self._state)
 
@@ -314,6 +315,11 @@ class Engine:
             weights = exported(self._config, self._train, self._params, self._state)
             self._weights = self._store(weights) if self.quantise else weights
         return self._weights
+
+    def _on_device(self, arrays, names):
+        """Return arrays from the host by name, row after row."""
+        # MLX: an array keeps the strides of the numpy array that it is made of
+        return {name: mx.array(np.ascontiguousarray(arrays[name]), self._wide) for name in names}
 
     def _constants(self, seq, position=0):
         """Return the tables of positions `position` to `position + seq`; those of rows from 0 on are kept."""
