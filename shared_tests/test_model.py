@@ -166,6 +166,28 @@ def test_every_parameter_gets_a_gradient_within_two_steps(name: str, backend: st
     assert live == set(made.params())
 
 
+@pytest.mark.parametrize("seq", [1, 5])
+@pytest.mark.parametrize("name", ["tiny", "ternary_74m", "skc_mac", EVERYTHING])
+def test_one_layer_trains(name: str, seq: int) -> None:
+    """The twins take the same steps where there is nothing to skip to, and parameters of 0 rows would be."""
+    config = mini(name)
+    alone: dict[str, Any] = {"layers": 1, "shared_blocks": None, "repeat_layers": (), "engram_layer": 0}
+    alone["bank"] = "none" if config.model.bank == "none" else "head"
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **alone),
+        train=dataclasses.replace(config.train, batch=2, seq=seq, repeat_from=0.0),
+    )
+    assert all(row.size for row in params.param_table(config.model).values())
+    ends = []
+    for backend in BACKENDS:
+        made = engine(backend, config, working_weights(config.model, 1.0), dtype="float64")
+        for step, batch in enumerate(batches(config, 2)):
+            made.train_step(batch, schedule.plan(step, 0.5, config.train)).result()
+        ends.append(made.params())
+    assert_same(*ends, P2_FLOAT64)
+
+
 @pytest.mark.parametrize("name", ["tiny", "ablate"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_micro_batches_give_the_gradient_of_the_whole(backend: str, name: str) -> None:

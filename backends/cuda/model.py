@@ -81,8 +81,8 @@ class Model(nn.Module):
             self.bank_middle = Bank(config, exact)
         if "head" in config.banks:
             self.bank_head = Bank(config, exact)
-        if config.unet_skips:
-            self.skip_weights = nn.Parameter(torch.zeros(config.layers // 2, config.dim))
+        if config.skips:
+            self.skip_weights = nn.Parameter(torch.zeros(config.skips, config.dim))
         if config.vocab_bias:
             self.vocab_bias = nn.Parameter(torch.zeros(config.vocab))
 
