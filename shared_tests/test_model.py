@@ -131,6 +131,21 @@ def test_bfloat16_computes_the_same_model_with_float32_masters(name: str, backen
         assert value.dtype == np.float32 and not np.array_equal(value, weights[key]), key
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_stay_narrow_up_to_the_cross_entropy(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias in float32 would widen them: twice their memory, and twice what the kernel reads and writes."""
+    config, ops, seen = mini("ternary_74m"), module(backend, "ops"), []
+    made, batch = engine(backend, config, dtype="bfloat16"), batches(config, 1)[0]
+    assert config.model.vocab_bias
+    costs = ops.cross_entropy
+    monkeypatch.setattr(
+        ops, "cross_entropy", lambda x, *given: seen.append((str(x.dtype), len(given))) or costs(x, *given)
+    )
+    made.gradients(batch)
+    made.nll(batch.tokens, batch.targets)
+    assert len(seen) == 2 and all("bfloat16" in dtype and given == 4 for dtype, given in seen), seen
+
+
 # torch imports its compiler's parts under names it has itself deprecated.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("backend, name", [*((backend, "debug") for backend in BACKENDS), ("mlx", OPPOSITE)])
