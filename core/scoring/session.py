@@ -89,9 +89,9 @@ class Session:
 
     def exchange(self) -> None:
         """Enter what every rank has scored since the last time into every rank's ledger."""
-        self.flush()
         if self._ranks.world == 1:
             return
+        self.flush()
         empty = np.empty(0, np.int64), np.empty(0)
         sides = [np.concatenate(side) for side in zip(*[empty, *self._held], strict=True)]
         for positions, nats in zip(*map(self._ranks.gather, sides), strict=True):
