@@ -218,7 +218,7 @@ class EvalConfig:
     stride: int | None = None
     """Targets scored per window after the first (sliding, documents); None: seq, windows do not overlap."""
     batch: int = 8
-    """Windows per forward pass (changes speed and memory, not the score)."""
+    """Windows per forward pass (changes speed and memory, not the score); a GPU takes 65,536 tokens if that is more."""
     documents: int | None = None
     """Score only this many documents, drawn at random: an estimate with an error bar, never a score. None: all."""
     train_documents: int = 32

@@ -297,6 +297,11 @@ class ModelConfig:
         """The places of the bank."""
         return {"none": (), "head": ("head",), "middle": ("middle",), "both": ("middle", "head")}[self.bank]
 
+    @property
+    def skips(self) -> int:
+        """Layers whose output a later one adds again, each with a scale per channel; of one layer, none."""
+        return self.layers // 2 if self.unet_skips else 0
+
     def block_of(self, layer: int) -> int:
         """Return the block whose weights a layer uses."""
         return layer if self.shared_blocks is None else layer % self.shared_blocks

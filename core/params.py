@@ -184,8 +184,8 @@ def param_table(config: ModelConfig) -> dict[str, Param]:
         table |= {f"blocks.{i}.{name}": row for name, row in _block(config, i, mine).items()}
     for place in config.banks:
         table |= _bank(config, f"bank_{place}")
-    if config.unet_skips:
-        table["skip_weights"] = Param((config.layers // 2, config.dim), ONE, "vector")
+    if config.skips:
+        table["skip_weights"] = Param((config.skips, config.dim), ONE, "vector")
     if config.vocab_bias:
         table["vocab_bias"] = Param((config.vocab,), ZERO, "vector")
     return table

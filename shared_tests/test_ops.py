@@ -160,3 +160,23 @@ def test_a_row_that_is_zero_gets_no_gradient(backend: str) -> None:
     ones = np.ones((1, 3, 6))
     (found,) = gradients(backend, module(backend, "ops").hashed_rows, (table, rows), [ones], "float64").values()
     assert (found == np.array([1.0, 0.0, 0.0, 2.0, 0.0])[:, None]).all()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_the_cross_entropy_is_added_before_the_cap(backend: str, exact: bool) -> None:
+    ops, dtype = module(backend, "ops"), "float64" if exact else "float32"
+    targets, cotangents = np.array([[0, 8, 4], [3, 3, 7]], np.int32), [draw(f"bias/{i}", 2, 3) for i in "nz"]
+    given = (5 * draw("bias/logits", 2, 3, 9), targets, 2 * draw("bias", 9))
+    inside = lambda x, t, b: ops.cross_entropy(x, t, exact, 15.0, b)  # noqa: E731
+    apart = lambda x, t, b: ops.cross_entropy(ops.softcap(x + b, 15.0, exact), t, exact)  # noqa: E731
+    sides = []
+    for function in (inside, apart):
+        out = call(backend, function, given, dtype)
+        grads = gradients(backend, function, given, cotangents, dtype)
+        assert set(grads) == {"0", "2"}
+        sides.append([*out, *grads.values()])
+    for ours, theirs in zip(*sides, strict=True):
+        assert relative_rms(ours, theirs) <= (P1_EXACT if exact else P1_FAST)
+    bare = call(backend, lambda x, t: ops.cross_entropy(x, t, exact, 15.0), given[:2], dtype)
+    assert relative_rms(sides[0][0], bare[0]) > 0.01

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections import deque
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +14,8 @@ from backends.mlx.blas import load_fast_blas
 from backends.mlx.distributed import reduce
 from backends.mlx.model import Model
 from core.context import Constants
-from core.engine import Arrays, Batch, EngineOptions, State, StepResult, micro_batches
+from core.engine import Arrays, Batch, EngineOptions, Scoring, State, StepResult, micro_batches
+from core.fitting import fitting, note, usable
 from core.params import check_arrays, exported, optimizer_slots, param_table
 from core.ranks import buckets, updated_by
 from core.schedule import NUMBERS, StepPlan
@@ -70,6 +72,7 @@ class Engine:
         check_arrays(weights, names, "weights for the MLX model")
         self._tables: dict[tuple[int, int], Constants] = {}
         self._mixing = [mx.array(table, self._wide) for table in mixer_tables(config.model)]
+        self.scoring = Scoring()  # MLX: windows of eval.batch, one pass after the other
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
         self._weights = None
@@ -86,7 +89,9 @@ class Engine:
         self._change = compiled(self._rules)
         self._after = compiled(self._follow)
         self.ranks, self._buckets = ranks, buckets(config, ranks.world)
-        self._score = compiled(self._nll)
+        self._memory = usable(None, ranks)  # MLX: its GPU has the machine's
+        self._fitting: dict[int, int] = {}
+        self._score = compiled(self._costs)
         self._predict = compiled(self._logits)
         self._store = compiled(self._stored)
         self.notes = (
@@ -94,6 +99,7 @@ class Engine:
             f"attention: {'exact, composed' if self._exact else 'mx.fast.scaled_dot_product_attention'}",
             f"scan: {'exact, step by step' if self._exact else 'in chunks'}",
             f"BLAS: {load_fast_blas() if options.fast_blas else 'as MLX ships it'}",
+            *note(config, self._rows(self._train.seq), self._memory),
         )
 
     # The pure functions that are compiled: parameters and state go in and come out.
@@ -113,9 +119,13 @@ class Engine:
     def _logits(self, weights, tokens, tables):
         return self._forward(weights, tokens, tables)[0]
 
-    def _losses(self, weights, tokens, targets, tables, repeat):
+    def _costs(self, weights, tokens, targets, tables, repeat=True):
+        """Return -log p(target) and the logsumexp of every position."""
         logits, _ = self._forward(weights, tokens, tables, repeat, capped=False)
-        nll, total = ops.cross_entropy(logits, targets, self._exact, self._config.softcap)
+        return ops.cross_entropy(logits, targets, self._exact, self._config.softcap, weights.get("vocab_bias"))
+
+    def _losses(self, weights, tokens, targets, tables, repeat):
+        nll, total = self._costs(weights, tokens, targets, tables, repeat)
         loss = mx.mean(nll)
         return loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss, loss
 
@@ -178,16 +188,12 @@ class Engine:
         _, loss, grads = self._gradient(weights, tokens, targets, tables, repeat)
         return self._update(params, state, grads, loss, hyper, 1.0)
 
-    def _nll(self, weights, tokens, targets, tables):
-        logits, _ = self._forward(weights, tokens, tables, capped=False)
-        return ops.cross_entropy(logits, targets, self._exact, self._config.softcap)[0]
-
     # The protocol.
 
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
         hyper = mx.array(np.array(plan.numbers), self._wide)
         seq = batch.tokens.shape[1]
-        parts, shares, count = micro_batches(batch, self._train.rows_of(seq)[1], self.ranks.world)
+        parts, shares, count = micro_batches(batch, self._rows(seq), self.ranks.world)
         tables, number = self._constants(seq), mx.array(count, self._wide)
         weights = self._trained(self._params, plan.quantise)
         if count == 1 and self.ranks.world == 1:
@@ -224,8 +230,14 @@ class Engine:
         return float(np.array(objective)), {name: np.array(grads[name]) for name in self._table}
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return self.nll_later(tokens, targets, True)()
+
+    def nll_later(self, tokens: np.ndarray, targets: np.ndarray, often: bool) -> Callable[[], np.ndarray]:
+        # MLX: compiling takes moments: it is always done
         tables = self._constants(tokens.shape[1])
-        return np.array(self._score(self._scored(), mx.array(tokens), mx.array(targets), tables))
+        nll, _ = self._score(self._scored(), mx.array(tokens), mx.array(targets), tables)
+        mx.async_eval(nll)
+        return lambda: np.array(nll)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         return np.array(self._predict(self._scored(), mx.array(tokens), self._constants(tokens.shape[1])))
@@ -320,6 +332,13 @@ class Engine:
         """Return arrays from the host by name, row after row."""
         # MLX: an array keeps the strides of the numpy array that it is made of
         return {name: mx.array(np.ascontiguousarray(arrays[name]), self._wide) for name in names}
+
+    def _rows(self, seq):
+        """Return how many rows of `seq` tokens go through the model at once."""
+        if seq not in self._fitting:
+            composed = self._exact or mx.default_device() != mx.Device(mx.gpu)  # MLX: fused attention needs a GPU
+            self._fitting[seq] = fitting(self._run, seq, self.dtype, self._memory, composed)
+        return self._fitting[seq]
 
     def _constants(self, seq, position=0):
         """Return the tables of positions `position` to `position + seq`; those of rows from 0 on are kept."""

@@ -27,6 +27,7 @@ from core.ranks import Ranks, agree, join
 from core.run import Follower, Run, RunError, config_digest
 from core.scoring import check_plugins
 from core.scoring.plugins import load_plugins
+from core.spans import rooms
 from core.train import Summary, check_rows, done, train
 from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_data, environment, same_start
 
@@ -86,7 +87,7 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
         check_budget(config)
     check_plugins(config.eval, load_plugins(config.eval.plugins))  # now, not after the training
     same_start(ranks, config, dataset, dry_run=options.dry_run, dtype=options.dtype, out=out)
-    choices = EngineOptions(dtype=options.dtype)
+    choices = EngineOptions(dtype=options.dtype, spans=rooms(dataset.train, config, ranks.world))
     engine = load_engine(backend, config, start_weights(config, dataset.train), choices, ranks=ranks)
     if options.dry_run:
         return _forecast(engine, dataset, config, out, time.perf_counter() - began, say)
