@@ -57,7 +57,7 @@ def cases(op: str, n: int) -> list[tuple]:
         ]
     if op == "scan":
         forget = 1 / (1 + np.exp(draw(f"{op}/decay/{n}", 2, n, 3)))
-        forget[:, ::5] = 0.0
+        forget[:, 1::5] = 0.0  # not at the first position: the start must count
         return [(forget, draw(f"{op}/{n}", 2, n, 3), draw(f"{op}/start", 2, 3))]
     if op == "softcap":
         return [(20 * x, 30.0)]

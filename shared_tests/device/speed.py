@@ -81,7 +81,7 @@ def sized(config: RunConfig, micro: int | None, child: Child) -> RunConfig:
 
 def built(child: Child, config: RunConfig) -> tuple[Engine, Batch]:
     """Return an engine and its rows of one step."""
-    ranks = rank_of(RANKS if child.backend == "cuda" and child.gpu else 1, child.backend)
+    ranks = rank_of((RANKS if child.gpu else 2) if child.backend == "cuda" else 1, child.backend)
     engine = load_engine(
         child.backend, config, options=EngineOptions(compile=None if child.gpu else False), ranks=ranks
     )
