@@ -212,12 +212,14 @@ class Engine(Protocol):
         """Replace the optimizer state; strict like `load_params`."""
         ...
 
-    def matmul_rate(self, n: int, repeats: int) -> float:
-        """Measure the FLOP/s of (n, n) @ (n, n) in the compute type: the best of `repeats`."""
+    def matmul_rate(self) -> tuple[int, float]:
+        """Measure (n, FLOP/s of (n, n) @ (n, n)) in the compute type, n as large as fills the device: at best on a CPU,
+        in a row on a GPU.
+        """
         ...
 
     def update_seconds(self, plan: StepPlan, repeats: int) -> float:
-        """Measure the optimizer update alone (clip, rules, averages, finiteness guard): the mean of `repeats`.
+        """Measure this rank's optimizer update alone (clip, rules, averages, finiteness guard): the mean of `repeats`.
 
         It runs on stand-in gradients and leaves weights and optimizer state as they are. A mean, as steps are timed:
         the best of several would flatter the update's share of a step on a busy machine.

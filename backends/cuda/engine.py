@@ -324,17 +324,26 @@ class Engine:
             self._state[name].copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
         self._weights = None
 
-    def matmul_rate(self, n: int, repeats: int) -> float:
+    def matmul_rate(self) -> tuple[int, float]:
+        gpu = self._device.type == "cuda"
+        n, repeats = (8192, 20) if gpu else (1024, 5)
         # CUDA: not a constant, which a GPU multiplies faster than what models hold: it takes less power
         a = torch.randn((n, n), device=self._device).to(self._compute)
-        best = float("inf")
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
+        torch.matmul(a, a)
+        if not gpu:
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                torch.matmul(a, a)
+                times.append(time.perf_counter() - start)
+            return n, 2 * n**3 / min(times)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):  # CUDA: one after the other without waiting: a launch takes as long as a small product
             torch.matmul(a, a)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-        return 2 * n**3 / best
+        end.record()
+        end.synchronize()
+        return n, 2e3 * n**3 * repeats / begin.elapsed_time(end)
 
     def update_seconds(self, plan: StepPlan, repeats: int) -> float:
         hyper = torch.tensor(plan.numbers, dtype=self._wide, device=self._device)
@@ -346,10 +355,24 @@ class Engine:
         for turn in range(repeats + 1):
             if turn == 1:  # the first one compiles
                 start = time.perf_counter()
-            self._finish(params, state, grads, loss, hyper, count)
+            self._updated(params, state, grads, loss, hyper, count)
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
         return (time.perf_counter() - start) / repeats
+
+    def _updated(self, params, state, grads, loss, hyper, count):
+        """Update params and state in place, with what this rank does of it where there are others."""
+        if self.ranks.world == 1:
+            self._finish(params, state, grads, loss, hyper, count)
+            return
+        reducer, kept = Reducer(self.ranks, self._buckets), (self._params, self._state)
+        for name, grad in grads.items():
+            reducer.add(name, grad)
+        self._params, self._state = params, state
+        try:
+            self._update_together(reducer, loss, hyper, count)
+        finally:
+            self._params, self._state = kept
 
     def stats(self) -> dict[str, float]:
         if self._device.type == "cuda":
