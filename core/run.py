@@ -3,12 +3,12 @@
 A kill at any moment loses at most the steps since the last checkpoint.
 """
 
-import errno
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from core.config import LATER, ConfigError, RunConfig, differences, from_json, to_json
 from core.engine import Arrays, Engine
-from core.files import naming, replace_file
+from core.files import TEMPORARY, naming, new_file, open_file, replace_file, sweep
 from core.params import check_arrays, optimizer_slots, param_table
 from core.ranks import Ranks, agree, share_arrays
 from core.trackers import Copies
@@ -48,8 +48,6 @@ FREE = (
     "eval.", "export.",
 )  # fmt: skip
 """Fields that may change when a run is resumed: they do not decide its weights."""
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-"""What a file system without hard links answers: it gets a copy."""
 MAX_TEXT = 64 << 20
 SCHEMA = 2
 
@@ -113,6 +111,8 @@ class Run:
             _refuse_differences(run, config, tokenizer, data)
         run = cls(path, config)
         (path / "state").mkdir(parents=True, exist_ok=True)
+        for folder in (path, path / "state"):
+            sweep(folder)
         run._write_json(path / "config.json", to_json(config))
         replace_file(run.tokenizer_path, tokenizer)
         return run
@@ -187,14 +187,8 @@ class Run:
         """Give the last checkpoint, which is that of `step`, a name of its own if the run keeps it."""
         train, kept = self.config.train, self.kept_path(step)
         if train.keep_every and train.save_every and step % (train.save_every * train.keep_every) == 0:
-            with naming(kept):
-                kept.unlink(missing_ok=True)
-                try:
-                    os.link(self.checkpoint_path, kept)
-                except OSError as error:
-                    if error.errno not in NO_LINKS:
-                        raise
-                    replace_file(kept, self.checkpoint_path.read_bytes())
+            with new_file(kept) as copy, open_file(self.checkpoint_path) as last:
+                shutil.copyfileobj(last, copy, 1 << 20)
 
     def kept_path(self, step: int) -> Path:
         """Return where the checkpoint of `step` is kept, if it is."""
@@ -357,7 +351,7 @@ def _tensor(path: Path, file: Any, key: str) -> np.ndarray:
 
 def _strangers(path: Path) -> list[str]:
     """Return what is in a folder, less the temporary file that a kill during `create` leaves."""
-    return [name for name in os.listdir(path) if name not in ("config.json.tmp", "state")]
+    return [name for name in os.listdir(path) if name != "state" and not TEMPORARY.search(name)]
 
 
 def _drop_cut_line(path: Path) -> None:
