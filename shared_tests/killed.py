@@ -18,7 +18,7 @@ from core.config import DataConfig, RunConfig
 from core.data import open_dataset
 from core.engine import EngineOptions, load_engine
 from core.prepare import prepare
-from core.run import Checkpoint, Run
+from core.run import Checkpoint, Run, hold
 from core.train import train
 
 PLACES = ("write", "fsync", "rename", "copy")
@@ -86,6 +86,8 @@ def child(backend: str, path: str, data: str, die: str) -> None:
     fix_threads(backend)
     config, dataset = everything(data), open_dataset(data)
     engine = load_engine(backend, config, options=EngineOptions(dtype="float32", compile=False))
+    lock = hold(path)
+    lock.__enter__()  # until the process ends
     run = Run.create(path, config, dataset.tokenizer.model, {"name": dataset.name})
     run.record_environment({"data": {"name": dataset.name}})
     marks, save = os.open(marks_of(run.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT), run.save
