@@ -12,6 +12,8 @@ MOST_ENTRIES = 1024
 """Entries of a setting that is a list."""
 LARGEST = 1e12
 """Largest number that is not a whole one."""
+FEW = 8
+"""Entries of the longest list that a message shows."""
 WORD = 100
 """Letters of the longest word for which a word like it is looked for."""
 
@@ -56,13 +58,18 @@ def require_text(where: str, value: str) -> None:
 
 
 def told(value: Any) -> str:
-    """Return any value as a few words: of text its start, of what holds other values their number."""
+    """Return any value in a few words: of long text its start, of what holds much its length."""
     if isinstance(value, list | tuple | dict):
-        return f"a {'table' if isinstance(value, dict) else 'list'} of {len(value):,}"
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        if len(inner) > FEW or any(isinstance(one, list | tuple | dict) for one in inner):
+            return f"a {'table' if isinstance(value, dict) else 'list'} of {len(value):,}"
+        pairs = [f"{told(key)}: {told(one)}" for key, one in value.items()] if isinstance(value, dict) else None
+        return f"{{{', '.join(pairs)}}}" if pairs is not None else f"[{', '.join(map(told, value))}]"
     if isinstance(value, int) and not isinstance(value, bool):
         return whole(value)
-    long = isinstance(value, str) and len(value) > WORD
-    return f"{value[:WORD]!r}..." if long else repr(value)
+    if isinstance(value, str) and len(value) > WORD:
+        return f"{value[:WORD]!r}..."
+    return repr(value)
 
 
 def whole(value: int) -> str:

@@ -11,7 +11,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -171,12 +171,14 @@ def edit_file(path: str | Path) -> BinaryIO:
     return _open_own(path, os.O_RDWR, "r+b")
 
 
-def _open_own(path: str | Path, flags: int, mode: str) -> BinaryIO:
-    try:
+def check_own(path: str | Path) -> None:
+    """Raise FileError for anything but a regular file, or nothing, in the place of a file of our own; OSError."""
+    with suppress(FileNotFoundError):
         _refuse_kind(path, os.lstat(path).st_mode)
-    except FileNotFoundError:
-        if not flags & os.O_CREAT:
-            raise
+
+
+def _open_own(path: str | Path, flags: int, mode: str) -> BinaryIO:
+    check_own(path)
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
     try:
         _refuse_kind(path, os.fstat(handle).st_mode)
