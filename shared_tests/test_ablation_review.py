@@ -18,6 +18,7 @@ from core.ablation.runner import Progress, run_all
 from core.ablation.store import Place, Store, StoreError
 from core.cli import main
 from core.console import Console
+from core.files import FileError
 from core.run import Run
 from shared_tests.ablations import outcome
 from shared_tests.killed import small_data
