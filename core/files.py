@@ -45,7 +45,7 @@ def open_file(path: str | Path, limit: int | None = None) -> BinaryIO:
             raise FileError(
                 f"{path}: {status.st_size:,} bytes, expected at most {limit:,}: this is not the file it is named as"
             )
-        return os.fdopen(handle, "rb")
+        return open(path, "rb", opener=lambda name, flags: handle)  # noqa: SIM115 - with os.fdopen it had no name
     except BaseException:
         os.close(handle)
         raise
@@ -171,18 +171,16 @@ def edit_file(path: str | Path) -> BinaryIO:
     return _open_own(path, os.O_RDWR, "r+b")
 
 
-def check_own(path: str | Path) -> None:
-    """Raise FileError for anything but a regular file, or nothing, in the place of a file of our own; OSError."""
-    with suppress(FileNotFoundError):
-        _refuse_kind(path, os.lstat(path).st_mode)
-
-
 def _open_own(path: str | Path, flags: int, mode: str) -> BinaryIO:
-    check_own(path)
+    try:
+        _refuse_kind(path, os.lstat(path).st_mode)
+    except FileNotFoundError:
+        if not flags & os.O_CREAT:
+            raise
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
     try:
         _refuse_kind(path, os.fstat(handle).st_mode)
-        return os.fdopen(handle, mode)  # pyright: ignore[reportReturnType] - both modes are binary
+        return open(path, mode, opener=lambda name, flags: handle)  # pyright: ignore[reportReturnType] - both are binary
     except BaseException:
         os.close(handle)
         raise
@@ -204,6 +202,12 @@ def sync_folder(path: str | Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_own(path: str | Path) -> None:
+    """Raise FileError for anything but a regular file, or nothing, in the place of a file of our own; OSError."""
+    with suppress(FileNotFoundError):
+        _refuse_kind(path, os.lstat(path).st_mode)
 
 
 def locked(file: BinaryIO, shared: bool = False, wait: bool = False) -> bool:
