@@ -12,7 +12,7 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,7 +48,7 @@ def open_file(path: str | Path, limit: int | None = None) -> io.BufferedReader:
             raise FileError(
                 f"{path}: {status.st_size:,} bytes, expected at most {limit:,}: this is not the file it is named as"
             )
-        return os.fdopen(handle, "rb")
+        return open(path, "rb", opener=lambda name, flags: handle)  # noqa: SIM115 - with os.fdopen it had no name
     except BaseException:
         os.close(handle)
         raise
@@ -238,6 +238,12 @@ def sync_folder(path: str | Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_own(path: str | Path) -> None:
+    """Raise FileError for anything but a regular file, or nothing, in the place of a file of our own; OSError."""
+    with suppress(FileNotFoundError):
+        _refuse_kind(path, os.lstat(path).st_mode)
 
 
 def locked(file: BinaryIO, shared: bool = False, wait: bool = False) -> bool:

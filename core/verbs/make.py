@@ -20,7 +20,7 @@ from core.engram import start_weights
 from core.export.artifact import check_limits
 from core.export.budget import predicted_bytes
 from core.finish import finish
-from core.forecast import Forecast, forecast
+from core.forecast import Forecast, check_steps, forecast
 from core.heartbeat import Heartbeat
 from core.params import count, exported
 from core.probe import probe
@@ -81,6 +81,8 @@ def train_run(options: Train, context: Context) -> Outcome:
 
 def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ranks, context: Context) -> Outcome:
     say, began = context.say, time.perf_counter()
+    if options.dry_run and config.train.seconds is None:
+        check_steps(config.train.steps)
     dataset = open_data(config.data.path)
     check_data(config, dataset)
     check_limits(config.model)
