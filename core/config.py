@@ -61,7 +61,8 @@ class TrainConfig:
     seq: int = 512
     """Tokens per row."""
     micro_batch: int | None = None
-    """Rows per forward and backward pass, to fit memory; None: all rows at once. Must divide train.batch."""
+    """Rows per forward and backward pass; None: all rows at once. Must divide train.batch. An engine halves it until it
+    should fit in memory, and says so."""
     lr_embed: float = 3e-3
     """Learning rate of the embedding group."""
     lr_matrix: float = 3e-3
