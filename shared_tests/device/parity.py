@@ -160,7 +160,7 @@ def main(file: str, steps: str, *names: str) -> None:
     """Write `sample` of presets to a file."""
     import torch
 
-    torch.set_num_threads(min(4, os.cpu_count() or 1))
+    torch.set_num_threads(min(4, torch.get_num_threads()))
     found = {f"{name}/{key}": value for name in names for key, value in sample(name, int(steps)).items()}
     np.savez(file, **found)  # pyright: ignore[reportArgumentType]
 
