@@ -66,13 +66,20 @@ def hold(path: str | Path) -> Iterator[None]:
         with of_a_run():
             _refuse_strangers(path)
             path.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(append_file(path / "lock"))
-            if not locked(file):
-                raise RunError(f"{path}: another process writes into this run: wait until it ends, or stop it")
-            sweep(path)
-            if (path / "state").exists():
+            stack.enter_context(alone(path))
+            if os.path.lexists(path / "state"):
                 own_folder(path / "state")
                 sweep(path / "state")
+        yield
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the one process that writes into a folder that is there, as `hold` does; FileError, RunError."""
+    with append_file(folder / "lock") as file:
+        if not locked(file):
+            raise RunError(f"{folder}: another process writes into it: wait until it ends, or stop it")
+        sweep(folder)
         yield
 
 
