@@ -42,7 +42,7 @@ def read_environment(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     value = read_object(path)
-    check_value(value, ENVIRONMENT, f"{path}: env")
+    check_value(value, ENVIRONMENT, str(path))
     return value
 
 

@@ -19,7 +19,9 @@ from core.checkpoint import read_checkpoint, write_checkpoint
 from core.config import LATER, ConfigError, RunConfig, differences, from_json, to_json
 from core.engine import Engine
 from core.files import (
+    MAX_TEXT,
     TEMPORARY,
+    FileError,
     append_file,
     edit_file,
     locked,
@@ -52,6 +54,8 @@ NAMES = (
 )  # fmt: skip
 """Files that training writes: better that none is a folder at its start than at its end."""
 MAX_TOKENIZER = 16 << 20
+BLOCK = 1 << 16
+"""Bytes that are looked through at a time for the end of the last whole line."""
 
 
 @contextmanager
@@ -122,7 +126,7 @@ class Run:
             if (path / "config.json").exists():
                 run = cls.open(path)
                 _refuse_differences(run, config, tokenizer, data)
-                _refuse_folders(path)
+                run.check()
                 if any(line.startswith(JUDGED) for line in differences(run.config, config)):
                     run.forget()
             run = cls(path, config)
@@ -131,6 +135,14 @@ class Run:
             run._write_json(path / "config.json", to_json(config))
             replace_file(run.tokenizer_path, tokenizer)
         return run
+
+    def check(self) -> None:
+        """Raise RunError for a damaged record, or a folder where a file is written: better now than after the work."""
+        self.metrics()
+        self.environment()
+        for name in NAMES:
+            if (self.path / name).is_dir() and not (self.path / name).is_symlink():
+                raise RunError(f"{self.path / name}: is a folder, expected a file of the run; move it away")
 
     def _write_json(self, path: Path, value: dict[str, Any]) -> None:
         replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -342,21 +354,21 @@ def _refuse_strangers(path: Path) -> None:
             raise RunError(f"{path}: exists, is not empty and is not a run; choose another --out")
 
 
-def _refuse_folders(path: Path) -> None:
-    for name in NAMES:
-        if (path / name).is_dir() and not (path / name).is_symlink():
-            raise RunError(f"{path / name}: is a folder, expected a file of the run; move it away")
-
-
 def _drop_cut_line(path: Path) -> None:
     """Cut a file back to its last whole line: a kill or a full disk may have left part of one."""
     with edit_file(path) as file:
-        size = end = file.seek(0, os.SEEK_END)
+        size = file.seek(0, os.SEEK_END)
+        if size > MAX_TEXT:
+            raise FileError(f"{path}: {size:,} bytes, expected at most {MAX_TEXT:,}: it is not read again")
+        end = size
         while end:
-            file.seek(end - 1)
-            if file.read(1) == b"\n":
+            begin = max(0, end - BLOCK)
+            file.seek(begin)
+            place = file.read(end - begin).rfind(b"\n")
+            if place >= 0:
+                end = begin + place + 1
                 break
-            end -= 1
+            end = begin
         if end != size:
             file.truncate(end)
 

@@ -127,7 +127,6 @@ def _begin(
         try:
             stack.enter_context(hold(out))
             run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
-            run.environment()
             found = run.finished()
             if found is not None and again:
                 run.forget()
@@ -272,6 +271,7 @@ def export_run(options: Export, context: Context) -> Outcome:
 
 def _export(options: Export, context: Context) -> Outcome:
     run = Run.open(options.run)
+    run.check()
     saved = run.checkpoint(options.step)
     if saved is None:
         raise RunError(
