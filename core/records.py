@@ -70,8 +70,8 @@ class Number:
     """A finite number, or a whole one, from `low` to `high`."""
 
     what: str = "a finite number"
-    low: float = -1e300
-    high: float = 1e300
+    low: float = -1e15
+    high: float = 1e15
     whole: bool = False
 
 

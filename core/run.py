@@ -200,22 +200,24 @@ class Run:
         self._write_rows(kept)
 
     def finished(self) -> dict[str, Any] | None:
-        """Return what metrics.jsonl says of the end that the run came to, and its files; None before that.
+        """Return what metrics.jsonl says of the end that the run came to, and its files.
 
-        RunError where a record is damaged.
+        None before that, and where the artifact, the report or the checkpoint is not that of the end; RunError where a
+        record is damaged.
         """
-        rows = self.metrics()
         found: dict[str, Any] = {}
-        for row in rows:
-            found |= {name: value for name, value in row.items() if name.startswith("final/") or name == "samples"}
-            found["step"] = row["step"]
+        for row in self.metrics():
+            found |= {**row, "final": row["step"]} if "final/artifact" in row else row
         names = ["final/score", "final/artifact", *(["final/plugins"] if self.config.eval.plugins else [])]
         files = [self.artifact_path, self.path / "report.md", self.path / "curve.png"]
-        whole = all(name in found for name in names) and all(file.is_file() for file in files)
-        seconds = next((row["clock/seconds"] for row in reversed(rows) if "clock/seconds" in row), 0.0)
+        if not all(name in found for name in names) or not all(file.is_file() for file in files):
+            return None
+        saved = self.checkpoint()
+        same = self.artifact_path.stat().st_size == found["final/artifact"]["bytes"]
+        if saved is None or saved.step != found["final"] or not same:
+            return None
         backend = self.environment().get("backend", "unknown")
-        ends = {"seconds": seconds, "backend": backend, "files": [str(file) for file in files]}
-        return {**found, **ends} if whole else None
+        return {**found, "backend": backend, "files": [str(file) for file in files]}
 
     def _write_rows(self, rows: list[dict[str, Any]]) -> None:
         replace_file(self.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())

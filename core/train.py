@@ -184,8 +184,8 @@ def check_rows(settings: TrainConfig, ranks: Ranks) -> None:
     lines = settings.steps // settings.log_every
     if settings.seconds is None and lines > MOST_LINES:
         raise ConfigError(
-            f"train.log_every={settings.log_every} gives {lines:,} log lines in train.steps={settings.steps:,}: expected "
-            f"at most {MOST_LINES:,}; raise train.log_every"
+            f"train.log_every={settings.log_every} gives {lines:,} log lines in train.steps={settings.steps:,}: "
+            f"expected at most {MOST_LINES:,}; raise train.log_every"
         )
     if settings.batch < ranks.world:
         raise ConfigError(f"train.batch={settings.batch} rows cannot be shared by {ranks.world} ranks: use fewer ranks")

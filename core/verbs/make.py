@@ -150,7 +150,7 @@ def _shown(out: Path, config: RunConfig, found: dict[str, Any], say: Console) ->
     artifact = {"path": str(out / "artifact.skc"), **stored}
     value = {
         "run": str(out), "step": found["step"], "score": score, "artifact": artifact, "files": found["files"],
-        "samples": found.get("samples", []), "seconds": found["seconds"], "backend": found["backend"],
+        "samples": found.get("samples", []), "seconds": found.get("clock/seconds", 0.0), "backend": found["backend"],
         "parameters": count(config.model), "already": True,
     }  # fmt: skip
     value |= {"plugins": found["final/plugins"]} if config.eval.plugins else {}
