@@ -95,8 +95,25 @@ def play(place: Place, verb: str, file: str, kind: str) -> int:
 
 
 def test_a_draw_of_all_cases(place: Place) -> None:
-    codes = [play(place, *case) for case in drawn(QUICK, 40, "hostile/run")]
+    cases = {verb: [case for case in QUICK if case[0] == verb] for verb in FILES if verb != "audit"}
+    codes = [play(place, *case) for verb, some in cases.items() for case in drawn(some, 4, f"hostile/run/{verb}")]
     assert {0, 2} == set(codes) and codes.count(2) > 10, "a draw without refusals, or with nothing else, proves little"
+
+
+@pytest.mark.parametrize("verb, name", [("train", "state"), ("track", "tensorboard"), ("audit", "audit")])
+def test_a_folder_of_a_run_is_no_link(verb: str, name: str, place: Place) -> None:
+    """Written through it, files of somebody else would be replaced, and swept."""
+    run, theirs = copied(place.base, place.folder / "run"), place.folder / "theirs"
+    theirs.mkdir()
+    for file in ("checkpoint.safetensors", "events.out.tfevents.1", "legality.md"):
+        (theirs / file).write_text("mine")
+    before = contents(theirs)
+    shutil.rmtree(run / name, ignore_errors=True)
+    (run / name).symlink_to(theirs)
+    ran = place.server.run(place.command(verb, run), place.folder)
+    judge(ran, (2,))
+    assert f"{run / name}: is a link" in ran.err and contents(theirs) == before
+    shutil.rmtree(theirs)
 
 
 @pytest.mark.long
