@@ -16,6 +16,7 @@ from core.config import ConfigError, RunConfig, TrainConfig
 from core.console import duration
 from core.data import Dataset, Prefetch, batch
 from core.engine import Batch, Engine, Pending
+from core.files import MAX_TEXT
 from core.generate import samples
 from core.ranks import Ranks, Stopped, agree, share
 from core.run import Run
@@ -24,6 +25,8 @@ from core.scoring import score
 from core.scoring.accounting import bits_per_byte, training_bytes
 
 Say = Callable[[str], None]
+MOST_LINES = MAX_TEXT // 400
+"""Log lines of which metrics.jsonl can be read: one has about 300 bytes."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -177,7 +180,13 @@ def _any(ranks: Ranks, mine: bool) -> bool:
 
 
 def check_rows(settings: TrainConfig, ranks: Ranks) -> None:
-    """Raise ConfigError for a run of fewer rows than ranks."""
+    """Raise ConfigError for a run of fewer rows than ranks, or of more log lines than are read again at its end."""
+    lines = settings.steps // settings.log_every
+    if settings.seconds is None and lines > MOST_LINES:
+        raise ConfigError(
+            f"train.log_every={settings.log_every} gives {lines:,} log lines in train.steps={settings.steps:,}: "
+            f"expected at most {MOST_LINES:,}; raise train.log_every"
+        )
     if settings.batch < ranks.world:
         raise ConfigError(f"train.batch={settings.batch} rows cannot be shared by {ranks.world} ranks: use fewer ranks")
 

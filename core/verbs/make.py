@@ -130,7 +130,6 @@ def _begin(
         try:
             stack.enter_context(hold(out))
             run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
-            run.environment()
             found = run.finished()
             if found is not None and again:
                 run.forget()
@@ -154,7 +153,7 @@ def _shown(out: Path, config: RunConfig, found: dict[str, Any], say: Console) ->
     artifact = {"path": str(out / "artifact.skc"), **stored}
     value = {
         "run": str(out), "step": found["step"], "score": score, "artifact": artifact, "files": found["files"],
-        "samples": found.get("samples", []), "seconds": found["seconds"], "backend": found["backend"],
+        "samples": found.get("samples", []), "seconds": found.get("clock/seconds", 0.0), "backend": found["backend"],
         "parameters": count(config.model), "already": True,
     }  # fmt: skip
     value |= {"plugins": found["final/plugins"]} if config.eval.plugins else {}
@@ -275,6 +274,7 @@ def export_run(options: Export, context: Context) -> Outcome:
 
 def _export(options: Export, context: Context) -> Outcome:
     run = Run.open(options.run)
+    run.check()
     saved = run.checkpoint(options.step)
     if saved is None:
         raise RunError(
