@@ -99,6 +99,9 @@ class EngineOptions:
     """Use the float64-safe forms of the ops; None: only in float64."""
     compile: bool | None = None
     """Compile the training step; None: where the backend gains by it."""
+    newton_schulz: Literal["float32", "bfloat16"] | None = None
+    """Type of Newton-Schulz's products in Muon; masters and momentum stay wide. None: that of the masters, but bfloat16
+    where torch computes in bfloat16 on a GPU."""
     fast_blas: bool = True
     """MLX on Linux: load a fast BLAS into the process before MLX."""
 
