@@ -117,6 +117,9 @@ class EngineOptions:
     spans: tuple[tuple[int, int, int], ...] = ()
     """(rows, tokens a row, documents in them): for how many documents attention without a mask has room in batches of
     this shape, by the text (core/spans.py); MLX has a mask."""
+    newton_schulz: Literal["float32", "bfloat16"] | None = None
+    """Type of Newton-Schulz's products in Muon; masters and momentum stay wide. None: that of the masters, but bfloat16
+    where torch computes in bfloat16 on a GPU."""
     fast_blas: bool = True
     """MLX on Linux: load a fast BLAS into the process before MLX."""
 
