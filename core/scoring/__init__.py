@@ -122,7 +122,7 @@ def score(
         full=drawn is None,
         error=None if error is None else bits_per_byte(error, 1),
         bpb_raw=bits_per_byte(all_nats, raw_bytes) if raw_bytes else None,
-        windows=_described(config, drawn is not None),
+        windows=described(config, ledger.entries["order"], drawn is not None, bool(plugins)),
         plugins=config.plugins if plugins else (),
     )
 
@@ -178,10 +178,16 @@ def _stride(config: EvalConfig) -> int:
     return config.stride or config.seq
 
 
-def _described(config: EvalConfig, drawn: bool) -> str:
+def described(config: EvalConfig, order: np.ndarray, drawn: bool = False, plugins: bool = True) -> str:
+    """Return in words how a text was cut, and that plug-ins changed the order if `order`, of its ledger, says so.
+
+    Windows with carry take the longest document first, as they always do; plug-ins have no say in that.
+    """
     if config.windows == "stateful":
         return f"stateful seq={config.seq}"
-    return f"{'documents' if drawn else config.windows} seq={config.seq} stride={_stride(config)}"
+    moved = plugins and not drawn and bool((np.diff(order) < 0).any())
+    how = f"{'documents' if drawn else config.windows} seq={config.seq} stride={_stride(config)}"
+    return f"{how}, documents in the order of plug-ins" if moved else how
 
 
 def _streams(split: Split, drawn: np.ndarray | None, isolated: bool) -> list[tuple[int, int]]:
