@@ -2,9 +2,11 @@
 
 A prediction may change only if the changed token was in its context (an earlier input of its window or stream), or was
 scored in an earlier forward pass, from which plug-ins may have learned. Every other prediction, that of the changed
-target itself included, must have the same bits, over the whole vocabulary.
+target itself included, must have the same bits, over the whole vocabulary. The end of a document is flipped as well:
+what is predicted there must not know that the document ends.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +29,27 @@ BLOCK = 1 << 22
 """Values that a checksum takes at once."""
 
 
-class Prints:
-    """Remembers a checksum of the predictions for the targets before `tokens`, and what each of them could see."""
+ROUNDING = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
+"""Nats by which the rounding of a compute type may change a prediction that is computed twice; more is no rounding."""
+RESHAPED = 10
+"""How many times that where the forward passes have other shapes."""
+FAINT = -50.0
+"""Log-probabilities below this are taken for this: what is so unlikely decides nothing."""
+TRIES = 3
+"""Ends of documents that are tried until one can be compared."""
 
-    def __init__(self, tokens: int) -> None:
+
+class Prints:
+    """Remembers a checksum of the predictions for the targets before `tokens`, and what each of them could see.
+
+    Of the targets at `places` it keeps the whole distribution.
+    """
+
+    def __init__(self, tokens: int, places: Sequence[int] = ()) -> None:
         self.predicted = np.zeros(tokens, np.uint64)
         self.first_input = np.full(tokens, -1, np.int64)
+        self.places = np.unique(np.asarray(places, np.int64))
+        self.rows = np.zeros((0, 0), np.float32)
 
     def wants(self, number: int) -> bool:
         """Look at every pass."""
@@ -41,10 +58,36 @@ class Prints:
     def see(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
         """Take the checksums of a pass."""
         kept = view.kept & (view.positions < len(self.predicted))
-        places = view.positions[kept]
-        self.predicted[places] = checksums(logprobs[kept])
+        places, values = view.positions[kept], logprobs[kept]
+        self.predicted[places] = checksums(values)
         firsts = np.broadcast_to(view.positions[:, :1] - 1, view.positions.shape)
         self.first_input[places] = firsts[kept]
+        if len(self.places):
+            if not len(self.rows):
+                self.rows = np.full((len(self.places), values.shape[1]), np.nan, values.dtype)
+            found = np.isin(places, self.places)
+            self.rows[np.searchsorted(self.places, places[found])] = values[found]
+
+    def save(self, path: Path) -> None:
+        """Write what was looked at as one .npz file."""
+        seen = np.flatnonzero(self.first_input >= 0)
+        sides = {"predicted": self.predicted[seen], "first_input": self.first_input[seen]}
+        np.savez(path, seen=seen, places=self.places, rows=self.rows, **sides)
+
+    @classmethod
+    def load(cls, path: Path, tokens: int) -> "Prints":
+        """Read what `save` wrote of a text of `tokens`; ValueError if it is of another."""
+        with np.load(path, allow_pickle=False) as file:
+            seen, predicted, firsts, places, rows = (
+                file[n] for n in ("seen", "predicted", "first_input", "places", "rows")
+            )
+        found = cls(tokens, places)
+        if not (len(seen) == len(predicted) == len(firsts) and rows.ndim == 2 and rows.dtype.kind == "f"):
+            raise ValueError(f"{path}: not what was predicted")
+        if len(seen) and not 0 <= seen.min() <= seen.max() < tokens:
+            raise ValueError(f"{path}: of a text of another length")
+        found.predicted[seen], found.first_input[seen], found.rows = predicted, firsts, rows
+        return found
 
 
 def checksums(values: np.ndarray) -> np.ndarray:
@@ -65,37 +108,45 @@ class Predictions(NamedTuple):
 
     predicted: np.ndarray  # (tokens,) uint64: checksums
     order: np.ndarray  # (tokens,) int64: number of the pass
-    first_input: np.ndarray  # (tokens,) int64: the first token that the prediction could see
+    first_input: np.ndarray  # (tokens,) int64: the first token that the prediction could see; -1: not looked at
     nats: np.ndarray  # (tokens,) float64
+    places: np.ndarray = np.zeros(0, np.int64)  # (places,) int64: targets whose whole distribution was kept
+    rows: np.ndarray = np.zeros((0, 0), np.float32)  # (places, V) log-probabilities
 
-    @classmethod
-    def load(cls, path: Path) -> "Predictions":
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            return cls(*(file[name] for name in cls._fields))
-
-    def save(self, path: Path) -> None:
-        """Write the arrays as one .npz file."""
-        np.savez(path, **self._asdict())
-
-    def first(self, tokens: int) -> "Predictions":
-        """Return the predictions of the first `tokens` tokens, filled up if there are fewer."""
-        kept = [np.concatenate([side[:tokens], np.zeros(max(0, tokens - len(side)), side.dtype)]) for side in self]
-        return Predictions(*kept)
+    def row(self, place: int) -> np.ndarray | None:
+        """Return the log-probabilities (V,) for the target at `place`, where they were kept."""
+        i = int(np.searchsorted(self.places, place))
+        return self.rows[i] if i < len(self.places) and self.places[i] == place else None
 
     def like(self, other: "Predictions") -> np.ndarray:
         """Return which targets were scored by the same pass and from the same first token on in both, (tokens,)."""
         return (self.order > 0) & (self.order == other.order) & (self.first_input == other.first_input)
 
-    def may_notice(self, places: list[int], learns: bool) -> np.ndarray:
+    def may_notice(self, places: Sequence[int] | np.ndarray, learns: bool) -> np.ndarray:
         """Return which targets may be predicted otherwise when the tokens at `places` are changed, (tokens,) bool."""
-        targets = np.arange(len(self.order))
-        allowed = np.zeros(len(targets), bool)
-        for place in places:
-            allowed |= (self.first_input <= place) & (place < targets)
+        places = np.asarray(places, np.int64)
+        before = np.zeros(len(self.order) + 1, np.int64)  # changed tokens before each
+        before[places + 1] = 1
+        before = np.cumsum(before)[:-1]
+        allowed = before > before[np.maximum(self.first_input, 0)]
         if learns:
-            allowed |= self.order > min(int(self.order[place]) for place in places)
+            orders = self.order[places]
+            allowed |= self.order > orders[orders > 0].min(initial=np.iinfo(np.int64).max)
         return allowed
+
+    def gap(self, other: "Predictions", places: Sequence[int] | np.ndarray = ()) -> np.ndarray:
+        """Return how far apart the predictions of every target are in nats, (tokens,).
+
+        That is the difference of what the target costs. For the targets at `places`, which are not the same in both,
+        it is the largest difference over the vocabulary; inf where the distributions were not kept.
+        """
+        far = np.abs(self.nats - other.nats)
+        for place in np.asarray(places, np.int64).tolist():
+            mine, theirs = self.row(place), other.row(place)
+            far[place] = np.inf
+            if mine is not None and theirs is not None:
+                far[place] = np.abs(np.maximum(mine, FAINT) - np.maximum(theirs, FAINT)).max()
+        return far
 
 
 class Effect(NamedTuple):
@@ -107,33 +158,67 @@ class Effect(NamedTuple):
     """Predictions that changed, and could."""
     wrong: np.ndarray
     """Targets whose prediction changed and must not, (count,) int64."""
+    gaps: np.ndarray
+    """How far each of these was moved, in nats, (count,) float64."""
+
+    def beyond(self, bound: float) -> "Effect":
+        """Return the effect without those that were moved by no more than rounding."""
+        far = ~(self.gaps <= bound)
+        return self._replace(wrong=self.wrong[far], gaps=self.gaps[far])
 
 
-def compare(base: Predictions, changed: Predictions, places: list[int], learns: bool, whole: bool) -> Effect:
-    """Return what changing the tokens at `places` did.
+def compare(base: Predictions, changed: Predictions, places: Sequence[int], learns: bool) -> Effect:
+    """Return what changing the tokens at `places` did to a text.
 
-    `whole`: both are of one text from end to end, so a target that is scored at another time is wrong as well: the
-    order of scoring must not depend on the text that is scored. Otherwise such targets are left out.
+    A target that is scored at another time is wrong as well: the order of scoring must not depend on what is scored.
     """
-    same, allowed = base.like(changed), base.may_notice(places, learns)
-    differs = base.predicted != changed.predicted
-    if whole:
-        scored = (base.order > 0) | (changed.order > 0)
-        allowed, differs = allowed & same, differs | ~same
-    else:
-        scored = same
+    same = base.like(changed)
+    allowed = base.may_notice(places, learns) & same
+    differs = (base.predicted != changed.predicted) | ~same
+    scored = (base.order > 0) | (changed.order > 0)
     held = scored & ~allowed
-    return Effect(int(held.sum()), int((scored & differs & allowed).sum()), np.flatnonzero(held & differs))
+    wrong = np.flatnonzero(held & differs)
+    gaps = np.where(same, base.gap(changed, places), np.inf)[wrong]
+    return Effect(int(held.sum()), int((scored & differs & allowed).sum()), wrong, gaps)
 
 
-def predict(engine: Engine, text: Split, config: RunConfig, plugins: bool) -> Predictions:
-    """Score a piece of text in one pass, with the plug-ins of `config` or without, and return what was predicted."""
-    ledger, prints = Ledger(len(text)), Prints(len(text))
+def compare_end(base: Predictions, changed: Predictions, place: int, learns: bool) -> Effect | None:
+    """Return what it did that a document goes on at `place`, where it ended: None if that cannot be told.
+
+    What comes after is cut otherwise, so that only predictions up to there are held. With plug-ins the passes before
+    must have been the same, or they have learned something else.
+    """
+    held = (base.order > 0) & (changed.order > 0) & (base.first_input == changed.first_input)
+    held &= np.arange(len(base.order)) <= place
+    if learns:
+        end = base.order[place]
+        early = (base.order < end) | (changed.order < end)
+        if (base.order != changed.order)[early].any():
+            return None
+        held &= (base.order <= end) & (changed.order <= end)
+    if not held[place]:
+        return None
+    wrong = np.flatnonzero(held & (base.predicted != changed.predicted))
+    return Effect(int(held.sum()), 0, wrong, base.gap(changed, [place])[wrong])
+
+
+def predict(engine: Engine, text: Split, config: RunConfig, plugins: bool, places: Sequence[int] = ()) -> Predictions:
+    """Score a piece of text in one pass, with the plug-ins of `config` or without, and return what was predicted.
+
+    The whole distribution is kept of the targets at `places`.
+    """
+    ledger, prints = Ledger(len(text)), Prints(len(text), places)
     isolated, vocab = config.model.documents == "isolated", config.model.vocab
     used = load_plugins(config.eval.plugins) if plugins else []
     score_text(engine, text, config.eval, ledger, None, isolated, used, vocab, prints)
-    order, nats = (np.append(0, ledger.entries[name]) for name in ("order", "nats"))
-    return Predictions(prints.predicted, order, first_inputs(prints.first_input, text, config), nats)
+    return found_by(prints, ledger.entries, text, config)
+
+
+def found_by(prints: Prints, entries: np.ndarray, text: Split, config: RunConfig) -> Predictions:
+    """Return what was predicted, out of what a scoring pass left in the prints and in the ledger."""
+    order, nats = (np.append(0, entries[name]) for name in ("order", "nats"))
+    firsts = first_inputs(prints.first_input, text, config)
+    return Predictions(prints.predicted, order.astype(np.int64), firsts, nats, prints.places, prints.rows)
 
 
 def first_inputs(of_windows: np.ndarray, text: Split, config: RunConfig) -> np.ndarray:
@@ -142,44 +227,98 @@ def first_inputs(of_windows: np.ndarray, text: Split, config: RunConfig) -> np.n
         return of_windows
     starts = text.document_starts if config.model.documents == "isolated" else np.zeros(1, np.int64)
     inputs = np.maximum(np.arange(len(of_windows)) - 1, 0)
-    return starts[np.searchsorted(starts, inputs, "right") - 1]
+    return np.where(of_windows >= 0, starts[np.searchsorted(starts, inputs, "right") - 1], -1)
 
 
 def flip_test(
-    engine: Engine, split: Split, config: RunConfig, flips: int, seed: int, progress: Progress
+    engine: Engine, split: Split, config: RunConfig, flips: int, seed: int, bound: float, progress: Progress
 ) -> dict[str, Any]:
-    """Flip `flips` tokens at random places and return what noticed, as plain JSON values."""
+    """Flip `flips` tokens at random places, and ends of documents, and return what noticed, as plain JSON values.
+
+    `bound`: nats that rounding may make (ROUNDING); it counts only where one text scored twice gives other bits.
+    """
     learns = bool(config.eval.plugins)
     pieces = _pieces(split, config, seed)
     value: dict[str, Any] = {
-        "flips": 0, "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0, "by_plugins": False, "repeatable": True,
-        "broken": None, "tokens": [int(stop - start) for start, stop in pieces], "learns": learns,
+        "flips": 0, "ends": 0, "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0, "largest_wrong": 0.0,
+        "by_plugins": False, "repeatable": True, "repeat_gap": 0.0, "rounding": bound, "broken": None,
+        "tokens": [int(stop - start) for start, stop in pieces], "learns": learns,
     }  # fmt: skip
-    total = flips + len(pieces) + 1
     done = 0
     try:
-        for number, (start, stop) in enumerate(pieces):
-            text = split.changed(start, stop)
-            base = predict(engine, text, config, learns)
-            done += 1
+        for number, piece in enumerate(pieces):
+            text = split.changed(*piece)
+            draws = [_flip(text, config, seed, f"{number}/{i}") for i in range(number, flips, len(pieces))]
+            ends = _ends(text, config, seed, number)
+            base = predict(engine, text, config, learns, [place for place, _ in draws + ends])
             if number == 0:
-                again = predict(engine, text, config, learns)
-                value["repeatable"] = bool((again.predicted == base.predicted).all())
-                done += 1
-            progress(done, total)
-            for i in range(number, flips, len(pieces)):
-                place, token = _flip(text, base, config, seed, f"{number}/{i}")
-                changed = predict(engine, split.changed(start, stop, place, token), config, learns)
-                _add(value, compare(base, changed, [place], learns, True), place, start)
-                done += 1
-                progress(done, total)
-                if value["wrong"] and learns and not value["by_plugins"]:
-                    value["by_plugins"] = _clean_without(engine, split, config, (start, stop), place, token)
+                _add_repeat(value, base, predict(engine, text, config, learns))
+            for i, (place, token) in enumerate(draws + ends):
+                at_end = i >= len(draws)
+                if at_end and value["ends"] > number:
+                    break  # one that could be compared is enough
+                _flip_one(value, engine, split, config, piece, base, (place, token), at_end)
+                done += not at_end
+                progress(done, flips)
     except LedgerError as error:
         if error.rule is None:
             raise
         value["broken"] = {"rule": error.rule, "message": str(error)}
     return value
+
+
+def _flip_one(
+    value: dict[str, Any],
+    engine: Engine,
+    split: Split,
+    config: RunConfig,
+    piece: tuple[int, int],
+    base: Predictions,
+    flip: tuple[int, int],
+    at_end: bool,
+) -> None:
+    """Score a piece with one token changed, and add to `value` what noticed."""
+    learns, bound, (place, token) = value["learns"], value["rounding"], flip
+    cut_anew = at_end and _by_document(config)
+    reshaped = cut_anew and config.eval.windows == "stateful"
+    if reshaped:
+        bound *= RESHAPED
+
+    def judged(before: Predictions, plugins: bool) -> tuple[Effect | None, Predictions]:
+        after = predict(engine, split.changed(*piece, place, token), config, plugins, [place])
+        find = compare_end(before, after, place, plugins) if cut_anew else compare(before, after, [place], plugins)
+        return find, after
+
+    effect, changed = judged(base, learns)
+    if effect is None:
+        return
+    if len(effect.wrong) and value["repeatable"] and not reshaped and not len(effect.beyond(bound).wrong):
+        _add_repeat(value, changed, judged(base, learns)[1])  # so small that it may be rounding after all
+    if reshaped or not value["repeatable"]:
+        effect = effect.beyond(bound)
+    value["ends" if at_end else "flips"] += 1
+    value["compared"] += effect.compared
+    value["noticed"] += effect.noticed
+    value["wrong_count"] += len(effect.wrong)
+    value["largest_wrong"] = max(value["largest_wrong"], float(np.minimum(effect.gaps, 1e9).max(initial=0.0)))
+    for target in effect.wrong[: max(0, 3 - len(value["wrong"]))].tolist():
+        value["wrong"].append({"token": piece[0] + place, "target": piece[0] + target, "end": at_end})
+    if len(effect.wrong) and learns and not value["by_plugins"]:
+        alone, _ = judged(predict(engine, split.changed(*piece), config, False, [place]), False)
+        clean = alone is not None and not len((alone.beyond(bound) if reshaped else alone).wrong)
+        value["by_plugins"] = clean  # the model alone passes the same flip
+
+
+def _add_repeat(value: dict[str, Any], once: Predictions, again: Predictions) -> None:
+    """Add to `value` whether one text gave the same bits twice, and how far apart it was."""
+    value["repeatable"] &= bool((again.predicted == once.predicted).all())
+    value["repeat_gap"] = max(value["repeat_gap"], float(once.gap(again).max(initial=0.0)))
+
+
+def _by_document(config: RunConfig) -> bool:
+    """Return whether windows end where documents do."""
+    windows, isolated = config.eval.windows, config.model.documents == "isolated"
+    return windows == "documents" or (windows == "stateful" and isolated)
 
 
 def _pieces(split: Split, config: RunConfig, seed: int) -> list[tuple[int, int]]:
@@ -193,33 +332,28 @@ def _pieces(split: Split, config: RunConfig, seed: int) -> list[tuple[int, int]]
     return [(int(starts[i]), min(len(split), int(starts[i]) + length + 1)) for i in sorted(picks.tolist())]
 
 
-def _flip(text: Split, base: Predictions, config: RunConfig, seed: int, name: str) -> tuple[int, int]:
+def _flip(text: Split, config: RunConfig, seed: int, name: str) -> tuple[int, int]:
     """Return a place, away from the end and not a document's start, and another token for it."""
-    tokens, bos, vocab = text.read(0, len(text)), config.model.bos, config.model.vocab
+    tokens, bos = text.read(0, len(text)), config.model.bos
     places = np.flatnonzero(tokens[: max(2, 3 * len(tokens) // 4)] != bos)
     places = places[places > 0]
     place = int(places[rng.below(seed, f"audit/place/{name}", len(places))])
+    return place, _other(int(tokens[place]), config, seed, name)
+
+
+def _ends(text: Split, config: RunConfig, seed: int, number: int) -> list[tuple[int, int]]:
+    """Return places where a document ends, each with a token to go on with: the first that can be compared is used."""
+    tokens = text.read(0, len(text))
+    places = np.flatnonzero(tokens == config.model.bos)
+    places = places[places > 0]
+    picks = rng.choose(seed, f"audit/ends/{number}", len(places), min(TRIES, len(places))) if len(places) else []
+    return [(int(places[i]), _other(config.model.bos, config, seed, f"end/{number}/{i}")) for i in picks]
+
+
+def _other(token: int, config: RunConfig, seed: int, name: str) -> int:
+    """Return a random token that is neither `token` nor BOS."""
     for draw in range(100):
-        token = rng.below(seed, f"audit/token/{name}/{draw}", vocab)
-        if token not in (bos, int(tokens[place])):
+        found = rng.below(seed, f"audit/token/{name}/{draw}", config.model.vocab)
+        if found not in (config.model.bos, token):
             break
-    return place, token
-
-
-def _add(value: dict[str, Any], effect: Effect, place: int, start: int) -> None:
-    """Add to `value` what a flip at `place`, of a piece that begins at `start`, did."""
-    value["flips"] += 1
-    value["compared"] += effect.compared
-    value["noticed"] += effect.noticed
-    value["wrong_count"] += len(effect.wrong)
-    for target in effect.wrong[: max(0, 3 - len(value["wrong"]))].tolist():
-        value["wrong"].append({"token": start + place, "target": start + target})
-
-
-def _clean_without(
-    engine: Engine, split: Split, config: RunConfig, piece: tuple[int, int], place: int, token: int
-) -> bool:
-    """Return whether the model alone, without plug-ins, passes this flip."""
-    base = predict(engine, split.changed(*piece), config, False)
-    changed = predict(engine, split.changed(*piece, place, token), config, False)
-    return not len(compare(base, changed, [place], False, True).wrong)
+    return found
