@@ -6,13 +6,13 @@ evaluation said when it could not know what would be changed:
 
 * up to a forward pass that is drawn after the evaluation has ended, some of whose targets are other tokens, and
   everything that is scored after it too. Predictions that could not have seen a change must be those of the evaluation;
-* with plug-ins, random tokens all over the text: nobody can predict them, on average over all passes (`guesses`).
+* with plug-ins, random tokens all over the text: nobody can predict them, in whatever passes they are (`guesses`).
 """
 
 import json
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +26,11 @@ from core.shards import shard_record, write_shard
 
 CUTS = 2
 """Forward passes that are drawn where there are plug-ins."""
-CHANGES = 16
+CHANGES = 64
 """Targets of the drawn pass that are changed, at most; as many others are asked for their whole distributions too."""
 SHARE = 1 / 16
 """Random tokens among all."""
-STAKE = 0.02
+STAKE = 0.05
 """Share of its money that the bet on the random tokens stakes on each."""
 SURE = float(np.log(1e6))
 """Logarithm of what a bet must have made of 1 to be no luck: it does so once in a million honest audits."""
@@ -107,7 +107,7 @@ def check_again(
     }  # fmt: skip
     tokens, bos = dataset.val.read(0, len(dataset.val)), config.model.bos
     dice = np.random.default_rng(secrets.randbits(128))
-    kinds = np.setdiff1d(np.arange(config.model.vocab), [bos, dataset.tokenizer.unknown]).astype(tokens.dtype)
+    chances = token_chances(tokens, config.model.vocab, [bos, dataset.tokenizer.unknown])
 
     def scored(text: np.ndarray, stop: int | None, places: np.ndarray) -> Predictions | None:
         place = folder / secrets.token_hex(8)  # a name that told the test from the evaluation would help a cheat
@@ -118,9 +118,11 @@ def check_again(
 
     for stop in draw_passes(int(first.order.max()), learns, resumed):
         drawn = draw_targets(first, tokens, bos, stop, dice)
-        text = np.where((first.order > stop) & (tokens != bos), dice.choice(kinds, len(tokens)), tokens)
-        shift = dice.integers(1, len(kinds), len(drawn))
-        text[drawn] = kinds[(np.searchsorted(kinds, tokens[drawn]) + shift) % len(kinds)]
+        random = dice.choice(len(chances), len(tokens), p=chances).astype(tokens.dtype)
+        text = np.where((first.order > stop) & (tokens != bos), random, tokens)
+        for place in drawn.tolist():
+            while text[place] == tokens[place]:
+                text[place] = dice.choice(len(chances), p=chances)
         others = dice.permutation(np.flatnonzero(first.order == stop))[: len(drawn)]
         found = scored(text, stop, np.union1d(drawn, others))
         if found is None:
@@ -139,9 +141,11 @@ def check_again(
             return value
     if learns:
         put = (dice.random(len(tokens)) < SHARE) & (tokens != bos) & (np.arange(len(tokens)) > 0)
-        found = scored(np.where(put, dice.choice(kinds, len(tokens)), tokens), None, np.zeros(0, np.int64))
+        random = dice.choice(len(chances), len(tokens), p=chances).astype(tokens.dtype)
+        found = scored(np.where(put, random, tokens), None, np.zeros(0, np.int64))
         if found is not None:
-            value["guesses"] = guesses(found.nats[put & (found.order > 0)], len(kinds))
+            put &= found.order > 0
+            value["guesses"] = guesses(found.nats[put], chances[random[put]])
     return value
 
 
@@ -154,14 +158,23 @@ def draw_targets(first: Predictions, tokens: np.ndarray, bos: int, stop: int, di
     return places[:CHANGES]
 
 
-def guesses(nats: np.ndarray, kinds: int) -> dict[str, Any]:
+def token_chances(tokens: np.ndarray, vocab: int, never: Sequence[int]) -> np.ndarray:
+    """Return the chances of each token to be put in, (vocab,): half as in the text, so that many are no surprise."""
+    counts = np.bincount(tokens, minlength=vocab).astype(np.float64)
+    counts[never] = 0
+    even = np.ones(vocab)
+    even[never] = 0
+    return (counts / max(counts.sum(), 1) + even / even.sum()) / (1 + (counts.sum() > 0))
+
+
+def guesses(nats: np.ndarray, chances: np.ndarray) -> dict[str, Any]:
     """Return what betting on the prediction of random tokens makes of 1, as plain JSON values.
 
-    Each token is any of `kinds` with equal chances, whatever came before, so that `kinds` times the probability that
-    was given to it is 1 on average, or less, for everybody who does not know it: a fair bet. By Ville's inequality the
-    money ever exceeds 1 / a with a probability of a at most.
+    A token is drawn with its chance whatever came before, so that the probability that it was given, divided by the
+    chance, is 1 on average, or less, for everybody who does not know it: a fair bet. By Ville's inequality the money
+    ever exceeds 1 / a with a probability of a at most.
     """
-    odds = np.exp(np.log(kinds) - nats)
+    odds = np.exp(-nats) / chances
     return {"tokens": len(nats), "log_money": float(np.log1p(STAKE * (odds - 1)).sum()), "sure": SURE}
 
 
@@ -209,7 +222,7 @@ def _hold(
         row = found.row(place)
         gap[place] = np.inf if row is None else abs(-row[tokens[place]] - first.nats[place])
         limit[place] = max(value["rounding"], value["rows"]["limit"])
-    held = scored & ~allowed
+    held = scored & ~allowed & ((found.order > 0) | (not reordered))
     gap = np.where(same, gap, np.inf)
     wrong = np.flatnonzero(held & ~(gap <= limit))
     differs = known & (first.predicted != found.predicted)

@@ -2,8 +2,8 @@
 
 A prediction may change only if the changed token was in its context (an earlier input of its window or stream), or was
 scored in an earlier forward pass, from which plug-ins may have learned. Every other prediction, that of the changed
-target itself included, must have the same bits, over the whole vocabulary. The end of a document is flipped as well:
-what is predicted there must not know that the document ends.
+target itself included, must have the same bits, over the whole vocabulary. Documents are ended early as well: what is
+predicted there must not know whether BOS comes next, which the cut of the windows may tell.
 """
 
 from collections.abc import Sequence
@@ -149,6 +149,10 @@ class Predictions(NamedTuple):
         return far
 
 
+SIDES = ("predicted", "order", "first_input", "nats")
+"""Fields of Predictions that have an entry for every target."""
+
+
 class Effect(NamedTuple):
     """What a change of some tokens did to the predictions."""
 
@@ -182,24 +186,25 @@ def compare(base: Predictions, changed: Predictions, places: Sequence[int], lear
     return Effect(int(held.sum()), int((scored & differs & allowed).sum()), wrong, gaps)
 
 
-def compare_end(base: Predictions, changed: Predictions, place: int, learns: bool) -> Effect | None:
-    """Return what it did that a document goes on at `place`, where it ended: None if that cannot be told.
+def compare_end(ended: Predictions, went_on: Predictions, learns: bool) -> Effect | None:
+    """Return what it did that a document goes on where it ended, which is the last target of `ended`.
 
-    What comes after is cut otherwise, so that only predictions up to there are held. With plug-ins the passes before
-    must have been the same, or they have learned something else.
+    What comes after is in no text or in the other one. With plug-ins the passes before must have been the same, or they
+    have learned something else; None then.
     """
-    held = (base.order > 0) & (changed.order > 0) & (base.first_input == changed.first_input)
-    held &= np.arange(len(base.order)) <= place
+    place = len(ended.order) - 1
+    end, rest = ended.order[place], went_on.order[place + 1 :]
+    went_on = went_on._replace(**{name: getattr(went_on, name)[: place + 1] for name in SIDES})
+    held = (ended.order > 0) & (went_on.order > 0) & (ended.first_input == went_on.first_input)
     if learns:
-        end = base.order[place]
-        early = (base.order < end) | (changed.order < end)
-        if (base.order != changed.order)[early].any():
+        early = (ended.order < end) | (went_on.order < end)
+        if (ended.order != went_on.order)[early].any() or (rest < end).any():
             return None
-        held &= (base.order <= end) & (changed.order <= end)
+        held &= (ended.order <= end) & (went_on.order <= end)
     if not held[place]:
         return None
-    wrong = np.flatnonzero(held & (base.predicted != changed.predicted))
-    return Effect(int(held.sum()), 0, wrong, base.gap(changed, [place])[wrong])
+    wrong = np.flatnonzero(held & (ended.predicted != went_on.predicted))
+    return Effect(int(held.sum()), 0, wrong, ended.gap(went_on, [place])[wrong])
 
 
 def predict(engine: Engine, text: Split, config: RunConfig, plugins: bool, places: Sequence[int] = ()) -> Predictions:
@@ -249,17 +254,14 @@ def flip_test(
         for number, piece in enumerate(pieces):
             text = split.changed(*piece)
             draws = [_flip(text, config, seed, f"{number}/{i}") for i in range(number, flips, len(pieces))]
-            ends = _ends(text, config, seed, number)
-            base = predict(engine, text, config, learns, [place for place, _ in draws + ends])
+            base = predict(engine, text, config, learns, [place for place, _ in draws])
             if number == 0:
                 _add_repeat(value, base, predict(engine, text, config, learns))
-            for i, (place, token) in enumerate(draws + ends):
-                at_end = i >= len(draws)
-                if at_end and value["ends"] > number:
-                    break  # one that could be compared is enough
-                _flip_one(value, engine, split, config, piece, base, (place, token), at_end)
-                done += not at_end
+            for place, token in draws:
+                _flip_one(value, engine, text, config, base, place, token, piece[0])
+                done += 1
                 progress(done, flips)
+            _end_one(value, engine, text, config, seed, number, piece[0])
     except LedgerError as error:
         if error.rule is None:
             raise
@@ -270,55 +272,69 @@ def flip_test(
 def _flip_one(
     value: dict[str, Any],
     engine: Engine,
-    split: Split,
+    text: Split,
     config: RunConfig,
-    piece: tuple[int, int],
     base: Predictions,
-    flip: tuple[int, int],
-    at_end: bool,
+    place: int,
+    token: int,
+    start: int,
 ) -> None:
-    """Score a piece with one token changed, and add to `value` what noticed."""
-    learns, bound, (place, token) = value["learns"], value["rounding"], flip
-    cut_anew = at_end and _by_document(config)
-    reshaped = cut_anew and config.eval.windows == "stateful"
-    if reshaped:
-        bound *= RESHAPED
+    """Score a text with another token at `place` and add to `value` what noticed; `start`: where the text is from."""
+    learns, other = value["learns"], text.changed(0, len(text), place, token)
+    changed = predict(engine, other, config, learns, [place])
+    effect = compare(base, changed, [place], learns)
+    if len(effect.wrong) and value["repeatable"] and not len(effect.beyond(value["rounding"]).wrong):
+        _add_repeat(value, changed, predict(engine, other, config, learns))  # so small: is it rounding after all?
+    if not value["repeatable"]:
+        effect = effect.beyond(value["rounding"])
+    value["flips"] += 1
+    _add(value, effect, place, start, False)
+    if len(effect.wrong) and learns and not value["by_plugins"]:  # the model alone may pass the same flip
+        plain = [predict(engine, one, config, False, [place]) for one in (text, other)]
+        value["by_plugins"] = not len(compare(plain[0], plain[1], [place], False).wrong)
 
-    def judged(before: Predictions, plugins: bool) -> tuple[Effect | None, Predictions]:
-        after = predict(engine, split.changed(*piece, place, token), config, plugins, [place])
-        find = compare_end(before, after, place, plugins) if cut_anew else compare(before, after, [place], plugins)
-        return find, after
 
-    effect, changed = judged(base, learns)
-    if effect is None:
+def _end_one(
+    value: dict[str, Any], engine: Engine, text: Split, config: RunConfig, seed: int, number: int, start: int
+) -> None:
+    """Score a text that ends with the start of a document, and the same going on, and add to `value` what noticed."""
+    reshaped = config.eval.windows == "stateful"
+    for begin, place in _ends(text, config, seed, number):
+        ended = text.changed(begin, place + 1, place - begin, config.model.bos)
+        went_on = text.changed(begin, min(len(text), place + 1 + 2 * config.eval.seq))
+
+        def judged(plugins: bool) -> Effect | None:
+            both = [predict(engine, one, config, plugins, [place - begin]) for one in (ended, went_on)]  # noqa: B023
+            effect = compare_end(both[0], both[1], plugins)
+            if effect is not None and (reshaped or not value["repeatable"]):
+                effect = effect.beyond(value["rounding"] * (RESHAPED if reshaped else 1))
+            return effect
+
+        effect = judged(value["learns"])
+        if effect is None:
+            continue
+        value["ends"] += 1
+        _add(value, effect, place, start + begin, True)
+        if len(effect.wrong) and value["learns"] and not value["by_plugins"]:
+            alone = judged(False)
+            value["by_plugins"] = alone is not None and not len(alone.wrong)
         return
-    if len(effect.wrong) and value["repeatable"] and not reshaped and not len(effect.beyond(bound).wrong):
-        _add_repeat(value, changed, judged(base, learns)[1])  # so small that it may be rounding after all
-    if reshaped or not value["repeatable"]:
-        effect = effect.beyond(bound)
-    value["ends" if at_end else "flips"] += 1
+
+
+def _add(value: dict[str, Any], effect: Effect, place: int, start: int, end: bool) -> None:
+    """Add to `value` what a change at `place` did, of a text that begins at `start`."""
     value["compared"] += effect.compared
     value["noticed"] += effect.noticed
     value["wrong_count"] += len(effect.wrong)
     value["largest_wrong"] = max(value["largest_wrong"], float(np.minimum(effect.gaps, 1e9).max(initial=0.0)))
     for target in effect.wrong[: max(0, 3 - len(value["wrong"]))].tolist():
-        value["wrong"].append({"token": piece[0] + place, "target": piece[0] + target, "end": at_end})
-    if len(effect.wrong) and learns and not value["by_plugins"]:
-        alone, _ = judged(predict(engine, split.changed(*piece), config, False, [place]), False)
-        clean = alone is not None and not len((alone.beyond(bound) if reshaped else alone).wrong)
-        value["by_plugins"] = clean  # the model alone passes the same flip
+        value["wrong"].append({"token": start + place, "target": start + target, "end": end})
 
 
 def _add_repeat(value: dict[str, Any], once: Predictions, again: Predictions) -> None:
     """Add to `value` whether one text gave the same bits twice, and how far apart it was."""
     value["repeatable"] &= bool((again.predicted == once.predicted).all())
     value["repeat_gap"] = max(value["repeat_gap"], float(once.gap(again).max(initial=0.0)))
-
-
-def _by_document(config: RunConfig) -> bool:
-    """Return whether windows end where documents do."""
-    windows, isolated = config.eval.windows, config.model.documents == "isolated"
-    return windows == "documents" or (windows == "stateful" and isolated)
 
 
 def _pieces(split: Split, config: RunConfig, seed: int) -> list[tuple[int, int]]:
@@ -342,12 +358,21 @@ def _flip(text: Split, config: RunConfig, seed: int, name: str) -> tuple[int, in
 
 
 def _ends(text: Split, config: RunConfig, seed: int, number: int) -> list[tuple[int, int]]:
-    """Return places where a document ends, each with a token to go on with: the first that can be compared is used."""
-    tokens = text.read(0, len(text))
-    places = np.flatnonzero(tokens == config.model.bos)
-    places = places[places > 0]
-    picks = rng.choose(seed, f"audit/ends/{number}", len(places), min(TRIES, len(places))) if len(places) else []
-    return [(int(places[i]), _other(config.model.bos, config, seed, f"end/{number}/{i}")) for i in picks]
+    """Return (begin, place): ranges of the text at whose last token, in the middle of a document, it may end.
+
+    With carry the document that ends must be the longest, or the state of others comes before it: it is alone then.
+    """
+    tokens, bos = text.read(0, len(text)), config.model.bos
+    inside = (tokens[1:-1] != bos) & (tokens[2:] != bos)
+    places = 1 + np.flatnonzero(inside)
+    picks = rng.choose(seed, f"audit/ends/{number}", len(places), min(TRIES, len(places)))
+    found = []
+    for place in places[picks].tolist():
+        starts = np.flatnonzero(tokens[:place] == bos)
+        longest = place - starts[-1] >= np.diff(np.append(starts, place)).max()
+        alone = config.eval.windows == "stateful" and not longest
+        found.append((int(starts[-1]) if alone else 0, place))
+    return found
 
 
 def _other(token: int, config: RunConfig, seed: int, name: str) -> int:

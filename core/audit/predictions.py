@@ -99,7 +99,7 @@ def _causal(seen: Isolated, flips: dict[str, Any]) -> Finding:
         return Finding("D7", "NOT CHECKED", "another rule stopped the evaluation", details)
     problems = [*_flipped(flips), *_scored_again(again)]
     evidence = (
-        f"{flips['flips']} random tokens and {flips['ends']} ends of documents changed in {len(flips['tokens'])} "
+        f"{flips['flips']} random tokens changed and {flips['ends']} documents ended in {len(flips['tokens'])} "
         f"texts of {max(flips['tokens'])} tokens, through the whole scoring path: {flips['compared']:,} predictions "
         f"(the whole vocabulary) had to keep their bits, {flips['noticed']:,} could and did notice"
     )
@@ -133,7 +133,7 @@ def _flipped(flips: dict[str, Any]) -> list[str]:
         )
     if flips["wrong"]:
         first = flips["wrong"][0]
-        change = "the document did not end" if first["end"] else "it was changed"
+        change = "a document went on, not ended," if first["end"] else "another stood"
         problems.append(
             f"{flips['wrong_count']:,} predictions noticed that must not, such as that of target {first['target']} "
             f"when {change} at token {first['token']}, by up to {flips['largest_wrong']:.3g} nats"
@@ -184,7 +184,8 @@ def _normal(seen: Isolated, found: dict[str, Any]) -> Finding:
     if rows and not rows["genuine"]:
         good, evidence = False, f"{evidence}; the distributions that were given are not those that were predicted with"
     if not found["positions"]:
-        return Finding("D8", "FAIL", "the evaluation was to look at its forward passes, and did not", found)
+        words = "no forward pass was looked at"
+        return Finding("D8", "FAIL" if seen.value["score"] else "NOT CHECKED", words, found)
     continued = seen.value.get("continued")
     if continued:
         evidence += (
