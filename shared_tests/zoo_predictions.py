@@ -226,13 +226,14 @@ class LongestFirst(HonestCache):
 
 
 class Ender(Plugin):
-    """Expects BOS behind a window that is cut short."""
+    """Expects BOS behind a window that is shorter than others."""
 
     kind = "temperature"
+    widest = 32
 
     def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
-        last = view.kept.sum(1) - 1 + np.argmax(view.kept, 1)
-        short = np.flatnonzero(view.kept.any(1) & (last < view.kept.shape[1] - 1))
+        last = view.kept.shape[1] - 1 - np.argmax(view.kept[:, ::-1], 1)
+        short = np.flatnonzero(view.kept.any(1) & (last < self.widest - 1))
         known = logprobs.copy()
         known[short, last[short]] = np.log(1e-3 / (logprobs.shape[-1] - 1))
         known[short, last[short], 1] = np.log(1 - 1e-3)

@@ -227,7 +227,8 @@ def _hold(
     wrong = np.flatnonzero(held & ~(gap <= limit))
     differs = known & (first.predicted != found.predicted)
     value["compared"] += int(held.sum())
-    value["noticed"] += int((scored & allowed & differs).sum())
+    noticed = np.where(known, differs, np.abs(first.nats - found.nats) > value["rounding"])
+    value["noticed"] += int((scored & allowed & (found.order > 0) & noticed).sum())
     value["differ"] += int((held & differs).sum())
     value["largest_gap"] = max(value["largest_gap"], float(np.minimum(gap[held], 1e9).max(initial=0.0)))
     if len(wrong):

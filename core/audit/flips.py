@@ -314,7 +314,7 @@ def _end_one(
         if effect is None:
             continue
         value["ends"] += 1
-        _add(value, effect, place, start + begin, True)
+        _add(value, effect, place - begin, start + begin, True)
         if len(effect.wrong) and value["learns"] and not value["by_plugins"]:
             alone = judged(False)
             value["by_plugins"] = alone is not None and not len(alone.wrong)
