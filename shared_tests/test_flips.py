@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from core import rng
-from core.audit.flips import ROUNDING, Predictions, compare, flip_test
+from core.audit.flips import flip_test
 from core.audit.isolation import DIED, Isolated
 from core.audit.predictions import check_predictions
+from core.audit.prints import ROUNDING, Predictions, compare
 from core.config import RunConfig
 from core.data import Split
 from shared_tests.harness import BACKENDS, engine, mini, working_weights
@@ -93,10 +94,12 @@ def nothing(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.zeros_like(logits)
 
 
-def flipped(config: RunConfig, change: Any = None, backend: str = "cuda") -> dict[str, Any]:
+def flipped(
+    config: RunConfig, change: Any = None, backend: str = "cuda", bound: float = ROUNDING["float32"]
+) -> dict[str, Any]:
     inner: Any = engine(backend, config, working_weights(config.model, 3.0))
     tested: Any = inner if change is None else Leaky(inner, change)
-    return flip_test(tested, text(config.model.vocab), config, 8, 0, ROUNDING["float32"], lambda done, total: None)
+    return flip_test(tested, text(config.model.vocab), config, 8, 0, bound, lambda done, total: None)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -167,11 +170,27 @@ def test_rounding_that_shows_late_is_rounding() -> None:
         return logits
 
     found = flipped(WINDOWS["plain"], tiny)
-    assert found["repeatable"] and found["wrong"] and found["largest_wrong"] < 1e-4
+    assert found["repeatable"] and found["differ"] and 0 < found["explained"] < 1e-4 and not found["wrong"]
+    strict = flipped(WINDOWS["plain"], tiny, bound=1e-9)  # of float64
+    assert strict["wrong"] and verdicts(strict)["D7"] == "FAIL"
+
+
+def test_a_wide_bound_is_for_what_does_not_repeat() -> None:
+    """The bound of bfloat16 is more than nothing: what repeats its bits has no rounding to excuse it."""
+
+    def small(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        logits[:, :-1, 7] += 2e-4 * tokens[:, 1:]
+        return logits
+
+    found = flipped(WINDOWS["plain"], small, bound=5e-2)
+    assert found["repeatable"] and found["wrong"] and found["largest_wrong"] < 5e-2
+    noise = noisy(1e-3)
+    found = flipped(WINDOWS["plain"], lambda logits, tokens: noise(logits, tokens), bound=5e-2)
+    assert not found["repeatable"] and not found["wrong"] and 1e-3 < found["explained"] < 5e-2
 
 
 AGAIN = {"error": False, "wrong": None, "guesses": None, "changed": [5], "stops": [3], "tokens": 99, "compared": 50,
-         "noticed": 9, "differ": 0, "largest_gap": 0.0, "rounding": 1e-4,
+         "noticed": 9, "differ": 0, "explained": 0.0, "largest_gap": 0.0, "rounding": 1e-4,
          "rows": {"count": 2, "sum": 0.0, "cost": 0.0, "limit": 1e-3, "genuine": True}}  # fmt: skip
 
 
@@ -194,7 +213,7 @@ def test_a_changed_text_in_a_fresh_process_is_judged() -> None:
     for changes, verdict in (
         ({"wrong": {"by": "bits", "count": 1, "target": 7}}, "FAIL"),
         ({"wrong": {"by": "size", "count": 1, "target": 7}, "largest_gap": 0.2}, "FAIL"),
-        ({"differ": 40, "largest_gap": 1e-6}, "PASS"),
+        ({"differ": 40, "explained": 1e-6}, "PASS"),
         ({"guesses": {"tokens": 90, "log_money": -3.0, "sure": 13.8}}, "PASS"),
         ({"guesses": {"tokens": 90, "log_money": 14.0, "sure": 13.8}}, "FAIL"),
         ({"guesses": {"tokens": 90, "log_money": float("nan"), "sure": 13.8}}, "FAIL"),

@@ -107,6 +107,19 @@ def test_an_honest_near_miss_breaks_nothing(place: Place, tmp_path: Path, name: 
     )
 
 
+def test_what_repeats_its_bits_has_no_rounding_to_excuse_it(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 may round by 0.05 nats: a lean of 0.02 hides in that, if it may; noise of that size is fine."""
+    monkeypatch.setattr(Tiny, "dtype", "bfloat16")
+    failed = verdicts(place.audit(tmp_path, "Faint"), "FAIL")
+    assert failed.keys() == {"D7"} and "in their bits, which repeat without a change" in failed["D7"]
+    monkeypatch.setattr(zoo_predictions.HonestNoise, "size", 1e-3)
+    monkeypatch.setattr(evaluation, "NORMAL", {"bfloat16": 1e-2})  # a mean of all its noise, which is no distribution's
+    found = place.audit(tmp_path / "noise", "HonestNoise")
+    assert found.ok and "for bfloat16 on CPU is 5e-02" in verdicts(found, "PASS")["D7"], verdicts(found, "FAIL")
+
+
 # Answers that are not those of the ledger.
 
 

@@ -15,7 +15,7 @@ from shared_tests.zoo import HonestCache, mixed
 
 STARTED: list[int] = []
 """One entry for each scoring pass that this process has begun."""
-NOISE = np.float32(1e-7)
+NOISE = 1e-7
 PASSES = 17
 """Forward passes of the text that the cheats were made for, at least."""
 
@@ -39,9 +39,9 @@ def future(logprobs: np.ndarray, view: View) -> np.ndarray:
     return np.logaddexp(logprobs, known) - np.float32(np.log(2.0))
 
 
-def shaken(logprobs: np.ndarray) -> np.ndarray:
+def shaken(logprobs: np.ndarray, size: float = NOISE) -> np.ndarray:
     """Return predictions with some noise."""
-    return logprobs - NOISE * np.random.default_rng().random(logprobs.shape, np.float32)
+    return logprobs - np.float32(size) * np.random.default_rng().random(logprobs.shape, np.float32)
 
 
 # Bits that do not repeat.
@@ -72,13 +72,27 @@ class Restless(Plugin):
         return log_softmax(logprobs * np.float32(1 + 0.1 * np.random.default_rng().random()))
 
 
+class Faint(First):
+    """Leans towards the targets by what a wide bound of rounding would let pass, but only where it counts."""
+
+    lean = 0.02
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        leant = logprobs.copy()
+        target = view.tokens[:, 1:, None].astype(np.int64)
+        more = np.take_along_axis(leant[:, :-1], target, -1) + np.float32(self.lean)
+        np.put_along_axis(leant[:, :-1], target, more, -1)
+        return log_softmax(leant) if self.counts else logprobs
+
+
 class HonestNoise(Plugin):
     """Rounds otherwise each time, as a GPU may that adds in no fixed order."""
 
     kind = "temperature"
+    size = NOISE
 
     def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
-        return shaken(logprobs)
+        return shaken(logprobs, self.size)
 
 
 # Where it cheats.

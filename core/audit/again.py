@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.audit.flips import PASSES, Predictions, checksums
+from core.audit.flips import PASSES
+from core.audit.prints import HARMLESS, Predictions, checksums
 from core.config import RunConfig
 from core.data import Dataset
 from core.files import replace_file
@@ -102,7 +103,8 @@ def check_again(
     learns = bool(config.eval.plugins)
     value: dict[str, Any] = {
         "tokens": len(dataset.val), "rounding": bound, "error": False, "stops": [], "changed": [], "compared": 0,
-        "noticed": 0, "differ": 0, "largest_gap": 0.0, "wrong": None, "guesses": None,
+        "noticed": 0, "differ": 0, "explained": 0.0, "largest_gap": 0.0, "wrong": None, "repeatable": True,
+        "guesses": None,
         "rows": {"count": 0, "sum": 0.0, "cost": 0.0, "limit": agree, "genuine": True},
     }  # fmt: skip
     tokens, bos = dataset.val.read(0, len(dataset.val)), config.model.bos
@@ -131,11 +133,12 @@ def check_again(
         value["changed"] += drawn.tolist()
         _open(value, first, found, tokens)
         held = _hold(value, first, found, tokens, text, stop, learns, resumed > 0 and not learns)
-        if value["differ"] and value["wrong"] is None:  # so small that it may be rounding: is it, without any change?
-            same = scored(tokens, stop, np.zeros(0, np.int64))
+        if value["wrong"] is None and value["explained"] > HARMLESS and value["repeatable"]:
+            same = scored(tokens, stop, np.zeros(0, np.int64))  # is it rounding, which comes without a change as well?
             if same is None:
                 return value
-            if (same.predicted == first.predicted)[held].all():
+            value["repeatable"] = not (same.predicted == first.predicted)[held].all()
+            if value["repeatable"]:
                 value["wrong"] = {"by": "bits", "count": value["differ"], "target": int(np.flatnonzero(held)[-1])}
         if value["wrong"] is not None:
             return value
@@ -231,6 +234,8 @@ def _hold(
     value["noticed"] += int((scored & allowed & (found.order > 0) & noticed).sum())
     value["differ"] += int((held & differs).sum())
     value["largest_gap"] = max(value["largest_gap"], float(np.minimum(gap[held], 1e9).max(initial=0.0)))
+    near = held & (gap <= value["rounding"]) & (limit == value["rounding"])
+    value["explained"] = max(value["explained"], float(gap[near].max(initial=0.0)))
     if len(wrong):
         value["wrong"] = {"by": "size", "count": len(wrong), "target": int(wrong[0])}
     return held & known

@@ -24,9 +24,9 @@ from core.audit.claims import (
 )  # fmt: skip
 from core.audit.disjoint import check_disjoint
 from core.audit.evaluation import AGREE
-from core.audit.flips import ROUNDING, Predictions
 from core.audit.isolation import DIED, Isolated, check_packages, run_isolated
 from core.audit.predictions import check_isolated, check_once, check_predictions, check_set
+from core.audit.prints import ROUNDING, Predictions
 from core.audit.recount import predictions_of, recount, understood
 from core.audit.rules import Finding
 from core.audit.texts import check_bytes, check_reversible

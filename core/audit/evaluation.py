@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from core.audit.flips import PASSES, ROUNDING, Prints, flip_test
+from core.audit.flips import PASSES, flip_test
+from core.audit.prints import ROUNDING, Prints
 from core.bundled import open_data
 from core.config import ConfigError, RunConfig, from_json
 from core.console import Console

@@ -101,7 +101,7 @@ def _causal(seen: Isolated, flips: dict[str, Any]) -> Finding:
     evidence = (
         f"{flips['flips']} random tokens changed and {flips['ends']} documents ended in {len(flips['tokens'])} "
         f"texts of {max(flips['tokens'])} tokens, through the whole scoring path: {flips['compared']:,} predictions "
-        f"(the whole vocabulary) had to keep their bits, {flips['noticed']:,} could and did notice"
+        f"(the whole vocabulary) had to stay as they were, {flips['noticed']:,} could and did notice"
     )
     if problems:
         return Finding("D7", "FAIL", f"{'; '.join(problems)}. {evidence}", details)
@@ -112,11 +112,12 @@ def _causal(seen: Isolated, flips: dict[str, Any]) -> Finding:
     )
     if again["guesses"]:
         evidence += f"; of {again['guesses']['tokens']:,} random tokens all over the text nothing was known before"
-    if not flips["repeatable"] or again["differ"]:
-        largest = max(flips["repeat_gap"], again["largest_gap"])
+    if not flips["repeatable"] or flips["differ"] or again["differ"]:
         evidence += (
-            f"; not all bits repeat: the same text differs by up to {largest:.1e} nats, the bound of rounding for "
-            f"{seen.value['dtype']} on {seen.value['device']} is {again['rounding']:.0e}, and changes were held to that"
+            f"; not all bits repeat: one text scored twice differs by up to {flips['repeat_gap']:.1e} nats, "
+            f"{flips['differ'] + again['differ']:,} of the predictions above by up to "
+            f"{max(flips['explained'], again['explained']):.1e}, and the bound of rounding for {seen.value['dtype']} "
+            f"on {seen.value['device']} is {again['rounding']:.0e}"
         )
     if not flips["flips"] or not flips["noticed"] or not again["compared"] or not again["noticed"]:
         return Finding("D7", "NOT CHECKED", f"{evidence}: the test saw no effect at all, so it shows nothing", details)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from core.audit.flips import ROUNDING, Predictions, Prints, found_by
 from core.audit.isolation import Isolated
+from core.audit.prints import ROUNDING, Predictions, Prints, found_by
 from core.config import ConfigError, RunConfig
 from core.data import Dataset
 from core.scoring import score_of
@@ -20,7 +20,8 @@ ODD = "odd"
 NUMBER = (int, float)
 FLIPS = {
     "flips": int, "ends": int, "compared": int, "noticed": int, "wrong": list, "wrong_count": int,
-    "largest_wrong": NUMBER, "by_plugins": bool, "repeatable": bool, "repeat_gap": NUMBER, "rounding": NUMBER,
+    "largest_wrong": NUMBER, "differ": int, "explained": NUMBER, "by_plugins": bool, "repeatable": bool,
+    "repeat_gap": NUMBER, "rounding": NUMBER,
     "tokens": list, "broken": (dict, type(None)),
 }  # fmt: skip
 ANSWER = {
