@@ -137,7 +137,7 @@ def check_again(
             same = scored(tokens, stop, np.zeros(0, np.int64))  # is it rounding, which comes without a change as well?
             if same is None:
                 return value
-            value["repeatable"] = not (same.predicted == first.predicted)[held].all()
+            value["repeatable"] = bool((same.predicted == first.predicted)[held].all())
             if value["repeatable"]:
                 value["wrong"] = {"by": "bits", "count": value["differ"], "target": int(np.flatnonzero(held)[-1])}
         if value["wrong"] is not None:
