@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not argv or argv[0] in ("-h", "--help"):
             print(_help(VERBS))
             return 0
+        _check_text(argv)
         verb, rest = _find(argv)
         if verb is None:
             print(_help({key: value for key, value in VERBS.items() if key.startswith(f"{argv[0]} ")}))
@@ -136,6 +137,13 @@ def message(error: Exception) -> str:
         hint = f"; {NO_SPACE[error.errno]}, what was saved before is intact" if error.errno in NO_SPACE else ""
         return one_line(f"{where}{error.strerror}{hint}")
     return one_line(error)
+
+
+def _check_text(argv: list[str]) -> None:
+    """Raise UsageError for an argument that no file of ours could hold."""
+    for argument in argv:
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in argument):
+            raise UsageError(f"argument {argument}: is not UTF-8; rename the file, or give the name in UTF-8")
 
 
 def _help(verbs: dict[str, Verb]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from core.compare_pair import Pair, label, positions
+from core.files import new_file
 from core.run import Run
 
 COLOURS = ("#4c72b0", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd", "#8c8c8c", "#dd8452")
@@ -37,7 +38,8 @@ def draw(runs: list[Run], pairs: list[Pair], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize="small", ncols=2 if axes is below else 1, loc="best")
-    figure.savefig(path)
+    with new_file(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _curve(axes: Any, run: Run, by: str, name: str, colour: str) -> None:

@@ -25,7 +25,7 @@ class FakeWorker:
     closed: int
     configs: list[RunConfig]
 
-    def __init__(self, variant: str, config: RunConfig, threads: int):
+    def __init__(self, variant: str, config: RunConfig, threads: int, ranks: int):
         self.preset, self.variant, self.round = config.preset, variant, -1
         FakeWorker.configs.append(config)
 
@@ -39,7 +39,14 @@ class FakeWorker:
             seconds = STEPS[self.preset][self.round] * int(number)
             stats = {"process_bytes": 1e6 * (1 + self.round), "traces": 1.0}
             cpu, peak = seconds / (4 if self.preset == "ablate" else 2), 1e9 * (1 + self.round)
-            return {"seconds": seconds, "cpu": cpu, "steps": int(number), "peak": peak, "stats": stats}
+            return {
+                "seconds": seconds,
+                "cpu": cpu,
+                "steps": int(number),
+                "peak": peak,
+                "peak_size": 1024,
+                "stats": stats,
+            }
         if word == "updates":
             return {"seconds": UPDATES[self.preset][self.round]}
         return {"process_bytes": 9e9, "traces": 2.0}

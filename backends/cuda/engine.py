@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from backends.cuda.distributed import Reducer
 from backends.cuda.model import Model
 from backends.cuda.staging import to_gpu
 from core.context import Constants
-from core.engine import Arrays, Batch, EngineOptions, State, StepResult, micro_batches
+from core.engine import Arrays, Batch, EngineOptions, Scoring, State, StepResult, micro_batches
+from core.fitting import fitting, note, usable
 from core.params import check_arrays, exported, optimizer_slots, param_table
 from core.ranks import buckets, updated_by
 from core.schedule import NUMBERS, StepPlan
@@ -23,10 +25,12 @@ from core.storage import Stored
 from core.tables import mixer_tables, rope_tables
 
 IN_FLIGHT = 2
+PASS, AHEAD = 65_536, 32
+"""Tokens of a forward pass of scoring on a GPU, and how many passes are under way there."""
 SPARE = 8
 """Compilations of one part of the step beyond those that a run declares: evaluation during training has other rows."""
 ROOMS = 4
-"""How often the room for documents (attention.room) may grow."""
+"""How often the room for documents (attention.spans) may grow."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -70,7 +74,11 @@ class Engine:
         self._run, self._config, self._train = config, config.model, config.train
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         self._table = param_table(config.model)
-        self._attention = attention.choose(config.model, self.dtype, self._exact, self._device, config.train.seq)
+        wanted = options.compile if options.compile is not None else gpu
+        self._attention = attention.choose(
+            config.model, self.dtype, self._exact, self._device, config.train.seq, traced=wanted
+        )
+        self._spans = {(rows, seq): count for rows, seq, count in options.spans}
         attend = None if self._attention.form is None else self._attention.form.attend
         with torch.device("meta"):  # CUDA: the module holds no weights: as in MLX, they come as arguments
             self._model = Model(config.model, self._exact, attend)
@@ -80,6 +88,7 @@ class Engine:
         self._mixing = [
             torch.tensor(table, dtype=self._wide, device=self._device) for table in mixer_tables(config.model)
         ]
+        self.scoring = Scoring(PASS, AHEAD) if gpu else Scoring()
         self._staging = to_gpu(self._device) if gpu else None
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
@@ -88,11 +97,13 @@ class Engine:
         self._state = self._zeros(self._slots)
         self._params = self._zeros({name: row.shape for name, row in self._table.items()})
         self.load_params(weights, quantise)
-        wanted = options.compile if options.compile is not None else gpu
         self._objective = torch.compile(self._losses, backend=self._count, dynamic=False) if wanted else self._losses
+        self._score = torch.compile(self._costs, dynamic=False) if wanted else self._costs
         self._finish = torch.compile(self._update, backend=self._count, dynamic=False) if wanted else self._update
         self._change = torch.compile(self._rules, backend=self._count, dynamic=False) if wanted else self._rules
         self.ranks, self._buckets = ranks, buckets(config, ranks.world)
+        self._memory = usable(torch.cuda.mem_get_info()[1] if gpu else None, ranks)
+        self._fitting: dict[int, int] = {}
         if wanted:  # past its limit torch goes on eagerly
             limits = torch._dynamo.config
             limits.recompile_limit = most = max(limits.recompile_limit, SPARE + self._shapes())
@@ -104,6 +115,7 @@ class Engine:
             self._attention.note,
             f"scan: {'exact, step by step' if self._exact else 'Triton kernel' if gpu else 'in chunks'}",
             f"cross-entropy: {'exact, composed' if self._exact else 'Triton kernel' if gpu else 'softcap apart'}",
+            *note(config, self._rows(self._train.seq), self._memory),
         )
 
     # What is compiled on a GPU.
@@ -124,26 +136,30 @@ class Engine:
         weights = self._stored(params) if quantise else {name: value.detach() for name, value in params.items()}
         return {name: value.requires_grad_() for name, value in weights.items()}
 
-    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, room=None):
-        given = (tokens, tables, self._compute, repeat, record, state, capped, room)
+    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, begins=None):
+        given = (tokens, tables, self._compute, repeat, record, state, capped, begins)
         return functional_call(self._model, weights, given, strict=True)
 
     def _read(self, tokens, **options):
         """Run the scored weights over rows of tokens from the host; return what the model returns."""
-        options["room"] = self._room(tokens)
+        options["begins"] = self._begins(tokens)
         return self._forward(self._scored(), self._move(tokens), self._constants(tokens.shape[1]), **options)
 
-    def _losses(self, weights, tokens, targets, tables, repeat, room=None):
-        logits, _ = self._forward(weights, tokens, tables, repeat, capped=False, room=room)
-        nll, total = ops.cross_entropy(logits, targets, self._exact, self._config.softcap)
+    def _costs(self, weights, tokens, targets, tables, repeat=True, begins=None):
+        """Return -log p(target) and the logsumexp of every position."""
+        logits, _ = self._forward(weights, tokens, tables, repeat, capped=False, begins=begins)
+        return ops.cross_entropy(logits, targets, self._exact, self._config.softcap, weights.get("vocab_bias"))
+
+    def _losses(self, weights, tokens, targets, tables, repeat, begins=None):
+        nll, total = self._costs(weights, tokens, targets, tables, repeat, begins)
         loss = torch.mean(nll)
         return loss + self._train.z_loss * torch.mean(torch.square(total)) if self._train.z_loss else loss, loss
 
     def _gradient(self, weights, batch, part, repeat, ready=None):
         """Return (objective, loss, gradients) of one micro-batch; `ready` gets each gradient when it is there."""
         tokens, targets = self._move(batch.tokens[part]), self._move(batch.targets[part])
-        tables, room = self._constants(tokens.shape[1]), self._room(batch.tokens[part])
-        objective, loss = self._objective(weights, tokens, targets, tables, repeat, room)
+        tables, begins = self._constants(tokens.shape[1]), self._begins(batch.tokens[part])
+        objective, loss = self._objective(weights, tokens, targets, tables, repeat, begins)
         hooks = [weights[n].register_hook(functools.partial(ready, n)) for n in self._table] if ready else []
         grads = torch.autograd.grad(objective, [weights[name] for name in self._table])
         for hook in hooks:
@@ -210,7 +226,7 @@ class Engine:
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
         hyper = torch.tensor(plan.numbers, dtype=self._wide).to(self._device, non_blocking=True)
         seq = batch.tokens.shape[1]
-        parts, shares, count = micro_batches(batch, self._train.rows_of(seq)[1], self.ranks.world)
+        parts, shares, count = micro_batches(batch, self._rows(seq), self.ranks.world)
         reducer = Reducer(self.ranks, self._buckets) if self.ranks.world > 1 else None
         loss, grads = 0.0, {}
         weights = self._trained(self._params, plan.quantise)
@@ -239,10 +255,15 @@ class Engine:
         objective, _, grads = self._gradient(weights, batch, slice(None), True)
         return objective.item(), {name: g.cpu().numpy() for name, g in grads.items()}
 
-    @torch.no_grad()
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        logits, _ = self._read(tokens, capped=False)
-        return ops.cross_entropy(logits, self._move(targets), self._exact, self._config.softcap)[0].cpu().numpy()
+        return self.nll_later(tokens, targets, False)()
+
+    @torch.no_grad()
+    def nll_later(self, tokens: np.ndarray, targets: np.ndarray, often: bool) -> Callable[[], np.ndarray]:
+        costs = self._score if often else self._costs
+        given, begins = (self._move(tokens), self._move(targets)), self._begins(tokens)
+        nll, _ = costs(self._scored(), *given, self._constants(tokens.shape[1]), begins=begins)
+        return lambda: nll.cpu().numpy()
 
     @torch.no_grad()
     def logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -303,17 +324,26 @@ class Engine:
             self._state[name].copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
         self._weights = None
 
-    def matmul_rate(self, n: int, repeats: int) -> float:
+    def matmul_rate(self) -> tuple[int, float]:
+        gpu = self._device.type == "cuda"
+        n, repeats = (8192, 20) if gpu else (1024, 5)
         # CUDA: not a constant, which a GPU multiplies faster than what models hold: it takes less power
         a = torch.randn((n, n), device=self._device).to(self._compute)
-        best = float("inf")
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
+        torch.matmul(a, a)
+        if not gpu:
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                torch.matmul(a, a)
+                times.append(time.perf_counter() - start)
+            return n, 2 * n**3 / min(times)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):  # CUDA: one after the other without waiting: a launch takes as long as a small product
             torch.matmul(a, a)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-        return 2 * n**3 / best
+        end.record()
+        end.synchronize()
+        return n, 2e3 * n**3 * repeats / begin.elapsed_time(end)
 
     def update_seconds(self, plan: StepPlan, repeats: int) -> float:
         hyper = torch.tensor(plan.numbers, dtype=self._wide, device=self._device)
@@ -325,10 +355,24 @@ class Engine:
         for turn in range(repeats + 1):
             if turn == 1:  # the first one compiles
                 start = time.perf_counter()
-            self._finish(params, state, grads, loss, hyper, count)
+            self._updated(params, state, grads, loss, hyper, count)
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
         return (time.perf_counter() - start) / repeats
+
+    def _updated(self, params, state, grads, loss, hyper, count):
+        """Update params and state in place, with what this rank does of it where there are others."""
+        if self.ranks.world == 1:
+            self._finish(params, state, grads, loss, hyper, count)
+            return
+        reducer, kept = Reducer(self.ranks, self._buckets), (self._params, self._state)
+        for name, grad in grads.items():
+            reducer.add(name, grad)
+        self._params, self._state = params, state
+        try:
+            self._update_together(reducer, loss, hyper, count)
+        finally:
+            self._params, self._state = kept
 
     def stats(self) -> dict[str, float]:
         if self._device.type == "cuda":
@@ -349,14 +393,21 @@ class Engine:
             self._weights = self._stored(weights) if self.quantise else weights
         return self._weights
 
+    def _rows(self, seq):
+        """Return how many rows of `seq` tokens go through the model at once."""
+        if seq not in self._fitting:
+            self._fitting[seq] = fitting(self._run, seq, self.dtype, self._memory, self._exact)
+        return self._fitting[seq]
+
     def _zeros(self, shapes):
         return {name: torch.zeros(shape, dtype=self._wide, device=self._device) for name, shape in shapes.items()}
 
-    def _room(self, tokens):
-        """Return for how many documents attention makes room in a batch, or None where it takes a mask."""
+    def _begins(self, tokens):
+        """Return where documents begin in rows from the host, or None where attention takes a mask."""
         form = self._attention.form
-        apart = form is not None and form.spans and self._config.documents == "isolated"
-        return attention.room(tokens, self._config.bos) if apart else None
+        if form is None or not form.spans or self._config.documents == "packed":
+            return None
+        return self._move(attention.spans(tokens, self._config.bos, self._spans.get(tokens.shape)))
 
     def _shapes(self):
         """Return how many times one part of the step may be compiled: for each shape that a run can have."""

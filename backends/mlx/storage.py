@@ -42,8 +42,8 @@ def decode(codes, scales, storage, dtype):
 
 
 def stored(weight, storage):
-    """Return a weight as the artifact gives it back."""
-    return decode(*quantise(weight, storage), storage, weight.dtype)
+    """Return a weight as the artifact gives it back, row after row: as a reader of the artifact has it."""
+    return mx.contiguous(decode(*quantise(weight, storage), storage, weight.dtype))
 
 
 def to_host(weight, storage):

@@ -84,7 +84,7 @@ def audit(plan: Plan, say: Console) -> Audit:
     AuditError if what was given cannot be evaluated at all.
     """
     began = time.monotonic()
-    dataset = _open(plan.config.data.path)
+    dataset = open_data(plan.config.data.path, train=False)  # nobody can find the training text in this process
     base = Path(dataset.path)
     same_data = plan.run is not None and plan.run.environment().get("data") in (None, identity(dataset))
     reference = check_reference(plan)  # what is wrong with the claim is told before the work
@@ -119,7 +119,7 @@ def audit(plan: Plan, say: Console) -> Audit:
         check_isolated(seen, fresh, shards, texts),
         check_once(seen, plan.documents),
         check_set(seen, plan.documents, dataset),
-        check_disjoint(dataset, say.progress("validation text in training text")),
+        check_disjoint(_open(plan.config.data.path), say.progress("validation text in training text")),
         *check_predictions(seen),
         check_bytes(
             dataset,

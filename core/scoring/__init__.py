@@ -18,6 +18,9 @@ from core.scoring.session import Session, Watch
 from core.scoring.stateful import score_streams
 from core.scoring.windows import Windows, cut, document_ranges, document_windows, sliding
 
+OFTEN = 2000
+"""Passes from which on it pays to compile for them, which takes half a minute, also where eight ranks share them."""
+
 
 class Scorer(Protocol):
     """What scoring needs of an engine; windows with carry also need it to be a Carrier."""
@@ -263,7 +266,8 @@ def _select(split: Split, config: EvalConfig, drawn: np.ndarray | None) -> tuple
 
 def _run(session: Session, cuts: Windows, progress: Callable[[int, int], None] | None) -> None:
     """Score every window that has to be."""
-    size, total = session.config.batch, len(cuts.start)
+    size, total = session.rows, len(cuts.start)
+    session.often = total >= OFTEN * size  # however many are left, and whoever makes them: each pass gives the same
     todo = cuts.take(session.todo(cuts.start + cuts.length))
     skipped = total - len(todo.start)
     for i in session.turns(range(0, len(todo.start), size)):

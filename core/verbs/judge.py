@@ -128,6 +128,8 @@ class Bench(PresetOptions):
     """Time that one round of one variant takes at least."""
     threads: int = 1
     """CPU threads of each variant."""
+    ranks: int = 1
+    """Time what one of so many ranks does of a step: its rows, its part of the update; nothing is sent."""
 
 
 def evaluate(options: Eval, context: Context) -> Outcome:
@@ -205,6 +207,7 @@ def bench(options: Bench, context: Context) -> Outcome:
         rounds=options.rounds,
         seconds=options.seconds,
         threads=options.threads,
+        ranks=options.ranks,
         report=context.say,
     )
     for line in found.lines():

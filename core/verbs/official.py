@@ -17,7 +17,7 @@ from core.export.artifact import check_limits
 from core.official import Checkpoint, model_of, read_official, to_ours
 from core.params import count
 from core.presets.transformers import BASELINE
-from core.run import Run, RunError, config_digest
+from core.run import Run, RunError, config_digest, hold
 from core.verbs.common import Backend, Context, Outcome, check_data, environment
 
 
@@ -119,12 +119,13 @@ def _write(out: Path, config: RunConfig, engine: Engine, dataset: Dataset, env: 
     out = Path(os.path.abspath(out))  # "." has no name
     staging = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        run = Run.create(staging, config, dataset.tokenizer.model, identity(dataset))
-        run.record_environment(env)
-        with run.open_log() as log:
-            log.writelines(f"{line}\n" for line in lines)
-        run.save(engine, 0, 0.0)
-        os.rename(staging, out)
+        with hold(staging):
+            run = Run.create(staging, config, dataset.tokenizer.model, identity(dataset))
+            run.record_environment(env)
+            with run.open_log() as log:
+                log.writelines(f"{line}\n" for line in lines)
+            run.save(engine, 0, 0.0)
+            os.rename(staging, out)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
