@@ -11,7 +11,6 @@ evaluation said when it could not know what would be changed:
 
 import json
 import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,8 @@ from core.audit.flips import PASSES
 from core.audit.prints import HARMLESS, Predictions, checksums
 from core.config import RunConfig
 from core.data import Dataset
-from core.files import replace_file
+from core.files import new_file, read_file, replace_file
+from core.run import MAX_TOKENIZER
 from core.shards import shard_record, write_shard
 
 CUTS = 2
@@ -56,14 +56,16 @@ def write_changed(dataset: Dataset, tokens: np.ndarray, folder: Path) -> None:
     """Write other validation tokens, with the same BOS, as a prepared folder without training text."""
     folder.mkdir(parents=True)
     write_shard(str(folder / "val_000000.bin"), tokens)
-    shutil.copyfile(Path(dataset.path) / dataset.manifest["tokenizer"]["file"], folder / "tokenizer.model")
+    tokenizer = Path(dataset.path) / dataset.manifest["tokenizer"]["file"]
+    replace_file(folder / "tokenizer.model", read_file(tokenizer, MAX_TOKENIZER))
     entry = {
         **dataset.manifest["splits"]["val"],
         "files": [shard_record(str(folder / "val_000000.bin"), len(tokens))],
         "document_bytes": None,
     }
     if dataset.val.document_bytes is not None:
-        np.save(folder / "val_document_bytes.npy", np.asarray(dataset.val.document_bytes, "<i8"))
+        with new_file(folder / "val_document_bytes.npy") as file:
+            np.save(file, np.asarray(dataset.val.document_bytes, "<i8"))
         entry["document_bytes"] = "val_document_bytes.npy"
     manifest = {
         **dataset.manifest,

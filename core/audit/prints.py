@@ -8,6 +8,7 @@ import numpy as np
 
 from core.config import RunConfig
 from core.data import Split
+from core.files import new_file, open_file
 from core.scoring.plugins import View
 
 BLOCK = 1 << 22
@@ -58,14 +59,15 @@ class Prints:
         """Write what was looked at as one .npz file."""
         seen = np.flatnonzero(self.first_input >= 0)
         sides = {"predicted": self.predicted[seen], "first_input": self.first_input[seen]}
-        np.savez(path, seen=seen, places=self.places, rows=self.rows, **sides)
+        with new_file(path, synced=False) as file:
+            np.savez(file, seen=seen, places=self.places, rows=self.rows, **sides)
 
     @classmethod
     def load(cls, path: Path, tokens: int) -> "Prints":
         """Read what `save` wrote of a text of `tokens`; ValueError if it is of another."""
-        with np.load(path, allow_pickle=False) as file:
+        with open_file(path) as file, np.load(file, allow_pickle=False) as sides:
             seen, predicted, firsts, places, rows = (
-                file[n] for n in ("seen", "predicted", "first_input", "places", "rows")
+                sides[n] for n in ("seen", "predicted", "first_input", "places", "rows")
             )
         found = cls(tokens, places)
         if not (len(seen) == len(predicted) == len(firsts) and rows.ndim == 2 and rows.dtype.kind == "f"):
