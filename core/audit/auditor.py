@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.audit.again import check_again, draw_passes
+from core.audit.again import Asked, check_again
 from core.audit.claims import (
     Plan,
     check_configuration,
@@ -24,9 +24,10 @@ from core.audit.claims import (
 )  # fmt: skip
 from core.audit.disjoint import check_disjoint
 from core.audit.evaluation import AGREE
-from core.audit.flips import Predictions
 from core.audit.isolation import DIED, Isolated, check_packages, run_isolated
 from core.audit.predictions import check_isolated, check_once, check_predictions, check_set
+from core.audit.prints import ROUNDING, Predictions
+from core.audit.recount import predictions_of, recount, understood
 from core.audit.rules import Finding
 from core.audit.texts import check_bytes, check_reversible
 from core.bundled import open_data
@@ -86,7 +87,6 @@ def audit(plan: Plan, say: Console) -> Audit:
     dataset = open_data(plan.config.data.path, train=False)  # nobody can find the training text in this process
     base = Path(dataset.path)
     same_data = plan.run is not None and plan.run.environment().get("data") in (None, identity(dataset))
-    passes = draw_passes(plan.config, len(dataset.val))
     reference = check_reference(plan)  # what is wrong with the claim is told before the work
     shards, texts = ([base / e["file"] for e in dataset.manifest["splits"][n]["files"]] for n in ("train", "val"))
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -95,17 +95,21 @@ def audit(plan: Plan, say: Console) -> Audit:
         ledger.unlink()
         Path(f"{ledger}.plugins").unlink(missing_ok=True)
     say(f"evaluating {plan.artifact} in a process of its own")
-    seen = _evaluate(plan, base, ledger, plan.documents, plan.flips, shards, passes)
+    text = dataset
+    if plan.documents is not None:
+        text = dataclasses.replace(dataset, val=dataset.val.documents(plan.documents))
+    seen = _evaluate(plan, base, ledger, plan.documents, plan.flips, shards)
     kind = seen.error["kind"] if seen.error else ""
     busy = kind == DIED or kind.endswith("InUseError")
+    seen = recount(seen, text, plan.config, ledger)
+    fresh: list[Isolated] = []
+    if seen.value and seen.value["score"]:
+        say("scoring the text again, changed, in processes of their own")
+        seen.value["again"] = _again(plan, text, seen, ledger, [*shards, *texts], fresh)
     if not busy and not _is_done(ledger):  # only a kill leaves something to go on from
         ledger.unlink(missing_ok=True)
     if seen.error and seen.error["kind"].startswith("core."):  # the user can do something about it
         raise AuditError(seen.error["message"])
-    fresh: list[Isolated] = []
-    if seen.value and seen.value["score"]:
-        say("scoring the start of the text again, changed, in a process of its own")
-        seen.value["again"] = _again(plan, dataset, seen, [*shards, *texts], fresh, passes)
     say("checking the texts")
     limit = None if plan.documents is None else len(dataset.val.documents(plan.documents))
     findings = [
@@ -142,10 +146,16 @@ def _open(path: str) -> Dataset:
 
 
 def _evaluate(
-    plan: Plan, data: Path, ledger: Path, documents: int | None, flips: int, hidden: Sequence[Path], passes: int
+    plan: Plan,
+    data: Path,
+    ledger: Path,
+    documents: int | None,
+    flips: int,
+    hidden: Sequence[Path],
+    asked: Asked | None = None,
 ) -> Isolated:
     """Run the evaluation of the text in `data` in a watched process."""
-    return run_isolated(
+    found = run_isolated(
         "core.audit.evaluation:audited",
         {
             "artifact": str(plan.artifact),
@@ -154,8 +164,9 @@ def _evaluate(
             "backend": plan.backend,
             "dtype": plan.dtype,
             "ledger": str(ledger),
-            "predictions": f"{ledger}.predictions.npz",
-            "passes": passes,
+            "predictions": str(_prints(ledger)),
+            "stop": asked.stop if asked else None,
+            "places": list(asked.places) if asked else [],
             "secret": _secret(),
             "started": time.monotonic(),
             "documents": documents,
@@ -165,31 +176,35 @@ def _evaluate(
         hidden=hidden,
         writable=[ledger.parent, ledger, Path(f"{ledger}.plugins")],
     )
+    return understood(found, flips > 0)
+
+
+def _prints(ledger: Path) -> Path:
+    return Path(f"{ledger}.predictions.npz")
 
 
 def _again(
-    plan: Plan, dataset: Dataset, seen: Isolated, hidden: Sequence[Path], fresh: list[Isolated], passes: int
+    plan: Plan, text: Dataset, seen: Isolated, ledger: Path, hidden: Sequence[Path], fresh: list[Isolated]
 ) -> dict[str, Any]:
-    """Score the start of the text in fresh processes, which are added to `fresh`, and compare the predictions."""
-    predictions = plan.folder / "ledger.predictions.npz"
-    first = None
-    if not seen.value["resumed"] and seen.value["ledger"]["left_to_right"]:
-        first = Predictions.load(predictions)
-    text = (
-        dataset if plan.documents is None else dataclasses.replace(dataset, val=dataset.val.documents(plan.documents))
-    )
+    """Score the text in fresh processes, which are added to `fresh`, and compare the predictions."""
+    first = predictions_of(ledger, _prints(ledger), text, plan.config)
+    if first is None:
+        return {"error": True, "why": {"kind": DIED, "message": "the evaluation did not leave what it predicted"}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
-        def score(data: Path) -> Predictions | None:
-            ledger = folder / secrets.token_hex(8) / "ledger"
-            ledger.parent.mkdir()
-            fresh.append(_evaluate(plan, data, ledger, None, 0, hidden, passes))
+        def score(asked: Asked) -> Predictions | None:
+            book = folder / secrets.token_hex(8) / "ledger"
+            book.parent.mkdir()
+            fresh.append(_evaluate(plan, asked.folder, book, None, 0, hidden, asked))
             value = fresh[-1].value
-            return Predictions.load(Path(f"{ledger}.predictions.npz")) if value and value["score"] else None
+            if not value or value["broken"]:
+                return None
+            return predictions_of(book, _prints(book), text, plan.config)
 
-        near = AGREE[seen.value["dtype"]]
-        found = check_again(score, text, plan.config, first, folder, plan.seed, near, passes)
+        dtype, resumed = seen.value["dtype"], seen.value["resumed"]
+        agree = ROUNDING[dtype] if plan.config.eval.plugins else AGREE[dtype]
+        found = check_again(score, text, plan.config, first, folder, ROUNDING[dtype], agree, resumed)
     if found["error"]:
         last = fresh[-1]
         broken = (last.value or {}).get("broken")

@@ -13,7 +13,7 @@ from core.data import Split
 from core.engine import Scoring
 from core.files import parse_json
 from core.ranks import Alone, Ranks
-from core.scoring.ledger import Ledger, LedgerError
+from core.scoring.ledger import ROUNDING, Ledger, LedgerError
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
 from core.scoring.windows import Windows
 from core.tensors import read_tensors, write_tensors
@@ -106,13 +106,14 @@ class Session:
     def order(self, windows: Windows, begin: int, end: int) -> Windows:
         """Return the windows in the order that the plug-ins give; LedgerError unless each target comes exactly once.
 
-        `begin` and `end` bound the targets' positions.
+        They stay the windows that they are, and those of a document stay in the order of the text. `begin` and `end`
+        bound the targets' positions.
         """
         if not self.plugins:
             return windows
-        wanted = _covered(windows, begin, end)
+        wanted, given = _covered(windows, begin, end), windows
         for plugin in self.plugins:
-            windows = plugin.order(windows)
+            windows = Windows(*(np.asarray(side, np.int64) for side in plugin.order(windows)))
         if windows.length.max(initial=0) > self.config.seq:
             raise LedgerError(f"a window of {windows.length.max()} tokens: expected at most eval.seq={self.config.seq}")
         pairs = np.stack([windows.start, windows.first])
@@ -122,6 +123,7 @@ class Session:
         if (counts != wanted).any():
             place = int(np.argmax(counts != wanted))
             raise LedgerError(f"target {begin + place} is to be scored {counts[place]} times, expected once", "D5")
+        _check_order(given, windows, self.split.document_starts)
         return windows
 
     def todo(self, positions: np.ndarray) -> np.ndarray:
@@ -188,6 +190,7 @@ class Session:
                 logprobs = np.asarray(plugin.predict(logprobs, shown))
                 if logprobs.shape != shape:
                     raise LedgerError(f"{_name(plugin)}: predictions of shape {logprobs.shape}, expected {shape}", "D8")
+                _check_logprobs(plugin, logprobs, view.kept)
             nats = -np.take_along_axis(logprobs, targets[..., None].astype(np.int64), -1)[..., 0].astype(np.float64)
         else:
             nats = np.asarray(nll(), np.float64)
@@ -268,6 +271,35 @@ class Session:
                 f"{path}: is not of these plug-ins ({error!r}); delete it and {self.ledger.path} to begin anew"
             ) from error
         self._done = number
+
+
+def _check_logprobs(plugin: Plugin, logprobs: np.ndarray, kept: np.ndarray) -> None:
+    """Raise LedgerError unless the predictions are real log-probabilities: finite, and at most 0 but for rounding."""
+    if logprobs.dtype not in (np.float32, np.float64):  # others may hide a part of themselves from sums and costs
+        raise LedgerError(f"{_name(plugin)}: predictions of type {logprobs.dtype}, expected float32 or float64", "D8")
+    if not _between(logprobs) and not _between(logprobs[kept]):
+        low, high = logprobs[kept].min(), logprobs[kept].max()
+        words = f"log-probabilities from {low:.6g} to {high:.6g}: expected finite numbers, none above 0"
+        raise LedgerError(f"{_name(plugin)}: {words}", "D8")
+
+
+def _between(logprobs: np.ndarray) -> bool:
+    return bool(np.isfinite(logprobs.min()) and logprobs.max() <= ROUNDING)
+
+
+def _check_order(given: Windows, found: Windows, starts: np.ndarray) -> None:
+    """Raise LedgerError unless `found` are the windows of `given`, with those of each document in the text's order."""
+    first, place = (np.argsort(side.start + side.first, kind="stable") for side in (given, found))
+    if any(not np.array_equal(a[first], b[place]) for a, b in zip(given, found, strict=True)):
+        raise LedgerError("the windows were cut anew: a plug-in may change their order, not what they read", "D10")
+    text = found.take(place)
+    opened = np.searchsorted(starts, text.start + text.first, "right")  # the document of its first target
+    ended = np.searchsorted(starts, text.start + text.length - 1, "right")
+    backwards = (opened[1:] == ended[:-1]) & (place[1:] < place[:-1])
+    if backwards.any():
+        target = text.start[1:][backwards][0] + text.first[1:][backwards][0] + 1
+        words = "is to be scored before earlier parts of its document: each is read from left to right"
+        raise LedgerError(f"target {target} {words}", "D10")
 
 
 def _check_shape(nats: np.ndarray, targets: np.ndarray) -> None:
