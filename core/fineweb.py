@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from core.data import read_manifest
 from core.files import replace_file
 from core.hub import Remote, Source, check_file
 from core.listing import listed_files, read_listing, top_folder
+from core.manifest import read_manifest
 from core.prepare import Progress, adopt_shards, swap_folder
 from core.published import TRAIN_SHARDS
 from core.shards import DataError, open_shard

@@ -17,8 +17,9 @@ import numpy as np
 
 from core import published
 from core.corpus import check_inputs, document_hash, read_documents
-from core.data import SCAN, SCHEMA, Split, read_manifest
+from core.data import SCAN, Split
 from core.files import replace_file
+from core.manifest import SCHEMA, read_manifest
 from core.shards import DataError, file_sha256, open_shard, shard_record, write_split
 from core.tokenizer import Tokenizer, token_bytes, train_tokenizer
 

@@ -13,7 +13,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from core.files import open_input, replace_file
+from core.column import Column
+from core.column import DataError as DataError
+from core.files import append_file, edit_file, open_file, open_input, replace_file
 from core.tokenizer import Tokenizer, token_bytes
 
 MAGIC = 20240520
@@ -21,10 +23,6 @@ VERSION = 1
 HEADER_BYTES = 1024
 ENCODE_BYTES = 1 << 22
 """Text that is encoded at once."""
-
-
-class DataError(ValueError):
-    """Data that cannot be used: the message names the file and the field."""
 
 
 class WrittenSplit(NamedTuple):
@@ -38,13 +36,16 @@ class WrittenSplit(NamedTuple):
     """Documents without a token."""
 
 
-def open_shard(path: str) -> np.ndarray:
-    """Map an official shard and return its tokens ((count,) uint16); DataError names the field that is wrong."""
+def open_shard(path: str, sha256: str | None = None) -> Column:
+    """Return the tokens of an official shard, (count,) uint16 that are read from it when they are asked for.
+
+    `sha256` is what `verify` holds the file to. DataError names the field that is wrong.
+    """
     with open_input(path) as file:
-        return _map_tokens(path, file)
+        return _tokens(path, file, sha256)
 
 
-def _map_tokens(path: str, file: BinaryIO) -> np.ndarray:
+def _tokens(path: str, file: BinaryIO, sha256: str | None) -> Column:
     header = file.read(HEADER_BYTES)
     size = os.fstat(file.fileno()).st_size
     if len(header) < HEADER_BYTES:
@@ -61,7 +62,7 @@ def _map_tokens(path: str, file: BinaryIO) -> np.ndarray:
     expected = HEADER_BYTES + 2 * count
     if size != expected:
         raise DataError(f"{path}: size: {size} bytes, expected {expected} for {count} tokens; the file is damaged")
-    return np.memmap(file, "<u2", "r", HEADER_BYTES, (count,))
+    return Column(path, file, "<u2", HEADER_BYTES, count, sha256)
 
 
 def write_shard(path: str, tokens: np.ndarray) -> None:
@@ -73,7 +74,7 @@ def write_shard(path: str, tokens: np.ndarray) -> None:
 
 def file_sha256(path: str) -> str:
     """Return the SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -165,7 +166,7 @@ class _ShardWriter:
         """Append (count,) uint16 tokens to the stream."""
         while tokens.size:
             piece, tokens = np.split(tokens, [self._limit - self._count])
-            with open(self._path(), "ab") as file:
+            with append_file(self._path()) as file:
                 if self._count == 0:
                     file.write(_header(0))
                 file.write(piece.tobytes())
@@ -184,7 +185,7 @@ class _ShardWriter:
 
     def _finish(self) -> None:
         path = self._path()
-        with open(path, "r+b") as file:
+        with edit_file(path) as file:
             file.write(_header(self._count))
             file.flush()
             os.fsync(file.fileno())

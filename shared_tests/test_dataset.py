@@ -84,11 +84,13 @@ def array_file(array: np.ndarray) -> bytes:
 DAMAGE = {
     "no manifest.json": lambda f: (f / "manifest.json").unlink(),
     "manifest.json: not JSON": lambda f: replace(f / "manifest.json", "{", "{{"),
-    "manifest.json: schema: 2, expected 1": lambda f: replace(f / "manifest.json", '"schema": 1', '"schema": 2'),
-    "manifest.json: sha256: expected str, got int": lambda f: replace(
+    "manifest.json: schema: expected 1, got 2": lambda f: replace(f / "manifest.json", '"schema": 1', '"schema": 2'),
+    "manifest.json: tokenizer.sha256: expected text, got 5": lambda f: replace(
         f / "manifest.json", f'"sha256": "{TOKENIZER.sha256}",\n  "vocab"', '"sha256": 5,\n  "vocab"'
     ),
-    "manifest.json: val: expected dict, got NoneType": lambda f: replace(f / "manifest.json", '"val": {', '"vol": {'),
+    "manifest.json: splits.val: expected an object, got nothing": lambda f: replace(
+        f / "manifest.json", '"val": {', '"vol": {'
+    ),
     "val_000000.bin: missing": lambda f: (f / "val_000000.bin").unlink(),
     "val_000000.bin: count: 3 tokens, the manifest says 40433": lambda f: write_shard(
         str(f / "val_000000.bin"), np.array([1, 2, 3])
@@ -96,9 +98,9 @@ DAMAGE = {
     "tokenizer.model: sha256": lambda f: replace(
         f / "manifest.json", f'"sha256": "{TOKENIZER.sha256}",', '"sha256": "0",'
     ),
-    "document_bytes: not a .npy": lambda f: flip_npy(f, b"junk"),
-    "document_bytes: not a .npy array": lambda f: flip_npy(f, array_file(np.arange(8))[:-1]),
-    "document_bytes: expected one row of int64": lambda f: flip_npy(f, array_file(np.arange(8.0))),
+    "document_bytes: not a .npy array of version 1.0": lambda f: flip_npy(f, b"junk"),
+    "document_bytes: 191 bytes, expected 192 for 8 documents": lambda f: flip_npy(f, array_file(np.arange(8))[:-1]),
+    "document_bytes: expected one row of int64, got <f8": lambda f: flip_npy(f, array_file(np.arange(8.0))),
 }
 
 
