@@ -8,9 +8,9 @@ import functools
 import hashlib
 import itertools
 import json
-import json
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from core import rng
-from core.engine import Batch
 from core.column import Column
+from core.engine import Batch
 from core.files import FileError, note_input, open_input
 from core.manifest import MANIFEST, read_manifest
 from core.npy import NpyError, read_header
@@ -30,6 +30,8 @@ from core.shards import open_shard as open_shard
 from core.shards import write_shard as write_shard
 from core.tokenizer import Tokenizer
 
+SMALL = 1 << 24
+"""Tokens of a stream that is compared with its checksums at once: a tenth of a second."""
 SCAN = 1 << 24
 """Tokens that a scan of the whole stream holds at once."""
 
@@ -52,6 +54,8 @@ class Split:
     ) -> None:
         self._shards = list(shards)
         self._closed: str | None = None
+        self._check: threading.Thread | None = None
+        self._wrong: Exception | None = None
         self._ends = list(itertools.accumulate(map(len, self._shards)))
         self._begins = [0, *self._ends[:-1]]
         self._tokenizer = tokenizer
@@ -70,13 +74,22 @@ class Split:
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Return `length` tokens from each start as (len(starts), length) int32; DataError as in `read`."""
+        if self._wrong is not None:
+            raise self._wrong
         out = np.empty((len(starts), length), np.int32)
         for row, start in zip(out, np.asarray(starts).tolist(), strict=True):
             self._copy(start, row)
         return self._checked(out)
 
     def close(self, why: str) -> None:
-        """Drop the shards: from here on every read is a DataError that says `why`. Lengths stay known."""
+        """Drop the shards: from here on every read is a DataError that says `why`. Lengths stay known.
+
+        DataError if what `start_verify` began finds a shard that is not as it was made.
+        """
+        if self._check is not None:
+            self._check.join()
+        if self._wrong is not None:
+            raise self._wrong
         for shard in self._shards:
             if isinstance(shard, Column):
                 shard.close()
@@ -98,15 +111,32 @@ class Split:
             )
         return lengths
 
-    def verify(self, stop: Callable[[], bool] = lambda: False) -> None:
+    def verify(self) -> None:
         """Compare every shard with its checksum, once; DataError names one that is not as it was made.
 
-        It ends early where `stop` says so. Shards whose checksum is not known are taken as they are.
+        Shards whose checksum is not known are taken as they are.
         """
         self._check_open()
         for shard in self._shards:
             if isinstance(shard, Column):
-                shard.verify(stop)
+                shard.verify()
+
+    def start_verify(self) -> None:
+        """Do the same: at once where it takes no time, else on a thread, whose error later calls of `gather` raise.
+
+        `close` waits for the thread.
+        """
+        if len(self) <= SMALL:
+            self.verify()
+            return
+        self._check = threading.Thread(target=self._verify_aside, name="verify", daemon=True)
+        self._check.start()
+
+    def _verify_aside(self) -> None:
+        try:
+            self.verify()
+        except (OSError, ValueError) as error:
+            self._wrong = error
 
     def documents(self, count: int) -> "Split":
         """Return the stream of the first `count` documents."""
@@ -221,9 +251,10 @@ def _open_split(path: str, entry: dict[str, Any], name: str, tokenizer: Tokenize
     lengths = None
     if entry.get("document_bytes") is not None:
         lengths = _open_lengths(os.path.join(path, entry["document_bytes"]), sum(map(len, shards)))
+    whole = lengths is not None and len(lengths) == entry.get("documents")
     return Split(
-        shards, tokenizer, os.path.join(path, name), document_bytes=lengths, raw_bytes=entry.get("raw_bytes"),
-        unknown_tokens=entry.get("unknown_tokens"),
+        shards, tokenizer, os.path.join(path, name), document_bytes=lengths,
+        raw_bytes=entry.get("raw_bytes") if whole else None, unknown_tokens=entry.get("unknown_tokens"),
     )  # fmt: skip
 
 

@@ -80,21 +80,29 @@ def read_manifest(path: str) -> dict[str, Any]:
 
 
 def check(file: str, where: str, value: Any, kind: Any) -> None:
-    """Raise DataError, naming the field, unless `value` is of a kind: a Leaf, an object of kinds, or a list of one."""
-    if isinstance(kind, dict):
+    """Raise DataError, naming the field, unless `value` is of a kind: a Leaf, an object of kinds by key, a list of
+    one kind, or an object of one kind by keys of another (a pair).
+    """
+    if isinstance(kind, Leaf):
+        if not kind.fits(value):
+            _fail(file, where, kind.what, value)
+    elif isinstance(kind, dict):
         if not isinstance(value, dict):
             _fail(file, where, "an object", value)
         for key, inner in kind.items():
             name = key.rstrip("?")
             if name == key or value.get(name) is not None:
                 check(file, f"{where}.{name}" if where else name, value.get(name), inner)
-    elif isinstance(kind, list):
+    elif isinstance(kind, tuple):
+        if not isinstance(value, dict) or len(value) > MAX_SHARDS or not all(map(kind[0].fits, value)):
+            _fail(file, where, f"an object whose keys are each {kind[0].what}", value)
+        for key, inner in value.items():
+            check(file, f"{where}.{key}", inner, kind[1])
+    else:
         if not isinstance(value, list) or len(value) > MAX_SHARDS:
             _fail(file, where, f"a list of at most {MAX_SHARDS:,}", value)
         for number, inner in enumerate(value):
             check(file, f"{where}[{number}]", inner, kind[0])
-    elif not kind.fits(value):
-        _fail(file, where, kind.what, value)
 
 
 def _fail(file: str, where: str, what: str, value: Any) -> None:

@@ -146,7 +146,6 @@ def test_checksums_are_compared_once(tmp_path: Path) -> None:
     damaged = Split([open_shard(str(path), digest)], TOKENIZER)
     with pytest.raises(DataError, match=r"x\.bin: sha256: not what the manifest says"):
         damaged.verify()
-    damaged.verify(lambda: True)  # ended early: nothing is said
     Split([open_shard(str(path))], TOKENIZER).verify()  # not recorded, so taken as it is
 
 
