@@ -101,7 +101,7 @@ def _kept(out: str, before: dict[str, Any] | None, made_from: dict[str, Any], ov
     if before is None:
         return False
     other = before.get("made_from") != made_from
-    problem = "holds data made from other inputs" if other else damage(out, before)
+    problem = "holds data made from other inputs" if other else damage(out)
     if problem is None:
         return True
     if not overwrite or before.get("made_from") is None:

@@ -258,7 +258,7 @@ def test_an_existing_folder(tmp_path: Path) -> None:
     assert open_dataset(out).manifest == second != first
     shard = tmp_path / "out" / "train_000000.bin"
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    for damage, message in ((b"", "size: 0 bytes"), (shard.read_bytes()[:-1] + b"\0", "sha256: not what")):
+    for damage, message in ((b"", "header: 0 bytes"), (shard.read_bytes()[:-1] + b"\0", "sha256: not what")):
         shard.write_bytes(damage)
         with pytest.raises(DataError, match=f"train_000000.bin: {message}.* or --overwrite it"):
             prepare([two], out, tokenizer=MODEL)
