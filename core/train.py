@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import signal
 import threading
 import time
@@ -192,7 +193,9 @@ def check_rows(settings: TrainConfig, ranks: Ranks) -> None:
 
 
 def prefetch(config: RunConfig, ranks: Ranks, dataset: Dataset, step: int, seq: int) -> Prefetch:
-    """Start to make this rank's batches from `step` on, in rows of `seq`."""
+    """Start to make this rank's batches from `step` on, in rows of `seq`, of shards that are as they were made."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+        dataset.train.start_verify()
     rows, part = config.train.rows_of, functools.partial(share, ranks=ranks)
     return Prefetch(
         lambda s, seq: batch(dataset.train, s, rows(seq)[0], seq, config.seed, part(rows(seq)[0])), step, seq

@@ -86,6 +86,8 @@ def audit(plan: Plan, say: Console) -> Audit:
     began = time.monotonic()
     dataset = open_data(plan.config.data.path, train=False)  # nobody can find the training text in this process
     base = Path(dataset.path)
+    for split in (dataset.train, dataset.val):
+        split.verify()
     same_data = plan.run is not None and plan.run.environment().get("data") in (None, identity(dataset))
     reference = check_reference(plan)  # what is wrong with the claim is told before the work
     shards, texts = ([base / e["file"] for e in dataset.manifest["splits"][n]["files"]] for n in ("train", "val"))

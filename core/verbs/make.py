@@ -27,6 +27,7 @@ from core.probe import probe
 from core.ranks import Ranks, agree, join
 from core.run import Follower, Run, RunError, config_digest, hold
 from core.scoring import check_plugins
+from core.scoring.accounting import byte_note
 from core.scoring.plugins import load_plugins
 from core.spans import rooms
 from core.train import Summary, check_rows, done, train
@@ -216,6 +217,8 @@ def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> 
     say(f"{engine.backend} on {_together(engine)}, {engine.dtype}; " + "; ".join(engine.notes))
     train_tokens, val_tokens = len(dataset.train), len(dataset.val)
     say(f"data {dataset.path}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate on")
+    if note := byte_note(dataset.tokenizer, dataset.manifest["splits"]["val"]):
+        say(note)
 
 
 def _show(found: Forecast, say: Console) -> None:
