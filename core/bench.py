@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO
 
+from core import PYTHON
 from core.config import ConfigError, RunConfig, differences, from_json, to_json
 from core.engine import EngineOptions, available_backends
 from core.params import FLOP_RULE, count, flops_per_token
@@ -148,7 +149,6 @@ class BenchReport(PresetBench):
         """Return the tables as text."""
         out = [
             f"{self.threads} thread(s), medians of {self.rounds} interleaved rounds of {self.seconds:g} s",
-            self.flop_rule,
             f"peak: ({PEAK_SIZE}, {PEAK_SIZE}) matmul of {self.reference}, {self.reference_peak / 1e9:.1f} GFLOP/s",
             "",
             *super().lines(),
@@ -333,7 +333,7 @@ class _Worker:
 
     def __init__(self, variant: str, config: RunConfig, threads: int):
         count_of = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
-        command = [sys.executable, "-m", "core.bench", variant, json.dumps(to_json(config))]
+        command = [*PYTHON, "-m", "core.bench", variant, json.dumps(to_json(config))]
         self.variant = variant
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **count_of}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from core import presets, rng, schedule
+from core import PYTHON, presets, rng, schedule
 from core.config import RunConfig
 from core.console import one_line
 from core.engine import Arrays, Batch, DType, EngineOptions, load_engine
@@ -113,7 +113,7 @@ def _sampled(backend: str, dtypes: Sequence[DType], names: Sequence[str], steps:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "sample.npz"
         given = [backend, str(file), str(steps), ",".join(dtypes), *names]
-        command = [sys.executable, "-m", "core.device_cases", *given]
+        command = [*PYTHON, "-m", "core.device_cases", *given]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
         if done.returncode:
             raise RuntimeError(f"{' '.join(command[1:])}: {done.stderr.strip().splitlines()[-1:]}")

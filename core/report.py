@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from core.config import RunConfig, differences
+from core.files import replace_text
+from core.generate import told
 from core.params import count, param_table
 from core.presets import PRESETS
 from core.run import Run
@@ -13,7 +15,7 @@ def write_report(run: Run) -> list[Path]:
     """Write report.md and curve.png from the run's own files and return their paths; needs a finished run."""
     curve, report = run.path / "curve.png", run.path / "report.md"
     draw_curve(run, curve)
-    report.write_text(_markdown(run), encoding="utf-8")
+    replace_text(report, _markdown(run))
     return [report, curve]
 
 
@@ -58,7 +60,7 @@ def _markdown(run: Run) -> str:
         "",
         "## Samples",
         "",
-        *(f"> {' '.join(text.split())}\n" for text in run.last("samples") or []),
+        *(f"{prompt[0].upper()}{prompt[1:]}:\n\n> {text}\n" for prompt, text in told(run.last("samples") or [])),
     ]
     return "\n".join(lines)
 

@@ -26,9 +26,9 @@ from core.cli import main
 from core.data import open_dataset
 from core.engine import load_engine
 from core.export.artifact import read_artifact
-from core.finish import evaluation_key
 from core.run import Run
 from core.scoring import score
+from core.scoring.key import evaluation_key
 from core.scoring.ledger import Ledger
 from shared_tests import zoo_data
 
