@@ -30,7 +30,7 @@ def is_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def enough_memory(model: ModelConfig, rows: int, seq: int, lower: str) -> Iterator[None]:
+def enough_memory(model: ModelConfig, rows: int, seq: int, lower: str, training: bool) -> Iterator[None]:
     """Turn an allocator's exception in the block into OutOfMemoryError.
 
     `rows` windows of `seq` tokens are what goes through the model at once; `lower`: the options that make it less.
@@ -40,7 +40,7 @@ def enough_memory(model: ModelConfig, rows: int, seq: int, lower: str) -> Iterat
     except (MemoryError, RuntimeError) as error:
         if not is_memory(error):
             raise
-        takes = gigabytes(pass_bytes(model, rows, seq))
+        takes = gigabytes(pass_bytes(model, rows, seq, training))
         raise OutOfMemoryError(
             f"{described(error)}; {rows:,} rows of {seq:,} tokens in one pass take {takes} or more by estimate: "
             f"lower {lower}"
@@ -55,9 +55,13 @@ def described(error: BaseException) -> str:
     return f"not enough memory{failed}, this {place} may have {gigabytes(size)}"
 
 
-def pass_bytes(model: ModelConfig, rows: int, seq: int) -> float:
-    """Return about what a training pass keeps at least: logits, their gradient, and each layer's values, in float32."""
-    return 4.0 * rows * seq * (2 * model.vocab + model.layers * (8 * model.dim + 3 * model.mlp_hidden))
+def pass_bytes(model: ModelConfig, rows: int, seq: int, training: bool) -> float:
+    """Return about what a pass keeps at least, in float32: logits, their gradient or softmax, and values of layers.
+
+    Training keeps those of all layers for the way back.
+    """
+    layers = model.layers if training else 1
+    return 4.0 * rows * seq * (2 * model.vocab + layers * (8 * model.dim + 3 * model.mlp_hidden))
 
 
 def machine_bytes() -> float:

@@ -14,6 +14,7 @@ from core.engine import DType, EngineOptions, choose_backend, load_engine
 from core.finish import describe, final_score
 from core.generate import context_limit, read_as, sample
 from core.heartbeat import Heartbeat
+from core.memory import enough_memory
 from core.parity import run_parity
 from core.ranks import Ranks, agree, join, share_arrays
 from core.run import Run
@@ -156,7 +157,9 @@ def _evaluate(options: Eval, ranks: Ranks, context: Context) -> Outcome:
     used = "stored form of the weights" if subject.quantise else "weights as they are"
     context.say(f"{subject.what} ({used}) on {engine.backend}, {engine.device}, {engine.dtype}; data {dataset.path}")
     ledger = None if options.ledger is None or ranks.rank else Path(options.ledger)
-    found = final_score(engine, dataset, config, context.say, "scoring", ledger, plugins=True, keep=True)
+    rows, seq = config.eval.batch, config.eval.seq
+    with enough_memory(config.model, rows, seq, f"--batch (now {rows:,} windows) or --seq", training=False):
+        found = final_score(engine, dataset, config, context.say, "scoring", ledger, plugins=True, keep=True)
     context.say(describe(found))
     value = {"path": options.path, "step": subject.step, "backend": engine.backend, "data": dataset.path}
     value["quantise"] = subject.quantise

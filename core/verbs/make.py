@@ -86,13 +86,13 @@ def train_run(options: Train, context: Context) -> Outcome:
         say.mute()
     out = options.out or f"runs/{config.preset}-{backend}-{config.seed}"
     with Heartbeat(ranks, hint=f"the same command goes on from the last checkpoint in {out}"):
-        with enough_memory(config.model, config.train.rows, config.train.seq, lower(config)):
+        with enough_memory(config.model, config.train.rows, config.train.seq, _lower(config), training=True):
             outcome = _train(options, config, backend, out, ranks, context)
         ranks.close()
     return outcome
 
 
-def lower(config: RunConfig) -> str:
+def _lower(config: RunConfig) -> str:
     """Return what to lower where a training run needs too much memory."""
     rows = f"--train.micro-batch (now {config.train.rows:,} rows)"
     return f"{rows}, --train.seq, or --eval.batch (now {config.eval.batch:,} windows of {config.eval.seq:,})"
