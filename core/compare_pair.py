@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from core.config import RunConfig, differences
+from core.files import MAX_TEXT, read_file
 from core.run import FREE, Run, RunError
 from core.transfer import ENOUGH, Curve, Finding, Windows, find, windows
 
@@ -166,7 +167,7 @@ def _data(first: Run, other: Run) -> tuple[list[str], list[str]]:
         a, b = ({k: str(v)[:16] for k, v in data.items()} if isinstance(data, dict) else {} for data in known)
         lines += [f"{k}: {a.get(k, '-')} -> {b.get(k, '-')}" for k in {**a, **b} if a.get(k) != b.get(k)]
     if all(run.tokenizer_path.exists() for run in (first, other)):
-        a, b = (hashlib.sha256(run.tokenizer_path.read_bytes()).hexdigest()[:16] for run in (first, other))
+        a, b = (hashlib.sha256(read_file(run.tokenizer_path, MAX_TEXT)).hexdigest()[:16] for run in (first, other))
         lines += [f"tokenizer: {a} -> {b}"] if a != b else []
     return lines, notes
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from core.compare_pair import Pair, label, positions
+from core.files import new_file
 from core.report import MARGIN, whole_ticks
 from core.run import Run
 
@@ -41,7 +42,8 @@ def draw(runs: list[Run], pairs: list[Pair], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize="small", ncols=2 if axes is below else 1, loc="best")
-    figure.savefig(path)
+    with new_file(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _curve(axes: Any, run: Run, by: str, name: str, colour: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import RunConfig, differences
-from core.files import replace_text
+from core.files import new_file, replace_text
 from core.generate import told
 from core.params import count, param_table
 from core.presets import PRESETS
@@ -142,4 +142,5 @@ def draw_curve(run: Run, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    figure.savefig(path)
+    with new_file(path) as file:
+        figure.savefig(file, format="png")

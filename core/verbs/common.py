@@ -24,6 +24,7 @@ from core.console import Console
 from core.data import Dataset, batch, identity
 from core.engine import Arrays, Engine
 from core.export.artifact import read_artifact
+from core.files import MAX_TEXT, read_file
 from core.params import exported
 from core.ranks import Ranks, check_same
 from core.run import Run, RunError
@@ -112,7 +113,7 @@ def open_subject(path: str, data: str | None, step: int | None = None) -> Subjec
         saved = run.checkpoint(step)
         if saved is None:
             raise RunError(f"{path}: has no checkpoint yet; train it first: skc train {run.config.preset} --out {path}")
-        sha256 = hashlib.sha256(run.tokenizer_path.read_bytes()).hexdigest()
+        sha256 = hashlib.sha256(read_file(run.tokenizer_path, MAX_TEXT)).hexdigest()
         weights = exported(run.config.model, run.config.train, saved.params, saved.optimizer)
         what = f"run {path}, step {saved.step}"
         subject = Subject(what, run.config, weights, sha256, saved.step, saved.quantise)
@@ -234,7 +235,7 @@ def code_version(root: Path = ROOT) -> str:
         for path in sorted((root / folder).rglob("*.py")):
             if reads(path.relative_to(root).as_posix()):
                 continue
-            state.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+            state.update(str(path.relative_to(root)).encode() + b"\0" + read_file(path, MAX_TEXT) + b"\0")
     return state.hexdigest()
 
 
