@@ -13,7 +13,6 @@ from statistics import NormalDist
 from core import ROOT
 from core.audit import claims
 from core.config import ModelConfig
-from core.engine import BACKENDS
 from core.files import read_file
 from core.params import param_table
 from core.storage import BITS, LARGEST, Storage, group_size, scales_shape, storage_class
@@ -27,6 +26,7 @@ FP8_BITS = 6.5
 FLOAT16_BITS = 13.5
 EVALUATION = ("core.audit.witness", "core.audit.evaluation")
 """What an audited evaluation begins with, beside its backend."""
+ENGINES = {"mlx": ("backends.mlx.blas", "backends.mlx.engine"), "cuda": ("backends.cuda.engine",)}
 TABLES: tuple[Storage, ...] = ("fp8/row", "int8/row", "int6/row")
 """What else the tables could be stored as, for comparison."""
 
@@ -65,12 +65,18 @@ def with_tables(model: ModelConfig) -> dict[Storage, int]:
 
 @functools.cache
 def packed_code() -> dict[str, int]:
-    """Return backend -> bytes of the code that an audit counts: all that the evaluation imports of ours, packed."""
-    return {name: claims.packed_code(imported(*EVALUATION, f"backends.{name}.engine")) for name in BACKENDS}
+    """Return backend -> bytes of the code that an audit counts: all that the evaluation imports of ours, packed.
+
+    Kernels count, which are imported on a GPU only.
+    """
+    return {name: claims.packed_code(imported(*EVALUATION, *engine)) for name, engine in ENGINES.items()}
 
 
 def imported(*modules: str) -> list[Path]:
-    """Return the files of `modules` and of all of ours that they import at once, by their text: none is run here."""
+    """Return the files of `modules` and of all of ours that they import, by their text: none is run here.
+
+    In core only what is imported at once counts, in a backend also what a function imports.
+    """
     found: dict[Path, None] = {}
     waiting = list(modules)
     while waiting:
@@ -92,8 +98,8 @@ def _files(module: str) -> list[Path]:
 
 def _imports(path: Path) -> list[str]:
     """Return the modules that a file imports when it is imported."""
-    names = []
-    for node in ast.parse(read_file(path, 1 << 24)).body:
+    names, tree = [], ast.parse(read_file(path, 1 << 24))
+    for node in ast.walk(tree) if "backends" in path.relative_to(ROOT).parts else tree.body:
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
