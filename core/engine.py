@@ -260,10 +260,11 @@ def available_backends() -> list[str]:
 def choose_backend(name: str) -> str:
     """Resolve `auto` to the backend that suits this machine, or check that `name` can be loaded.
 
-    `auto` takes MLX where it has a GPU (a Mac) and the PyTorch backend elsewhere, if installed.
+    `auto` takes MLX where it has a GPU (a Mac) and the PyTorch backend elsewhere, if installed; `torch` is `cuda`.
     """
     import sys
 
+    name = "cuda" if name == "torch" else name
     if name not in ("auto", *BACKENDS):
         raise ConfigError(f"backend {name!r}: expected one of auto, {', '.join(BACKENDS)}")
     found = available_backends()

@@ -78,8 +78,13 @@ def launched() -> tuple[str, int] | None:
 
 
 def join(backend: str) -> Ranks:
-    """Return the ranks that a launcher started, or Alone; ConfigError if it is another backend's launcher."""
-    found = launched()
+    """Return the ranks that a launcher started, or Alone.
+
+    ConfigError if it is another backend's launcher, or has set numbers that cannot be.
+    """
+    from core import joining
+
+    found = launched() or joining.unnumbered()
     if found is None:
         return Alone()
     if found[0] != backend:
@@ -88,9 +93,12 @@ def join(backend: str) -> Ranks:
             f"started by {theirs}, which goes with --backend {found[0]}, but the backend is {backend}: add "
             f"--backend {found[0]}, or start it with {mine}"
         )
+    words = joining.check_numbers(backend)
     if backend == "mlx":  # before anything imports MLX
         importlib.import_module("backends.mlx.blas").load_fast_blas()
-    return importlib.import_module(f"backends.{backend}.distributed").join()
+    module = importlib.import_module(f"backends.{backend}.distributed")
+    with joining.watched(words):
+        return module.join()
 
 
 def agree(ranks: Ranks, value: Any) -> Any:

@@ -18,7 +18,7 @@ from core.console import duration
 from core.data import Dataset, Prefetch, batch
 from core.engine import Batch, Engine, Pending
 from core.files import MAX_TEXT
-from core.generate import samples
+from core.generate import samples, told
 from core.ranks import Ranks, Stopped, agree, share
 from core.run import Run
 from core.schedule import plan, progress_by_steps
@@ -317,8 +317,8 @@ def write_samples(run: Run, engine: Engine, dataset: Dataset, step: int, say: Sa
     """Let the model write its samples, show them and record them."""
     texts = samples(engine, dataset.tokenizer, run.config)
     run.log(step, {"samples": texts})
-    for text in texts:
-        say(f"step {step}  sample: {' '.join(text.split())}")
+    for prompt, text in told(texts):
+        say(f"step {step}  sample {prompt}: {text}")
     return texts
 
 

@@ -86,7 +86,7 @@ def check_size(plan: Plan, seen: Isolated, dataset: Dataset) -> Finding:
 
 def packed_code(files: Sequence[Path]) -> int:
     """Return the bytes of source files as submissions pack them: one LZMA stream in base85."""
-    text = b"".join(file.read_bytes() for file in files if file.is_file())
+    text = b"".join(file.read_bytes() for file in sorted(files, key=str) if file.is_file())
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
     return -(-len(lzma.compress(text, lzma.FORMAT_RAW, filters=filters)) * 5 // 4) if text else 0
 

@@ -226,7 +226,7 @@ def check_plugins(config: EvalConfig, plugins: Sequence[Plugin]) -> None:
         if plugin.kind == "adaptation" or type(plugin).order is not Plugin.order:
             raise ConfigError(
                 f"eval.windows=stateful with plug-in {type(plugin).__name__}: the state comes from earlier weights, "
-                "and documents have an order of their own: use --eval.windows sliding or documents"
+                "and documents have an order of their own: take sliding windows or documents"
             )
 
 

@@ -101,7 +101,7 @@ def _configured(options: Import, found: Checkpoint) -> tuple[RunConfig, Dataset]
         train=dataclasses.replace(BASELINE.train, seq=options.seq),
         eval=dataclasses.replace(BASELINE.eval, seq=options.seq),
     )
-    check_data(config, dataset)
+    check_data(config, dataset, "give the data it was trained on with --data PATH")
     check_limits(model)
     return config, dataset
 
