@@ -199,6 +199,16 @@ def replace_text(path: str | Path, text: str) -> None:
     replace_file(path, text.encode("utf-8", "replace"))
 
 
+def place_file(source: str | Path, target: str | Path) -> None:
+    """Put a finished file, or a folder, under its name: at once, in place of a file that is there; OSError."""
+    os.replace(source, target)
+
+
+def open_null() -> BinaryIO:
+    """Open the device that takes everything and keeps nothing."""
+    return open(os.devnull, "wb")
+
+
 def append_file(path: str | Path) -> BinaryIO:
     """Open a file of our own for more bytes at its end, and make it if there is none; FileError for a link, OSError."""
     return io.BufferedWriter(_open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab"))

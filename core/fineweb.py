@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from core.adopt import adopt_shards
-from core.files import FileError, read_json, replace_file
+from core.files import FileError, place_file, read_json, replace_file
 from core.hub import Remote, Source, check_file
 from core.listing import listed_files, read_listing, top_folder
 from core.making import PART, making
@@ -190,7 +190,7 @@ def _fetch(
             sha256 = check_file(place, files[local], source.name)
             if local.endswith(".bin"):
                 open_shard(str(place))
-            os.replace(place, os.path.join(out, local))
+            place_file(place, os.path.join(out, local))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         recorded[local] = {"size": files[local].size, "sha256": sha256}

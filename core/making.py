@@ -15,7 +15,7 @@ from typing import Any
 
 from core.column import DataError
 from core.data import open_dataset
-from core.files import append_file, locked, replace_file, sweep, sync_folder
+from core.files import append_file, locked, place_file, replace_file, sweep, sync_folder
 from core.manifest import MANIFEST, read_manifest
 
 PART = ".part"
@@ -120,7 +120,7 @@ def install(part: Path, out: str, manifest: dict[str, Any], before: dict[str, An
     for name in old - made:
         Path(out, name).unlink(missing_ok=True)
     for name in made:
-        os.replace(part / name, Path(out, name))
+        place_file(part / name, Path(out, name))
     sync_folder(out)
     write_manifest(out, manifest)
 

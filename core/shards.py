@@ -100,9 +100,9 @@ class SplitWriter:
 
     def close(self) -> dict[str, Any]:
         """Finish the files and return the split's entry of the manifest, `documents` of which may be 0."""
-        npy = io.BytesIO()
-        np.save(npy, np.array(self._lengths, "<i8"), allow_pickle=False)
-        replace_file(os.path.join(self._folder, f"{self._name}_document_bytes.npy"), npy.getvalue())
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(self._lengths, "<i8"), allow_pickle=False)
+        replace_file(os.path.join(self._folder, f"{self._name}_document_bytes.npy"), buffer.getvalue())
         size = sum(self._lengths)
         return {
             "files": self._shards.close(),

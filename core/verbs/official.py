@@ -14,6 +14,7 @@ from core.config import ConfigError, DataConfig, RunConfig
 from core.data import Dataset, identity
 from core.engine import Engine, choose_backend, load_engine
 from core.export.artifact import check_limits
+from core.files import place_file
 from core.official import Checkpoint, model_of, read_official, to_ours
 from core.params import count
 from core.presets.transformers import BASELINE
@@ -130,7 +131,7 @@ def _write(out: Path, config: RunConfig, engine: Engine, dataset: Dataset, env: 
                 log.writelines(f"{line}\n" for line in lines)
             run.save(engine, 0, 0.0)
             for name in sorted(os.listdir(staging), key=lambda name: name == "config.json"):
-                os.rename(staging / name, out / name)
+                place_file(staging / name, out / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if fresh and not os.listdir(out):
