@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from core.console import Console, one_line
-from core.files import open_null
 
 
 class Verb(NamedTuple):
@@ -96,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 130
     except BrokenPipeError:  # `| head`: nobody reads on, and the interpreter must not complain when it flushes
-        with open_null() as null:
-            os.dup2(null.fileno(), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, ArithmeticError, OSError, MemoryError, RuntimeError) as error:
         if not is_users(error):

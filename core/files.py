@@ -204,11 +204,6 @@ def place_file(source: str | Path, target: str | Path) -> None:
     os.replace(source, target)
 
 
-def open_null() -> BinaryIO:
-    """Open the device that takes everything and keeps nothing."""
-    return open(os.devnull, "wb")
-
-
 def append_file(path: str | Path) -> BinaryIO:
     """Open a file of our own for more bytes at its end, and make it if there is none; FileError for a link, OSError."""
     return io.BufferedWriter(_open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab"))

@@ -295,6 +295,7 @@ def _training_sample(sources: _Sources, texts: Iterator[str] | Sequence[str], ru
 
 
 def tokenizer_record(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the manifest's entry of the tokenizer."""
     return {
         "file": "tokenizer.model",
         "sha256": tokenizer.sha256,

@@ -64,6 +64,8 @@ def test_files_are_opened_through_the_doors_alone(path: Path) -> None:
         return
     for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
         name, method = ast.unparse(call.func), call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        if call.args and ast.unparse(call.args[0]) == "os.devnull":
+            continue
         where = f"{path}:{call.lineno}: {name}: use core.files"
         assert name not in PAST_THE_DOORS and method not in METHODS, where
         if name in ON_FILES or method in ON_FILES:
