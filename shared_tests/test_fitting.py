@@ -101,17 +101,20 @@ def test_ranks_take_what_the_smallest_of_them_may() -> None:
 def test_an_engine_that_fits_itself_trains_the_same(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = mini("tiny")
     small = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=1))
-    sides, called = [], []
+    sides, used, cut = [], [], module(backend, "engine").micro_batches
+    monkeypatch.setattr(
+        module(backend, "engine"), "micro_batches", lambda run, most, world: used.append(most) or cut(run, most, world)
+    )
     for fits in (False, True):
         if fits:
             monkeypatch.setattr(module(backend, "engine"), "usable", lambda own, ranks: 1e6)
         made: Any = engine(backend, config, working_weights(config.model, 1.0), dtype="float64")
         assert made._rows(config.train.seq) == (1 if fits else 4)
         assert fits == any(note.startswith("micro-batches: 1 of 4 rows, to fit in") for note in made.notes)
-        called.append(made)
         for step, data in enumerate(batches(config, 2)):
             made.train_step(data, schedule.plan(step, 0.5, config.train)).result()
         sides.append(made.params())
+    assert used == [4, 4, 1, 1]
     for name, value in sides[0].items():
         assert relative_rms(sides[1][name], value) <= P2_FLOAT64, name
     asked: Any = engine(backend, small, working_weights(config.model, 1.0), dtype="float64")

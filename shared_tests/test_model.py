@@ -201,7 +201,7 @@ def test_one_layer_trains(name: str, seq: int) -> None:
         for step, batch in enumerate(batches(config, 2)):
             made.train_step(batch, schedule.plan(step, 0.5, config.train)).result()
         ends.append(made.params())
-    assert_same(*ends, P2_FLOAT64)
+    assert_same(ends[0], ends[1], P2_FLOAT64)
 
 
 @pytest.mark.parametrize("name", ["tiny", "ablate"])
