@@ -116,7 +116,7 @@ def test_items_run_in_order_and_the_report_says_what_is_wrong(tmp_path: Path) ->
         "beyond": "failed",
     }  # fmt: skip
     assert next(line["value"] for line in runs["compiles"] if line.get("what") == "quick had ended") == 1.0
-    assert "ended with code 9 before its turn" in report and "| never | needs a GPU |" in report
+    assert "**vanish: failed**: ended with code 9 before its turn" in report and "| never | needs a GPU |" in report
     assert "RuntimeError: no kernel image" in report and 'raise RuntimeError("no kernel' in report, "the traceback"
     assert "**beyond: large**: 3 is beyond 2" in report and "not a number**: not finite is beyond 2" in report
     assert "| small | 1 | 2 | ok |" in report and "Checks: 4, 2 beyond their limit." in report
