@@ -76,11 +76,12 @@ class Tape(NamedTuple):
         return np.log(np.exp(shifted).sum(-1)) - target
 
 
-def run_here(function: str, arguments: dict[str, Any], **_: Any) -> Isolated:
+def run_here(function: str, arguments: dict[str, Any], **options: Any) -> Isolated:
     """Call `function` as core.audit.isolation.run_isolated does, without the isolation."""
     zoo_predictions.STARTED.clear()
     module, _, name = function.partition(":")
-    value, error = None, None
+    value: Any = None
+    error: dict[str, str] | None = None
     try:
         value = getattr(importlib.import_module(module), name)(**arguments)
     except BaseException as raised:
