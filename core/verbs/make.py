@@ -131,7 +131,7 @@ def _begin(
             if found is not None and again:
                 run.forget()
                 found = None
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if ranks.world == 1:
                 raise
             problem = error
