@@ -25,11 +25,12 @@ from core.heartbeat import Heartbeat
 from core.params import count, exported
 from core.probe import probe
 from core.ranks import Ranks, agree, join
-from core.run import Follower, Run, RunError, config_digest, hold
+from core.run import Follower, Run, RunError, config_digest
 from core.scoring import check_plugins
 from core.scoring.plugins import load_plugins
 from core.train import Summary, check_rows, done, train
 from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_data, environment, same_start
+from core.writer import hold
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from core.export.artifact import check_limits
 from core.official import Checkpoint, model_of, read_official, to_ours
 from core.params import count
 from core.presets.transformers import BASELINE
-from core.run import Run, RunError, config_digest, hold
+from core.run import Run, RunError, config_digest
 from core.verbs.common import Backend, Context, Outcome, check_data, environment
+from core.writer import hold
 
 
 @dataclass(frozen=True)
