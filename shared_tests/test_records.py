@@ -130,7 +130,7 @@ def test_a_picture_shows_any_text(tmp_path: Path) -> None:
 def test_a_folder_in_the_way_is_found_before_the_work(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = written(tmp_path / "run", [])
+    run = written(tmp_path / "run", [], {})
     (run / name).mkdir(parents=True)
     assert main(["train", "debug", "--out", str(run)]) == 2
     out, err = capsys.readouterr()
