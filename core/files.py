@@ -13,12 +13,14 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 OPENED: list[str] = []
 """Real paths that this process opened through `open_input`, each once: what an audited evaluation declares."""
+TELL: BinaryIO | None = None
+"""Where each of these is written too, at once and ended by a zero byte: a process may die before it can list them."""
 MAX_TEXT = 64 << 20
 """Bytes of the largest text file (JSON, JSON lines, TOML, notes) that is read whole."""
 KINDS = {
@@ -53,7 +55,7 @@ def open_file(path: str | Path, limit: int | None = None) -> io.BufferedReader:
             raise FileError(
                 f"{path}: {status.st_size:,} bytes, expected at most {limit:,}: this is not the file it is named as"
             )
-        return os.fdopen(handle, "rb")
+        return open(path, "rb", opener=lambda name, flags: handle)  # noqa: SIM115 - with os.fdopen it had no name
     except BaseException:
         os.close(handle)
         raise
@@ -71,6 +73,8 @@ def note_input(path: str | Path) -> None:
     real = os.path.realpath(path)
     if real not in OPENED:
         OPENED.append(real)
+        if TELL is not None:
+            TELL.write(os.fsencode(real) + b"\0")
 
 
 def read_file(path: str | Path, limit: int) -> bytes:
@@ -195,6 +199,11 @@ def replace_text(path: str | Path, text: str) -> None:
     replace_file(path, text.encode("utf-8", "replace"))
 
 
+def place_file(source: str | Path, target: str | Path) -> None:
+    """Put a finished file, or a folder, under its name: at once, in place of a file that is there; OSError."""
+    os.replace(source, target)
+
+
 def append_file(path: str | Path) -> BinaryIO:
     """Open a file of our own for more bytes at its end, and make it if there is none; FileError for a link, OSError."""
     return io.BufferedWriter(_open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab"))
@@ -254,6 +263,12 @@ def sync_folder(path: str | Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_own(path: str | Path) -> None:
+    """Raise FileError for anything but a regular file, or nothing, in the place of a file of our own; OSError."""
+    with suppress(FileNotFoundError):
+        _refuse_kind(path, os.lstat(path).st_mode)
 
 
 def locked(file: BinaryIO, shared: bool = False, wait: bool = False) -> bool:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from core.console import one_line
 from core.ranks import Ranks, Stopped, agree
 
 BEAT = 1.0
@@ -67,7 +68,7 @@ class Heartbeat:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Say goodbye."""
         if error is not None and not isinstance(error, Stopped):
-            self._reason = b"failed " + " ".join(f"{type(error).__name__}: {error}".split()).encode()[:500]
+            self._reason = b"failed " + one_line(f"{type(error).__name__}: {error}").encode()
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=5 * self._beat)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ from core.console import duration
 from core.data import Dataset, Prefetch, batch
 from core.engine import Batch, Engine, Pending
 from core.files import MAX_TEXT
-from core.generate import samples
+from core.generate import samples, told
 from core.ranks import Ranks, Stopped, agree, share
 from core.run import Run
 from core.schedule import plan, progress_by_steps
@@ -192,7 +193,9 @@ def check_rows(settings: TrainConfig, ranks: Ranks) -> None:
 
 
 def prefetch(config: RunConfig, ranks: Ranks, dataset: Dataset, step: int, seq: int) -> Prefetch:
-    """Start to make this rank's batches from `step` on, in rows of `seq`."""
+    """Start to make this rank's batches from `step` on, in rows of `seq`, of shards that are as they were made."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+        dataset.train.start_verify()
     rows, part = config.train.rows_of, functools.partial(share, ranks=ranks)
     return Prefetch(
         lambda s, seq: batch(dataset.train, s, rows(seq)[0], seq, config.seed, part(rows(seq)[0])), step, seq
@@ -314,8 +317,8 @@ def write_samples(run: Run, engine: Engine, dataset: Dataset, step: int, say: Sa
     """Let the model write its samples, show them and record them."""
     texts = samples(engine, dataset.tokenizer, run.config)
     run.log(step, {"samples": texts})
-    for text in texts:
-        say(f"step {step}  sample: {' '.join(text.split())}")
+    for prompt, text in told(texts):
+        say(f"step {step}  sample {prompt}: {text}")
     return texts
 
 

@@ -23,6 +23,7 @@ from core.ablation.runner import Progress, run_all
 from core.ablation.store import Place, Store, StoreError
 from core.cli import main
 from core.config import ConfigError, DataConfig
+from core.files import FileError
 from core.run import Run
 from core.verbs.common import code_version
 from shared_tests.killed import small_data
@@ -117,7 +118,7 @@ def test_a_plan_is_its_runs(tmp_path: Path) -> None:
 def test_a_mistake_gets_one_line(old: str, new: str, message: str, tmp_path: Path) -> None:
     """The file, the field, what was given, what is expected."""
     assert PLAN.count(old) == 1
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises((ConfigError, FileError), match=message) as caught:
         read_plan(write(tmp_path, PLAN.replace(old, new)))
     assert "\n" not in str(caught.value).strip()
 

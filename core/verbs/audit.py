@@ -16,13 +16,12 @@ from core.audit.auditor import audit
 from core.audit.claims import Plan
 from core.audit.legality import headline, markdown
 from core.audit.rules import Finding
-from core.bundled import open_data
 from core.config import ConfigError
 from core.engine import DType, choose_backend
 from core.files import own_folder, replace_file
 from core.records import of_a_run
 from core.run import Run, RunError
-from core.verbs.common import Backend, Context, Outcome, check_tokenizer, open_artifact
+from core.verbs.common import Backend, Context, Outcome, check_tokenizer, judged, open_artifact, open_named
 from core.writer import alone, hold
 
 
@@ -41,7 +40,7 @@ class Audit:
     seq: int | None = None
     """Longest context of a window, in tokens."""
     stride: int | None = None
-    """Targets scored per window after the first."""
+    """Targets scored per window after the first; None: the run's, or a quarter of a sliding window."""
     batch: int | None = None
     """Windows per forward pass."""
     plugins: tuple[str, ...] | None = None
@@ -121,17 +120,13 @@ def _plan(options: Audit) -> Plan:
         raise RunError(f"{artifact}: no such artifact; {made}")
     subject = open_artifact(str(artifact), options.data)
     base = run.config if run else subject.config
-    given = {n: getattr(options, n) for n in ("windows", "seq", "stride", "batch", "plugins")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if options.windows in ("plain", "stateful") and options.stride is None:
-        given["stride"] = None
     config = dataclasses.replace(
         base,
         model=subject.config.model,
-        eval=dataclasses.replace(base.eval, documents=None, **given),
+        eval=dataclasses.replace(judged(base.eval, options, options.path), documents=None),
         data=base.data if options.data is None else subject.config.data,
     )
-    dataset = open_data(config.data.path, train=False)
+    dataset = open_named(options.path, config, options.data, train=False)
     check_tokenizer(subject, dataset)
     documents = None
     if options.tokens is not None and options.tokens < len(dataset.val):
