@@ -68,8 +68,8 @@ def read_manifest(path: str) -> dict[str, Any]:
     try:
         manifest = read_json(file, MAX_MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
-        here = "no manifest.json here" if os.path.isdir(path) else "no such folder"
-        raise DataError(f"{path}: {here}; make the folder with `skc data prepare`") from error
+        more = "" if os.path.isdir(path) else " (there is no such folder)"
+        raise DataError(f"{path}: no manifest.json here{more}; make the folder with `skc data prepare`") from error
     except FileError as error:
         raise DataError(f"{error}; prepare the data again") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
