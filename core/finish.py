@@ -81,7 +81,8 @@ def finish(
     if not first:
         return value
     for left in state.glob("*.ledger*"):  # of an evaluation that was given up
-        left.unlink()
+        if left.is_symlink() or not left.is_dir():
+            left.unlink()
     shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
     texts = shown[-1] if shown else write_samples(run, engine, dataset, step, say)
     written = [run.artifact_path, *write_report(run)]

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from core.ranks import Ranks, agree
+from core.ranks import Ranks, Stopped, agree
 
 BEAT = 1.0
 """Seconds between beats."""
@@ -66,7 +66,7 @@ class Heartbeat:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Say goodbye."""
-        if error is not None:
+        if error is not None and not isinstance(error, Stopped):
             self._reason = b"failed " + " ".join(f"{type(error).__name__}: {error}".split()).encode()[:500]
         self._stop.set()
         if self._thread is not None:

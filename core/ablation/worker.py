@@ -37,6 +37,8 @@ def main() -> int:
         return 2
     try:
         outcome = train_run(train_options(job, folder), Context(Console(), job["command"]))
+    except KeyboardInterrupt:  # a checkpoint was made, if training was under way
+        return 130
     except (ValueError, ArithmeticError, OSError) as error:
         if not is_users(error):
             raise

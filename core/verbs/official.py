@@ -19,6 +19,7 @@ from core.params import count
 from core.presets.transformers import BASELINE
 from core.run import Run, RunError, config_digest
 from core.verbs.common import Backend, Context, Outcome, check_data, environment
+from core.writer import hold
 
 PART = ".import.part"
 """Folder in that of the run in which it is made."""
@@ -123,13 +124,14 @@ def _write(out: Path, config: RunConfig, engine: Engine, dataset: Dataset, env: 
     out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(staging, ignore_errors=True)  # of an import that was killed
     try:
-        run = Run.create(staging, config, dataset.tokenizer.model, identity(dataset))
-        run.record_environment(env)
-        with run.open_log() as log:
-            log.writelines(f"{line}\n" for line in lines)
-        run.save(engine, 0, 0.0)
-        for name in sorted(os.listdir(staging), key=lambda name: name == "config.json"):
-            os.rename(staging / name, out / name)
+        with hold(staging):
+            run = Run.create(staging, config, dataset.tokenizer.model, identity(dataset))
+            run.record_environment(env)
+            with run.open_log() as log:
+                log.writelines(f"{line}\n" for line in lines)
+            run.save(engine, 0, 0.0)
+            for name in sorted(os.listdir(staging), key=lambda name: name == "config.json"):
+                os.rename(staging / name, out / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if fresh and not os.listdir(out):
