@@ -7,6 +7,7 @@ from typing import Any
 from core.compare_pair import By, Pair, choose_axis, hold, positions, words
 from core.compare_picture import draw
 from core.config import differences
+from core.files import replace_text
 from core.params import count
 from core.run import Run, RunError
 
@@ -149,7 +150,7 @@ def write_comparison(found: Comparison, runs: list[Run], folder: Path) -> list[P
     text = ["# Comparison", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     text += [f"| {' | '.join(f'{c:,}' if isinstance(c, int) else str(c) for c in row)} |" for row in rows]
     text += ["", "![curves above, differences from the first below](compare.png)", "", *_bullets(lines(found)), ""]
-    report.write_text("\n".join(text), encoding="utf-8")
+    replace_text(report, "\n".join(text))
     return [report, picture]
 
 

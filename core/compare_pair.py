@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from core.config import RunConfig, differences
-from core.run import FREE, Run, RunError
+from core.run import FREE, Run
 from core.transfer import ENOUGH, Curve, Finding, Windows, find, windows
 
 By = Literal["auto", "step", "tokens", "share"]
@@ -73,13 +73,11 @@ def choose_axis(configs: list[RunConfig], by: By) -> str:
 
 
 def positions(run: Run, name: str, by: str) -> dict[float, dict[str, Any]]:
-    """Return the lines of a run that hold the metric `name`, by place; RunError for a value that is not a number."""
+    """Return the lines of a run that hold the metric `name`, by place; RunError for a damaged record."""
     train, found, last = run.config.train, {}, 0.0
     for row in run.metrics():
         if name not in row or row["step"] < 1:
             continue
-        if type(row[name]) not in (int, float) or not math.isfinite(row[name]):
-            raise RunError(f"{run.metrics_path}: step {row['step']}: {name}: {row[name]!r}, expected a finite number")
         share = row["step"] / train.steps if train.seconds is None else row.get("progress", row["step"] / train.steps)
         place = {"step": row["step"], "tokens": row["step"] * train.tokens_per_step, "share": share}[by]
         if place > last:
@@ -91,7 +89,8 @@ def label(run: Run) -> str:
     """Return where a run was trained, in a few words."""
     env = run.environment()
     ranks = f"{env['ranks']} x " if env.get("ranks", 1) != 1 else ""
-    return f"{env.get('backend', '?')}, {ranks}{env.get('device', '?')}, {env.get('dtype', '?')}"
+    backend, device, dtype = (env.get(name, "?")[:60] for name in ("backend", "device", "dtype"))
+    return f"{backend}, {ranks}{device}, {dtype}"
 
 
 def hold(first: Run, other: Run, by: str) -> Pair:
@@ -166,7 +165,7 @@ def _data(first: Run, other: Run) -> tuple[list[str], list[str]]:
         a, b = ({k: str(v)[:16] for k, v in data.items()} if isinstance(data, dict) else {} for data in known)
         lines += [f"{k}: {a.get(k, '-')} -> {b.get(k, '-')}" for k in {**a, **b} if a.get(k) != b.get(k)]
     if all(run.tokenizer_path.exists() for run in (first, other)):
-        a, b = (hashlib.sha256(run.tokenizer_path.read_bytes()).hexdigest()[:16] for run in (first, other))
+        a, b = (hashlib.sha256(run.tokenizer()).hexdigest()[:16] for run in (first, other))
         lines += [f"tokenizer: {a} -> {b}"] if a != b else []
     return lines, notes
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from core.compare_pair import Pair, label, positions
+from core.files import new_file
 from core.run import Run
 
 COLOURS = ("#4c72b0", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd", "#8c8c8c", "#dd8452")
@@ -37,12 +38,13 @@ def draw(runs: list[Run], pairs: list[Pair], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize="small", ncols=2 if axes is below else 1, loc="best")
-    figure.savefig(path)
+    with new_file(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _curve(axes: Any, run: Run, by: str, name: str, colour: str) -> None:
     train, val = positions(run, name, by), positions(run, "val/bpb", by)
-    text = f"{run.path.name} ({label(run)})"
+    text = plain(f"{run.path.name[:60]} ({label(run)})")
     if train:
         means = [row[name] for row in train.values()]
         size = max(1, len(means) // (4 * SMOOTH))
@@ -53,6 +55,11 @@ def _curve(axes: Any, run: Run, by: str, name: str, colour: str) -> None:
         values, errors = zip(*((row["val/bpb"], row.get("val/error", 0.0)) for row in val.values()), strict=True)
         style: dict[str, Any] = {"color": colour, "fmt": "o", "markersize": 4, "capsize": 3, "linewidth": 1.0}
         axes.errorbar([*val], values, yerr=errors, label=None if train else text, **style)
+
+
+def plain(text: str) -> str:
+    """Return text that matplotlib shows as it is: between two dollar signs it would read a formula."""
+    return text.replace("$", r"\$")
 
 
 def _difference(axes: Any, pair: Pair, colour: str) -> float:

@@ -22,7 +22,7 @@ LATER = {
     "capsule_shift", "capsule_intra", "capsule_bands", "shared_blocks", "repeat_layers", "repeat_from",
     "bank", "bank_heads", "bank_capsules", "bank_times", "bank_gate", "engram_orders", "engram_heads", "engram_buckets",
     "engram_dim", "engram_layer", "engram_keep", "hash_storage", "bigram_buckets", "bigram_dim", "smear", "lr_hash",
-    "attention_conv", "plugins",
+    "attention_conv", "plugins", "save_minutes",
 }  # fmt: skip
 """Fields that came after the first files were written: a file without one of them means its default."""
 
@@ -42,7 +42,7 @@ class DataConfig:
     """Where tokens come from."""
 
     path: str = "sample"
-    """Folder written by `skc data prepare`; `sample` is the bundled text, prepared on first use under data/sample."""
+    """Folder written by `skc data prepare`; `sample` is the bundled text, prepared in the user's cache folder."""
 
     def __post_init__(self) -> None:
         require_limits("data", self, 0)
@@ -130,8 +130,10 @@ class TrainConfig:
     """Steps between samples of text; None: none."""
     save_every: int | None = 200
     """Steps between checkpoints; None: only at the end."""
+    save_minutes: float | None = 10.0
+    """Minutes after which a checkpoint is made beside those, at the next log line; None: only those."""
     keep_every: int | None = None
-    """Every how many-th of these checkpoints is kept beside the last one (state/step-N.safetensors); None: none."""
+    """Every how many-th checkpoint of train.save_every is kept beside the last one (state/step-N.safetensors)."""
 
     def __post_init__(self) -> None:
         limits = {"steps": MOST_STEPS, "batch": MOST_ROWS, "micro_batch": MOST_ROWS, "seq": MOST_TOKENS}
@@ -142,7 +144,8 @@ class TrainConfig:
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
         for name in ("steps", "batch", "seq", "log_every"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: expected at least 1")
-        for name in ("eval_every", "sample_every", "save_every", "keep_every", "seconds", "clip", "micro_batch"):
+        every = ("eval_every", "sample_every", "save_every", "save_minutes", "keep_every")
+        for name in (*every, "seconds", "clip", "micro_batch"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}={value}: expected a positive number, or None")
         require(

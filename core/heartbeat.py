@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 from core.console import one_line
-from core.ranks import Ranks, agree
+from core.ranks import Ranks, Stopped, agree
 
 BEAT = 1.0
 """Seconds between beats."""
@@ -67,7 +67,7 @@ class Heartbeat:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Say goodbye."""
-        if error is not None:
+        if error is not None and not isinstance(error, Stopped):
             self._reason = b"failed " + one_line(f"{type(error).__name__}: {error}").encode()
         self._stop.set()
         if self._thread is not None:

@@ -24,6 +24,10 @@ BUCKET = 1 << 20
 Arrays = dict[str, np.ndarray]
 
 
+class Stopped(KeyboardInterrupt):
+    """All ranks stop, after the same step, because one of them was asked to."""
+
+
 class Ranks(Protocol):
     """The processes of one run. Every method is called by all of them, in the same order."""
 

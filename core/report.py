@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import RunConfig, differences
+from core.files import new_file, replace_text
 from core.params import count, param_table
 from core.presets import PRESETS
 from core.run import Run
@@ -13,7 +14,7 @@ def write_report(run: Run) -> list[Path]:
     """Write report.md and curve.png from the run's own files and return their paths; needs a finished run."""
     curve, report = run.path / "curve.png", run.path / "report.md"
     draw_curve(run, curve)
-    report.write_text(_markdown(run), encoding="utf-8")
+    replace_text(report, _markdown(run))
     return [report, curve]
 
 
@@ -123,9 +124,11 @@ def draw_curve(run: Run, path: Path) -> None:
         axes.axhline(final["bpb"], color="#55a868", linestyle="--", linewidth=1.2, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte" if name == "train/bpb" else "nats per token")
-    axes.set_title(f"{run.config.preset}, seed {run.config.seed}, {run.environment().get('backend', '')}")
+    backend = run.environment().get("backend", "")[:60]
+    axes.set_title(f"{run.config.preset}, seed {run.config.seed}, {backend}".replace("$", r"\$"))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
-    figure.savefig(path)
+    with new_file(path) as file:
+        figure.savefig(file, format="png")

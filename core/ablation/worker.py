@@ -35,6 +35,8 @@ def main() -> int:
             print("the code in core/ or backends/ has changed since this ablation was started: start it again")
             return 2
         outcome = train_run(train_options(job, folder), Context(Console(), job.command))
+    except KeyboardInterrupt:  # a checkpoint was made, if training was under way
+        return 130
     except (ValueError, ArithmeticError, OSError) as error:
         if not is_users(error):
             raise

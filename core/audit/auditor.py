@@ -85,6 +85,8 @@ def audit(plan: Plan, say: Console) -> Audit:
     began = time.monotonic()
     dataset = _open(plan.config.data.path)
     base = Path(dataset.path)
+    for split in (dataset.train, dataset.val):
+        split.verify()
     same_data = plan.run is not None and plan.run.environment().get("data") in (None, identity(dataset))
     passes = draw_passes(plan.config, len(dataset.val))
     reference = check_reference(plan)  # what is wrong with the claim is told before the work

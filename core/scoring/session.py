@@ -7,20 +7,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import safetensors.numpy
 
 from core.config import EvalConfig
 from core.data import Split
-from core.files import replace_file
+from core.files import parse_json
 from core.ranks import Alone, Ranks
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
 from core.scoring.windows import Windows
+from core.tensors import read_tensors, write_tensors
 
 EXCHANGE = 8
 """Forward passes of each rank between two exchanges of what they gave."""
 SNAPSHOT_EVERY = 30.0
 """Seconds between two copies of what the plug-ins have learned."""
+
+
+MAX_SNAPSHOT = 8 << 30
+"""Bytes of such a copy."""
 
 
 class Watch(Protocol):
@@ -206,7 +210,7 @@ class Session:
         sides = {"learner": self.learner.state(), **{str(i): p.state() for i, p in enumerate(self.plugins)}}
         arrays = {f"{side}/{n}": np.ascontiguousarray(v) for side, part in sides.items() for n, v in part.items()}
         state = json.dumps({"number": self._number, "version": self.learner.version})
-        replace_file(self._state_path, safetensors.numpy.save(arrays, {"skc": state}))
+        write_tensors(self._state_path, arrays, {"skc": state})
         self._saved = time.monotonic()
 
     def _restore(self) -> None:
@@ -217,11 +221,12 @@ class Session:
             path.unlink()
             return
         try:
-            with safetensors.safe_open(path, "np") as file:
-                state = json.loads((file.metadata() or {})["skc"])
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            number, version = int(state["number"]), int(state["version"])
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            metadata, arrays = read_tensors(path, MAX_SNAPSHOT)
+            state = parse_json("skc", str(metadata["skc"]))
+            number, version = state["number"], state["version"]
+            if type(number) is not int or type(version) is not int:
+                raise TypeError("number and version: expected whole numbers")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise LedgerError(f"{path}: damaged ({error}); delete it and {self.ledger.path} to begin anew") from error
         if not 0 <= number <= self._before:
             raise LedgerError(f"{path}: is of another ledger; delete both to begin anew")

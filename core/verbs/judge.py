@@ -1,6 +1,7 @@
 """Verbs that measure: eval, sample, parity, bench."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from core.heartbeat import Heartbeat
 from core.parity import run_parity
 from core.ranks import Ranks, agree, join, share_arrays
 from core.run import Run
+from core.scoring.accounting import byte_note
 from core.tokenizer import Tokenizer
 from core.verbs.common import (
     Backend,
@@ -162,6 +164,8 @@ def _evaluate(options: Eval, ranks: Ranks, context: Context) -> Outcome:
     engine = load_engine(options.backend, config, subject.weights, choices, subject.quantise, ranks)
     used = "stored form of the weights" if subject.quantise else "weights as they are"
     context.say(f"{subject.what} ({used}) on {engine.backend}, {engine.device}, {engine.dtype}; data {dataset.path}")
+    if note := byte_note(dataset.tokenizer, dataset.manifest["splits"]["val"]):
+        context.say(note)
     ledger = None if options.ledger is None or ranks.rank else Path(options.ledger)
     found = final_score(engine, dataset, config, context.say, "scoring", ledger, plugins=True, keep=True)
     context.say(describe(found))
@@ -175,6 +179,8 @@ def write_text(options: Sample, context: Context) -> Outcome:
     subject = open_subject(options.path, options.data, options.step)
     if subject.step is not None and options.data is None:
         tokenizer = Tokenizer.load(str(Run.open(options.path).tokenizer_path))
+    elif options.data is None and (beside := _tokenizer_beside(options.path, subject)) is not None:
+        tokenizer = beside
     else:
         dataset = open_data(subject.config.data.path)
         check_tokenizer(subject, dataset)
@@ -184,6 +190,15 @@ def write_text(options: Sample, context: Context) -> Outcome:
     text = sample(engine, tokenizer, options.prompt, *choices)
     context.say(text)
     return Outcome(True, {"path": options.path, "prompt": options.prompt, "text": text, "backend": engine.backend})
+
+
+def _tokenizer_beside(artifact: str, subject: Subject) -> Tokenizer | None:
+    """Return the tokenizer that lies in the folder of an artifact, if there is one and it is the artifact's."""
+    path = os.path.join(os.path.dirname(artifact), "tokenizer.model")
+    if not os.path.lexists(path):
+        return None
+    tokenizer = Tokenizer.load(path)
+    return tokenizer if tokenizer.sha256 == subject.tokenizer_sha256 else None
 
 
 def parity(options: Parity, context: Context) -> Outcome:
