@@ -126,6 +126,17 @@ def test_a_picture_shows_any_text(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 500 for path in write_comparison(found, opened, tmp_path / "out"))
 
 
+@pytest.mark.parametrize("name", ["report.md", "artifact.skc", "state/score.ledger"])
+def test_a_folder_in_the_way_is_found_before_the_work(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = written(tmp_path / "run", [], {})
+    (run / name).mkdir(parents=True)
+    assert main(["train", "debug", "--out", str(run)]) == 2
+    out, err = capsys.readouterr()
+    assert f"{run / name}: is a folder" in err and "step" not in out, err
+
+
 @pytest.mark.parametrize("verb", ["compare", "track", "train"])
 def test_verbs_say_it_in_one_line(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Training does before its first step: a run that trained for hours must not end with it."""
