@@ -116,5 +116,5 @@ def test_a_planted_fault_in_a_reader_of_records_is_found(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(*RECORD_FAULTS[name])
-    _, failure = mutations.campaign(tmp_path, 1, range(150), 100, names=[name])
+    _, failure = mutations.campaign(tmp_path, 1, range(900), 800, names=[name])
     assert failure and failure[1].startswith(f"{name}, ")
