@@ -116,6 +116,17 @@ def test_odd_files_in_a_store(made: Made) -> None:
     check(made, drawn([case for case in made.cases() if not trains(case)], 8, "store"))
 
 
+def test_a_link_in_the_place_of_a_folder(made: Made) -> None:
+    """Reports and locks are not written into another folder."""
+    where, strangers = copied(made.whole, made.copy), made.folder / "elsewhere"
+    (where / "store/ablations/parts").rename(strangers)
+    (where / "store/ablations/parts").symlink_to(strangers)
+    before = contents(strangers)
+    ran = made.run(where, REPORT)
+    judge(ran, (2,))
+    assert "parts: is a link, expected a folder" in ran.err and contents(strangers) == before
+
+
 @pytest.mark.long
 def test_every_odd_file_in_a_store(made: Made) -> None:
     """Every file, every kind, every way of looking at it; of those that train a run again, some."""
