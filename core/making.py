@@ -15,7 +15,7 @@ from typing import Any
 
 from core.column import DataError
 from core.data import open_dataset
-from core.files import append_file, locked, place_file, replace_file, sweep, sync_folder
+from core.files import append_file, locked, own_folder, place_file, replace_file, sweep, sync_folder
 from core.manifest import MANIFEST, read_manifest
 
 PART = ".part"
@@ -83,9 +83,7 @@ def making(out: str, waiting: Callable[[], None]) -> Iterator[Path]:
 def _hold(part: Path, waiting: Callable[[], None]) -> Any:
     """Lock the part for this process: whoever held it before has removed the file that was waited for."""
     while True:
-        part.mkdir(exist_ok=True)
-        if part.is_symlink():
-            raise DataError(f"{part}: is a link, which nothing here makes; remove it")
+        own_folder(part)
         lock = append_file(part / LOCK)
         try:
             if not locked(lock):

@@ -23,6 +23,7 @@ from core.bundled import BUNDLED
 from core.cli import main
 from core.corpus import PLAIN, Format, find_inputs, read_documents
 from core.data import DataError, Dataset, open_dataset
+from core.files import FileError
 from core.prepare import prepare
 from core.tokenizer import TokenizerError
 from shared_tests.harness import tiny_tokenizer
@@ -306,7 +307,7 @@ def test_what_cannot_be_the_folder_is_refused_before_any_work(tmp_path: Path) ->
     (tmp_path / "trap").mkdir()
     (tmp_path / "trap" / ".part").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(DataError, match=r"\.part: is a link"):
+    with pytest.raises(FileError, match=r"\.part: is a link, expected a folder: remove it"):
         prepare([source], str(tmp_path / "trap"), tokenizer=MODEL)
     assert not list((tmp_path / "elsewhere").iterdir())
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from core import schedule
+from core.column import Column
 from core.config import TrainConfig
 from core.engine import Arrays, Batch
 from core.files import open_input
@@ -230,7 +231,7 @@ class Searcher(Oracle):
     """Finds the validation text in the memory of the process."""
 
     def _find(self) -> np.ndarray:
-        return max((x for x in gc.get_objects() if isinstance(x, np.memmap) and x.dtype == np.uint16), key=len)
+        return np.array(max((x for x in gc.get_objects() if isinstance(x, Column) and x.dtype == np.uint16), key=len))
 
 
 class FirstOnly(CountsFirst):

@@ -135,8 +135,8 @@ def _write(out: Path, config: RunConfig, engine: Engine, dataset: Dataset, env: 
                 place_file(staging / name, out / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        if fresh and not os.listdir(out):
-            out.rmdir()
+        if fresh and set(os.listdir(out)) <= {"lock"}:
+            shutil.rmtree(out)
 
 
 def _first_loss(engine: Engine, dataset: Dataset, seq: int) -> float:
