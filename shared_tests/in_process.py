@@ -100,7 +100,7 @@ class Place:
         """Return the plan of an audit with plug-ins of zoo_predictions and other options of `skc audit`."""
         names = tuple(name if ":" in name else f"shared_tests.zoo_predictions:{name}" for name in plugins)
         given = {"data": self.data, "seq": SEQ, "batch": BATCH, "flips": 2, "backend": "cuda", "out": str(out)}
-        return _plan(Audit(path=self.model, plugins=names, **(given | options)))
+        return _plan(Audit(path=self.model, plugins=names or None, **(given | options)))
 
     def audit(self, out: Path, *plugins: str, **options: Any) -> auditor.Audit:
         """Audit and return what was found."""
