@@ -73,6 +73,16 @@ def test_a_claim_that_the_audit_does_not_find_fails(
     assert "D16" in failed and words in failed["D16"] and failed.keys() <= {"D13", "D16"}, failed
 
 
+def test_a_log_of_other_settings_than_the_configuration(place: Place, truth: dict[str, Any], tmp_path: Path) -> None:
+    run = claimed(place, tmp_path / "run", truth)
+    path = Run.open(run.model).path / "config.json"
+    settings = json.loads(path.read_text())
+    settings["train"]["lr_matrix"] = 0.5
+    path.write_text(json.dumps(settings))
+    failed = verdicts(run.audit(tmp_path / "out", **OWN), "FAIL")
+    assert failed.keys() == {"D16"} and "other settings than its config.json" in failed["D16"]
+
+
 def test_a_number_that_is_none_is_no_claim(place: Place, truth: dict[str, Any], tmp_path: Path) -> None:
     run = claimed(place, tmp_path / "run", truth)
     path = Run.open(run.model).metrics_path
