@@ -4,11 +4,12 @@ The flip test runs inside the evaluation's process, where the whole text is, and
 the text once more in folders of their own, while the real one is hidden, and what they predict is held to what the
 evaluation said when it could not know what would be changed:
 
-* up to a forward pass that is drawn after the evaluation has ended, some of whose targets are other tokens, and
-  everything that is scored after it too. Predictions that could not have seen a change must be those of the evaluation;
+* up to a forward pass that is drawn after the evaluation has ended; some of its targets are other tokens then, and so
+  is all that is scored after it. Predictions that could not have seen a change must be those of the evaluation;
 * with plug-ins, random tokens all over the text: nobody can predict them, in whatever passes they are (`guesses`).
 """
 
+import itertools
 import json
 import secrets
 from collections.abc import Callable, Sequence
@@ -25,8 +26,8 @@ from core.files import new_file, read_file, replace_file
 from core.run import MAX_TOKENIZER
 from core.shards import shard_record, write_shard
 
-CUTS = 2
-"""Forward passes that are drawn where there are plug-ins."""
+CUTS = 3
+"""Forward passes that are drawn where there are plug-ins, one in each of as many parts of the text."""
 CHANGES = 64
 """Targets of the drawn pass that are changed, at most; as many others are asked for their whole distributions too."""
 SHARE = 1 / 16
@@ -83,8 +84,9 @@ def draw_passes(total: int, learns: bool, resumed: int) -> list[int]:
     """
     if not learns:
         return [min(PASSES, total)]
-    low = [min(resumed, total - 1) if i == 0 else 0 for i in range(CUTS)]
-    return [1 + begin + secrets.randbelow(total - begin) for begin in low]
+    bounds = [total * i // CUTS for i in range(CUTS + 1)]
+    bounds[-2] = max(bounds[-2], min(resumed, total - 1))
+    return [1 + a + secrets.randbelow(b - a) for a, b in itertools.pairwise(bounds) if a < b]
 
 
 def check_again(
