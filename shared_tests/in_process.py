@@ -80,7 +80,8 @@ def run_here(function: str, arguments: dict[str, Any], **_: Any) -> Isolated:
     """Call `function` as core.audit.isolation.run_isolated does, without the isolation."""
     zoo_predictions.STARTED.clear()
     module, _, name = function.partition(":")
-    value, error = None, None
+    value: Any = None
+    error: dict[str, str] | None = None
     try:
         value = getattr(importlib.import_module(module), name)(**arguments)
     except BaseException as raised:
@@ -99,8 +100,15 @@ class Place:
     def plan(self, out: Path, *plugins: str, **options: Any) -> Any:
         """Return the plan of an audit with plug-ins of zoo_predictions and other options of `skc audit`."""
         names = tuple(name if ":" in name else f"shared_tests.zoo_predictions:{name}" for name in plugins)
-        given = {"data": self.data, "seq": SEQ, "batch": BATCH, "flips": 2, "backend": "cuda", "out": str(out)}
-        return _plan(Audit(path=self.model, plugins=names or None, **(given | options)))
+        given: dict[str, Any] = {
+            "data": self.data,
+            "seq": SEQ,
+            "batch": BATCH,
+            "flips": 2,
+            "backend": "cuda",
+            "out": str(out),
+        }
+        return _plan(Audit(path=self.model, **(given | {"plugins": names or None} | options)))
 
     def audit(self, out: Path, *plugins: str, **options: Any) -> auditor.Audit:
         """Audit and return what was found."""

@@ -94,17 +94,15 @@ def test_a_number_that_is_none_is_no_claim(place: Place, truth: dict[str, Any], 
 
 def test_what_the_audit_scores_otherwise_is_not_compared(place: Place, truth: dict[str, Any], tmp_path: Path) -> None:
     wrong = truth | {"bpb": 3.0}
-    for i, (evaluation, options, words) in enumerate((
-        ({}, {"windows": "sliding", "stride": 8}, "with --windows --stride the audit scores otherwise"),
-        ({}, {"seq": 16}, "with --seq the audit"),
-        ({}, {"tokens": 300}, "only a part of the text"),
-        ({}, {"plugins": ("temperature",)}, "with --plugins the audit"),
-    )):  # fmt: skip
-        run = claimed(place, tmp_path / f"run{i}", wrong, **evaluation)
-        given = OWN | options
-        plugins = given.pop("plugins", None)
-        names = () if plugins is None else tuple("core.scoring.plugins:Temperature" for _ in plugins)
-        found = run.audit(tmp_path / f"out{i}", *names, **given)
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"windows": "sliding", "stride": 8}, "with --windows --stride the audit scores otherwise"),
+        ({"seq": 16}, "with --seq the audit"),
+        ({"tokens": 300}, "only a part of the text"),
+        ({"plugins": ("temperature",)}, "with --plugins the audit"),
+    ]
+    run = claimed(place, tmp_path / "run", wrong)
+    for i, (options, words) in enumerate(others):
+        found = run.audit(tmp_path / f"out{i}", **(OWN | options))
         assert not verdicts(found, "FAIL") and words in verdicts(found, "NOT CHECKED")["D16"]
     estimate = claimed(place, tmp_path / "estimate", wrong | {"full": False, "label": "estimate"}, documents=4)
     found = estimate.audit(tmp_path / "estimated", **OWN)
