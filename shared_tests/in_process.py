@@ -100,15 +100,9 @@ class Place:
     def plan(self, out: Path, *plugins: str, **options: Any) -> Any:
         """Return the plan of an audit with plug-ins of zoo_predictions and other options of `skc audit`."""
         names = tuple(name if ":" in name else f"shared_tests.zoo_predictions:{name}" for name in plugins)
-        given: dict[str, Any] = {
-            "data": self.data,
-            "seq": SEQ,
-            "batch": BATCH,
-            "flips": 2,
-            "backend": "cuda",
-            "out": str(out),
-        }
-        return _plan(Audit(path=self.model, **(given | {"plugins": names or None} | options)))
+        given: dict[str, Any] = {"data": self.data, "seq": SEQ, "batch": BATCH, "flips": 2, "backend": "cuda"}
+        given |= {"plugins": names or None, "out": str(out)} | options
+        return _plan(Audit(path=self.model, **given))
 
     def audit(self, out: Path, *plugins: str, **options: Any) -> auditor.Audit:
         """Audit and return what was found."""
