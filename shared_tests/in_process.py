@@ -76,7 +76,7 @@ class Tape(NamedTuple):
         return np.log(np.exp(shifted).sum(-1)) - target
 
 
-def run_here(function: str, arguments: dict[str, Any], **_: Any) -> Isolated:
+def run_here(function: str, arguments: dict[str, Any], **isolation: Any) -> Isolated:
     """Call `function` as core.audit.isolation.run_isolated does, without the isolation."""
     zoo_predictions.STARTED.clear()
     module, _, name = function.partition(":")
