@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO
 
+from core import PYTHON
 from core.config import ConfigError, RunConfig, differences, from_json, to_json
 from core.engine import EngineOptions, available_backends
 from core.params import FLOP_RULE, count, flops_per_token
@@ -156,7 +157,6 @@ class BenchReport(PresetBench):
         size = next(row.peak_size for row in self.rows if row.variant == self.reference)
         out = [
             f"{self.threads} thread(s), medians of {self.rounds} interleaved rounds of {self.seconds:g} s",
-            self.flop_rule,
             *([f"one rank of {self.ranks}: its rows and its part of the update, nothing is sent"] * (self.ranks > 1)),
             f"peak: ({size}, {size}) matmul of {self.reference}, {self.reference_peak / 1e9:.1f} GFLOP/s",
             "",
@@ -358,7 +358,7 @@ class _Worker:
 
     def __init__(self, variant: str, config: RunConfig, threads: int, ranks: int):
         count_of = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
-        command = [sys.executable, "-m", "core.bench", variant, json.dumps(to_json(config)), str(ranks)]
+        command = [*PYTHON, "-m", "core.bench", variant, json.dumps(to_json(config)), str(ranks)]
         self.variant = variant
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **count_of}

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import importlib
@@ -69,13 +70,18 @@ class UsageError(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (None: the process's own) and return its exit code."""
+    open_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     name = "skc"
     try:
+        _refuse_bytes(argv)
         if not argv or argv[0] in ("-h", "--help"):
             print(_help(VERBS))
             return 0
         _check_text(argv)
+        if argv[0] == "--version":
+            print(f"skc {_version()}")
+            return 0
         verb, rest = _find(argv)
         if verb is None:
             print(_help({key: value for key, value in VERBS.items() if key.startswith(f"{argv[0]} ")}))
@@ -91,11 +97,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head`: nobody reads on, and the interpreter must not complain when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, ArithmeticError, OSError) as error:
+    except (ValueError, ArithmeticError, OSError, MemoryError, RuntimeError) as error:
         if not is_users(error):
             raise
         _complain(name, error)
         return 1 if isinstance(error, ArithmeticError) else 2
+
+
+def open_streams() -> None:
+    """Give the process standard streams: closed ones lead nowhere, and what a stream cannot encode is replaced."""
+    for handle in range(3):
+        try:
+            os.fstat(handle)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets this number, which a file of ours must not
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _refuse_bytes(argv: Sequence[str]) -> None:
+    """Raise UsageError for an argument that is no text: its bytes would fail in whatever stores or tokenises it."""
+    for before, argument in zip(["", *argv], argv, strict=False):
+        given = os.fsencode(argument) if any("\ud800" <= c <= "\udfff" for c in argument) else b""
+        if not given:
+            continue
+        where = f"{before} " if before.startswith("-") else ""
+        try:
+            given.decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{where}{argument!r}: not valid Unicode, expected UTF-8") from error
+        raise UsageError(f"{where}{argument!r}: the locale of this shell is not UTF-8: set LC_ALL=C.UTF-8")
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("skc-lab")
+    except importlib.metadata.PackageNotFoundError:
+        return "of a checkout that is not installed"
 
 
 def _run(verb: Verb, options: Any, command: str) -> int:
@@ -127,6 +171,10 @@ def is_users(error: Exception) -> bool:
     """Whether the user can do something about it: our own typed errors, and files that cannot be opened or written."""
     if isinstance(error, OSError):
         return error.errno in USER_ERRNO
+    if isinstance(error, MemoryError | RuntimeError):
+        from core.memory import is_memory
+
+        return is_memory(error)
     return type(error).__module__.startswith("core.") or type(error) is UsageError
 
 
@@ -136,6 +184,10 @@ def message(error: Exception) -> str:
         where = f"{error.filename}: " if error.filename else ""
         hint = f"; {NO_SPACE[error.errno]}, what was saved before is intact" if error.errno in NO_SPACE else ""
         return one_line(f"{where}{error.strerror}{hint}")
+    if isinstance(error, MemoryError | RuntimeError):
+        from core.memory import described
+
+        return described(error)
     return one_line(error)
 
 
@@ -175,6 +227,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
     """Return a verb's options; UsageError in one line for whatever tyro says in many."""
     import tyro
 
+    from core import options
+
     verb = VERBS[name]
     kind = getattr(importlib.import_module(verb.module), verb.options)
     purpose = f"{verb.purpose[0].upper()}{verb.purpose[1:]}."
@@ -191,14 +245,21 @@ def _parse(name: str, arguments: list[str]) -> Any:
         purpose += " The defaults are the preset's: skc " + name + " PRESET --help shows them."
     program = f"skc {name} PRESET" if verb.preset else f"skc {name}"
     keywords: dict[str, Any] = {} if default is None else {"default": default}
+    known = options.options_of(kind)
     messages = io.StringIO()
     try:
         with contextlib.nullcontext() if wants_help else _captured(messages):
-            return tyro.cli(kind, args=arguments, prog=program, description=purpose, use_underscores=True, **keywords)
+            made = tyro.cli(
+                kind, args=options.spelled(arguments, known), prog=program, description=purpose, use_underscores=True,
+                **keywords,
+            )  # fmt: skip
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        raise UsageError(f"{condense(messages.getvalue())} (see: skc {name} --help)") from None
+        box = condense(messages.getvalue()).rstrip(".")
+        said = options.unknown(arguments, known) or box + options.choice(arguments, known)
+        raise UsageError(f"{said} (see: skc {name}{' PRESET' if verb.preset else ''} --help)") from None
+    return dataclasses.replace(made, given=tuple(options.given(arguments, known))) if verb.preset else made
 
 
 @contextlib.contextmanager

@@ -62,9 +62,9 @@ def compare(paths: list[str], by: By = "auto") -> tuple[Comparison, list[Run]]:
 
     Curves are aligned by step, tokens or share of the schedule; `auto`: by step if steps are alike, else by tokens.
     """
-    if len(paths) < 2:
-        raise RunError(f"compare: {len(paths)} run given, expected two or more: skc compare RUN RUN")
     runs = [Run.open(path) for path in paths]
+    if len(runs) < 2:
+        raise RunError(f"compare: {len(runs)} run given, expected two or more: skc compare RUN RUN")
     if len({run.path.resolve() for run in runs}) < len(runs):
         raise RunError(f"compare: a run is named twice in {', '.join(paths)}; name each once")
     rows = tuple(_row(run) for run in runs)

@@ -8,6 +8,7 @@ import numpy as np
 
 from core.compare_pair import Pair, label, positions
 from core.files import new_file
+from core.report import MARGIN, whole_ticks
 from core.run import Run
 
 COLOURS = ("#4c72b0", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd", "#8c8c8c", "#dd8452")
@@ -33,6 +34,9 @@ def draw(runs: list[Run], pairs: list[Pair], path: Path) -> None:
         below.set_ylim(-1.1 * max(drawn), 1.1 * max(drawn))
     below.set_ylabel(f"less the first,\n{pairs[0].unit}")
     below.set_xlabel(AXES[by])
+    above.margins(y=MARGIN)
+    if by != "share":
+        whole_ticks(below)
     for axes in (above, below):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -46,11 +50,12 @@ def _curve(axes: Any, run: Run, by: str, name: str, colour: str) -> None:
     train, val = positions(run, name, by), positions(run, "val/bpb", by)
     text = f"{run.path.name} ({label(run)})"
     if train:
-        means = [row[name] for row in train.values()]
+        means, ends = [row[name] for row in train.values()], np.array([*train], np.float64)
+        middles = middle(np.append(0.0, ends[:-1]), ends)
         size = max(1, len(means) // (4 * SMOOTH))
         if size > 1:
-            axes.plot([*train], means, color=colour, linewidth=0.4, alpha=0.25)
-        axes.plot(_running([*train], size), _running(means, size), color=colour, linewidth=1.2, alpha=0.8, label=text)
+            axes.plot(middles, means, color=colour, linewidth=0.4, alpha=0.25)
+        axes.plot(_running(middles, size), _running(means, size), color=colour, linewidth=1.2, alpha=0.8, label=text)
     if val and name == "train/bpb":
         values, errors = zip(*((row["val/bpb"], row.get("val/error", 0.0)) for row in val.values()), strict=True)
         style: dict[str, Any] = {"color": colour, "fmt": "o", "markersize": 4, "capsize": 3, "linewidth": 1.0}
@@ -60,7 +65,7 @@ def _curve(axes: Any, run: Run, by: str, name: str, colour: str) -> None:
 def _difference(axes: Any, pair: Pair, colour: str) -> float:
     """Draw one difference and return how far the picture has to reach; 0 where there is none."""
     over, found = pair.over, pair.curves
-    gaps, middles = over.second - over.first, (over.starts + over.ends) / 2
+    gaps, middles = over.second - over.first, middle(over.starts, over.ends)
     if not len(gaps):
         return 0.0
     size = max(1, len(gaps) // SMOOTH)
@@ -81,6 +86,11 @@ def _difference(axes: Any, pair: Pair, colour: str) -> float:
         axes.axvline(found.same_until, color=colour, linewidth=1.0, linestyle=":", label=text)
     reach = [*np.abs(smooth), *np.quantile(np.abs(gaps), [0.98]), band or 0.0, found.floor]
     return float(max(reach))
+
+
+def middle(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return where the mean of a window is drawn: in the middle of the steps, tokens or share that it is of."""
+    return (starts + ends) / 2
 
 
 def noise_band(pair: Pair, size: int) -> float | None:

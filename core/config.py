@@ -42,7 +42,7 @@ class DataConfig:
     """Where tokens come from."""
 
     path: str = "sample"
-    """Folder written by `skc data prepare`; `sample` is the bundled text, prepared on first use under data/sample."""
+    """Folder written by `skc data prepare`; `sample` is the bundled text, prepared in the user's cache folder."""
 
     def __post_init__(self) -> None:
         require_limits("data", self, 0)
@@ -61,7 +61,8 @@ class TrainConfig:
     seq: int = 512
     """Tokens per row."""
     micro_batch: int | None = None
-    """Rows per forward and backward pass, to fit memory; None: all rows at once. Must divide train.batch."""
+    """Rows per forward and backward pass; None: all rows at once. Must divide train.batch. An engine halves it until it
+    should fit in memory, and says so."""
     lr_embed: float = 3e-3
     """Learning rate of the embedding group."""
     lr_matrix: float = 3e-3
@@ -258,11 +259,11 @@ class EvalConfig:
         )
         require(
             self.windows != "sliding" or self.stride is not None,
-            "eval.windows=sliding needs eval.stride (for example --eval.stride 64)",
+            "eval.windows=sliding needs eval.stride (64, for example)",
         )
         require(
             self.windows not in ("plain", "stateful") or self.stride in (None, self.seq),
-            f"eval.stride={self.stride} has no meaning with eval.windows={self.windows}: use --eval.windows sliding",
+            f"eval.stride={self.stride} has no meaning with eval.windows={self.windows}: take sliding or documents",
         )
 
 
@@ -272,8 +273,8 @@ class ExportConfig:
 
     budget: int = 16_000_000
     """Largest total of artifact and code, in bytes."""
-    code_bytes: int = 40_000
-    """Bytes of the budget that are reserved for code."""
+    code_bytes: int = 140_000
+    """Bytes of the budget that are reserved for code, packed (LZMA, base85); skc info says what it takes."""
 
     def __post_init__(self) -> None:
         require_limits("export", self, 1 << 40)
@@ -309,7 +310,7 @@ class RunConfig:
             or self.model.documents == "isolated"
             or "attention" not in self.model.blocks[: self.model.layers],
             "eval.windows=stateful with packed documents would keep the keys of every token of the text: "
-            "use --eval.windows sliding",
+            "take sliding ones",
         )
 
 

@@ -102,6 +102,11 @@ class Console:
         if self._log is not None:
             print(line, file=self._log, flush=True)
 
+    def note(self, line: str) -> None:
+        """Write one line into the log alone."""
+        if self._log is not None and not self._muted:
+            print(line, file=self._log, flush=True)
+
     def progress(self, label: str) -> Callable[..., None]:
         """Return a function of (done, total) that shows `label`, the share and the time left; `label` may be replaced.
 

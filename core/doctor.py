@@ -41,8 +41,11 @@ def examine(say: Console) -> dict[str, Any]:
         parity = run_parity(presets.get("debug").config, steps=3, dtype="float32", mini=True)
         value["parity"] = parity.ok
         say(f"parity: {'yes' if parity.ok else 'NO; see: skc parity debug --mini'}")
+    else:
+        say("parity: not checked (needs both)" if sound else "parity: not checked (a backend fails)")
     value["ok"] = bool(installed) and sound and value["parity"] is not False and value["paths"]["ok"]
-    say("everything works" if value["ok"] else "something is wrong: see above")
+    fine = "everything works" if value["parity"] else f"{' and '.join(installed)} works"
+    say(fine if value["ok"] else "something is wrong: see above")
     return value
 
 

@@ -117,6 +117,9 @@ class EngineOptions:
     spans: tuple[tuple[int, int, int], ...] = ()
     """(rows, tokens a row, documents in them): for how many documents attention without a mask has room in batches of
     this shape, by the text (core/spans.py); MLX has a mask."""
+    newton_schulz: Literal["float32", "bfloat16"] | None = None
+    """Type of Newton-Schulz's products in Muon; masters and momentum stay wide. None: that of the masters, but bfloat16
+    where torch computes in bfloat16 on a GPU."""
     fast_blas: bool = True
     """MLX on Linux: load a fast BLAS into the process before MLX."""
 
@@ -257,10 +260,11 @@ def available_backends() -> list[str]:
 def choose_backend(name: str) -> str:
     """Resolve `auto` to the backend that suits this machine, or check that `name` can be loaded.
 
-    `auto` takes MLX where it has a GPU (a Mac) and the PyTorch backend elsewhere, if installed.
+    `auto` takes MLX where it has a GPU (a Mac) and the PyTorch backend elsewhere, if installed; `torch` is `cuda`.
     """
     import sys
 
+    name = "cuda" if name == "torch" else name
     if name not in ("auto", *BACKENDS):
         raise ConfigError(f"backend {name!r}: expected one of auto, {', '.join(BACKENDS)}")
     found = available_backends()

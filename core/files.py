@@ -4,6 +4,7 @@ Whatever lies under a name (a FIFO, a device, a link, a folder, a file that is t
 reader gets the bytes of a regular file or one typed error at once, and a writer never writes through a link.
 """
 
+import errno
 import fcntl
 import io
 import json
@@ -39,8 +40,14 @@ def open_file(path: str | Path, limit: int | None = None) -> io.BufferedReader:
 
     A link to a regular file is one. Nothing waits, whatever is there, and no device is opened.
     """
-    _refuse_kind(path, os.stat(path).st_mode)
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    check_name(path)
+    try:
+        _refuse_kind(path, os.stat(path).st_mode)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise FileError(f"{path}: {error.strerror}, expected a regular file") from error
     try:
         status = os.fstat(handle)
         _refuse_kind(path, status.st_mode)  # once more: the name may have changed hands since
@@ -117,6 +124,17 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
+def check_name(path: str | Path) -> None:
+    """Raise FileError for a name that no file can have: with NUL, or with half of a surrogate pair."""
+    name = os.fspath(path)
+    try:
+        good = "\0" not in name and os.fsencode(name)
+    except UnicodeEncodeError:
+        good = False
+    if not good:
+        raise FileError(f"{name[:200]!r}: is no name of a file")
+
+
 def _refuse_kind(path: str | Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         raise FileError(f"{path}: is {KINDS.get(stat.S_IFMT(mode), 'no file')}, expected a regular file")
@@ -152,6 +170,7 @@ def new_file(path: str | Path, synced: bool = True) -> Iterator[BinaryIO]:
     A kill or an error leaves what was there. The fresh name did not exist and is no link; where `path` is a link, the
     link is replaced, not what it points to.
     """
+    check_name(path)
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -180,6 +199,11 @@ def replace_text(path: str | Path, text: str) -> None:
     replace_file(path, text.encode("utf-8", "replace"))
 
 
+def place_file(source: str | Path, target: str | Path) -> None:
+    """Put a finished file, or a folder, under its name: at once, in place of a file that is there; OSError."""
+    os.replace(source, target)
+
+
 def append_file(path: str | Path) -> BinaryIO:
     """Open a file of our own for more bytes at its end, and make it if there is none; FileError for a link, OSError."""
     return io.BufferedWriter(_open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab"))
@@ -202,6 +226,7 @@ def own_folder(path: str | Path) -> None:
 
 
 def _open_own(path: str | Path, flags: int, mode: str) -> _Named:
+    check_name(path)
     try:
         _refuse_kind(path, os.lstat(path).st_mode)
     except FileNotFoundError:

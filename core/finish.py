@@ -1,21 +1,20 @@
 """What ends a run: the score, the artifact, the score of the artifact as its reader returns it, the report."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.config import RunConfig, to_json
+from core.config import RunConfig
 from core.console import Console
-from core.data import Dataset, identity
+from core.data import Dataset
 from core.engine import Arrays, Engine
 from core.export.artifact import read_artifact, write_artifact
 from core.ranks import only_rank_0, share_arrays
 from core.report import write_report
 from core.run import Run
 from core.scoring import Score, score
+from core.scoring.key import evaluation_key
 from core.scoring.ledger import Ledger
 from core.scoring.plugins import load_plugins
 from core.train import write_samples
@@ -147,27 +146,12 @@ def final_score(
     return found
 
 
-def evaluation_key(engine: Engine, dataset: Dataset, config: RunConfig, plugins: bool) -> str:
-    """Return what names an evaluation: the sha256 of weights, text, and the settings that decide its numbers."""
-    weights = hashlib.sha256()
-    for values in engine.weights().values():
-        weights.update(np.ascontiguousarray(values, np.float32).data)
-    settings = to_json(config.eval)
-    free = ("train_documents",) if plugins else ("train_documents", "plugins", "batch")
-    value = {
-        "weights": weights.hexdigest(),
-        "data": identity(dataset),
-        "model": to_json(config.model),
-        "eval": {name: setting for name, setting in settings.items() if name not in free},
-        "engine": [engine.backend, engine.dtype],
-    }
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def describe(found: Score) -> str:
     """Return a score in words, with its label and byte rule."""
     spread = f" ± {found.error:.4f}" if found.error else ""
     what = "all" if found.full else f"{found.documents} of {found.total_documents}"
     how = f"rule {found.byte_rule}, {what} documents, {found.windows}"
     how += f", with {', '.join(found.plugins)}" if found.plugins else ""
+    if found.byte_rule == "table" and found.bpb_raw is not None and found.bpb_raw > found.bpb:
+        how += f"; {found.bpb_raw:.4f} per byte of the raw text, of which the table counts more than there are"
     return f"{found.label} {found.bpb:.4f}{spread} bits per byte ({how})"

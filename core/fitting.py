@@ -29,7 +29,8 @@ def values_per_token(model: ModelConfig, seq: int, composed: bool = False) -> in
     recurrent = 4 * model.dim + 20 * model.mixer_dim
     kinds = [model.kinds[step.layer] for step in model.passes(True)]
     mixers = sum(attention if kind == "attention" else recurrent for kind in kinds)
-    return mixers + 2 * model.mlp_hidden * len(kinds) + 2 * model.vocab
+    memories = 8 * model.dim * len(model.banks) + 4 * (model.dim + model.engram_dim) * (model.engram_orders > 0)
+    return mixers + memories + 2 * model.mlp_hidden * len(kinds) + 2 * model.vocab
 
 
 def halves(rows: int) -> list[int]:

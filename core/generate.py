@@ -1,5 +1,7 @@
 """Text from a model, token by token from its exact state, and numpy sampling that is the same on every backend."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from core import rng
@@ -30,6 +32,7 @@ def sample(
 ) -> str:
     """Return `prompt` and what the model writes after it: at most `tokens` tokens, up to the end of the document.
 
+    The prompt stands as it was given, whatever the tokenizer made of it (`read_as`).
     Each token is one step from the state of those before it. A model that may look back on `limit` tokens only begins
     anew with the later half of them when it has seen so many. Temperature 0 takes the likeliest token; `top_k` keeps
     that many candidates (None: all).
@@ -38,6 +41,7 @@ def sample(
     require(temperature >= 0, f"temperature={temperature}: expected 0 or more")
     require(top_k is None or top_k >= 1, f"top_k={top_k}: expected at least 1, or None")
     ids = [tokenizer.bos, *tokenizer.encode(prompt).tolist()]
+    begins = tokenizer.decode(ids)
     logits, state, seen = _read(engine, ids if limit is None else ids[-limit:])
     for i in range(tokens):
         chosen = choose(logits, temperature, top_k, rng.uniform(seed, f"sample/{i}", 1)[0])
@@ -51,7 +55,12 @@ def sample(
         else:
             row, state = step(engine, state, np.array([chosen], np.int32))
             logits, seen = row[0], seen + 1
-    return tokenizer.decode(ids)
+    return prompt + tokenizer.decode(ids).removeprefix(begins)
+
+
+def read_as(tokenizer: Tokenizer, prompt: str) -> str:
+    """Return the text that a model gets to read of `prompt`: normalised, as its tokenizer does."""
+    return tokenizer.decode(tokenizer.encode(prompt))
 
 
 def _read(engine: Engine, ids: list[int]) -> tuple[np.ndarray, State, int]:
@@ -75,6 +84,12 @@ def choose(logits: np.ndarray, temperature: float, top_k: int | None, draw: floa
 
 
 def samples(engine: Engine, tokenizer: Tokenizer, config: RunConfig) -> list[str]:
-    """Return the texts that are shown during training and in the report."""
+    """Return the texts that are shown during training and in the report, one for each of PROMPTS."""
     choices = (SAMPLE_TOKENS, 0.8, 40, config.seed, context_limit(config))
     return [sample(engine, tokenizer, prompt, *choices) for prompt in PROMPTS]
+
+
+def told(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Return `samples` in one line each, with what they go on from in words."""
+    words = [f"after {prompt!r}" if prompt else "from nothing" for prompt in PROMPTS]
+    return [(word, " ".join(text.split())) for word, text in zip(words, texts, strict=False)]

@@ -247,13 +247,39 @@ def exported(config: ModelConfig, train: TrainConfig, params: dict, state: dict)
     return {name: state[f"{name}.ema"] if name in averages else value for name, value in params.items()}
 
 
-def same_shapes(config: ModelConfig, group: Group) -> list[list[str]]:
-    """Return the names of a group, those of one shape together: a rule may treat them as one stack."""
-    stacks: dict[tuple[int, ...], list[str]] = {}
-    for name, row in param_table(config).items():
-        if row.group == group:
-            stacks.setdefault(row.shape, []).append(name)
-    return list(stacks.values())
+class Bank(NamedTuple):
+    """Parameters of one optimizer group and storage that lie together: what is done to one can be done to all at once.
+
+    Of equal shapes they make a stack; vectors, of any shapes, lie in one row.
+    """
+
+    group: Group
+    storage: Storage
+    stacked: bool
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole."""
+        sizes = [int(np.prod(shape)) for shape in self.shapes]
+        return (len(self.names), *self.shapes[0]) if self.stacked else (sum(sizes),)
+
+
+def banks(config: ModelConfig, owner: dict[str, int] | None = None) -> list[Bank]:
+    """Return the banks of all parameters; in a stack those of one `owner` (a rank, by name) are neighbours."""
+    table, found = param_table(config), {}
+    for name, row in table.items():
+        key = row.group, row.storage, row.shape if row.group != "vector" else None
+        found.setdefault(key, []).append(name)
+    made = []
+    for (group, storage, shape), names in found.items():
+        if shape is None:  # so that each begins at a multiple of the power of two in its size, as devices like it
+            names.sort(key=lambda name: -(table[name].size & -table[name].size))
+        elif owner is not None:
+            names.sort(key=lambda name: owner.get(name, 0))
+        made.append(Bank(group, storage, shape is not None, tuple(names), tuple(table[name].shape for name in names)))
+    return made
 
 
 def by_group(config: ModelConfig) -> dict[Group, list[str]]:

@@ -20,6 +20,7 @@ from core.engine import Engine
 from core.export import codecs
 from core.forecast import Costs, Kind, Passes
 from core.generate import samples
+from core.memory import is_memory
 from core.params import param_table
 from core.ranks import Ranks, agree
 from core.schedule import plan, progress_by_steps
@@ -51,7 +52,7 @@ def probe(engine: Engine, dataset: Dataset, config: RunConfig, say: Callable[[st
     try:
         return _probe(engine, dataset, config, say)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+        if is_memory(error):
             raise MemoryExceededError(
                 f"this run needs more memory than there is ({error}): use a smaller --train.micro-batch"
             ) from error

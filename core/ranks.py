@@ -78,8 +78,13 @@ def launched() -> tuple[str, int] | None:
 
 
 def join(backend: str) -> Ranks:
-    """Return the ranks that a launcher started, or Alone; ConfigError if it is another backend's launcher."""
-    found = launched()
+    """Return the ranks that a launcher started, or Alone.
+
+    ConfigError if it is another backend's launcher, or has set numbers that cannot be.
+    """
+    from core import joining
+
+    found = launched() or joining.unnumbered()
     if found is None:
         return Alone()
     if found[0] != backend:
@@ -88,9 +93,12 @@ def join(backend: str) -> Ranks:
             f"started by {theirs}, which goes with --backend {found[0]}, but the backend is {backend}: add "
             f"--backend {found[0]}, or start it with {mine}"
         )
+    words = joining.check_numbers(backend)
     if backend == "mlx":  # before anything imports MLX
         importlib.import_module("backends.mlx.blas").load_fast_blas()
-    return importlib.import_module(f"backends.{backend}.distributed").join()
+    module = importlib.import_module(f"backends.{backend}.distributed")
+    with joining.watched(words):
+        return module.join()
 
 
 def agree(ranks: Ranks, value: Any) -> Any:
@@ -146,26 +154,26 @@ class Bucket(NamedTuple):
 def buckets(config: RunConfig, world: int) -> list[Bucket]:
     """Return the buckets of all parameters, in about the order in which a backward pass finishes their gradients.
 
-    Muon's matrices go in groups of `world` of one shape, neighbours in depth, so that their sums can start while the
-    backward pass still runs; what is left of a shape goes to the ranks that have least to do.
+    Muon's matrices go in groups of `world` of one shape and storage, neighbours in depth, so that their sums can start
+    while the backward pass still runs; what is left of a shape goes to the ranks that have least to do.
     """
     table, muon = param_table(config.model), config.train.matrix_rule == "muon"
     load, made = [0.0] * world, []
     rest: list[str] = []
-    open_groups: dict[tuple[int, ...], list[str]] = {}
+    open_groups: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for name, row in reversed(table.items()):
         if muon and row.group == "matrix":
-            group = open_groups.setdefault(row.shape, [])
+            group = open_groups.setdefault((row.shape, row.storage), [])
             group.append(name)
             if len(group) == world:
                 made.append(Bucket(tuple(group), tuple(group)))
-                open_groups[row.shape] = []
+                open_groups[row.shape, row.storage] = []
             continue
         rest.append(name)
         if sum(int(np.prod(table[n].shape)) for n in rest) >= BUCKET:
             made.append(Bucket(tuple(rest)))
             rest = []
-    for shape, group in open_groups.items():
+    for (shape, _), group in open_groups.items():
         slots: list[str | None] = [None] * world
         for name in group:
             least = min((r for r in range(world) if slots[r] is None), key=lambda r: load[r])
@@ -174,6 +182,11 @@ def buckets(config: RunConfig, world: int) -> list[Bucket]:
         if group:
             made.append(Bucket(tuple(group), tuple(slots)))
     return [*made, Bucket(tuple(rest))] if rest else made
+
+
+def owners(made: list[Bucket]) -> dict[str, int]:
+    """Return the rank that alone updates a matrix, by name."""
+    return {name: rank for bucket in made for rank, name in enumerate(bucket.slots) if name is not None}
 
 
 def updated_by(made: list[Bucket], rank: int) -> list[list[str]]:

@@ -42,7 +42,7 @@ def read_environment(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     value = read_object(path)
-    check_value(value, ENVIRONMENT, f"{path}: env")
+    check_value(value, ENVIRONMENT, str(path))
     return value
 
 
@@ -70,8 +70,8 @@ class Number:
     """A finite number, or a whole one, from `low` to `high`."""
 
     what: str = "a finite number"
-    low: float = -1e300
-    high: float = 1e300
+    low: float = -1e15
+    high: float = 1e15
     whole: bool = False
 
 

@@ -5,9 +5,13 @@ from typing import Any
 
 from core.config import RunConfig, differences
 from core.files import new_file, replace_text
+from core.generate import told
 from core.params import count, param_table
 from core.presets import PRESETS
 from core.run import Run
+
+MARGIN = 0.1
+"""Share of the height that is left free above and below curves: a line along the axis cannot be seen."""
 
 
 def write_report(run: Run) -> list[Path]:
@@ -59,7 +63,7 @@ def _markdown(run: Run) -> str:
         "",
         "## Samples",
         "",
-        *(f"> {' '.join(text.split())}\n" for text in run.last("samples") or []),
+        *(f"{prompt[0].upper()}{prompt[1:]}:\n\n> {text}\n" for prompt, text in told(run.last("samples") or [])),
     ]
     return "\n".join(lines)
 
@@ -102,6 +106,13 @@ def _settings(config: RunConfig) -> str:
     return f"Preset `{config.preset}` with (config.json holds every field):\n\n{changed}"
 
 
+def whole_ticks(axes: Any) -> None:
+    """Let the ticks of the x axis be whole numbers: there are no half steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+
+
 def draw_curve(run: Run, path: Path) -> None:
     """Draw training and validation bits per byte against the step (nats per token where bytes are unknown)."""
     from matplotlib.figure import Figure
@@ -122,6 +133,8 @@ def draw_curve(run: Run, path: Path) -> None:
     if final and name == "train/bpb":
         label = f"final {final['label']} {final['bpb']:.4f}"
         axes.axhline(final["bpb"], color="#55a868", linestyle="--", linewidth=1.2, label=label)
+    axes.margins(y=MARGIN)
+    whole_ticks(axes)
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte" if name == "train/bpb" else "nats per token")
     axes.set_title(f"{run.config.preset}, seed {run.config.seed}, {run.environment().get('backend', '')}")

@@ -19,7 +19,9 @@ from core.checkpoint import read_checkpoint, write_checkpoint
 from core.config import LATER, ConfigError, RunConfig, differences, from_json, to_json
 from core.engine import Engine
 from core.files import (
+    MAX_TEXT,
     TEMPORARY,
+    FileError,
     append_file,
     edit_file,
     locked,
@@ -52,6 +54,8 @@ NAMES = (
 )  # fmt: skip
 """Files that training writes: better that none is a folder at its start than at its end."""
 MAX_TOKENIZER = 16 << 20
+BLOCK = 1 << 16
+"""Bytes that are looked through at a time for the end of the last whole line."""
 
 
 @contextmanager
@@ -66,13 +70,20 @@ def hold(path: str | Path) -> Iterator[None]:
         with of_a_run():
             _refuse_strangers(path)
             path.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(append_file(path / "lock"))
-            if not locked(file):
-                raise RunError(f"{path}: another process writes into this run: wait until it ends, or stop it")
-            sweep(path)
-            if (path / "state").exists():
+            stack.enter_context(alone(path))
+            if os.path.lexists(path / "state"):
                 own_folder(path / "state")
                 sweep(path / "state")
+        yield
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the one process that writes into a folder that is there, as `hold` does; FileError, RunError."""
+    with append_file(folder / "lock") as file:
+        if not locked(file):
+            raise RunError(f"{folder}: another process writes into it: wait until it ends, or stop it")
+        sweep(folder)
         yield
 
 
@@ -115,7 +126,7 @@ class Run:
             if (path / "config.json").exists():
                 run = cls.open(path)
                 _refuse_differences(run, config, tokenizer, data)
-                _refuse_folders(path)
+                run.check()
                 if any(line.startswith(JUDGED) for line in differences(run.config, config)):
                     run.forget()
             run = cls(path, config)
@@ -124,6 +135,14 @@ class Run:
             run._write_json(path / "config.json", to_json(config))
             replace_file(run.tokenizer_path, tokenizer)
         return run
+
+    def check(self) -> None:
+        """Raise RunError for a damaged record, or a folder where a file is written: better now than after the work."""
+        self.metrics()
+        self.environment()
+        for name in NAMES:
+            if (self.path / name).is_dir() and not (self.path / name).is_symlink():
+                raise RunError(f"{self.path / name}: is a folder, expected a file of the run; move it away")
 
     def _write_json(self, path: Path, value: dict[str, Any]) -> None:
         replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -181,22 +200,24 @@ class Run:
         self._write_rows(kept)
 
     def finished(self) -> dict[str, Any] | None:
-        """Return what metrics.jsonl says of the end that the run came to, and its files; None before that.
+        """Return what metrics.jsonl says of the end that the run came to, and its files.
 
-        RunError where a record is damaged.
+        None before that, and where the artifact, the report or the checkpoint is not that of the end; RunError where a
+        record is damaged.
         """
-        rows = self.metrics()
         found: dict[str, Any] = {}
-        for row in rows:
-            found |= {name: value for name, value in row.items() if name.startswith("final/") or name == "samples"}
-            found["step"] = row["step"]
+        for row in self.metrics():
+            found |= {**row, "final": row["step"]} if "final/artifact" in row else row
         names = ["final/score", "final/artifact", *(["final/plugins"] if self.config.eval.plugins else [])]
         files = [self.artifact_path, self.path / "report.md", self.path / "curve.png"]
-        whole = all(name in found for name in names) and all(file.is_file() for file in files)
-        seconds = next((row["clock/seconds"] for row in reversed(rows) if "clock/seconds" in row), 0.0)
+        if not all(name in found for name in names) or not all(file.is_file() for file in files):
+            return None
+        saved = self.checkpoint()
+        same = self.artifact_path.stat().st_size == found["final/artifact"]["bytes"]
+        if saved is None or saved.step != found["final"] or not same:
+            return None
         backend = self.environment().get("backend", "unknown")
-        ends = {"seconds": seconds, "backend": backend, "files": [str(file) for file in files]}
-        return {**found, **ends} if whole else None
+        return {**found, "backend": backend, "files": [str(file) for file in files]}
 
     def _write_rows(self, rows: list[dict[str, Any]]) -> None:
         replace_file(self.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -335,21 +356,21 @@ def _refuse_strangers(path: Path) -> None:
             raise RunError(f"{path}: exists, is not empty and is not a run; choose another --out")
 
 
-def _refuse_folders(path: Path) -> None:
-    for name in NAMES:
-        if (path / name).is_dir() and not (path / name).is_symlink():
-            raise RunError(f"{path / name}: is a folder, expected a file of the run; move it away")
-
-
 def _drop_cut_line(path: Path) -> None:
     """Cut a file back to its last whole line: a kill or a full disk may have left part of one."""
     with edit_file(path) as file:
-        size = end = file.seek(0, os.SEEK_END)
+        size = file.seek(0, os.SEEK_END)
+        if size > MAX_TEXT:
+            raise FileError(f"{path}: {size:,} bytes, expected at most {MAX_TEXT:,}: it is not read again")
+        end = size
         while end:
-            file.seek(end - 1)
-            if file.read(1) == b"\n":
+            begin = max(0, end - BLOCK)
+            file.seek(begin)
+            place = file.read(end - begin).rfind(b"\n")
+            if place >= 0:
+                end = begin + place + 1
                 break
-            end -= 1
+            end = begin
         if end != size:
             file.truncate(end)
 

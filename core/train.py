@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import signal
 import threading
 import time
@@ -16,7 +17,8 @@ from core.config import ConfigError, RunConfig, TrainConfig
 from core.console import duration
 from core.data import Dataset, Prefetch, batch
 from core.engine import Batch, Engine, Pending
-from core.generate import samples
+from core.files import MAX_TEXT
+from core.generate import samples, told
 from core.ranks import Ranks, Stopped, agree, share
 from core.run import Run
 from core.schedule import plan, progress_by_steps
@@ -24,6 +26,8 @@ from core.scoring import score
 from core.scoring.accounting import bits_per_byte, training_bytes
 
 Say = Callable[[str], None]
+MOST_LINES = MAX_TEXT // 400
+"""Log lines of which metrics.jsonl can be read: one has about 300 bytes."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -177,13 +181,21 @@ def _any(ranks: Ranks, mine: bool) -> bool:
 
 
 def check_rows(settings: TrainConfig, ranks: Ranks) -> None:
-    """Raise ConfigError for a run of fewer rows than ranks."""
+    """Raise ConfigError for a run of fewer rows than ranks, or of more log lines than are read again at its end."""
+    lines = settings.steps // settings.log_every
+    if settings.seconds is None and lines > MOST_LINES:
+        raise ConfigError(
+            f"train.log_every={settings.log_every} gives {lines:,} log lines in train.steps={settings.steps:,}: "
+            f"expected at most {MOST_LINES:,}; raise train.log_every"
+        )
     if settings.batch < ranks.world:
         raise ConfigError(f"train.batch={settings.batch} rows cannot be shared by {ranks.world} ranks: use fewer ranks")
 
 
 def prefetch(config: RunConfig, ranks: Ranks, dataset: Dataset, step: int, seq: int) -> Prefetch:
-    """Start to make this rank's batches from `step` on, in rows of `seq`."""
+    """Start to make this rank's batches from `step` on, in rows of `seq`, of shards that are as they were made."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+        dataset.train.start_verify()
     rows, part = config.train.rows_of, functools.partial(share, ranks=ranks)
     return Prefetch(
         lambda s, seq: batch(dataset.train, s, rows(seq)[0], seq, config.seed, part(rows(seq)[0])), step, seq
@@ -305,8 +317,8 @@ def write_samples(run: Run, engine: Engine, dataset: Dataset, step: int, say: Sa
     """Let the model write its samples, show them and record them."""
     texts = samples(engine, dataset.tokenizer, run.config)
     run.log(step, {"samples": texts})
-    for text in texts:
-        say(f"step {step}  sample: {' '.join(text.split())}")
+    for prompt, text in told(texts):
+        say(f"step {step}  sample {prompt}: {text}")
     return texts
 
 

@@ -135,7 +135,11 @@ def tiny_tokenizer(**options: Any) -> bytes:
         "add_dummy_prefix": False,
     }  # fmt: skip
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES), model_writer=model, model_type="bpe", minloglevel=2, **(made | options)
+        sentence_iterator=iter(options.pop("sentences", LINES)),
+        model_writer=model,
+        model_type="bpe",
+        minloglevel=2,
+        **(made | options),
     )
     return model.getvalue()
 

@@ -232,7 +232,7 @@ def test_a_damaged_run_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixt
     for instead in ('{"score": {"loss": 1.0}}', '"new"', '{"score": {"bpb": "low"}}'):
         last.write_text(whole[: whole.rindex('{"score')] + instead + "}\n")
         result = store.outcome(plan, where).results[0]
-        assert result.status == "failed" and "final/artifact: not a score of this version" in str(result.message)
+        assert result.status == "failed" and "final/artifact" in str(result.message)
     assert Counter(r.status for r in store.outcome(plan, where).results) == {"done": 3, "failed": 3}
     assert store.rebuild() == 6 and Counter(row["status"] for row in store.rows()) == {"done": 3, "failed": 3}
     (where[1].home / "failed.json").write_text("{")

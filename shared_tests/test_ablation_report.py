@@ -153,7 +153,7 @@ def test_every_figure_of_the_table_is_that_of_the_statistics(cases: Reports, tmp
         assert shown == telling.chance(highest)
         assert (verdict in ("better", "worse")) == (highest < 0.05) and ("inside noise" in verdict) == (p >= 0.05)
     assert chances["skc"][2] == "inside noise (4 of 5; 1 failed)"
-    gaps = [float(row[2].replace("−", "-")) for row in rows[1:]]
+    gaps = [float(row[3].replace("−", "-")) for row in rows[1:]]
     assert gaps == sorted(gaps) and gaps[0] < 0 < gaps[-1]
     markdown = files[1].read_text(encoding="utf-8")
     for cells in rows:

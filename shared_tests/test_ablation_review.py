@@ -20,11 +20,12 @@ from core.cli import main
 from core.console import Console
 from core.files import FileError
 from core.run import Run
+from shared_tests.ablation_worker import whole_score
 from shared_tests.ablations import outcome
 from shared_tests.killed import small_data
 from shared_tests.test_ablation import DATA, PLAN, WORKER, places, write
 
-SCORE = {"bpb": 1.9, "error": None, "byte_rule": "table", "label": "score"}
+SCORE = whole_score(1.9)
 
 
 def done(tmp_path: Path) -> tuple[Ablation, Store, list[Place]]:
@@ -184,7 +185,7 @@ def test_what_was_read_is_read_again_when_it_changes(tmp_path: Path, monkeypatch
     metrics = where[0].folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace("1.9", "1.85"))
     assert [r.bpb for r in store.outcome(plan, where).results] == [1.85, 1.9]
-    metrics.write_text(metrics.read_text().replace("final/artifact", "final/artifice"))
+    metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if "final/artifact" not in line))
     assert store.status(where[0])[0] == "waiting"
 
 

@@ -26,9 +26,10 @@ from core.cli import main
 from core.data import open_dataset
 from core.engine import load_engine
 from core.export.artifact import read_artifact
-from core.finish import evaluation_key
+from core.export.budget import packed_code
 from core.run import Run
 from core.scoring import score
+from core.scoring.key import evaluation_key
 from core.scoring.ledger import Ledger
 from shared_tests import zoo_data
 
@@ -102,6 +103,8 @@ def test_an_honest_run_end_to_end(trained: Path, capsys: Capture) -> None:
     value = json.loads((trained / "audit" / "audit.json").read_text())
     claimed = Run.open(trained).last("final/artifact")["score"]
     assert abs(value["evaluation"]["score"]["bpb"] - claimed["bpb"]) < 1e-5
+    (size,) = (one["details"] for one in value["findings"] if one["rule"] == "D1")
+    assert size["packed_code"] == packed_code()["mlx"]  # what `skc info` and `skc export` say beforehand
     assert "no rule was found broken" in out and f"{claimed['bpb']:.4f} bits per byte" in report
     capsys.readouterr()
     assert main(["audit", str(trained), *MLX, "--json"]) == 0  # an audit that ended is made again, not gone on with

@@ -57,7 +57,7 @@ def test_the_prediction_is_within_two_percent(name: str) -> None:
 def test_every_preset_fits() -> None:
     for name, preset in presets.PRESETS.items():
         left = preset.config.export.budget - preset.config.export.code_bytes
-        assert left == 15_960_000 and predicted_bytes(preset.config.model) <= left, name
+        assert left == 15_860_000 and predicted_bytes(preset.config.model) <= left, name
 
 
 @pytest.mark.parametrize("storage", MATRICES)
@@ -70,7 +70,7 @@ def test_tables_are_compared_as_the_issue_asks() -> None:
     model = presets.get("ternary_74m").config.model
     costs = with_tables(model)
     assert tuple(costs) == TABLES == ("fp8/row", "int8/row", "int6/row")
-    assert costs["int6/row"] == predicted_bytes(model) < costs["fp8/row"] < costs["int8/row"] < 15_960_000
+    assert costs["int6/row"] == predicted_bytes(model) < costs["fp8/row"] < costs["int8/row"] < 15_860_000
 
 
 def test_the_ternary_record_fits_even_if_nothing_can_be_compressed() -> None:
@@ -79,4 +79,4 @@ def test_the_ternary_record_fits_even_if_nothing_can_be_compressed() -> None:
     _, header = written(config.model)
     assert sum(bytes_by_storage(config.model).values()) + header + config.export.code_bytes <= config.export.budget
     ternary = sum(r.size for r in param_table(config.model).values() if r.storage == "ternary/128")
-    assert (ternary, presets.get("ternary_74m").params - ternary) == (64_880_640, 2_513_744)
+    assert (ternary, presets.get("ternary_74m").params - ternary) == (64_880_640, 2_377_552)

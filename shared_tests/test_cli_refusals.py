@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from core.bundled import open_data
 from core.cli import condense, main
 from shared_tests.test_cli import Capture, refuse
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sample() -> None:
+    """Prepare the bundled text, which says so where it is done."""
+    open_data("sample")
 
 
 @pytest.mark.parametrize(
@@ -20,7 +27,7 @@ from shared_tests.test_cli import Capture, refuse
         ("train", "name a preset first"),
         ("train --seed 3 debug", "name a preset first"),
         ("train debgu", "preset 'debgu' does not exist; did you mean debug?"),
-        ("train debug --model.dimm 3", "--model.dimm, 3; did you mean --model.dim?"),
+        ("train debug --model.dimm 3", "unknown option --model.dimm; did you mean --model.dim?"),
         ("train debug --model.dim wide", "Error parsing --model.dim: .*'wide'; expected INT"),
         ("train debug --train.steps", "Missing value for argument '--train.steps'"),
         ("train debug --model.dim 31", "skc train: model.dim=31 is not divisible by model.heads=2"),
@@ -29,10 +36,10 @@ from shared_tests.test_cli import Capture, refuse
         ("train debug --model.activation gelu", "invalid choice 'gelu' .*relu2"),
         ("train debug --backend tpu", "invalid choice 'tpu' .*mlx"),
         ("train debug --eval.stride 8", "eval.stride=8 has no meaning with eval.windows=plain"),
-        ("train debug --model.vocab 2048", "model.vocab=2048, but data.path=sample has 1024: add --model.vocab 1024"),
+        ("train debug --model.vocab 2048", "model.vocab=2048, but data.path=sample has 1024: leave out --model.vocab"),
         ("train debug --train.seq 9999999", "shorter than one row"),
         (
-            "train debug --export.budget 50000",
+            "train debug --export.budget 190000",
             r"would have about [\d,]+ bytes, [\d,]+ over what export.budget",
         ),
         ("train debug --train.repeat_from 0.5", "train.repeat_from=0.5: .* model.repeat_layers"),

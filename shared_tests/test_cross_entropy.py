@@ -55,7 +55,7 @@ CASES += [Case(2, 8192, cap, dtype) for cap in (None, 15.0) for dtype in ("float
 CASES += [Case(3, 2500, 2.5, z=False), Case(3, 1025, dtype="bfloat16"), Case(4, 37, strided=True), Case(0, 5)]
 # The bias's gradient is summed by programs of 32 rows.
 BIASED = [(1, 1, 30.0), (3, 1025, None), (4, 37, 30.0), (32, 7, 30.0), (33, 7, 30.0), (66, 7, 15.0), (0, 5, 30.0)]
-CASES += [Case(*sizes, dtype, biased=True) for sizes in BIASED for dtype in ("float32", "bfloat16")]
+CASES += [Case(n, v, cap, dtype, biased=True) for n, v, cap in BIASED for dtype in ("float32", "bfloat16")]
 CASES += [Case(3, 1030, 2.5, "float64", biased=True), Case(5, 37, strided=True, biased=True)]
 CASES += [Case(34, 9, z=False, biased=True)]
 FAULTY = Case(5, 1500, 2.5, biased=True)

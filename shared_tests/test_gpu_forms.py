@@ -21,7 +21,7 @@ from core import generate, rng, schedule
 from core.checks import ConfigError
 from core.train import Meter
 from shared_tests.harness import EVERYTHING, batches, engine, mini, tokens, working_weights
-from shared_tests.tolerances import P1_FAST, P2_BFLOAT16, P2_FLOAT64, relative_rms
+from shared_tests.tolerances import P1_FAST, P2_BFLOAT16, P2_FLOAT32, P2_FLOAT64, relative_rms
 
 BOS = 1
 HOPPER, AMPERE, OLD = (9, 0), (8, 0), (7, 5)
@@ -317,9 +317,9 @@ def test_a_form_that_cannot_be_traced_is_passed_over(monkeypatch: pytest.MonkeyP
 
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            out = fake.rows(*leaves, leaves[0].shape[-1] ** -0.5, True)
-        return torch.autograd.grad(out, leaves, grad)
+            q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+            out = fake.rows(q, k, v, q.shape[-1] ** -0.5, True)
+        return torch.autograd.grad(out, (q, k, v), grad)
 
     rows.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
     install(monkeypatch, HOPPER, flash_attn_interface=Fake(), flash_attn=Fake())
@@ -375,6 +375,34 @@ def test_every_form_that_is_here_agrees_with_ours(name: str) -> None:
         for candidate in attention.CANDIDATES:
             form, found = attention.trial(candidate, model, "bfloat16", device, 64)
             assert form is None or max(found.values()) <= P2_BFLOAT16, (candidate, found)  # type: ignore[union-attr]
+
+
+# Scoring.
+
+
+# torch imports its compiler's parts under names it has itself deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_scoring_is_compiled_where_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph, without gradients, beside the training step's; the compiler's slow last part is left out."""
+    config, compiler, called = mini("debug"), torch.compile, []
+    weights, data = working_weights(config.model, 1.0), batches(config, 2)
+
+    def compiled(function: Any, **options: Any) -> Any:
+        made = compiler(function, dynamic=False, fullgraph=True, backend="aot_eager")
+        return lambda *given, **named: called.append(function.__name__) or made(*given, **named)
+
+    eager = engine("cuda", config, weights, dtype="float32")
+    monkeypatch.setattr(torch, "compile", compiled)
+    made = engine("cuda", config, weights, dtype="float32", compile=True)
+    for run in data:
+        wanted = eager.nll(run.tokens, run.targets)
+        assert made.nll(run.tokens, run.targets).tobytes() == wanted.tobytes()
+        later = [made.nll_later(run.tokens, run.targets, often) for often in (False, True)]
+        assert later[0]().tobytes() == wanted.tobytes()
+        assert relative_rms(later[1](), wanted) <= P2_FLOAT32
+    assert called == ["_costs"] * 2, "once a batch: where it was asked for"
+    assert eager.nll_later(*data[0][:2], True)().tobytes() == eager.nll(*data[0][:2]).tobytes(), "eager stays eager"
+    assert made.stats()["traces"] == 0, "not a part of the training step"
 
 
 # Batches on their way to a device.

@@ -197,7 +197,9 @@ def test_plugins_change_predictions_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("plugin", [Adaptation(), Ordered(lambda w: w)])
 def test_carry_takes_no_plugin_that_it_cannot_honour(plugin: Plugin) -> None:
-    with pytest.raises(ConfigError, match=r"eval.windows=stateful with plug-in \w+: .*--eval.windows sliding"):
+    with pytest.raises(
+        ConfigError, match=r"eval.windows=stateful with plug-in \w+: .*take sliding windows or documents"
+    ):
         run(fresh("cuda", small()), make_dataset(SHORT), [plugin], windows="stateful")
 
 

@@ -36,6 +36,9 @@ class FakeSplit:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def verify(self) -> None:
+        """Do nothing: no checksum is known."""
+
     def read(self, start: int, stop: int) -> np.ndarray:
         assert 0 <= start <= stop <= len(self.tokens)
         return self.tokens[start:stop].copy()
@@ -49,7 +52,8 @@ def make_dataset(
     ids = np.arange(VOCAB)
     boundary = ids < 4
     table = ByteTable(np.where(boundary, 0, np.where(ids < 20, 1, 2)).astype(np.int32), ids >= 35, boundary)
-    tokenizer = SimpleNamespace(table=table, byte_pieces=byte_pieces, bos=BOS, unknown=UNKNOWN, vocab=VOCAB)
+    fault = None if byte_pieces else "no byte pieces"
+    tokenizer = SimpleNamespace(table=table, table_fault=fault, bos=BOS, unknown=UNKNOWN, vocab=VOCAB)
     document_bytes = np.array([3 * n + 1 for n in lengths], np.int64) if raw else None
     split = FakeSplit(np.concatenate(parts), document_bytes, unknown)
     return SimpleNamespace(name="fake", tokenizer=tokenizer, val=split)

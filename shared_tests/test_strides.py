@@ -66,13 +66,14 @@ def test_weights_lie_row_after_row(name: str, backend: str, monkeypatch: pytest.
     train = dataclasses.replace(config.train, average_from=0.1, average_decay=0.9, average_ternary=True)
     config = dataclasses.replace(config, train=train)
     optim = module(backend, "optim")
-    update, averages = optim.update, optim.averages
+    rule, average = optim.rule, optim.average
 
-    def turned(values: dict[str, Any]) -> dict[str, Any]:
-        return {name: by_columns(backend, value) for name, value in values.items()}
+    def turned_rule(*given: Any) -> tuple[Any, dict[str, Any]]:
+        param, slots = rule(*given)
+        return by_columns(backend, param), {slot: by_columns(backend, value) for slot, value in slots.items()}
 
-    monkeypatch.setattr(optim, "update", lambda *given: tuple(turned(new) for new in update(*given)))
-    monkeypatch.setattr(optim, "averages", lambda *given: turned(averages(*given)))
+    monkeypatch.setattr(optim, "rule", turned_rule)
+    monkeypatch.setattr(optim, "average", lambda *given: by_columns(backend, average(*given)))
     made: Any = engine(backend, config, dtype="float32")
     assert not elsewhere(made), "built"
     for step, batch in enumerate(batches(config, 2)):

@@ -1,5 +1,6 @@
 """The MLX engine: model, optimizer and device behind core.engine.Engine. A translation of the PyTorch engine."""
 
+import functools
 import shutil
 import time
 from collections import deque
@@ -16,7 +17,7 @@ from backends.mlx.model import Model
 from core.context import Constants
 from core.engine import Arrays, Batch, EngineOptions, Scoring, State, StepResult, micro_batches
 from core.fitting import fitting, note, usable
-from core.params import check_arrays, exported, optimizer_slots, param_table
+from core.params import averaged, banks, check_arrays, exported, optimizer_slots, param_table
 from core.ranks import buckets, updated_by
 from core.schedule import NUMBERS, StepPlan
 from core.storage import Stored
@@ -66,6 +67,7 @@ class Engine:
         self._compute, self._wide = DTYPES[self.dtype], mx.float64 if self.dtype == "float64" else mx.float32
         self._run, self._config, self._train = config, config.model, config.train
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
+        self._orthogonal = DTYPES[options.newton_schulz] if options.newton_schulz else self._wide
         self._table = param_table(config.model)
         self._model = Model(config.model, self._exact)
         names = {name: tuple(value.shape) for name, value in dict(tree_flatten(self._model.parameters())).items()}
@@ -76,6 +78,7 @@ class Engine:
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
         self._weights = None
+        self._banks = banks(config.model)
         self._slots = optimizer_slots(config.model, config.train)
         self._state = {name: mx.zeros(shape, self._wide) for name, shape in self._slots.items()}
         self.load_params(weights, quantise)
@@ -98,6 +101,7 @@ class Engine:
             f"compile: {'whole step (mx.compile)' if self._compiled else 'off' if compiler else 'off, no g++'}",
             f"attention: {'exact, composed' if self._exact else 'mx.fast.scaled_dot_product_attention'}",
             f"scan: {'exact, step by step' if self._exact else 'in chunks'}",
+            f"Newton-Schulz in {str(self._orthogonal).removeprefix('mlx.core.')}",
             f"BLAS: {load_fast_blas() if options.fast_blas else 'as MLX ships it'}",
             *note(config, self._rows(self._train.seq), self._memory),
         )
@@ -105,8 +109,8 @@ class Engine:
     # The pure functions that are compiled: parameters and state go in and come out.
 
     def _stored(self, params):
-        """Return every weight as the artifact would give it back."""
-        return {name: storage.stored(value, self._table[name].storage) for name, value in params.items()}
+        """Return every weight as the artifact would give it back, row after row: as its reader has it."""
+        return {name: mx.contiguous(storage.stored(value, self._table[name].storage)) for name, value in params.items()}
 
     def _trained(self, params, quantise):
         """Return the weights of a training step's forward pass; gradients at them are those of `params`."""
@@ -152,13 +156,28 @@ class Engine:
     def _rules(self, params, state, grads, norm, finite, hyper, count):
         """Return params and state of the parameters that have gradients, which are `count` times too large."""
         scale = optim.clip_scale(norm, self._train.clip) / count
-        grads = {name: g * scale for name, g in grads.items()}
-        new = optim.update(self._run, params, state, grads, dict(zip(NUMBERS, hyper, strict=True)))
-        return tuple(self._guarded(fresh, old, finite) for fresh, old in zip(new, (params, state), strict=True))
+        numbers, muon = dict(zip(NUMBERS, hyper, strict=True)), self._train.matrix_rule == "muon"
+        grads, new_params, new_state = {name: g * scale for name, g in grads.items()}, {}, {}
+        for bank in self._banks:
+            rule = functools.partial(optim.rule, self._train, bank.group)
+            names = [name for name in bank.names if name in grads]
+            if bank.group == "matrix" and muon and names:
+                param, grad = (mx.stack([of[name] for name in names]) for of in (params, grads))
+                slots = {"m": mx.stack([state[f"{name}.m"] for name in names])}
+                param, slots = rule(param, grad, slots, numbers, self._orthogonal)
+                for i, name in enumerate(names):
+                    new_params[name], new_state[f"{name}.m"] = param[i], slots["m"][i]
+                continue
+            for name in names:
+                slots = {slot: state[f"{name}.{slot}"] for slot in ("m", "v")}
+                new_params[name], slots = rule(params[name], grads[name], slots, numbers)
+                new_state |= {f"{name}.{slot}": value for slot, value in slots.items()}
+        return self._guarded(new_params, params, finite), self._guarded(new_state, state, finite)
 
     def _follow(self, params, state, finite, hyper):
-        """Return the running averages."""
-        new = optim.averages(self._run, params, state, dict(zip(NUMBERS, hyper, strict=True)))
+        """Return the running averages, `<param>.ema`, after the update that gave `params`."""
+        decay, names = dict(zip(NUMBERS, hyper, strict=True))["average"], averaged(self._config, self._train)
+        new = {f"{n}.ema": optim.average(state[f"{n}.ema"], params[n], decay) for n in names}
         return self._guarded(new, state, finite)
 
     def _guarded(self, new, old, finite):

@@ -8,6 +8,7 @@ from core.ablation.charts import Picture
 from core.ablation.findings import Findings
 from core.ablation.results import Outcome
 from core.ablation.search import Searched
+from core.generate import told
 
 WIDE, NARROW = 900, 350
 """Widths that every picture is drawn for; the page shows the one that fits."""
@@ -199,7 +200,10 @@ def _samples(outcome: Outcome) -> str:
     for name in outcome.plan.variants:
         run = next((r for r in outcome.of(name) if r.samples), None)
         if run:
-            texts = "".join(f'<pre class="wrap"><code>{escape(text[:1000])}</code></pre>' for text in run.samples[:3])
+            texts = "".join(
+                f'<p class="quiet">{escape(prompt)}</p><pre class="wrap"><code>{escape(text[:1000])}</code></pre>'
+                for (prompt, _), text in zip(told(run.samples), run.samples, strict=False)
+            )
             parts.append(f"<details><summary>{escape(name)}, seed {run.seed}</summary>{texts}</details>")
     return f"<h2>Samples</h2>{''.join(parts)}" if parts else ""
 

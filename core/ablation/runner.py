@@ -5,19 +5,19 @@ import os
 import platform
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from core import PYTHON
 from core.ablation.folders import damage, finished
 from core.ablation.records import Start
 from core.ablation.store import Place, Store
 from core.files import FileError, append_file, open_file, replace_file
 
-WORKER = (sys.executable, "-m", "core.ablation.worker")
+WORKER = (*PYTHON, "-m", "core.ablation.worker")
 POLL = 0.2
 """Seconds between two looks at the workers."""
 ELSEWHERE = 2.0

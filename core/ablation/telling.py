@@ -15,11 +15,12 @@ from core.config import differences
 BARE = re.compile(r"[A-Za-z0-9_-]+")
 """Names that TOML takes without quotes."""
 HEAD = (
-    "variant", "bits per byte", "difference", "95 % interval", "p", "Holm p", "verdict", "bytes", "tokens/s",
+    "variant", "verdict", "bits per byte", "difference", "95 % interval", "p", "Holm p", "bytes", "tokens/s",
     "parameters", "seeds",
 )  # fmt: skip
-PLACE_HEAD = ("variant", "where", "figures", "difference", "95 % interval", "p", "Holm p", "verdict", "seeds")
-SIZE_HEAD = ("variant", "bytes", "per 100,000 bytes", "at equal bytes", "95 % interval", "verdict", "held against")
+"""The verdict comes second in every table: a phone shows two or three columns."""
+PLACE_HEAD = ("variant", "verdict", "where", "figures", "difference", "95 % interval", "p", "Holm p", "seeds")
+SIZE_HEAD = ("variant", "verdict", "bytes", "per 100,000 bytes", "at equal bytes", "95 % interval", "held against")
 CURVES = (
     "Mean over seeds; the band reaches from the lowest to the highest seed. The first quarter of the training is left "
     "out. Grey: the reference."
@@ -92,9 +93,10 @@ def _row(of: Summary, one: Effect | None) -> tuple[str, ...]:
     spread = "" if of.spread is None else f" ± {number(of.spread)}"
     test = one.paired if one else None
     return (
-        of.variant, number(of.bpb) + spread, number(test.mean, sign=True) if test else NONE, interval(one),
-        chance(test.p if test else None), chance(one.holm if one else None), verdict(one) if one else "reference",
-        number(of.bytes, 0), number(of.tokens_per_second, 0), number(of.parameters, 0), str(of.n),
+        of.variant, verdict(one) if one else "reference", number(of.bpb) + spread,
+        number(test.mean, sign=True) if test else NONE, interval(one),
+        chance(test.p if test else None), chance(one.holm if one else None), number(of.bytes, 0),
+        number(of.tokens_per_second, 0), number(of.parameters, 0), str(of.n),
     )  # fmt: skip
 
 
@@ -104,10 +106,10 @@ def places(effects: Sequence[Effect]) -> list[tuple[str, ...]]:
     for one in ranked(effects):
         test = one.paired
         if test is None:
-            rows.append((one.variant, *[NONE] * 6, one.note or one.verdict, "0"))
+            rows.append((one.variant, one.note or one.verdict, *[NONE] * 6, "0"))
             continue
-        figures = number(test.mean, sign=True), interval(one), chance(test.p), chance(one.holm), verdict(one)
-        rows.append((one.variant, one.at, one.basis, *figures, str(test.n)))
+        figures = number(test.mean, sign=True), interval(one), chance(test.p), chance(one.holm)
+        rows.append((one.variant, verdict(one), one.at, one.basis, *figures, str(test.n)))
     return rows
 
 
@@ -124,8 +126,8 @@ def size_rows(sizes: Sequence[Size]) -> list[tuple[str, ...]]:
     for one in sorted(sizes, key=lambda s: s.bytes or 0.0):
         mean = one.equal.paired.mean if one.equal and one.equal.paired else None
         rows.append((
-            one.variant, number(one.bytes, 0, True), number(one.per_100kb, sign=True), number(mean, sign=True),
-            interval(one.equal), verdict(one.equal) if one.equal else NONE, one.note,
+            one.variant, verdict(one.equal) if one.equal else NONE, number(one.bytes, 0, True),
+            number(one.per_100kb, sign=True), number(mean, sign=True), interval(one.equal), one.note,
         ))  # fmt: skip
     return rows
 

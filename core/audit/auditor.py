@@ -1,6 +1,5 @@
 """Audits a run or an artifact: watches its evaluation, checks the texts, and has a finding for every rule."""
 
-import contextlib
 import dataclasses
 import os
 import secrets
@@ -34,6 +33,7 @@ from core.bundled import open_data
 from core.config import to_json
 from core.console import Console
 from core.data import DataError, Dataset, identity
+from core.files import FileError, append_file, locked, read_text
 from core.run import config_digest
 from core.scoring.ledger import Ledger, LedgerError
 
@@ -86,6 +86,8 @@ def audit(plan: Plan, say: Console) -> Audit:
     began = time.monotonic()
     dataset = open_data(plan.config.data.path, train=False)  # nobody can find the training text in this process
     base = Path(dataset.path)
+    for split in (dataset.train, dataset.val):
+        split.verify()
     same_data = plan.run is not None and plan.run.environment().get("data") in (None, identity(dataset))
     reference = check_reference(plan)  # what is wrong with the claim is told before the work
     shards, texts = ([base / e["file"] for e in dataset.manifest["splits"][n]["files"]] for n in ("train", "val"))
@@ -218,14 +220,13 @@ def _secret() -> str:
     path = cache / "audit-key"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            with tempfile.NamedTemporaryFile("w", dir=cache) as file:  # O_CREAT | O_EXCL, mode 0600
-                file.write(secrets.token_hex(32))
-                file.flush()
-                with contextlib.suppress(FileExistsError):  # another audit was quicker: its key holds
-                    os.link(file.name, path)  # whole or not at all, and never over one that is there
-        return path.read_text()
-    except OSError:  # nowhere to keep it: this audit cannot be continued
+        with append_file(path) as file:
+            locked(file, wait=True)  # another audit may make it just now
+            if not file.tell():
+                os.fchmod(file.fileno(), 0o600)
+                file.write(secrets.token_hex(32).encode())
+        return read_text(path, 64)
+    except (OSError, FileError):  # nowhere to keep it: this audit cannot be continued
         return secrets.token_hex(32)
 
 

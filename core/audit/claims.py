@@ -11,8 +11,10 @@ from core.audit.rules import Finding
 from core.audit.seeds import beats
 from core.config import RunConfig
 from core.data import Dataset
+from core.files import read_file
 from core.run import Run, config_digest
 
+MAX_SOURCE = 1 << 30
 LIMIT = 16_000_000
 """Bytes of code and compressed model (D1)."""
 SECONDS = 600.0
@@ -86,7 +88,7 @@ def check_size(plan: Plan, seen: Isolated, dataset: Dataset) -> Finding:
 
 def packed_code(files: Sequence[Path]) -> int:
     """Return the bytes of source files as submissions pack them: one LZMA stream in base85."""
-    text = b"".join(file.read_bytes() for file in files if file.is_file())
+    text = b"".join(read_file(file, MAX_SOURCE) for file in sorted(files, key=str) if file.is_file())
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
     return -(-len(lzma.compress(text, lzma.FORMAT_RAW, filters=filters)) * 5 // 4) if text else 0
 

@@ -17,8 +17,8 @@ from core.console import Console
 from core.data import Dataset, Split
 from core.engine import Engine, EngineOptions, load_engine
 from core.export.artifact import read_artifact
-from core.finish import evaluation_key
 from core.scoring import score, score_sample
+from core.scoring.key import evaluation_key
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import View, load_plugins, plugin_kinds
 

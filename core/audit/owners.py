@@ -75,12 +75,11 @@ def package_folders() -> list[str]:
 def package_files() -> dict[str, Owned]:
     """Return real path -> owner of every file that the RECORD of an installed package lists."""
     owners = {}
-    for folder in package_folders():
-        for found in importlib.metadata.distributions(path=[folder]):
-            name = _normal(found.metadata["Name"] or "")
-            for row in csv.reader((found.read_text("RECORD") or "").splitlines()):
-                if len(row) == 3:
-                    owners.setdefault(os.path.normpath(os.path.join(folder, row[0])), Owned(name, row[1] or None))
+    for folder, notes in _notes():
+        name, record = _package(notes), notes / "RECORD"
+        for row in csv.reader(_text(record).splitlines()):
+            if len(row) == 3:
+                owners.setdefault(os.path.normpath(os.path.join(folder, row[0])), Owned(name, row[1] or None))
     return owners
 
 
@@ -88,11 +87,32 @@ def package_files() -> dict[str, Owned]:
 def unlisted_packages() -> dict[str, str]:
     """Return top folder or file -> package, of those packages that keep no RECORD: their files cannot be told apart."""
     tops = {}
-    for found in importlib.metadata.distributions(path=package_folders()):
-        if found.read_text("RECORD") is None:
-            for top in (found.read_text("top_level.txt") or found.metadata["Name"] or "").split():
-                tops[os.path.realpath(str(found.locate_file(top)))] = _normal(found.metadata["Name"])
+    for folder, notes in _notes():
+        if not (notes / "RECORD").is_file():
+            for top in (_text(notes / "top_level.txt") or _package(notes)).split():
+                tops[os.path.join(folder, top)] = _package(notes)
     return tops
+
+
+def _notes() -> Iterator[tuple[str, Path]]:
+    """Yield (folder of packages, folder of notes) of every installed package."""
+    for folder in package_folders():
+        for notes in sorted((*Path(folder).glob("*.dist-info"), *Path(folder).glob("*.egg-info"))):
+            yield folder, notes
+
+
+def _package(notes: Path) -> str:
+    """Return the name of the package whose notes these are."""
+    match = re.search(r"^Name: *(.+)$", _text(notes / "METADATA") or _text(notes / "PKG-INFO"), re.MULTILINE)
+    return _normal(match[1].strip() if match else notes.name.split("-")[0])
+
+
+def _text(path: Path) -> str:
+    """Return the text of a note, or nothing where there is none that can be read."""
+    try:
+        return read_text(path, MAX_LIST)
+    except (OSError, FileError):
+        return ""
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from core.files import open_file
+from core.files import open_file, replace_file
 
 OPENS = ("open", "openat", "openat2", "creat", "open_by_handle_at")
 SENDS = ("connect", "bind", "sendto", "sendmsg", "sendmmsg")
@@ -60,7 +60,7 @@ class Measures(NamedTuple):
 def measures(folder: Path, hidden: Sequence[Path]) -> Measures:
     """Try each measure with a trivial command; traces go to folder/trace/, one file per thread."""
     (folder / "trace").mkdir()
-    (folder / "empty").touch()
+    replace_file(folder / "empty")
     got = Measures([], [], [])
     if sys.platform != "linux":
         got.missing.append("the system's own record of files, network and programs: strace is for Linux only")

@@ -40,7 +40,7 @@ ABLATE = dataclasses.replace(
 TERNARY_74M = RunConfig(
     model=ModelConfig(
         vocab=8192, dim=768, layers=10, heads=8, kv_heads=4, mlp_hidden=3072, rope_dims=96, rope_base=5000.0,
-        q_gain=2.25, embed_dim=254, vocab_bias=True, softcap=10.0, residual_mix=True, unet_skips=True,
+        q_gain=2.25, embed_dim=240, vocab_bias=True, softcap=10.0, residual_mix=True, unet_skips=True,
         documents="packed", matrix_storage="ternary/128", table_storage="int6/row", output_norm="plain",
     ),
     train=TrainConfig(
@@ -50,7 +50,10 @@ TERNARY_74M = RunConfig(
     ),
     eval=EvalConfig(seq=1024),
 )  # fmt: skip
-"""The ternary record's shape and optimizer (spec of the record: docs/log.md), with tanh softcap and plain RoPE."""
+"""The ternary record's shape and optimizer (spec of the record: docs/log.md), with tanh softcap and plain RoPE.
+
+Its embedding is 240 wide, the record's 254: so the artifact fits beside our code even if nothing can be compressed.
+"""
 
 BASELINE = RunConfig(
     model=ModelConfig(
@@ -78,8 +81,8 @@ PRESETS = {
         17_059_912,
     ),
     "ternary_74m": (
-        "the ternary record's shape: 64,880,640 ternary weights of 67,394,384, for the full budget",
+        "the ternary record's shape: 64,880,640 ternary weights of 67,258,192, for the full budget",
         TERNARY_74M,
-        67_394_384,
+        67_258_192,
     ),
 }

@@ -89,7 +89,8 @@ def score(
     each document, else the text is one stream. `plugins` are those of config.plugins, made for this pass. `progress`
     gets (windows done, windows in all). Each of `ranks` scores its share and all return the same; with plug-ins, which
     learn in the order of the text, rank 0 works alone. ConfigError if there is nothing to score or no byte rule
-    applies; LedgerError if the engine's numbers are not finite, a rule is broken, or `ledger` is of another text.
+    applies; DataError if all documents are asked for and a shard is not what its checksum says; LedgerError if the
+    engine's numbers are not finite, a rule is broken, or `ledger` is of another text.
     """
     ranks = ranks or Alone()
     if plugins and ranks.world > 1:
@@ -98,6 +99,8 @@ def score(
         found = only_rank_0(ranks, lambda: alone(engine, lambda: score(engine, dataset, config, **choices).to_json()))
         return Score(**{k: v for k, v in found.items() if k not in ("label", "plugins")}, plugins=config.plugins)
     split = dataset.val
+    if documents is None:
+        split.verify()  # a score is of the text that was prepared, an estimate may be of less
     if len(split) < 2:
         raise ConfigError(f"data {dataset.name}: {len(split)} validation tokens; scoring needs at least 2")
     total = len(split.document_starts)
@@ -223,7 +226,7 @@ def check_plugins(config: EvalConfig, plugins: Sequence[Plugin]) -> None:
         if plugin.kind == "adaptation" or type(plugin).order is not Plugin.order:
             raise ConfigError(
                 f"eval.windows=stateful with plug-in {type(plugin).__name__}: the state comes from earlier weights, "
-                "and documents have an order of their own: use --eval.windows sliding or documents"
+                "and documents have an order of their own: take sliding windows or documents"
             )
 
 

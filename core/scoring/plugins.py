@@ -207,6 +207,11 @@ def plugin_kinds(names: Sequence[str]) -> dict[str, Kind]:
     return {name: _find(name).kind for name in names}
 
 
+def foreign(names: Sequence[str]) -> list[str]:
+    """Return the plug-ins that are not ours: importing them runs code that a file or a command line names."""
+    return [name for name in names if name not in PLUGINS]
+
+
 def _find(name: str) -> type[Plugin]:
     if name in PLUGINS:
         return PLUGINS[name]
@@ -218,7 +223,9 @@ def _find(name: str) -> type[Plugin]:
     try:
         found = getattr(importlib.import_module(module), cls, None)
     except ImportError as error:
-        raise ConfigError(f"eval.plugins: {name!r}: {error}; it is looked for on PYTHONPATH") from error
+        raise ConfigError(
+            f"eval.plugins: {name!r}: {error}; it is looked for on PYTHONPATH, not in the current folder"
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Plugin)):
         raise ConfigError(f"eval.plugins: {name!r} is not a class that extends core.scoring.plugins.Plugin")
     return found

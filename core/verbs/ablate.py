@@ -169,7 +169,7 @@ def _fit(config: RunConfig) -> Dataset:
     from core.verbs.make import check_budget
 
     dataset = open_data(config.data.path)
-    check_data(config, dataset)
+    check_data(config, dataset, "set it in the file, or take other data")
     check_budget(config)
     return dataset
 

@@ -1,5 +1,6 @@
 """The verb audit: does a score keep the rules?"""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,12 +16,12 @@ from core.audit.auditor import audit
 from core.audit.claims import Plan
 from core.audit.legality import headline, markdown
 from core.audit.rules import Finding
-from core.bundled import open_data
 from core.config import ConfigError
 from core.engine import DType, choose_backend
-from core.files import replace_file
-from core.run import Run, RunError
-from core.verbs.common import Backend, Context, Outcome, check_tokenizer, open_artifact
+from core.files import own_folder, replace_file
+from core.records import of_a_run
+from core.run import Run, RunError, alone, hold
+from core.verbs.common import Backend, Context, Outcome, check_tokenizer, judged, open_artifact, open_named
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Audit:
     seq: int | None = None
     """Longest context of a window, in tokens."""
     stride: int | None = None
-    """Targets scored per window after the first."""
+    """Targets scored per window after the first; None: the run's, or a quarter of a sliding window."""
     batch: int | None = None
     """Windows per forward pass."""
     plugins: tuple[str, ...] | None = None
@@ -68,6 +69,18 @@ def audit_score(options: Audit, context: Context) -> Outcome:
     if not all(math.isfinite(score) and score > 0 for score in options.reference):
         raise ConfigError(f"--reference {options.reference}: expected bits per byte above 0")
     plan = _plan(options)
+    with contextlib.ExitStack() as stack:
+        with of_a_run():
+            if plan.run is not None and plan.folder.parent == plan.run.path:
+                stack.enter_context(hold(plan.run.path))
+                own_folder(plan.folder)
+            else:
+                plan.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(alone(plan.folder))
+        return _audited(plan, context)
+
+
+def _audited(plan: Plan, context: Context) -> Outcome:
     report, data = plan.folder / "legality.md", plan.folder / "audit.json"
     for old in (report, data):  # whatever happens now, an earlier verdict is not this one's
         old.unlink(missing_ok=True)
@@ -106,17 +119,13 @@ def _plan(options: Audit) -> Plan:
         raise RunError(f"{artifact}: no such artifact; {made}")
     subject = open_artifact(str(artifact), options.data)
     base = run.config if run else subject.config
-    given = {n: getattr(options, n) for n in ("windows", "seq", "stride", "batch", "plugins")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if options.windows in ("plain", "stateful") and options.stride is None:
-        given["stride"] = None
     config = dataclasses.replace(
         base,
         model=subject.config.model,
-        eval=dataclasses.replace(base.eval, documents=None, **given),
+        eval=dataclasses.replace(judged(base.eval, options, options.path), documents=None),
         data=base.data if options.data is None else subject.config.data,
     )
-    dataset = open_data(config.data.path, train=False)
+    dataset = open_named(options.path, config, options.data, train=False)
     check_tokenizer(subject, dataset)
     documents = None
     if options.tokens is not None and options.tokens < len(dataset.val):

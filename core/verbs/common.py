@@ -6,8 +6,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -16,17 +18,24 @@ import numpy as np
 from tyro.conf import FlagConversionOff, Suppress
 
 import core
+from core.bundled import open_data
 from core.config import ConfigError, DataConfig, EvalConfig, ExportConfig, ModelConfig, RunConfig, TrainConfig, to_json
 from core.console import Console
 from core.data import Dataset, batch, identity
 from core.engine import Arrays, Engine
 from core.export.artifact import read_artifact
+from core.files import MAX_TEXT, read_file
 from core.params import exported
 from core.ranks import Ranks, check_same
 from core.run import Run, RunError
 from core.scoring.accounting import count_bytes
+from core.scoring.plugins import foreign
 
-Backend = Literal["auto", "mlx", "cuda"]
+Backend = Literal["auto", "mlx", "cuda", "torch"]
+TOKENS = ("vocab", "bos")
+"""Fields of a model that say which tokenizer it reads."""
+STRIDES = 4
+"""Parts of a sliding window, of which the last is scored, where nobody gives a stride."""
 PACKAGES = ("numpy", "torch", "mlx", "sentencepiece", "safetensors", "brotli", "tyro", "matplotlib", "rich")
 ROOT = Path(core.__file__).resolve().parent.parent
 READERS = (
@@ -63,6 +72,8 @@ class PresetOptions:
     train: FlagConversionOff[TrainConfig] = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    given: Suppress[tuple[str, ...]] = ()
+    """Options that the command line has; all others are the preset's."""
     json: bool = False
     """Print one JSON object on stdout; everything else goes to stderr."""
 
@@ -125,6 +136,38 @@ def open_artifact(path: str, data: str | None) -> Subject:
     return Subject(f"artifact {path}", config, found.weights, found.tokenizer_sha256, None, False)
 
 
+def judged(base: EvalConfig, options: Any, path: str) -> EvalConfig:
+    """Return the settings of a score: those that a file brought (`path`: the run's), less what this command replaces.
+
+    ConfigError where they name plug-ins whose code is not ours: it runs only where the command itself names it.
+    """
+    given = {n: getattr(options, n) for n in ("windows", "seq", "stride", "batch", "plugins")}
+    given = {name: value for name, value in given.items() if value is not None}
+    strangers = foreign(base.plugins)
+    if strangers and options.plugins is None:
+        raise ConfigError(
+            f"{path}: its config.json names a plug-in that is not ours ({', '.join(strangers)}), whose code runs only "
+            f"if you name it: add --plugins {shlex.join(base.plugins)}, or --plugins alone to score without any"
+        )
+    if options.stride is None:
+        windows, seq = given.get("windows", base.windows), given.get("seq", base.seq)
+        if options.windows in ("plain", "stateful"):
+            given["stride"] = None
+        elif windows == "sliding" and base.stride is None:
+            given["stride"] = max(1, seq // STRIDES)
+    return dataclasses.replace(base, **given)
+
+
+def open_named(path: str, config: RunConfig, data: str | None, train: bool = True) -> Dataset:
+    """Open the data of a run or artifact, or `data` instead; ConfigError where config.json names a folder not here."""
+    if data is None and config.data.path != "sample" and not os.path.isdir(config.data.path):
+        raise ConfigError(
+            f"{path}: was trained on {config.data.path}, which is not here (in {os.getcwd()}): give its data with "
+            "--data PATH, or start from the folder that it was trained from"
+        )
+    return open_data(config.data.path if data is None else data, train=train)
+
+
 def check_tokenizer(subject: Subject, dataset: Dataset) -> None:
     """Raise ConfigError unless the text was cut into tokens as the model learned it."""
     if dataset.tokenizer.sha256 != subject.tokenizer_sha256:
@@ -134,14 +177,27 @@ def check_tokenizer(subject: Subject, dataset: Dataset) -> None:
         )
 
 
-def check_data(config: RunConfig, dataset: Dataset) -> None:
-    """Raise ConfigError or DataError unless model and batches fit the data and its validation text can be scored."""
-    for name in ("vocab", "bos"):
+def fit_tokens(config: RunConfig, dataset: Dataset, given: Sequence[str]) -> tuple[RunConfig, list[str]]:
+    """Return a preset's settings with the data's vocabulary and BOS, unless an option gave them, and what changed."""
+    theirs = {name: getattr(dataset.tokenizer, name) for name in TOKENS if f"--model.{name}" not in given}
+    changed = [
+        f"model.{name}={value}, as the data have it (the preset: {getattr(config.model, name)})"
+        for name, value in theirs.items()
+        if value != getattr(config.model, name)
+    ]
+    model = dataclasses.replace(config.model, **theirs) if changed else config.model
+    return dataclasses.replace(config, model=model), changed
+
+
+def check_data(config: RunConfig, dataset: Dataset, cure: str) -> None:
+    """Raise ConfigError or DataError unless model and batches fit the data and its validation text can be scored.
+
+    `cure` is what to do about another vocabulary.
+    """
+    for name in TOKENS:
         ours, theirs = getattr(config.model, name), getattr(dataset.tokenizer, name)
         if ours != theirs:
-            raise ConfigError(
-                f"model.{name}={ours}, but data.path={config.data.path} has {theirs}: add --model.{name} {theirs}"
-            )
+            raise ConfigError(f"model.{name}={ours}, but data.path={config.data.path} has {theirs}: {cure}")
     batch(dataset.train, 0, 1, config.train.seq, config.seed)
     if len(dataset.val) < 2 or not len(dataset.val.document_starts):
         raise ConfigError(f"data {dataset.name}: its validation text has no document; prepare it again")
@@ -179,7 +235,7 @@ def code_version(root: Path = ROOT) -> str:
         for path in sorted((root / folder).rglob("*.py")):
             if reads(path.relative_to(root).as_posix()):
                 continue
-            state.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+            state.update(str(path.relative_to(root)).encode() + b"\0" + read_file(path, MAX_TEXT) + b"\0")
     return state.hexdigest()
 
 

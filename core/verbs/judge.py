@@ -1,6 +1,7 @@
 """Verbs that measure: eval, sample, parity, bench."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,15 +10,16 @@ from tyro.conf import Positional
 
 from core import presets
 from core.bench import run_bench
-from core.bundled import open_data
 from core.config import EvalConfig, RunConfig, from_json, to_json
 from core.engine import DType, EngineOptions, choose_backend, load_engine
 from core.finish import describe, final_score
-from core.generate import context_limit, sample
+from core.generate import context_limit, read_as, sample
 from core.heartbeat import Heartbeat
+from core.memory import enough_memory
 from core.parity import run_parity
 from core.ranks import Ranks, agree, join, share_arrays
 from core.run import Run
+from core.scoring.accounting import byte_note
 from core.tokenizer import Tokenizer
 from core.verbs.common import (
     Backend,
@@ -26,6 +28,8 @@ from core.verbs.common import (
     PresetOptions,
     Subject,
     check_tokenizer,
+    judged,
+    open_named,
     open_subject,
     same_start,
 )
@@ -44,7 +48,7 @@ class Eval:
     seq: int | None = None
     """Longest context of a window, in tokens."""
     stride: int | None = None
-    """Targets scored per window after the first."""
+    """Targets scored per window after the first; None: the run's, or a quarter of a sliding window."""
     documents: int | Literal["all"] | None = None
     """Score only this many documents: an estimate with an error bar, never a score."""
     batch: int | None = None
@@ -64,16 +68,8 @@ class Eval:
 
     def config(self, base: EvalConfig) -> EvalConfig:
         """Return `base` with what was given replaced."""
-        given = {
-            n: getattr(self, n)
-            for n in ("windows", "seq", "stride", "batch", "plugins")
-            if getattr(self, n) is not None
-        }
-        if self.documents is not None:
-            given["documents"] = None if self.documents == "all" else self.documents
-        if self.windows in ("plain", "stateful") and self.stride is None:
-            given["stride"] = None
-        return dataclasses.replace(base, **given)
+        documents = base.documents if self.documents is None else None if self.documents == "all" else self.documents
+        return dataclasses.replace(judged(base, self, self.path), documents=documents)
 
 
 @dataclass(frozen=True)
@@ -157,15 +153,19 @@ def _shared(ranks: Ranks, subject: Subject | None) -> Subject:
 def _evaluate(options: Eval, ranks: Ranks, context: Context) -> Outcome:
     subject = _shared(ranks, open_subject(options.path, options.data, options.step) if ranks.rank == 0 else None)
     config = dataclasses.replace(subject.config, eval=options.config(subject.config.eval))
-    dataset = open_data(config.data.path, train=False)
+    dataset = open_named(options.path, config, options.data, train=False)
     check_tokenizer(subject, dataset)
     choices = EngineOptions(dtype=options.dtype)
     same_start(ranks, config, dataset, dtype=options.dtype)
     engine = load_engine(options.backend, config, subject.weights, choices, subject.quantise, ranks)
     used = "stored form of the weights" if subject.quantise else "weights as they are"
     context.say(f"{subject.what} ({used}) on {engine.backend}, {engine.device}, {engine.dtype}; data {dataset.path}")
+    if note := byte_note(dataset.tokenizer, dataset.manifest["splits"]["val"]):
+        context.say(note)
     ledger = None if options.ledger is None or ranks.rank else Path(options.ledger)
-    found = final_score(engine, dataset, config, context.say, "scoring", ledger, plugins=True, keep=True)
+    rows, seq = config.eval.batch, config.eval.seq
+    with enough_memory(config.model, rows, seq, f"--batch (now {rows:,} windows) or --seq", training=False):
+        found = final_score(engine, dataset, config, context.say, "scoring", ledger, plugins=True, keep=True)
     context.say(describe(found))
     value = {"path": options.path, "step": subject.step, "backend": engine.backend, "data": dataset.path}
     value["quantise"] = subject.quantise
@@ -177,15 +177,30 @@ def write_text(options: Sample, context: Context) -> Outcome:
     subject = open_subject(options.path, options.data, options.step)
     if subject.step is not None and options.data is None:
         tokenizer = Tokenizer.load(str(Run.open(options.path).tokenizer_path))
+    elif options.data is None and (beside := _tokenizer_beside(options.path, subject)) is not None:
+        tokenizer = beside
     else:
-        dataset = open_data(subject.config.data.path)
+        dataset = open_named(options.path, subject.config, options.data)
         check_tokenizer(subject, dataset)
         tokenizer = dataset.tokenizer
     engine = load_engine(options.backend, subject.config, subject.weights, quantise=subject.quantise)
     choices = (options.tokens, options.temperature, options.top_k, options.seed, context_limit(subject.config))
+    read = read_as(tokenizer, options.prompt)
+    if read != options.prompt:
+        context.say(f"the tokenizer normalises text: the model reads the prompt as {read!r}")
     text = sample(engine, tokenizer, options.prompt, *choices)
     context.say(text)
-    return Outcome(True, {"path": options.path, "prompt": options.prompt, "text": text, "backend": engine.backend})
+    value = {"path": options.path, "prompt": options.prompt, "read_as": read, "text": text}
+    return Outcome(True, {**value, "backend": engine.backend})
+
+
+def _tokenizer_beside(artifact: str, subject: Subject) -> Tokenizer | None:
+    """Return the tokenizer that lies in the folder of an artifact, if there is one and it is the artifact's."""
+    path = os.path.join(os.path.dirname(artifact), "tokenizer.model")
+    if not os.path.lexists(path):
+        return None
+    tokenizer = Tokenizer.load(path)
+    return tokenizer if tokenizer.sha256 == subject.tokenizer_sha256 else None
 
 
 def parity(options: Parity, context: Context) -> Outcome:

@@ -7,13 +7,14 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from core import presets
+from core.bundled import open_data
 from core.compare import compare, lines, table, write_comparison
 from core.compare_pair import By
 from core.config import RunConfig
 from core.doctor import examine
-from core.export.budget import predicted_bytes, with_tables
+from core.export.budget import packed_code, predicted_bytes, with_tables
 from core.params import FLOP_RULE, bytes_by_storage, count, flops_per_token, param_table, state_per_token, state_size
-from core.verbs.common import Context, Outcome, PresetOptions
+from core.verbs.common import Context, Outcome, PresetOptions, fit_tokens
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,19 @@ def compare_runs(options: Compare, context: Context) -> Outcome:
 
 
 def info(options: Info, context: Context) -> Outcome:
-    """Show what a model consists of; not ok if it does not fit the budget."""
+    """Show what a model consists of; not ok if it, or the code, does not fit the budget."""
     config, say = options.config(), context.say
+    if "--data.path" in options.given:
+        config, changed = fit_tokens(config, open_data(config.data.path, train=False), options.given)
+        for line in changed:
+            say(line)
     model, export = config.model, config.export
     say.table(("parameter", "shape", "count", "values", "group", "storage", "start"), _grouped(config))
     storage, predicted, tables = bytes_by_storage(model), predicted_bytes(model), with_tables(model)
     total = predicted + export.code_bytes
-    fits = total <= export.budget
+    packed = packed_code()
+    code = max(packed.values())
+    fits, room = total <= export.budget, code <= export.code_bytes
     flops, state = flops_per_token(model, config.train.seq), state_per_token(model)
     say()
     say(f"parameters        {count(model):,}")
@@ -97,10 +104,13 @@ def info(options: Info, context: Context) -> Outcome:
         say(f"{name:<17} {size:,.0f} bytes before compression, scales included")
     verdict = "within" if fits else f"OVER by {total - export.budget:,}"
     say(f"artifact          {predicted:,} bytes, predicted for trained weights (docs/log.md: how well)")
-    say(f"with code         {total:,} of {export.budget:,} bytes: {verdict}")
+    say(f"with code         {total:,} of {export.budget:,} bytes: {verdict} ({export.code_bytes:,} for code)")
+    took = ", ".join(f"{size:,} ({name})" for name, size in packed.items())
+    verdict = "within" if room else f"OVER by {code - export.code_bytes:,}:"
+    say(f"code, as audited  {took} bytes packed: {verdict} the {export.code_bytes:,} of export.code_bytes")
     others = ", ".join(f"{name} {size:,}" for name, size in tables.items())
     say(f"by table storage  {others} bytes ({model.table_storage} in use)")
-    say(f"FLOPs per token   {flops:,} at seq {config.train.seq} ({FLOP_RULE})")
+    say(f"FLOPs per token   {flops:,} at seq {config.train.seq} (docs/performance.md: how counted)")
     say(f"decoding state    {state_size(model):,} floats, and {state:,} more per token")
     value = {
         "preset": config.preset,
@@ -111,6 +121,8 @@ def info(options: Info, context: Context) -> Outcome:
         "bytes_total": total,
         "budget": export.budget,
         "within_budget": fits,
+        "packed_code": packed,
+        "code_bytes": export.code_bytes,
         "flops_per_token": flops,
         "seq": config.train.seq,
         "flop_rule": FLOP_RULE,
@@ -118,7 +130,7 @@ def info(options: Info, context: Context) -> Outcome:
         "state_size": state_size(model),
         "table": {name: list(row.shape) for name, row in param_table(model).items()},
     }
-    return Outcome(fits, value)
+    return Outcome(fits and room, value)
 
 
 def _grouped(config: RunConfig) -> list[tuple[str, str, int, int, str, str, str]]:

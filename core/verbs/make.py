@@ -1,6 +1,8 @@
 """Verbs that make weights and artifacts: train, export."""
 
 import contextlib
+import dataclasses
+import shlex
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,19 +20,31 @@ from core.data import Dataset, identity
 from core.engine import DType, Engine, EngineOptions, choose_backend, load_engine
 from core.engram import start_weights
 from core.export.artifact import check_limits
-from core.export.budget import predicted_bytes
+from core.export.budget import packed_code, predicted_bytes
 from core.finish import finish
 from core.forecast import Forecast, check_steps, forecast
 from core.heartbeat import Heartbeat
+from core.memory import enough_memory
 from core.params import count, exported
 from core.probe import probe
 from core.ranks import Ranks, agree, join
 from core.run import Follower, Run, RunError, config_digest, hold
 from core.scoring import check_plugins
-from core.scoring.plugins import load_plugins
+from core.scoring.accounting import byte_note
+from core.scoring.plugins import foreign, load_plugins
 from core.spans import rooms
 from core.train import Summary, check_rows, done, train
-from core.verbs.common import Backend, Context, Outcome, PresetOptions, check_data, environment, same_start
+from core.verbs.common import (
+    Backend,
+    Context,
+    Outcome,
+    PresetOptions,
+    check_data,
+    environment,
+    fit_tokens,
+    open_named,
+    same_start,
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,8 @@ class Export:
     """Run folder."""
     step: int | None = None
     """Step of a checkpoint that train.keep_every kept; None: the last one."""
+    data: str | None = None
+    """Where the run's data are now; None: where they were."""
     backend: Backend = "auto"
     """What scores the artifact."""
     json: bool = False
@@ -74,9 +90,16 @@ def train_run(options: Train, context: Context) -> Outcome:
         say.mute()
     out = options.out or f"runs/{config.preset}-{backend}-{config.seed}"
     with Heartbeat(ranks, hint=f"the same command goes on from the last checkpoint in {out}"):
-        outcome = _train(options, config, backend, out, ranks, context)
+        with enough_memory(config.model, config.train.rows, config.train.seq, _lower(config), training=True):
+            outcome = _train(options, config, backend, out, ranks, context)
         ranks.close()
     return outcome
+
+
+def _lower(config: RunConfig) -> str:
+    """Return what to lower where a training run needs too much memory."""
+    rows = f"--train.micro-batch (now {config.train.rows:,} rows)"
+    return f"{rows}, --train.seq, or --eval.batch (now {config.eval.batch:,} windows of {config.eval.seq:,})"
 
 
 def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ranks, context: Context) -> Outcome:
@@ -84,7 +107,10 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
     if options.dry_run and config.train.seconds is None:
         check_steps(config.train.steps)
     dataset = open_data(config.data.path)
-    check_data(config, dataset)
+    config, changed = fit_tokens(config, dataset, options.given)
+    for line in changed:
+        say(line)
+    check_data(config, dataset, "leave out --model.vocab and --model.bos, which then follow the data")
     check_limits(config.model)
     check_rows(config.train, ranks)
     trackers.check(options.track)
@@ -130,7 +156,6 @@ def _begin(
         try:
             stack.enter_context(hold(out))
             run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
-            run.environment()
             found = run.finished()
             if found is not None and again:
                 run.forget()
@@ -154,7 +179,7 @@ def _shown(out: Path, config: RunConfig, found: dict[str, Any], say: Console) ->
     artifact = {"path": str(out / "artifact.skc"), **stored}
     value = {
         "run": str(out), "step": found["step"], "score": score, "artifact": artifact, "files": found["files"],
-        "samples": found.get("samples", []), "seconds": found["seconds"], "backend": found["backend"],
+        "samples": found.get("samples", []), "seconds": found.get("clock/seconds", 0.0), "backend": found["backend"],
         "parameters": count(config.model), "already": True,
     }  # fmt: skip
     value |= {"plugins": found["final/plugins"]} if config.eval.plugins else {}
@@ -210,13 +235,15 @@ def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> 
     """Say what is about to run, and how."""
     config, say = run.config, context.say
     say(f"{context.command}")
-    say(f"configuration sha256 {config_digest(config)} (all that decides the weights, but the seed)")
+    say.note(f"configuration sha256 {config_digest(config)} (all that decides the weights, but the seed)")
     say(f"run {run.path}: {_purpose(config)}; {count(config.model):,} parameters, seed {config.seed}")
     model = config.model
     say(f"stores matrices as {model.matrix_storage}, tables as {model.table_storage}; quantise {config.train.quantise}")
     say(f"{engine.backend} on {_together(engine)}, {engine.dtype}; " + "; ".join(engine.notes))
     train_tokens, val_tokens = len(dataset.train), len(dataset.val)
     say(f"data {dataset.path}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate on")
+    if note := byte_note(dataset.tokenizer, dataset.manifest["splits"]["val"]):
+        say(note)
 
 
 def _show(found: Forecast, say: Console) -> None:
@@ -275,20 +302,42 @@ def export_run(options: Export, context: Context) -> Outcome:
 
 def _export(options: Export, context: Context) -> Outcome:
     run = Run.open(options.run)
+    run.check()
     saved = run.checkpoint(options.step)
     if saved is None:
         raise RunError(
             f"{run.path}: has no checkpoint yet; train it first: skc train {run.config.preset} --out {run.path}"
         )
-    dataset = open_data(run.config.data.path)
-    check_data(run.config, dataset)
+    dataset = open_named(options.run, run.config, options.data)
+    check_data(run.config, dataset, "give the data that it was trained on with --data PATH")
     if dataset.tokenizer.model != run.tokenizer():
         raise ConfigError(f"{run.path}: its tokenizer.model is not that of {dataset.path}, which has changed since")
+    if run.environment().get("data") not in (None, identity(dataset)):
+        raise ConfigError(
+            f"{run.path}: {dataset.path} holds another text than it was trained on: give that with --data"
+        )
     last = run.checkpoint() if options.step is not None else saved
     path = None if last and last.step == saved.step else run.path / f"artifact-step-{saved.step}.skc"
     weights = exported(run.config.model, run.config.train, saved.params, saved.optimizer)
     dtype = "float64" if saved.dtype == "float64" else None  # codes come from the masters: they must not be rounded
     engine = load_engine(options.backend, run.config, weights, EngineOptions(dtype=dtype), saved.quantise)
     with run.open_log() as log, context.say.copied_to(log):
+        if strangers := foreign(run.config.eval.plugins):
+            again = f"{shlex.quote(str(path or run.artifact_path))} --plugins {shlex.join(run.config.eval.plugins)}"
+            run.config = dataclasses.replace(run.config, eval=dataclasses.replace(run.config.eval, plugins=()))
+            context.say(
+                f"config.json names plug-ins that are not ours ({', '.join(strangers)}): the artifact is scored "
+                f"without them; skc eval {again} scores it with them"
+            )
         value = finish(run, engine, dataset, saved.step, context.say, path)
-    return Outcome(value["artifact"]["within"], value)
+        code = _say_code(run.config, context.say)
+    value["artifact"]["packed_code"] = code
+    return Outcome(value["artifact"]["within"] and code <= run.config.export.code_bytes, value)
+
+
+def _say_code(config: RunConfig, say: Console) -> int:
+    """Say how many bytes of code an audit would count, and return that."""
+    code, room = max(packed_code().values()), config.export.code_bytes
+    verdict = "within" if code <= room else f"OVER by {code - room:,}:"
+    say(f"code {code:,} bytes, packed as the audit counts it: {verdict} the {room:,} of export.code_bytes")
+    return code

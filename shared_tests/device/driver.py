@@ -23,6 +23,8 @@ MOST = 16 << 20
 """Bytes of a file that may be left in the folder."""
 AFTER_A_CRASH = 60.0
 """Seconds after which a check ends whose smoke item crashed: what crashed is to be mended first."""
+REHEARSED = 20.0
+"""Seconds that must be left for an item without a GPU."""
 CACHE = "cache.bin"
 Say = Callable[[str], None]
 
@@ -65,7 +67,7 @@ class Driver:
         lines = records.read(folder)
         self.ended = {name for name, run in records.latest(lines).items() if records.state(run) in records.ENDED}
         self.pending = [item for item in items if item.name not in self.ended]
-        self.go_on = False
+        self.go_on = self.rehearsal = False
 
     @property
     def left(self) -> float:
@@ -105,7 +107,7 @@ class Driver:
         self._reap()
         waiting = False
         for item in self.pending:
-            if self.left < item.cap:
+            if not self._fits(item):
                 continue
             if not item.prepares or (self.temporary / f"{item.name}.ready").exists():
                 self._conduct(item)
@@ -116,14 +118,18 @@ class Driver:
 
     def _may_prepare(self, item: Item) -> bool:
         before = {other.name for other in self.items} & set(item.after)
-        return self.left >= item.cap and self.ended >= before
+        return self._fits(item) and self.ended >= before
+
+    def _fits(self, item: Item) -> bool:
+        """Return whether an item may start: the limits are a GPU machine's; a rehearsal only keeps to the budget."""
+        return self.left >= (min(item.cap, REHEARSED) if self.rehearsal else item.cap)
 
     def _start(self, item: Item) -> Running:
         """Start an item's process, in a session of its own."""
         records.append(self.folder, {"item": item.name, "state": "started"})
         variables = {**os.environ, **item.environment}
         if not self.gpu:
-            variables |= {"CUDA_VISIBLE_DEVICES": "", **item.cpu}
+            variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **item.cpu}
         given = [item.name, str(self.folder), str(self.temporary), "gpu" if self.gpu else "cpu"]
         with (self.folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
@@ -150,14 +156,15 @@ class Driver:
             (self.temporary / f"{item.name}.go").touch()
         else:
             running = self._start(item)
+        cap = max(item.cap, self.left) if self.rehearsal else item.cap
         try:
-            code = running.process.wait(item.cap)
+            code = running.process.wait(cap)
         except subprocess.TimeoutExpired:
             code = None
         running.end()
         seconds = time.monotonic() - began
         if code is None:
-            self._close(item, "capped", text=f"capped after {item.cap:g} s", seconds=seconds)
+            self._close(item, "capped", text=f"capped after {cap:g} s", seconds=seconds)
         elif code == NO_DEVICE:
             self.no_device = True
         else:
@@ -255,6 +262,7 @@ def main(backend: str, kind: str, doc: str | None) -> int:
     with ended_by_signals():
         driver = Driver(title, items, command, options.out, options.budget, gpu, lambda line: print(line, flush=True))
         driver.go_on = options.go_on
+        driver.rehearsal = not gpu
         try:
             code = driver.run()
         except KeyboardInterrupt:

@@ -10,7 +10,8 @@ from core.bundled import prepare_sample
 from core.config import RunConfig
 from core.data import batch as batch_at
 from core.data import open_dataset
-from core.engine import Batch, DType, EngineOptions, load_engine
+from core.engine import Arrays, Batch, DType, EngineOptions, load_engine
+from core.params import start_values
 from core.presets import get
 from shared_tests.device.child import Child
 
@@ -29,11 +30,12 @@ def run(child: Child) -> None:
         config = get(name).config
         train = dataclasses.replace(config.train, steps=STEPS, seconds=None)
         if not child.gpu:
-            train = dataclasses.replace(train, batch=1, seq=32, steps=4)
+            train = dataclasses.replace(train, batch=1, seq=32, steps=2)
         config = dataclasses.replace(config, train=train)
         data = _batches(folder, config)
         with child.part(name):
-            wide, narrow, again = (_losses(child, config, data, d) for d in ("float32", "bfloat16", "bfloat16"))
+            weights, dtypes = start_values(config.model, config.seed), ("float32", "bfloat16", "bfloat16")
+            wide, narrow, again = (_losses(child, config, weights, data, dtype) for dtype in dtypes)
             child.text(f"{name}: loss in float32", f"{wide[0]:.4f} to {wide[-1]:.4f} in {len(wide)} steps")
             child.figure(f"{name}: bfloat16 to float32, largest gap of smoothed losses", _gap(narrow, wide), "nats")
             child.figure(f"{name}: one seed twice, largest gap of losses", float(np.abs(narrow - again).max()), "nats")
@@ -46,8 +48,8 @@ def _batches(folder: Path, config: RunConfig) -> list[Batch]:
     return [batch_at(data, step, train.batch, train.seq, config.seed) for step in range(train.steps)]
 
 
-def _losses(child: Child, config: RunConfig, data: list[Batch], dtype: DType) -> np.ndarray:
-    made = load_engine(child.backend, config, options=EngineOptions(dtype=dtype, compile=False))
+def _losses(child: Child, config: RunConfig, weights: Arrays, data: list[Batch], dtype: DType) -> np.ndarray:
+    made = load_engine(child.backend, config, weights, EngineOptions(dtype=dtype, compile=False))
     plans = (schedule.plan(s, schedule.progress_by_steps(s, config.train), config.train) for s in range(len(data)))
     pending = [made.train_step(batch, plan) for batch, plan in zip(data, plans, strict=True)]
     return np.array([p.result().loss for p in pending])

@@ -102,7 +102,7 @@ class CrossEntropy(Function):
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         nll, total = (torch.empty(rows, dtype=wide, device=logits.device) for _ in range(2))
         ctx.cap, ctx.biased = cap, bias is not None
-        shift = total if bias is None else bias  # what is not read is not there
+        shift = targets if bias is None else bias  # without a bias nothing reads it
         launch: Any = forward_kernel[(rows,)]
         launch(logits, shift, targets, nll, total, vocab, cap, ctx.biased, BLOCK, num_warps=WARPS)
         ctx.save_for_backward(logits, targets, total, shift)

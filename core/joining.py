@@ -1,0 +1,110 @@
+"""How ranks come together: their numbers are checked first, and a rank that waits says for whom, and not for ever."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from core.config import ConfigError
+from core.files import read_json
+
+FIRST, AGAIN, LIMIT = 5.0, 60.0, 600.0
+"""Seconds after which a waiting rank says so, says so again, and gives up."""
+WATCHER = """
+import os, select, signal, sys, time
+words, (due, again, limit), pid = sys.argv[1], map(float, sys.argv[2:5]), int(sys.argv[5])
+say = lambda text: print(words + text, file=sys.stderr, flush=True)
+began = time.monotonic()
+while True:
+    if select.select([0], [], [], max(0.0, began + min(due, limit) - time.monotonic()))[0]:
+        sys.exit()
+    if due >= limit:
+        break
+    say(f" ({due:.0f} s so far; it gives up after {limit:.0f} s)")
+    due += again
+say(f": nobody came within {limit:.0f} s; start every rank, each with its own number")
+os.kill(pid, signal.SIGTERM)
+"""
+"""A process of its own: MLX's join lets no thread of this one run."""
+
+
+def unnumbered() -> None:
+    """Raise ConfigError where a launcher has begun to number processes and this one has no number."""
+    world = os.environ.get("WORLD_SIZE") or "1"
+    for name in ("RANK", "MLX_RANK"):
+        if name in os.environ and (name != "RANK" or "WORLD_SIZE" in os.environ):
+            _number(name, 0, None)
+    if "RANK" not in os.environ and world != "1":
+        raise ConfigError(f"WORLD_SIZE={world[:40]!r}, but RANK is not set: start the ranks with torchrun")
+
+
+def check_numbers(backend: str) -> str:
+    """Return for whom this rank waits, in words; ConfigError if what the launcher has set cannot be."""
+    rank, world, place = _cuda() if backend == "cuda" else _mlx()
+    if world == 2 or rank:
+        others = f"rank {1 - rank}" if world == 2 else f"rank 0 and whoever of the {world} ranks is missing"
+    else:
+        others = f"whoever of ranks 1 to {world - 1} is missing"
+    return f"rank {rank} of {world} waits for {others} at {place}"
+
+
+def _cuda() -> tuple[int, int, str]:
+    world = _number("WORLD_SIZE", 1, None)
+    rank = _number("RANK", 0, world)
+    if "LOCAL_RANK" in os.environ:
+        here = _number("LOCAL_WORLD_SIZE", 1, world + 1) if "LOCAL_WORLD_SIZE" in os.environ else world
+        _number("LOCAL_RANK", 0, here)
+    host = os.environ.get("MASTER_ADDR", "")
+    if not host:
+        raise ConfigError("MASTER_ADDR is not set: it names the machine of rank 0; start the ranks with torchrun")
+    return rank, world, f"{host}:{_number('MASTER_PORT', 1, 65536)}"
+
+
+def _mlx() -> tuple[int, int, str]:
+    file = os.environ.get("MLX_HOSTFILE")
+    if not file:
+        raise ConfigError("MLX_RANK is set but MLX_HOSTFILE is not: start the ranks with mlx.launch --backend ring")
+    try:
+        hosts = [str(host[0]) for host in read_json(file)]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"MLX_HOSTFILE={file}: no ring can be made of it ({error}): use mlx.launch") from error
+    if not hosts:
+        raise ConfigError(f"MLX_HOSTFILE={file}: names no host: use mlx.launch")
+    return _number("MLX_RANK", 0, len(hosts)), len(hosts), hosts[0]
+
+
+def _number(name: str, low: int, end: int | None) -> int:
+    """Return a whole number of the environment from `low` to below `end`; ConfigError."""
+    text = os.environ.get(name)
+    expected = f"expected a whole number from {low}{'' if end is None else f' to {end - 1}'}"
+    if text is None:
+        raise ConfigError(f"{name} is not set: {expected}; start the ranks with torchrun")
+    if not (text.isascii() and text.isdecimal() and low <= int(text[:9]) and (end is None or int(text[:9]) < end)):
+        raise ConfigError(f"{name}={text[:40]!r}: {expected}")
+    return int(text[:9])
+
+
+@contextmanager
+def watched(words: str) -> Iterator[None]:
+    """Say `words` on standard error while the block takes long, and end this process if it takes too long."""
+    command = [sys.executable, "-I", "-S", "-c", WATCHER, words, *map(str, (FIRST, AGAIN, LIMIT, os.getpid()))]
+    ours = threading.current_thread() is threading.main_thread()
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if ours else {}
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as watcher:
+        for number in before:  # Python's own handlers would wait for the block
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"{words}, but cannot join ({reason}): is another run there, or do two ranks have one number?"
+            ) from error
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            assert watcher.stdin is not None
+            watcher.stdin.close()

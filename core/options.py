@@ -1,0 +1,111 @@
+"""The words of a command line: which options a verb has, how their values may be spelled, what was meant."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+NOTHING = ("none", "off", "null")
+SWITCHES = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
+
+
+def options_of(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Return option -> type of a verb's dataclass of options, spelled as `--help` does; no positional ones."""
+    found, hints = {}, typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        hint, *marks = typing.get_args(hints[field.name]) if _marked(hints[field.name]) else (hints[field.name],)
+        if dataclasses.is_dataclass(hint):
+            found |= options_of(typing.cast(type, hint), f"{prefix}{field.name}.")
+        elif not {"Positional", "Suppress"} & {*map(str, marks)}:
+            name = next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
+            found[f"--{prefix}{name}"] = hint
+    return found
+
+
+def given(arguments: Sequence[str], known: dict[str, Any]) -> list[str]:
+    """Return the options that a command line has, as `--help` spells them."""
+    return [name for name, _ in _named(arguments) if name in known]
+
+
+def spelled(arguments: Sequence[str], known: dict[str, Any]) -> list[str]:
+    """Return the arguments with None, True and False as Python writes them, where an option takes them.
+
+    An option of text keeps what was typed.
+    """
+    made, open_ = [], None
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name.startswith("--"):
+            open_ = known.get(_plain(name))
+            open_ = None if open_ is bool and "." not in name else open_  # a flag: what follows is not its value
+            made.append(f"{name}={_value(value, open_)}" if value else argument)
+        else:
+            made.append(_value(argument, open_))
+            open_ = None
+    return made
+
+
+def unknown(arguments: Sequence[str], known: dict[str, Any]) -> str:
+    """Return what to say of the first option that a verb does not have, or nothing."""
+    for name, typed in _named(arguments):
+        if name not in known and name.replace("--no_", "--", 1) not in known:
+            close = meant(name, list(known))
+            return f"unknown option {typed}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    return ""
+
+
+def meant(name: str, known: Sequence[str]) -> list[str]:
+    """Return the options that a wrong name may stand for: those whose last part it is, begins, or nearly is."""
+    last = {option: option.rpartition(".")[2].removeprefix("--") for option in known}
+    word = name.rpartition(".")[2].removeprefix("--")
+    same = [option for option in known if last[option] == word]
+    begins = [option for option in known if last[option].startswith(f"{word}_")]
+    near = difflib.get_close_matches(name, known, 1, 0.8)
+    nearly = difflib.get_close_matches(word, list(last.values()), 1, 0.75)
+    found = same or begins or near or [option for option in known if nearly and last[option] == nearly[0]]
+    return found[:4] or difflib.get_close_matches(name, known, 1)
+
+
+def choice(arguments: Sequence[str], known: dict[str, Any]) -> str:
+    """Return a hint at the nearest choice of an option that was given another value, or nothing."""
+    for name, value in zip(arguments, arguments[1:], strict=False):
+        choices = _choices(known.get(_plain(name.partition("=")[0])))
+        close = difflib.get_close_matches(value, choices, 1)
+        if close and value not in choices:
+            return f"; did you mean {close[0]}?"
+    return ""
+
+
+def _named(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for argument in arguments:
+        typed = argument.partition("=")[0]
+        if typed.startswith("--") and len(typed) > 2:
+            yield _plain(typed), typed
+
+
+def _plain(name: str) -> str:
+    return "--" + name[2:].replace("-", "_")
+
+
+def _value(value: str, hint: Any) -> str:
+    kinds = _parts(hint)
+    if type(None) in kinds and str not in kinds and value.lower() in NOTHING:
+        return "None"
+    return SWITCHES.get(value.lower(), value) if kinds == (bool,) else value
+
+
+def _choices(hint: Any) -> list[str]:
+    """Return the choices of an option's type: those of a Literal, of one in a union, of one in a tuple."""
+    if typing.get_origin(hint) is typing.Literal:
+        return [str(value) for value in typing.get_args(hint)]
+    return [value for part in typing.get_args(hint) for value in _choices(part)]
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _marked(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Annotated

@@ -1,0 +1,27 @@
+"""What names an evaluation: a ledger of another one is not gone on with."""
+
+import hashlib
+import json
+
+import numpy as np
+
+from core.config import RunConfig, to_json
+from core.data import Dataset, identity
+from core.engine import Engine
+
+
+def evaluation_key(engine: Engine, dataset: Dataset, config: RunConfig, plugins: bool) -> str:
+    """Return what names an evaluation: the sha256 of weights, text, and the settings that decide its numbers."""
+    weights = hashlib.sha256()
+    for values in engine.weights().values():
+        weights.update(np.ascontiguousarray(values, np.float32).data)
+    settings = to_json(config.eval)
+    free = ("train_documents",) if plugins else ("train_documents", "plugins", "batch")
+    value = {
+        "weights": weights.hexdigest(),
+        "data": identity(dataset),
+        "model": to_json(config.model),
+        "eval": {name: setting for name, setting in settings.items() if name not in free},
+        "engine": [engine.backend, engine.dtype],
+    }
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
