@@ -52,6 +52,7 @@ CHEATS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "complex": ("Complex", {}, {"D8": "type complex64, expected float32 or float64"}),
     "objects": ("Objects", {}, {"D8": "type object"}),
     "two passes": ("TwoPasses", {}, {"D7": "scored again in a fresh process"}),
+    "knows the end": ("Ending", {}, {"D7": "scored again in a fresh process"}),
     "two passes, always": ("FarPass", {}, {"D7": "when another stood at token", "D9": "before it was in"}),
     "backwards": ("Backwards", {}, {"D10": "before earlier parts of its document", "D12": "broken: D10"}),
     "backwards, documents": ("Backwards", DOCUMENTS, {"D10": "before earlier parts", "D12": "broken: D10"}),
