@@ -108,12 +108,11 @@ def check_again(
     value: dict[str, Any] = {
         "tokens": len(dataset.val), "rounding": bound, "error": False, "stops": [], "changed": [], "compared": 0,
         "noticed": 0, "differ": 0, "explained": 0.0, "largest_gap": 0.0, "wrong": None, "repeatable": True,
-        "guesses": None,
-        "rows": {"count": 0, "sum": 0.0, "cost": 0.0, "limit": agree, "genuine": True},
+        "guesses": None, "rows": {"count": 0, "sum": 0.0, "cost": 0.0, "limit": agree, "genuine": True},
     }  # fmt: skip
     tokens, bos = dataset.val.read(0, len(dataset.val)), config.model.bos
     dice = np.random.default_rng(secrets.randbits(128))
-    chances = token_chances(tokens, config.model.vocab, [bos, dataset.tokenizer.unknown])
+    chances = token_chances(tokens, dataset.tokenizer.vocab, [bos, dataset.tokenizer.unknown])
 
     def scored(text: np.ndarray, stop: int | None, places: np.ndarray) -> Predictions | None:
         place = folder / secrets.token_hex(8)  # a name that told the test from the evaluation would help a cheat
@@ -166,12 +165,11 @@ def draw_targets(first: Predictions, tokens: np.ndarray, bos: int, stop: int, di
 
 
 def token_chances(tokens: np.ndarray, vocab: int, never: Sequence[int]) -> np.ndarray:
-    """Return the chances of each token to be put in, (vocab,): half as in the text, so that many are no surprise."""
-    counts = np.bincount(tokens, minlength=vocab).astype(np.float64)
-    counts[never] = 0
-    even = np.ones(vocab)
-    even[never] = 0
-    return (counts / max(counts.sum(), 1) + even / even.sum()) / (1 + (counts.sum() > 0))
+    """Return the chances of each token but `never` to be put in, (vocab,): half as in the text, to surprise nobody."""
+    counts, even = np.bincount(tokens, minlength=vocab).astype(np.float64), np.ones(vocab)
+    counts[never] = even[never] = 0
+    chances = counts / max(counts.sum(), 1) + even / even.sum()
+    return chances / chances.sum()
 
 
 def guesses(nats: np.ndarray, chances: np.ndarray) -> dict[str, Any]:
