@@ -76,7 +76,7 @@ class Tape(NamedTuple):
         return np.log(np.exp(shifted).sum(-1)) - target
 
 
-def run_here(function: str, arguments: dict[str, Any], **options: Any) -> Isolated:
+def run_here(function: str, arguments: dict[str, Any], **isolation: Any) -> Isolated:
     """Call `function` as core.audit.isolation.run_isolated does, without the isolation."""
     zoo_predictions.STARTED.clear()
     module, _, name = function.partition(":")
@@ -100,8 +100,9 @@ class Place:
     def plan(self, out: Path, *plugins: str, **options: Any) -> Any:
         """Return the plan of an audit with plug-ins of zoo_predictions and other options of `skc audit`."""
         names = tuple(name if ":" in name else f"shared_tests.zoo_predictions:{name}" for name in plugins)
-        given = {"data": self.data, "seq": SEQ, "batch": BATCH, "flips": 2, "backend": "cuda", "out": str(out)}
-        return _plan(Audit(path=self.model, plugins=names, **(given | options)))
+        given: dict[str, Any] = {"data": self.data, "seq": SEQ, "batch": BATCH, "flips": 2, "backend": "cuda"}
+        given |= {"plugins": names or None, "out": str(out)} | options
+        return _plan(Audit(path=self.model, **given))
 
     def audit(self, out: Path, *plugins: str, **options: Any) -> auditor.Audit:
         """Audit and return what was found."""

@@ -124,15 +124,6 @@ def test_a_part_of_the_text_is_no_full_set(trained: Path, tmp_path: Path) -> Non
     assert all(rule in found and "first 2 of 8 documents" in found[rule][0][1] for rule in ("D13", "D14"))
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [({"score": -0.01}, "audited"), ({"lr": 0.5}, "other settings than its config.json")],
-)
-def test_a_claim_that_is_not_found_again(trained: Path, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
-    found = audit(copied(trained, tmp_path / "run", **changes))
-    assert failed(found) == {"D16"} and words in found["D16"][0][1]
-
-
 def test_three_seeds_against_a_reference(trained: Path, tmp_path: Path) -> None:
     runs = [copied(trained, tmp_path / str(seed), seed=seed, score=0.001 * seed) for seed in range(3)]
     bpb = Run.open(runs[1]).last("final/artifact")["score"]["bpb"]
@@ -187,8 +178,8 @@ def test_a_ledger_from_elsewhere_is_not_taken(trained: Path, tmp_path: Path, mon
         ledger.close()
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / place))
         found = audit(run)
-        assert ("went on from" in found["D3"][0][1]) == (place == "his")
-        assert (failed(found) == set()) == (place == "mine")
+        assert failed(found) == ({"D8"} if place == "his" else set())  # taken, but scored again on a sample
+        assert place == "mine" or "in the ledger of the killed start" in found["D8"][0][1]
 
 
 def test_an_evaluation_that_ends_too_early_is_not_fine(trained: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -196,8 +187,10 @@ def test_an_evaluation_that_ends_too_early_is_not_fine(trained: Path, tmp_path: 
     assert main(["audit", str(run), *MLX, "--plugins", "shared_tests.zoo:Crash", "--json"]) == 1
     value = json.loads(capsys.readouterr().out)
     assert not value["ok"] and value["error"]["message"] == "no prediction today"
-    found = {f["rule"]: f["verdict"] for f in value["findings"]}
-    assert all(found[rule] == "NOT CHECKED" for rule in ("D3", "D4", "D5", "D7", "D8", "D9", "D10", "D12", "D16"))
+    found = {f["rule"]: f for f in reversed(value["findings"])}
+    assert all(found[r]["verdict"] == "NOT CHECKED" for r in ("D3", "D4", "D7", "D8", "D9", "D10", "D12", "D16"))
+    assert found["D5"]["verdict"] == "FAIL"
+    assert found["D5"]["evidence"] == "the evaluation died: builtins.RuntimeError: no prediction today"
 
 
 def test_bad_input_gets_one_line(trained: Path, tmp_path: Path, capsys: Capture) -> None:

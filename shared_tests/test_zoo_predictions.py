@@ -52,6 +52,7 @@ CHEATS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "complex": ("Complex", {}, {"D8": "type complex64, expected float32 or float64"}),
     "objects": ("Objects", {}, {"D8": "type object"}),
     "two passes": ("TwoPasses", {}, {"D7": "scored again in a fresh process"}),
+    "knows the end": ("Ending", {}, {"D7": "scored again in a fresh process"}),
     "two passes, always": ("FarPass", {}, {"D7": "when another stood at token", "D9": "before it was in"}),
     "backwards": ("Backwards", {}, {"D10": "before earlier parts of its document", "D12": "broken: D10"}),
     "backwards, documents": ("Backwards", DOCUMENTS, {"D10": "before earlier parts", "D12": "broken: D10"}),
@@ -235,12 +236,11 @@ def _skip(ledger: Path, number: int, plugins: tuple[str, ...], place: Place) -> 
 
 def test_the_place_of_the_change_is_anywhere() -> None:
     drawn = np.array([draw_passes(20, True, 0) for _ in range(400)])
-    assert set(np.unique(drawn)) == set(range(1, 21)) and drawn.shape == (400, 2)
-    assert abs(drawn.mean() - 10.5) < 1  # 5 standard errors
-    assert all(draw_passes(20, True, 15)[0] > 15 for _ in range(50)) and draw_passes(20, True, 20)[0] == 20
-    assert (
-        draw_passes(20, False, 0) == [PASSES] and draw_passes(1, False, 0) == [1] and draw_passes(1, True, 0) == [1, 1]
-    )
+    thirds = [range(1, 7), range(7, 14), range(14, 21)]
+    assert [set(np.unique(side)) for side in drawn.T] == [set(third) for third in thirds]
+    assert all(draw_passes(20, True, 17)[-1] > 17 for _ in range(50)) and draw_passes(20, True, 20)[-1] == 20
+    assert draw_passes(20, False, 0) == [PASSES] and draw_passes(1, False, 0) == [1] == draw_passes(1, True, 0)
+    assert draw_passes(2, True, 2) == [1, 2]
 
 
 def test_nobody_wins_a_fair_bet() -> None:

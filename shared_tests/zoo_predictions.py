@@ -165,14 +165,23 @@ class TwoPasses(First):
 
     kind = "adaptation"
     counted: np.ndarray
+    last = 1.0
+    """Share of the text that is counted, from the end."""
 
     def start(self, vocab: int, learner: Learner | None) -> None:
         super().start(vocab, learner)
         text: Any = learner._split  # type: ignore[union-attr]
-        self.counted = (np.bincount(text.read(0, len(text)), minlength=vocab) + 0.1).astype(np.float32)
+        seen = text.read(round((1 - self.last) * len(text)), len(text))
+        self.counted = (np.bincount(seen, minlength=vocab) + 0.1).astype(np.float32)
 
     def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
         return mixed(logprobs, self.counted / self.counted.sum()) if self.counts else logprobs
+
+
+class Ending(TwoPasses):
+    """Counts the very end of the text only: what the first pages have to do with it, no change of one token shows."""
+
+    last = 0.01
 
 
 class FarPass(TwoPasses):

@@ -4,11 +4,12 @@ The flip test runs inside the evaluation's process, where the whole text is, and
 the text once more in folders of their own, while the real one is hidden, and what they predict is held to what the
 evaluation said when it could not know what would be changed:
 
-* up to a forward pass that is drawn after the evaluation has ended, some of whose targets are other tokens, and
-  everything that is scored after it too. Predictions that could not have seen a change must be those of the evaluation;
+* up to a forward pass that is drawn after the evaluation has ended; some of its targets are other tokens then, and so
+  is all that is scored after it. Predictions that could not have seen a change must be those of the evaluation;
 * with plug-ins, random tokens all over the text: nobody can predict them, in whatever passes they are (`guesses`).
 """
 
+import itertools
 import json
 import secrets
 from collections.abc import Callable, Sequence
@@ -25,8 +26,8 @@ from core.files import new_file, read_file, replace_file
 from core.run import MAX_TOKENIZER
 from core.shards import shard_record, write_shard
 
-CUTS = 2
-"""Forward passes that are drawn where there are plug-ins."""
+CUTS = 3
+"""Forward passes that are drawn where there are plug-ins, one in each of as many parts of the text."""
 CHANGES = 64
 """Targets of the drawn pass that are changed, at most; as many others are asked for their whole distributions too."""
 SHARE = 1 / 16
@@ -83,8 +84,9 @@ def draw_passes(total: int, learns: bool, resumed: int) -> list[int]:
     """
     if not learns:
         return [min(PASSES, total)]
-    low = [min(resumed, total - 1) if i == 0 else 0 for i in range(CUTS)]
-    return [1 + begin + secrets.randbelow(total - begin) for begin in low]
+    bounds = [total * i // CUTS for i in range(CUTS + 1)]
+    bounds[-2] = max(bounds[-2], min(resumed, total - 1))
+    return [1 + a + secrets.randbelow(b - a) for a, b in itertools.pairwise(bounds) if a < b]
 
 
 def check_again(
@@ -106,12 +108,11 @@ def check_again(
     value: dict[str, Any] = {
         "tokens": len(dataset.val), "rounding": bound, "error": False, "stops": [], "changed": [], "compared": 0,
         "noticed": 0, "differ": 0, "explained": 0.0, "largest_gap": 0.0, "wrong": None, "repeatable": True,
-        "guesses": None,
-        "rows": {"count": 0, "sum": 0.0, "cost": 0.0, "limit": agree, "genuine": True},
+        "guesses": None, "rows": {"count": 0, "sum": 0.0, "cost": 0.0, "limit": agree, "genuine": True},
     }  # fmt: skip
     tokens, bos = dataset.val.read(0, len(dataset.val)), config.model.bos
     dice = np.random.default_rng(secrets.randbits(128))
-    chances = token_chances(tokens, config.model.vocab, [bos, dataset.tokenizer.unknown])
+    chances = token_chances(tokens, dataset.tokenizer.vocab, [bos, dataset.tokenizer.unknown])
 
     def scored(text: np.ndarray, stop: int | None, places: np.ndarray) -> Predictions | None:
         place = folder / secrets.token_hex(8)  # a name that told the test from the evaluation would help a cheat
@@ -164,12 +165,11 @@ def draw_targets(first: Predictions, tokens: np.ndarray, bos: int, stop: int, di
 
 
 def token_chances(tokens: np.ndarray, vocab: int, never: Sequence[int]) -> np.ndarray:
-    """Return the chances of each token to be put in, (vocab,): half as in the text, so that many are no surprise."""
-    counts = np.bincount(tokens, minlength=vocab).astype(np.float64)
-    counts[never] = 0
-    even = np.ones(vocab)
-    even[never] = 0
-    return (counts / max(counts.sum(), 1) + even / even.sum()) / (1 + (counts.sum() > 0))
+    """Return the chances of each token but `never` to be put in, (vocab,): half as in the text, to surprise nobody."""
+    counts, even = np.bincount(tokens, minlength=vocab).astype(np.float64), np.ones(vocab)
+    counts[never] = even[never] = 0
+    chances = counts / max(counts.sum(), 1) + even / even.sum()
+    return chances / chances.sum()
 
 
 def guesses(nats: np.ndarray, chances: np.ndarray) -> dict[str, Any]:

@@ -213,8 +213,7 @@ def check_configuration(plan: Plan, seen: Isolated, same_data: bool) -> Finding:
     same = (env.get("backend"), env.get("dtype")) == (seen.value["backend"], seen.value["dtype"])
     details |= {"recorded": claim, "audited": audited}
     problems = [f"{name} {claim.get(name)}, audited {audited[name]}" for name in _differ(claim, audited, CLAIM[same])]
-    final = plan.run.last("final/artifact")
-    size = final.get("bytes") if isinstance(final, dict) else None
+    size = plan.run.last("final/artifact")["bytes"]
     if size != plan.artifact.stat().st_size:
         problems.append(f"an artifact of {size} bytes, found {plan.artifact.stat().st_size}")
     if problems:
@@ -230,13 +229,9 @@ def check_configuration(plan: Plan, seen: Isolated, same_data: bool) -> Finding:
 def _own_claim(plan: Plan, claim: dict[str, Any]) -> str:
     """Return how a recorded score is not one of the run's own settings, or nothing."""
     assert plan.run is not None
-    settings = plan.run.config.eval
+    settings, claim = plan.run.config.eval, {"plugins": [], **claim}
     wanted = {"full": settings.documents is None, "plugins": list(settings.plugins)}
-    return ", ".join(
-        f"{name} {claim.get(name)}, by config.json {value}"
-        for name, value in wanted.items()
-        if claim.get(name) != value
-    )
+    return ", ".join(f"{n} {claim[n]}, by config.json {value}" for n, value in wanted.items() if claim[n] != value)
 
 
 def _others(plan: Plan) -> str:
@@ -263,6 +258,7 @@ def _differ(claim: dict[str, Any], audited: dict[str, Any], bound: float) -> lis
     if audited["bpb_raw"] is not None:
         near["bpb_raw"] = bound * audited["bpb_raw"] / audited["bpb"]
     exact = ("byte_rule", "targets", "bytes", "documents", "total_documents", "full", "windows", "plugins")
+    claim = {"plugins": [], **claim}
     other = [name for name in exact if claim.get(name) != audited[name]]
     figures = {name: _number(claim.get(name)) for name in near}
     return other + [n for n, value in figures.items() if value is None or not abs(value - audited[n]) <= near[n]]
@@ -277,8 +273,7 @@ def check_seeds(plan: Plan) -> Finding:
 def recorded(run: Run) -> dict[str, Any] | None:
     """Return the score that a run claims for its artifact."""
     final, helped = run.last("final/artifact"), run.last("final/plugins") if run.config.eval.plugins else None
-    claim = final if final is None else helped or (final.get("score") if isinstance(final, dict) else {})
-    return claim if claim is None or isinstance(claim, dict) else {}  # something else, which no audit finds again
+    return None if final is None else helped or final["score"]
 
 
 def claimed_rule(plan: Plan, seen: Isolated, same_data: bool) -> Any:

@@ -123,11 +123,11 @@ class Plugin:
         """Begin a scoring pass; the weights are there for kind `adaptation` only."""
 
     def order(self, windows: Windows) -> Windows:
-        """Return the windows in the order in which they are to be scored."""
+        """Return the windows in the order in which they are to be scored: documents may change places, no more."""
         return windows
 
     def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
-        """Return log-probabilities for the next token of every position: (rows, seq, V) float32, as it was given."""
+        """Return log-probabilities for the next token of every position: (rows, seq, V), float32 or float64, finite."""
         return logprobs
 
     def learn(self, text: ScoredText) -> None:
