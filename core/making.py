@@ -44,6 +44,17 @@ def find_manifest(out: str) -> dict[str, Any] | None:
         raise DataError(f"{out}: exists and holds no prepared data; choose another folder ({error})") from error
 
 
+def check_writable(out: str) -> None:
+    """Raise DataError, before any work, if a folder could not be made or filled."""
+    place = os.path.abspath(out)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise DataError(f"{out}: {place} is no folder; choose another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise DataError(f"{out}: {place} cannot be written to; choose another --out")
+
+
 def damage(out: str) -> str | None:
     """Return what is wrong with a folder of ours, whose files are held to sizes and checksums; None: nothing."""
     try:

@@ -43,7 +43,7 @@ TOKENIZER = {
 }  # fmt: skip
 SPLIT = {
     "files": [{"file": NAME, "tokens": COUNT, "size?": COUNT, "sha256?": TEXT}],
-    "documents?": COUNT, "tokens?": COUNT, "raw_bytes?": COUNT, "table_bytes?": COUNT, "unknown_tokens?": COUNT,
+    "documents": COUNT, "tokens": COUNT, "raw_bytes?": COUNT, "table_bytes?": COUNT, "unknown_tokens?": COUNT,
     "bytes_per_token?": NUMBER, "document_bytes?": NAME,
 }  # fmt: skip
 ORIGIN = {

@@ -46,8 +46,13 @@ def test_a_tokenizer_without_a_space_gets_raw_bytes_and_a_word(tmp_path: Path, c
     assert found["bpb"] == found["bpb_raw"]
 
 
-def test_a_table_that_counts_more_than_the_text_has_is_said(tmp_path: Path, capsys: Capture) -> None:
-    """Ligatures that become many letters: the rule stays the table's, and a line says by how much it flatters."""
+def test_a_table_that_counts_more_than_the_text_has_is_said(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ligatures that become many letters: the rule stays the table's, and a line says by how much it flatters.
+
+    And the tokenizer beside the artifact is taken: nothing is prepared to sample from it.
+    """
     source = written(tmp_path / "t.jsonl", [f"The {i}th o\ufb03ce is \u3392 and \ufdfa" for i in range(60)])
     data, run = str(tmp_path / "data"), str(tmp_path / "run")
     assert main(["data", "prepare", source, "--out", data, "--tokenizer", MODEL]) == 0
@@ -59,6 +64,9 @@ def test_a_table_that_counts_more_than_the_text_has_is_said(tmp_path: Path, caps
     assert note and byte_note(dataset.tokenizer, {"raw_bytes": 10, "table_bytes": 10, "unknown_tokens": 0}) is None
     assert main(["train", "debug", "--data.path", data, *SHORT, "--eval.documents", "None", "--out", run]) == 0
     said = capsys.readouterr().out
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["sample", f"{run}/artifact.skc", "--tokens", "2", "--backend", "cuda"]) == 0
+    assert not (tmp_path / "cache").exists()
     assert note in said and re.search(
         r"score [\d.]+ bits per byte \(rule table, .*; [\d.]+ per byte of the raw text", said
     )
