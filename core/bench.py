@@ -6,6 +6,7 @@ rounds interleave, so that a noisy machine disturbs all alike, and what is compa
 """
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from core import PYTHON
 from core.config import ConfigError, RunConfig, differences, from_json, to_json
 from core.engine import EngineOptions, available_backends
 from core.params import FLOP_RULE, count, flops_per_token
+from core.ranks import Alone, Ranks
 
 VARIANTS = {
     "cuda": ("cuda", True),
@@ -29,7 +31,8 @@ VARIANTS = {
     "mlx-reference-blas": ("mlx", False),
 }
 """Name -> (backend, fast BLAS)."""
-PEAK_SIZE = 1024
+RANKS = 8
+"""GPUs of a node: one rank's share of a step is what one of them can be timed by."""
 UPDATES = 3
 """Optimizer updates that are timed in a round."""
 
@@ -58,7 +61,9 @@ class BenchRow:
     flops: float
     """Achieved model FLOP/s."""
     own_peak: float
-    """FLOP/s of the variant's own matmul in the same run."""
+    """FLOP/s of the variant's own large matmul in the same run."""
+    peak_size: int
+    """Rows and columns of that matmul."""
     share: float
     """Achieved FLOP/s over `reference_peak` of the report."""
     peak_bytes: float
@@ -139,6 +144,8 @@ class BenchReport(PresetBench):
     flop_rule: str
     reference: str
     reference_peak: float
+    ranks: int
+    """Of so many ranks one was timed: its rows, its part of the update, nothing sent. 1: a whole step."""
     against: Against | None
 
     def to_json(self) -> dict:
@@ -147,9 +154,11 @@ class BenchReport(PresetBench):
 
     def lines(self) -> list[str]:
         """Return the tables as text."""
+        size = next(row.peak_size for row in self.rows if row.variant == self.reference)
         out = [
             f"{self.threads} thread(s), medians of {self.rounds} interleaved rounds of {self.seconds:g} s",
-            f"peak: ({PEAK_SIZE}, {PEAK_SIZE}) matmul of {self.reference}, {self.reference_peak / 1e9:.1f} GFLOP/s",
+            *([f"one rank of {self.ranks}: its rows and its part of the update, nothing is sent"] * (self.ranks > 1)),
+            f"peak: ({size}, {size}) matmul of {self.reference}, {self.reference_peak / 1e9:.1f} GFLOP/s",
             "",
             *super().lines(),
         ]
@@ -185,11 +194,13 @@ def run_bench(
     rounds: int = 5,
     seconds: float = 5.0,
     threads: int = 1,
+    ranks: int = 1,
     report: Callable[[str], None] = lambda line: None,
 ) -> BenchReport:
     """Time training steps of `config` on every variant; ConfigError for an unknown or missing variant.
 
-    `against`: another run to time in the same rounds, with the batch of `config` (see `same_work`).
+    `against`: another run to time in the same rounds, with the batch of `config` (see `same_work`). `ranks`: time what
+    one of so many does of a step (see `rank_of`).
     """
     names = list(dict.fromkeys(variants or default_variants()))
     for name in names:
@@ -203,11 +214,13 @@ def run_bench(
         raise ConfigError(
             f"bench: rounds={rounds}, threads={threads}, seconds={seconds}: expected at least 1, 1 and above 0"
         )
+    if ranks < 1 or config.train.batch % ranks:
+        raise ConfigError(f"bench: ranks={ranks}: expected a divisor of train.batch={config.train.batch}")
     configs = [config] if against is None else [config, same_work(against, config)]
-    timed = _measure(configs, names, rounds, seconds, threads, report)
+    timed = _measure(configs, names, rounds, seconds, threads, ranks, report)
     reference = "cuda" if "cuda" in names else names[0]
     top = max(peak for tasks in timed for peak in tasks[reference].peaks)
-    first, *others = (_table(c, t, top) for c, t in zip(configs, timed, strict=True))
+    first, *others = (_table(c, t, top, ranks) for c, t in zip(configs, timed, strict=True))
     compared = None
     if against is not None:
         ratios = []
@@ -224,6 +237,7 @@ def run_bench(
         flop_rule=FLOP_RULE,
         reference=reference,
         reference_peak=top,
+        ranks=ranks,
         against=compared,
     )
 
@@ -233,6 +247,13 @@ def same_work(other: RunConfig, config: RunConfig) -> RunConfig:
     t = config.train
     shape = {"batch": t.batch, "seq": t.seq, "micro_batch": t.micro_batch, "seq_stages": (), "seq_until": ()}
     return dataclasses.replace(other, train=dataclasses.replace(other.train, **shape))
+
+
+def rank_of(world: int, backend: str) -> Ranks:
+    """Return rank 0 of `world` without the others: it takes its part of an update, and what it sends goes nowhere."""
+    if world == 1:
+        return Alone()
+    return importlib.import_module(f"backends.{backend}.distributed").OneOf(world)
 
 
 def per_round(ours: list[float], theirs: list[float]) -> list[float]:
@@ -254,6 +275,7 @@ class _Timed:
     cpu: list[float] = field(default_factory=list)
     updates: list[float] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)
+    peak_size: int = 0
     memory: dict = field(default_factory=dict)
     """Statistics after the first steps: before an update was timed, which holds weights and optimizer state twice."""
     traces: float = 0.0
@@ -265,6 +287,7 @@ def _measure(
     rounds: int,
     seconds: float,
     threads: int,
+    ranks: int,
     report: Callable[[str], None],
 ) -> list[dict[str, _Timed]]:
     """Return what was measured of every variant, by name, for every config."""
@@ -272,7 +295,7 @@ def _measure(
     try:
         for name in names:  # variant by variant, so that what is compared runs side by side
             for i, config in enumerate(configs):
-                workers[i, name] = _Worker(name, config, threads)
+                workers[i, name] = _Worker(name, config, threads, ranks)
         timed = {}
         for (i, name), worker in workers.items():
             report(f"{configs[i].preset}, {name}: building, compiling and warming up")
@@ -286,6 +309,7 @@ def _measure(
                 t.steps.append(answer["seconds"] / answer["steps"])
                 t.cpu.append(answer["cpu"] / answer["steps"])
                 t.peaks.append(answer["peak"])
+                t.peak_size = answer["peak_size"]
                 t.memory = t.memory or answer["stats"]
                 t.updates.append(worker.ask(f"updates {UPDATES}")["seconds"])
         for key, worker in workers.items():
@@ -296,7 +320,7 @@ def _measure(
     return [{name: timed[i, name] for name in names} for i in range(len(configs))]
 
 
-def _table(config: RunConfig, timed: dict[str, _Timed], top: float) -> PresetBench:
+def _table(config: RunConfig, timed: dict[str, _Timed], top: float, ranks: int) -> PresetBench:
     """Return the rows of one preset; `top` is the FLOP/s that shares are of."""
     m, t = config.model, config.train
     work = flops_per_token(m, t.seq)
@@ -304,7 +328,7 @@ def _table(config: RunConfig, timed: dict[str, _Timed], top: float) -> PresetBen
     for name, found in timed.items():
         middle, spread = middle_and_spread([1e3 * step for step in found.steps])
         share, share_spread = middle_and_spread(per_round(found.updates, found.steps))
-        speed = t.tokens_per_step / middle * 1e3
+        speed = t.tokens_per_step / ranks / middle * 1e3
         rows.append(
             BenchRow(
                 variant=name,
@@ -318,6 +342,7 @@ def _table(config: RunConfig, timed: dict[str, _Timed], top: float) -> PresetBen
                 update_spread=share_spread,
                 flops=work * speed,
                 own_peak=max(found.peaks),
+                peak_size=found.peak_size,
                 share=work * speed / top,
                 peak_bytes=found.memory.get("peak_bytes", found.memory.get("process_bytes", 0.0)),
                 peak_of="arrays" if "peak_bytes" in found.memory else "process",
@@ -325,15 +350,15 @@ def _table(config: RunConfig, timed: dict[str, _Timed], top: float) -> PresetBen
                 notes=tuple(found.ready["notes"]),
             )
         )
-    return PresetBench(config.preset, count(m), t.batch, t.seq, m.vocab, work, tuple(rows))
+    return PresetBench(config.preset, count(m), t.batch // ranks, t.seq, m.vocab, work, tuple(rows))
 
 
 class _Worker:
     """One variant in a process of its own, which answers each line on its input with one JSON line."""
 
-    def __init__(self, variant: str, config: RunConfig, threads: int):
+    def __init__(self, variant: str, config: RunConfig, threads: int, ranks: int):
         count_of = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
-        command = [*PYTHON, "-m", "core.bench", variant, json.dumps(to_json(config))]
+        command = [*PYTHON, "-m", "core.bench", variant, json.dumps(to_json(config)), str(ranks)]
         self.variant = variant
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **count_of}
@@ -362,18 +387,21 @@ class _Worker:
                 pipe.close()
 
 
-def _serve(variant: str, config: RunConfig, lines: IO[str]) -> None:
+def _serve(variant: str, config: RunConfig, ranks: int, lines: IO[str]) -> None:
     """Answer the parent's lines: build and warm up, run steps, time updates, report statistics."""
     from core import rng, schedule
     from core.engine import Batch, load_engine
 
     backend, fast_blas = VARIANTS[variant]
     compiled = True if variant == "cuda-compiled" else None
-    engine = load_engine(backend, config, options=EngineOptions(fast_blas=fast_blas, compile=compiled))
-    shape = (config.train.batch, config.train.seq + 1)
+    options = EngineOptions(fast_blas=fast_blas, compile=compiled)
+    if backend == "mlx" and fast_blas:  # before anything imports MLX
+        importlib.import_module("backends.mlx.blas").load_fast_blas()
+    engine = load_engine(backend, config, options=options, ranks=rank_of(ranks, backend))
+    shape = (config.train.batch // ranks, config.train.seq + 1)
     flat = rng.integers16(config.seed, "bench", shape[0] * shape[1]).astype("int32") % config.model.vocab
     rows = flat.reshape(shape)
-    batch, plan = Batch(rows[:, :-1], rows[:, 1:]), schedule.plan(0, 0.5, config.train)
+    batch, plan = Batch(rows[:, :-1], rows[:, 1:], config.train.batch), schedule.plan(0, 0.5, config.train)
     for line in lines:
         if line.startswith("ready"):
             engine.train_step(batch, plan).result()  # compiles
@@ -384,12 +412,19 @@ def _serve(variant: str, config: RunConfig, lines: IO[str]) -> None:
             notes = (*engine.notes, forward)
             answer: dict = {"device": engine.device, "dtype": engine.dtype, "notes": notes, "step": took}
         elif line.startswith("steps"):
-            peak = engine.matmul_rate(PEAK_SIZE, 5)
+            size, peak = engine.matmul_rate()
             steps, start, cpu = int(line.split()[1]), time.perf_counter(), time.process_time()
             pending = [engine.train_step(batch, plan) for _ in range(steps)]
             pending[-1].result()
             took, cpu = time.perf_counter() - start, time.process_time() - cpu
-            answer = {"seconds": took, "cpu": cpu, "steps": steps, "peak": peak, "stats": engine.stats()}
+            answer = {
+                "seconds": took,
+                "cpu": cpu,
+                "steps": steps,
+                "peak": peak,
+                "peak_size": size,
+                "stats": engine.stats(),
+            }
         elif line.startswith("updates"):
             answer = {"seconds": engine.update_seconds(plan, int(line.split()[1]))}
         else:
@@ -398,4 +433,4 @@ def _serve(variant: str, config: RunConfig, lines: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], from_json(RunConfig, json.loads(sys.argv[2])), sys.stdin)
+    _serve(sys.argv[1], from_json(RunConfig, json.loads(sys.argv[2])), int(sys.argv[3]), sys.stdin)

@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not argv or argv[0] in ("-h", "--help"):
             print(_help(VERBS))
             return 0
+        _check_text(argv)
         if argv[0] == "--version":
             print(f"skc {_version()}")
             return 0
@@ -188,6 +189,13 @@ def message(error: Exception) -> str:
 
         return described(error)
     return one_line(error)
+
+
+def _check_text(argv: list[str]) -> None:
+    """Raise UsageError for an argument that no file of ours could hold."""
+    for argument in argv:
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in argument):
+            raise UsageError(f"argument {argument}: is not UTF-8; rename the file, or give the name in UTF-8")
 
 
 def _help(verbs: dict[str, Verb]) -> str:

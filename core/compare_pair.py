@@ -9,8 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from core.config import RunConfig, differences
-from core.files import MAX_TEXT, read_file
-from core.run import FREE, Run, RunError
+from core.run import FREE, Run
 from core.transfer import ENOUGH, Curve, Finding, Windows, find, windows
 
 By = Literal["auto", "step", "tokens", "share"]
@@ -74,13 +73,11 @@ def choose_axis(configs: list[RunConfig], by: By) -> str:
 
 
 def positions(run: Run, name: str, by: str) -> dict[float, dict[str, Any]]:
-    """Return the lines of a run that hold the metric `name`, by place; RunError for a value that is not a number."""
+    """Return the lines of a run that hold the metric `name`, by place; RunError for a damaged record."""
     train, found, last = run.config.train, {}, 0.0
     for row in run.metrics():
         if name not in row or row["step"] < 1:
             continue
-        if type(row[name]) not in (int, float) or not math.isfinite(row[name]):
-            raise RunError(f"{run.metrics_path}: step {row['step']}: {name}: {row[name]!r}, expected a finite number")
         share = row["step"] / train.steps if train.seconds is None else row.get("progress", row["step"] / train.steps)
         place = {"step": row["step"], "tokens": row["step"] * train.tokens_per_step, "share": share}[by]
         if place > last:
@@ -167,7 +164,7 @@ def _data(first: Run, other: Run) -> tuple[list[str], list[str]]:
         a, b = ({k: str(v)[:16] for k, v in data.items()} if isinstance(data, dict) else {} for data in known)
         lines += [f"{k}: {a.get(k, '-')} -> {b.get(k, '-')}" for k in {**a, **b} if a.get(k) != b.get(k)]
     if all(run.tokenizer_path.exists() for run in (first, other)):
-        a, b = (hashlib.sha256(read_file(run.tokenizer_path, MAX_TEXT)).hexdigest()[:16] for run in (first, other))
+        a, b = (hashlib.sha256(run.tokenizer()).hexdigest()[:16] for run in (first, other))
         lines += [f"tokenizer: {a} -> {b}"] if a != b else []
     return lines, notes
 

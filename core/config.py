@@ -5,16 +5,15 @@ model settings are in core/model_config.py, how a setting is refused in core/che
 """
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from core.checks import MOST_ENTRIES, closest, require_limits, told
 from core.checks import ConfigError as ConfigError
 from core.checks import require as require
-from core.checks import require_finite
 from core.model_config import ModelConfig as ModelConfig
 
 SCHEMA = 2
@@ -23,9 +22,19 @@ LATER = {
     "capsule_shift", "capsule_intra", "capsule_bands", "shared_blocks", "repeat_layers", "repeat_from",
     "bank", "bank_heads", "bank_capsules", "bank_times", "bank_gate", "engram_orders", "engram_heads", "engram_buckets",
     "engram_dim", "engram_layer", "engram_keep", "hash_storage", "bigram_buckets", "bigram_dim", "smear", "lr_hash",
-    "attention_conv", "plugins",
+    "attention_conv", "plugins", "save_minutes",
 }  # fmt: skip
 """Fields that came after the first files were written: a file without one of them means its default."""
+
+
+MOST_STEPS = 10_000_000
+"""Most steps of a run: what a run has that only the clock ends."""
+MOST_ROWS = 1 << 20
+"""Most rows of a batch."""
+MOST_TOKENS = 1 << 24
+"""Longest row."""
+MOST_TOGETHER = 1 << 28
+"""Most tokens of a batch."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,10 @@ class DataConfig:
     """Where tokens come from."""
 
     path: str = "sample"
-    """Folder written by `skc data prepare`; `sample` is the bundled text, prepared on first use under data/sample."""
+    """Folder written by `skc data prepare`; `sample` is the bundled text, prepared in the user's cache folder."""
+
+    def __post_init__(self) -> None:
+        require_limits("data", self, 0)
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,8 @@ class TrainConfig:
     seq: int = 512
     """Tokens per row."""
     micro_batch: int | None = None
-    """Rows per forward and backward pass, to fit memory; None: all rows at once. Must divide train.batch."""
+    """Rows per forward and backward pass; None: all rows at once. Must divide train.batch. An engine halves it until it
+    should fit in memory, and says so."""
     lr_embed: float = 3e-3
     """Learning rate of the embedding group."""
     lr_matrix: float = 3e-3
@@ -118,17 +131,22 @@ class TrainConfig:
     """Steps between samples of text; None: none."""
     save_every: int | None = 200
     """Steps between checkpoints; None: only at the end."""
+    save_minutes: float | None = 10.0
+    """Minutes after which a checkpoint is made beside those, at the next log line; None: only those."""
     keep_every: int | None = None
-    """Every how many-th of these checkpoints is kept beside the last one (state/step-N.safetensors); None: none."""
+    """Every how many-th checkpoint of train.save_every is kept beside the last one (state/step-N.safetensors)."""
 
     def __post_init__(self) -> None:
-        require_finite("train", self)
+        limits = {"steps": MOST_STEPS, "batch": MOST_ROWS, "micro_batch": MOST_ROWS, "seq": MOST_TOKENS}
+        require_limits("train", self, MOST_STEPS, **limits, seq_stages=MOST_TOKENS)
+        check_tokens("train", self.batch, self.seq)
         for name in ("lr_embed", "lr_matrix", "lr_vector", "lr_hash", "weight_decay", "z_loss"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
         for name in ("steps", "batch", "seq", "log_every"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: expected at least 1")
-        for name in ("eval_every", "sample_every", "save_every", "keep_every", "seconds", "clip", "micro_batch"):
+        every = ("eval_every", "sample_every", "save_every", "save_minutes", "keep_every")
+        for name in (*every, "seconds", "clip", "micro_batch"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}={value}: expected a positive number, or None")
         require(
@@ -218,7 +236,7 @@ class EvalConfig:
     stride: int | None = None
     """Targets scored per window after the first (sliding, documents); None: seq, windows do not overlap."""
     batch: int = 8
-    """Windows per forward pass (changes speed and memory, not the score)."""
+    """Windows per forward pass (changes speed and memory, not the score); a GPU takes 65,536 tokens if that is more."""
     documents: int | None = None
     """Score only this many documents, drawn at random: an estimate with an error bar, never a score. None: all."""
     train_documents: int = 32
@@ -229,6 +247,8 @@ class EvalConfig:
     """What else has a part in the score of the artifact: temperature, or package.module:Class (docs/legality.md)."""
 
     def __post_init__(self) -> None:
+        require_limits("eval", self, 2**31 - 1, batch=MOST_ROWS, seq=MOST_TOKENS, stride=MOST_TOKENS)
+        check_tokens("eval", self.batch, self.seq)
         require(0 <= self.seed < 2**31, f"eval.seed={self.seed}: expected from 0 to 2^31 - 1")
         for name in ("seq", "batch", "train_documents"):
             require(getattr(self, name) >= 1, f"eval.{name}={getattr(self, name)}: expected at least 1")
@@ -257,6 +277,7 @@ class ExportConfig:
     """Bytes of the budget that are reserved for code, packed (LZMA, base85); skc info says what it takes."""
 
     def __post_init__(self) -> None:
+        require_limits("export", self, 1 << 40)
         require(
             0 <= self.code_bytes < self.budget,
             f"export.code_bytes={self.code_bytes}: expected from 0 to below export.budget={self.budget}",
@@ -278,6 +299,7 @@ class RunConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
+        require_limits("", self, 2**31 - 1)
         require(0 <= self.seed < 2**31, f"seed={self.seed}: expected from 0 to 2^31 - 1")
         require(
             self.train.repeat_from < 1 and (self.train.repeat_from == 0 or bool(self.model.repeat_layers)),
@@ -286,10 +308,16 @@ class RunConfig:
         require(
             self.eval.windows != "stateful"
             or self.model.documents == "isolated"
-            or "attention" not in self.model.kinds,
+            or "attention" not in self.model.blocks[: self.model.layers],
             "eval.windows=stateful with packed documents would keep the keys of every token of the text: "
             "take sliding ones",
         )
+
+
+def check_tokens(section: str, batch: int, seq: int) -> None:
+    """Raise ConfigError for a batch of more tokens than a machine has memory for."""
+    good = batch * seq <= MOST_TOGETHER
+    require(good, f"{section}.batch={batch} rows of {section}.seq={seq} tokens: expected at most {MOST_TOGETHER:,}")
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -306,14 +334,14 @@ def from_json(kind: type, values: Any, where: str = "config") -> Any:
         schema = values.pop("schema", None)
         require(
             schema == SCHEMA,
-            f"{where}: schema {schema!r} was written by another version; this one reads {SCHEMA}: train again",
+            f"{where}: schema {told(schema)} was written by another version; this one reads {SCHEMA}: train again",
         )
     hints = typing.get_type_hints(kind)
     fields = [f.name for f in dataclasses.fields(kind)]
     for key in values:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, 1)
-            raise ConfigError(f"{where}.{key}: unknown key" + (f"; did you mean {close[0]}?" if close else ""))
+            close = closest(str(key), fields)
+            raise ConfigError(f"{where}.{key}: unknown key" + (f"; did you mean {close}?" if close else ""))
     for name in fields:
         require(name in values or name in LATER, f"{where}.{name}: missing")
     return kind(**{n: _coerce(hints[n], values[n], f"{where}.{n}") for n in fields if n in values})
@@ -325,7 +353,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_json(typing.cast(type, hint), value, where)
     if origin is Literal:
-        require(value in arguments, f"{where}={value!r}: expected one of {', '.join(map(repr, arguments))}")
+        require(value in arguments, f"{where}={told(value)}: expected one of {', '.join(map(repr, arguments))}")
         return value
     if origin is types.UnionType:
         if value is None:
@@ -333,11 +361,12 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return _coerce(next(a for a in arguments if a is not type(None)), value, where)
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{where}: expected a list, got {type(value).__name__}")
+        require(len(value) <= MOST_ENTRIES, f"{where}: {len(value):,} entries, expected at most {MOST_ENTRIES:,}")
         return tuple(_coerce(arguments[0], v, where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         require(abs(value) < 2**1023, f"{where}: too large a number")
         return float(value)
-    require(type(value) is hint, f"{where}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    require(type(value) is hint, f"{where}={told(value)}: expected {hint.__name__}, got {type(value).__name__}")
     return value
 
 

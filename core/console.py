@@ -1,6 +1,8 @@
 """What the user sees while a verb works: lines, one line of progress, tables, and one JSON object at the end."""
 
+import io
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +11,14 @@ from typing import Any, TextIO
 
 PLAIN_EVERY = 10.0
 """Seconds between progress lines where the output is not a terminal."""
+MESSAGE = 360
+"""Letters of the longest message of an error."""
+LINE = 10_000
+"""Letters of the longest line that is shown: samples are long."""
+CELL = 200
+"""Letters of the longest entry of a table."""
+ODD = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that steer a terminal or turn its text around, and those that no encoding has."""
 
 
 def duration(seconds: float) -> str:
@@ -22,8 +32,32 @@ def duration(seconds: float) -> str:
 
 
 def one_line(message: object) -> str:
-    """Return a message with every run of white space as one space."""
-    return " ".join(str(message).split())
+    """Return a message as one line that any terminal and file can have, at most MESSAGE letters long.
+
+    White space is one space, of a long message the middle is left out: what it is about and what to do stay.
+    """
+    text = str(message)
+    return cut(printable(" ".join(cut(text, 8 * MESSAGE).split())), MESSAGE, len(text))
+
+
+def printable(text: str) -> str:
+    """Return text whose control characters (escapes of a terminal among them) and lone surrogates are written out."""
+    return ODD.sub(lambda found: _written_out(ord(found[0])), text)
+
+
+def _written_out(code: int) -> str:
+    """Return a character's code as Python writes it; of a byte that is no UTF-8 that byte."""
+    code = code - 0xDC00 if 0xDC80 <= code < 0xDD00 else code
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def cut(text: str, most: int, letters: int | None = None) -> str:
+    """Return text of at most `most` letters, by leaving out its middle; it says how many `letters` there were."""
+    if len(text) <= most:
+        return text
+    words = f" ... (cut: {letters or len(text):,} letters) ... "
+    tail = (most - len(words)) // 3
+    return f"{text[: most - len(words) - tail]}{words}{text[len(text) - tail :]}"
 
 
 class Console:
@@ -32,6 +66,9 @@ class Console:
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
         self.stream: TextIO = sys.stderr if as_json else sys.stdout
+        # What an ASCII terminal lacks is replaced there, not in log.txt.
+        if isinstance(self.stream, io.TextIOWrapper) and self.stream.errors == "strict":
+            self.stream.reconfigure(errors="replace")
         self.terminal = self.stream.isatty()
         self._log: TextIO | None = None
         self._status: Any = None
@@ -51,9 +88,10 @@ class Console:
             self._log = None
 
     def __call__(self, line: str = "") -> None:
-        """Print one line."""
+        """Print one line, or several with line ends between them."""
         if self._muted:
             return
+        line = printable(cut(line, LINE))
         self.clear()
         if self.terminal:
             from rich.console import Console as Rich
@@ -91,6 +129,7 @@ class Console:
         return report
 
     def _show(self, line: str) -> None:
+        line = one_line(line)
         if not self.terminal:
             print(line, file=self.stream, flush=True)
             return
@@ -109,7 +148,7 @@ class Console:
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print aligned columns: numbers to the right, text to the left."""
-        cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+        cells = [[f"{cell:,}" if isinstance(cell, int) else cut(str(cell), CELL) for cell in row] for row in rows]
         right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(head))]
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
         for row in (head, *cells):

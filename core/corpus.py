@@ -1,17 +1,20 @@
 """Documents out of files, one at a time: .txt and .jsonl, each also .gz, .xz and .zst, and .parquet."""
 
+import codecs
+import glob
 import gzip
-import hashlib
 import importlib
 import io
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO, Literal, NamedTuple
 
-from core.shards import DataError
+from core.column import DataError
+from core.files import MARKS, open_file
 
 MAX_DOCUMENT = 1 << 24
 """Bytes of the longest document, or JSON line, that is accepted: encoding one takes about 60 times its size."""
@@ -19,6 +22,9 @@ PACKED = ("", ".gz", ".xz", ".zst")
 SUFFIXES = (*(f"{kind}{packed}" for packed in PACKED for kind in (".txt", ".jsonl")), ".parquet")
 LIBRARIES = {".zst": "zstandard", ".parquet": "pyarrow.parquet"}
 """Suffix -> the optional module that reads it."""
+COLUMNS = ("text", "content", "raw_content")
+"""Where the text of a JSON line or a parquet row is looked for, in this order."""
+BLANK_LINES = re.compile(rb"\n[ \t\r]*\n\s*|\f")
 CHUNK = 1 << 20
 ZST_CHUNK = 1 << 10
 """Compressed bytes that are unpacked at once: 1 KiB of zstd can hold up to 32 MiB of text."""
@@ -26,9 +32,16 @@ PARQUET_ROWS = 64
 REPORT_EVERY = 64
 
 
-def document_hash(text: str) -> bytes:
-    """Return the 16 bytes that stand for a document when splits are compared (blake2b of its UTF-8)."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+class Format(NamedTuple):
+    """How documents lie in files."""
+
+    column: str | None = None
+    """Key of a JSON line, or column of a parquet file, that holds the text; None: the first of COLUMNS."""
+    split: Literal["files", "blank-lines"] = "files"
+    """What separates documents of a .txt: form feeds alone, or blank lines too."""
+
+
+PLAIN = Format()
 
 
 def library(module: str, what: str) -> Any:
@@ -41,30 +54,61 @@ def library(module: str, what: str) -> Any:
         raise DataError(f"{what} needs {package}, which is not installed; run: {command}") from error
 
 
-def check_inputs(paths: Sequence[str]) -> None:
-    """Raise DataError unless every path is a file of a known kind, for which the library is there."""
+def find_inputs(paths: Sequence[str]) -> list[str]:
+    """Return the files that are meant: those of folders and of patterns in the order of their names.
+
+    DataError unless each is a regular file of a known kind, for which the library is there.
+    """
+    found = []
     for path in paths:
-        if not os.path.isfile(path):
-            raise DataError(f"{path}: no such file")
-        if not path.endswith(SUFFIXES):
-            raise DataError(f"{path}: unknown kind of file; expected a name that ends in {', '.join(SUFFIXES)}")
-        for suffix, module in LIBRARIES.items():
-            if path.endswith(suffix):
-                library(module, f"{path}: a {suffix} file")
+        if os.path.isdir(path):
+            names = [os.path.join(place, name) for place, _, files in os.walk(path) for name in files]
+            names = sorted(name for name in names if name.endswith(SUFFIXES) and not _hidden(name, path))
+            if not names:
+                raise DataError(f"{path}: no file in this folder has a name that ends in {', '.join(SUFFIXES)}")
+        elif glob.has_magic(path) and not os.path.lexists(path):
+            names = sorted(glob.glob(path, recursive=True))
+            if not names:
+                raise DataError(f"{path}: no file fits this pattern")
+        else:
+            names = [path]
+        found += names
+    for path in found:
+        _check_input(path)
+    return found
 
 
-def read_documents(paths: Sequence[str], progress: Callable[[int, int], None] | None = None) -> Iterator[str]:
+def _hidden(name: str, folder: str) -> bool:
+    return any(part.startswith(".") for part in os.path.relpath(name, folder).split(os.sep))
+
+
+def _check_input(path: str) -> None:
+    try:
+        open_file(path).close()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{path}: no such file") from error
+    if not path.endswith(SUFFIXES):
+        raise DataError(f"{path}: unknown kind of file; expected a name that ends in {', '.join(SUFFIXES)}")
+    for suffix, module in LIBRARIES.items():
+        if path.endswith(suffix):
+            library(module, f"{path}: a {suffix} file")
+
+
+def read_documents(
+    paths: Sequence[str], progress: Callable[[int, int], None] | None = None, form: Format = PLAIN
+) -> Iterator[str]:
     """Yield the text of every document, in order; DataError names the file and the line, row or document.
 
-    .jsonl: one object with a "text" a line, empty lines are skipped. .txt: one document a file, or several separated
-    by form feeds. .parquet: the rows of its column "text". `progress` gets the bytes read so far and in all, as stored
-    on disk.
+    .jsonl: one object a line, whose text is under `form.column`; empty lines are skipped. .txt: one document a file, or
+    several separated as `form.split` says. .parquet: the rows of a column. `progress` gets the bytes read so far and in
+    all, as stored on disk.
     """
     total = sum(map(os.path.getsize, paths))
     before = 0
     for path in paths:
-        with open(path, "rb") as stored:
-            found = _parquet(path, stored) if path.endswith(".parquet") else _lines_or_text(path, stored)
+        with open_file(path) as stored:
+            packed = path.endswith(".parquet")
+            found = _parquet(path, stored, form.column) if packed else _lines_or_text(path, stored, form)
             for number, (done, text) in enumerate(found):
                 if progress and number % REPORT_EVERY == 0:
                     progress(before + done, total)
@@ -74,19 +118,19 @@ def read_documents(paths: Sequence[str], progress: Callable[[int, int], None] | 
         progress(total, total)
 
 
-def _lines_or_text(path: str, stored: io.BufferedReader) -> Iterator[tuple[int, str]]:
+def _lines_or_text(path: str, stored: BinaryIO, form: Format) -> Iterator[tuple[int, str]]:
     """Yield (bytes of the file read, document)."""
     damage: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
     if path.endswith(".zst"):
         damage = (EOFError, library("zstandard", path).ZstdError)
     try:
-        for text in _split(path, _decompressed(path, stored)):
+        for text in _split(path, _decompressed(path, stored), form):
             yield stored.tell(), text
     except damage as error:
         raise DataError(f"{path}: damaged compressed file ({error})") from error
 
 
-def _decompressed(path: str, stored: io.BufferedReader) -> io.BufferedIOBase:
+def _decompressed(path: str, stored: BinaryIO) -> Any:
     if path.endswith(".gz"):
         return gzip.GzipFile(fileobj=stored)
     if path.endswith(".zst"):
@@ -97,7 +141,7 @@ def _decompressed(path: str, stored: io.BufferedReader) -> io.BufferedIOBase:
 class _Zst(io.RawIOBase):
     """The text of .zst frames, one after another; the library's own reader takes a cut file for a whole one."""
 
-    def __init__(self, path: str, stored: io.BufferedReader) -> None:
+    def __init__(self, path: str, stored: BinaryIO) -> None:
         self._library, self._stored = library("zstandard", path), stored
         self._frame: Any = None
         self._packed = self._text = b""
@@ -126,50 +170,64 @@ class _Zst(io.RawIOBase):
         return count
 
 
-def _parquet(path: str, stored: io.BufferedReader) -> Iterator[tuple[int, str]]:
+def _parquet(path: str, stored: BinaryIO, column: str | None) -> Iterator[tuple[int, str]]:
     """Yield (share of the rows read, in bytes of the file; document), a few rows and a page of the file at a time."""
     parquet, arrow = library("pyarrow.parquet", path), library("pyarrow", path)
     size = os.fstat(stored.fileno()).st_size
     try:
         file = parquet.ParquetFile(stored, buffer_size=CHUNK, page_checksum_verification=True)
-        names = file.schema_arrow.names
-        kind = file.schema_arrow.field("text").type if names.count("text") == 1 else None
-        if kind not in (arrow.string(), arrow.large_string()):
-            raise DataError(f'{path}: expected one column of strings named "text", got {", ".join(names)[:200]}')
+        names, wanted = file.schema_arrow.names, (column,) if column is not None else COLUMNS
+        name = next((name for name in wanted if names.count(name) == 1), None)
+        if name is None:
+            raise DataError(
+                f"{path}: expected one column {' or '.join(wanted)}, got {', '.join(names)[:200]}: name it by --column"
+            )
+        kind = file.schema_arrow.field(name).type
+        plain = kind.value_type if arrow.types.is_dictionary(kind) else kind
+        if plain not in (arrow.string(), arrow.large_string(), arrow.string_view()):
+            raise DataError(f"{path}: {name}: expected a column of strings, got {str(kind)[:80]}")
         row, rows = 0, file.metadata.num_rows
-        for batch in file.iter_batches(PARQUET_ROWS, columns=["text"], use_threads=False):
+        for batch in file.iter_batches(PARQUET_ROWS, columns=[name], use_threads=False):
             for value in batch.column(0):
                 row += 1
+                value = value.value if arrow.types.is_dictionary(kind) else value
                 if not value.is_valid:
-                    raise DataError(f"{path}: row {row}: text: expected a string, got null")
+                    raise DataError(f"{path}: row {row}: {name}: expected a string, got null")
                 if value.as_buffer().size > MAX_DOCUMENT:
-                    raise DataError(f"{path}: row {row}: text is over {MAX_DOCUMENT} bytes; split the document")
+                    raise DataError(f"{path}: row {row}: {name} is over {MAX_DOCUMENT} bytes; split the document")
                 yield size * row // rows, value.as_py()
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: damaged parquet file ({reason})") from error
 
 
-def _split(path: str, file: io.BufferedIOBase) -> Iterator[str]:
+def _split(path: str, file: Any, form: Format) -> Iterator[str]:
     jsonl = path.endswith(tuple(f".jsonl{packed}" for packed in PACKED))
-    return _jsonl(path, file) if jsonl else _text(path, file)
+    return _jsonl(path, file, form.column) if jsonl else _text(path, file, form.split == "blank-lines")
 
 
-def _jsonl(path: str, file: io.BufferedIOBase) -> Iterator[str]:
-    number = 0
+def _jsonl(path: str, file: Any, column: str | None) -> Iterator[str]:
+    number, wanted = 0, (column,) if column is not None else COLUMNS
     while line := file.readline(MAX_DOCUMENT + 1):
         number += 1
         if len(line) > MAX_DOCUMENT:
             raise DataError(f"{path}:{number}: line over {MAX_DOCUMENT} bytes; split the document")
-        if line.isspace():
+        if number == 1:
+            line = _unmarked(path, line)
+        if line.isspace() or not line:
             continue
         try:
             record = json.loads(line.decode())
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON: {error}") from error
-        text = record.get("text") if isinstance(record, dict) else None
+        text = None
+        if isinstance(record, dict):
+            text = next((record[name] for name in wanted if isinstance(record.get(name), str)), None)
         if not isinstance(text, str):
-            raise DataError(f'{path}:{number}: expected an object with a string "text"')
+            raise DataError(
+                f"{path}:{number}: expected an object with a string {' or '.join(wanted)}{_keys(record)}; name another "
+                "key with --column"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -177,23 +235,43 @@ def _jsonl(path: str, file: io.BufferedIOBase) -> Iterator[str]:
         yield text
 
 
-def _text(path: str, file: io.BufferedIOBase) -> Iterator[str]:
-    number, rest = 1, b""
+def _keys(record: Any) -> str:
+    """Return what an object of a line has instead, for a message."""
+    return f", got {ascii(list(record)[:8])[:160]}" if isinstance(record, dict) else f", got {type(record).__name__}"
+
+
+def _text(path: str, file: Any, blank_lines: bool) -> Iterator[str]:
+    number, rest, first = 1, b"", True
     while chunk := file.read(CHUNK):
-        *whole, rest = (rest + chunk).split(b"\f")
+        chunk, first = _unmarked(path, chunk) if first else chunk, False
+        *whole, rest = BLANK_LINES.split(rest + chunk) if blank_lines else (rest + chunk).split(b"\f")
         for document in whole:
             yield _decode(path, number, document)
             number += 1
         if len(rest) > MAX_DOCUMENT:
             raise DataError(
-                f"{path}: document {number} is over {MAX_DOCUMENT} bytes; separate documents by form feeds, or give "
-                "JSON lines"
+                f"{path}: document {number} is over {MAX_DOCUMENT} bytes; separate documents by form feeds, or make "
+                "them of what lies between blank lines with --split blank-lines"
             )
     yield _decode(path, number, rest)
+
+
+def _unmarked(path: str, head: bytes) -> bytes:
+    """Return the first bytes of a text without a UTF-8 mark; DataError if they are of another encoding."""
+    for mark, name in MARKS.items():
+        if head.startswith(mark):
+            raise DataError(f"{path}: is {name}, expected UTF-8: save it as UTF-8")
+    start = head[:4096]
+    if 0.3 * len(start) < start.count(0) < len(start):  # Latin letters in two bytes: every second one is 0
+        name = "UTF-16" if start.count(0) < 0.6 * len(start) else "UTF-32"
+        raise DataError(f"{path}: seems to be {name} without a mark, expected UTF-8: save it as UTF-8")
+    return head.removeprefix(codecs.BOM_UTF8)
 
 
 def _decode(path: str, number: int, document: bytes) -> str:
     try:
         return document.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: document {number}: not UTF-8: {error}") from error
+        raise DataError(
+            f"{path}: document {number}: not UTF-8: {error.reason} at byte {error.start}: save it as UTF-8"
+        ) from error

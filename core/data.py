@@ -3,11 +3,14 @@
 `core/prepare.py` writes the folders that `open_dataset` opens.
 """
 
+import bisect
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,15 +20,18 @@ from typing import Any
 import numpy as np
 
 from core import rng
+from core.column import Column
 from core.engine import Batch
-from core.files import open_input
+from core.files import FileError, note_input, open_input
+from core.manifest import MANIFEST, read_manifest
+from core.npy import NpyError, read_header
 from core.shards import DataError as DataError
 from core.shards import open_shard as open_shard
 from core.shards import write_shard as write_shard
 from core.tokenizer import Tokenizer
 
-SCHEMA = 1
-MAX_MANIFEST = 1 << 26
+SMALL = 1 << 24
+"""Tokens of a stream that is compared with its checksums at once: a tenth of a second."""
 SCAN = 1 << 24
 """Tokens that a scan of the whole stream holds at once."""
 
@@ -33,30 +39,32 @@ SCAN = 1 << 24
 class Split:
     """One stream of tokens over several shards, with the documents in it; ids are checked when they are read."""
 
-    document_bytes: np.ndarray | None
-    """(documents,) int64: UTF-8 bytes of each document's text; None where the data does not say (official shards)."""
     unknown_tokens: int | None
     """How many tokens are the unknown id; None if not recorded."""
 
     def __init__(
         self,
-        shards: Sequence[np.ndarray],
+        shards: Sequence[np.ndarray | Column],
         tokenizer: Tokenizer,
         name: str = "split",
         *,
-        document_bytes: np.ndarray | None = None,
+        document_bytes: np.ndarray | Column | None = None,
+        raw_bytes: int | None = None,
         unknown_tokens: int | None = None,
     ) -> None:
         self._shards = list(shards)
         self._closed: str | None = None
-        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+        self._check: threading.Thread | None = None
+        self._wrong: Exception | None = None
+        self._ends = list(itertools.accumulate(map(len, self._shards)))
+        self._begins = [0, *self._ends[:-1]]
         self._tokenizer = tokenizer
         self.name = name
-        self.document_bytes = document_bytes
+        self._lengths, self._raw_bytes = document_bytes, raw_bytes
         self.unknown_tokens = unknown_tokens
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return tokens start to stop as (stop - start,) int32; DataError for an id outside the vocabulary."""
@@ -66,23 +74,80 @@ class Split:
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Return `length` tokens from each start as (len(starts), length) int32; DataError as in `read`."""
+        if self._wrong is not None:
+            raise self._wrong
         out = np.empty((len(starts), length), np.int32)
         for row, start in zip(out, np.asarray(starts).tolist(), strict=True):
             self._copy(start, row)
         return self._checked(out)
 
     def close(self, why: str) -> None:
-        """Drop the shards: from here on every read is a DataError that says `why`. Lengths stay known."""
+        """Drop the shards: from here on every read is a DataError that says `why`. Lengths stay known.
+
+        DataError if what `start_verify` began finds a shard that is not as it was made.
+        """
+        if self._check is not None:
+            self._check.join()
+        if self._wrong is not None:
+            raise self._wrong
+        for shard in self._shards:
+            if isinstance(shard, Column):
+                shard.close()
         self._shards, self._closed = [], why
+
+    @functools.cached_property
+    def document_bytes(self) -> np.ndarray | None:
+        """(documents,) int64: UTF-8 bytes of each document's text; None where the data does not say (official shards).
+
+        DataError unless they add up to what the manifest says.
+        """
+        if self._lengths is None:
+            return None
+        lengths = np.asarray(self._lengths)
+        if self._raw_bytes is not None and (lengths.min(initial=0) < 0 or lengths.sum() != self._raw_bytes):
+            raise DataError(
+                f"{self.name}: document_bytes: {lengths.sum()} in all, the manifest says {self._raw_bytes}; the file "
+                "is damaged: prepare the data again"
+            )
+        return lengths
+
+    def verify(self) -> None:
+        """Compare every shard with its checksum, once; DataError names one that is not as it was made.
+
+        Shards whose checksum is not known are taken as they are.
+        """
+        self._check_open()
+        for shard in self._shards:
+            if isinstance(shard, Column):
+                shard.verify()
+
+    def start_verify(self) -> None:
+        """Do the same: at once where it takes no time, else on a thread, whose error later calls of `gather` raise.
+
+        `close` waits for the thread.
+        """
+        if len(self) <= SMALL:
+            self.verify()
+            return
+        self._check = threading.Thread(target=self._verify_aside, name="verify", daemon=True)
+        self._check.start()
+
+    def _verify_aside(self) -> None:
+        try:
+            self.verify()
+        except (OSError, ValueError) as error:
+            self._wrong = error
 
     def documents(self, count: int) -> "Split":
         """Return the stream of the first `count` documents."""
         self._check_open()
         stop = int(self.document_starts[count]) if count < len(self.document_starts) else len(self)
-        begins = self._ends - [len(shard) for shard in self._shards]
-        shards = [s[: stop - b] for s, b in zip(self._shards, begins.tolist(), strict=True) if b < stop]
         lengths = None if self.document_bytes is None else self.document_bytes[:count]
-        return Split(shards, self._tokenizer, self.name, document_bytes=lengths, unknown_tokens=self.unknown_tokens)
+        first = Split(
+            self._shards, self._tokenizer, self.name, document_bytes=lengths, unknown_tokens=self.unknown_tokens
+        )
+        first._ends = [min(end, stop) for end in self._ends]
+        return first
 
     def changed(self, start: int, stop: int, place: int | None = None, token: int = 0) -> "Split":
         """Return tokens start to stop as a stream of their own, with another token at `place`."""
@@ -100,15 +165,13 @@ class Split:
         stop = start + len(out)
         if not 0 <= start <= stop <= len(self):
             raise DataError(f"{self.name}: tokens {start} to {stop} are outside the stream of {len(self)}")
-        shard = int(np.searchsorted(self._ends, start, "right"))
-        done = 0
-        while done < len(out):
-            tokens = self._shards[shard]
-            begin = start + done - (int(self._ends[shard]) - len(tokens))
-            piece = tokens[begin : begin + len(out) - done]
-            out[done : done + len(piece)] = piece
-            done += len(piece)
-            shard += 1
+        shard, done = bisect.bisect_right(self._ends, start), 0
+        while start < stop:
+            tokens, begin = self._shards[shard], start - self._begins[shard]
+            count = min(stop, self._ends[shard]) - start
+            piece = tokens.read(begin, count) if isinstance(tokens, Column) else tokens[begin : begin + count]
+            out[done : done + count] = piece
+            start, done, shard = start + count, done + count, shard + 1
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         if tokens.size and tokens.max() >= self._tokenizer.vocab:
@@ -122,19 +185,19 @@ class Split:
     def document_starts(self) -> np.ndarray:
         """(documents,) int64 positions of BOS; DataError if the stream does not start with one, or some are missing."""
         bos = self._tokenizer.bos
-        found = [
-            np.flatnonzero(self.read(start, min(start + SCAN, len(self))) == bos) + start
-            for start in range(0, len(self), SCAN)
-        ]
-        starts = np.concatenate([np.empty(0, np.int64), *found])
-        if not starts.size or starts[0] != 0:
+        if not len(self) or self.read(0, 1)[0] != bos:
             raise DataError(
                 f"{self.name}: the stream does not start with BOS (id {bos}), so its documents are unknown; "
                 "prepare it again with a BOS in front of each document"
             )
-        if self.document_bytes is not None and len(self.document_bytes) != len(starts):
+        found = [
+            np.flatnonzero(self.read(start, min(start + SCAN, len(self))) == bos) + start
+            for start in range(0, len(self), SCAN)
+        ]
+        starts = np.concatenate(found)
+        if self._lengths is not None and len(self._lengths) != len(starts):
             raise DataError(
-                f"{self.name}: document_bytes: {len(self.document_bytes)} documents, but the shards hold {len(starts)}"
+                f"{self.name}: document_bytes: {len(self._lengths)} documents, but the shards hold {len(starts)}"
             )
         return starts
 
@@ -163,76 +226,55 @@ def open_dataset(path: str, train: bool = True) -> Dataset:
     Without `train` the training shards stay closed, as an evaluation wants it, and its split is empty.
     """
     manifest = read_manifest(path)
-    entry = _field(path, manifest, "tokenizer", dict)
-    tokenizer = Tokenizer.load(os.path.join(path, _field(path, entry, "file", str)))
-    if tokenizer.sha256 != _field(path, entry, "sha256", str):
-        raise DataError(f"{path}/tokenizer.model: sha256: not the tokenizer of the manifest; prepare the data again")
-    splits = _field(path, manifest, "splits", dict)
-    entries = {name: _field(path, splits, name, dict) for name in ("train", "val")}
-    text = _open_split(path, entries["train"], "train", tokenizer) if train else Split([], tokenizer, f"{path}/train")
-    val = _open_split(path, entries["val"], "val", tokenizer)
-    return Dataset(path, _field(path, manifest, "name", str), tokenizer, manifest, text, val)
-
-
-def read_manifest(path: str) -> dict[str, Any]:
-    """Return the manifest of a prepared folder; DataError if there is none or it is not one of ours."""
-    file = os.path.join(path, "manifest.json")
-    if not os.path.isfile(file):
-        raise DataError(f"{path}: no manifest.json here; make the folder with `skc data prepare`")
-    if os.path.getsize(file) > MAX_MANIFEST:
-        raise DataError(f"{file}: over {MAX_MANIFEST} bytes; this is not a manifest")
-    try:
-        with open_input(file) as data:
-            manifest = json.loads(data.read().decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not JSON ({error}); prepare the data again") from error
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema != SCHEMA:
-        raise DataError(f"{file}: schema: {schema!r}, expected {SCHEMA}; prepare the data again")
-    return manifest
-
-
-def _field(path: str, parent: Any, key: str, kind: type) -> Any:
-    """Return an entry of the manifest in folder `path`, which must be there and of type `kind`."""
-    value = parent.get(key) if isinstance(parent, dict) else None
-    if type(value) is not kind:
-        raise DataError(f"{path}/manifest.json: {key}: expected {kind.__name__}, got {type(value).__name__}")
-    return value
+    note_input(os.path.join(path, MANIFEST))
+    entry, splits = manifest["tokenizer"], manifest["splits"]
+    file = os.path.join(path, entry["file"])
+    tokenizer = Tokenizer.load(file)
+    if tokenizer.sha256 != entry["sha256"]:
+        raise DataError(f"{file}: sha256: not the tokenizer of the manifest; prepare the data again")
+    text = _open_split(path, splits["train"], "train", tokenizer) if train else Split([], tokenizer, f"{path}/train")
+    val = _open_split(path, splits["val"], "val", tokenizer)
+    return Dataset(path, manifest["name"], tokenizer, manifest, text, val)
 
 
 def _open_split(path: str, entry: dict[str, Any], name: str, tokenizer: Tokenizer) -> Split:
-    shards = []
-    for record in _field(path, entry, "files", list):
-        file = os.path.join(path, _field(path, record, "file", str))
-        if not os.path.isfile(file):
-            raise DataError(f"{file}: missing, but the manifest lists it; prepare the data again")
-        shards.append(open_shard(file))
-        if len(shards[-1]) != _field(path, record, "tokens", int):
-            raise DataError(f"{file}: count: {len(shards[-1])} tokens, the manifest says {record['tokens']}")
-    lengths = unknown = None
+    shards: list[np.ndarray | Column] = []
+    for record in entry["files"]:
+        file = os.path.join(path, record["file"])
+        try:
+            shard = open_shard(file, record.get("sha256"))
+        except FileNotFoundError as error:
+            raise DataError(f"{file}: missing, but the manifest lists it; prepare the data again") from error
+        if len(shard) != record["tokens"]:
+            raise DataError(f"{file}: count: {len(shard)} tokens, the manifest says {record['tokens']}")
+        shards.append(shard)
+    lengths = None
     if entry.get("document_bytes") is not None:
-        lengths = _read_lengths(os.path.join(path, _field(path, entry, "document_bytes", str)))
-    if entry.get("unknown_tokens") is not None:
-        unknown = _field(path, entry, "unknown_tokens", int)
-    return Split(shards, tokenizer, os.path.join(path, name), document_bytes=lengths, unknown_tokens=unknown)
+        lengths = _open_lengths(os.path.join(path, entry["document_bytes"]), sum(map(len, shards)))
+    whole = lengths is not None and len(lengths) == entry.get("documents")
+    return Split(
+        shards, tokenizer, os.path.join(path, name), document_bytes=lengths,
+        raw_bytes=entry.get("raw_bytes") if whole else None, unknown_tokens=entry.get("unknown_tokens"),
+    )  # fmt: skip
 
 
-def _read_lengths(path: str) -> np.ndarray:
-    """Map a .npy of (documents,) int64, as numpy writes it; its header cannot claim more than the file holds."""
+def _open_lengths(path: str, tokens: int) -> Column:
+    """Return a .npy of (documents,) int64 as numpy writes it; it cannot claim more than the file or the text holds."""
     try:
         with open_input(path) as file:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"version {version}, expected (1, 0)")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            row = dtype == np.dtype("<i8") and len(shape) == 1
-            if row and not 0 <= 8 * shape[0] <= os.fstat(file.fileno()).st_size - file.tell():
-                raise ValueError(f"cut off before value {shape[0]}")
-            if row:
-                return np.memmap(file, dtype, "r", file.tell(), shape)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise DataError(f"{path}: document_bytes: not a .npy array ({error}); prepare the data again") from error
-    raise DataError(f"{path}: document_bytes: expected one row of int64")
+            header = read_header(file)
+            begin, size = file.tell(), os.fstat(file.fileno()).st_size
+            if header.type != "<i8" or len(header.shape) != 1:
+                raise NpyError(f"expected one row of int64, got {header.type}, {len(header.shape)} dimensions")
+            if size != begin + 8 * header.shape[0]:
+                raise NpyError(f"{size} bytes, expected {begin + 8 * header.shape[0]} for {header.shape[0]} documents")
+            if header.shape[0] > tokens:
+                raise NpyError(f"{header.shape[0]} documents in {tokens} tokens")
+            return Column(path, file, "<i8", begin, header.shape[0])
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing, but the manifest lists it; prepare the data again") from error
+    except (NpyError, FileError) as error:
+        raise DataError(f"{path}: document_bytes: {error}; prepare the data again") from error
 
 
 def batch(split: Split, step: int, rows: int, seq: int, seed: int, part: slice | None = None) -> Batch:

@@ -5,6 +5,7 @@ Only numpy arrays, Python scalars and frozen dataclasses cross this border.
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -19,6 +20,20 @@ Arrays = dict[str, np.ndarray]
 DType = Literal["float32", "bfloat16", "float64"]
 BACKENDS = {"mlx": "mlx.core", "cuda": "torch"}
 EXTRAS = {"mlx": "mlx", "cuda": "torch"}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a device likes forward passes of scoring, where nothing learns from them."""
+
+    tokens: int = 0
+    """A pass has at least so many, in whole windows."""
+    ahead: int = 1
+    """Passes that may be under way before the first of them is read."""
+
+    def rows(self, batch: int, seq: int) -> int:
+        """Return the windows of `seq` tokens in a pass, if eval.batch is `batch`."""
+        return max(batch, self.tokens // seq)
 
 
 class Batch(NamedTuple):
@@ -99,6 +114,12 @@ class EngineOptions:
     """Use the float64-safe forms of the ops; None: only in float64."""
     compile: bool | None = None
     """Compile the training step; None: where the backend gains by it."""
+    spans: tuple[tuple[int, int, int], ...] = ()
+    """(rows, tokens a row, documents in them): for how many documents attention without a mask has room in batches of
+    this shape, by the text (core/spans.py); MLX has a mask."""
+    newton_schulz: Literal["float32", "bfloat16"] | None = None
+    """Type of Newton-Schulz's products in Muon; masters and momentum stay wide. None: that of the masters, but bfloat16
+    where torch computes in bfloat16 on a GPU."""
     fast_blas: bool = True
     """MLX on Linux: load a fast BLAS into the process before MLX."""
 
@@ -118,6 +139,8 @@ class Engine(Protocol):
     """Whether forward passes use the stored form of the weights: what the last step's plan, or a load, said."""
     ranks: Ranks
     """The processes that train together: they call train_step and optimizer in the same order."""
+    scoring: Scoring
+    """How forward passes of scoring are best made."""
 
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
         """Start one optimizer step on this rank's rows; at most two are in flight."""
@@ -133,6 +156,13 @@ class Engine(Protocol):
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Return -log p(target) in nats for every position: (rows, seq) int -> (rows, seq) float."""
+        ...
+
+    def nll_later(self, tokens: np.ndarray, targets: np.ndarray, often: bool) -> Callable[[], np.ndarray]:
+        """Start what `nll` does and return a function that waits for it; the weights are those of now.
+
+        `often`: so many rows of this shape will come that compiling for them pays.
+        """
         ...
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -185,12 +215,14 @@ class Engine(Protocol):
         """Replace the optimizer state; strict like `load_params`."""
         ...
 
-    def matmul_rate(self, n: int, repeats: int) -> float:
-        """Measure the FLOP/s of (n, n) @ (n, n) in the compute type: the best of `repeats`."""
+    def matmul_rate(self) -> tuple[int, float]:
+        """Measure (n, FLOP/s of (n, n) @ (n, n)) in the compute type, n as large as fills the device: at best on a CPU,
+        in a row on a GPU.
+        """
         ...
 
     def update_seconds(self, plan: StepPlan, repeats: int) -> float:
-        """Measure the optimizer update alone (clip, rules, averages, finiteness guard): the mean of `repeats`.
+        """Measure this rank's optimizer update alone (clip, rules, averages, finiteness guard): the mean of `repeats`.
 
         It runs on stand-in gradients and leaves weights and optimizer state as they are. A mean, as steps are timed:
         the best of several would flatter the update's share of a step on a busy machine.

@@ -4,19 +4,23 @@ Whatever lies under a name (a FIFO, a device, a link, a folder, a file that is t
 reader gets the bytes of a regular file or one typed error at once, and a writer never writes through a link.
 """
 
+import errno
 import fcntl
+import io
 import json
 import os
 import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 OPENED: list[str] = []
 """Real paths that this process opened through `open_input`, each once: what an audited evaluation declares."""
+TELL: BinaryIO | None = None
+"""Where each of these is written too, at once and ended by a zero byte: a process may die before it can list them."""
 MAX_TEXT = 64 << 20
 """Bytes of the largest text file (JSON, JSON lines, TOML, notes) that is read whole."""
 KINDS = {
@@ -31,13 +35,19 @@ class FileError(ValueError):
     """A file cannot be what was expected: the message names the file, what it is and what to do."""
 
 
-def open_file(path: str | Path, limit: int | None = None) -> BinaryIO:
+def open_file(path: str | Path, limit: int | None = None) -> io.BufferedReader:
     """Open a regular file of at most `limit` bytes for reading; FileError for any other kind, OSError.
 
     A link to a regular file is one. Nothing waits, whatever is there, and no device is opened.
     """
-    _refuse_kind(path, os.stat(path).st_mode)
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    check_name(path)
+    try:
+        _refuse_kind(path, os.stat(path).st_mode)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise FileError(f"{path}: {error.strerror}, expected a regular file") from error
     try:
         status = os.fstat(handle)
         _refuse_kind(path, status.st_mode)  # once more: the name may have changed hands since
@@ -45,13 +55,13 @@ def open_file(path: str | Path, limit: int | None = None) -> BinaryIO:
             raise FileError(
                 f"{path}: {status.st_size:,} bytes, expected at most {limit:,}: this is not the file it is named as"
             )
-        return os.fdopen(handle, "rb")
+        return open(path, "rb", opener=lambda name, flags: handle)  # noqa: SIM115 - with os.fdopen it had no name
     except BaseException:
         os.close(handle)
         raise
 
 
-def open_input(path: str | Path, limit: int | None = None) -> BinaryIO:
+def open_input(path: str | Path, limit: int | None = None) -> io.BufferedReader:
     """Open a file that an evaluation reads (artifact, tokenizer, shards, manifest) and note it in OPENED."""
     file = open_file(path, limit)
     note_input(path)
@@ -63,6 +73,8 @@ def note_input(path: str | Path) -> None:
     real = os.path.realpath(path)
     if real not in OPENED:
         OPENED.append(real)
+        if TELL is not None:
+            TELL.write(os.fsencode(real) + b"\0")
 
 
 def read_file(path: str | Path, limit: int) -> bytes:
@@ -112,6 +124,17 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
+def check_name(path: str | Path) -> None:
+    """Raise FileError for a name that no file can have: with NUL, or with half of a surrogate pair."""
+    name = os.fspath(path)
+    try:
+        good = "\0" not in name and os.fsencode(name)
+    except UnicodeEncodeError:
+        good = False
+    if not good:
+        raise FileError(f"{name[:200]!r}: is no name of a file")
+
+
 def _refuse_kind(path: str | Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         raise FileError(f"{path}: is {KINDS.get(stat.S_IFMT(mode), 'no file')}, expected a regular file")
@@ -127,20 +150,35 @@ def naming(path: str | Path) -> Iterator[None]:
         raise
 
 
+class _Named(io.FileIO):
+    """A file whose failed writes say which file it is."""
+
+    def __init__(self, handle: int, mode: str, path: str | Path) -> None:
+        super().__init__(handle, mode)
+        self.name = str(path)
+
+    def write(self, data: Any, /) -> int:
+        """Write as every file does."""
+        with naming(self.name):
+            return super().write(data)
+
+
 @contextmanager
-def new_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Yield a fresh file that takes the place of `path` when the block ends: fsynced, renamed.
+def new_file(path: str | Path, synced: bool = True) -> Iterator[BinaryIO]:
+    """Yield a fresh file that takes the place of `path` when the block ends: fsynced (if `synced`), renamed.
 
     A kill or an error leaves what was there. The fresh name did not exist and is no link; where `path` is a link, the
     link is replaced, not what it points to.
     """
+    check_name(path)
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(temporary, flags, 0o666), "w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
@@ -161,17 +199,34 @@ def replace_text(path: str | Path, text: str) -> None:
     replace_file(path, text.encode("utf-8", "replace"))
 
 
+def place_file(source: str | Path, target: str | Path) -> None:
+    """Put a finished file, or a folder, under its name: at once, in place of a file that is there; OSError."""
+    os.replace(source, target)
+
+
 def append_file(path: str | Path) -> BinaryIO:
     """Open a file of our own for more bytes at its end, and make it if there is none; FileError for a link, OSError."""
-    return _open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab")
+    return io.BufferedWriter(_open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, "ab"))
 
 
 def edit_file(path: str | Path) -> BinaryIO:
     """Open a file of our own, which must be there, to read it and to write into it; FileError for a link, OSError."""
-    return _open_own(path, os.O_RDWR, "r+b")
+    return io.BufferedRandom(_open_own(path, os.O_RDWR, "r+b"))
 
 
-def _open_own(path: str | Path, flags: int, mode: str) -> BinaryIO:
+def own_folder(path: str | Path) -> None:
+    """Make a folder of our own, or take the one that is there; FileError for a link or anything else, OSError."""
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISDIR(mode):
+            what = KINDS.get(stat.S_IFMT(mode), "a file")
+            raise FileError(f"{path}: is {what}, expected a folder: remove it") from None
+
+
+def _open_own(path: str | Path, flags: int, mode: str) -> _Named:
+    check_name(path)
     try:
         _refuse_kind(path, os.lstat(path).st_mode)
     except FileNotFoundError:
@@ -180,7 +235,7 @@ def _open_own(path: str | Path, flags: int, mode: str) -> BinaryIO:
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
     try:
         _refuse_kind(path, os.fstat(handle).st_mode)
-        return os.fdopen(handle, mode)  # pyright: ignore[reportReturnType] - both modes are binary
+        return _Named(handle, mode, path)
     except BaseException:
         os.close(handle)
         raise
@@ -194,6 +249,12 @@ def sweep(folder: str | Path) -> None:
             os.unlink(path)
 
 
+def sync_file(path: str | Path) -> None:
+    """Fsync a file that other handles have written to."""
+    with open_file(path) as file, naming(path):
+        os.fsync(file.fileno())
+
+
 def sync_folder(path: str | Path) -> None:
     """Fsync a folder, so that the names in it outlive a crash of the machine."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -202,6 +263,12 @@ def sync_folder(path: str | Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_own(path: str | Path) -> None:
+    """Raise FileError for anything but a regular file, or nothing, in the place of a file of our own; OSError."""
+    with suppress(FileNotFoundError):
+        _refuse_kind(path, os.lstat(path).st_mode)
 
 
 def locked(file: BinaryIO, shared: bool = False, wait: bool = False) -> bool:

@@ -1,25 +1,25 @@
 """The published FineWeb shards of the challenge: downloaded, checked, and made a folder that `open_dataset` opens.
 
 A source (spec/challenge.md A.4) holds PREFIX/manifest.json, PREFIX/datasets/fineweb10B_VARIANT/fineweb_{train,val}_
-%06d.bin and PREFIX/tokenizers/. What it says is input from outside. Files gather in `.OUT.fineweb.part` beside the
-folder, each put there once it has been checked, so that a killed download goes on; the folder appears complete.
+%06d.bin and PREFIX/tokenizers/. What it says is input from outside. Each file is put into the folder once it has been
+checked, and noted in its source.json, so that a killed download goes on; the manifest comes last.
 """
 
-import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core.data import read_manifest
-from core.files import replace_file
+from core.adopt import adopt_shards
+from core.files import FileError, place_file, read_json, replace_file
 from core.hub import Remote, Source, check_file
 from core.listing import listed_files, read_listing, top_folder
-from core.prepare import Progress, adopt_shards, swap_folder
+from core.making import PART, making
+from core.manifest import COUNT, MANIFEST, NAME, TEXT, check, read_manifest
+from core.prepare import Progress
 from core.published import TRAIN_SHARDS
 from core.shards import DataError, open_shard
 from core.tokenizer import Tokenizer
@@ -28,6 +28,10 @@ REPO = "willdepueoai/parameter-golf"
 SPARE = 1 << 26
 """Bytes of disk that a download leaves free."""
 STATE = "source.json"
+"""What a download has brought so far."""
+FILES = (NAME, {"size": COUNT, "sha256": TEXT})
+MADE = {"train_shards": {"taken": COUNT, "published": COUNT}, "manifest_sha256": TEXT, "files": FILES}
+BEGUN = {"origin": {}, "files": FILES}
 
 
 def fetch_fineweb(
@@ -53,7 +57,6 @@ def fetch_fineweb(
         )
     if train_shards is not None and train_shards < 1:
         raise DataError(f"train_shards={train_shards}: expected at least 1")
-    out = os.path.normpath(out)
     prefix = top_folder(source, prefix)
     listing = read_listing(source, prefix, variant)
     wanted = min(TRAIN_SHARDS, listing.train) if train_shards is None else train_shards
@@ -68,26 +71,25 @@ def fetch_fineweb(
     }
     existing = _existing(out, origin, wanted)
     files = listed_files(source, prefix, variant, listing, wanted)
-    staging = Path(os.path.dirname(out) or ".", f".{os.path.basename(out)}.fineweb.part")
-    with _staging(staging, origin) as recorded:
-        recorded = _recorded(existing) | recorded
-        fetched = _fetch(source, files, staging, out, recorded, origin, progress or _silent)
-        if existing is not None and not fetched and existing["made_from"]["train_shards"]["taken"] == wanted:
-            shutil.rmtree(staging)
-            return existing
-        _check_tokenizer(staging / "tokenizer.model", variant, source.name)
-        made_from = origin | {
-            "train_shards": {"taken": wanted, "published": listing.train},
-            "val_tokens_listed": listing.val_tokens,
-            "files": {local: {"file": files[local].path, **record} for local, record in sorted(recorded.items())},
-        }
-        title = name or f"fineweb10B_{variant}"
-        model = str(staging / "tokenizer.model")
-        (staging / "manifest.json").unlink(missing_ok=True)  # of a run that was killed while it installed the folder
-        manifest = adopt_shards(str(staging), model, name=title, made_from=made_from, progress=progress)
-        swap_folder(str(staging), out)
+    with making(out, lambda: _busy(out)) as part:
+        recorded = _files(existing) | _begun(out, origin)
+        fetched = _fetch(source, files, part, out, recorded, origin, progress or _silent)
+        if existing is None or fetched or existing["made_from"]["train_shards"]["taken"] != wanted:
+            model = os.path.join(out, "tokenizer.model")
+            _check_tokenizer(model, variant, source.name)
+            made_from = origin | {
+                "train_shards": {"taken": wanted, "published": listing.train},
+                "val_tokens_listed": listing.val_tokens,
+                "files": {local: {"file": files[local].path, **record} for local, record in sorted(recorded.items())},
+            }
+            title = name or f"fineweb10B_{variant}"
+            existing = adopt_shards(out, model, name=title, made_from=made_from, again=True, progress=progress)
         Path(out, STATE).unlink(missing_ok=True)
-        return manifest
+        return existing
+
+
+def _busy(out: str) -> None:
+    raise DataError(f"{out}: another download is writing to it; wait for it, or stop it")
 
 
 def notes(manifest: dict[str, Any]) -> list[str]:
@@ -110,30 +112,44 @@ def _silent(stage: str, done: int, total: int) -> None:
 
 def _existing(out: str, origin: dict[str, Any], wanted: int) -> dict[str, Any] | None:
     """Return the manifest of a folder that is there already; DataError unless it is of this source and no larger."""
-    if not os.path.lexists(out) or (os.path.isdir(out) and not os.listdir(out)):
+    if not os.path.lexists(out):
+        return None
+    if not os.path.isdir(out):
+        raise DataError(f"{out}: is no folder; choose another --out")
+    there = set(os.listdir(out)) - {PART}
+    if not there or (MANIFEST not in there and STATE in there):
         return None
     try:
         manifest = read_manifest(out)
-        made = manifest.get("made_from")
-        if not isinstance(made, dict) or "manifest_sha256" not in made:
-            raise DataError("made otherwise")
-        held = made["train_shards"]["taken"]
-        _recorded(manifest)
-    except (DataError, KeyError, TypeError, AttributeError) as error:
+        made = manifest.get("made_from") or {}
+        check(os.path.join(out, MANIFEST), "made_from", made, MADE)
+    except DataError as error:
         raise DataError(f"{out}: exists and holds no downloaded data of this kind; choose another folder") from error
     _same_source(out, made, origin)
+    held = made["train_shards"]["taken"]
     if held > wanted:
         raise DataError(f"{out}: holds {held} training shards, {wanted} were asked for; choose another folder for them")
-    strangers = sorted(set(os.listdir(out)) - {"manifest.json", STATE, *made["files"]})
-    if held < wanted and strangers:  # the folder is replaced by one with more shards
-        raise DataError(f"{out}: holds {', '.join(strangers[:5])} beside the data; move it away to add shards")
     return manifest
 
 
-def _recorded(manifest: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+def _files(manifest: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Return the name of each downloaded file -> its size and hash, as a finished folder's manifest says."""
     files = manifest["made_from"]["files"] if manifest else {}
     return {local: {"size": record["size"], "sha256": record["sha256"]} for local, record in files.items()}
+
+
+def _begun(out: str, origin: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the same of a download that was begun; DataError if it was of another source."""
+    state = os.path.join(out, STATE)
+    try:
+        before = read_json(state)
+        check(state, "", before, BEGUN)
+    except FileNotFoundError:
+        return {}
+    except (FileError, DataError) as error:
+        raise DataError(f"{state}: damaged; delete {out} to begin anew") from error
+    _same_source(out, before["origin"], origin)
+    return before["files"]
 
 
 def _same_source(where: Any, before: Mapping[str, Any], origin: dict[str, Any]) -> None:
@@ -146,49 +162,24 @@ def _same_source(where: Any, before: Mapping[str, Any], origin: dict[str, Any]) 
             )
 
 
-@contextmanager
-def _staging(staging: Path, origin: dict[str, Any]) -> Iterator[dict[str, dict[str, Any]]]:
-    """Open the folder where files gather, for this process alone; yield what is recorded of the files in it."""
-    staging.mkdir(parents=True, exist_ok=True)
-    lock = os.open(staging, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, whatever ends it
-        except OSError:
-            raise DataError(f"{staging}: another download is writing to it; wait for it, or stop it") from None
-        state = staging / STATE
-        if not state.exists():
-            replace_file(state, json.dumps({"origin": origin, "files": {}}).encode())
-        try:
-            before = json.loads(state.read_bytes())
-            files = {str(f): {"size": int(r["size"]), "sha256": str(r["sha256"])} for f, r in before["files"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{state}: damaged; delete {staging} to begin anew") from error
-        _same_source(staging, before["origin"], origin)
-        yield files
-    finally:
-        os.close(lock)
-
-
 def _fetch(
     source: Source,
     files: dict[str, Remote],
-    staging: Path,
+    part: Path,
     out: str,
     recorded: dict[str, dict[str, Any]],
     origin: dict[str, Any],
     progress: Progress,
 ) -> int:
-    """Bring every file into `staging`, checked, recording each; return how many were fetched."""
-    scratch = staging / "fetching"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a killed download
+    """Bring every file into `out`, checked, recording each; return how many were fetched."""
+    scratch = part / "fetching"
     for local in recorded:
         if local not in files:
-            raise DataError(f"{staging}: holds {local}, which was not asked for; ask for as many shards, or delete it")
-    needed = [local for local in files if not _kept(staging, out, local, files[local], recorded.get(local), source)]
-    size, free = sum(files[local].size for local in needed), shutil.disk_usage(staging).free
+            raise DataError(f"{out}: holds {local}, which was not asked for; ask for as many shards, or delete it")
+    needed = [local for local in files if not _kept(out, local, files[local], recorded.get(local), source)]
+    size, free = sum(files[local].size for local in needed), shutil.disk_usage(part).free
     if needed and size + SPARE > free:
-        raise DataError(f"{staging}: {size:,} bytes to fetch, {free:,} free on its disk; free some space, or take less")
+        raise DataError(f"{out}: {size:,} bytes to fetch, {free:,} free on its disk; free some space, or take less")
     total = sum(remote.size for remote in files.values())
     done = total - size
     for local in needed:
@@ -199,41 +190,33 @@ def _fetch(
             sha256 = check_file(place, files[local], source.name)
             if local.endswith(".bin"):
                 open_shard(str(place))
-            os.replace(place, staging / local)
+            place_file(place, os.path.join(out, local))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         recorded[local] = {"size": files[local].size, "sha256": sha256}
-        replace_file(staging / STATE, json.dumps({"origin": origin, "files": recorded}).encode())
+        replace_file(os.path.join(out, STATE), json.dumps({"origin": origin, "files": recorded}).encode())
         done += files[local].size
     progress("downloading", total, total)
     return len(needed)
 
 
-def _kept(staging: Path, out: str, local: str, remote: Remote, record: dict[str, Any] | None, source: Source) -> bool:
+def _kept(out: str, local: str, remote: Remote, record: dict[str, Any] | None, source: Source) -> bool:
     """Return whether a file is there, complete and sound; DataError if the source has another one by now."""
-    place = staging / local
     if record is None:
         return False
     if remote.size != record["size"] or remote.sha256 not in (None, record["sha256"]):
         raise DataError(
             f"{remote.path}: {source.name} has another file by now ({remote.size} bytes, it had {record['size']}), and "
-            f"files of two sources do not go together; delete {staging}, or choose another --out"
+            f"files of two sources do not go together; delete {out}, or choose another --out"
         )
-    if not place.exists() and os.path.isfile(os.path.join(out, local)):
-        try:
-            os.link(os.path.join(out, local), place)
-        except OSError:  # a file system without links
-            shutil.copyfile(os.path.join(out, local), place)
-    if not place.is_file():
-        return False
     try:
-        check_file(place, remote._replace(sha256=record["sha256"]), source.name)
-    except DataError:
+        check_file(Path(out, local), remote._replace(sha256=record["sha256"]), source.name)
+    except (DataError, FileError, FileNotFoundError):
         return False
     return True
 
 
-def _check_tokenizer(path: Path, variant: str, source: str) -> None:
-    vocab = Tokenizer.load(str(path)).vocab
+def _check_tokenizer(path: str, variant: str, source: str) -> None:
+    vocab = Tokenizer.load(path).vocab
     if f"sp{vocab}" != variant:
         raise DataError(f"{source}: the tokenizer of {variant} has {vocab} pieces; the source mixes two variants")

@@ -80,7 +80,8 @@ def finish(
     if not first:
         return value
     for left in state.glob("*.ledger*"):  # of an evaluation that was given up
-        left.unlink()
+        if left.is_symlink() or not left.is_dir():
+            left.unlink()
     shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
     texts = shown[-1] if shown else write_samples(run, engine, dataset, step, say)
     written = [run.artifact_path, *write_report(run)]
@@ -151,4 +152,6 @@ def describe(found: Score) -> str:
     what = "all" if found.full else f"{found.documents} of {found.total_documents}"
     how = f"rule {found.byte_rule}, {what} documents, {found.windows}"
     how += f", with {', '.join(found.plugins)}" if found.plugins else ""
+    if found.byte_rule == "table" and found.bpb_raw is not None and found.bpb_raw > found.bpb:
+        how += f"; {found.bpb_raw:.4f} per byte of the raw text, of which the table counts more than there are"
     return f"{found.label} {found.bpb:.4f}{spread} bits per byte ({how})"

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.config import RunConfig, TrainConfig
+from core.config import RunConfig, TrainConfig, require
 from core.schedule import StepPlan, lr_scale, plan
 from core.train import Due, done, due, progress_of
+
+MOST_WALKED = 200_000
+"""Most steps of a run that is gone through step by step: seconds of time, 150 MB."""
 
 
 class Kind(NamedTuple):
@@ -124,11 +127,18 @@ class Limit(NamedTuple):
         return self.value > self.limit
 
 
+def check_steps(steps: int) -> None:
+    """Raise ConfigError for a run of more steps than are gone through."""
+    words = f"train.steps: {steps:,} or more; --dry-run goes through {MOST_WALKED:,} at most: give fewer, and scale up"
+    require(steps <= MOST_WALKED, words)
+
+
 def walk(settings: TrainConfig, costs: Costs) -> Course:
     """Go through the training loop with steps of known cost: the host plans a step as soon as the device lets it."""
     plans, rates, began, follows, ends = [], [], [], [], []
     host = device = 0.0
     while not done(len(plans), host, settings):
+        check_steps(len(plans) + 1)
         progress = progress_of(len(plans), host, settings)
         plans.append(plan(len(plans), progress, settings))
         rates.append(lr_scale(progress, settings))

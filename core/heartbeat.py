@@ -15,7 +15,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from core.ranks import Ranks, agree
+from core.console import one_line
+from core.ranks import Ranks, Stopped, agree
 
 BEAT = 1.0
 """Seconds between beats."""
@@ -66,8 +67,8 @@ class Heartbeat:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Say goodbye."""
-        if error is not None:
-            self._reason = b"failed " + " ".join(f"{type(error).__name__}: {error}".split()).encode()[:500]
+        if error is not None and not isinstance(error, Stopped):
+            self._reason = b"failed " + one_line(f"{type(error).__name__}: {error}").encode()
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=5 * self._beat)

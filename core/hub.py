@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from core.corpus import library
-from core.files import naming
+from core.files import new_file, open_file
 from core.shards import DataError, file_sha256
 
 ASKED_AT_ONCE = 200
@@ -66,8 +66,8 @@ class Folder:
     def fetch(self, path: str, scratch: Path) -> Path:
         """Copy a file: a link would change with whatever is done to the original."""
         copy = scratch / os.path.basename(path)
-        with naming(copy):
-            shutil.copyfile(os.path.join(self.folder, path), copy)
+        with open_file(os.path.join(self.folder, path)) as original, new_file(copy) as file:
+            shutil.copyfileobj(original, file, 1 << 20)
         return copy
 
 
@@ -151,7 +151,7 @@ def check_file(file: Path, remote: Remote, source: str) -> str:
 def _blob(file: Path) -> str:
     """Return git's hash of a file's content."""
     sha1 = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
-    with open(file, "rb") as content:
+    with open_file(file) as content:
         while chunk := content.read(1 << 20):
             sha1.update(chunk)
     return sha1.hexdigest()

@@ -1,11 +1,11 @@
 """What a source publishes, by its manifest.json: input from outside, so sizes, types and paths are checked."""
 
-import json
 import re
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core.files import FileError, decode, parse_json, read_file
 from core.hub import Folder, Remote, Source, check_file
 from core.shards import DataError
 
@@ -67,9 +67,9 @@ def read_listing(source: Source, prefix: str, variant: str) -> Listing:
         file = source.fetch(path, Path(scratch))
         sha256 = check_file(file, remote, source.name)
         try:
-            manifest = json.loads(file.read_bytes().decode())
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({str(error)[:100]})") from error
+            manifest = parse_json(where, decode(where, read_file(file, MAX_MANIFEST)))
+        except FileError as error:
+            raise DataError(str(error)[:300]) from error
     names, dataset = _named(manifest, "datasets", f"fineweb10B_{variant}", where)
     if dataset is None:
         raise DataError(f"{where}: no variant {variant}; it has {names}; {ELSEWHERE}")

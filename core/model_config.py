@@ -4,7 +4,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from core.checks import require, require_finite
+from core.checks import require, require_limits
 from core.storage import Storage
 
 KINDS = ("attention", "koopman", "skc", "skc_parallel")
@@ -23,6 +23,10 @@ MOST_BUCKETS = 65_521
 """Most buckets of a hashed table: the largest prime whose hashes stay below 2^32 (core/engram.py)."""
 MOST_HASHED = 65_536
 """Largest vocabulary whose ids can be hashed so."""
+MOST_WIDE = 1 << 20
+"""Largest vocabulary, width and number of heads."""
+MOST_LAYERS = 1024
+"""Most layers."""
 
 
 class Store(NamedTuple):
@@ -168,7 +172,8 @@ class ModelConfig:
     start at 0; train.repeat_from says from when on."""
 
     def __post_init__(self) -> None:
-        require_finite("model", self)
+        many = MOST_LAYERS
+        require_limits("model", self, MOST_WIDE, layers=many, shared_blocks=many, engram_layer=many, repeat_layers=many)
         for name in ("vocab", "dim", "layers", "heads", "kv_heads", "mlp_hidden"):
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)}: expected at least 1")
         require(self.embed_dim is None or self.embed_dim >= 1, f"model.embed_dim={self.embed_dim}: expected at least 1")
@@ -297,6 +302,11 @@ class ModelConfig:
         """The places of the bank."""
         return {"none": (), "head": ("head",), "middle": ("middle",), "both": ("middle", "head")}[self.bank]
 
+    @property
+    def skips(self) -> int:
+        """Layers whose output a later one adds again, each with a scale per channel; of one layer, none."""
+        return self.layers // 2 if self.unet_skips else 0
+
     def block_of(self, layer: int) -> int:
         """Return the block whose weights a layer uses."""
         return layer if self.shared_blocks is None else layer % self.shared_blocks
@@ -324,7 +334,11 @@ class ModelConfig:
         """Channels of one head."""
         return self.dim // self.heads
 
+    def kind(self, layer: int) -> str:
+        """Return the kind of a layer."""
+        return self.blocks[layer % len(self.blocks)]
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kind of every layer: `blocks` repeated to `layers` entries."""
-        return tuple(self.blocks[i % len(self.blocks)] for i in range(self.layers))
+        return tuple(map(self.kind, range(self.layers)))

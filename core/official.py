@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import io
 import math
-import os
 import re
 import zipfile
 import zlib
@@ -24,8 +23,9 @@ import numpy as np
 
 from core.checks import ConfigError
 from core.engine import EXTRAS, Arrays
-from core.files import open_input
+from core.files import FileError, open_input, read_bounded
 from core.model_config import ModelConfig
+from core.npy import NpyError, read_header
 from core.params import check_arrays, param_table
 from core.presets.transformers import BASELINE
 
@@ -35,6 +35,8 @@ MAX_VALUES = 1 << 26
 MAX_TENSORS = 2048
 MAX_ENTRIES = 2 * MAX_TENSORS
 """Files in a zip archive."""
+BFLOAT16 = ("|V2", "<V2")
+"""What bfloat16 is called in an .npz of MLX."""
 MOST_SHOWN = 80
 """Characters of a hostile name that an error shows."""
 Script = Literal["train_gpt.py", "train_gpt_mlx.py"]
@@ -119,14 +121,12 @@ def read_official(path: str | Path) -> Checkpoint:
 
 def _read(path: str | Path) -> bytes:
     try:
-        with open_input(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            data = file.read(MAX_BYTES + 1) if size <= MAX_BYTES else b""
+        with open_input(path, MAX_BYTES) as file:
+            return read_bounded(path, file, MAX_BYTES)
     except OSError as error:
         raise OfficialError(f"{path}: cannot be read: {error.strerror}; give the path of a checkpoint") from error
-    if max(size, len(data)) > MAX_BYTES:
-        fail(path, f"{max(size, len(data)):,} bytes; at most {MAX_BYTES:,} are read")
-    return data
+    except FileError as error:
+        raise OfficialError(str(error)) from error
 
 
 def _inflate(path: str | Path, data: bytes) -> bytes:
@@ -179,20 +179,19 @@ def _npz(path: str | Path, parts: dict[str, bytes]) -> Arrays:
 def _npy(path: str | Path, name: str, part: bytes) -> np.ndarray:
     file = io.BytesIO(part)
     try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("not version 1.0")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except Exception as error:  # a header is a Python literal: its parser raises whatever it likes
-        raise OfficialError(f"{path}: {shown(name)}: not a .npy array ({shown(str(error))})") from error
+        kind, fortran, shape = read_header(file)
+    except NpyError as error:
+        raise OfficialError(f"{path}: {shown(name)}: {error}") from error
     body = memoryview(part)[file.tell() :]
-    if dtype.str not in ("<f4", "<f2", "|V2"):
-        fail(path, f"{shown(name)}: type {shown(dtype.str)}; expected float32, float16 or bfloat16")
-    if not all(n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(body):
+    if kind not in ("<f4", "<f2", *BFLOAT16):
+        fail(path, f"{shown(name)}: type {shown(kind)}; expected float32, float16 or bfloat16")
+    size = 4 if kind == "<f4" else 2
+    if math.prod(shape) * size != len(body):
         fail(path, f"{shown(name)}: shape {shown(shape)} does not fit its {len(body):,} bytes")
     if math.prod(shape) > MAX_VALUES:
         fail(path, f"{shown(name)}: {math.prod(shape):,} values; at most {MAX_VALUES:,}")
-    flat = np.frombuffer(body, np.uint16 if dtype.str == "|V2" else dtype)
-    if dtype.str == "|V2":
+    flat = np.frombuffer(body, np.uint16 if kind in BFLOAT16 else kind)
+    if kind in BFLOAT16:
         flat = (flat.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
     return np.ascontiguousarray(flat.astype(np.float32).reshape(shape, order="F" if fortran else "C"))
 

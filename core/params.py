@@ -4,18 +4,23 @@ Names are the dotted attribute paths that both frameworks produce by themselves;
 The order of the table is the order of the artifact. Changing a name changes its start value.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from core import rng
+from core.checks import require
 from core.config import ModelConfig, TrainConfig
 from core.model_config import COUPLING, TAPS, Pass, Store
 from core.storage import Storage, raw_bits, storage_class
 
 Group = Literal["embed", "matrix", "vector", "hash"]
 GROUPS: tuple[Group, ...] = ("embed", "matrix", "vector", "hash")
+MOST_VALUES = 1 << 28
+"""Most parameters of a model: several times what an artifact holds."""
 
 
 class Init(NamedTuple):
@@ -40,7 +45,7 @@ class Param(NamedTuple):
     @property
     def size(self) -> int:
         """Number of values."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
 
 ZERO, ONE = Init("constant", 0.0), Init("constant", 1.0)
@@ -159,7 +164,7 @@ def _block(config: ModelConfig, index: int, passes: list[Pass]) -> dict[str, Par
     # A repeat's scales start at 0: switched on in the middle of a run, it changes nothing at first; one that never was
     # switched on changes nothing at all, so that scoring may always run the whole depth.
     scale = ONE if len(passes) == 1 else Init("rows", 1.0, sum(not p.again for p in passes))
-    rows = MIXERS[config.kinds[index]](config)
+    rows = MIXERS[config.kind(index)](config)
     rows["mixer_scale"] = Param(shape, scale, "vector")
     rows["mlp.up.weight"] = _matrix(config, config.mlp_hidden, config.dim)
     rows |= _output(config, "mlp.down", config.mlp_hidden)
@@ -171,23 +176,26 @@ def _block(config: ModelConfig, index: int, passes: list[Pass]) -> dict[str, Par
 
 
 def param_table(config: ModelConfig) -> dict[str, Param]:
-    """Return the table of `config`, in artifact order."""
+    """Return the table of `config`, in artifact order; ConfigError for a model of more than MOST_VALUES."""
     width, stored = config.embed_dim or config.dim, config.table_storage
     table = {"embed.weight": Param((config.vocab, width), Init("normal", config.embed_std), "embed", stored)}
     if config.embed_dim is not None:
         table["embed_up.weight"] = _matrix(config, config.dim, width)._replace(storage=stored)
         table["embed_down.weight"] = _matrix(config, width, config.dim)._replace(storage=stored)
     table |= _memories(config)
-    passes = config.passes(True)
+    uses: dict[int, list[Pass]] = {}
+    for step in config.passes(True):
+        uses.setdefault(step.block, []).append(step)
     for i in range(config.shared_blocks or config.layers):
-        mine = [step for step in passes if step.block == i]
-        table |= {f"blocks.{i}.{name}": row for name, row in _block(config, i, mine).items()}
+        table |= {f"blocks.{i}.{name}": row for name, row in _block(config, i, uses[i]).items()}
     for place in config.banks:
         table |= _bank(config, f"bank_{place}")
-    if config.unet_skips:
-        table["skip_weights"] = Param((config.layers // 2, config.dim), ONE, "vector")
+    if config.skips:
+        table["skip_weights"] = Param((config.skips, config.dim), ONE, "vector")
     if config.vocab_bias:
         table["vocab_bias"] = Param((config.vocab,), ZERO, "vector")
+    values = sum(row.size for row in table.values())
+    require(values <= MOST_VALUES, f"model: {values:,} parameters, expected at most {MOST_VALUES:,}; make it smaller")
     return table
 
 
@@ -239,13 +247,39 @@ def exported(config: ModelConfig, train: TrainConfig, params: dict, state: dict)
     return {name: state[f"{name}.ema"] if name in averages else value for name, value in params.items()}
 
 
-def same_shapes(config: ModelConfig, group: Group) -> list[list[str]]:
-    """Return the names of a group, those of one shape together: a rule may treat them as one stack."""
-    stacks: dict[tuple[int, ...], list[str]] = {}
-    for name, row in param_table(config).items():
-        if row.group == group:
-            stacks.setdefault(row.shape, []).append(name)
-    return list(stacks.values())
+class Bank(NamedTuple):
+    """Parameters of one optimizer group and storage that lie together: what is done to one can be done to all at once.
+
+    Of equal shapes they make a stack; vectors, of any shapes, lie in one row.
+    """
+
+    group: Group
+    storage: Storage
+    stacked: bool
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole."""
+        sizes = [int(np.prod(shape)) for shape in self.shapes]
+        return (len(self.names), *self.shapes[0]) if self.stacked else (sum(sizes),)
+
+
+def banks(config: ModelConfig, owner: dict[str, int] | None = None) -> list[Bank]:
+    """Return the banks of all parameters; in a stack those of one `owner` (a rank, by name) are neighbours."""
+    table, found = param_table(config), {}
+    for name, row in table.items():
+        key = row.group, row.storage, row.shape if row.group != "vector" else None
+        found.setdefault(key, []).append(name)
+    made = []
+    for (group, storage, shape), names in found.items():
+        if shape is None:  # so that each begins at a multiple of the power of two in its size, as devices like it
+            names.sort(key=lambda name: -(table[name].size & -table[name].size))
+        elif owner is not None:
+            names.sort(key=lambda name: owner.get(name, 0))
+        made.append(Bank(group, storage, shape is not None, tuple(names), tuple(table[name].shape for name in names)))
+    return made
 
 
 def by_group(config: ModelConfig) -> dict[Group, list[str]]:
@@ -283,7 +317,7 @@ def bytes_by_storage(config: ModelConfig) -> dict[str, float]:
 def matmul_params(config: ModelConfig) -> int:
     """Return how many weights multiply each token: the matrices of every pass, the embedding's and the tied head."""
     table = param_table(config)
-    uses = {block: sum(p.block == block for p in config.passes(True)) for block in range(config.layers)}
+    uses = Counter(p.block for p in config.passes(True))
     total = table["embed.weight"].size
     for name, row in table.items():
         if row.group == "matrix":
@@ -303,7 +337,7 @@ def flops_per_token(config: ModelConfig, seq: int) -> int:
     width = config.mixer_dim
     koopman, capsules = 4 * width**2, _store_cost(config.layer_store, width)
     cost = {"attention": 2 * seq * config.dim, "koopman": koopman}
-    mixers = sum(cost.get(config.kinds[p.layer], koopman + capsules) for p in config.passes(True))
+    mixers = sum(cost.get(config.kind(p.layer), koopman + capsules) for p in config.passes(True))
     banks = len(config.banks) * _store_cost(config.bank_store, config.dim)
     return 3 * (2 * matmul_params(config) + mixers + banks)
 
@@ -317,7 +351,7 @@ def _store_cost(store: Store, width: int) -> int:
 def state_per_token(config: ModelConfig) -> int:
     """Return the floats that one more token of context adds to the decoding state (keys and values)."""
     return sum(
-        2 * config.kv_heads * config.head_dim for p in config.passes(True) if config.kinds[p.layer] == "attention"
+        2 * config.kv_heads * config.head_dim for p in config.passes(True) if config.kind(p.layer) == "attention"
     )
 
 
@@ -326,7 +360,7 @@ def state_size(config: ModelConfig) -> int:
     koopman = TAPS * config.mixer_dim
     capsules = _store_size(config.layer_store, config.mixer_dim)
     sizes = {"attention": config.attention_conv * (TAPS - 1) * config.dim, "koopman": koopman}
-    mixers = sum(sizes.get(config.kinds[p.layer], koopman + capsules) for p in config.passes(True))
+    mixers = sum(sizes.get(config.kind(p.layer), koopman + capsules) for p in config.passes(True))
     return mixers + len(config.banks) * _store_size(config.bank_store, config.dim) + config.smear * config.dim
 
 

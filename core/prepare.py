@@ -4,29 +4,28 @@ A folder holds train_%06d.bin and val_%06d.bin (official shards), tokenizer.mode
 bytes of each document (<split>_document_bytes.npy).
 """
 
-import functools
-import json
+import hashlib
 import os
-import secrets
-import shutil
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from core import published
-from core.corpus import check_inputs, document_hash, read_documents
-from core.data import SCAN, SCHEMA, Split, read_manifest
+from core.corpus import PLAIN, Format, find_inputs, read_documents
 from core.files import replace_file
-from core.shards import DataError, file_sha256, open_shard, shard_record, write_split
-from core.tokenizer import Tokenizer, token_bytes, train_tokenizer
+from core.making import damage, find_manifest, install, making
+from core.manifest import SCHEMA
+from core.shards import DataError, SplitWriter, file_sha256, grouped
+from core.tokenizer import Tokenizer, VocabularyError, train_tokenizer, trained_identity
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, and the bytes of input read and in all."""
 TRAINING_BYTES = 1 << 27
 """About the most text that a tokenizer is trained on: a sample of the documents, chosen by hash."""
-COUNTED = ("documents", "tokens", "table_bytes")
+VOCAB = 1024
+"""Pieces of a trained tokenizer where nothing else is asked for, if the text allows so many."""
+BREAKS = (r"\n[ \t\r]*\n\s*", r"\n\s*", r"\s+")
+"""Where one text may be cut in two, the best first."""
 
 
 def prepare(
@@ -36,20 +35,23 @@ def prepare(
     val: Sequence[str] | None = None,
     val_share: float = 0.05,
     tokenizer: str | None = None,
-    vocab: int = 1024,
+    vocab: int | None = None,
     shard_tokens: int = 100_000_000,
     name: str | None = None,
     threads: int | None = None,
     overwrite: bool = False,
+    form: Format = PLAIN,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Tokenise text files into the folder `out` and return its manifest.
+    """Tokenise text files (or those of folders and patterns) into the folder `out` and return its manifest.
 
-    Without `val`, about `val_share` of the documents (at least one) become validation, chosen by the hash of their
-    text, so that duplicates land on one side; with it, training documents that are also in validation are dropped.
-    Without `tokenizer`, one of `vocab` pieces is trained on the training text. A folder made from the same inputs is
-    kept; one made from others is replaced only with `overwrite`. The folder appears complete or not at all.
-    DataError or TokenizerError says what is wrong with the input.
+    Without `val`, about `val_share` of the documents (at least one) become validation, chosen by a hash of their
+    tokens, so that what the model reads alike lands on one side; of a single text its end does. With `val`, training
+    documents that are also in validation are dropped. Without `tokenizer`, one of `vocab` pieces is trained on the
+    training text (None: 1024, or as many as the text allows). A folder made from the same inputs is kept if it is
+    sound; one made from others is replaced only with `overwrite`. `notes` of the manifest are what a user must know.
+    The manifest is written last, into the folder that was named. DataError or TokenizerError says what is wrong with
+    the input.
     """
     if not inputs or (val is not None and not val):
         raise DataError("no input files: give at least one .txt, .jsonl (also .gz, .xz, .zst) or .parquet file")
@@ -57,95 +59,243 @@ def prepare(
         raise DataError(f"val_share={val_share}: expected a share between 0 and 1")
     if not 1 <= shard_tokens < 2**31:
         raise DataError(f"shard_tokens={shard_tokens}: expected from 1 to 2^31 - 1")
-    check_inputs([*inputs, *(val or [])])
+    report = progress or _silent
+    before = find_manifest(out)
+    inputs = find_inputs(inputs)
+    val = None if val is None else find_inputs(val)
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
-    out = os.path.normpath(out)
+    trained = {"trained": vocab} if vocab is not None else {"trained_at_most": VOCAB}
     made_from = {
-        "name": name or os.path.basename(out),
+        "name": name or os.path.basename(os.path.abspath(out)),
         "inputs": [_identity(path) for path in inputs],
         "val": {"share": val_share} if val is None else [_identity(path) for path in val],
-        "tokenizer": {"trained": vocab} if given is None else {"sha256": given.sha256},
+        "tokenizer": trained if given is None else {"sha256": given.sha256},
         "shard_tokens": shard_tokens,
+        **{key: value for key, value in form._asdict().items() if value != getattr(PLAIN, key)},
     }
-    existing = _existing(out, made_from, overwrite)
-    if existing is not None:
-        return existing
-    temporary = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.{secrets.token_hex(4)}.part")
-    os.makedirs(temporary)
-    try:
-        sources = _Sources(inputs, val, val_share, given, vocab, progress or _silent)
+    if _kept(out, before, made_from, overwrite):
+        assert before is not None
+        return before
+    with making(out, lambda: report("waiting for another process that prepares this folder", 0, 1)) as part:
+        before = find_manifest(out)  # another process may have been first
+        if _kept(out, before, made_from, overwrite):
+            assert before is not None
+            return before
+        sources = _Sources(inputs, val, val_share, given, vocab, form, report)
         manifest = {"schema": SCHEMA, "name": made_from["name"], "made_from": made_from}
-        manifest |= _fill(temporary, sources, shard_tokens, threads or os.cpu_count() or 1)
-        replace_file(os.path.join(temporary, "manifest.json"), json.dumps(manifest, indent=1).encode())
-        return _install(temporary, out, manifest, overwrite)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def adopt_shards(
-    folder: str,
-    tokenizer: str,
-    *,
-    name: str | None = None,
-    made_from: dict[str, Any] | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write the manifest that downloaded official shards lack, so that `open_dataset` opens `folder`; return it.
-
-    The shards are the folder's `*_train_*.bin` and `*_val_*.bin`; raw bytes stay unknown; `made_from` is where they
-    came from. `published` of the manifest says whether validation is the published one. DataError if shards are
-    missing or damaged, do not fit the tokenizer, or the folder has a manifest already.
-    """
-    if os.path.lexists(os.path.join(folder, "manifest.json")):
-        raise DataError(f"{folder}: has a manifest.json already; move it away to make a new one")
-    model = Tokenizer.load(tokenizer)
-    splits = {}
-    for split in ("train", "val"):
-        paths = sorted(map(str, Path(folder).glob(f"*_{split}_*.bin")))
-        if not paths:
-            raise DataError(f"{folder}: no *_{split}_*.bin here; expected official shards of both splits")
-        shards = [open_shard(path) for path in paths]
-        report = functools.partial(progress or _silent, f"counting {split}")
-        splits[split] = {
-            "files": [shard_record(path, len(shard)) for path, shard in zip(paths, shards, strict=True)],
-            **_counts(Split(shards, model, os.path.join(folder, split)), model, report),
-            "raw_bytes": None,
-            "bytes_per_token": None,
-            "document_bytes": None,
-        }
-    replace_file(os.path.join(folder, "tokenizer.model"), model.model)
-    manifest = {
-        "schema": SCHEMA,
-        "name": name or os.path.basename(os.path.abspath(folder)),
-        "made_from": made_from,
-        "tokenizer": _tokenizer_record(model),
-        "splits": splits,
-        "published": published.compare(model.vocab, *(splits["val"][key] for key in COUNTED)),
-        "disjoint": None,
-        "empty_documents": None,
-    }
-    replace_file(os.path.join(folder, "manifest.json"), json.dumps(manifest, indent=1).encode())
-    return manifest
+        manifest |= _fill(part, sources, shard_tokens, threads or os.cpu_count() or 1)
+        install(part, out, manifest, before)
+        return manifest
 
 
 def _silent(stage: str, done: int, total: int) -> None:
     pass
 
 
-def _counts(split: Split, tokenizer: Tokenizer, report: Callable[[int, int], None]) -> dict[str, int]:
-    documents = table_bytes = unknown = 0
-    for start in range(0, len(split), SCAN):
-        stop = min(start + SCAN, len(split))
-        stream = split.read(max(start - 1, 0), stop)
-        fresh = stream[1:] if start else stream
-        documents += int(np.count_nonzero(fresh == tokenizer.bos))
-        unknown += int(np.count_nonzero(fresh == tokenizer.unknown))
-        table_bytes += int(token_bytes(tokenizer.table, stream[:-1], stream[1:]).sum(dtype=np.int64))
-        report(stop, len(split))
-    return {"documents": documents, "tokens": len(split), "table_bytes": table_bytes, "unknown_tokens": unknown}
+def _identity(path: str) -> dict[str, Any]:
+    return {"file": os.path.basename(path), "size": os.path.getsize(path), "sha256": file_sha256(path)}
 
 
-def _tokenizer_record(tokenizer: Tokenizer) -> dict[str, Any]:
+def _kept(out: str, before: dict[str, Any] | None, made_from: dict[str, Any], overwrite: bool) -> bool:
+    """Return whether a folder is already what is asked for; DataError if it is something else and must stay."""
+    if before is None:
+        return False
+    other = before.get("made_from") != made_from
+    problem = "holds data made from other inputs" if other else damage(out)
+    if problem is None:
+        return True
+    if not overwrite or before.get("made_from") is None:
+        raise DataError(f"{out}: {problem.removeprefix(f'{out}: ')}; choose another folder, or --overwrite it")
+    return False
+
+
+class _Sources(NamedTuple):
+    inputs: Sequence[str]
+    val: Sequence[str] | None
+    val_share: float
+    tokenizer: Tokenizer | None
+    vocab: int | None
+    form: Format
+    progress: Progress
+
+    def read(self, paths: Sequence[str], stage: str) -> Iterator[str]:
+        """Yield the documents of `paths`, reporting progress as `stage`."""
+        return read_documents(paths, lambda done, total: self.progress(stage, done, total), self.form)
+
+    def key(self, text: str) -> bytes:
+        """Return 16 bytes that stand for the tokens of a document; none for one without tokens."""
+        spelled = b"" if not text.strip() else (self.tokenizer.identity if self.tokenizer else trained_identity)(text)
+        return hashlib.blake2b(spelled, digest_size=16).digest() if spelled else b""
+
+
+class _Survey(NamedTuple):
+    documents: int
+    """With tokens, and not in the validation that was given."""
+    dropped: int
+    lowest: int
+    highest: int
+    """Of the split values."""
+    size: int
+    """Bytes of the text."""
+    only: str
+    """The first document."""
+
+
+class _Rule(NamedTuple):
+    """Which documents become validation: those whose key is known, or whose split value is small."""
+
+    keys: frozenset[bytes]
+    threshold: int = -1
+
+    def takes(self, key: bytes) -> bool:
+        """Return whether the document of a key is validation."""
+        return key in self.keys or _split_value(key) <= self.threshold
+
+
+def _split_value(key: bytes) -> int:
+    return int.from_bytes(key[:8], "little")
+
+
+def _fill(folder: Path, sources: _Sources, shard_tokens: int, threads: int) -> dict[str, Any]:
+    """Write everything but the manifest into `folder` and return what the manifest says about it."""
+    given = None if sources.val is None else _keys(sources, sources.val)
+    survey = _survey(sources, given or frozenset())
+    notes, texts, rule, how = [], None, _Rule(given or frozenset()), "training documents in validation are dropped"
+    if given is None and survey.documents == 1:
+        texts, note = _cut(sources, survey.only)
+        notes, rule, how = [note], _Rule(frozenset([sources.key(texts[1])])), "the end of one text"
+    elif given is None:
+        rule, how = _share_rule(sources, survey), "split by hash"
+    tokenizer = sources.tokenizer
+    if tokenizer is None:
+        stage = "training the tokenizer"
+        sample = _training_sample(sources, texts or sources.read(sources.inputs, stage), rule, survey.size)
+        tokenizer = Tokenizer(_trained(sample, sources.vocab, notes))
+    replace_file(folder / "tokenizer.model", tokenizer.model)
+    writers = {name: SplitWriter(str(folder), name, tokenizer, shard_tokens) for name in ("train", "val")}
+    dropped = empty = 0
+    if sources.val is not None:
+        empty += _write(sources, sources.read(sources.val, "tokenising val"), threads, lambda key: writers["val"])
+    drop = given is not None
+    other = None if drop else writers["val"]
+    read = texts or sources.read(sources.inputs, "tokenising train" if drop else "tokenising")
+    empty += _write(sources, read, threads, lambda key: other if rule.takes(key) else writers["train"])
+    dropped = survey.dropped
+    return {
+        "tokenizer": tokenizer_record(tokenizer),
+        "splits": {name: writer.close() for name, writer in writers.items()},
+        "disjoint": {"compared": "blake2b-128 of each document's tokens", "rule": how, "dropped_from_train": dropped},
+        "empty_documents": empty,
+        "notes": notes,
+    }
+
+
+def _write(
+    sources: _Sources, texts: Iterator[str] | Sequence[str], threads: int, where: Callable[[bytes], SplitWriter | None]
+) -> int:
+    """Give each document to the writer that its key says, if one does; return how many have no tokens."""
+    empty = 0
+    for group in grouped(texts):
+        parts: dict[int, tuple[SplitWriter, list[str]]] = {}
+        for text in group:
+            key = sources.key(text)
+            writer = where(key) if key else None
+            empty += not key
+            if writer is not None:
+                parts.setdefault(id(writer), (writer, []))[1].append(text)
+        for writer, chosen in parts.values():
+            writer.add(chosen, threads)
+    return empty
+
+
+def _keys(sources: _Sources, paths: Sequence[str]) -> frozenset[bytes]:
+    """Return the keys of the validation documents; DataError if there is none with text."""
+    keys = frozenset(map(sources.key, sources.read(paths, "reading val"))) - {b""}
+    if not keys:
+        raise DataError(f"{paths[0]}: no document with text, so there is nothing to validate on")
+    return keys
+
+
+def _survey(sources: _Sources, given: frozenset[bytes]) -> _Survey:
+    """Read the training text once; DataError if nothing is left of it."""
+    documents, dropped, lowest, highest, size, only = 0, 0, 2**64, -1, 0, ""
+    for text in sources.read(sources.inputs, "reading"):
+        key = sources.key(text)
+        if not key:
+            continue
+        if key in given:
+            dropped += 1
+            continue
+        only = only or text
+        value = _split_value(key)
+        documents, size = documents + 1, size + len(text.encode())
+        lowest, highest = min(lowest, value), max(highest, value)
+    more = f" and {len(sources.inputs) - 1} more" if sources.inputs[1:] else ""
+    if not documents and dropped:
+        raise DataError(
+            f"{sources.inputs[0]}{more}: every document of it is also in --val, so nothing is left to train on; give "
+            "other text for one of them"
+        )
+    if not documents:
+        raise DataError(f"{sources.inputs[0]}{more}: no document with text, so there is nothing to train on")
+    return _Survey(documents, dropped, lowest, highest, size, only)
+
+
+def _share_rule(sources: _Sources, survey: _Survey) -> _Rule:
+    """Validation is what hashes below the share, moved so that neither side is empty."""
+    if survey.lowest >= survey.highest:
+        raise DataError(
+            f"{sources.inputs[0]}: {survey.documents} documents that are all alike; give a file for --val, or more text"
+        )
+    return _Rule(frozenset(), min(max(survey.lowest, int(sources.val_share * 2**64)), survey.highest - 1))
+
+
+def _cut(sources: _Sources, text: str) -> tuple[list[str], str]:
+    """Return the two parts of a single text, the second to be validation, and what to say about it."""
+    aim = len(text) * (1 - sources.val_share)
+    first, last = int(aim - len(text) * sources.val_share), int(aim + len(text) * sources.val_share / 2)
+    first = max(first, 0)
+    places = [first + found.end() for found in _breaks(text[first:last])] or [int(aim)]
+    place = min(places, key=lambda place: abs(place - aim))
+    parts = [text[:place], text[place:]]
+    keys = [sources.key(part) for part in parts]
+    if not all(keys) or keys[0] == keys[1]:
+        raise DataError(f"{sources.inputs[0]}: one document, too short to be split; give a --val, or more text")
+    note = (
+        f"{sources.inputs[0]}: one text, of which the last {len(parts[1].encode()):,} bytes "
+        f"({len(parts[1]) / len(text):.1%}) are validation; --split blank-lines makes documents of its paragraphs"
+    )
+    return parts, note
+
+
+def _breaks(text: str) -> list[re.Match[str]]:
+    """Return the ends of paragraphs in a text; where there are none, of lines; where there are none, of words."""
+    return next((found for kind in BREAKS if (found := list(re.finditer(kind, text)))), [])
+
+
+def _trained(sample: Iterator[str], vocab: int | None, notes: list[str]) -> bytes:
+    """Return a tokenizer of `vocab` pieces; None: VOCAB or, which goes into `notes`, as many as the text allows."""
+    if vocab is not None:
+        return train_tokenizer(sample, vocab)
+    texts = list(sample)
+    try:
+        return train_tokenizer(texts, VOCAB)
+    except VocabularyError as error:
+        notes.append(f"the tokenizer has {error.most} pieces: the text allows no more (the default is {VOCAB})")
+        return train_tokenizer(texts, error.most)
+
+
+def _training_sample(sources: _Sources, texts: Iterator[str] | Sequence[str], rule: _Rule, size: int) -> Iterator[str]:
+    """Yield the training documents, thinned by hash to about TRAINING_BYTES of `size`."""
+    limit = 2**64 * TRAINING_BYTES // max(size, 1)
+    for text in texts:
+        key = sources.key(text)
+        if key and not rule.takes(key) and int.from_bytes(key[8:], "little") < limit:
+            yield text
+
+
+def tokenizer_record(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the manifest's entry of the tokenizer."""
     return {
         "file": "tokenizer.model",
         "sha256": tokenizer.sha256,
@@ -154,129 +304,3 @@ def _tokenizer_record(tokenizer: Tokenizer) -> dict[str, Any]:
         "unknown": tokenizer.unknown,
         "byte_pieces": tokenizer.byte_pieces,
     }
-
-
-class _Sources(NamedTuple):
-    inputs: Sequence[str]
-    val: Sequence[str] | None
-    val_share: float
-    tokenizer: Tokenizer | None
-    vocab: int
-    progress: Progress
-
-    def read(self, paths: Sequence[str], stage: str) -> Iterator[str]:
-        """Yield the documents of `paths`, reporting progress as `stage`."""
-        return read_documents(paths, lambda done, total: self.progress(stage, done, total))
-
-
-class _Survey(NamedTuple):
-    lowest: int
-    highest: int
-    size: int
-
-
-def _identity(path: str) -> dict[str, Any]:
-    return {"file": os.path.basename(path), "size": os.path.getsize(path), "sha256": file_sha256(path)}
-
-
-def _existing(out: str, made_from: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """Return the manifest of a folder that is already what is asked for; DataError if something else is in the way."""
-    if not os.path.lexists(out) or (os.path.isdir(out) and not os.listdir(out)):
-        return None
-    try:
-        manifest = read_manifest(out)
-    except DataError as error:
-        raise DataError(f"{out}: exists and holds no prepared data; choose another folder") from error
-    if manifest.get("made_from") == made_from and _intact(out, manifest):
-        return manifest
-    if not overwrite or manifest.get("made_from") is None:
-        raise DataError(f"{out}: holds data made from other inputs, or damaged; choose another folder, or overwrite it")
-    return None
-
-
-def _intact(out: str, manifest: dict[str, Any]) -> bool:
-    """Return whether every shard of a manifest of ours has its size."""
-    files = [record for split in manifest["splits"].values() for record in split["files"]]
-    paths = [os.path.join(out, record["file"]) for record in files]
-    return all(os.path.isfile(p) and os.path.getsize(p) == r["size"] for p, r in zip(paths, files, strict=True))
-
-
-def _install(temporary: str, out: str, manifest: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """Put a finished folder in place of `out`, unless another process was first with the same; return its manifest."""
-    existing = _existing(out, manifest["made_from"], overwrite)
-    if existing is not None:
-        return existing
-    swap_folder(temporary, out)
-    return manifest
-
-
-def swap_folder(temporary: str, out: str) -> None:
-    """Put a folder in place of `out`; a kill in between leaves the old folder, or none."""
-    old = f"{temporary}.old"
-    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed below
-    if os.path.lexists(out):
-        os.rename(out, old)
-    os.rename(temporary, out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fill(folder: str, sources: _Sources, shard_tokens: int, threads: int) -> dict[str, Any]:
-    """Write everything but the manifest into `folder` and return what the manifest says about it."""
-    survey = _Survey(0, 0, 0)
-    if sources.val is None or sources.tokenizer is None:
-        survey = _survey(sources.read(sources.inputs, "reading"))
-    in_val = _given_rule(sources) if sources.val is not None else _share_rule(sources, survey)
-    tokenizer = sources.tokenizer
-    if tokenizer is None:
-        sample = _training_sample(sources.read(sources.inputs, "training the tokenizer"), in_val, survey)
-        tokenizer = Tokenizer(train_tokenizer(sample, sources.vocab))
-    replace_file(os.path.join(folder, "tokenizer.model"), tokenizer.model)
-    train_texts = sources.read(sources.inputs, "tokenising train")
-    val_texts = sources.read(sources.val or sources.inputs, "tokenising val")
-    train = write_split(folder, "train", train_texts, lambda text: not in_val(text), tokenizer, shard_tokens, threads)
-    val = write_split(folder, "val", val_texts, in_val, tokenizer, shard_tokens, threads)
-    return {
-        "tokenizer": _tokenizer_record(tokenizer),
-        "splits": {"train": train.record, "val": val.record},
-        "disjoint": {
-            "compared": "blake2b-128 of each document's text",
-            "rule": "split by hash" if sources.val is None else "training documents that are in validation are dropped",
-            "dropped_from_train": 0 if sources.val is None else train.left_out,
-        },
-        "empty_documents": train.empty + (0 if sources.val is None else val.empty),
-    }
-
-
-def _survey(texts: Iterator[str]) -> _Survey:
-    """Return the lowest and highest split value of the non-empty documents, and their bytes."""
-    lowest, highest, size = 2**64, -1, 0
-    for text in texts:
-        if text.strip():
-            value = _split_value(text)
-            lowest, highest, size = min(lowest, value), max(highest, value), size + len(text.encode())
-    return _Survey(lowest, highest, size)
-
-
-def _split_value(text: str) -> int:
-    return int.from_bytes(document_hash(text)[:8], "little")
-
-
-def _share_rule(sources: _Sources, survey: _Survey) -> Callable[[str], bool]:
-    """Validation is what hashes below the share, moved so that neither side is empty."""
-    if survey.lowest >= survey.highest:
-        raise DataError(f"{sources.inputs[0]}: fewer than two different documents; give a file for val, or more text")
-    threshold = min(max(survey.lowest, int(sources.val_share * 2**64)), survey.highest - 1)
-    return lambda text: _split_value(text) <= threshold
-
-
-def _given_rule(sources: _Sources) -> Callable[[str], bool]:
-    hashes = {document_hash(text) for text in sources.read(sources.val or [], "reading val")}
-    return lambda text: document_hash(text) in hashes
-
-
-def _training_sample(texts: Iterator[str], in_val: Callable[[str], bool], survey: _Survey) -> Iterator[str]:
-    """Yield the training documents, thinned by hash to about TRAINING_BYTES."""
-    limit = 2**64 * TRAINING_BYTES // max(survey.size, 1)
-    for text in texts:
-        if not in_val(text) and int.from_bytes(document_hash(text)[8:], "little") < limit:
-            yield text

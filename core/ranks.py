@@ -24,6 +24,10 @@ BUCKET = 1 << 20
 Arrays = dict[str, np.ndarray]
 
 
+class Stopped(KeyboardInterrupt):
+    """All ranks stop, after the same step, because one of them was asked to."""
+
+
 class Ranks(Protocol):
     """The processes of one run. Every method is called by all of them, in the same order."""
 
@@ -155,26 +159,26 @@ class Bucket(NamedTuple):
 def buckets(config: RunConfig, world: int) -> list[Bucket]:
     """Return the buckets of all parameters, in about the order in which a backward pass finishes their gradients.
 
-    Muon's matrices go in groups of `world` of one shape, neighbours in depth, so that their sums can start while the
-    backward pass still runs; what is left of a shape goes to the ranks that have least to do.
+    Muon's matrices go in groups of `world` of one shape and storage, neighbours in depth, so that their sums can start
+    while the backward pass still runs; what is left of a shape goes to the ranks that have least to do.
     """
     table, muon = param_table(config.model), config.train.matrix_rule == "muon"
     load, made = [0.0] * world, []
     rest: list[str] = []
-    open_groups: dict[tuple[int, ...], list[str]] = {}
+    open_groups: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for name, row in reversed(table.items()):
         if muon and row.group == "matrix":
-            group = open_groups.setdefault(row.shape, [])
+            group = open_groups.setdefault((row.shape, row.storage), [])
             group.append(name)
             if len(group) == world:
                 made.append(Bucket(tuple(group), tuple(group)))
-                open_groups[row.shape] = []
+                open_groups[row.shape, row.storage] = []
             continue
         rest.append(name)
         if sum(int(np.prod(table[n].shape)) for n in rest) >= BUCKET:
             made.append(Bucket(tuple(rest)))
             rest = []
-    for shape, group in open_groups.items():
+    for (shape, _), group in open_groups.items():
         slots: list[str | None] = [None] * world
         for name in group:
             least = min((r for r in range(world) if slots[r] is None), key=lambda r: load[r])
@@ -183,6 +187,11 @@ def buckets(config: RunConfig, world: int) -> list[Bucket]:
         if group:
             made.append(Bucket(tuple(group), tuple(slots)))
     return [*made, Bucket(tuple(rest))] if rest else made
+
+
+def owners(made: list[Bucket]) -> dict[str, int]:
+    """Return the rank that alone updates a matrix, by name."""
+    return {name: rank for bucket in made for rank, name in enumerate(bucket.slots) if name is not None}
 
 
 def updated_by(made: list[Bucket], rank: int) -> list[list[str]]:

@@ -3,74 +3,88 @@
 A kill at any moment loses at most the steps since the last checkpoint.
 """
 
-import errno
 import hashlib
 import io
 import json
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
-import numpy as np
-import safetensors
-import safetensors.numpy
-
+from core.checkpoint import Checkpoint as Checkpoint
+from core.checkpoint import read_checkpoint, write_checkpoint
 from core.config import LATER, ConfigError, RunConfig, differences, from_json, to_json
-from core.engine import Arrays, Engine
-from core.files import naming, replace_file
-from core.params import check_arrays, optimizer_slots, param_table
+from core.engine import Engine
+from core.files import (
+    MAX_TEXT,
+    TEMPORARY,
+    FileError,
+    append_file,
+    edit_file,
+    locked,
+    new_file,
+    open_file,
+    own_folder,
+    read_file,
+    read_text,
+    replace_file,
+    sweep,
+    sync_file,
+    sync_folder,
+)  # fmt: skip
 from core.ranks import Ranks, agree, share_arrays
+from core.records import METRICS, of_a_run, read_environment, read_object, read_rows
+from core.records import RunError as RunError
 from core.trackers import Copies
 
-METRICS = {
-    "train/loss": "mean nats per target since the last line",
-    "train/bpb": "estimate of bits per byte from train/loss and the bytes per token of the training text",
-    "train/grad_norm": "mean global gradient norm before clipping since the last line",
-    "opt/lr": "learning rate of the matrix group",
-    "perf/tok_s": "tokens per second of training time since the last line",
-    "perf/step_ms": "training time per step since the last line",
-    "clock/seconds": "training time since step 0: no evaluation, samples, checkpoints or compilation",
-    "clock/stopped": "training time when the last step was done",
-    "clock/closed": "the same when the training text was closed; the last checkpoint, written in between, counts",
-    "progress": "share of the run that the schedule saw at the last step",
-    "progress/each": "the same for every step since the last line (runs with train.seconds only)",
-    "val/bpb": "validation estimate made during training",
-    "val/error": "its standard error",
-    "samples": "texts that the model wrote",
-    "final/score": "the Score of the weights in memory",
-    "final/artifact": "the Score of the weights reloaded from the artifact, its bytes and the gap",
-    "final/plugins": "the Score of the artifact with the plug-ins of eval.plugins",
-}
-"""Every name that metrics.jsonl may hold beside `step`, the number of steps done."""
 FREE = (
-    "preset", "train.log_every", "train.eval_every", "train.sample_every", "train.save_every", "train.keep_every",
-    "eval.", "export.",
+    "preset", "train.log_every", "train.eval_every", "train.sample_every", "train.save_every",
+    "train.save_minutes", "train.keep_every", "eval.", "export.",
 )  # fmt: skip
 """Fields that may change when a run is resumed: they do not decide its weights."""
-NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-"""What a file system without hard links answers: it gets a copy."""
-MAX_TEXT = 64 << 20
-SCHEMA = 2
+JUDGED = ("eval.", "export.")
+"""Fields of those that decide what a finished run says of itself."""
+NAMES = (
+    "config.json", "env.json", "metrics.jsonl", "log.txt", "tokenizer.model", "artifact.skc", "report.md", "curve.png",
+    "lock", *(f"state/{name}" for name in ("checkpoint.safetensors", "score.ledger", "artifact.ledger")),
+    "state/plugins.ledger", "state/plugins.ledger.plugins",
+)  # fmt: skip
+"""Files that training writes: better that none is a folder at its start than at its end."""
+MAX_TOKENIZER = 16 << 20
+BLOCK = 1 << 16
+"""Bytes that are looked through at a time for the end of the last whole line."""
 
 
-class RunError(ValueError):
-    """A run folder cannot be used: the message names the file and what is wrong with it."""
+@contextmanager
+def hold(path: str | Path) -> Iterator[None]:
+    """Be the one process that writes into a run folder, which is made if there is none, until the block ends.
+
+    The lock ends with its process, whatever ends that; what killed writers left is swept. RunError, with nothing
+    touched, if another process holds it or something else is in the way.
+    """
+    path = Path(path)
+    with ExitStack() as stack:
+        with of_a_run():
+            _refuse_strangers(path)
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone(path))
+            if os.path.lexists(path / "state"):
+                own_folder(path / "state")
+                sweep(path / "state")
+        yield
 
 
-class Checkpoint(NamedTuple):
-    """What state/checkpoint.safetensors holds."""
-
-    step: int
-    """Steps done."""
-    seconds: float
-    """Training time so far."""
-    params: Arrays
-    optimizer: Arrays
-    dtype: str
-    """Compute type that it was trained in."""
-    quantise: bool
-    """Whether forward passes use the stored form of the weights."""
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the one process that writes into a folder that is there, as `hold` does; FileError, RunError."""
+    with append_file(folder / "lock") as file:
+        if not locked(file):
+            raise RunError(f"{folder}: another process writes into it: wait until it ends, or stop it")
+        sweep(folder)
+        yield
 
 
 class Run:
@@ -93,7 +107,7 @@ class Run:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise RunError(f"{path}: is a file, expected a run folder; choose another folder")
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").exists():
             what = "is not a run (it has no config.json)" if path.exists() else "does not exist"
             raise RunError(f"{path}: {what}; make a run with: skc train tiny --out {path}")
         return cls(path, _config(path / "config.json"))
@@ -102,20 +116,33 @@ class Run:
     def create(cls, path: str | Path, config: RunConfig, tokenizer: bytes, data: Any = None) -> "Run":
         """Make the folder of a new run, or open the one that is there if it is the same run, to go on with it.
 
-        RunError if something else is in the way (nothing is deleted), ConfigError if the run there has settings that
-        would give other weights, or other data (`data` says which, as in env.json): the message lists them.
+        RunError if something else is in the way (nothing is deleted) or a record of the run there is damaged,
+        ConfigError if the run there has settings that would give other weights, or other data (`data` says which, as
+        in env.json): the message lists them. Whoever calls this holds the folder.
         """
         path = Path(path)
-        if path.is_dir() and not (path / "config.json").exists() and _strangers(path):
-            raise RunError(f"{path}: exists, is not empty and is not a run; choose another --out")
-        if (path.exists() and not path.is_dir()) or (path / "config.json").exists():
-            run = cls.open(path)
-            _refuse_differences(run, config, tokenizer, data)
-        run = cls(path, config)
-        (path / "state").mkdir(parents=True, exist_ok=True)
-        run._write_json(path / "config.json", to_json(config))
-        replace_file(run.tokenizer_path, tokenizer)
+        _refuse_strangers(path)
+        with of_a_run():
+            if (path / "config.json").exists():
+                run = cls.open(path)
+                _refuse_differences(run, config, tokenizer, data)
+                run.check()
+                if any(line.startswith(JUDGED) for line in differences(run.config, config)):
+                    run.forget()
+            run = cls(path, config)
+            path.mkdir(parents=True, exist_ok=True)
+            own_folder(path / "state")
+            run._write_json(path / "config.json", to_json(config))
+            replace_file(run.tokenizer_path, tokenizer)
         return run
+
+    def check(self) -> None:
+        """Raise RunError for a damaged record, or a folder where a file is written: better now than after the work."""
+        self.metrics()
+        self.environment()
+        for name in NAMES:
+            if (self.path / name).is_dir() and not (self.path / name).is_symlink():
+                raise RunError(f"{self.path / name}: is a folder, expected a file of the run; move it away")
 
     def _write_json(self, path: Path, value: dict[str, Any]) -> None:
         replace_file(path, (json.dumps(value, indent=2) + "\n").encode())
@@ -128,73 +155,92 @@ class Run:
 
     def environment(self) -> dict[str, Any]:
         """Return env.json, or nothing where the run has none."""
-        return _read_json(self.env_path) if self.env_path.exists() else {}
+        return read_environment(self.env_path)
+
+    def tokenizer(self) -> bytes:
+        """Return the tokenizer model; RunError, OSError."""
+        with of_a_run():
+            return read_file(self.tokenizer_path, MAX_TOKENIZER)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl: `step` steps are done and `values` (names of METRICS) were measured."""
         assert values.keys() <= METRICS.keys(), values.keys() - METRICS.keys()
         line = json.dumps({"step": step, **values}, allow_nan=False)
-        if self.metrics_path.exists():
-            _drop_cut_line(self.metrics_path)
-        with naming(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with of_a_run():
+            if self.metrics_path.exists():
+                _drop_cut_line(self.metrics_path)
+            with append_file(self.metrics_path) as file:
+                file.write(f"{line}\n".encode())
         if self.copies is not None:
             self.copies.row(step, values)
 
     def open_log(self) -> TextIO:
         """Open log.txt for more lines."""
-        return io.TextIOWrapper(io.BufferedWriter(_Named(self.log_path, "ab")), encoding="utf-8")
+        with of_a_run():
+            return io.TextIOWrapper(append_file(self.log_path), encoding="utf-8", errors="backslashreplace")
 
     def logged_configs(self) -> set[str]:
         """Return the `config_digest` of every start of the run, out of log.txt."""
-        text = _read_text(self.log_path) if self.log_path.exists() else ""
-        return set(re.findall("configuration sha256 ([0-9a-f]{64})", text))
+        if not self.log_path.exists():
+            return set()
+        with of_a_run():
+            return set(re.findall("configuration sha256 ([0-9a-f]{64})", read_text(self.log_path)))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; one that a kill cut short is left out; RunError names a bad one."""
-        if not self.metrics_path.exists():
-            return []
-        *lines, rest = _read_text(self.metrics_path).split("\n")
-        rows = []
-        for number, line in enumerate(lines, 1):
-            row = _parse(f"{self.metrics_path}:{number}", line)
-            if type(row.get("step")) is not int:
-                raise RunError(f"{self.metrics_path}:{number}: step: expected a whole number, got {row.get('step')!r}")
-            rows.append(row)
-        return rows
+        return read_rows(self.metrics_path)
 
     def last(self, name: str) -> Any:
         """Return the newest value of a metric, or None."""
         return next((row[name] for row in reversed(self.metrics()) if name in row), None)
 
+    def forget(self) -> None:
+        """Drop what metrics.jsonl says of the finished run: it is to be scored anew."""
+        kept = [row for row in self.metrics() if not any(name.startswith("final/") for name in row)]
+        self._write_rows(kept)
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return what metrics.jsonl says of the end that the run came to, and its files.
+
+        None before that, and where the artifact, the report or the checkpoint is not that of the end; RunError where a
+        record is damaged.
+        """
+        found: dict[str, Any] = {}
+        for row in self.metrics():
+            found |= {**row, "final": row["step"]} if "final/artifact" in row else row
+        names = ["final/score", "final/artifact", *(["final/plugins"] if self.config.eval.plugins else [])]
+        files = [self.artifact_path, self.path / "report.md", self.path / "curve.png"]
+        if not all(name in found for name in names) or not all(file.is_file() for file in files):
+            return None
+        saved = self.checkpoint()
+        same = self.artifact_path.stat().st_size == found["final/artifact"]["bytes"]
+        if saved is None or saved.step != found["final"] or not same:
+            return None
+        backend = self.environment().get("backend", "unknown")
+        return {**found, "backend": backend, "files": [str(file) for file in files]}
+
+    def _write_rows(self, rows: list[dict[str, Any]]) -> None:
+        replace_file(self.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
     def save(self, engine: Engine, step: int, seconds: float) -> None:
         """Write the checkpoint of `step` in place of the last one; OSError (a full disk) leaves that one as it was.
 
-        Every `train.keep_every`-th one also gets a name of its own, under which it stays.
+        Every `train.keep_every`-th one is also copied to a name of its own, under which it stays.
         """
-        arrays = {f"param/{name}": value for name, value in engine.params().items()}
-        arrays |= {f"optim/{name}": value for name, value in engine.optimizer().items()}
-        meta = {"dtype": engine.dtype, "quantise": engine.quantise, "schema": SCHEMA, "seconds": seconds, "step": step}
-        state = json.dumps({**meta, "sha256": _digest(arrays)}, separators=(",", ":"), sort_keys=True)
-        if self.metrics_path.exists():
-            _sync(self.metrics_path)  # before the checkpoint: it must not be ahead of what is recorded
-        self.checkpoint_path.parent.mkdir(exist_ok=True)
-        replace_file(self.checkpoint_path, safetensors.numpy.save(arrays, {"skc": state}))
-        self._keep(step)
-        _sync(self.checkpoint_path.parent)
+        with of_a_run():
+            if self.metrics_path.exists():
+                sync_file(self.metrics_path)  # before the checkpoint: it must not be ahead of what is recorded
+            own_folder(self.checkpoint_path.parent)
+            write_checkpoint(self.checkpoint_path, engine, step, seconds)
+            self._keep(step)
+            sync_folder(self.checkpoint_path.parent)
 
     def _keep(self, step: int) -> None:
-        """Give the last checkpoint, which is that of `step`, a name of its own if the run keeps it."""
+        """Copy the last checkpoint, which is that of `step`, to a name of its own if the run keeps it."""
         train, kept = self.config.train, self.kept_path(step)
         if train.keep_every and train.save_every and step % (train.save_every * train.keep_every) == 0:
-            with naming(kept):
-                kept.unlink(missing_ok=True)
-                try:
-                    os.link(self.checkpoint_path, kept)
-                except OSError as error:
-                    if error.errno not in NO_LINKS:
-                        raise
-                    replace_file(kept, self.checkpoint_path.read_bytes())
+            with new_file(kept) as copy, open_file(self.checkpoint_path) as last:
+                shutil.copyfileobj(last, copy, 1 << 20)
 
     def kept_path(self, step: int) -> Path:
         """Return where the checkpoint of `step` is kept, if it is."""
@@ -220,41 +266,10 @@ class Run:
             steps = [*self.kept(), *([saved.step] if saved and saved.step not in self.kept() else [])]
             there = ", ".join(map(str, steps)) or "none yet"
             raise RunError(f"{self.path}: has no checkpoint of step {step}; it has {there}")
-        try:
-            with safetensors.safe_open(path, "numpy") as file:
-                state = _parse(f"{path}: skc", (file.metadata() or {}).get("skc", ""))
-                arrays = {key: _tensor(path, file, key) for key in file.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, OSError) as error:
-            raise RunError(f"{path}: damaged checkpoint ({error}); delete it to train from the start") from error
-        found, seconds = state.get("step"), state.get("seconds", -1.0)
-        if state.get("schema") != SCHEMA or type(found) is not int or not 0 <= found < 2**53:
-            raise RunError(
-                f"{path}: skc: schema {state.get('schema')!r}, step {found!r}: not a checkpoint of this version; "
-                "delete it to train from the start"
-            )
-        if type(state.get("dtype")) is not str:
-            raise RunError(f"{path}: skc: dtype: {state.get('dtype')!r}, expected the name of a type")
-        if type(state.get("quantise")) is not bool:
-            raise RunError(f"{path}: skc: quantise: {state.get('quantise')!r}, expected true or false")
-        if type(seconds) not in (int, float) or not 0 <= seconds < 2.0**1023:  # a float can hold it
-            raise RunError(f"{path}: skc: seconds: {seconds!r}, expected a number from 0 up")
-        sides = {side: {} for side in ("param", "optim")}
-        for key, value in arrays.items():
-            side, _, name = key.partition("/")
-            if side not in sides:
-                raise RunError(f"{path}: {key}: unknown tensor")
-            sides[side][name] = value
-        try:
-            check_arrays(sides["param"], {n: row.shape for n, row in param_table(self.config.model).items()}, str(path))
-            slots = optimizer_slots(self.config.model, self.config.train)
-            check_arrays(sides["optim"], slots, f"{path}: optimizer state")
-        except ValueError as error:
-            raise RunError(str(error)) from error
-        if state.get("sha256") != _digest(arrays):
-            raise RunError(f"{path}: skc: sha256: the tensors are not the ones that were saved; delete it")
-        if step not in (None, found):
-            raise RunError(f"{path}: holds step {found}, not {step}: it was renamed; delete it")
-        return Checkpoint(found, float(seconds), sides["param"], sides["optim"], state["dtype"], state["quantise"])
+        found = read_checkpoint(path, self.config)
+        if step not in (None, found.step):
+            raise RunError(f"{path}: holds step {found.step}, not {step}: it was renamed; delete it")
+        return found
 
     def restore(self, engine: Engine) -> tuple[int, float]:
         """Load the checkpoint into `engine` and return (steps done, training seconds); (0, 0) where there is none.
@@ -279,7 +294,7 @@ class Run:
             if not self.kept_path(step).exists():  # a kill may have come before it got that name
                 self._keep(step)
         kept = [row for row in self.metrics() if row["step"] <= step] if saved else []
-        replace_file(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._write_rows(kept)
         if self.copies is not None:
             self.copies.rows(kept)
         return step, seconds
@@ -331,51 +346,38 @@ def config_digest(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-class _Named(io.FileIO):
-    """A file whose failed writes say which file it is."""
-
-    def write(self, data: Any, /) -> int:
-        """Write as every file does."""
-        with naming(self.name):
-            return super().write(data)
-
-
-def _digest(arrays: Arrays) -> str:
-    """Return the sha256 of all arrays, in the order of their names."""
-    state = hashlib.sha256()
-    for _, value in sorted(arrays.items()):
-        state.update(np.ascontiguousarray(value).data)
-    return state.hexdigest()
-
-
-def _tensor(path: Path, file: Any, key: str) -> np.ndarray:
-    kind = file.get_slice(key).get_dtype()
-    if kind not in ("F32", "F64"):
-        raise RunError(f"{path}: {key}: dtype {kind}, expected F32 or F64")
-    return file.get_tensor(key)
-
-
-def _strangers(path: Path) -> list[str]:
-    """Return what is in a folder, less the temporary file that a kill during `create` leaves."""
-    return [name for name in os.listdir(path) if name not in ("config.json.tmp", "state")]
+def _refuse_strangers(path: Path) -> None:
+    """Raise RunError for a path where something else is than a run, an empty folder, or nothing."""
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path}: is a file, expected a run folder; choose another folder")
+    if path.is_dir() and not (path / "config.json").exists():
+        ours = ("state", "lock")  # what a kill during `create` leaves
+        if any(name not in ours and not TEMPORARY.search(name) for name in os.listdir(path)):
+            raise RunError(f"{path}: exists, is not empty and is not a run; choose another --out")
 
 
 def _drop_cut_line(path: Path) -> None:
     """Cut a file back to its last whole line: a kill or a full disk may have left part of one."""
-    with open(path, "r+b") as file:
-        size = end = file.seek(0, os.SEEK_END)
+    with edit_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > MAX_TEXT:
+            raise FileError(f"{path}: {size:,} bytes, expected at most {MAX_TEXT:,}: it is not read again")
+        end = size
         while end:
-            file.seek(end - 1)
-            if file.read(1) == b"\n":
+            begin = max(0, end - BLOCK)
+            file.seek(begin)
+            place = file.read(end - begin).rfind(b"\n")
+            if place >= 0:
+                end = begin + place + 1
                 break
-            end -= 1
+            end = begin
         if end != size:
             file.truncate(end)
 
 
 def _refuse_differences(run: Run, config: RunConfig, tokenizer: bytes, data: Any) -> None:
     """Raise ConfigError if the run was begun on other data, or has a checkpoint made with other settings."""
-    if run.tokenizer_path.exists() and run.tokenizer_path.read_bytes() != tokenizer:
+    if run.tokenizer_path.exists() and run.tokenizer() != tokenizer:
         raise ConfigError(f"{run.path}: its tokenizer.model is not that of data.path={config.data.path}: choose --out")
     begun = run.environment().get("data")
     if None not in (begun, data) and begun != data:
@@ -399,40 +401,8 @@ def _changes(before: Any, after: dict[str, Any]) -> list[str]:
 
 def _config(path: Path) -> RunConfig:
     try:
-        return from_json(RunConfig, _read_json(path), str(path))
+        return from_json(RunConfig, read_object(path), str(path))
     except ConfigError as error:
         raise RunError(
             f"{error}; the run's settings are damaged" if str(path) not in str(error) else str(error)
         ) from error
-
-
-def _read_text(path: Path) -> str:
-    if path.stat().st_size > MAX_TEXT:
-        raise RunError(f"{path}: over {MAX_TEXT} bytes; this is not a file of a run")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RunError(f"{path}: not UTF-8: {error.reason}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return _parse(str(path), _read_text(path))
-
-
-def _parse(where: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{where}: not JSON ({error}); the file is damaged") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{where}: expected an object, got {type(value).__name__}")
-    return value
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with naming(path):
-            os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -8,12 +8,14 @@ import io
 import os
 import struct
 from array import array
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from core.files import open_input, replace_file
+from core.column import Column
+from core.column import DataError as DataError
+from core.files import append_file, edit_file, open_file, open_input, replace_file
 from core.tokenizer import Tokenizer, token_bytes
 
 MAGIC = 20240520
@@ -23,28 +25,16 @@ ENCODE_BYTES = 1 << 22
 """Text that is encoded at once."""
 
 
-class DataError(ValueError):
-    """Data that cannot be used: the message names the file and the field."""
+def open_shard(path: str, sha256: str | None = None) -> Column:
+    """Return the tokens of an official shard, (count,) uint16 that are read from it when they are asked for.
 
-
-class WrittenSplit(NamedTuple):
-    """What `write_split` wrote and what it skipped."""
-
-    record: dict[str, Any]
-    """The split's entry of the manifest."""
-    left_out: int
-    """Documents that `keep` refused."""
-    empty: int
-    """Documents without a token."""
-
-
-def open_shard(path: str) -> np.ndarray:
-    """Map an official shard and return its tokens ((count,) uint16); DataError names the field that is wrong."""
+    `sha256` is what `verify` holds the file to. DataError names the field that is wrong.
+    """
     with open_input(path) as file:
-        return _map_tokens(path, file)
+        return _tokens(path, file, sha256)
 
 
-def _map_tokens(path: str, file: BinaryIO) -> np.ndarray:
+def _tokens(path: str, file: BinaryIO, sha256: str | None) -> Column:
     header = file.read(HEADER_BYTES)
     size = os.fstat(file.fileno()).st_size
     if len(header) < HEADER_BYTES:
@@ -61,7 +51,7 @@ def _map_tokens(path: str, file: BinaryIO) -> np.ndarray:
     expected = HEADER_BYTES + 2 * count
     if size != expected:
         raise DataError(f"{path}: size: {size} bytes, expected {expected} for {count} tokens; the file is damaged")
-    return np.memmap(file, "<u2", "r", HEADER_BYTES, (count,))
+    return Column(path, file, "<u2", HEADER_BYTES, count, sha256)
 
 
 def write_shard(path: str, tokens: np.ndarray) -> None:
@@ -73,8 +63,8 @@ def write_shard(path: str, tokens: np.ndarray) -> None:
 
 def file_sha256(path: str) -> str:
     """Return the SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType] - it has readinto
 
 
 def shard_record(path: str, count: int) -> dict[str, Any]:
@@ -82,61 +72,51 @@ def shard_record(path: str, count: int) -> dict[str, Any]:
     return {"file": os.path.basename(path), "tokens": count, "size": os.path.getsize(path), "sha256": file_sha256(path)}
 
 
-def write_split(
-    folder: str,
-    name: str,
-    texts: Iterator[str],
-    keep: Callable[[str], bool],
-    tokenizer: Tokenizer,
-    shard_tokens: int,
-    threads: int,
-) -> WrittenSplit:
-    """Tokenise the documents that `keep` accepts into `<name>_%06d.bin`, with their raw bytes in a .npy beside them.
+class SplitWriter:
+    """Documents that are tokenised into `<name>_%06d.bin` in a folder, each BOS and its tokens; nothing is held.
 
-    Each document is BOS and its tokens. DataError if no document is left.
+    Their raw bytes go into a .npy beside the shards.
     """
-    shards = _ShardWriter(folder, name, shard_tokens)
-    lengths = array("q")
-    tokens = table_bytes = unknown = left_out = empty = 0
-    bos = np.array([tokenizer.bos], np.int32)
-    for group in _grouped(texts):
-        filled = [text for text in group if text.strip()]
-        kept = [text for text in filled if keep(text)]
-        empty += len(group) - len(filled)
-        left_out += len(filled) - len(kept)
-        pieces = []
-        for text, ids in zip(kept, tokenizer.encode_batch(kept, threads), strict=True):
-            if not ids.size:
-                empty += 1
-                continue
-            lengths.append(len(text.encode()))
+
+    def __init__(self, folder: str, name: str, tokenizer: Tokenizer, shard_tokens: int) -> None:
+        self._folder, self._name, self._tokenizer = folder, name, tokenizer
+        self._shards = _ShardWriter(folder, name, shard_tokens)
+        self._lengths = array("q")
+        self._tokens = self._table_bytes = self._unknown = 0
+
+    def add(self, texts: Sequence[str], threads: int) -> None:
+        """Tokenise documents, each of which has tokens."""
+        pieces, bos = [], np.array([self._tokenizer.bos], np.int32)
+        for text, ids in zip(texts, self._tokenizer.encode_batch(texts, threads), strict=True):
+            self._lengths.append(len(text.encode()))
             pieces += [bos, ids]
         if pieces:
             stream = np.concatenate(pieces)
-            tokens += stream.size
-            table_bytes += int(token_bytes(tokenizer.table, stream[:-1], stream[1:]).sum(dtype=np.int64))
-            unknown += int(np.count_nonzero(stream == tokenizer.unknown))
-            shards.add(stream.astype("<u2"))
-    files = shards.close()
-    if not files:
-        raise DataError(f"{name}: no document with text is left for this split; give more text")
-    npy = io.BytesIO()
-    np.save(npy, np.array(lengths, "<i8"), allow_pickle=False)
-    replace_file(os.path.join(folder, f"{name}_document_bytes.npy"), npy.getvalue())
-    record = {
-        "files": files,
-        "documents": len(lengths),
-        "tokens": tokens,
-        "raw_bytes": sum(lengths),
-        "table_bytes": table_bytes,
-        "unknown_tokens": unknown,
-        "bytes_per_token": sum(lengths) / tokens,
-        "document_bytes": f"{name}_document_bytes.npy",
-    }
-    return WrittenSplit(record, left_out, empty)
+            self._tokens += stream.size
+            charged = token_bytes(self._tokenizer.table, stream[:-1], stream[1:])
+            self._table_bytes += int(charged.sum(dtype=np.int64))
+            self._unknown += int(np.count_nonzero(stream == self._tokenizer.unknown))
+            self._shards.add(stream.astype("<u2"))
+
+    def close(self) -> dict[str, Any]:
+        """Finish the files and return the split's entry of the manifest, `documents` of which may be 0."""
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(self._lengths, "<i8"), allow_pickle=False)
+        replace_file(os.path.join(self._folder, f"{self._name}_document_bytes.npy"), buffer.getvalue())
+        size = sum(self._lengths)
+        return {
+            "files": self._shards.close(),
+            "documents": len(self._lengths),
+            "tokens": self._tokens,
+            "raw_bytes": size,
+            "table_bytes": self._table_bytes,
+            "unknown_tokens": self._unknown,
+            "bytes_per_token": size / max(self._tokens, 1),
+            "document_bytes": f"{self._name}_document_bytes.npy",
+        }
 
 
-def _grouped(texts: Iterator[str]) -> Iterator[list[str]]:
+def grouped(texts: Iterable[str]) -> Iterator[list[str]]:
     """Yield lists of documents of about ENCODE_BYTES together."""
     group, size = [], 0
     for text in texts:
@@ -165,7 +145,7 @@ class _ShardWriter:
         """Append (count,) uint16 tokens to the stream."""
         while tokens.size:
             piece, tokens = np.split(tokens, [self._limit - self._count])
-            with open(self._path(), "ab") as file:
+            with append_file(self._path()) as file:
                 if self._count == 0:
                     file.write(_header(0))
                 file.write(piece.tobytes())
@@ -184,7 +164,7 @@ class _ShardWriter:
 
     def _finish(self) -> None:
         path = self._path()
-        with open(path, "r+b") as file:
+        with edit_file(path) as file:
             file.write(_header(self._count))
             file.flush()
             os.fsync(file.fileno())

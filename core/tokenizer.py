@@ -3,18 +3,23 @@
 import functools
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 
-from core.files import open_input
+from core.files import open_input, read_bounded
 
 MAX_VOCAB = 65_535
+MAX_MODEL = 1 << 24
+"""Bytes of a .model file."""
 MAX_LINE = 100_000
 """Characters of one training line; SentencePiece drops lines over its `max_sentence_length`, so longer ones are cut."""
 SPACE = "\u2581"
+NORMALISATION = "nmt_nfkc"
+"""What trained tokenizers do to a text first."""
 
 
 class TokenizerError(ValueError):
@@ -38,7 +43,7 @@ class Tokenizer:
     bos: int
     unknown: int
     byte_pieces: bool
-    """All 256 byte pieces are there: no text becomes unknown and the byte table is exact."""
+    """All 256 byte pieces are there: no text becomes unknown."""
 
     def __init__(self, model: bytes, name: str = "tokenizer") -> None:
         try:
@@ -62,9 +67,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":
-        """Read a `.model` file; FileNotFoundError or TokenizerError."""
-        with open_input(path) as file:
-            return cls(file.read(), path)
+        """Read a `.model` file; OSError, FileError or TokenizerError."""
+        with open_input(path, MAX_MODEL) as file:
+            return cls(read_bounded(path, file, MAX_MODEL), path)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the token ids of `text` (int32), without BOS."""
@@ -84,6 +89,34 @@ class Tokenizer:
         if outside.size:
             raise ValueError(f"token id {outside[0]}: expected from 0 to {self.vocab - 1}")
         return self._processor.decode(plain.tolist())
+
+    def identity(self, text: str) -> bytes:
+        """Return bytes that are equal for texts that become the same tokens, and empty for one that becomes none."""
+        if self.byte_pieces:  # tokens spell the normalised text out, which is found ten times faster
+            return self._processor.normalize(text).encode()
+        return self.encode(text).tobytes()
+
+    @functools.cached_property
+    def table_fault(self) -> str | None:
+        """Why bytes by the table are not those of the text that tokens spell; None: they are, whatever the text."""
+        if not self.byte_pieces:
+            return "the tokenizer has no byte pieces: what it does not know would cost nothing"
+        spaced = "\ue000 \ue000"  # no model has a piece for it, nor one of the space and it
+        charged = self._charged(self.encode(spaced))
+        if charged != len(spaced.encode()):
+            return f"the tokenizer has no piece for a space alone: it would cost {charged - 6} bytes"
+        plain = np.flatnonzero(~self.table.boundary & ~np.array(list(map(self._processor.is_byte, range(self.vocab)))))
+        letter = self._processor.piece_to_id("<0x41>")
+        for i, text in zip(plain.tolist(), self._processor.decode([[letter, i] for i in plain.tolist()]), strict=True):
+            charged, own = self._charged([letter, i]) - 1, len(text.encode()) - 1
+            if charged != own:
+                piece = ascii(self._processor.id_to_piece(i))[:40]
+                return f"the tokenizer's piece {piece} would cost {charged} bytes and stands for {own}"
+        return None
+
+    def _charged(self, ids: Sequence[int] | np.ndarray) -> int:
+        stream = np.array([self.bos, *ids])
+        return int(token_bytes(self.table, stream[:-1], stream[1:]).sum())
 
     @functools.cached_property
     def table(self) -> ByteTable:
@@ -109,6 +142,24 @@ def token_bytes(table: ByteTable, previous: np.ndarray, targets: np.ndarray) -> 
     return table.base[targets] + (table.leading[targets] & ~table.boundary[previous])
 
 
+class VocabularyError(TokenizerError):
+    """The text allows no vocabulary of the size that was asked for: `most` is the largest that it allows."""
+
+    def __init__(self, vocab: int, most: int) -> None:
+        super().__init__(f"vocab={vocab}: this text gives at most {most} pieces; use --vocab {most}, or more text")
+        self.most = most
+
+
+@functools.cache
+def _normaliser() -> sentencepiece.SentencePieceNormalizer:
+    return sentencepiece.SentencePieceNormalizer(rule_name=NORMALISATION, remove_extra_whitespaces=True)
+
+
+def trained_identity(text: str) -> bytes:
+    """Return `Tokenizer.identity` of any tokenizer that `train_tokenizer` makes."""
+    return _normaliser().normalize(text).encode()
+
+
 def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
     """Train a BPE model with the official settings and return its bytes; TokenizerError if the text does not allow it.
 
@@ -126,7 +177,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
             character_coverage=0.999,
             byte_fallback=True,
             split_digits=True,
-            normalization_rule_name="nmt_nfkc",
+            normalization_rule_name=NORMALISATION,
             add_dummy_prefix=False,
             pad_id=0,
             bos_id=1,
@@ -137,6 +188,15 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split())
+        if most := re.search(r"too high .*<= (\d+)", reason):
+            raise VocabularyError(vocab, int(most[1])) from error
+        if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", reason):
+            raise TokenizerError(
+                f"vocab={vocab}: the letters of this text and the byte pieces alone are {least[1]} pieces; use a "
+                f"--vocab above {least[1]}"
+            ) from error
+        if "sentences_.empty()" in reason:
+            raise TokenizerError("training a tokenizer: there is no text to train it on") from error
         raise TokenizerError(f"vocab={vocab}: training a tokenizer on this text failed: {reason}") from error
     return model.getvalue()
 

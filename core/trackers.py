@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from core.config import ConfigError, RunConfig, to_json
+from core.files import FileError, new_file, own_folder, read_json
+from core.records import TEXT, Fields, Many, Number, RunError, check_value
 
 Name = Literal["tensorboard", "wandb"]
+STATE = Fields({"id": TEXT, "step": Number("a step", -1, 2**53, whole=True), "names": Many(TEXT)}, {})
+"""What wandb.json holds."""
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
@@ -35,6 +39,7 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         where = folder / "tensorboard"
+        own_folder(where)
         for old in where.glob("events.out.tfevents.*"):
             old.unlink()
         self._writer, self._began, self._seconds = SummaryWriter(str(where), flush_secs=10), time.time(), 0.0
@@ -67,6 +72,7 @@ class WandB:
     def __init__(self, folder: Path, name: str, group: str, config: RunConfig) -> None:
         import wandb
 
+        own_folder(folder / "wandb")
         self._state_path = folder / "wandb.json"
         self._id, self._step, self._names = self._state()
         try:
@@ -84,10 +90,14 @@ class WandB:
         if not self._state_path.exists():
             return uuid.uuid4().hex[:12], -1, set()
         try:
-            value = json.loads(self._state_path.read_text(encoding="utf-8"))
-            return str(value["id"]), int(value["step"]), set(value["names"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{self._state_path}: damaged ({error}); delete it to begin a new W&B run") from error
+            value = read_json(self._state_path)
+        except FileError as error:
+            raise ConfigError(f"{error}; delete it to begin a new W&B run") from error
+        try:
+            check_value(value, STATE, str(self._state_path))
+        except RunError as error:
+            raise ConfigError(f"{error}; or delete it to begin a new W&B run") from error
+        return value["id"], value["step"], set(value["names"])
 
     def row(self, step: int, values: dict[str, Any]) -> None:
         """Send what was not sent by an earlier start: W&B takes no step again, and the same run gives the same."""
@@ -99,9 +109,8 @@ class WandB:
         self._run.log(flat(new), step=step)
         self._names |= new.keys()
         state = {"id": self._id, "step": self._step, "names": sorted(self._names)}
-        temporary = self._state_path.with_suffix(".tmp")  # no fsync, as training waits: at worst a line is sent twice
-        temporary.write_text(json.dumps(state), encoding="utf-8")
-        temporary.replace(self._state_path)
+        with new_file(self._state_path, synced=False) as file:  # training waits: at worst a line is sent twice
+            file.write(json.dumps(state).encode())
 
     def close(self) -> None:
         """Wait until all is written or sent."""

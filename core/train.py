@@ -1,9 +1,12 @@
 """The training loop, on one screen: what happens, in the order in which it happens."""
 
+import contextlib
 import functools
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,14 +17,17 @@ from core.config import ConfigError, RunConfig, TrainConfig
 from core.console import duration
 from core.data import Dataset, Prefetch, batch
 from core.engine import Batch, Engine, Pending
+from core.files import MAX_TEXT
 from core.generate import samples, told
-from core.ranks import Ranks, agree, share
+from core.ranks import Ranks, Stopped, agree, share
 from core.run import Run
 from core.schedule import plan, progress_by_steps
 from core.scoring import score
 from core.scoring.accounting import bits_per_byte, training_bytes
 
 Say = Callable[[str], None]
+MOST_LINES = MAX_TEXT // 400
+"""Log lines of which metrics.jsonl can be read: one has about 300 bytes."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -66,7 +72,7 @@ class Clock:
         """Training time so far."""
         return self._before if self._since is None else self._before + time.perf_counter() - self._since
 
-    @contextmanager
+    @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Do something that is not training."""
         self._before, self._since = self.seconds, None
@@ -76,11 +82,38 @@ class Clock:
             self._since = time.perf_counter()
 
 
+class Leave:
+    """A context in which SIGINT and SIGTERM ask the loop to stop after its step; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Leave":
+        """Listen, if this is the main thread, to the signals that this process does not ignore."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
 def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
     """Train `engine` to the end of `run.config` on `dataset`, from the run's checkpoint if it has one.
 
     Every rank of the engine does this with its rows of each batch; time is rank 0's. NonFiniteError names the first
-    step whose loss or gradients were not finite, ConfigError a run of fewer rows than ranks.
+    step whose loss or gradients were not finite, ConfigError a run of fewer rows than ranks. Stopped comes, after a
+    checkpoint, where SIGINT or SIGTERM asked for it.
     """
     config, settings, ranks = run.config, run.config.train, engine.ranks
     check_rows(settings, ranks)
@@ -92,8 +125,8 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
     feed = prefetch(config, ranks, dataset, step, plan(step, progress_of(step, seconds, settings), settings).seq)
     clock, first = Clock(seconds), step
     ended = time.perf_counter()
-    meter, saved = Meter(run, engine, dataset, clock, say), step
-    try:
+    meter, saved, saved_at = Meter(run, engine, dataset, clock, say), step, time.monotonic()
+    with Leave() as leave, contextlib.closing(feed):
         while not done(step, seconds := agreed(clock, engine, settings), settings):
             progress = progress_of(step, seconds, settings)
             now = plan(step, progress, settings)
@@ -102,7 +135,8 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
             meter.add(step, progress, engine.train_step(feed.get(step, now.seq), now))
             step += 1
             now_due = due(step, settings)
-            if now_due.read:
+            leaving, late = _asked(ranks, leave, now_due, time.monotonic() - saved_at, settings)
+            if now_due.read or leaving:
                 meter.read(step)  # waits for the device: what follows is not training and the clock stands still
             ended = time.perf_counter()
             with clock.paused():
@@ -110,27 +144,58 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
                     _estimate(run, engine, dataset, step, say)
                 if now_due.write and ranks.rank == 0:
                     write_samples(run, engine, dataset, step, say)
-                if now_due.save:
+                if leaving:
+                    say(f"asked to stop: saving step {step} first")
+                if now_due.save or late or leaving:
                     run.save(engine, step, clock.seconds)
-                    saved = step
-    finally:
-        feed.close()
+                    saved, saved_at = step, time.monotonic()
+            if leaving:
+                agree(ranks, None)  # no rank leaves before rank 0 has saved
+                raise Stopped
     if meter.read(step):
         ended = time.perf_counter()
     seconds = clock.seconds
     if agree(ranks, saved != step or not run.checkpoint_path.exists()):
         run.save(engine, step, seconds)
+    if _any(ranks, leave.asked):
+        raise Stopped
     return Summary(step, seconds, ended, step - first)
 
 
+def _asked(ranks: Ranks, leave: Leave, now: Due, since: float, settings: TrainConfig) -> tuple[bool, bool]:
+    """Return whether to stop after this step, and whether a checkpoint is due by rank 0's clock.
+
+    Several ranks tell each other where they wait for the device anyway.
+    """
+    late = now.read and settings.save_minutes is not None and since >= 60 * settings.save_minutes
+    if ranks.world == 1:
+        return leave.asked, late
+    if not now.read:
+        return False, False
+    return _any(ranks, leave.asked), agree(ranks, late)
+
+
+def _any(ranks: Ranks, mine: bool) -> bool:
+    """Return whether it is so on any rank."""
+    return any(row.any() for row in ranks.gather(np.array([mine], np.int64)))
+
+
 def check_rows(settings: TrainConfig, ranks: Ranks) -> None:
-    """Raise ConfigError for a run of fewer rows than ranks."""
+    """Raise ConfigError for a run of fewer rows than ranks, or of more log lines than are read again at its end."""
+    lines = settings.steps // settings.log_every
+    if settings.seconds is None and lines > MOST_LINES:
+        raise ConfigError(
+            f"train.log_every={settings.log_every} gives {lines:,} log lines in train.steps={settings.steps:,}: "
+            f"expected at most {MOST_LINES:,}; raise train.log_every"
+        )
     if settings.batch < ranks.world:
         raise ConfigError(f"train.batch={settings.batch} rows cannot be shared by {ranks.world} ranks: use fewer ranks")
 
 
 def prefetch(config: RunConfig, ranks: Ranks, dataset: Dataset, step: int, seq: int) -> Prefetch:
-    """Start to make this rank's batches from `step` on, in rows of `seq`."""
+    """Start to make this rank's batches from `step` on, in rows of `seq`, of shards that are as they were made."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+        dataset.train.start_verify()
     rows, part = config.train.rows_of, functools.partial(share, ranks=ranks)
     return Prefetch(
         lambda s, seq: batch(dataset.train, s, rows(seq)[0], seq, config.seed, part(rows(seq)[0])), step, seq

@@ -40,8 +40,23 @@ def to_device(backend: str, value: Any, dtype: str) -> Any:
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """Return a backend's array as numpy."""
-    return value.detach().numpy() if hasattr(value, "detach") else np.array(value)
+    """Return a backend's array as numpy, of bfloat16 as float32."""
+    narrow = str(value.dtype).endswith("bfloat16")
+    if hasattr(value, "detach"):
+        return (value.float() if narrow else value).detach().cpu().numpy()
+    if narrow:
+        import mlx.core as mx
+
+        value = value.astype(mx.float32)
+    return np.array(value)
+
+
+def rounded(value: Any, dtype: str) -> Any:
+    """Return a numpy array of floats rounded to bfloat16, ties to even, if that is `dtype`; anything else unchanged."""
+    if dtype != "bfloat16" or not isinstance(value, np.ndarray) or value.dtype.kind != "f":
+        return value
+    bits = value.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def call(backend: str, function: Callable, arguments: tuple, dtype: str) -> list[np.ndarray]:
@@ -120,7 +135,11 @@ def tiny_tokenizer(**options: Any) -> bytes:
         "add_dummy_prefix": False,
     }  # fmt: skip
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES), model_writer=model, model_type="bpe", minloglevel=2, **(made | options)
+        sentence_iterator=iter(options.pop("sentences", LINES)),
+        model_writer=model,
+        model_type="bpe",
+        minloglevel=2,
+        **(made | options),
     )
     return model.getvalue()
 

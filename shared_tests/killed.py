@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import core.files
 from backends.mlx.blas import load_fast_blas
 from core import presets
 from core.bundled import BUNDLED
@@ -19,10 +18,10 @@ from core.config import DataConfig, RunConfig
 from core.data import open_dataset
 from core.engine import EngineOptions, load_engine
 from core.prepare import prepare
-from core.run import Checkpoint, Run
+from core.run import Checkpoint, Run, hold
 from core.train import train
 
-PLACES = ("write", "fsync", "rename", "link")
+PLACES = ("write", "fsync", "rename", "copy")
 """Where a child can kill itself while it saves a checkpoint: in the middle of the write, or just before the others."""
 
 
@@ -87,6 +86,8 @@ def child(backend: str, path: str, data: str, die: str) -> None:
     fix_threads(backend)
     config, dataset = everything(data), open_dataset(data)
     engine = load_engine(backend, config, options=EngineOptions(dtype="float32", compile=False))
+    lock = hold(path)
+    lock.__enter__()  # until the process ends
     run = Run.create(path, config, dataset.tokenizer.model, {"name": dataset.name})
     run.record_environment({"data": {"name": dataset.name}})
     marks, save = os.open(marks_of(run.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT), run.save
@@ -99,7 +100,7 @@ def child(backend: str, path: str, data: str, die: str) -> None:
     setattr(run, "save", marked_save)  # noqa: B010
     if die:
         place, _, count = die.partition(":")
-        arm(place, int(count), f"{run.checkpoint_path}.tmp")
+        arm(place, int(count), str(run.checkpoint_path))
     os.write(marks, b"T")
     train(run, engine, dataset, lambda line: None)
 
@@ -118,9 +119,11 @@ def fix_threads(backend: str) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def arm(place: str, count: int, temporary: str) -> None:
-    """Make this process kill itself the `count`-th time that it comes to `place` of saving by way of `temporary`."""
+def arm(place: str, count: int, target: str) -> None:
+    """Make this process kill itself the `count`-th time that it comes to `place` of saving checkpoint `target`."""
     visits = itertools.count(1)
+    handles: set[int] = set()
+    """Of the fresh files that take the target's place when they are whole."""
 
     def visit() -> None:
         if next(visits) == count:
@@ -140,17 +143,20 @@ def arm(place: str, count: int, temporary: str) -> None:
 
         return call
 
-    def opened(path: Any, *mode: Any) -> Any:
-        return (HalfWritten if path == temporary else open)(path, *mode)
+    opened, wrapped = os.open, os.fdopen
 
-    def is_temporary(handle: int) -> bool:
-        return os.path.exists(temporary) and os.path.samestat(os.fstat(handle), os.stat(temporary))
+    def open_noted(path: Any, flags: int, *mode: int) -> int:
+        fresh = flags & os.O_EXCL and str(path).startswith(f"{target}.")
+        if place == "copy" and flags & os.O_EXCL and "/step-" in str(path):
+            visit()
+        handle = opened(path, flags, *mode)
+        (handles.add if fresh else handles.discard)(handle)
+        return handle
 
+    os.open = open_noted
     if place == "write":
-        setattr(core.files, "open", opened)  # noqa: B010
+        os.fdopen = lambda handle, *mode: (HalfWritten if handle in handles else wrapped)(handle, *mode)
     elif place == "fsync":
-        os.fsync = before(os.fsync, is_temporary)
+        os.fsync = before(os.fsync, lambda handle: handle in handles)
     elif place == "rename":
-        os.replace = before(os.replace, lambda source, target: source == temporary)
-    else:
-        os.link = before(os.link, lambda source, target: True)
+        os.replace = before(os.replace, lambda source, end: str(end) == target)

@@ -116,7 +116,7 @@ def same(ours: Any, theirs: Any) -> bool:
 
 def read_one_shard(path: Path) -> None:
     """Read a shard; its tokens must be all bytes behind its header, as many as it says."""
-    tokens, data = open_shard(str(path)), path.read_bytes()
+    tokens, data = np.asarray(open_shard(str(path))), path.read_bytes()
     assert (
         tokens.size and tokens.dtype == np.dtype("<u2") and tokens.shape == (struct.unpack_from("<i", data, 8)[0],)
     ), "other count"

@@ -10,6 +10,8 @@ import pytest
 from core import bench, presets, schedule
 from core.cli import main
 from core.config import ConfigError, RunConfig
+from core.engine import Batch, EngineOptions, load_engine
+from core.ranks import buckets, updated_by
 from shared_tests.harness import BACKENDS, batches, engine, mini, to_numpy, working_weights
 
 STEPS = {"ablate": [1.0, 10.0, 4.0], "ablate_float": [1.0, 5.0, 8.0]}
@@ -25,7 +27,7 @@ class FakeWorker:
     closed: int
     configs: list[RunConfig]
 
-    def __init__(self, variant: str, config: RunConfig, threads: int):
+    def __init__(self, variant: str, config: RunConfig, threads: int, ranks: int):
         self.preset, self.variant, self.round = config.preset, variant, -1
         FakeWorker.configs.append(config)
 
@@ -39,7 +41,14 @@ class FakeWorker:
             seconds = STEPS[self.preset][self.round] * int(number)
             stats = {"process_bytes": 1e6 * (1 + self.round), "traces": 1.0}
             cpu, peak = seconds / (4 if self.preset == "ablate" else 2), 1e9 * (1 + self.round)
-            return {"seconds": seconds, "cpu": cpu, "steps": int(number), "peak": peak, "stats": stats}
+            return {
+                "seconds": seconds,
+                "cpu": cpu,
+                "steps": int(number),
+                "peak": peak,
+                "peak_size": 1024,
+                "stats": stats,
+            }
         if word == "updates":
             return {"seconds": UPDATES[self.preset][self.round]}
         return {"process_bytes": 9e9, "traces": 2.0}
@@ -192,3 +201,67 @@ def test_an_unknown_preset_to_compare_with_gets_one_line(capsys: pytest.CaptureF
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "skc bench: preset 'abalte' does not exist; did you mean ablate? (see: skc presets)\n"
+
+
+@pytest.mark.pair
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_rank_of_several_does_its_part_and_sends_nothing(backend: str) -> None:
+    config = unusual(1)
+    ranks = bench.rank_of(2, backend)
+    options = EngineOptions(dtype="float32", compile=False)
+    made = load_engine(backend, config, working_weights(config.model, 1.0), options, True, ranks)
+    before, (batch,) = {**made.params(), **made.optimizer()}, batches(config, 1)
+    mine = Batch(batch.tokens[:2], batch.targets[:2], 4)
+    assert made.update_seconds(schedule.plan(0, 0.5, config.train), 1) > 0
+    after = {**made.params(), **made.optimizer()}
+    assert all(after[name].tobytes() == value.tobytes() for name, value in before.items()), "timing changes nothing"
+    assert made.train_step(mine, schedule.plan(0, 0.5, config.train)).result().finite
+    alone, all_ = updated_by(buckets(config, 2), 0)
+    matrices = [name for bucket in buckets(config, 2) if bucket.slots for name in bucket.names]
+    assert 0 < len(alone) < len(matrices)
+    after = made.params()
+    assert {name for name in after if after[name].tobytes() != before[name].tobytes()} == {*alone, *all_}
+
+
+def test_the_verb_times_one_rank_of_two(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "debug", "--train.matrix-rule", "muon", "--ranks", "2", "--variants", "cuda", "--rounds", "1"]
+    assert main([*command, "--seconds", "0.01", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    row = value["rows"][0]
+    assert (value["ranks"], value["batch"], row["peak_size"]) == (2, 2, 1024)
+    assert row["tokens_per_second"] == pytest.approx(2 * 64 / row["ms_per_step"] * 1e3)
+    with pytest.raises(ConfigError, match="ranks=3: expected a divisor of train.batch=4"):
+        bench.run_bench(presets.get("debug").config, ranks=3)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_peak_is_of_a_product_that_fills_the_device(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU 20 in a row between two events: a wait after each would be timed too."""
+    import torch
+
+    made: Any = engine("cuda", mini("debug"), dtype="float32")
+    calls: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("event")
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 40.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "matmul", lambda a, b: calls.append(tuple(a.shape)))
+    monkeypatch.setattr(torch, "randn", lambda shape, device: torch.empty(1).expand(shape))
+    monkeypatch.setattr(made, "_device", torch.device("cuda" if gpu else "cpu"))
+    size, rate = made.matmul_rate()
+    if gpu:
+        assert (size, rate) == (8192, pytest.approx(2 * 8192**3 * 20 / 0.040))
+        assert calls == [(8192, 8192), "event", *[(8192, 8192)] * 20, "event", "wait"]
+    else:
+        assert size == 1024 and calls == [(1024, 1024)] * 6 and rate > 0

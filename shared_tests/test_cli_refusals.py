@@ -86,7 +86,7 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Captu
 
 def test_a_model_that_no_artifact_can_hold_is_not_trained_in_vain(tmp_path: Path, capsys: Capture) -> None:
     out = str(tmp_path / "run")
-    assert "model.layers: 1025; at most 1024" in refuse(
+    assert "model.layers=1025: expected at most 1,024" in refuse(
         capsys, "train", "debug", "--model.layers", "1025", "--out", out
     )
     wide = ("--model.mlp-hidden", "700000", "--out", out)

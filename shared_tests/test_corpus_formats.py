@@ -14,7 +14,7 @@ import zstandard
 
 import core.corpus
 from core.bundled import BUNDLED
-from core.corpus import check_inputs, read_documents
+from core.corpus import find_inputs, read_documents
 from core.data import DataError, open_dataset
 from core.prepare import prepare
 
@@ -104,10 +104,10 @@ BAD: dict[str, tuple[str, Callable[[Path], bytes]]] = {
         "a.parquet", lambda p: plain(p, TEXTS).replace(b"document 250 says", b"document 250 sayz"),
     ),
     "a.parquet: damaged parquet file .*utf-8": ("a.parquet", bad_utf8),
-    'a.parquet: expected one column of strings named "text", got id, body': (
+    "a.parquet: expected one column text or content or raw_content, got id, body: name it by --column": (
         "a.parquet", lambda p: plain(p, TEXTS, name="body"),
     ),
-    'expected one column of strings named "text", got id, text': (
+    "a.parquet: text: expected a column of strings, got int64": (
         "a.parquet", lambda p: plain(p, [1, 2], kind=pyarrow.int64()),
     ),
     "a.parquet: row 3: text: expected a string, got null": ("a.parquet", lambda p: plain(p, ["a", "b", None])),
@@ -136,12 +136,12 @@ def test_a_missing_library_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str, package: str
 ) -> None:
     (tmp_path / name).write_bytes(b"")
-    check_inputs([str(tmp_path / name)])
+    find_inputs([str(tmp_path / name)])
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
         DataError, match=rf"{name}: .* needs {package}, which is not installed; run: pip install .*data"
     ):
-        check_inputs([str(tmp_path / name)])
+        find_inputs([str(tmp_path / name)])
 
 
 def test_a_small_file_of_much_text_is_unpacked_a_piece_at_a_time(tmp_path: Path) -> None:

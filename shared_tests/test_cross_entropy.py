@@ -5,6 +5,7 @@ without arguments it compiles the kernels, and traces a training step that uses 
 Triton reads that variable once, when imported. Budget: 60 s.
 """
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -22,7 +23,6 @@ from shared_tests.test_kernels import environment, found_by, load
 from shared_tests.tolerances import P1_EXACT, P1_FAST, P2_BFLOAT16, relative_rms
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux only")
-OUTPUTS = ("nll", "total", "gradient")
 
 
 class Case(NamedTuple):
@@ -35,10 +35,11 @@ class Case(NamedTuple):
     z: bool = True
     """The logsumexp has a cotangent too, as the z-loss gives it."""
     strided: bool = False
-    """Logits and cotangents are not contiguous."""
+    """Logits, cotangents and bias are not contiguous."""
+    biased: bool = False
 
     def __str__(self) -> str:
-        words = [word for word in ("z", "strided") if getattr(self, word)]
+        words = [word for word in ("z", "strided", "biased") if getattr(self, word)]
         return "-".join([f"{self.rows}x{self.vocab}", f"cap{self.cap}", self.dtype, *words])
 
     def limit(self, output: str) -> float:
@@ -52,15 +53,27 @@ SIZES = itertools.product((1, 3), (1, 2, 7, 1000, 1024, 1025))
 CASES = [Case(rows, vocab, cap) for rows, vocab in SIZES for cap in (None, 30.0)]
 CASES += [Case(2, 8192, cap, dtype) for cap in (None, 15.0) for dtype in ("float32", "bfloat16", "float64")]
 CASES += [Case(3, 2500, 2.5, z=False), Case(3, 1025, dtype="bfloat16"), Case(4, 37, strided=True), Case(0, 5)]
-FAULTY = Case(3, 2500, 2.5)
+# The bias's gradient is summed by programs of 32 rows.
+BIASED = [(1, 1, 30.0), (3, 1025, None), (4, 37, 30.0), (32, 7, 30.0), (33, 7, 30.0), (66, 7, 15.0), (0, 5, 30.0)]
+CASES += [Case(n, v, cap, dtype, biased=True) for n, v, cap in BIASED for dtype in ("float32", "bfloat16")]
+CASES += [Case(3, 1030, 2.5, "float64", biased=True), Case(5, 37, strided=True, biased=True)]
+CASES += [Case(34, 9, z=False, biased=True)]
+FAULTY = Case(5, 1500, 2.5, biased=True)
+"""With programs of 2 rows: interpreted rows take time."""
 FAULTS = {
-    "no slope of the cap": ("(slope * y[1])", "slope"),
-    "the target's logit is not capped": ("hit, _ = capped(", "hit, _ = (lambda x, cap: (x, x))("),
+    "no slope of the cap": ("dx = slope * y[1]", "dx = slope"),
+    "the target's logit is not capped": ("hit, _ = capped(hit, CAP)", "hit += 0"),
+    "the target's logit without its bias": ("hit += tl.load(bias + target, inside, 0.0)", "hit += 0"),
+    "no bias": ("x += tl.load(bias + place, place < V, 0.0)", "x += 0"),
+    "a gradient without the bias": ("shift = tl.load(", "shift = 0 * tl.load("),
+    "the bias's gradient of a program's last row": ("column += dx", "column = dx"),
+    "the bias's gradient of one program": ("d_bias += tl.program_id(0)", "d_bias += 0 * tl.program_id(0)"),
+    "the bias's gradient of the logits' targets alone": ("column += dx", "column += tl.where(slope < 0, dx, 0.0)"),
     "no cotangent of the logsumexp": ("both = ours + tl.load(grad_total + row)", "both = ours"),
-    "no one-hot": ("tl.where(place == target, ours, 0.0)", "0.0"),
+    "no one-hot": ("tl.where(place == tl.load(targets + row), ours, 0.0)", "0.0"),
     "the sum keeps an old maximum": ("mass * tl.exp(top - new)", "mass"),
     "what lies past the vocabulary counts": ('x = tl.where(place < V, x, float("-inf"))', "x = x + 0"),
-    "the gradient's first block only": ("tl.store(out + place, ", "tl.store(out + place % BLOCK, "),
+    "the gradient's first block only": ("tl.store(out + row * V + place, ", "tl.store(out + row * V + place % BLOCK, "),
     "every row is the first": ("row = tl.program_id(0).to(tl.int64)  #", "row = tl.program_id(0).to(tl.int64) * 0  #"),
 }  # fmt: skip
 """Changes of the kernels' source that the comparison must notice."""
@@ -71,6 +84,10 @@ REFUSED = {
     "targets that are not whole": [GOOD[0], ((2, 3), "float32")],
     "no vocabulary": [((2, 3, 0), "float32"), GOOD[1]],
     "no axis": [((), "float32"), ((), "int32")],
+    "a bias of another size": [*GOOD, ((4,), "float32")],
+    "a bias for each row": [*GOOD, ((2, 5), "float32")],
+    "a narrow bias": [((2, 3, 5), "bfloat16"), GOOD[1], ((5,), "bfloat16")],
+    "a bias narrower than the logits": [((2, 3, 5), "float64"), GOOD[1], ((5,), "float32")],
 }
 
 
@@ -82,9 +99,13 @@ def inputs(case: Case) -> Arrays:
     # Half of the logits are beyond the cap's linear part; without a cap they are as hot as one of 30 would let them be.
     logits = rng.normal(0, name, case.rows * case.vocab).reshape(shape) * (case.cap or 10.0)
     held = torch.tensor(logits, dtype=getattr(torch, case.dtype)).double().numpy()
-    targets = np.array([0, case.vocab - 1, case.vocab // 2, 1 % case.vocab], np.int32)[: case.rows]
+    targets = np.resize([0, case.vocab - 1, case.vocab // 2, 1 % case.vocab], case.rows).astype(np.int32)
     grads = [rng.normal(0, f"{name}/{i}", case.rows).astype(np.float32).astype(np.float64) for i in "nz"]
-    return {"logits": held, "targets": targets, "grad_nll": grads[0], "grad_total": grads[1] * case.z}
+    made = {"logits": held, "targets": targets, "grad_nll": grads[0], "grad_total": grads[1] * case.z}
+    if case.biased:
+        bias = rng.normal(0, f"{name}/bias", case.vocab) * (case.cap or 10.0) / 2
+        made["bias"] = bias.astype(np.float32).astype(np.float64)
+    return made
 
 
 def expected(case: Case) -> Arrays:
@@ -94,15 +115,22 @@ def expected(case: Case) -> Arrays:
     from backends.cuda import ops
 
     given = {key: torch.tensor(x) for key, x in inputs(case).items()}
-    logits = given["logits"].requires_grad_()
+    leaves = [given[key].requires_grad_() for key in ("logits", "bias") if key in given]
+    logits = leaves[0] + leaves[1] if case.biased else leaves[0]
     capped = logits if case.cap is None else ops.softcap(logits, case.cap, True)
     nll, total = ops.cross_entropy(capped, given["targets"], True)
-    (grad,) = torch.autograd.grad((nll, total), logits, (given["grad_nll"], given["grad_total"]))
-    return dict(zip(OUTPUTS, (x.detach().numpy() for x in (nll, total, grad)), strict=True))
+    grads = torch.autograd.grad((nll, total), leaves, (given["grad_nll"], given["grad_total"]))
+    return named([nll, total, *grads])
+
+
+def named(outputs: list) -> Arrays:
+    """Return -log p, logsumexp, the logits' gradient and, if there is one, the bias's, by name."""
+    names = ("nll", "total", "gradient", "gradient of the bias")
+    return {name: x.detach().double().cpu().numpy() for name, x in zip(names, outputs, strict=False)}
 
 
 def outcome(module: Any, case: Case, device: str) -> Arrays:
-    """Return nll, logsumexp and the logits' gradient from the kernels on a device."""
+    """Return nll, logsumexp and the gradients from the kernels on a device."""
     import torch
 
     given = {key: torch.tensor(x, device=device) for key, x in inputs(case).items()}
@@ -110,14 +138,15 @@ def outcome(module: Any, case: Case, device: str) -> Arrays:
         getattr(torch, case.dtype), torch.float32
     )  # fmt: skip
     grads = [given[key].to(wide) for key in ("grad_nll", "grad_total")]
+    leaves = [logits, given["bias"].to(wide)] if case.biased else [logits]
     if case.strided:
-        logits = logits.T.contiguous().T
-        grads = [torch.stack([g, g], dim=1)[:, 0] for g in grads]
-    logits.requires_grad_()
-    found = module.cross_entropy(logits, given["targets"], case.cap)
-    (grad,) = torch.autograd.grad(found, logits, grads)
-    assert grad.dtype == logits.dtype and {x.dtype for x in found} == {wide}
-    return dict(zip(OUTPUTS, (x.detach().double().cpu().numpy() for x in (*found, grad)), strict=True))
+        logits = leaves[0] = logits.T.contiguous().T
+        grads, leaves[1:] = ([torch.stack([x, x], dim=1)[:, 0] for x in side] for side in (grads, leaves[1:]))
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    found = module.cross_entropy(leaves[0], given["targets"], case.cap, *leaves[1:])
+    made = torch.autograd.grad(found, leaves, grads)
+    assert made[0].dtype == logits.dtype and {x.dtype for x in (*found, *made[1:])} == {wide}
+    return named([*found, *made])
 
 
 def main(device: str, file: str) -> None:
@@ -130,7 +159,7 @@ def main(device: str, file: str) -> None:
     torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN: what a kernel leaves out is seen
     np.seterr(all="ignore")  # the interpreter computes what lies past the vocabulary, too
     found = {f"{case}/{key}": x for case in CASES for key, x in outcome(kernels, case, device).items()}
-    source = Path(kernels.__file__).read_text()
+    source = Path(kernels.__file__).read_text().replace("BIASED_ROWS = 32", "BIASED_ROWS = 2")
     with tempfile.TemporaryDirectory() as folder:
         for i, (fault, (old, new)) in enumerate(FAULTS.items()):
             assert source.count(old) == 1, f"{fault}: the kernels no longer hold {old!r}"
@@ -142,8 +171,8 @@ def main(device: str, file: str) -> None:
     messages = {}
     for name, given in REFUSED.items():
         try:
-            x, t = (torch.ones(shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in given)
-            kernels.cross_entropy(x, t, 30.0)
+            x, t, *bias = (torch.ones(shape, dtype=getattr(torch, dtype), device=device) for shape, dtype in given)
+            kernels.cross_entropy(x, t, 30.0, *bias)
             messages[name] = "accepted"
         except ValueError as error:
             messages[name] = str(error)
@@ -157,10 +186,12 @@ def compile_and_trace() -> None:
 
     from backends.cuda.kernels import cross_entropy as kernels
 
-    for dtype, cap in (("*bf16", 30.0), ("*fp32", None), ("*fp64", 30.0)):
+    for dtype, cap, biased in (("*bf16", 30.0, True), ("*fp32", None, False), ("*fp64", 30.0, True)):
         for kernel in (kernels.forward_kernel, kernels.backward_kernel):
-            names, fixed = kernel.arg_names, {"CAP": cap, "BLOCK": kernels.BLOCK}
-            types = {"V": "i32", "targets": "*i32", "logits": dtype, "out": dtype} | dict.fromkeys(fixed, "constexpr")
+            fixed = {"CAP": cap, "BIASED": biased, "ROWS": kernels.BIASED_ROWS if biased else 1, "BLOCK": kernels.BLOCK}
+            names, types = kernel.arg_names, {"N": "i32", "V": "i32", "targets": "*i32", "logits": dtype, "out": dtype}
+            fixed = {name: value for name, value in fixed.items() if name in names}
+            types |= dict.fromkeys(fixed, "constexpr")
             wide = "*fp64" if dtype == "*fp64" else "*fp32"
             source = triton.compiler.ASTSource(
                 kernel,
@@ -173,7 +204,7 @@ def compile_and_trace() -> None:
 
 
 def trace() -> str:
-    """Return how many graphs a whole step is, and the kernels, searches for spans and attentions in them.
+    """Return how many graphs a whole step is, and the kernels and attentions in them.
 
     Nothing of it runs: the compiler is given what it would get on a GPU.
     """
@@ -200,8 +231,9 @@ def trace() -> str:
 
     builder.has_triton = torch.utils._triton.has_triton = lambda: True  # pyright: ignore[reportAttributeAccessIssue]
     config = mini("skc_8xh100")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_bias=True))
     made: Any = engine("cuda", config, dtype="float32")
-    ops.cross_entropy = lambda logits, targets, exact, cap=None: cross_entropy(logits, targets, cap)
+    ops.cross_entropy = lambda logits, targets, exact, cap=None, bias=None: cross_entropy(logits, targets, cap, bias)
     ops.scan = lambda decay, drive, start, exact: scan(decay, drive, start)
 
     made._model._attend = attention.CANDIDATES["torch's FlashAttention 2"].make().attend
@@ -209,12 +241,13 @@ def trace() -> str:
     given = (made._trained(made._params, True), made._move(batch.tokens), made._move(batch.targets))
     try:
         step = torch.compile(made._losses, backend=record, dynamic=False, fullgraph=True)
-        step(*given, made._constants(batch.tokens.shape[1]), True, attention.room(batch.tokens, config.model.bos))
+        begins = made._move(attention.spans(batch.tokens, config.model.bos))
+        step(*given, made._constants(batch.tokens.shape[1]), True, begins)
     except Traced:
         pass
     text = "".join(module.code for graph in graphs for module in graph.modules() if hasattr(module, "code"))
-    out = f"{len(graphs)} {text.count('triton_kernel_wrapper_mutation(')} {text.count('torch.searchsorted(')} "
-    return out + str(text.count("_varlen_attn("))
+    found = (text.count(name) for name in ("triton_kernel_wrapper_mutation(", "_varlen_attn("))
+    return " ".join(map(str, (len(graphs), *found)))
 
 
 class Run(NamedTuple):
@@ -286,7 +319,7 @@ def test_the_kernels_compile_for_an_h100_and_into_one_graph() -> None:
         size, shared = map(int, line.split()[-2:])
         assert size > 1000 and shared < 1 << 10, line
     # Five scans (three mixers, the capsules, the bank) and the cross-entropy, each forward and backward.
-    assert traced == "1 12 1 1", "one graph; documents are looked for once, for one layer of attention"
+    assert traced == "1 12 1", "one graph, with one layer of attention"
 
 
 if __name__ == "__main__":

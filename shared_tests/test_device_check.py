@@ -1,161 +1,360 @@
-"""scripts/gpu_check and scripts/mac_check on the CPU: reports, refusals, and that faults fail. Budget: 40 s.
+"""scripts/gpu_check and mac_check on the CPU: limits, kills, what is on the disk, and that faults fail. Budget: 30 s.
 
-Their --mini form runs the code that an accelerator runs; the time goes into the processes that it starts.
+`python -m shared_tests.test_device_check ITEM FOLDER TEMPORARY DEVICE` is one of the items below, `... drive FOLDER` a
+check made of them.
 """
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from core import device_cases, device_check, presets
-from core.bench import BenchError
-from core.config import RunConfig
-from core.device_check import examine, fitting, run
-from shared_tests.harness import module
+from shared_tests.device import records
+from shared_tests.device.child import Child, die_with_the_driver
+from shared_tests.device.driver import Driver
+from shared_tests.device.plan import PLANS, Item
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKS = ("P1 attention, documents, bfloat16, gradients", "P1 scan, float32, gradients", "P2 skc_8xh100: gradients, ",
-          "P1 cross_entropy, softcapped, bfloat16, gradients", "P2 debug: logits, bfloat16", "P4 debug: loss over 3 ",
-          "compiled against eager, debug: loss")  # fmt: skip
+BLOCKED = ("tyro", "brotli", "sqlalchemy", "optuna", "hypothesis", "xdist", "pyarrow", "zstandard", "mlx")
+"""What a bare machine with PyTorch lacks."""
+COMMAND = [sys.executable, "-m", "shared_tests.test_device_check"]
 
 
-def start(name: str, *options: str) -> subprocess.CompletedProcess:
-    """Run a script outside the checkout, as someone without a GPU would."""
-    command = [sys.executable, str(ROOT / "scripts" / name), *options]
-    hidden = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=hidden)
+# Items that measure nothing.
 
 
-@pytest.mark.parametrize("name, options", [("gpu_check", ()), ("mac_check", ("--bench",))])
-def test_a_small_run_checks_everything_and_writes_both_reports(
-    name: str, options: tuple[str, ...], tmp_path: Path
+def quick(child: Child) -> None:
+    child.check("small", 1.0, 2.0)
+    child.figure("runs", 1, "")
+
+
+def beyond(child: Child) -> None:
+    child.check("large", 3.0, 2.0)
+    child.check("not a number", float("nan"), 2.0)
+
+
+def hang(child: Child) -> None:
+    """Start another process, say where both are, and never end."""
+    child.figure("before", 7, "")
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (child.folder / "pids").write_text(f"{os.getpid()} {other.pid}")
+    time.sleep(600)
+
+
+def slow(child: Child) -> None:
+    """Never end, unless told not to begin."""
+    child.figure("before", 7, "")
+    (child.folder / "running").write_text(str(os.getpid()))
+    while not (child.folder / "go").exists():
+        time.sleep(0.02)
+
+
+def crash(child: Child) -> None:
+    with child.part("a model"):
+        raise RuntimeError("no kernel\nimage")
+    child.check("another model", 0.0, 1.0)
+
+
+def vanish(child: Child) -> None:
+    os._exit(9)
+
+
+def compiles(child: Child) -> None:
+    """Wait for a turn that must come after `quick`."""
+    child.turn()
+    runs = records.latest(records.read(child.folder))
+    child.figure("quick had ended", "quick" in runs and records.state(runs["quick"]) == "done", "")
+
+
+def item(name: str, cap: float = 20.0, **more: Any) -> Item:
+    return Item(name, f"test.{name}", cap, **more)
+
+
+PLAN = (
+    item("compiles", prepares=True), item("quick"), item("vanish", prepares=True), item("crash"),
+    item("never", gpu_only=True), item("beyond"),
+)  # fmt: skip
+
+
+def drive(folder: Path, *items: Item, budget: float = 60.0, command: list[str] = COMMAND) -> tuple[int, list[str]]:
+    """Run items and return the exit code and what was said."""
+    said: list[str] = []
+    return Driver("a check", items, command, folder, budget, False, said.append).run(), said
+
+
+def found(folder: Path) -> dict[str, list[records.Line]]:
+    return records.latest(records.read(folder))
+
+
+def gone(pid: int) -> bool:
+    """Return whether a process has ended, within two seconds."""
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+            if Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z":
+                return True
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+# The driver.
+
+
+def test_items_run_in_order_and_the_report_says_what_is_wrong(tmp_path: Path) -> None:
+    code, said = drive(tmp_path, *PLAN)
+    runs, report = found(tmp_path), (tmp_path / "report.md").read_text()
+    assert code == 1 and {name: records.state(run) for name, run in runs.items()} == {
+        "compiles": "done", "quick": "done", "vanish": "failed", "crash": "failed", "never": "skipped",
+        "beyond": "failed",
+    }  # fmt: skip
+    assert next(line["value"] for line in runs["compiles"] if line.get("what") == "quick had ended") == 1.0
+    assert "ended with code 9 before its turn" in report and "| never | needs a GPU |" in report
+    assert "RuntimeError: no kernel image" in report and 'raise RuntimeError("no kernel' in report, "the traceback"
+    assert "**beyond: large**: 3 is beyond 2" in report and "not a number**: not finite is beyond 2" in report
+    assert "| small | 1 | 2 | ok |" in report and "Checks: 4, 2 beyond their limit." in report
+    assert any("    large: 3.0 beyond 2.0" in line for line in said)
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "report.md", "results.jsonl"}
+
+
+def test_an_item_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    began = time.monotonic()
+    code, _ = drive(tmp_path, item("hang", cap=1.5), item("quick"))
+    runs = found(tmp_path)
+    assert code == 1 and time.monotonic() - began < 15
+    assert runs["hang"][-1]["state"] == "capped" and runs["hang"][-1]["text"] == "capped after 1.5 s"
+    assert any(line.get("value") == 7 for line in runs["hang"]), "what it had measured is kept"
+    assert records.state(runs["quick"]) == "done"
+    assert all(gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+
+
+def test_what_no_longer_fits_the_budget_is_not_started(tmp_path: Path) -> None:
+    code, said = drive(tmp_path, item("quick", cap=5), item("beyond", cap=100), budget=20)
+    assert code == 1 and "beyond" not in found(tmp_path) and said[-1].startswith("not started, ")
+    code, said = drive(tmp_path, item("quick", cap=5), item("crash", cap=5), budget=20)
+    assert said[0].startswith("1 items have a result"), "a second call skips what has one"
+
+
+def test_a_model_that_crashes_is_said_at_once_and_ends_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = start(name, "--mini", "--out", str(tmp_path), *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-    text, found = (tmp_path / "report.md").read_text(), json.loads((tmp_path / "report.json").read_text())
-    assert text in done.stdout and found["ok"] and f"`scripts/{name} --mini" in text
-    names = [check["name"] for check in found["checks"]]
-    for wanted in CHECKS:
-        assert any(check.startswith(wanted) for check in names), (wanted, names)
-        assert f"| {wanted}" in text
-    assert any(check["gap"] > 0 for check in found["checks"]) and all(c["limit"] > 0 for c in found["checks"])
-    if name == "gpu_check":
-        assert set(found["forms"]) == {"isolated", "packed"} and found["forms"]["packed"]["cuDNN"] == "no CUDA device"
-        assert [speed["report"]["preset"] for speed in found["speeds"]] == ["baseline"]
-        assert "| baseline | 4 | " in text and "* baseline: compile: off (eager); attention: torch" in text
+    monkeypatch.setattr("shared_tests.device.driver.AFTER_A_CRASH", 0.0)
+    command = [*COMMAND[:-1], "shared_tests.test_device_check", "as", "crash"]
+    code, said = drive(tmp_path, item("smoke"), item("quick"), command=command)
+    assert code == 1 and "quick" not in found(tmp_path)
+    assert any('raise RuntimeError("no kernel' in line for line in said)
 
 
-@pytest.mark.parametrize("name, word", [("gpu_check", "CUDA device"), ("mac_check", "GPU with Metal")])
-def test_without_an_accelerator_it_is_one_line_and_exit_2(name: str, word: str, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends the children of a killed process")
+def test_a_killed_check_goes_on_where_it_was(tmp_path: Path) -> None:
+    command = [*COMMAND, "drive", str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "running").exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    assert gone(int((tmp_path / "running").read_text())), "nothing may hold the device"
+    assert records.state(found(tmp_path)["quick"]) == "done" and "slow" in (tmp_path / "report.md").read_text()
+    with (tmp_path / records.FILE).open("ab") as file:
+        file.write(b'{"item": "slow", "what": "cut of')
+    (tmp_path / "go").touch()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "1 items have a result" in done.stdout
+    lines = records.read(tmp_path)
+    assert sum(line.get("what") == "runs" for line in lines) == 1, "what has a result was not run again"
+    assert sum(line.get("what") == "before" for line in lines) == 2 and len(found(tmp_path)["slow"]) == 3
+
+
+def test_a_line_is_on_the_disk_when_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    records.append(tmp_path, {"item": "a", "value": float("inf")})
+    assert synced == [(tmp_path / records.FILE).stat().st_size]
+    assert json.loads((tmp_path / records.FILE).read_text()) == {"item": "a", "value": None}
+
+
+def test_what_was_compiled_comes_back_within_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared_tests.device.driver.MOST", (1 << 16) + 5000)
+    (tmp_path / "temporary").mkdir()
+    driver = Driver("a check", (), COMMAND, tmp_path / "out", 1.0, False, print)
+    driver.temporary = tmp_path / "temporary"
+    for name, size in (("small", 1000), ("large", 9000)):
+        (driver.temporary / f"{name}.compiled").write_bytes(os.urandom(size))
+    kept = (driver.temporary / "small.compiled").read_bytes()
+    driver._pack()
+    (driver.temporary / "small.compiled").unlink()
+    (driver.temporary / "large.compiled").unlink()
+    driver._unpack()
+    assert (driver.temporary / "small.compiled").read_bytes() == kept
+    assert not (driver.temporary / "large.compiled").exists(), "what does not fit is left out"
+
+
+def test_plans_fit_their_rules() -> None:
+    for plan in PLANS.values():
+        names = [part.name for part in plan]
+        assert len(set(names)) == len(names) and names[0] == "environment"
+        for part in plan:
+            assert set(part.after) <= set(names[: names.index(part.name)]), "what it waits for comes before it"
+            file, function = part.call.split(".")
+            assert f"def {function}(child: Child" in (ROOT / "shared_tests" / "device" / f"{file}.py").read_text()
+    assert all(part.cap <= 80 for part in PLANS["cuda"]) and sum(part.cap for part in PLANS["cuda"][:8]) <= 480
+
+
+# Interpreters.
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a Python without packages."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    return folder / "bin" / "python"
+
+
+def test_a_python_that_lacks_packages_finds_one_that_has_them(bare: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from shared_tests.device import interpreter; from pathlib import Path\n"
+        "interpreter.ROOT, interpreter.ENVIRONMENTS = Path(sys.argv[1]), ('.venv',)\n"
+        "interpreter.use(('numpy', 'torch'), 'torch'); import torch"
+    )
+    script = tmp_path / "gpu_check"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}; print(torch.__name__)\n")
+    done = subprocess.run([str(bare), str(script), str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert f"gpu_check needs Python 3.11 with numpy, torch: {bare} lacks numpy, torch; " in done.stderr
+    assert f"{tmp_path}/.venv/bin/python is not there: pip install -c constraints.txt -e '.[torch]'" in done.stderr
+    other = tmp_path / ".venv" / "bin" / "python"
+    other.parent.mkdir(parents=True)
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    other.chmod(0o755)
+    done = subprocess.run([str(bare), str(script), str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "torch\n", "")
+
+
+@pytest.mark.parametrize("name, device", [("gpu_check", "CUDA device"), ("mac_check", "GPU that MLX knows")])
+def test_without_an_accelerator_it_is_one_line_and_exit_2(name: str, device: str, tmp_path: Path) -> None:
     if sys.platform == "darwin" and name == "mac_check":
         pytest.skip("here is one")
-    done = start(name, "--out", str(tmp_path / "out"))
-    assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "out").exists()
-    assert done.stderr == f"there is no {word} here: nothing was checked (--mini tries the script on the CPU)\n"
+    command = [sys.executable, str(ROOT / "scripts" / name), "--only", "environment", "--out", str(tmp_path)]
+    hidden = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=hidden)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"there is no {device} here: nothing was checked (--device cpu tries the script without)\n"
 
 
-@pytest.fixture
-def ops_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes processes and engines, and a GPU: these tests are about the report."""
+# What a bare machine has.
+
+
+def test_items_need_nothing_that_a_bare_machine_lacks(tmp_path: Path) -> None:
+    """A process that cannot import it runs real items, and imports the file of every other one."""
+    files = [path.stem for path in (ROOT / "shared_tests" / "device").glob("*.py") if path.stem != "__init__"]
+    items = ("quantiser", "speed baseline, 32 rows")
+    (tmp_path / f"{items[1]}.go").touch()
+    program = [
+        f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))",
+        *(f"import shared_tests.{n}" for n in ("test_kernels", "test_cross_entropy", *(f"device.{f}" for f in files))),
+        "main = shared_tests.device.child.main",
+        f"sys.exit(sum(main('cuda', name, {str(tmp_path)!r}, {str(tmp_path)!r}, 'cpu') for name in {items!r}))",
+    ]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", "\n".join(program)], capture_output=True, text=True, env=hidden)
+    assert done.returncode == 0, done.stderr
+    runs = found(tmp_path)
+    assert sum("ok" in line for line in runs[items[0]]) == 13 and (tmp_path / "profiles.txt").stat().st_size > 500
+    assert any(line.get("what") == "update alone" and line["value"] > 0 for line in runs[items[1]])
+
+
+# What is measured.
+
+
+def measured(call: Callable[[Child], Any], folder: Path) -> list[records.Line]:
+    """Return the lines of an item that runs in this process."""
+    call(Child("cuda", item("measured"), folder, folder, False))
+    return records.read(folder)
+
+
+@pytest.mark.parametrize("fault", ["", "softcap", "relu2", "scan", "muon"])
+def test_a_fault_in_an_op_fails_its_checks_only(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from backends.cuda import ops, optim
+    from shared_tests.device import parity
+
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(device_check, "levels", lambda *given: iter(()))
-    monkeypatch.setattr(device_check, "compiled", lambda *given: iter(()))
+    kept = ("softcap", "relu2", "scan")
+    monkeypatch.setattr(parity, "OPS", kept)
+    right, relu2, scan, muon = ops.softcap, ops.relu2, ops.recurrence.scan, optim.newton_schulz
+    wrong: dict[str, tuple[Any, str, Any]] = {
+        "softcap": (ops, "softcap", lambda x, cap, exact: right(x, cap if exact else 1.0001 * cap, exact)),
+        "relu2": (ops, "relu2", lambda x, exact: relu2(x if exact else 2 * x.detach() - x, exact)),
+        "scan": (ops.recurrence, "scan", lambda decay, drive, start: scan(decay, drive, 0 * start)),
+        "muon": (optim, "newton_schulz", lambda x, *more: 1.001 * muon(x, *more)),
+    }
+    if fault:
+        monkeypatch.setattr(*wrong[fault])
+    lines = measured(parity.ops, tmp_path)
+    failed = {line["what"].split(", 20")[0] for line in lines if line.get("ok") is False}
+    assert failed == {
+        "": set(), "softcap": {f"P1 softcap, float32, {what}" for what in ("outputs", "gradients")},
+        "relu2": {f"P1 relu2, {dtype}, gradients" for dtype in ("float32", "bfloat16")},
+        "scan": {f"P1 scan, float32, {what}" for what in ("outputs", "gradients")},
+        "muon": {f"P3 Muon, {name}" for name in ("plain", "rows", "rms")},
+    }[fault]  # fmt: skip
+    assert sum("ok" in line for line in lines) == 2 * len(kept) + 2 + 4 and not any("error" in line for line in lines)
 
 
-def failed(backend: str) -> list[str]:
-    found = examine(backend, "test", mini=True, benched=(), say=lambda line: None)
-    assert found is not None and found.ok == all(check.ok for check in found.checks)
-    return [check.name for check in found.checks if not check.ok]
+def test_a_model_that_computes_something_else_fails(tmp_path: Path) -> None:
+    from shared_tests.device import parity
+
+    theirs = {f"debug/{key}": value for key, value in parity.sample("debug", 2).items()}
+    child = Child("cuda", item("measured"), tmp_path, tmp_path, False)
+    parity._model(child, "debug", theirs)
+    theirs["debug/logits"] = 1.03 * theirs["debug/logits"]
+    theirs["debug/gradients vector"] = 1.00001 * theirs["debug/gradients vector"]
+    honest = len(records.read(tmp_path))
+    parity._model(child, "debug", theirs)
+    lines = records.read(tmp_path)
+    assert honest == 6 and all(line["ok"] for line in lines[:6])
+    assert [line["what"][:18] for line in lines[6:] if not line["ok"]] == [
+        "P2 debug: gradient", "P2 debug: logits (", "P2 debug: logits, ",
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["cuda", "mlx"])
-def test_a_fault_in_an_op_fails_its_checks_only(backend: str, ops_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert failed(backend) == []
-    ops = module(backend, "ops")
-    right, scan = ops.softcap, ops.recurrence.scan
-    monkeypatch.setattr(ops, "softcap", lambda x, cap, exact: right(x, cap if exact else 1.0001 * cap, exact))
-    outputs = [f"P1 {name}, float32, outputs" for name in ("softcap", "cross_entropy, softcapped")]
-    assert set(outputs) <= set(found := failed(backend)) and all("soft" in name for name in found)
-    monkeypatch.setattr(ops, "softcap", right)
-    relu2, still = ops.relu2, (lambda x: x.detach()) if backend == "cuda" else ops.mx.stop_gradient
-    monkeypatch.setattr(ops, "relu2", lambda x, exact: relu2(x if exact else 2 * still(x) - x, exact))
-    assert failed(backend) == [f"P1 relu2, {dtype}, gradients" for dtype in ("float32", "bfloat16")]
-    monkeypatch.setattr(ops, "relu2", relu2)
-    monkeypatch.setattr(ops.recurrence, "scan", lambda decay, drive, start: scan(decay, drive, 0 * start))
-    assert failed(backend) == ["P1 scan, float32, outputs", "P1 scan, float32, gradients"]
+def test_bits_are_counted() -> None:
+    import torch
+
+    from shared_tests.device.quantiser import different
+
+    a = torch.tensor([0.0, 1.0, 2.0, float("nan")])
+    assert different(a, a) == 0 and different(a, torch.tensor([-0.0, 1.0, 2.0000002, float("nan")])) == 2
 
 
-def test_what_cannot_be_run_is_a_failed_check_and_the_others_are_made(
-    ops_only: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    def broken(*given: Any) -> Any:
-        raise RuntimeError("no kernel image\nfor this device")
+def test_the_plain_model_is_the_baseline() -> None:
+    import torch
 
-    monkeypatch.setattr(module("cuda", "ops").recurrence, "scan", broken)
-    monkeypatch.setattr(device_check, "levels", device_cases.levels)
-    monkeypatch.setattr(
-        device_cases.subprocess,
-        "run",
-        lambda *given, **options: subprocess.CompletedProcess([], 1, "", "x\nout of memory"),
-    )
-    monkeypatch.setattr(device_check, "run_bench", lambda *given, **options: broken_bench())
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--mini", "--out", str(tmp_path)])
-    assert run("cuda", "CUDA device", None) == 1
-    found = json.loads((tmp_path / "report.json").read_text())
-    bad = {check["name"]: check["gap"] for check in found["checks"] if check["gap"] is None}
-    assert len(bad) == 3 and len(found["checks"]) > 40 and not found["ok"]
-    assert "P1 scan, float32: RuntimeError: no kernel image for this device" in bad
-    assert any(name.startswith("P2, P4: RuntimeError") and "out of memory" in name for name in bad)
-    assert "timing baseline: bench: the process ended" in bad
-    assert "**BEYOND**" in capsys.readouterr().out
+    from core import presets
+    from shared_tests.device.plain import Plain
+
+    preset = presets.get("baseline")
+    with torch.device("meta"):
+        made = Plain(preset.config.model, 8, torch.bfloat16)
+    assert sum(p.numel() for p in made.parameters()) == preset.params
 
 
-def of_eight_rows() -> RunConfig:
-    """Return a run of 512 rows a step, 8 a micro-batch."""
-    config = presets.get("baseline").config
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch=512, micro_batch=8))
-
-
-def broken_bench() -> None:
-    """Fail as a benchmark whose worker died."""
-    raise BenchError("bench: the process ended")
-
-
-def test_the_micro_batch_is_fitted_to_the_memory() -> None:
-    config = of_eight_rows()
-    gib = 2.0**30
-    assert fitting(config, 10 * gib, 80 * gib) == 32, "0.8 of 80 GiB hold 51 rows of 1.25 GiB"
-    assert fitting(config, 4 * gib, 140 * gib) == 64, "never above 64"
-    assert fitting(config, 100 * gib, 80 * gib) == 4
-    odd = dataclasses.replace(config, train=dataclasses.replace(config.train, batch=24))
-    assert fitting(odd, 10 * gib, 80 * gib) == 8, "it divides the batch"
-
-
-def test_two_sizes_are_timed_and_one_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, said = [], []
-
-    def bench(config: Any, **options: Any) -> Any:
-        asked.append(config.train.rows)
-        if config.train.rows > 8:
-            raise BenchError("bench: the process ended")
-        row = dataclasses.make_dataclass("Row", ["peak_bytes"])(1e9)
-        return dataclasses.make_dataclass("Report", ["rows", "preset"])((row,), config.preset)
-
-    monkeypatch.setattr(device_check, "run_bench", bench)
-    device = {"name": "NVIDIA H200", "memory": 150e9}
-    found = device_check._speeds("cuda", of_eight_rows(), device, 1e15, False, said.append)
-    assert asked == [8, 64] and [(s.micro_batch, s.published) for s in found] == [(8, 989e12)]
-    assert said[-1] == "micro-batches of 64 rows do not fit: bench: the process ended"
-
-
-def test_samples_are_the_same_on_both_backends() -> None:
-    ours, theirs = (device_cases.sample(backend, "float32", ["debug"], 3) for backend in ("mlx", "cuda"))
-    assert ours.keys() == theirs.keys() and "debug/curve" in ours
-    assert all(np.allclose(ours[key], theirs[key], atol=1e-4) for key in ours)
+if __name__ == "__main__":
+    die_with_the_driver()
+    if sys.argv[1] == "drive":
+        plan = (item("quick"), item("slow"))
+        sys.exit(Driver("a check", plan, COMMAND, Path(sys.argv[2]), 60.0, False, print).run())
+    work, arguments = sys.argv[1], sys.argv[1:]
+    if work == "as":  # another item's work under a name
+        work, arguments = sys.argv[2], sys.argv[3:]
+    made = Child("cuda", item(arguments[0]), Path(arguments[1]), Path(arguments[2]), False)
+    globals()[work](made)
+    sys.exit(any(True for _ in records.bad(found(made.folder)[made.item.name])))

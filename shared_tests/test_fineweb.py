@@ -1,6 +1,5 @@
 """Published shards: fetched once, checked, resumed, never mixed; what is odd is refused in a line. Budget: 12 s."""
 
-import fcntl
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ import core.listing
 from core import published
 from core.cli import main
 from core.data import DataError, open_dataset
+from core.files import append_file, locked
 from core.fineweb import fetch_fineweb, notes
 from core.hub import Folder, Hub
 from core.listing import read_listing
@@ -47,7 +47,7 @@ def check_whole(out: str, train: int = 3) -> dict[str, Any]:
     text = np.concatenate([tokens(100 * (i + 1)) for i in range(train)])
     np.testing.assert_array_equal(dataset.train.read(0, len(dataset.train)), text)
     assert {file.name for file in Path(out).iterdir()} == {*ALL[: 2 + train], "manifest.json"}
-    assert not list(Path(out).parent.glob(".*"))
+    assert not list(Path(out).parent.glob(".*")) and not list(Path(out).glob(".*"))
     return dataset.manifest
 
 
@@ -120,7 +120,7 @@ def test_a_broken_download_goes_on(tmp_path: Path, meddle: Any, error: type[Base
     source = Watched(folder, {TRAIN[1]: meddle})
     with pytest.raises(error, match=what):
         fetch_fineweb(source, out)
-    assert fetched(source) == ALL[:4] and not Path(out).exists()
+    assert fetched(source) == ALL[:4] and not Path(out, "manifest.json").exists()
     source = Watched(folder)
     fetch_fineweb(source, out)
     assert fetched(source) == TRAIN[1:]
@@ -145,34 +145,41 @@ fetch_fineweb(Watched(sys.argv[1], {sys.argv[3]: die}), sys.argv[2], progress=at
 def test_a_killed_download_goes_on(tmp_path: Path, where: str, left: list[str]) -> None:
     folder, out = layout(tmp_path / "hub"), tmp_path / "out"
     killed = subprocess.run([sys.executable, "-c", KILLED, folder, str(out), where], cwd=ROOT)
-    assert killed.returncode == -signal.SIGKILL and not out.exists()
+    assert killed.returncode == -signal.SIGKILL and not (out / "manifest.json").exists()
     source = Watched(folder)
     fetch_fineweb(source, str(out))
     assert fetched(source) == left
     check_whole(str(out))
 
 
-@pytest.mark.parametrize("nth", [1, 2])
-def test_a_kill_between_the_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
-    """The first takes the smaller folder away, the second puts the larger one in its place."""
-    folder, out, calls = layout(tmp_path / "hub"), tmp_path / "out", []
-    fetch_fineweb(Folder(folder), str(out), train_shards=1)
-    rename = os.rename
+@pytest.mark.parametrize("nth", [2, 3, 8])
+def test_a_kill_while_a_folder_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    """At the first shard, at what notes it, at the manifest: the smaller text stays good until then."""
+    folder, out, calls, move = layout(tmp_path / "hub"), tmp_path / "out", [], os.replace
+    before = fetch_fineweb(Folder(folder), str(out), train_shards=1)
 
     def killed(*paths: str) -> None:
         calls.append(paths)
         if len(calls) == nth:
             raise KeyboardInterrupt
-        rename(*paths)
+        move(*paths)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, "rename", killed)
+        patch.setattr(os, "replace", killed)
         fetch_fineweb(Folder(folder), str(out))
-    assert out.exists() == (nth == 1)
+    assert open_dataset(str(out)).manifest == before
+    open_dataset(str(out)).train.verify()
     source = Watched(folder)
     fetch_fineweb(source, str(out))
-    assert fetched(source) == []
     check_whole(str(out))
+
+
+def test_a_link_to_a_larger_disk(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    fetch_fineweb(Folder(layout(tmp_path / "hub")), str(tmp_path / "out"))
+    check_whole(str(tmp_path / "disk"))
+    assert (tmp_path / "out").is_symlink()
 
 
 @pytest.mark.parametrize("spoil", [cut, flip, Path.unlink])
@@ -186,7 +193,7 @@ def test_damage_is_found_and_fetched_again(tmp_path: Path, spoil: Callable[[Path
     check_whole(str(out))
     with pytest.raises(DataError):
         fetch_fineweb(Watched(folder, {TRAIN[0]: cut}), str(tmp_path / "new"))
-    spoil(tmp_path / ".new.fineweb.part" / "fineweb_val_000000.bin")
+    spoil(tmp_path / "new" / "fineweb_val_000000.bin")
     source = Watched(folder)
     fetch_fineweb(source, str(tmp_path / "new"))
     assert fetched(source) == ALL[1:]
@@ -286,7 +293,7 @@ def test_other_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     refused("nowhere: no such folder", lambda: Folder(str(tmp_path / "nowhere")))
     for bad in ("{", "[" * 200_000, "\udc80"):
         top.write_bytes(bad.encode(errors="surrogateescape"))
-        refused("manifest.json: not JSON", lambda: fetch_fineweb(source, out))
+        refused("manifest.json: not (JSON|UTF-8)", lambda: fetch_fineweb(source, out))
     layout(tmp_path / "hub")
     with monkeypatch.context() as patch:
         patch.setattr(core.listing, "MAX_MANIFEST", 10)
@@ -310,16 +317,17 @@ def test_other_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_one_download_at_a_time(tmp_path: Path) -> None:
-    folder, staging = layout(tmp_path / "hub"), tmp_path / ".out.fineweb.part"
-    staging.mkdir()
-    held = os.open(staging, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    refused("another download is writing to it", lambda: fetch_fineweb(Folder(folder), str(tmp_path / "out")))
-    os.close(held)
+    folder, part = layout(tmp_path / "hub"), tmp_path / "out" / ".part"
+    part.mkdir(parents=True)
+    with append_file(part / "lock") as held:
+        assert locked(held)
+        refused("another download is writing to it", lambda: fetch_fineweb(Folder(folder), str(tmp_path / "out")))
+    for text in ('{"origin": {}, "files": [1]}', '{"origin": {}, "files": {"../x": {"size": 1, "sha256": ""}}}', "{"):
+        (tmp_path / "out" / "source.json").write_text(text)
+        refused("source.json: damaged; delete", lambda: fetch_fineweb(Folder(folder), str(tmp_path / "out")))
+    (tmp_path / "out" / "source.json").unlink()
     fetch_fineweb(Folder(folder), str(tmp_path / "out"))
-    (tmp_path / ".out.fineweb.part").mkdir()
-    (tmp_path / ".out.fineweb.part" / "source.json").write_text('{"origin": {}, "files": [1]}')
-    refused("source.json: damaged; delete", lambda: fetch_fineweb(Folder(folder), str(tmp_path / "out")))
+    check_whole(str(tmp_path / "out"))
 
 
 SOUND = (1024, 50_000, 62_021_846, 151_079_000)

@@ -20,7 +20,7 @@ from core.cli import main
 from core.config import RunConfig
 from core.console import Console
 from core.data import Dataset
-from core.engine import Arrays, Batch, StepResult
+from core.engine import Arrays, Batch, Scoring, StepResult
 from core.finish import finish
 from core.forecast import Forecast, Kind, forecast
 from core.params import optimizer_slots, start_values
@@ -74,6 +74,7 @@ class FakeEngine:
         slots = optimizer_slots(config.model, config.train)
         self.state = {name: np.zeros(shape, np.float32) for name, shape in slots.items()}
         self.passes = self.steps = 0
+        self.scoring = Scoring(ahead=32 if device.ahead else 1)
 
     def train_step(self, batch: Batch, now: StepPlan) -> Any:
         assert batch.tokens.shape == (self.config.train.rows_of(now.seq)[0], now.seq)
@@ -90,6 +91,16 @@ class FakeEngine:
         self.passes += 1
         self.clock.now += PASS
         return np.ones(tokens.shape)
+
+    def nll_later(self, tokens: np.ndarray, targets: np.ndarray, often: bool) -> Any:
+        self.passes += 1
+        self.clock.free = done = max(self.clock.free, self.clock.now) + PASS
+
+        def wait() -> np.ndarray:
+            self.clock.wait(done)
+            return np.ones(tokens.shape)
+
+        return wait
 
     def start(self, rows: int) -> None:
         return None

@@ -4,6 +4,7 @@ FlashAttention is emulated by a small variable-length attention in a module of i
 On a GPU every form that is there is held to ours. Budget: 20 s.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import sys
@@ -14,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from backends.cuda import attention, ops
+from backends.cuda import attention
 from backends.cuda.staging import SLOTS, Staging
-from core import rng, schedule
+from core import generate, rng, schedule
 from core.checks import ConfigError
 from core.train import Meter
 from shared_tests.harness import EVERYTHING, batches, engine, mini, tokens, working_weights
-from shared_tests.tolerances import P1_FAST, P2_BFLOAT16, P2_FLOAT64, relative_rms
+from shared_tests.tolerances import P1_FAST, P2_BFLOAT16, P2_FLOAT32, P2_FLOAT64, relative_rms
 
 BOS = 1
 HOPPER, AMPERE, OLD = (9, 0), (8, 0), (7, 5)
@@ -54,25 +55,23 @@ def begins(made: np.ndarray, most: int) -> np.ndarray:
     return np.array(flat + [made.size] * (most + 1 - len(flat)), np.int32)
 
 
-def without_rows(documents: torch.Tensor, most: int) -> torch.Tensor:
+def without_rows(made: np.ndarray, most: int) -> np.ndarray:
     """A faulty `spans`: a row that goes on in the middle of a document is joined to the row before."""
-    flat = documents.reshape(-1)
-    places = torch.nonzero(torch.cat([torch.ones(1, dtype=torch.bool), flat[1:] != flat[:-1]])).reshape(-1)
-    return torch.cat([places, torch.full((most + 1,), flat.numel())])[: most + 1]
+    places = np.flatnonzero(made.reshape(-1) == BOS)
+    return np.concatenate([places, np.full(most + 1, made.size)])[: most + 1]
 
 
 @pytest.mark.parametrize("most", [48, 60])
 @pytest.mark.parametrize("kind", KINDS)
 def test_spans_begin_where_documents_and_rows_do(kind: str, most: int) -> None:
     made = rows_of_tokens(kind)
-    found = attention.spans(ops.document_ids(torch.tensor(made), BOS), most)
-    assert found.dtype == torch.int32 and np.array_equal(found.numpy(), begins(made, most))
+    found = attention.spans(made, BOS, most)
+    assert found.dtype == np.int32 and np.array_equal(found, begins(made, min(most, made.size)))
 
 
 def test_spans_that_join_rows_would_be_seen() -> None:
     made = rows_of_tokens("none")
-    found = without_rows(ops.document_ids(torch.tensor(made), BOS), 48)
-    assert not np.array_equal(found.numpy(), begins(made, 48))
+    assert not np.array_equal(without_rows(made, 48), begins(made, 48))
 
 
 def test_there_is_room_for_every_batch_in_few_sizes() -> None:
@@ -81,18 +80,19 @@ def test_there_is_room_for_every_batch_in_few_sizes() -> None:
         made = tokens(f"room/{step}", 4, 64, 50, BOS, documents=False)
         made[rng.integers16(0, f"room/bos/{step}", 256).reshape(4, 64) % 200 < step] = BOS
         spans = len(begins(made, 0))
-        sizes.add(found := attention.room(made, BOS))
-        assert spans <= found <= made.size
-    assert sorted(sizes) == [12, 24, 48, 96, 192, 256]
-    assert attention.room(rows_of_tokens("all"), BOS) == 48
+        found = attention.spans(made, BOS)
+        sizes.add(room := len(found) - 1)
+        assert spans <= room <= made.size and np.array_equal(found, begins(made, room))
+    assert sorted(sizes) == [5, 10, 20, 40, 80, 160, 256]
+    assert len(attention.spans(rows_of_tokens("all"), BOS)) == 49
 
 
 def test_more_documents_than_kernels_take_are_refused() -> None:
     made = np.full((64, 1024), BOS, np.int32)
     with pytest.raises(ConfigError, match="65536 documents in one micro-batch of 65536 tokens.*micro_batch"):
-        attention.room(made, BOS)
+        attention.spans(made, BOS)
     made[0, 1] = BOS + 1
-    assert attention.room(made, BOS) == 65_535
+    assert len(attention.spans(made, BOS)) == 65_536
 
 
 # The choice.
@@ -180,12 +180,158 @@ def test_a_batch_of_many_documents_gets_more_room(monkeypatch: pytest.MonkeyPatc
     wanted = built("debug")
     install(monkeypatch, HOPPER, flash_attn_interface=Fake())
     made, seen = built("debug"), []
-    room = made._room
-    monkeypatch.setattr(made, "_room", lambda tokens: seen.append(room(tokens)) or seen[-1])
+    move = made._move
+    monkeypatch.setattr(made, "_move", lambda array: seen.append(array.shape) or move(array))
     for kind in KINDS:
         rows = rows_of_tokens(kind)
         assert relative_rms(made.logits(rows), wanted.logits(rows)) <= P2_FLOAT64, kind
-    assert sorted(set(seen)) == [4, 8, 48]
+    assert sorted({shape[0] - 1 for shape in seen if len(shape) == 1}) == [3, 6, 12, 48]
+
+
+def test_an_engine_makes_the_room_that_it_was_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, HOPPER, flash_attn_interface=Fake())
+    config, rows = mini("debug"), rows_of_tokens("adjacent")
+    made: Any = engine("cuda", config, dtype="float64", exact=False, spans=((3, 16, 5), (4, 16, 7)))
+    assert [len(made._begins(r)) - 1 for r in (rows_of_tokens("middle"), rows, rows[:2])] == [10, 10, 8]
+    assert np.array_equal(made._begins(rows).numpy(), begins(rows, 10))
+
+
+# cuDNN, by a stand-in for torch's attention where it is restricted to it.
+
+
+class CuDNN:
+    """sdpa_kernel and scaled_dot_product_attention: while restricted, a single key is refused, as cuDNN does."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.restricted, self.lengths = False, []
+        self._attend = torch.nn.functional.scaled_dot_product_attention
+        patch.setattr(torch.nn.attention, "sdpa_kernel", self._restrict)
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", self._attention)
+
+    @contextlib.contextmanager
+    def _restrict(self, backends: Any) -> Any:
+        assert backends == torch.nn.attention.SDPBackend.CUDNN_ATTENTION
+        self.restricted = True
+        try:
+            yield
+        finally:
+            self.restricted = False
+
+    def _attention(self, q: Any, k: Any, v: Any, **options: Any) -> Any:
+        if self.restricted:
+            self.lengths.append((q.shape[2], k.shape[2]))
+            if k.shape[2] == 1:
+                raise RuntimeError("No available kernel. Aborting execution.")
+        return self._attend(q, k, v, **options)
+
+
+@pytest.mark.parametrize("name", ["baseline", "ablate_float"])
+def test_cudnn_is_asked_for_whole_rows_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = mini(name)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, seq=64), model=dataclasses.replace(config.model, softcap=None)
+    )
+    weights, text = working_weights(config.model, 1.0), SimpleNamespace(
+        bos=BOS, encode=lambda text: np.arange(5, 5 + len(text)), decode=str
+    )  # fmt: skip
+
+    def outcome(made: Any) -> list[Any]:
+        drawn = [
+            generate.sample(made, text, prompt, tokens, 0.8, 40, 0, 64)  # type: ignore[arg-type]
+            for prompt, tokens in (("", 4), ("abc", 4), ("", 70))
+        ]
+        rows = tokens("cudnn", 2, 65, config.model.vocab, BOS)
+        windows = [rows[:, :-1], rows[:1, 63:64], rows[:, :7]]  # the last plain window of a text may be one token
+        return [drawn, [made.logits(window) for window in windows]]
+
+    wanted = outcome(engine("cuda", config, weights, dtype="float64", exact=False))
+    fake = CuDNN(monkeypatch)
+    install(monkeypatch, AMPERE)
+    made = engine("cuda", config, weights, dtype="float64", exact=False)
+    assert made.notes[1].startswith("attention: cuDNN"), made.notes[1]
+    tried = len(fake.lengths)
+    found = outcome(made)
+    assert found[0] == wanted[0]
+    for ours, theirs in zip(found[1], wanted[1], strict=True):
+        assert relative_rms(ours, theirs) <= P2_FLOAT64
+    used = fake.lengths[tried:]
+    assert len(used) == config.model.layers and set(used) == {(64, 64)}, "a whole row goes there, nothing else"
+
+
+# Shared heads in torch's own variable-length attention.
+
+
+def varlen(kind: str) -> Any:
+    """Return a `varlen_attn` as torch has, has had, or might have it, by FlashAttention's meaning."""
+
+    def old(q: Any, k: Any, v: Any, a: Any, b: Any, m: int, n: int, *, scale: float, window_size: tuple) -> Any:
+        assert a is b and m == n and window_size == (-1, 0)
+        if kind == "equal heads only" and q.shape[1] != k.shape[1]:
+            raise RuntimeError("Number of heads must be equal")
+        if kind == "wrong gradient" and q.shape[1] != k.shape[1]:
+            k = k + (k.detach() - k) / 2
+        at = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), a) | dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), m)
+        return Fake().spans(q, k, v, softmax_scale=scale, causal=True, **at)
+
+    def new(*given: Any, scale: float, window_size: tuple, enable_gqa: bool = False) -> Any:
+        if not enable_gqa and given[0].shape[1] != given[1].shape[1]:
+            raise ValueError("needs enable_gqa=True")
+        return old(*given, scale=scale, window_size=window_size)
+
+    return new if kind == "asks" else old
+
+
+@pytest.mark.parametrize(
+    "kind, chosen",
+    [
+        ("asks", ""),
+        ("knows groups", ""),
+        ("equal heads only", ", heads repeated"),
+        ("wrong gradient", ", heads repeated"),
+    ],
+)
+def test_heads_are_repeated_only_where_they_must_be(kind: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = results(built("ablate_float"), "ablate_float")
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen(kind))
+    install(monkeypatch, AMPERE)
+    made = built("ablate_float")
+    assert made.notes[1].startswith(f"attention: torch's FlashAttention 2{chosen}, varlen ("), made.notes[1]
+    found = results(made, "ablate_float")
+    for key, value in wanted.items():
+        assert relative_rms(found[key], value) <= P2_FLOAT64, key
+
+
+# torch imports its compiler's parts under names it has itself deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_form_that_cannot_be_traced_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel may hold the kernel and lack what its fake needs, which only torch.compile calls."""
+    fake = Fake()
+
+    @torch.library.custom_op("skc_tests::rows", mutates_args=())
+    def rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return fake.rows(q, k, v, q.shape[-1] ** -0.5, True)
+
+    @rows.register_fake
+    def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        raise ModuleNotFoundError("No module named 'flash_attn_config'")
+
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        with torch.enable_grad():
+            q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+            out = fake.rows(q, k, v, q.shape[-1] ** -0.5, True)
+        return torch.autograd.grad(out, (q, k, v), grad)
+
+    rows.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    install(monkeypatch, HOPPER, flash_attn_interface=Fake(), flash_attn=Fake())
+    monkeypatch.setattr(
+        sys.modules["flash_attn_interface"], "flash_attn_func", lambda q, k, v, softmax_scale, causal: rows(q, k, v)
+    )
+    model = dataclasses.replace(mini("ablate_float").model, documents="packed")
+    given = (model, "float64", False, torch.device("cpu"), 16)
+    assert attention.choose(*given).note == "attention: FlashAttention 3"
+    traced = attention.choose(*given, traced=True).note
+    assert traced.startswith("attention: FlashAttention 2 (passed over: FlashAttention 3: does not run: "), traced
+    assert "fake tensor" in traced
 
 
 def test_the_first_form_that_runs_is_taken_and_the_note_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +356,7 @@ def test_the_first_form_that_runs_is_taken_and_the_note_says_why(monkeypatch: py
     assert note(HOPPER, "float32", flash_attn=Fake()).endswith("(kernels compute in float64, not float32)")
     none = note(OLD, packed=True)
     assert none.startswith("attention: torch scaled_dot_product_attention (passed over: FlashAttention 3: not for ")
-    assert none.count("not for compute capability 7.5") == 4
+    assert none.count("not for compute capability 7.5") == 5
 
 
 def test_torch_has_the_variable_length_attention_that_is_called() -> None:
@@ -229,6 +375,34 @@ def test_every_form_that_is_here_agrees_with_ours(name: str) -> None:
         for candidate in attention.CANDIDATES:
             form, found = attention.trial(candidate, model, "bfloat16", device, 64)
             assert form is None or max(found.values()) <= P2_BFLOAT16, (candidate, found)  # type: ignore[union-attr]
+
+
+# Scoring.
+
+
+# torch imports its compiler's parts under names it has itself deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_scoring_is_compiled_where_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph, without gradients, beside the training step's; the compiler's slow last part is left out."""
+    config, compiler, called = mini("debug"), torch.compile, []
+    weights, data = working_weights(config.model, 1.0), batches(config, 2)
+
+    def compiled(function: Any, **options: Any) -> Any:
+        made = compiler(function, dynamic=False, fullgraph=True, backend="aot_eager")
+        return lambda *given, **named: called.append(function.__name__) or made(*given, **named)
+
+    eager = engine("cuda", config, weights, dtype="float32")
+    monkeypatch.setattr(torch, "compile", compiled)
+    made = engine("cuda", config, weights, dtype="float32", compile=True)
+    for run in data:
+        wanted = eager.nll(run.tokens, run.targets)
+        assert made.nll(run.tokens, run.targets).tobytes() == wanted.tobytes()
+        later = [made.nll_later(run.tokens, run.targets, often) for often in (False, True)]
+        assert later[0]().tobytes() == wanted.tobytes()
+        assert relative_rms(later[1](), wanted) <= P2_FLOAT32
+    assert called == ["_costs"] * 2, "once a batch: where it was asked for"
+    assert eager.nll_later(*data[0][:2], True)().tobytes() == eager.nll(*data[0][:2]).tobytes(), "eager stays eager"
+    assert made.stats()["traces"] == 0, "not a part of the training step"
 
 
 # Batches on their way to a device.

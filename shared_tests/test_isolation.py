@@ -1,23 +1,29 @@
 """The watched process: what it must let pass, and planted thefts that it must see. Budget: 20 s."""
 
 import ast
+import base64
+import contextlib
 import ctypes
+import hashlib
+import importlib
 import os
+import py_compile
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 
-from core.audit import places, traced, witness
+from core.audit import isolation, owners, places, traced, witness
 from core.audit.isolation import DIED, HOOK, File, Isolated, check_isolation, check_packages, run_isolated
-from core.files import open_input
+from core.files import append_file, locked, open_input
 
+HELD: list[BinaryIO] = []
 HERE = "shared_tests.test_isolation"
 SECRET = b"what a model learns from, 40 bytes long"
 PYTHON_WAYS = ("open", "relative", "symlink", "memmap")
@@ -102,9 +108,49 @@ def die(path: str) -> None:
 
 
 def wait(path: str) -> None:
-    """Say who we are, and stay."""
-    Path(path).write_text(str(os.getpid()))
-    time.sleep(60)
+    """Say that we are there, by a lock that ends with us, and stay."""
+    hold(path)
+    time.sleep(600)
+
+
+def hold(path: str) -> None:
+    """Lock a file until this process and its copies have ended."""
+    HELD.append(append_file(path))
+    assert locked(HELD[0])
+    HELD[0].write(b"here")
+    HELD[0].flush()
+
+
+def leave(path: str) -> str:
+    """Leave a copy of this process behind that never ends."""
+    hold(path)
+    if os.fork() == 0:
+        time.sleep(600)
+    return "done"
+
+
+def variables() -> dict[str, str]:
+    """Return what the environment says."""
+    return dict(os.environ)
+
+
+def import_value(module: str) -> Any:
+    """Import a module and return its value."""
+    return importlib.import_module(module).VALUE
+
+
+def read_and_die(path: str) -> None:
+    """Read an input through the opener, and be killed."""
+    open_input(path).close()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def spy(process: int) -> None:
+    """Look into another process, in both ways."""
+    local, remote = (ctypes.c_size_t * 2)(0, 0), (ctypes.c_size_t * 2)(0, 0)
+    ctypes.CDLL(None).process_vm_readv(process, local, 1, remote, 1, 0)
+    with contextlib.suppress(OSError):
+        open(f"/proc/{process}/mem", "rb").close()
 
 
 # The tests.
@@ -137,19 +183,15 @@ def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
 def test_an_honest_evaluation_passes(tmp_path: Path, forced: str) -> None:
     (path,), (train,) = write(tmp_path / "inputs", "val.bin"), write(tmp_path / "train", "train.bin")
     (tmp_path / "out").mkdir()
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text("")
-    found = run(
-        "honest", {"path": str(path), "folder": str(tmp_path / "out")}, hidden=[train], writable=[tmp_path / "out"],
-        environment={"PYTHONPATH": str(tmp_path / "site")},
-    )  # fmt: skip
+    arguments = {"path": str(path), "folder": str(tmp_path / "out")}
+    found = run("honest", arguments, hidden=[train], writable=[tmp_path / "out"])
     assert found.error is None and found.value == path.read_text() and found.returncode == 0
     files = kinds(found)
     assert files[str(path)].kind == "input" and files[str(path)].size == path.stat().st_size
     ledger = files[os.path.realpath(tmp_path / "out" / "ledger")]
     assert ledger.kind == "audit" and ledger.wrote and ledger.read
-    first = files[os.path.realpath(tmp_path / "site" / "sitecustomize.py")]
-    assert "hook" in first.seen_by and first.kind == "code"  # site itself ran under the hook
+    read_by_site = [f for f in found.files if f.path.endswith((".pth", "pyvenv.cfg"))]
+    assert any("hook" in f.seen_by for f in read_by_site)  # site itself ran under the hook
     assert any(f.kind == "package" and "hook" in f.seen_by and "/numpy/" in f.path for f in found.files)
     assert any(f.kind == "code" and f.path == os.path.realpath(__file__) for f in found.files)
     assert found.packages["numpy"] == np.__version__ and not found.network
@@ -262,17 +304,129 @@ def test_the_process_ends_with_its_parent(tmp_path: Path, number: signal.Signals
     deadline = time.monotonic() + 60
     while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
-    child = int(note.read_text())
     parent.send_signal(number)
     assert parent.wait(30) == -number
-    while time.monotonic() < deadline:
-        try:
-            os.kill(child, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.02)
-    os.kill(child, signal.SIGKILL)
-    pytest.fail("the process outlived its parent")
+    must_end(note)
+
+
+def must_end(note: Path) -> None:
+    """Wait until the process that holds `note` has ended: its number may be one of another view of the processes."""
+    deadline = time.monotonic() + 60
+    with open(note, "ab") as file:
+        assert file.tell(), "the process was never there"
+        while not locked(file):
+            assert time.monotonic() < deadline, "the process goes on"
+            time.sleep(0.02)
+
+
+def test_what_outlives_the_answer_is_ended(tmp_path: Path, forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "GRACE", 0.2)
+    found = run("leave", {"path": str(tmp_path / "note")}, writable=[tmp_path])
+    if traced.STRACE in found.measures:  # without it nobody waits for a copy, nor knows of it
+        assert found.outlived and "were ended" in check_packages(found).evidence
+    must_end(tmp_path / "note")
+    assert found.value == "done" and check_isolation(found, []).verdict == check_packages(found).verdict == "PASS"
+
+
+def test_an_evaluation_without_an_answer_is_ended(tmp_path: Path) -> None:
+    found = run("wait", {"path": str(tmp_path / "note")}, writable=[tmp_path], patience=1.5)
+    assert found.error is not None and found.error["kind"] == DIED
+    assert "gave no answer for 1.5 s" in found.error["message"]
+    must_end(tmp_path / "note")
+
+
+def test_what_a_killed_process_had_announced_is_known(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, "val.bin")
+    found = run("read_and_die", {"path": str(path)})
+    finding = check_isolation(found, [])
+    assert finding.verdict == "NOT CHECKED" and "signal 9" in finding.evidence, finding
+    if traced.STRACE in found.measures:
+        assert kinds(found)[str(path)].kind == "input"
+
+
+def test_the_environment_carries_no_text_and_starts_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("raise SystemExit('ran')")
+    for name, value in {"TEXT": "text", "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "CC": "x" * 300}.items():
+        monkeypatch.setenv(name, value)
+    found = run("variables", {})
+    assert found.error is None and found.value["OMP_NUM_THREADS"] == "1"
+    assert not {"TEXT", "CC", "PYTHONPATH"} & found.value.keys()
+    assert str(tmp_path / "sitecustomize.py") not in kinds(found)
+
+
+def test_compiled_modules_of_others_are_not_read(tmp_path: Path) -> None:
+    source, cache = tmp_path / "module_a.py", tmp_path / "__pycache__" / f"module_a.{sys.implementation.cache_tag}.pyc"
+    source.write_text("VALUE = 'a text'")
+    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(source), str(cache), invalidation_mode=unchecked)
+    py_compile.compile(str(source), str(tmp_path / "module_b.pyc"), invalidation_mode=unchecked)
+    source.write_text("VALUE = 1")
+    for _ in range(2):  # compiled, then read again from the auditor's own folder
+        found = run("import_value", {"module": "module_a"}, paths=[str(tmp_path)])
+        assert found.value == 1 and check_isolation(found, []).verdict == "PASS"
+        assert kinds(found)[os.path.realpath(source)].kind == "code"  # and counted
+    found = run("import_value", {"module": "module_b"}, paths=[str(tmp_path)])
+    problems = check_isolation(found, []).details["problems"]
+    assert [problem.partition(" (")[0] for problem in problems] == [
+        f"not through the opener: {os.path.realpath(tmp_path / 'module_b.pyc')}"
+    ]
+
+
+def test_looking_into_another_process_is_a_failure(forced: str) -> None:
+    found = run("spy", {"process": os.getpid()})
+    problems = check_isolation(found, []).details["problems"]
+    if traced.ALONE not in found.measures and sys.platform == "linux":
+        assert any(words.startswith(f"another process: /proc/{os.getpid()}/mem") for words in problems), problems
+    if traced.STRACE in found.measures:
+        assert f"another process: process_vm_readv({os.getpid()})" in problems
+
+
+def test_a_package_is_what_its_record_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "numpy/good.py": "package", "numpy/changed.py": "other", "numpy/text.txt": "other", "stray.py": "code",
+        "numpy-9.dist-info/METADATA": "package", "numpy-9.dist-info/text": "other", "mine/__init__.py": "code",
+        "mine/table.bin": "code", "numpy-9.dist-info/RECORD": "package", "other-1.dist-info/text": "other",
+    }  # fmt: skip
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"Name: {name.split('-')[0].split('/')[0]}\nVersion: 9\n")
+    (tmp_path / "mine-1.dist-info").mkdir()
+    (tmp_path / "mine-1.dist-info" / "METADATA").write_text("Name: mine\nVersion: 1\n")
+    for package, names in {
+        "numpy-9": ("numpy/good.py", "numpy/changed.py", "numpy-9.dist-info/METADATA"),
+        "mine-1": ("mine/__init__.py", "mine/table.bin"),
+    }.items():
+        lines = [f"{name},sha256={_sha256(tmp_path / name)},1" for name in names]
+        (tmp_path / f"{package}.dist-info" / "RECORD").write_text("\n".join([*lines, f"{package}.dist-info/RECORD,,"]))
+    (tmp_path / "numpy" / "changed.py").write_text("a text")
+    monkeypatch.setattr(owners, "package_folders", lambda: [os.path.realpath(tmp_path)])
+    monkeypatch.setattr(places, "_PACKAGES", [os.path.realpath(tmp_path)])
+    cached = (owners.package_files, owners.unlisted_packages)
+    for function in cached:
+        function.cache_clear()
+    try:
+        found = {name: places.classify(os.path.realpath(tmp_path / name)) for name in files}
+    finally:
+        for function in cached:
+            function.cache_clear()
+    assert found == files
+
+
+def _sha256(path: Path) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
+
+
+def test_the_system_is_what_its_lists_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("listed", "changed", "text", "libdriver.so.1", "libtext.so")
+    listed, changed, _, driver, _ = write(tmp_path, *names)
+    hashes = {str(listed): hashlib.md5(listed.read_bytes()).hexdigest(), str(changed): "0" * 32}
+    driver.write_bytes(b"\x7fELF" + bytes(60))
+    monkeypatch.setattr(owners, "system_hashes", lambda: hashes)
+    monkeypatch.setattr(places, "SYSTEM", (os.path.realpath(tmp_path),))
+    found = {name: places.classify(os.path.realpath(tmp_path / name)) for name in names}
+    assert found == {
+        "listed": "system", "changed": "other", "text": "other", "libdriver.so.1": "system", "libtext.so": "other"
+    }  # fmt: skip
 
 
 def test_traces_are_read(tmp_path: Path) -> None:
@@ -288,6 +442,10 @@ def test_traces_are_read(tmp_path: Path) -> None:
         '10.000009 openat(AT_FDCWD</w>, "cut off", O_RDONLY <unfinished ...>\n'
         "10.000010 --- SIGCHLD {si_signo=SIGCHLD} ---\n"
         "10.000011 io_uring_setup(8, {flags=0}) = 5<anon_inode:[io_uring]>\n"
+        "10.000012 process_vm_readv(1, [], 0, [], 0, 0) = -1 EPERM (Operation not permitted)\n"
+        "10.000013 process_vm_readv(8, [], 0, [], 0, 0) = 0\n"
+        "10.000014 ptrace(PTRACE_ATTACH, 2) = -1 EPERM (Operation not permitted)\n"
+        "10.000015 pidfd_getfd(4<pid:3>, 1, 0) = 5</x>\n"
     )
     (tmp_path / "trace" / "thread.8").write_text(
         '10.000002 open("/first", O_WRONLY|O_APPEND) = 3</first>\n'
@@ -308,7 +466,8 @@ def test_traces_are_read(tmp_path: Path) -> None:
         traced.Opening("/w/n", True, True, True),
         traced.Opening("/w/c", False, True, True),
     ]
-    assert seen.executed == ["/bin/ld -t"] and len(seen.blind) == 1
+    assert seen.executed == ["/bin/ld -t"] and len(seen.blind) == 1 and seen.processes == {7, 8}
+    assert seen.reached == ["process_vm_readv(1)", "ptrace(2)", "pidfd_getfd(4<pid:3>)"]
     assert seen.network == [
         'connect AF_INET sin_port=htons(80), sin_addr=inet_addr("10.0.0.1")',
         "connect unix /var/run/nscd/socket",
@@ -324,6 +483,8 @@ def test_places() -> None:
         numpy: "package", os.path.realpath(ast.__file__): "python", os.path.realpath(sys.executable): "python",
         f"{root}/core/data.py": "code", f"{root}/core/bundled/tokenizer.model": "other", f"{root}/data/x.bin": "other",
         "/etc/passwd": "system", "/dev/shm/x": "other", "/home/me/train.bin": "other", "/run-1/x": "audit",
-        "/run-10/x": "other", "/given/val.bin": "input", f"{root}/lab.egg-info/entry_points.txt": "package",
+        "/run-10/x": "other", "/given/val.bin": "input", f"{root}/lab.egg-info/entry_points.txt": "other",
+        f"{root}/skc_lab.egg-info/entry_points.txt": "code", f"/proc/{os.getpid()}/maps": "system",
+        "/proc/1/mem": "other", "/usr/share/text": "other",
     }  # fmt: skip
-    assert {p: places.classify(p, {"/given/val.bin"}, ["/run-1"]) for p in expected} == expected
+    assert {p: places.classify(p, {"/given/val.bin"}, ["/run-1"], {os.getpid()}) for p in expected} == expected

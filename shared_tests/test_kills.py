@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from core.engine import load_engine
+from core.files import TEMPORARY
 from core.run import Run
 from shared_tests.killed import PLACES, everything, small_data
 from shared_tests.kills import campaign, compare, live
@@ -21,17 +22,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_kills_inside_a_save(folder: Path) -> None:
-    """One run, killed in the write, before the fsync, before the rename and before the second name of a checkpoint."""
+    """One run, killed in the write, before the fsync, before the rename and before the copy of a checkpoint."""
     path, data = folder / "run", str(folder / "data")
-    expected = {"write": (2, 2, 0.5), "fsync": (4, 2, 1.0), "rename": (6, 2, 1.0), "link": (12, 0, 0.0)}
+    expected = {"write": (2, 2, 0.5), "fsync": (4, 2, 1.0), "rename": (6, 2, 1.0), "copy": (12, 0, 0.0)}
     for place in PLACES:
         # Every life comes to its second save: the first goes through, and is the one that is left. Step 12 is kept.
-        life = live("mlx", path, data, die=f"{place}:{1 if place == 'link' else 2}")
+        life = live("mlx", path, data, die=f"{place}:{1 if place == 'copy' else 2}")
         assert life.kill and life.kill.when == "save", f"{place} was not reached, or not in a save"
         sizes = {file.name: file.stat().st_size for file in (path / "state").iterdir()}
-        written = sizes.get("checkpoint.safetensors.tmp", 0) / sizes["checkpoint.safetensors"]
+        fresh = [size for name, size in sizes.items() if name.startswith("checkpoint.safetensors.")]
+        assert len(fresh) == (place != "copy"), "what earlier lives left is swept"
+        written = sum(fresh) / sizes["checkpoint.safetensors"]
         assert (life.kill.saved, life.kill.lost, round(written, 2)) == expected[place], place
-    assert Run.open(path).kept() == [6], "step 12 was to get its second name"
+    assert Run.open(path).kept() == [6], "step 12 was to be copied"
     assert live("mlx", path, data).kill is None
     compare(path, folder / "whole")
     assert Run.open(path).kept() == [6, 12]
@@ -49,7 +52,7 @@ def test_a_save_is_on_the_disk_before_it_has_its_name(folder: Path, monkeypatch:
     run = Run.create(folder / "order", config, (folder / "whole" / "tokenizer.model").read_bytes())
     run.log(6, {"train/loss": 1.0})
     done: list[str] = []
-    fsync, replace, link = os.fsync, os.replace, os.link
+    fsync, replace = os.fsync, os.replace
 
     def name(handle: int) -> str:
         known = [path for path in run.path.rglob("*") if os.path.samestat(path.stat(), os.fstat(handle))]
@@ -58,19 +61,20 @@ def test_a_save_is_on_the_disk_before_it_has_its_name(folder: Path, monkeypatch:
     def record(what: str, function: Any) -> Any:
         def call(*arguments: Any) -> Any:
             last = arguments[-1]
-            done.append(f"{what} {name(last) if isinstance(last, int) else Path(last).name}")
+            done.append(f"{what} {TEMPORARY.sub('.tmp', name(last) if isinstance(last, int) else Path(last).name)}")
             return function(*arguments)
 
         return call
 
     engine = load_engine("mlx", config)
-    for word, function in (("fsync", fsync), ("replace", replace), ("link", link)):
+    for word, function in (("fsync", fsync), ("replace", replace)):
         monkeypatch.setattr(os, word, record(word, function))
     run.save(engine, 6, 1.0)
     assert done == [
         "fsync metrics.jsonl",
         "fsync checkpoint.safetensors.tmp",
         "replace checkpoint.safetensors",
-        "link step-6.safetensors",
+        "fsync step-6.safetensors.tmp",
+        "replace step-6.safetensors",
         "fsync state",
     ]

@@ -131,6 +131,21 @@ def test_bfloat16_computes_the_same_model_with_float32_masters(name: str, backen
         assert value.dtype == np.float32 and not np.array_equal(value, weights[key]), key
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_stay_narrow_up_to_the_cross_entropy(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias in float32 would widen them: twice their memory, and twice what the kernel reads and writes."""
+    config, ops, seen = mini("ternary_74m"), module(backend, "ops"), []
+    made, batch = engine(backend, config, dtype="bfloat16"), batches(config, 1)[0]
+    assert config.model.vocab_bias
+    costs = ops.cross_entropy
+    monkeypatch.setattr(
+        ops, "cross_entropy", lambda x, *given: seen.append((str(x.dtype), len(given))) or costs(x, *given)
+    )
+    made.gradients(batch)
+    made.nll(batch.tokens, batch.targets)
+    assert len(seen) == 2 and all("bfloat16" in dtype and given == 4 for dtype, given in seen), seen
+
+
 # torch imports its compiler's parts under names it has itself deprecated.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("backend, name", [*((backend, "debug") for backend in BACKENDS), ("mlx", OPPOSITE)])
@@ -144,7 +159,8 @@ def test_compiled_and_eager_agree(backend: str, name: str) -> None:
             results.append(made.train_step(batch, schedule.plan(step, 0.5, config.train)).result().loss)
         weights.append(made.params())
         if compiled:
-            assert made.stats()["traces"] == {"mlx": 1, "cuda": 2}[backend], "one compilation of each part per shape"
+            parts = {"mlx": 1, "cuda": 1 + len(params.banks(config.model))}  # the whole; loss and each bank
+            assert made.stats()["traces"] == parts[backend], "one compilation of each part per shape"
     assert np.allclose(results[:3], results[3:], rtol=0, atol=P2_FLOAT32)
     assert_same(weights[1], weights[0], 10 * P2_FLOAT32)
 
@@ -164,6 +180,28 @@ def test_every_parameter_gets_a_gradient_within_two_steps(name: str, backend: st
             )
         made.train_step(batch, schedule.plan(step, 0.5, config.train)).result()
     assert live == set(made.params())
+
+
+@pytest.mark.parametrize("seq", [1, 5])
+@pytest.mark.parametrize("name", ["tiny", "ternary_74m", "skc_mac", EVERYTHING])
+def test_one_layer_trains(name: str, seq: int) -> None:
+    """The twins take the same steps where there is nothing to skip to, and parameters of 0 rows would be."""
+    config = mini(name)
+    alone: dict[str, Any] = {"layers": 1, "shared_blocks": None, "repeat_layers": (), "engram_layer": 0}
+    alone["bank"] = "none" if config.model.bank == "none" else "head"
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **alone),
+        train=dataclasses.replace(config.train, batch=2, seq=seq, repeat_from=0.0),
+    )
+    assert all(row.size for row in params.param_table(config.model).values())
+    ends = []
+    for backend in BACKENDS:
+        made = engine(backend, config, working_weights(config.model, 1.0), dtype="float64")
+        for step, batch in enumerate(batches(config, 2)):
+            made.train_step(batch, schedule.plan(step, 0.5, config.train)).result()
+        ends.append(made.params())
+    assert_same(ends[0], ends[1], P2_FLOAT64)
 
 
 @pytest.mark.parametrize("name", ["tiny", "ablate"])

@@ -115,7 +115,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "large file": (lambda p: raw(p, bytes(MANY)), "at most"),
     "text": (lambda p: raw(p, b"hello"), "not an official checkpoint"),
     "empty file": (lambda p: raw(p, b""), "not an official checkpoint"),
-    "folder": (lambda p: p.mkdir() or p, "cannot be read"),
+    "folder": (lambda p: p.mkdir() or p, "is a folder, expected a regular file"),
     "zip of something else": (lambda p: raw(p, cut_zip()), "no data.pkl"),
     "missing tensor": (lambda p: saved(p, without(SCALE)), f"{SCALE} is missing"),
     "nothing": (lambda p: saved(p, {}), "tok_emb.weight is missing"),
@@ -142,7 +142,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "NaN of a scale": (lambda p: packed(p, form(scales={EMBEDDING: torch.full((1024,), math.inf)})), "NaN or infinity"),
     "npz of objects": (lambda p: npz(p, npy("|O", "(2,)", pickle.dumps(Runs(open, "ran", "w")))), "type '|O'"),
     "npz that claims": (lambda p: npz(p, npy("<f4", "(1000000000000,)")), "does not fit"),
-    "npz of negative size": (lambda p: npz(p, npy("<f4", "(-1, -1)", bytes(4))), "does not fit"),
+    "npz of negative size": (lambda p: npz(p, npy("<f4", "(-1, -1)", bytes(4))), "not a .npy array"),
     "npz header": (lambda p: npz(p, npy("<f4", "(", bytes(4))), "not a .npy array"),
     "other vocabulary": (lambda p: saved(p, small(vocab=100)), "has 100 tokens, but the tokenizer of"),
 }  # fmt: skip

@@ -20,7 +20,7 @@ from core.export.artifact import write_artifact
 from core.scoring import score_text
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Plugin, ScoredText, Temperature, View, load_plugins, log_softmax
-from core.scoring.windows import Windows, sliding
+from core.scoring.windows import Windows, cut
 from shared_tests.plugin_examples import (
     SHORT,
     Adaptation,
@@ -124,16 +124,34 @@ def test_an_order_must_score_every_target_once(name: str) -> None:
     assert refused.value.rule == rule
 
 
-def test_another_order_is_scored_in_that_order() -> None:
-    dataset = make_dataset(SHORT)
-    _, straight = run(Markov(), dataset, [Plugin()], windows="sliding", stride=4)
-    for plugins in ([Ordered(lambda w: w.take(slice(None, None, -1)))], [Ordered(lambda w: w.take(slice(None)))]):
-        _, entries = run(Markov(), dataset, [*plugins, Plugin()], windows="sliding", stride=4)
-        assert (entries["nats"] == straight["nats"]).all()
-    _, back = run(Markov(), dataset, [Ordered(lambda w: w.take(slice(None, None, -1)))], windows="sliding", stride=4)
-    assert (np.diff(back["order"]) <= 0).all() and back["order"][-1] == 1
-    cuts = sliding(len(dataset.val), 16, 4)
-    assert back["order"][0] == -(-len(cuts.start) // 4)
+def by_document(windows: Windows, starts: np.ndarray) -> Windows:
+    """Return windows of documents, the last document first."""
+    return windows.take(np.argsort(-np.searchsorted(starts, windows.start, "right"), kind="stable"))
+
+
+def test_documents_may_change_places_and_the_label_says_so() -> None:
+    dataset, options = make_dataset(SHORT), {"windows": "documents", "stride": 4}
+    starts = dataset.val.document_starts
+    straight, entries = run(Markov(), dataset, [Plugin()], **options)
+    same, _ = run(Markov(), dataset, [Ordered(lambda w: w.take(slice(None)))], **options)
+    assert same == straight and straight.windows == "documents seq=16 stride=4"
+    moved, back = run(Markov(), dataset, [Ordered(lambda w: by_document(w, starts)), Plugin()], **options)
+    assert moved.windows == "documents seq=16 stride=4, documents in the order of plug-ins"
+    assert moved.bpb == pytest.approx(straight.bpb, rel=1e-12) and (entries["nats"] == back["nats"]).all()
+    assert back["order"][0] == back["order"].max() and back["order"][-1] == 1
+
+
+@pytest.mark.parametrize("windows", ["plain", "sliding", "documents"])
+def test_a_document_is_read_forwards_and_in_the_windows_that_the_label_says(windows: str) -> None:
+    dataset, options = make_dataset([40, 40, 40]), {"windows": windows, "stride": 8 if windows != "plain" else None}
+    for change, message in (
+        (lambda w: w.take(slice(None, None, -1)), "before earlier parts of its document"),
+        (lambda w: w.take(np.r_[1, 0, 2 : len(w.start)]), "before earlier parts of its document"),
+        (lambda w: cut(np.zeros(1, np.int64), np.array([len(dataset.val) - 1]), 16, 5), "cut anew"),
+    ):
+        with pytest.raises(LedgerError, match=message) as refused:
+            run(Markov(), dataset, [Ordered(change)], **options)
+        assert refused.value.rule == "D10"
 
 
 @pytest.mark.parametrize(
@@ -142,10 +160,16 @@ def test_another_order_is_scored_in_that_order() -> None:
         (lambda p: p[..., :-1], r"plug-in Predicts: predictions of shape \(4, 16, 49\), expected \(4, 16, 50\)"),
         (lambda p: p[:, :-1], "shape"),
         (lambda p: p.max(-1), "shape"),
-        (lambda p: np.where(np.arange(VOCAB) == 9, np.nan, p), "nan nats"),
-        (lambda p: np.full_like(p, np.inf), "-inf nats"),
-        (lambda p: np.full_like(p, -np.inf), "inf nats"),
-        (lambda p: p + 40, "expected a finite number from 0 up"),
+        (lambda p: np.where(np.arange(VOCAB) == 9, np.nan, p), "from nan to nan: expected finite numbers"),
+        (lambda p: np.full_like(p, np.inf), "from inf to inf"),
+        (lambda p: np.where(np.arange(VOCAB) == 9, -np.inf, p), "from -inf to"),
+        (lambda p: p + 40, "expected finite numbers, none above 0"),
+        (lambda p: p.astype(np.complex64), "plug-in Predicts: predictions of type complex64, expected float32 or"),
+        (lambda p: p + np.log(np.complex64(-1)), "type complex64"),
+        (lambda p: p.astype(object), "type object"),
+        (lambda p: p.astype(np.float16), "type float16"),
+        (lambda p: p.astype(">f4"), "type >f4"),
+        (lambda p: p.astype(int), "type int64"),
     ],
 )
 def test_predictions_must_be_a_distribution_of_finite_costs(change: Any, message: str) -> None:

@@ -3,9 +3,13 @@
 import gzip
 import json
 import lzma
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +20,8 @@ import core.corpus
 import core.prepare
 import core.shards
 from core.bundled import BUNDLED
-from core.corpus import read_documents
+from core.cli import main
+from core.corpus import PLAIN, Format, find_inputs, read_documents
 from core.data import DataError, Dataset, open_dataset
 from core.prepare import prepare
 from core.tokenizer import TokenizerError
@@ -67,12 +72,23 @@ def test_text_documents_across_chunks(tmp_path: Path, monkeypatch: pytest.Monkey
 BAD_INPUTS = {
     "a.jsonl:2: not JSON": ("a.jsonl", b'{"text": "x"}\n{"text": \n'),
     "a.jsonl:1: not JSON: 'utf-8' codec": ("a.jsonl", b'{"text": "\xff"}\n'),
-    "a.jsonl:3: expected an object with a string": ("a.jsonl", b'{"text": "x"}\n\n["text"]\n'),
-    "a.jsonl:1: expected an object with a string": ("a.jsonl", b'{"text": 5}\n'),
+    "a.jsonl:3: expected an object with a string text or content or raw_content, got list": (
+        "a.jsonl", b'{"text": "x"}\n\n["text"]\n',
+    ),
+    r"a.jsonl:1: expected an object with a string text .*, got \['text', 'body'\]; name another": (
+        "a.jsonl", b'{"text": 5, "body": "x"}\n',
+    ),
     "a.jsonl:1: text: not valid Unicode": ("a.jsonl", b'{"text": "\\ud800"}\n'),
     "a.jsonl:2: line over 40 bytes": ("a.jsonl", b'{"text": "x"}\n{"text": "' + b"x" * 40 + b'"}\n'),
     "a.jsonl:1: not JSON: maximum recursion": ("a.jsonl", b"[" * 200_000),
-    "a.txt: document 2: not UTF-8": ("a.txt", b"good\f\xff"),
+    "a.txt: document 2: not UTF-8: invalid start byte at byte 0: save it": ("a.txt", b"good\f\xff"),
+    "a.txt: is UTF-16, expected UTF-8": ("a.txt", "Two bytes each".encode("utf-16")),
+    "a.txt: is UTF-32, expected UTF-8": ("a.txt", "Four bytes each".encode("utf-32")),
+    "a.txt: seems to be UTF-16 without a mark": ("a.txt", "Two bytes each, é too".encode("utf-16-be")),
+    "a.txt: seems to be UTF-32 without a mark": ("a.txt", "Four bytes each".encode("utf-32-le")),
+    "a.jsonl: is UTF-16, expected UTF-8": ("a.jsonl", '{"text": "x"}\n'.encode("utf-16")),
+    "a.jsonl: seems to be UTF-16 without a mark": ("a.jsonl", '{"text": "x"}\n'.encode("utf-16-le")),
+    "a.txt.gz: is UTF-16, expected UTF-8": ("a.txt.gz", gzip.compress("Two bytes each".encode("utf-16"))),
     "a.txt: document 2 is over 40 bytes": ("a.txt", b"x\f" + b"y" * 60),
     "a.txt.gz: damaged compressed file": ("a.txt.gz", gzip.compress(b"hello" * 100)[:-9]),
     "a.txt.gz: damaged compressed file .Not a gz": ("a.txt.gz", b"hello"),
@@ -80,7 +96,7 @@ BAD_INPUTS = {
     "a.txt.xz: damaged compressed file .Input": ("a.txt.xz", b"hello"),
     "a.csv: unknown kind of file": ("a.csv", b"hello"),
     "b.txt: no such file": ("a.txt", b"hello"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", BAD_INPUTS)
@@ -129,14 +145,28 @@ def test_both_splits_get_a_document(tmp_path: Path, share: float) -> None:
 @pytest.mark.parametrize("texts", [[], ["", " "], ["same", "same"]])
 def test_too_few_documents_to_split(tmp_path: Path, texts: list[str]) -> None:
     source = jsonl(tmp_path / "t.jsonl", texts)
-    with pytest.raises(DataError, match="fewer than two different documents"):
+    with pytest.raises(DataError, match="no document with text|documents that are all alike|too short to be split"):
         prepare([source], str(tmp_path / "out"), tokenizer=MODEL)
+    assert [file.name for file in tmp_path.iterdir()] == ["t.jsonl"]
 
 
-def test_nothing_left_for_train(tmp_path: Path) -> None:
-    source = jsonl(tmp_path / "t.jsonl", words(0, 2))
-    with pytest.raises(DataError, match="train: no document with text is left"):
-        prepare([source], str(tmp_path / "out"), val=[source], tokenizer=MODEL)
+@pytest.mark.parametrize("model", [MODEL, None])
+def test_validation_that_is_all_or_nothing(tmp_path: Path, model: str | None) -> None:
+    """Said at once, with the file: before a tokenizer is trained and before anything is tokenised."""
+    source, empty = jsonl(tmp_path / "t.jsonl", words(0, 2)), jsonl(tmp_path / "e.jsonl", ["", " \n"])
+    seen: list[str] = []
+
+    def report(stage: str, done: int, total: int) -> None:
+        seen.append(stage)
+
+    out = str(tmp_path / "out")
+    with pytest.raises(DataError, match=r"t\.jsonl: every document of it is also in --val, so nothing is left"):
+        prepare([source], out, val=[source], tokenizer=model, progress=report)
+    with pytest.raises(DataError, match=r"e\.jsonl: no document with text, so there is nothing to validate on"):
+        prepare([source], out, val=[empty], tokenizer=model, progress=report)
+    with pytest.raises(DataError, match=r"e\.jsonl: no document with text, so there is nothing to train on"):
+        prepare([empty], out, val=[source], tokenizer=model, progress=report)
+    assert set(seen) <= {"reading", "reading val"} and not (tmp_path / "out").exists()
 
 
 def test_small_shards_hold_the_same_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,17 +202,26 @@ def test_a_tokenizer_is_trained_on_train_only(tmp_path: Path) -> None:
 def test_training_sample_is_bounded_by_hash(tmp_path: Path) -> None:
     texts = words(0, 2000)
     size = sum(len(text.encode()) for text in texts)
-    survey = core.prepare._Survey(0, 0, size * core.prepare.TRAINING_BYTES // (size // 4))
-    kept = list(core.prepare._training_sample(iter(texts), lambda text: False, survey))
+    sources = core.prepare._Sources([], None, 0.05, None, None, PLAIN, lambda *_: None)
+    rule, claimed = core.prepare._Rule(frozenset()), size * core.prepare.TRAINING_BYTES // (size // 4)
+    kept = list(core.prepare._training_sample(sources, texts, rule, claimed))
     assert 400 <= len(kept) <= 600, "about a quarter"
-    assert kept == list(core.prepare._training_sample(iter(texts), lambda text: False, survey))
+    assert kept == list(core.prepare._training_sample(sources, texts, rule, claimed))
 
 
 def test_impossible_vocabulary_leaves_nothing(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "t.jsonl", words(0, 3))
-    with pytest.raises(TokenizerError, match="vocab=30000"):
+    with pytest.raises(
+        TokenizerError, match=r"vocab=30000: this text gives at most (\d+) pieces; use --vocab"
+    ) as caught:
         prepare([source], str(tmp_path / "out"), vocab=30_000)
+    with pytest.raises(TokenizerError, match="vocab=260: the letters of this text and the byte pieces alone are"):
+        prepare([source], str(tmp_path / "out"), vocab=260)
     assert [file.name for file in tmp_path.iterdir()] == ["t.jsonl"]
+    most = int(re.findall(r"--vocab (\d+)", str(caught.value))[0])
+    manifest = prepare([source], str(tmp_path / "out"))  # the default is 1024
+    assert manifest["tokenizer"]["vocab"] == most < 1024
+    assert manifest["notes"] == [f"the tokenizer has {most} pieces: the text allows no more (the default is 1024)"]
 
 
 def test_unknown_tokens_and_both_byte_counts(tmp_path: Path) -> None:
@@ -217,11 +256,18 @@ def test_an_existing_folder(tmp_path: Path) -> None:
     assert open_dataset(out).manifest == first
     second = prepare([two], out, tokenizer=MODEL, overwrite=True)
     assert open_dataset(out).manifest == second != first
-    (tmp_path / "out" / "train_000000.bin").write_bytes(b"")
-    with pytest.raises(DataError, match="or damaged"):
-        prepare([two], out, tokenizer=MODEL)
-    assert prepare([two], out, tokenizer=MODEL, overwrite=True) == second == open_dataset(out).manifest
+    shard = tmp_path / "out" / "train_000000.bin"
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    for damage, message in ((b"", "header: 0 bytes"), (shard.read_bytes()[:-1] + b"\0", "sha256: not what")):
+        shard.write_bytes(damage)
+        with pytest.raises(DataError, match=f"train_000000.bin: {message}.* or --overwrite it"):
+            prepare([two], out, tokenizer=MODEL)
+        assert prepare([two], out, tokenizer=MODEL, overwrite=True) == second == open_dataset(out).manifest
+    assert prepare([one], out, tokenizer=MODEL, overwrite=True, shard_tokens=50)["splits"]["train"]["files"][1:]
+    assert prepare([two], out, tokenizer=MODEL, overwrite=True) == second
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "out"]
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine" and not (tmp_path / "out" / ".part").exists()
+    assert not (tmp_path / "out" / "train_000001.bin").exists(), "left of more shards"
 
 
 def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
@@ -233,12 +279,47 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 
 
+@pytest.mark.parametrize("where", ["link", "here", "empty"])
+def test_the_folder_that_was_named_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A link stays one, `.` is where one is, a mount stays mounted: nothing is put in the folder's place."""
+    source, big = jsonl(tmp_path / "t.jsonl", words(0, 9)), tmp_path / "big"
+    big.mkdir()
+    before = big.stat().st_ino
+    (tmp_path / "link").symlink_to("big")
+    monkeypatch.chdir(big if where == "here" else tmp_path)
+    out = {"link": "link", "here": ".", "empty": "big"}[where]
+    manifest = prepare([source], out, tokenizer=MODEL)
+    assert manifest["name"] == {"link": "link", "here": "big", "empty": "big"}[where]
+    assert big.stat().st_ino == before and (tmp_path / "link").is_symlink()
+    assert {"manifest.json", "train_000000.bin"} < {file.name for file in big.iterdir()}
+    assert open_dataset(str(big)).manifest == manifest == prepare([source], out, tokenizer=MODEL)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["big", "link", "t.jsonl"]
+    assert not (big / ".part").exists()
+
+
+def test_what_cannot_be_the_folder_is_refused_before_any_work(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "t.jsonl", words(0, 9))
+    (tmp_path / "lost").symlink_to("nowhere")
+    for out, message in (("t.jsonl", "t.jsonl: is no folder"), ("lost", "lost: is a link to nothing")):
+        with pytest.raises(DataError, match=message):
+            prepare([str(tmp_path / "also-missing.txt")], str(tmp_path / out), tokenizer=MODEL)
+    (tmp_path / "trap").mkdir()
+    (tmp_path / "trap" / ".part").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(DataError, match=r"\.part: is a link"):
+        prepare([source], str(tmp_path / "trap"), tokenizer=MODEL)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from core.prepare import prepare
 def die(stage, done, total):
     if stage == sys.argv[4]:
-        os.kill(os.getpid(), signal.SIGKILL)
+        print("there", flush=True)
+        if sys.argv[5] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        sys.stdin.readline()
 prepare([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], overwrite=True, progress=die)
 """
 
@@ -248,28 +329,168 @@ def test_a_kill_leaves_nothing_half_made(tmp_path: Path, existing: bool) -> None
     source = jsonl(tmp_path / "t.jsonl", words(0, 200))
     out = tmp_path / "out"
     before = prepare([jsonl(tmp_path / "o.jsonl", words(0, 9))], str(out), tokenizer=MODEL) if existing else None
-    killed = subprocess.run([sys.executable, "-c", KILLED, source, str(out), MODEL, "tokenising val"], cwd=ROOT)
+    killed = subprocess.run([sys.executable, "-c", KILLED, source, str(out), MODEL, "tokenising", "kill"], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
-    assert [file for file in tmp_path.iterdir() if file.name.endswith(".part")], "killed before it wrote anything"
+    assert (out / ".part" / "tokenizer.model").exists(), "killed before it wrote anything"
     if before is None:
-        assert not out.exists()
+        with pytest.raises(DataError, match="no manifest.json here"):
+            open_dataset(str(out))
     else:
         assert open_dataset(str(out)).manifest == before
     after = prepare([source], str(out), tokenizer=MODEL, overwrite=True)
-    assert open_dataset(str(out)).manifest == after
+    assert open_dataset(str(out)).manifest == after and not (out / ".part").exists()
 
 
-def test_a_second_process_that_finishes_first_wins(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nth", [4, 6, 8, 9])  # the first three make files of the part, the last is the manifest
+def test_a_kill_while_the_data_are_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    """Of an overwritten folder nothing is left that could be taken for data, and the next call makes it whole."""
+    one, two, out = (
+        jsonl(tmp_path / "a.jsonl", words(0, 9)),
+        jsonl(tmp_path / "b.jsonl", words(5, 40)),
+        tmp_path / "out",
+    )
+    prepare([one], str(out), tokenizer=MODEL, shard_tokens=50)
+    move, calls = os.replace, []
+
+    def killed(*paths: str) -> None:
+        calls.append(paths)
+        if len(calls) == nth:
+            raise KeyboardInterrupt
+        move(*paths)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a kill would not tidy up either
+        prepare([two], str(out), tokenizer=MODEL, overwrite=True)
+    if not (out / "manifest.json").exists():
+        with pytest.raises(DataError, match="no manifest.json here"):
+            open_dataset(str(out))
+    after = prepare([two], str(out), tokenizer=MODEL, overwrite=True)
+    assert open_dataset(str(out)).manifest == after and after["made_from"]["inputs"][0]["file"] == "b.jsonl"
+    files = {record["file"] for split in after["splits"].values() for record in split["files"]}
+    assert {file.name for file in out.glob("*.bin")} == files and not (out / ".part").exists()
+
+
+def test_a_second_process_waits_and_takes_what_the_first_made(tmp_path: Path) -> None:
     source, out = jsonl(tmp_path / "t.jsonl", words(0, 20)), str(tmp_path / "out")
-    nested: list[dict] = []
+    arguments = [sys.executable, "-c", KILLED, source, out, MODEL, "tokenising", "wait"]
+    with subprocess.Popen(arguments, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdin and first.stdout and first.stdout.readline() == "there\n"
+        seen: list[str] = []
 
-    def other(stage: str, done: int, total: int) -> None:
-        if stage == "tokenising val" and not nested:
-            nested.append({})
-            nested.append(prepare([source], out, tokenizer=MODEL))
+        def report(stage: str, done: int, total: int) -> None:
+            seen.append(stage)
+            first.stdin.write("\n" * 100)  # type: ignore[union-attr]
+            first.stdin.flush()  # type: ignore[union-attr]
 
-    assert prepare([source], out, tokenizer=MODEL, progress=other) == nested[1]
+        manifest = prepare([source], out, tokenizer=MODEL, progress=report)
+        assert seen == ["waiting for another process that prepares this folder"]
+    assert first.returncode == 0 and open_dataset(out).manifest == manifest
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "t.jsonl"]
+
+
+def copies(text: str) -> list[str]:
+    """Return texts that differ from `text` but become the same tokens."""
+    return [text.replace("\n", "\r\n"), text.replace(" ", "  "), unicodedata.normalize("NFD", text), f" {text}\n"]
+
+
+@pytest.mark.parametrize("model", ["bundled", "trained", "plain"])
+@pytest.mark.parametrize("given", [True, False])
+def test_splits_share_no_document_that_is_read_alike(tmp_path: Path, model: str, given: bool) -> None:
+    """Line ends, doubled spaces, Unicode forms; without byte pieces also letters that are unknown alike."""
+    texts = [f"the café{' and the' * i} sea,\nthe old town" for i in range(60)]
+    if model == "plain":
+        (tmp_path / "plain.model").write_bytes(tiny_tokenizer())
+        texts += [f"the old {letter} sea" for letter in "☃☄☎☢☣"]
+    mixed = [made for text in texts for made in (text, *copies(text))]
+    source, held = (
+        jsonl(tmp_path / "t.jsonl", mixed),
+        jsonl(tmp_path / "v.jsonl", [copies(t)[i % 4] for i, t in enumerate(texts[::7])]),
+    )
+    path = {"bundled": MODEL, "plain": str(tmp_path / "plain.model"), "trained": None}[model]
+    manifest = prepare([source], str(tmp_path / "out"), val=[held] if given else None, val_share=0.2, tokenizer=path)
+    dataset = open_dataset(str(tmp_path / "out"))
+    sides = []
+    for split in (dataset.train, dataset.val):
+        starts = [*split.document_starts.tolist(), len(split)]
+        sides.append([split.read(a, b).tobytes() for a, b in zip(starts[:-1], starts[1:], strict=True)])
+    train, val = map(set, sides)
+    assert train and val and not train & val
+    if given:
+        assert manifest["disjoint"]["dropped_from_train"] == len(mixed) - len(sides[0]) > 0
+    else:
+        assert len(sides[0]) + len(sides[1]) == len(mixed)
+
+
+def test_one_text_is_cut_at_a_paragraph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A book: its last twentieth becomes validation, and that is said; or its paragraphs are documents."""
+    paragraphs = [f"This is paragraph {i}.\nIt says that {i} times {i} is {i * i}." for i in range(200)]
+    book = tmp_path / "book.txt"
+    book.write_text("\n \n".join(paragraphs))
+    assert main(["data", "prepare", str(book), "--out", str(tmp_path / "out"), "--tokenizer", MODEL]) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"book\.txt: one text, of which the last [\d,]+ bytes \([45]\.\d%\) are validation; --split blank", said
+    )
+    dataset = open_dataset(str(tmp_path / "out"))
+    (train,), (val,) = documents(dataset, "train"), documents(dataset, "val")
+    assert (
+        val.startswith("This is paragraph 19")
+        and val.endswith("is 39601.")
+        and train.endswith(f"{int(val[18:21]) - 1} is {(int(val[18:21]) - 1) ** 2}.")
+    )
+    assert main(["data", "prepare", str(book), "--out", str(tmp_path / "many"), "--split", "blank-lines"]) == 0
+    manifest = open_dataset(str(tmp_path / "many")).manifest
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 200
+    assert "pieces: the text allows no more" in capsys.readouterr().out
+    for text in ("one line " * 100, "\n".join(["line"] * 100), "x" * 100):  # no paragraphs, lines or words
+        book.write_text(text)
+        prepare([str(book)], str(tmp_path / str(len(text))), tokenizer=MODEL, val_share=0.3)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_blank_lines_between_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(core.corpus, "CHUNK", chunk)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\nline\n\ntwo\r\n \t\r\nthree\n\n\n\nfour\ffive\n")
+    read = list(read_documents([str(tmp_path / "a.txt")], form=Format(split="blank-lines")))
+    texts = [text.strip() for text in read]
+    expected = ["one\nline", "two", "three", "four", "five"]
+    assert [text for text in texts if text] == (expected if chunk > 3 else ["\ufeffone\nline", *expected[1:]])
+
+
+def test_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b.txt", "a.jsonl", "deep/c.txt", ".git/d.txt", "deep/.e.txt", "notes.md"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(json.dumps({"text": name}))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_inputs(["in"]) == ["in/a.jsonl", "in/b.txt", "in/deep/c.txt"]
+    assert find_inputs(["in/*.txt", "in/**/c.*"]) == ["in/b.txt", "in/deep/c.txt"]
+    (tmp_path / "odd[1].txt").write_text("named like a pattern")
+    assert find_inputs(["odd[1].txt"]) == ["odd[1].txt"]
+    for path, message in (
+        ("empty", "empty: no file in this folder has a name that ends in .txt"),
+        ("in/*.zip", r"in/\*\.zip: no file fits this pattern"),
+        ("in/*.md", r"in/notes\.md: unknown kind of file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            find_inputs([path])
+    manifest = prepare(["in"], "out", tokenizer=MODEL)
+    assert [entry["file"] for entry in manifest["made_from"]["inputs"]] == ["a.jsonl", "b.txt", "c.txt"]
+
+
+def test_text_under_another_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"content": "one", "raw_content": "no"}\n{"raw_content": "two", "body": "zwei"}\n', "utf-8-sig")
+    assert list(read_documents([str(path)])) == ["one", "two"]
+    with pytest.raises(DataError, match="a.jsonl:1: expected an object with a string body, got"):
+        list(read_documents([str(path)], form=Format("body")))
+    path.write_text('{"text": "no", "body": "eins"}\n{"text": "no", "body": "zwei"}\n')
+    assert list(read_documents([str(path)], form=Format("body"))) == ["eins", "zwei"]
+    first = prepare([str(path)], str(tmp_path / "out"), tokenizer=MODEL, form=Format("body"))
+    assert first["made_from"]["column"] == "body"
+    with pytest.raises(DataError, match="made from other inputs"):
+        prepare([str(path)], str(tmp_path / "out"), tokenizer=MODEL)
 
 
 BAD_OPTIONS: dict[str, Callable[[str, str], dict]] = {

@@ -13,9 +13,10 @@ import safetensors.numpy
 import core.run
 from core import presets, rng
 from core.bundled import open_data
+from core.checkpoint import digest
 from core.config import ConfigError, DataConfig, to_json
 from core.data import Dataset
-from core.run import Run, RunError, _digest, config_digest
+from core.run import Run, RunError, config_digest
 from shared_tests.test_run import config_of, go, start
 
 
@@ -95,7 +96,7 @@ def rewrite(run: Run, **changes: Any) -> None:
     for name in changes.get("drop", ()):
         del arrays[name]
     state = {"schema": 2, "dtype": saved.dtype, "quantise": saved.quantise, "step": saved.step}
-    state |= {"seconds": saved.seconds, "sha256": _digest(arrays)} | changes.get("state", {})
+    state |= {"seconds": saved.seconds, "sha256": digest(arrays)} | changes.get("state", {})
     run.checkpoint_path.write_bytes(safetensors.numpy.save(arrays, {"skc": json.dumps(state)}))
 
 
@@ -107,11 +108,11 @@ def rewrite(run: Run, **changes: Any) -> None:
         ({"arrays": {"param/embed.weight": np.zeros((3, 3), np.float32)}}, "embed.weight has shape"),
         ({"arrays": {"param/extra": np.zeros(3, np.float32)}}, "extra"),
         ({"arrays": {"other": np.zeros(3, np.float32)}}, "other: unknown tensor"),
-        ({"arrays": {"param/embed.weight": np.zeros((1024, 16), np.int64)}}, "dtype I64"),
+        ({"arrays": {"param/embed.weight": np.zeros((1024, 16), np.int64)}}, "dtype int64"),
         ({"state": {"step": -1}}, "step -1"),
         ({"state": {"step": True}}, "step True"),
         ({"state": {"seconds": "long"}}, "seconds"),
-        ({"state": {"seconds": float("nan")}}, "seconds"),
+        ({"state": {"seconds": float("nan")}}, "NaN is no JSON number"),
         ({"state": {"schema": 1}}, "schema 1"),
         ({"state": {"quantise": 1}}, "quantise: 1"),
         ({"state": {"sha256": "0" * 64}}, "sha256: the tensors are not the ones that were saved"),

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core import rng
+from core import rng, scoring
 from core.config import ConfigError, EvalConfig
-from core.scoring import Score, score
+from core.engine import Scoring
+from core.scoring import Score, score, score_text
 from core.scoring.accounting import bits_per_byte
 from core.scoring.ledger import Ledger, LedgerError
+from core.scoring.plugins import Temperature
 from core.scoring.session import Session
 from core.scoring.windows import sliding
 from core.tokenizer import ByteTable
@@ -34,6 +36,9 @@ class FakeSplit:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def verify(self) -> None:
+        """Do nothing: no checksum is known."""
+
     def read(self, start: int, stop: int) -> np.ndarray:
         assert 0 <= start <= stop <= len(self.tokens)
         return self.tokens[start:stop].copy()
@@ -47,7 +52,8 @@ def make_dataset(
     ids = np.arange(VOCAB)
     boundary = ids < 4
     table = ByteTable(np.where(boundary, 0, np.where(ids < 20, 1, 2)).astype(np.int32), ids >= 35, boundary)
-    tokenizer = SimpleNamespace(table=table, byte_pieces=byte_pieces, bos=BOS, unknown=UNKNOWN, vocab=VOCAB)
+    fault = None if byte_pieces else "no byte pieces"
+    tokenizer = SimpleNamespace(table=table, table_fault=fault, bos=BOS, unknown=UNKNOWN, vocab=VOCAB)
     document_bytes = np.array([3 * n + 1 for n in lengths], np.int64) if raw else None
     split = FakeSplit(np.concatenate(parts), document_bytes, unknown)
     return SimpleNamespace(name="fake", tokenizer=tokenizer, val=split)
@@ -291,3 +297,97 @@ def test_estimate_of_all_documents_is_still_an_estimate() -> None:
         assert result.bpb == pytest.approx(whole.bpb, rel=1e-14)
     one = score(BigramEngine(), make_dataset([30, 30]), config(), documents=1, seed=0)
     assert one.error is None and one.label == "estimate"
+
+
+# Passes that are under way together, as on a GPU.
+
+
+class Late(ContextEngine):
+    """Gives costs only when it is waited for; `under_way` and `most` count what was started and not read."""
+
+    def __init__(self, ahead: int) -> None:
+        super().__init__()
+        self.scoring = Scoring(tokens=130, ahead=ahead)  # 8 windows of 16
+        self.started = self.under_way = self.most = 0
+        self.often: set[bool] = set()
+
+    def nll_later(self, tokens: np.ndarray, targets: np.ndarray, often: bool) -> Any:
+        self.started, self.under_way = self.started + 1, self.under_way + 1
+        self.most = max(self.most, self.under_way)
+        self.often.add(often)
+
+        def wait() -> np.ndarray:
+            self.under_way -= 1
+            return self.nll(tokens, targets)
+
+        return wait
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        return np.zeros((*tokens.shape, VOCAB))
+
+
+def test_passes_under_way_give_the_same_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, entries = make_dataset(LENGTHS * 5), []
+    for engine in (ContextEngine(), Late(3), Late(1000)):
+        ledger = Ledger(len(dataset.val))
+        score(engine, dataset, config(), documents=None, seed=0, ledger=ledger)
+        entries.append(ledger.entries)
+        assert ledger.complete() and engine.shapes == {(8, 16) if isinstance(engine, Late) else (4, 16)}
+        if isinstance(engine, Late):
+            # The first pass was read at once: else one more would be under way.
+            assert engine.most == min(engine.scoring.ahead, engine.started - 1) and not engine.under_way
+            assert engine.often == {False}
+    for later in entries[1:]:
+        np.testing.assert_array_equal(later["nats"], entries[0]["nats"])
+        assert (np.diff(later["order"]) >= 0).all(), "entered in the order of the text"
+    monkeypatch.setattr(scoring, "OFTEN", 2)
+    many = Late(3)
+    score(many, dataset, config(), documents=None, seed=0)
+    assert many.often == {True}
+
+
+def test_what_was_under_way_is_entered_when_an_evaluation_is_broken_off() -> None:
+    dataset, engine = make_dataset(LENGTHS * 5), Late(1000)
+    ledger = Ledger(len(dataset.val))
+
+    def stop(done: int, total: int) -> None:
+        if engine.started == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(engine, dataset, config(), documents=None, seed=0, ledger=ledger, progress=stop)
+    assert ledger.writes == 4 and int((ledger.entries["order"] > 0).sum()) == 4 * 8 * 16
+    score(engine, dataset, config(), documents=None, seed=0, ledger=ledger)
+    whole = Ledger(len(dataset.val))
+    score(ContextEngine(), dataset, config(), documents=None, seed=0, ledger=whole)
+    np.testing.assert_array_equal(ledger.entries["nats"], whole.entries["nats"])
+
+
+@pytest.mark.parametrize("judged", ["plugins", "watch"])
+def test_nothing_is_under_way_where_somebody_looks(judged: str) -> None:
+    """What learns, or judges, does so from what is in the ledger, pass by pass of eval.batch."""
+    dataset, engine = make_dataset(LENGTHS), Late(1000)
+    watch = SimpleNamespace(wants=lambda number: number == 2, see=lambda *given: None)
+    given: dict[str, Any] = {"watch": watch} if judged == "watch" else {"plugins": [Temperature()]}
+    settings = config(plugins=("temperature",)) if judged == "plugins" else config()
+    ledger = Ledger(len(dataset.val))
+    score(engine, dataset, settings, documents=None, seed=0, ledger=ledger, **given)
+    assert ledger.complete() and not engine.started
+    assert ledger.writes == -(-(len(dataset.val) - 1) // 64), "passes of 4 windows of 16"
+
+
+def test_ranks_exchange_what_was_under_way() -> None:
+    dataset = make_dataset(LENGTHS * 5)
+    sent: list[list[np.ndarray]] = [[], []]
+
+    def ranks(rank: int) -> Any:
+        def gather(row: np.ndarray) -> list[np.ndarray]:
+            sent[rank].append(row)
+            return [row, np.empty(0, row.dtype)]
+
+        return SimpleNamespace(rank=rank, world=2, address="-", gather=gather)
+
+    for rank in (0, 1):
+        score_text(Late(1000), dataset.val, config(), Ledger(len(dataset.val)), ranks=ranks(rank))
+    positions = np.concatenate([row for rank in sent for row in rank[::2]])
+    assert np.array_equal(np.sort(positions), np.arange(1, len(dataset.val))), "every target, once"

@@ -1,5 +1,6 @@
 """Tokenizers: the byte table against hand-counted bytes, round trips, and models that must be refused. Budget: 10 s."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import core.tokenizer
-from core.tokenizer import Tokenizer, TokenizerError, token_bytes, train_tokenizer
+from core.tokenizer import SPACE, Tokenizer, TokenizerError, token_bytes, train_tokenizer
 from shared_tests.harness import LINES, tiny_tokenizer
 
 BUNDLED = Path(core.tokenizer.__file__).parent / "bundled" / "tokenizer.model"
@@ -111,6 +112,44 @@ def test_table_charges_the_bytes_of_the_normalised_text(text: str) -> None:
     tokenizer = Tokenizer.load(str(BUNDLED))
     ids = tokenizer.encode(text)
     assert sum(stream_bytes(tokenizer, ids)) == len(tokenizer.decode(ids).encode())
+
+
+FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "none": ("None", {}),
+    "no space": ("no piece for a space alone: it would cost 3 bytes", {"sentences": ["你好世界"] * 9}),
+    "suffix": ("piece '.*' would cost", {"treat_whitespace_as_suffix": True}),
+    "inside": (
+        r"piece 'old\\u2581sea' would cost 9 bytes and stands for 7",
+        {"user_defined_symbols": ["old\u2581sea"]},
+    ),
+    "dummy prefix": ("None", {"add_dummy_prefix": True}),
+    "not normalised": ("None", {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}),
+    "no byte pieces": ("no byte pieces", {"byte_fallback": False, "vocab_size": 40}),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_table_is_believed_where_it_holds(name: str) -> None:
+    """From the tokenizer alone, and true of texts: where it says nothing, each text is charged its own bytes."""
+    said, options = FAULTS[name]
+    made = {"byte_fallback": True, "vocab_size": 285, "hard_vocab_limit": False, **options}
+    tokenizer = Tokenizer(tiny_tokenizer(**made))
+    assert re.search(said, str(tokenizer.table_fault))
+    texts = ["the old sea", "a ☃ b", "你 好", "  two  spaces ", "café \u2581 ☃☃ \t x", "old sea old sea"]
+    wrong = []
+    for text in texts:
+        normalised = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model).normalize(text)
+        own = normalised.replace(SPACE, " ").removeprefix(" ")  # the first of all costs nothing after BOS
+        wrong.append(sum(stream_bytes(tokenizer, tokenizer.encode(text))) != len(own.encode()))
+    assert any(wrong) == (tokenizer.table_fault is not None)
+
+
+def test_official_tokenizers_keep_their_rule(bundled: Tokenizer) -> None:
+    """The published ones that lie beside the checkout, where they do."""
+    assert bundled.table_fault is None
+    for path in (BUNDLED.parents[3] / "shared" / "data" / "tokenizers").glob("*.model"):
+        tokenizer = Tokenizer.load(str(path))
+        assert (tokenizer.table_fault is None) == tokenizer.byte_pieces, path
 
 
 def test_batch_encoding_equals_single(bundled: Tokenizer) -> None:

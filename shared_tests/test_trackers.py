@@ -224,5 +224,5 @@ def test_no_account_and_a_damaged_state_are_one_line(tmp_path: Path, monkeypatch
     assert re.search("No API key.*wandb login.*WANDB_MODE=offline", done.stderr)
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "run" / "wandb.json").write_text('{"id": "a"')
-    with pytest.raises(ConfigError, match="wandb.json: damaged"):
+    with pytest.raises(ConfigError, match="wandb.json: not JSON"):
         trackers.start(["tensorboard", "wandb"], tmp_path / "run", RunConfig(), print)

@@ -304,7 +304,7 @@ def test_three_files_are_enough_and_machines_are_told(
     rows = (home["planted"] / "metrics.jsonl").read_text().replace('"train/loss": ', '"train/loss": "x", "o": ', 1)
     (home["planted"] / "metrics.jsonl").write_text(rows)
     assert main(["compare", *map(str, home.values())]) == 2
-    with pytest.raises(RunError, match="step 1: train/loss: 'x', expected a finite number"):
+    with pytest.raises(RunError, match="metrics.jsonl:1: train/loss: 'x', expected a finite number"):
         compare([str(path) for path in home.values()])
 
 

@@ -1,12 +1,15 @@
 """Cheats that the auditor must catch by the rule that they break, and honest near-misses. Budget: 100 s.
 
-Every case is a whole `skc audit`, two processes with a framework in them: 2 to 4 s.
+Every case is a whole `skc audit`, in two to four processes with a framework in them. What needs none of these is in
+test_zoo_predictions.py.
 """
 
 import json
 import os
+import py_compile
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from core.audit import isolation, places
 from core.audit.rules import RULES
 from core.audit.traced import STRACE
 from core.cli import main
@@ -55,7 +59,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 def audit(place: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Audit:
     """Audit a model and return what failed; the exit code, audit.json and legality.md must say the same."""
     monkeypatch.setenv("PATH", zoo_data.programs(tmp_path / "bin"))
-    monkeypatch.setenv(zoo.DATA, place.data)
+    zoo_data.write_place(tmp_path / "place", DATA=place.data, AUDITOR=os.getpid())
+    monkeypatch.syspath_prepend(tmp_path / "place")
 
     def run(*options: str, model: str = place.model, data: str = place.data, backend: str = "mlx") -> Seen:
         out = tmp_path / "audit"
@@ -65,7 +70,7 @@ def audit(place: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Audit:
         value, report = json.loads((out / "audit.json").read_text()), (out / "legality.md").read_text()
         assert {f["rule"] for f in value["findings"]} == RULES.keys()
         failed = {f["rule"]: f["evidence"] for f in value["findings"] if f["verdict"] == "FAIL"}
-        assert code == (1 if failed else 0)
+        assert code == (1 if failed or value["error"] else 0)
         assert set(re.findall(r"^\| (D\d+) \|.* \*\*FAIL\*\* \|", report, re.MULTILINE)) == failed.keys()
         return Seen(failed, value, report)
 
@@ -77,20 +82,11 @@ def named(*plugins: str) -> list[str]:
 
 
 CHEATS = {
-    "CountsFirst": ("mlx", {"D9": "before it was in the ledger", "D7": "that must not", "D12": "broken: D7, D9"}),
-    "Forger": ("mlx", {"D9": "cannot be made by hand"}),
     "Borrower": ("mlx", {"D9": "were not scored so"}),
-    "Bypass": ("cuda", {"D7": "scored again in a fresh process with tokens"}),
-    "GoldBoost": ("mlx", {"D8": "away from 0", "D7": "that must not", "D9": "before it was in the ledger"}),
-    "Pool": ("mlx", {"D7": "that must not", "D9": "before it was in the ledger", "D12": "broken: D7, D9"}),
-    "BestOfTwo": ("mlx", {"D8": "away from 0"}),
-    "LateFuture": ("mlx", {"D7": "scored again in a fresh process with tokens"}),
-    "LateGold": ("mlx", {"D7": "scored again in a fresh process with tokens", "D8": "away from 0"}),
-    "Oracle": ("mlx", {"D4": "opened the real one", "D7": "could not score the changed start"}),
-    "Searcher": ("mlx", {"D7": "scored again in a fresh process with tokens"}),
-    "FirstOnly": ("mlx", {"D7": "scored again in a fresh process with tokens", "D12": "broken: D7"}),
-    "Rescorer": ("mlx", {"D10": "scored twice"}),
-    "TailTwice": ("mlx", {"D5": "scored 2 times"}),
+    "Bypass": ("cuda", {"D7": "scored again in a fresh process with"}),
+    "Oracle": ("mlx", {"D4": "opened the real one", "D7": "could not score the changed text"}),
+    "Searcher": ("mlx", {"D7": "scored again in a fresh process with"}),
+    "FirstOnly": ("mlx", {"D7": "scored again in a fresh process with|random tokens", "D12": "broken: D7"}),
     "TrainShard": ("mlx", {"D4": "training data: .*train_000000.bin"}),
     "TrainMap": ("mlx", {"D4": "training data: .*train_000000.bin"}),
     "Phone": ("mlx", {"D4": f"network: .*{zoo.PORT}"}),
@@ -109,23 +105,78 @@ def test_a_cheat_fails_by_its_rule(audit: Audit, name: str) -> None:
     assert seen.value["error"] is None
 
 
-HONEST = {
-    "sliding cache": ("--windows", "sliding", "--stride", "16", *named("HonestCache")),
-    "stateful cache": ("--windows", "stateful", *named("HonestCache")),
-    "documents temperature": ("--windows", "documents", "--stride", "32", *named("temperature")),
-    "plain training": named("HonestTraining"),
+FILES = {
+    "DistInfo": {"D4": "not through the opener: .*numpy-2.0.dist-info/table.bin"},
+    "SystemFile": {"D4": "not the system's: .*table.bin"},
+    "Neighbour": {"D4": "another process: process_vm_readv"},
 }
+"""Cheats by files and processes, as above."""
 
 
-@pytest.mark.parametrize("backend", ["mlx", "cuda"])
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_read_past_the_opener_is_named(
+    audit: Audit, place: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    table, system = Path(place.data) / "numpy-2.0.dist-info" / "table.bin", tmp_path / "usr" / "table.bin"
+    for path in (table, system):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(1000))
+    monkeypatch.setattr(places, "SYSTEM", (*places.SYSTEM, os.path.realpath(system.parent)))
+    monkeypatch.setattr(isolation, "SYSTEM", places.SYSTEM)
+    zoo_data.write_place(tmp_path / "place", DATA=place.data, AUDITOR=os.getpid(), SYSTEM=str(system))
+    seen = audit("--tokens", "700", *named(name))
+    assert seen.failed.keys() == FILES[name].keys(), seen.failed
+    for rule, words in FILES[name].items():
+        assert re.search(words, seen.failed[rule]), seen.failed[rule]
+
+
+def test_a_text_in_the_environment_does_not_arrive(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKC_ZOO_TEXT", "a text")
+    seen = audit("--tokens", "700", *named("Variable"))
+    assert seen.value["error"]["kind"] == "builtins.KeyError" and not seen.value["evaluation"]
+
+
+def test_a_compiled_module_beside_its_source_is_not_read(audit: Audit, tmp_path: Path) -> None:
+    source = tmp_path / "place" / "zoo_compiled.py"
+    source.write_text("VALUE = 'a cheat'")
+    compiled = source.parent / "__pycache__" / f"zoo_compiled.{sys.implementation.cache_tag}.pyc"
+    py_compile.compile(str(source), str(compiled), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    source.write_text("VALUE = 'honest'")
+    seen = audit("--tokens", "700", *named("Compiled"))
+    assert not seen.failed and seen.value["error"] is None
+    assert any(f["path"] == os.path.realpath(source) for f in seen.value["isolation"]["files"])
+
+
+def test_a_copy_that_never_ends_keeps_no_audit_waiting(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "GRACE", 0.1)
+    seen = audit("--tokens", "700", *named("Forker"))
+    assert not seen.failed and seen.value["error"] is None
+
+
+def test_a_killed_evaluation_breaks_no_rule_by_its_death(audit: Audit) -> None:
+    seen = audit(*named("Killed"))
+    assert seen.value["error"]["kind"] == isolation.DIED
+    assert not seen.failed.keys() & {"D4", "D18"}, seen.failed
+
+
+HONEST = {
+    "stateful cache": ("--backend", "cuda", "--windows", "stateful", *named("HonestCache")),
+    "documents temperature": ("--windows", "documents", "--stride", "32", *named("temperature")),
+    "plain training": ("--backend", "cuda", *named("HonestTraining")),
+    "sliding training": ("--windows", "sliding", "--stride", "16", *named("HonestTraining")),
+}
+"""Others are in test_zoo_predictions.py."""
+
+
 @pytest.mark.parametrize("name", HONEST)
-def test_an_honest_near_miss_breaks_nothing(audit: Audit, name: str, backend: str) -> None:
-    seen = audit(*HONEST[name], backend=backend)
+def test_an_honest_near_miss_breaks_nothing(audit: Audit, name: str) -> None:
+    seen = audit(*HONEST[name])
     assert not seen.failed and seen.value["error"] is None
     verdicts = [(f["rule"], f["verdict"]) for f in seen.value["findings"]]
     passed = {"D1", "D3", "D4", "D5", "D6", "D7", "D8", "D9", "D10", "D12", "D13", "D14", "D18"}
     assert passed <= {rule for rule, verdict in verdicts if verdict == "PASS"}, verdicts
-    assert seen.value["evaluation"]["ledger"]["versions"] == (17 if name == "plain training" else 1)
+    versions = seen.value["evaluation"]["ledger"]["versions"]
+    assert versions == 17 if name == "plain training" else versions == 1 or "training" in name
 
 
 def test_recurrent_layers_with_a_cache_break_nothing(audit: Audit, place: Zoo) -> None:

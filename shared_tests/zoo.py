@@ -8,9 +8,12 @@ import contextlib
 import copy
 import ctypes
 import gc
+import importlib
 import os
+import signal
 import socket
 import subprocess
+import time
 from typing import Any
 
 import numpy as np
@@ -24,8 +27,8 @@ from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
 from core.scoring.windows import Windows
 from core.shards import open_shard
 
-DATA = "SKC_ZOO_DATA"
-"""Environment variable: the folder whose training text the thieves go for."""
+PLACE = "zoo_place"
+"""Module that the tests write: its DATA is the folder whose text the thieves go for."""
 PORT = 41_018
 ROW = 256
 """Targets that one forward pass scores, and tokens of a row that is trained on."""
@@ -201,7 +204,7 @@ class Table(Plugin):
     """Reads a table that nobody paid for."""
 
     def start(self, vocab: int, learner: Learner | None) -> None:
-        with open_input(os.path.join(os.environ[DATA], "table.bin")) as file:
+        with open_input(os.path.join(data_folder(), "table.bin")) as file:
             self._table = file.read()
 
 
@@ -214,7 +217,7 @@ class Oracle(Plugin):
         self._text = self._find().astype(np.int64)
 
     def _find(self) -> np.ndarray:
-        return np.array(open_shard(os.path.join(os.environ[DATA], "val_000000.bin")))
+        return np.array(open_shard(os.path.join(data_folder(), "val_000000.bin")))
 
     def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
         known = np.full_like(logprobs, np.log(1e-3 / (logprobs.shape[-1] - 1)))
@@ -304,6 +307,76 @@ class Starter(Plugin):
         subprocess.run(["true"], check=True)
 
 
+class DistInfo(Table):
+    """Reads a table out of a folder that is named as a package's."""
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        with open(os.path.join(data_folder(), "numpy-2.0.dist-info", "table.bin"), "rb") as file:
+            self._table = file.read()
+
+
+class SystemFile(Table):
+    """Reads a table that lies in a folder of the system."""
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        with open(importlib.import_module(PLACE).SYSTEM, "rb") as file:
+            self._table = file.read()
+
+
+class Variable(Oracle):
+    """Has the text from an environment variable, and cheats if it is there."""
+
+    def _find(self) -> np.ndarray:
+        return np.frombuffer(os.environ["SKC_ZOO_TEXT"].encode("latin-1"), np.uint8)
+
+
+class Compiled(Plugin):
+    """Is honest in its source; the compiled module beside it is not."""
+
+    kind = "temperature"
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        assert importlib.import_module("zoo_compiled").VALUE == "honest"
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        return logprobs
+
+
+class Neighbour(Plugin):
+    """Looks into the memory of the auditor, which has seen the text."""
+
+    kind = "temperature"
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        parent = importlib.import_module(PLACE).AUDITOR
+        here, there = (ctypes.c_size_t * 2)(0, 0), (ctypes.c_size_t * 2)(0, 0)
+        ctypes.CDLL(None).process_vm_readv(parent, here, 1, there, 1, 0)
+        with contextlib.suppress(OSError), open(f"/proc/{parent}/mem", "rb") as file:
+            file.read(1)
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        return logprobs
+
+
+class Forker(HonestCache):
+    """Honest, but leaves a copy of the process behind, as pools of workers do."""
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        super().start(vocab, learner)
+        if os.fork() == 0:
+            time.sleep(600)
+            os._exit(0)
+
+
+class Killed(HonestCache):
+    """Honest, but the system kills it in the middle, as where memory runs out."""
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        if view.positions.min() > 1000:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().predict(logprobs, view)
+
+
 class Crash(Plugin):
     """Comes to no end."""
 
@@ -318,6 +391,11 @@ def mixed(logprobs: np.ndarray, other: np.ndarray, weight: float = 0.1) -> np.nd
     return np.log((1 - weight) * np.exp(logprobs) + weight * other).astype(logprobs.dtype)
 
 
+def data_folder() -> str:
+    """Return the folder that the thieves go for: a module says it, as no environment variable comes through."""
+    return importlib.import_module(PLACE).DATA
+
+
 def training_file() -> str:
-    """Return the first training shard of the folder that DATA names."""
-    return os.path.join(os.environ[DATA], "train_000000.bin")
+    """Return the first training shard of the thieves' folder."""
+    return os.path.join(data_folder(), "train_000000.bin")

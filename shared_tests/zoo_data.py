@@ -22,7 +22,7 @@ from core.run import Run
 from core.shards import open_shard, shard_record, write_shard
 from core.storage import Stored
 from core.tokenizer import Tokenizer
-from shared_tests.zoo import ROW
+from shared_tests.zoo import PLACE, ROW
 
 TOKENIZER = BUNDLED / "tokenizer.model"
 NEEDED = ("sh", "true", "mount", "unshare", "strace")
@@ -40,6 +40,12 @@ def programs(folder: Path) -> str:
         if found:
             (folder / name).symlink_to(found)
     return str(folder)
+
+
+def write_place(folder: Path, **values: Any) -> None:
+    """Write the module that tells cheats where things are; the folder is one to import from."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{PLACE}.py").write_text("".join(f"{name} = {value!r}\n" for name, value in values.items()))
 
 
 def novels(split: str, count: int, size: int) -> list[str]:

@@ -5,6 +5,7 @@ Shapes: B rows, T positions, H heads, G key/value heads, K channels of a head, N
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ DTYPES = {"bfloat16": torch.bfloat16}
 """Compute types of the kernels."""
 AGREES = 0.02
 """Largest relative RMS of a kernel in bfloat16 against ours in float32, of the output and each gradient."""
-LENGTH = 32
-"""Mean length of documents that there is always room for; batches of more documents get twice the room, and so on."""
+LENGTH = 256
+"""Mean length of documents that there is room for where nothing is known of the text (EngineOptions.spans)."""
+SHORTEST = 64
+"""Fewest positions that cuDNN is asked for: it refuses a single key, and makes a plan for every length."""
 MOST = 65_535
 """Most spans of one call: FlashAttention 2 has a place of its launch grid for each."""
 
@@ -46,25 +49,16 @@ class Choice(NamedTuple):
     note: str
 
 
-def spans(documents, most):
-    """Return where each run of one document begins, rows end to end: (B, T) int -> (most + 1,) int32, then N.
+def spans(tokens: np.ndarray, bos: int, known: int | None = None) -> np.ndarray:
+    """Return where each run of one document begins in a batch (B, T), rows end to end: (M + 1,) int32.
 
-    There must not be more than `most` runs; a row's first position begins one.
+    A row's first position begins one. M is `known`, or reckoned from LENGTH, and is doubled until all fit: few
+    different sizes, so that few shapes are compiled; places that are left over hold N. ConfigError if there are more
+    documents than the kernels take.
     """
-    first = torch.ones_like(documents[:, :1], dtype=torch.bool)
-    begins = torch.cat([first, documents[:, 1:] != documents[:, :-1]], dim=1).reshape(-1)
-    number = torch.cumsum(begins, dim=0, dtype=torch.int32)
-    wanted = torch.arange(1, most + 2, dtype=torch.int32, device=documents.device)
-    return torch.searchsorted(number, wanted, out_int32=True)
-
-
-def room(tokens: np.ndarray, bos: int) -> int:
-    """Return for how many spans a batch (B, T) is given room: few different numbers, so that few shapes are compiled.
-
-    ConfigError if it has more documents than the kernels take.
-    """
-    count = len(tokens) + int(np.count_nonzero(tokens[:, 1:] == bos))
-    most = len(tokens) + tokens.size // LENGTH
+    first = np.ones((len(tokens), 1), np.bool_)
+    begins = np.flatnonzero(np.concatenate([first, tokens[:, 1:] == bos], axis=1))
+    most, count = known or len(tokens) + tokens.size // LENGTH, len(begins)
     while most < count:
         most *= 2
     if count > MOST:
@@ -72,7 +66,9 @@ def room(tokens: np.ndarray, bos: int) -> int:
             f"{count} documents in one micro-batch of {tokens.size} tokens: attention kernels take at most {MOST}; "
             "lower train.micro_batch (or eval.batch)"
         )
-    return min(most, tokens.size, MOST)
+    made = np.full(min(most, tokens.size, MOST) + 1, tokens.size, np.int32)
+    made[:count] = begins
+    return made
 
 
 def _from_kernels(rows: Callable | None, pieces: Callable | None) -> Callable:
@@ -113,20 +109,23 @@ def _flash(module: str) -> Form:
     return Form(_from_kernels(rows, pieces), True)
 
 
-def _torch_flash() -> Form:
+def _torch_flash(repeat: bool) -> Form:
     varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    # torch 2.11 does not ask whether heads are shared; later versions refuse it unless they are told
+    more = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen).parameters else {}
 
     def pieces(q, k, v, at):
-        k, v = (torch.repeat_interleave(x, q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # torch 2.11: no groups
+        if repeat:
+            k, v = (torch.repeat_interleave(x, q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         limits = (at.begins, at.begins, at.longest, at.longest)
-        return varlen(q, k, v, *limits, scale=q.shape[-1] ** -0.5, window_size=(-1, 0))
+        return varlen(q, k, v, *limits, scale=q.shape[-1] ** -0.5, window_size=(-1, 0), **more)
 
     return Form(_from_kernels(None, pieces), True)
 
 
 def _cudnn() -> Form:
     def attend(q, k, v, mask, exact):
-        if q.shape[2] != k.shape[2]:  # a state grows by a token at a time: cuDNN would make a plan for each length
+        if not q.shape[2] == k.shape[2] >= SHORTEST:  # a state grows by a token at a time
             return ops.attention(q, k, v, mask, exact)
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
             return ops.attention(q, k, v, mask, exact)
@@ -145,17 +144,22 @@ class Candidate(NamedTuple):
 CANDIDATES = {
     "FlashAttention 3": Candidate(lambda: _flash("flash_attn_interface"), lambda c: c == (9, 0)),
     "FlashAttention 2": Candidate(lambda: _flash("flash_attn"), lambda c: c >= (8, 0)),
-    "torch's FlashAttention 2": Candidate(_torch_flash, lambda c: c >= (8, 0), packed=False),
+    "torch's FlashAttention 2": Candidate(lambda: _torch_flash(False), lambda c: c >= (8, 0), packed=False),
+    "torch's FlashAttention 2, heads repeated": Candidate(
+        lambda: _torch_flash(True), lambda c: c >= (8, 0), packed=False
+    ),
     "cuDNN": Candidate(_cudnn, lambda c: c >= (8, 0)),
 }
 """The best first. Whole rows go through torch's own FlashAttention 2 in ops.attention."""
 
 
-def gaps(form: Form | None, model, dtype, device, rows: int = 2, seq: int = 64) -> dict[str, float]:
+def gaps(
+    form: Form | None, model, dtype, device, rows: int = 2, seq: int = 64, traced: bool = False
+) -> dict[str, float]:
     """Return the relative RMS of a form's output and gradients against ops.attention's exact form, in float32 or wider.
 
     On random heads of the shapes of `model` (a ModelConfig), a few documents in each row; None: ops.attention's fast
-    form.
+    form. `traced`: called as torch.compile calls it, by its fakes first, but with nothing compiled.
     """
     attend, takes_spans = (ops.attention, False) if form is None else form
     random = torch.Generator(device).manual_seed(0)
@@ -165,10 +169,11 @@ def gaps(form: Form | None, model, dtype, device, rows: int = 2, seq: int = 64) 
     mask = ours = None
     if model.documents == "isolated":
         begins = torch.rand(rows, seq, generator=random, device=device) < 0.1
-        documents = torch.cumsum(begins, dim=1, dtype=torch.int32)
-        mask = ours = ops.causal_mask(seq, seq, documents)
+        mask = ours = ops.causal_mask(seq, seq, torch.cumsum(begins, dim=1, dtype=torch.int32))
         if takes_spans:
-            ours = Spans(spans(documents, rows * seq), seq)
+            ours = Spans(torch.from_numpy(spans(begins.cpu().numpy(), True)).to(device), seq)
+    if traced:
+        attend = torch.compile(attend, backend="aot_eager", dynamic=False)
 
     def outcome(function, given, mask, exact):
         leaves = [x.detach().requires_grad_() for x in given[:3]]
@@ -182,8 +187,10 @@ def gaps(form: Form | None, model, dtype, device, rows: int = 2, seq: int = 64) 
     return {name: float(torch.linalg.norm(a.to(wide) - b) / torch.linalg.norm(b)) for name, a, b in pairs}
 
 
-def trial(name: str, model, dtype: str, device, seq: int) -> tuple[Form | None, str | dict[str, float]]:
-    """Return a candidate and its gaps, or None and why it is passed over."""
+def trial(
+    name: str, model, dtype: str, device, seq: int, traced: bool = False
+) -> tuple[Form | None, str | dict[str, float]]:
+    """Return a candidate and its gaps, or None and why it is passed over; `traced`: it will be compiled, too."""
     candidate, capability = CANDIDATES[name], capability_of(device)
     if capability is None:
         return None, "no CUDA device"
@@ -193,7 +200,10 @@ def trial(name: str, model, dtype: str, device, seq: int) -> tuple[Form | None, 
         return None, "rows are whole"
     try:
         form = candidate.make()
-        found = gaps(form, model, DTYPES[dtype], device, seq=max(seq, 64))  # of one key gradients are 0
+        given = (model, DTYPES[dtype], device, 2, max(seq, SHORTEST))  # of one key gradients are 0
+        found = gaps(form, *given)
+        if traced and max(found.values()) <= AGREES:
+            found = gaps(form, *given, traced=True)
     except ModuleNotFoundError:
         return None, "not installed"
     except Exception as error:  # whatever another project's kernel raises: it is said, and the next form is tried
@@ -208,8 +218,11 @@ def capability_of(device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-def choose(model, dtype: str, exact: bool, device, seq: int) -> Choice:
-    """Return the first form that is there, runs on rows of `seq` and agrees with ours; the note says why not others."""
+def choose(model, dtype: str, exact: bool, device, seq: int, traced: bool = False) -> Choice:
+    """Return the first form that is there, runs on rows of `seq` and agrees with ours; the note says why not others.
+
+    `traced`: it must run when torch.compile traces it, too.
+    """
     ours = "torch scaled_dot_product_attention"
     if exact:
         return Choice(None, "attention: exact, composed")
@@ -219,7 +232,7 @@ def choose(model, dtype: str, exact: bool, device, seq: int) -> Choice:
         return Choice(None, f"attention: {ours} (kernels compute in {', '.join(DTYPES)}, not {dtype})")
     form, chosen, passed = None, ours, []
     for name in CANDIDATES:
-        form, found = trial(name, model, dtype, device, seq)
+        form, found = trial(name, model, dtype, device, seq, traced)
         if form is not None:
             chosen = name
             break

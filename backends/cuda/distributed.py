@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from core.config import ConfigError
+from core.ranks import Alone
 
 PATIENCE = datetime.timedelta(hours=12)
 """How long a collective waits: longer than a slow rank compiles or evaluates. Dead ranks are the heartbeat's matter."""
@@ -57,6 +58,14 @@ class Ranks:
         dist.all_reduce(tensor)
         return tensor
 
+    def start_sum(self, tensor):
+        """Start the sum over the ranks of a tensor, in place; what is returned has to be waited for."""
+        return dist.all_reduce(tensor, async_op=True)
+
+    def start_scatter(self, mine_1RC, stack_WRC):
+        """Start to sum a stack over the ranks, of which each gets its own matrix; likewise."""
+        return _reduce_scatter(mine_1RC, stack_WRC, async_op=True)
+
     def share_updates(self, buckets, tensors):
         """Start to bring what each rank updated to all: tensors[name] of every bucket with slots, in place.
 
@@ -79,6 +88,29 @@ class Ranks:
                         tensors[name].copy_(out[rank])
 
         return finish
+
+
+class OneOf(Alone):
+    """Rank 0 of `world` without the others, for timing: it does its share of a step and sends nothing."""
+
+    def __init__(self, world):
+        self.world = world
+
+    def sum(self, tensor):
+        return tensor
+
+    def start_sum(self, tensor):
+        return self
+
+    def start_scatter(self, mine_1RC, stack_WRC):
+        mine_1RC.copy_(stack_WRC[:1])
+        return self
+
+    def share_updates(self, buckets, tensors):
+        return self.wait
+
+    def wait(self):
+        """Do nothing: nothing was sent."""
 
 
 class Reducer:
@@ -106,12 +138,12 @@ class Reducer:
         grads = [self._grads[name] for name in bucket.names]
         if not bucket.slots:
             flat = torch.cat([g.reshape(-1) for g in grads])
-            return flat, dist.all_reduce(flat, async_op=True)
+            return flat, self._ranks.start_sum(flat)
         of = dict(zip(bucket.names, grads, strict=True))
         empty = torch.zeros_like(grads[0])
         stack_WRC = torch.stack([empty if name is None else of[name] for name in bucket.slots])
         mine_1RC = torch.empty_like(stack_WRC[:1])
-        return mine_1RC, _reduce_scatter(mine_1RC, stack_WRC, async_op=True)
+        return mine_1RC, self._ranks.start_scatter(mine_1RC, stack_WRC)
 
     def finish(self):
         """Wait and return the sums by name: of the matrices that this rank updates, and of all else."""

@@ -4,29 +4,36 @@ import functools
 import resource
 import sys
 import time
+import warnings
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch.func import functional_call
 
-from backends.cuda import attention, ops, optim, storage
+from backends.cuda import attention, ops, storage
+from backends.cuda.banks import Banked, Quantiser, compiler_options
 from backends.cuda.distributed import Reducer
 from backends.cuda.model import Model
 from backends.cuda.staging import to_gpu
+from backends.cuda.update import Update
 from core.context import Constants
-from core.engine import Arrays, Batch, EngineOptions, State, StepResult, micro_batches
-from core.params import check_arrays, exported, optimizer_slots, param_table
-from core.ranks import buckets, updated_by
-from core.schedule import NUMBERS, StepPlan
+from core.engine import Arrays, Batch, EngineOptions, Scoring, State, StepResult, micro_batches
+from core.fitting import fitting, note, usable
+from core.params import banks, check_arrays, optimizer_slots, param_table
+from core.ranks import buckets, owners
+from core.schedule import StepPlan
 from core.storage import Stored
 from core.tables import mixer_tables, rope_tables
 
 IN_FLIGHT = 2
+PASS, AHEAD = 65_536, 32
+"""Tokens of a forward pass of scoring on a GPU, and how many passes are under way there."""
 SPARE = 8
 """Compilations of one part of the step beyond those that a run declares: evaluation during training has other rows."""
 ROOMS = 4
-"""How often the room for documents (attention.room) may grow."""
+"""How often the room for documents (attention.spans) may grow."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -66,11 +73,18 @@ class Engine:
         self.dtype = options.dtype or ("bfloat16" if gpu else "float32")
         self._device = torch.device("cuda" if gpu else "cpu")
         self.device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+        torch.set_float32_matmul_precision("highest")  # CUDA: NVIDIA's images turn TF32 on by a variable
         self._compute, self._wide = DTYPES[self.dtype], torch.float64 if self.dtype == "float64" else torch.float32
         self._run, self._config, self._train = config, config.model, config.train
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
+        narrow = options.newton_schulz or ("bfloat16" if gpu and self.dtype == "bfloat16" else None)
+        self._orthogonal = DTYPES[narrow] if narrow else self._wide
         self._table = param_table(config.model)
-        self._attention = attention.choose(config.model, self.dtype, self._exact, self._device, config.train.seq)
+        wanted = options.compile if options.compile is not None else gpu
+        self._attention = attention.choose(
+            config.model, self.dtype, self._exact, self._device, config.train.seq, traced=wanted
+        )
+        self._spans = {(rows, seq): count for rows, seq, count in options.spans}
         attend = None if self._attention.form is None else self._attention.form.attend
         with torch.device("meta"):  # CUDA: the module holds no weights: as in MLX, they come as arguments
             self._model = Model(config.model, self._exact, attend)
@@ -80,137 +94,101 @@ class Engine:
         self._mixing = [
             torch.tensor(table, dtype=self._wide, device=self._device) for table in mixer_tables(config.model)
         ]
+        self.scoring = Scoring(PASS, AHEAD) if gpu else Scoring()
         self._staging = to_gpu(self._device) if gpu else None
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
-        self._weights = None
         self._slots = optimizer_slots(config.model, config.train)
-        self._state = self._zeros(self._slots)
-        self._params = self._zeros({name: row.shape for name, row in self._table.items()})
+        self.ranks, self._buckets = ranks, buckets(config, ranks.world)
+        self._banks = banks(config.model, owners(self._buckets))
+        self._params, self._state = self._zeros(("",)), self._zeros(("m", "v", "ema"))
+        self._weights: Banked | None = None
         self.load_params(weights, quantise)
         wanted = options.compile if options.compile is not None else gpu
-        self._objective = torch.compile(self._losses, backend=self._count, dynamic=False) if wanted else self._losses
-        self._finish = torch.compile(self._update, backend=self._count, dynamic=False) if wanted else self._update
-        self._change = torch.compile(self._rules, backend=self._count, dynamic=False) if wanted else self._rules
-        self.ranks, self._buckets = ranks, buckets(config, ranks.world)
+        compiled = functools.partial(torch.compile, backend=self._count, dynamic=False) if wanted else lambda f: f
+        self._objective = compiled(self._losses)
+        self._score = torch.compile(self._costs, dynamic=False) if wanted else self._costs
+        self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, compiled)
+        self._finish = self._update.alone
+        self._store = Quantiser(functools.partial(compiled, backend=self._count_exact) if wanted else None)
+        self._memory = usable(torch.cuda.mem_get_info()[1] if gpu else None, ranks)
+        self._fitting: dict[int, int] = {}
         if wanted:  # past its limit torch goes on eagerly
             limits = torch._dynamo.config
             limits.recompile_limit = most = max(limits.recompile_limit, SPARE + self._shapes())
             limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2 * most)
         self.notes = (
-            f"compile: loss and update (torch.compile), {self._shapes()} shapes declared"
+            f"compile: loss and each bank's update (torch.compile), {self._shapes()} shapes declared"
             if wanted
             else "compile: off (eager)",
             self._attention.note,
             f"scan: {'exact, step by step' if self._exact else 'Triton kernel' if gpu else 'in chunks'}",
             f"cross-entropy: {'exact, composed' if self._exact else 'Triton kernel' if gpu else 'softcap apart'}",
+            *note(config, self._rows(self._train.seq), self._memory),
+            f"quantisers: {self._store.note}",
+            f"float32 products: in full, TF32 off; Newton-Schulz in {str(self._orthogonal).removeprefix('torch.')}",
         )
 
     # What is compiled on a GPU.
 
-    def _count(self, graph, inputs):
+    def _count(self, graph, inputs, **options):
         """Compile as torch.compile's default does, and count it: a counter inside the traced code would be a guard."""
         self._traces += 1
-        return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+        with warnings.catch_warnings():  # CUDA: TF32 is off because we say so
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+            return torch._dynamo.lookup_backend("inductor")(graph, inputs, **options)
 
-    @torch.no_grad()
-    def _stored(self, params):
+    def _count_exact(self, graph, inputs):
+        """Compile so that every operation rounds as it does eagerly, and count it."""
+        return self._count(graph, inputs, config_patches=compiler_options())
+
+    def _stored(self, weights):
         """Return every weight as the artifact would give it back."""
-        # CUDA: never compiled: inductor leaves out roundings to float16 between float32 ops, and codes would differ
-        return {name: storage.stored(value, self._table[name].storage) for name, value in params.items()}
+        stored = self._store(list(weights.whole.values()), [bank.storage for bank, _ in weights.whole])
+        return Banked(dict(zip(weights.whole, stored, strict=True)))
 
     def _trained(self, params, quantise):
         """Return the weights of a training step's forward pass; gradients at them are those of `params`."""
-        weights = self._stored(params) if quantise else {name: value.detach() for name, value in params.items()}
-        return {name: value.requires_grad_() for name, value in weights.items()}
+        weights = self._stored(params) if quantise else params
+        return {name: value.detach().requires_grad_() for name, value in weights.items()}
 
-    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, room=None):
-        given = (tokens, tables, self._compute, repeat, record, state, capped, room)
+    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, begins=None):
+        given = (tokens, tables, self._compute, repeat, record, state, capped, begins)
         return functional_call(self._model, weights, given, strict=True)
 
     def _read(self, tokens, **options):
         """Run the scored weights over rows of tokens from the host; return what the model returns."""
-        options["room"] = self._room(tokens)
+        options["begins"] = self._begins(tokens)
         return self._forward(self._scored(), self._move(tokens), self._constants(tokens.shape[1]), **options)
 
-    def _losses(self, weights, tokens, targets, tables, repeat, room=None):
-        logits, _ = self._forward(weights, tokens, tables, repeat, capped=False, room=room)
-        nll, total = ops.cross_entropy(logits, targets, self._exact, self._config.softcap)
+    def _costs(self, weights, tokens, targets, tables, repeat=True, begins=None):
+        """Return -log p(target) and the logsumexp of every position."""
+        logits, _ = self._forward(weights, tokens, tables, repeat, capped=False, begins=begins)
+        return ops.cross_entropy(logits, targets, self._exact, self._config.softcap, weights.get("vocab_bias"))
+
+    def _losses(self, weights, tokens, targets, tables, repeat, begins=None):
+        nll, total = self._costs(weights, tokens, targets, tables, repeat, begins)
         loss = torch.mean(nll)
         return loss + self._train.z_loss * torch.mean(torch.square(total)) if self._train.z_loss else loss, loss
 
     def _gradient(self, weights, batch, part, repeat, ready=None):
         """Return (objective, loss, gradients) of one micro-batch; `ready` gets each gradient when it is there."""
         tokens, targets = self._move(batch.tokens[part]), self._move(batch.targets[part])
-        tables, room = self._constants(tokens.shape[1]), self._room(batch.tokens[part])
-        objective, loss = self._objective(weights, tokens, targets, tables, repeat, room)
+        tables, begins = self._constants(tokens.shape[1]), self._begins(batch.tokens[part])
+        objective, loss = self._objective(weights, tokens, targets, tables, repeat, begins)
         hooks = [weights[n].register_hook(functools.partial(ready, n)) for n in self._table] if ready else []
         grads = torch.autograd.grad(objective, [weights[name] for name in self._table])
         for hook in hooks:
             hook.remove()
         return objective.detach(), loss.detach(), dict(zip(self._table, grads, strict=True))
 
-    @torch.no_grad()
-    def _update(self, params, state, grads, loss, hyper, count):
-        """Return (mean loss, norm, finite) after one clipped and guarded update of params and state, in place."""
-        loss, norm, finite = self._measured(loss / count, optim.global_norm(grads.values()) / count)
-        self._rules(params, state, grads, norm, finite, hyper, count)
-        self._follow(params, state, finite, hyper)
-        return loss, norm, finite
-
-    def _measured(self, loss, norm):
-        """Return both, and whether they are finite."""
-        return loss, norm, torch.isfinite(loss) & torch.isfinite(norm)
-
-    @torch.no_grad()
-    def _rules(self, params, state, grads, norm, finite, hyper, count):
-        """Update the parameters that have gradients, which are `count` times too large, and their state, in place."""
-        scale = optim.clip_scale(norm, self._train.clip) / count
-        grads = {name: g * scale for name, g in grads.items()}
-        new = optim.update(self._run, params, state, grads, dict(zip(NUMBERS, hyper, strict=True)))
-        self._replace(new, (params, state), finite)
-
-    @torch.no_grad()
-    def _follow(self, params, state, finite, hyper):
-        """Update the running averages, in place."""
-        new = optim.averages(self._run, params, state, dict(zip(NUMBERS, hyper, strict=True)))
-        self._replace((new,), (state,), finite)
-
-    def _replace(self, new, old, finite):
-        for fresh, stale in zip(new, old, strict=True):
-            for name, value in fresh.items():  # CUDA: in place, so that no second copy is kept
-                stale[name].copy_(torch.where(finite, value, stale[name]))
-
-    @torch.no_grad()
-    def _update_together(self, reducer, loss, hyper, count):
-        """Do what _update does with all ranks: each updates its part of Muon's matrices, which then go to all."""
-        grads, params, state = reducer.finish(), self._params, self._state
-        alone, all_ = updated_by(self._buckets, self.ranks.rank)
-        zero = torch.zeros_like(loss)  # a rank may have no matrix of its own
-        norms = [optim.global_norm([zero, *(grads[n] for n in names)]) for names in (alone, all_)]
-        ours, common = (torch.square(norm) for norm in norms)
-        loss, ours = self.ranks.sum(torch.stack([loss, ours]))
-        loss, norm, finite = self._measured(loss / count, torch.sqrt(ours + common) / count)
-        waits = []
-        for shape in sorted({params[b.names[0]].shape for b in self._buckets if b.slots}):
-            shaped = [b for b in self._buckets if b.slots and params[b.names[0]].shape == shape]
-            mine = {n: grads[n] for b in shaped if (n := b.owned(self.ranks.rank)) is not None}
-            if mine:
-                self._change(params, state, mine, norm, finite, hyper, count)
-            waits.append(self.ranks.share_updates(shaped, params))  # while the next shape is updated
-        if all_:
-            self._change(params, state, {n: grads[n] for n in all_}, norm, finite, hyper, count)
-        for wait in waits:
-            wait()
-        self._follow(params, state, finite, hyper)
-        return loss, norm, finite
-
     # The protocol.
 
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
-        hyper = torch.tensor(plan.numbers, dtype=self._wide).to(self._device, non_blocking=True)
+        hyper = self._numbers(plan.numbers)
         seq = batch.tokens.shape[1]
-        parts, shares, count = micro_batches(batch, self._train.rows_of(seq)[1], self.ranks.world)
+        parts, shares, number = micro_batches(batch, self._rows(seq), self.ranks.world)
+        count = self._numbers(number)  # CUDA: a number of the host's would be a constant of the compiled code
         reducer = Reducer(self.ranks, self._buckets) if self.ranks.world > 1 else None
         loss, grads = 0.0, {}
         weights = self._trained(self._params, plan.quantise)
@@ -225,7 +203,7 @@ class Engine:
         if reducer is None:
             numbers = self._finish(self._params, self._state, grads, loss, hyper, count)
         else:
-            numbers = self._update_together(reducer, loss, hyper, count)
+            numbers = self._update.together(self._params, self._state, reducer, loss, hyper, count)
         self.quantise, self._weights = plan.quantise, None
         self._in_flight.append(Pending(*numbers, self._mark()))
         if len(self._in_flight) > IN_FLIGHT:
@@ -239,10 +217,15 @@ class Engine:
         objective, _, grads = self._gradient(weights, batch, slice(None), True)
         return objective.item(), {name: g.cpu().numpy() for name, g in grads.items()}
 
-    @torch.no_grad()
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        logits, _ = self._read(tokens, capped=False)
-        return ops.cross_entropy(logits, self._move(targets), self._exact, self._config.softcap)[0].cpu().numpy()
+        return self.nll_later(tokens, targets, False)()
+
+    @torch.no_grad()
+    def nll_later(self, tokens: np.ndarray, targets: np.ndarray, often: bool) -> Callable[[], np.ndarray]:
+        costs = self._score if often else self._costs
+        given, begins = (self._move(tokens), self._move(targets)), self._begins(tokens)
+        nll, _ = costs(self._scored(), *given, self._constants(tokens.shape[1]), begins=begins)
+        return lambda: nll.cpu().numpy()
 
     @torch.no_grad()
     def logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -276,7 +259,7 @@ class Engine:
         return {name: weights[name].cpu().numpy().copy() for name in self._table}
 
     def quantised(self) -> dict[str, Stored]:
-        weights = exported(self._config, self._train, self._params, self._state)
+        weights = self._exported()
         return {name: storage.to_host(weights[name], row.storage) for name, row in self._table.items()}
 
     def params(self) -> Arrays:
@@ -303,32 +286,50 @@ class Engine:
             self._state[name].copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
         self._weights = None
 
-    def matmul_rate(self, n: int, repeats: int) -> float:
+    def matmul_rate(self) -> tuple[int, float]:
+        gpu = self._device.type == "cuda"
+        n, repeats = (8192, 20) if gpu else (1024, 5)
         # CUDA: not a constant, which a GPU multiplies faster than what models hold: it takes less power
         a = torch.randn((n, n), device=self._device).to(self._compute)
-        best = float("inf")
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
+        torch.matmul(a, a)
+        if not gpu:
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                torch.matmul(a, a)
+                times.append(time.perf_counter() - start)
+            return n, 2 * n**3 / min(times)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):  # CUDA: one after the other without waiting: a launch takes as long as a small product
             torch.matmul(a, a)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-        return 2 * n**3 / best
+        end.record()
+        end.synchronize()
+        return n, 2e3 * n**3 * repeats / begin.elapsed_time(end)
 
     def update_seconds(self, plan: StepPlan, repeats: int) -> float:
-        hyper = torch.tensor(plan.numbers, dtype=self._wide, device=self._device)
+        hyper, count = self._numbers(plan.numbers), self._numbers(self._train.batch // self._train.rows)
         key, loss = torch.Generator(self._device).manual_seed(0), torch.ones((), dtype=self._wide, device=self._device)
         grads = {name: torch.empty_like(p).normal_(generator=key) for name, p in self._params.items()}
         # CUDA: an update works in place: it gets copies
-        params, state = ({name: value.clone() for name, value in d.items()} for d in (self._params, self._state))
-        count, start = float(self._train.batch // self._train.rows), 0.0
+        params, state, start = self._params.map(torch.clone), self._state.map(torch.clone), 0.0
         for turn in range(repeats + 1):
             if turn == 1:  # the first one compiles
                 start = time.perf_counter()
-            self._finish(params, state, grads, loss, hyper, count)
+            self._updated(params, state, grads, loss, hyper, count)
             if self._device.type == "cuda":
                 torch.cuda.synchronize()
         return (time.perf_counter() - start) / repeats
+
+    def _updated(self, params, state, grads, loss, hyper, count):
+        """Update params and state in place, with what this rank does of it where there are others."""
+        if self.ranks.world == 1:
+            self._finish(params, state, grads, loss, hyper, count)
+            return
+        reducer = Reducer(self.ranks, self._buckets)
+        for name, grad in grads.items():
+            reducer.add(name, grad)
+        self._update.together(params, state, reducer, loss, hyper, count)
 
     def stats(self) -> dict[str, float]:
         if self._device.type == "cuda":
@@ -345,18 +346,40 @@ class Engine:
     def _scored(self):
         """Return the weights that are scored, made anew after every change of the masters."""
         if self._weights is None:
-            weights = exported(self._config, self._train, self._params, self._state)
-            self._weights = self._stored(weights) if self.quantise else weights
+            self._weights = self._stored(self._exported()) if self.quantise else self._exported()
         return self._weights
 
-    def _zeros(self, shapes):
-        return {name: torch.zeros(shape, dtype=self._wide, device=self._device) for name, shape in shapes.items()}
+    def _rows(self, seq):
+        """Return how many rows of `seq` tokens go through the model at once."""
+        if seq not in self._fitting:
+            self._fitting[seq] = fitting(self._run, seq, self.dtype, self._memory, self._exact)
+        return self._fitting[seq]
 
-    def _room(self, tokens):
-        """Return for how many documents attention makes room in a batch, or None where it takes a mask."""
+    def _exported(self):
+        """Return what core.params.exported would, in banks: the averages where there are any."""
+        masters, averages = self._params.whole, self._state.whole
+        return Banked({(bank, ""): averages.get((bank, "ema"), masters[bank, ""]) for bank in self._banks})
+
+    def _zeros(self, slots):
+        """Return zeros for the parameters (the empty slot) or the state of every bank."""
+        kept = [
+            (bank, slot)
+            for slot in slots
+            for bank in self._banks
+            if not slot or f"{bank.names[0]}.{slot}" in self._slots
+        ]
+        return Banked({key: torch.zeros(key[0].shape, dtype=self._wide, device=self._device) for key in kept})
+
+    def _numbers(self, value):
+        """Return numbers of the host on the device."""
+        return torch.tensor(value, dtype=self._wide).to(self._device, non_blocking=True)
+
+    def _begins(self, tokens):
+        """Return where documents begin in rows from the host, or None where attention takes a mask."""
         form = self._attention.form
-        apart = form is not None and form.spans and self._config.documents == "isolated"
-        return attention.room(tokens, self._config.bos) if apart else None
+        if form is None or not form.spans or self._config.documents == "packed":
+            return None
+        return self._move(attention.spans(tokens, self._config.bos, self._spans.get(tokens.shape)))
 
     def _shapes(self):
         """Return how many times one part of the step may be compiled: for each shape that a run can have."""
@@ -365,7 +388,7 @@ class Engine:
         losses *= (1 + (self.ranks.world > 1)) * (
             ROOMS if spans else 1
         )  # a rank's last micro-batch may have fewer rows
-        return max(losses, 1 + len({self._table[b.names[0]].shape for b in self._buckets if b.slots}))
+        return max(losses, len(self._banks))
 
     def _constants(self, seq, position=0):
         """Return the tables of positions `position` to `position + seq`; those of rows from 0 on are kept."""

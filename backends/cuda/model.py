@@ -81,8 +81,8 @@ class Model(nn.Module):
             self.bank_middle = Bank(config, exact)
         if "head" in config.banks:
             self.bank_head = Bank(config, exact)
-        if config.unet_skips:
-            self.skip_weights = nn.Parameter(torch.zeros(config.layers // 2, config.dim))
+        if config.skips:
+            self.skip_weights = nn.Parameter(torch.zeros(config.skips, config.dim))
         if config.vocab_bias:
             self.vocab_bias = nn.Parameter(torch.zeros(config.vocab))
 
@@ -105,21 +105,21 @@ class Model(nn.Module):
         return plain_BTD + share_D * torch.where(same_BT1, before_BTD, 0.0), plain_BTD, values_BTD
 
     def head(self, x_BTD):
-        """Return logits before the softcap."""
+        """Return logits before bias and softcap, as wide as they come."""
         x_BTD = self.norm(x_BTD)
         x_BTE = self.embed_down(x_BTD) if self._config.embed_dim is not None else x_BTD
-        logits_BTV = ops.linear(x_BTE, self.embed.weight)
-        return logits_BTV + self.vocab_bias if self._config.vocab_bias else logits_BTV  # with the bias float32 or wider
+        return ops.linear(x_BTE, self.embed.weight)
 
     def cap(self, logits_BTV):
-        """Return softcapped logits, float32 or wider."""
+        """Return logits with bias and softcap, float32 or wider."""
         if logits_BTV.dtype == torch.bfloat16:
             logits_BTV = logits_BTV.float()
+        logits_BTV = logits_BTV + self.vocab_bias if self._config.vocab_bias else logits_BTV
         cap = self._config.softcap
         return logits_BTV if cap is None else ops.softcap(logits_BTV, cap, self._exact)
 
-    def context(self, tokens_BT, constants, state, wide, room=None):
-        """Return the Context of these rows; `room` as in forward."""
+    def context(self, tokens_BT, constants, state, wide, begins=None):
+        """Return the Context of these rows; `begins` as in forward."""
         seq, isolated = tokens_BT.shape[1], self._config.documents == "isolated"
         starts_BT = tokens_BT == self._config.bos if isolated else torch.zeros_like(tokens_BT, dtype=torch.bool)
         ids_BT = ops.document_ids(tokens_BT, self._config.bos) if isolated else torch.zeros_like(tokens_BT)
@@ -128,9 +128,9 @@ class Model(nn.Module):
         ids_BS = ids_BT if kept_BS is None else torch.cat([kept_BS, ids_BT], dim=1)
         keys, mask = ids_BS.shape[1], None
         if "attention" in self._config.kinds and (isolated or keys > seq):
-            mask = ops.causal_mask(seq, keys, ids_BS) if room is None else None
-        if room is not None:  # CUDA: some forms of attention take where documents begin instead
-            mask = attention.Spans(attention.spans(ids_BT, room), seq)
+            mask = ops.causal_mask(seq, keys, ids_BS) if begins is None else None
+        if begins is not None:  # CUDA: some forms of attention take where documents begin instead
+            mask = attention.Spans(begins, seq)
         position = 0 if state is None else state.position
         cos, sin, hadamard, walsh = constants
         ids = tokens_BT if state is None else torch.cat([state.ids, tokens_BT], dim=1)
@@ -139,15 +139,15 @@ class Model(nn.Module):
         tables = (hadamard, walsh, position, keys - seq, ids)
         return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, attend=self._attend)
 
-    def forward(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, room=None):
+    def forward(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, begins=None):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
         `record` (a dict) collects the stream after every layer. `repeat`: layers that are to be repeated are. Not
-        `capped`: logits before the softcap, as wide as they come, for ops.cross_entropy. `room`: for how
-        many documents there is room in attention without a mask, which takes no state.
+        `capped`: logits before bias and softcap, as wide as they come, for ops.cross_entropy. `begins`: where
+        documents begin (attention.spans), for attention without a mask, which takes no state.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        context = self.context(tokens_BT, constants, state, wide, room)
+        context = self.context(tokens_BT, constants, state, wide, begins)
         embedded_BTD, plain_BTD, values_BTD = self.embedding(tokens_BT, context, state, dtype)
         x_BTD = embedded_BTD
         record = {} if record is None else record

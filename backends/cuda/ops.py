@@ -196,16 +196,17 @@ def softcap(x, cap, exact):
     return cap * torch.tanh(x / cap) if exact else Softcap.apply(x, cap)
 
 
-def cross_entropy(logits, targets, exact, cap=None):
+def cross_entropy(logits, targets, exact, cap=None, bias=None):
     """Return (-log softmax(z)[target], logsumexp(z)): logits (..., V) and targets (...) int -> (...) and (...).
 
-    z is softcap(logits, cap), or the logits where cap is None; float32 or wider.
+    z is softcap(logits + bias, cap), bias (V,) or None; uncapped where cap is None; float32 or wider.
     """
     if logits.is_cuda and not exact:  # CUDA: one kernel, as in scan.py
         from backends.cuda.kernels.cross_entropy import cross_entropy as kernel
 
-        return kernel(logits, targets, cap)
+        return kernel(logits, targets, cap, bias)
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    logits = logits if bias is None else logits + bias
     logits = logits if cap is None else softcap(logits, cap, exact)
     if not exact:
         return CrossEntropy.apply(logits, targets)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-SLOTS = 4
-"""Buffers: tokens and targets of two micro-batches."""
+SLOTS = 6
+"""Buffers: tokens, targets and the places of documents of two micro-batches."""
 
 
 class Staging:

@@ -5,8 +5,6 @@ Same names and signatures as backends/mlx/storage.py. Every step is one IEEE ope
 Letters: R rows, C columns, G groups of a row, g weights of a group.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -17,35 +15,17 @@ def quantise(weight, storage):
     """Return (codes, scales) of a weight (R, C): (R, C) and (R, G) float16; for float16: (values, None)."""
     if storage == "float16":
         return weight.float().half(), None
-    columns = weight.shape[1]
-    size = group_size(storage, columns)
-    w_RGg = _grouped(weight, size)
-    name = storage_class(storage)
-    if name == "ternary":
-        shares = _shares(columns, size, weight.dtype, weight.device)
-        scales_RG1 = _scales(_sum_by_halves(torch.abs(w_RGg)) * shares)
-        half = scales_RG1.to(weight.dtype) * 0.5  # round(w / s) is not 0 where |w| > s / 2: a tie goes to even
-        codes = (w_RGg > half).to(weight.dtype) - (w_RGg < -half).to(weight.dtype)
-    else:
-        top = torch.amax(torch.abs(w_RGg), dim=-1, keepdim=True)
-        scales_RG1 = _scales(top * (1 / LARGEST[name]))
-        exact = torch.clamp(w_RGg / scales_RG1.to(weight.dtype), -LARGEST[name], LARGEST[name])
-        codes = _to_e4m3(exact) if name == "fp8" else torch.round(exact)
-        codes = codes if name == "fp8" else torch.where(codes == 0, torch.zeros_like(codes), codes)  # no minus zero
-    return _flat(codes, columns), torch.squeeze(scales_RG1, -1)
-
-
-def decode(codes, scales, storage, dtype):
-    """Return the weight (R, C) that codes and scales stand for: exact in float32 and wider."""
-    if scales is None:
-        return codes.to(dtype)
-    columns = codes.shape[1]
-    return _flat(_grouped(codes, group_size(storage, columns)) * scales.to(dtype)[..., None], columns)
+    codes_RGg, scales_RG1 = _quantised(weight, storage)
+    return _flat(codes_RGg, weight.shape[1]), torch.squeeze(scales_RG1, -1)
 
 
 def stored(weight, storage):
-    """Return a weight as the artifact gives it back."""
-    return decode(*quantise(weight, storage), storage, weight.dtype)
+    """Return a weight, or a stack of them, as the artifact gives it back; its rows may have gaps between them."""
+    if storage == "float16":
+        return quantise(weight, storage)[0].to(weight.dtype)
+    rows = weight.flatten(0, -2)
+    codes_RGg, scales_RG1 = _quantised(rows, storage)
+    return _flat(codes_RGg * scales_RG1.to(weight.dtype), rows.shape[1]).view(weight.shape)
 
 
 def to_host(weight, storage):
@@ -57,10 +37,33 @@ def to_host(weight, storage):
     return Stored(codes.cpu().numpy(), scales.cpu().numpy())
 
 
-@functools.cache  # CUDA: made once, for a copy from the host would make every step wait for the device
-def _shares(columns, size, dtype, device):
-    """Return one over the number of values of each group: (G, 1)."""
-    return torch.tensor([[1 / count] for count in group_counts(columns, size)], dtype=dtype, device=device)
+def _quantised(weight, storage):
+    """Return (codes, scales) in groups: (R, G, g) and (R, G, 1); not for float16."""
+    columns = weight.shape[1]
+    size = group_size(storage, columns)
+    w_RGg = _grouped(weight, size)
+    name = storage_class(storage)
+    if name == "ternary":
+        scales_RG1 = _scales(_sum_by_halves(torch.abs(w_RGg)) * _shares(columns, size, weight))
+        half = scales_RG1.to(weight.dtype) * 0.5  # round(w / s) is not 0 where |w| > s / 2: a tie goes to even
+        codes = (w_RGg > half).to(weight.dtype) - (w_RGg < -half).to(weight.dtype)
+    else:
+        top = torch.amax(torch.abs(w_RGg), dim=-1, keepdim=True)
+        scales_RG1 = _scales(top * (1 / LARGEST[name]))
+        exact = torch.clamp(w_RGg / scales_RG1.to(weight.dtype), -LARGEST[name], LARGEST[name])
+        codes = _to_e4m3(exact) if name == "fp8" else torch.round(exact)
+        codes = codes if name == "fp8" else torch.where(codes == 0, torch.zeros_like(codes), codes)  # no minus zero
+    return codes, scales_RG1
+
+
+def _shares(columns, size, weight):
+    """Return one over the number of values of each group: (G, 1), or one number for all."""
+    counts = group_counts(columns, size)
+    if counts[-1] == counts[0]:
+        return 1 / counts[0]
+    shares = weight.new_full((len(counts), 1), 1 / counts[0])  # CUDA: a copy from the host would make a step wait
+    shares[-1:].fill_(1 / counts[-1])
+    return shares
 
 
 def _grouped(x, size):

@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from core.config import ConfigError
+from core.ranks import Alone
 
 
 class Ranks:
@@ -56,6 +57,19 @@ class Ranks:
             mx.eval(out_WRC)  # MLX: collectives in the same order on every rank, also where a rank needs nothing of one
             shared |= {name: out_WRC[rank] for rank, name in enumerate(bucket.slots) if name is not None}
         return shared
+
+
+class OneOf(Alone):
+    """Rank 0 of `world` without the others, for timing: it does its share of a step and sends nothing."""
+
+    def __init__(self, world):
+        self.world = world
+
+    def sum(self, array):
+        return array
+
+    def share_updates(self, buckets, arrays):
+        return {}
 
 
 def reduce(ranks, buckets, grads):

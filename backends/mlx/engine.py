@@ -1,8 +1,10 @@
 """The MLX engine: model, optimizer and device behind core.engine.Engine. A translation of the PyTorch engine."""
 
+import functools
 import shutil
 import time
 from collections import deque
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
@@ -13,8 +15,9 @@ from backends.mlx.blas import load_fast_blas
 from backends.mlx.distributed import reduce
 from backends.mlx.model import Model
 from core.context import Constants
-from core.engine import Arrays, Batch, EngineOptions, State, StepResult, micro_batches
-from core.params import check_arrays, exported, optimizer_slots, param_table
+from core.engine import Arrays, Batch, EngineOptions, Scoring, State, StepResult, micro_batches
+from core.fitting import fitting, note, usable
+from core.params import averaged, banks, check_arrays, exported, optimizer_slots, param_table
 from core.ranks import buckets, updated_by
 from core.schedule import NUMBERS, StepPlan
 from core.storage import Stored
@@ -64,15 +67,18 @@ class Engine:
         self._compute, self._wide = DTYPES[self.dtype], mx.float64 if self.dtype == "float64" else mx.float32
         self._run, self._config, self._train = config, config.model, config.train
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
+        self._orthogonal = DTYPES[options.newton_schulz] if options.newton_schulz else self._wide
         self._table = param_table(config.model)
         self._model = Model(config.model, self._exact)
         names = {name: tuple(value.shape) for name, value in dict(tree_flatten(self._model.parameters())).items()}
         check_arrays(weights, names, "weights for the MLX model")
         self._tables: dict[tuple[int, int], Constants] = {}
         self._mixing = [mx.array(table, self._wide) for table in mixer_tables(config.model)]
+        self.scoring = Scoring()  # MLX: windows of eval.batch, one pass after the other
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
         self._weights = None
+        self._banks = banks(config.model)
         self._slots = optimizer_slots(config.model, config.train)
         self._state = {name: mx.zeros(shape, self._wide) for name, shape in self._slots.items()}
         self.load_params(weights, quantise)
@@ -86,21 +92,25 @@ class Engine:
         self._change = compiled(self._rules)
         self._after = compiled(self._follow)
         self.ranks, self._buckets = ranks, buckets(config, ranks.world)
-        self._score = compiled(self._nll)
+        self._memory = usable(None, ranks)  # MLX: its GPU has the machine's
+        self._fitting: dict[int, int] = {}
+        self._score = compiled(self._costs)
         self._predict = compiled(self._logits)
         self._store = compiled(self._stored)
         self.notes = (
             f"compile: {'whole step (mx.compile)' if self._compiled else 'off' if compiler else 'off, no g++'}",
             f"attention: {'exact, composed' if self._exact else 'mx.fast.scaled_dot_product_attention'}",
             f"scan: {'exact, step by step' if self._exact else 'in chunks'}",
+            f"Newton-Schulz in {str(self._orthogonal).removeprefix('mlx.core.')}",
             f"BLAS: {load_fast_blas() if options.fast_blas else 'as MLX ships it'}",
+            *note(config, self._rows(self._train.seq), self._memory),
         )
 
     # The pure functions that are compiled: parameters and state go in and come out.
 
     def _stored(self, params):
-        """Return every weight as the artifact would give it back."""
-        return {name: storage.stored(value, self._table[name].storage) for name, value in params.items()}
+        """Return every weight as the artifact would give it back, row after row: as its reader has it."""
+        return {name: mx.contiguous(storage.stored(value, self._table[name].storage)) for name, value in params.items()}
 
     def _trained(self, params, quantise):
         """Return the weights of a training step's forward pass; gradients at them are those of `params`."""
@@ -113,9 +123,13 @@ class Engine:
     def _logits(self, weights, tokens, tables):
         return self._forward(weights, tokens, tables)[0]
 
-    def _losses(self, weights, tokens, targets, tables, repeat):
+    def _costs(self, weights, tokens, targets, tables, repeat=True):
+        """Return -log p(target) and the logsumexp of every position."""
         logits, _ = self._forward(weights, tokens, tables, repeat, capped=False)
-        nll, total = ops.cross_entropy(logits, targets, self._exact, self._config.softcap)
+        return ops.cross_entropy(logits, targets, self._exact, self._config.softcap, weights.get("vocab_bias"))
+
+    def _losses(self, weights, tokens, targets, tables, repeat):
+        nll, total = self._costs(weights, tokens, targets, tables, repeat)
         loss = mx.mean(nll)
         return loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss, loss
 
@@ -142,17 +156,33 @@ class Engine:
     def _rules(self, params, state, grads, norm, finite, hyper, count):
         """Return params and state of the parameters that have gradients, which are `count` times too large."""
         scale = optim.clip_scale(norm, self._train.clip) / count
-        grads = {name: g * scale for name, g in grads.items()}
-        new = optim.update(self._run, params, state, grads, dict(zip(NUMBERS, hyper, strict=True)))
-        return tuple(self._guarded(fresh, old, finite) for fresh, old in zip(new, (params, state), strict=True))
+        numbers, muon = dict(zip(NUMBERS, hyper, strict=True)), self._train.matrix_rule == "muon"
+        grads, new_params, new_state = {name: g * scale for name, g in grads.items()}, {}, {}
+        for bank in self._banks:
+            rule = functools.partial(optim.rule, self._train, bank.group)
+            names = [name for name in bank.names if name in grads]
+            if bank.group == "matrix" and muon and names:
+                param, grad = (mx.stack([of[name] for name in names]) for of in (params, grads))
+                slots = {"m": mx.stack([state[f"{name}.m"] for name in names])}
+                param, slots = rule(param, grad, slots, numbers, self._orthogonal)
+                for i, name in enumerate(names):
+                    new_params[name], new_state[f"{name}.m"] = param[i], slots["m"][i]
+                continue
+            for name in names:
+                slots = {slot: state[f"{name}.{slot}"] for slot in ("m", "v")}
+                new_params[name], slots = rule(params[name], grads[name], slots, numbers)
+                new_state |= {f"{name}.{slot}": value for slot, value in slots.items()}
+        return self._guarded(new_params, params, finite), self._guarded(new_state, state, finite)
 
     def _follow(self, params, state, finite, hyper):
-        """Return the running averages."""
-        new = optim.averages(self._run, params, state, dict(zip(NUMBERS, hyper, strict=True)))
+        """Return the running averages, `<param>.ema`, after the update that gave `params`."""
+        decay, names = dict(zip(NUMBERS, hyper, strict=True))["average"], averaged(self._config, self._train)
+        new = {f"{n}.ema": optim.average(state[f"{n}.ema"], params[n], decay) for n in names}
         return self._guarded(new, state, finite)
 
     def _guarded(self, new, old, finite):
-        return {name: mx.where(finite, value, old[name]) for name, value in new.items()}
+        # MLX: BLAS multiplies, and rounds, what lies in other strides by another path
+        return {name: mx.contiguous(mx.where(finite, value, old[name])) for name, value in new.items()}
 
     def _update_together(self, grads, loss, hyper, count):
         """Do what _update does with all ranks: each updates its part of Muon's matrices, which then go to all."""
@@ -177,16 +207,12 @@ class Engine:
         _, loss, grads = self._gradient(weights, tokens, targets, tables, repeat)
         return self._update(params, state, grads, loss, hyper, 1.0)
 
-    def _nll(self, weights, tokens, targets, tables):
-        logits, _ = self._forward(weights, tokens, tables, capped=False)
-        return ops.cross_entropy(logits, targets, self._exact, self._config.softcap)[0]
-
     # The protocol.
 
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
         hyper = mx.array(np.array(plan.numbers), self._wide)
         seq = batch.tokens.shape[1]
-        parts, shares, count = micro_batches(batch, self._train.rows_of(seq)[1], self.ranks.world)
+        parts, shares, count = micro_batches(batch, self._rows(seq), self.ranks.world)
         tables, number = self._constants(seq), mx.array(count, self._wide)
         weights = self._trained(self._params, plan.quantise)
         if count == 1 and self.ranks.world == 1:
@@ -223,8 +249,14 @@ class Engine:
         return float(np.array(objective)), {name: np.array(grads[name]) for name in self._table}
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return self.nll_later(tokens, targets, True)()
+
+    def nll_later(self, tokens: np.ndarray, targets: np.ndarray, often: bool) -> Callable[[], np.ndarray]:
+        # MLX: compiling takes moments: it is always done
         tables = self._constants(tokens.shape[1])
-        return np.array(self._score(self._scored(), mx.array(tokens), mx.array(targets), tables))
+        nll, _ = self._score(self._scored(), mx.array(tokens), mx.array(targets), tables)
+        mx.async_eval(nll)
+        return lambda: np.array(nll)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         return np.array(self._predict(self._scored(), mx.array(tokens), self._constants(tokens.shape[1])))
@@ -264,7 +296,7 @@ class Engine:
 
     def load_params(self, params: Arrays, quantise: bool = False) -> None:
         check_arrays(params, {name: row.shape for name, row in self._table.items()}, "weights")
-        self._params = {name: mx.array(params[name], self._wide) for name in self._table}
+        self._params = self._on_device(params, self._table)
         self._state |= {f"{name}.ema": value for name, value in self._params.items() if f"{name}.ema" in self._slots}
         self.quantise, self._weights = quantise, None
         mx.eval(self._params)
@@ -279,18 +311,20 @@ class Engine:
 
     def load_optimizer(self, state: Arrays) -> None:
         check_arrays(state, self._slots, "optimizer state")
-        self._state = {name: mx.array(state[name], self._wide) for name in self._slots}
+        self._state = self._on_device(state, self._slots)
         self._weights = None
         mx.eval(self._state)
 
-    def matmul_rate(self, n: int, repeats: int) -> float:
-        a = mx.full((n, n), 0.5, self._compute)
-        best = float("inf")
-        for _ in range(repeats + 1):
+    def matmul_rate(self) -> tuple[int, float]:
+        n, repeats = (4096 if mx.default_device() == mx.Device(mx.gpu) else 1024), 5
+        a = mx.random.normal((n, n)).astype(self._compute)
+        mx.eval(a @ a)
+        times = []
+        for _ in range(repeats):
             start = time.perf_counter()
             mx.eval(a @ a)
-            best = min(best, time.perf_counter() - start)
-        return 2 * n**3 / best
+            times.append(time.perf_counter() - start)
+        return n, 2 * n**3 / min(times)
 
     def update_seconds(self, plan: StepPlan, repeats: int) -> float:
         hyper = mx.array(np.array(plan.numbers), self._wide)
@@ -301,7 +335,10 @@ class Engine:
         for turn in range(repeats + 1):
             if turn == 1:  # the first one compiles
                 start = time.perf_counter()
-            mx.eval(self._finish(self._params, self._state, grads, loss, hyper, count))
+            if self.ranks.world == 1:
+                mx.eval(self._finish(self._params, self._state, grads, loss, hyper, count))
+            else:
+                mx.eval(self._update_together(grads, loss, hyper, count))
         return (time.perf_counter() - start) / repeats
 
     def stats(self) -> dict[str, float]:
@@ -314,6 +351,18 @@ class Engine:
             weights = exported(self._config, self._train, self._params, self._state)
             self._weights = self._store(weights) if self.quantise else weights
         return self._weights
+
+    def _on_device(self, arrays, names):
+        """Return arrays from the host by name, row after row."""
+        # MLX: an array keeps the strides of the numpy array that it is made of
+        return {name: mx.array(np.ascontiguousarray(arrays[name]), self._wide) for name in names}
+
+    def _rows(self, seq):
+        """Return how many rows of `seq` tokens go through the model at once."""
+        if seq not in self._fitting:
+            composed = self._exact or mx.default_device() != mx.Device(mx.gpu)  # MLX: fused attention needs a GPU
+            self._fitting[seq] = fitting(self._run, seq, self.dtype, self._memory, composed)
+        return self._fitting[seq]
 
     def _constants(self, seq, position=0):
         """Return the tables of positions `position` to `position + seq`; those of rows from 0 on are kept."""

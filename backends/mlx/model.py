@@ -80,8 +80,8 @@ class Model(nn.Module):
             self.bank_middle = Bank(config, exact)
         if "head" in config.banks:
             self.bank_head = Bank(config, exact)
-        if config.unet_skips:
-            self.skip_weights = mx.zeros((config.layers // 2, config.dim))
+        if config.skips:
+            self.skip_weights = mx.zeros((config.skips, config.dim))
         if config.vocab_bias:
             self.vocab_bias = mx.zeros((config.vocab,))
 
@@ -104,16 +104,16 @@ class Model(nn.Module):
         return plain_BTD + share_D * mx.where(same_BT1, before_BTD, 0.0), plain_BTD, values_BTD
 
     def head(self, x_BTD):
-        """Return logits before the softcap."""
+        """Return logits before bias and softcap, as wide as they come."""
         x_BTD = self.norm(x_BTD)
         x_BTE = self.embed_down(x_BTD) if self._config.embed_dim is not None else x_BTD
-        logits_BTV = ops.linear(x_BTE, self.embed.weight)
-        return logits_BTV + self.vocab_bias if self._config.vocab_bias else logits_BTV  # with the bias float32 or wider
+        return ops.linear(x_BTE, self.embed.weight)
 
     def cap(self, logits_BTV):
-        """Return softcapped logits, float32 or wider."""
+        """Return logits with bias and softcap, float32 or wider."""
         if logits_BTV.dtype == mx.bfloat16:
             logits_BTV = logits_BTV.astype(mx.float32)
+        logits_BTV = logits_BTV + self.vocab_bias if self._config.vocab_bias else logits_BTV
         cap = self._config.softcap
         return logits_BTV if cap is None else ops.softcap(logits_BTV, cap, self._exact)
 
@@ -140,7 +140,7 @@ class Model(nn.Module):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
         `record` (a dict) collects the stream after every layer. `repeat`: layers that are to be repeated are. Not
-        `capped`: logits before the softcap, as wide as they come, for ops.cross_entropy.
+        `capped`: logits before bias and softcap, as wide as they come, for ops.cross_entropy.
         """
         wide = mx.float64 if dtype == mx.float64 else mx.float32
         context = self.context(tokens_BT, constants, state, wide)

@@ -193,12 +193,13 @@ def softcap(x, cap, exact):
     return cap * mx.tanh(x / cap)
 
 
-def cross_entropy(logits, targets, exact, cap=None):
+def cross_entropy(logits, targets, exact, cap=None, bias=None):
     """Return (-log softmax(z)[target], logsumexp(z)): logits (..., V) and targets (...) int -> (...) and (...).
 
-    z is softcap(logits, cap), or the logits where cap is None; float32 or wider.
+    z is softcap(logits + bias, cap), bias (V,) or None; uncapped where cap is None; float32 or wider.
     """
     logits = logits.astype(mx.float32) if logits.dtype == mx.bfloat16 else logits
+    logits = logits if bias is None else logits + bias
     logits = logits if cap is None else softcap(logits, cap, exact)
     total = logsumexp(logits, exact)
     return total - mx.squeeze(mx.take_along_axis(logits, targets[..., None], axis=-1), -1), total

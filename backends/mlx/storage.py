@@ -15,6 +15,28 @@ def quantise(weight, storage):
     """Return (codes, scales) of a weight (R, C): (R, C) and (R, G) float16; for float16: (values, None)."""
     if storage == "float16":
         return weight.astype(mx.float32).astype(mx.float16), None
+    codes_RGg, scales_RG1 = _quantised(weight, storage)
+    return _flat(codes_RGg, weight.shape[1]), mx.squeeze(scales_RG1, -1)
+
+
+def stored(weight, storage):
+    """Return a weight as the artifact gives it back; its rows may have gaps between them."""
+    if storage == "float16":
+        return quantise(weight, storage)[0].astype(weight.dtype)
+    codes_RGg, scales_RG1 = _quantised(weight, storage)
+    return _flat(codes_RGg * scales_RG1.astype(weight.dtype), weight.shape[1])
+
+
+def to_host(weight, storage):
+    """Return core.storage.Stored of a weight."""
+    codes, scales = quantise(weight, storage)
+    if scales is None:
+        return Stored(np.array(codes), None)
+    return Stored(np.array(codes.astype(mx.float32 if storage_class(storage) == "fp8" else mx.int8)), np.array(scales))
+
+
+def _quantised(weight, storage):
+    """Return (codes, scales) in groups: (R, G, g) and (R, G, 1); not for float16."""
     columns = weight.shape[1]
     size = group_size(storage, columns)
     w_RGg = _grouped(weight, size)
@@ -30,28 +52,7 @@ def quantise(weight, storage):
         exact = mx.clip(w_RGg / scales_RG1.astype(weight.dtype), -LARGEST[name], LARGEST[name])
         codes = _to_e4m3(exact) if name == "fp8" else mx.round(exact)
         codes = codes if name == "fp8" else mx.where(codes == 0, mx.zeros_like(codes), codes)  # no minus zero
-    return _flat(codes, columns), mx.squeeze(scales_RG1, -1)
-
-
-def decode(codes, scales, storage, dtype):
-    """Return the weight (R, C) that codes and scales stand for: exact in float32 and wider."""
-    if scales is None:
-        return codes.astype(dtype)
-    columns = codes.shape[1]
-    return _flat(_grouped(codes, group_size(storage, columns)) * scales.astype(dtype)[..., None], columns)
-
-
-def stored(weight, storage):
-    """Return a weight as the artifact gives it back."""
-    return decode(*quantise(weight, storage), storage, weight.dtype)
-
-
-def to_host(weight, storage):
-    """Return core.storage.Stored of a weight."""
-    codes, scales = quantise(weight, storage)
-    if scales is None:
-        return Stored(np.array(codes), None)
-    return Stored(np.array(codes.astype(mx.float32 if storage_class(storage) == "fp8" else mx.int8)), np.array(scales))
+    return codes, scales_RG1
 
 
 def _grouped(x, size):

@@ -5,6 +5,8 @@ from html import escape
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from core.files import new_file
+
 COLOURS = {
     "ink": ("#1c2430", "#e6e9ee"), "muted": ("#586274", "#a3adbb"), "grid": ("#dde2ea", "#343c48"),
     "page": ("#ffffff", "#14181f"), "box": ("#f5f7fa", "#1c222b"), "better": ("#0b6bcb", "#6cb6ff"),
@@ -94,7 +96,8 @@ def png(picture: Picture, path: Path) -> None:
         else:
             style = "--" if mark.shape == "dashes" else "-"
             axes.plot(*zip(*mark.places, strict=True), color=colour, linewidth=line, linestyle=style, zorder=order)
-    figure.savefig(path)
+    with new_file(path) as file:
+        figure.savefig(file, format="png")
 
 
 def short(words: str, room: float, size: float = SIZE) -> str:

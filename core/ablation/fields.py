@@ -1,12 +1,12 @@
 """How an ablation file's keys, values and names of fields are read: every mistake is one line with file and key."""
 
 import dataclasses
-import difflib
 import re
 import typing
 from collections.abc import Iterable
 from typing import Any
 
+from core import checks
 from core.config import ConfigError, RunConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
@@ -77,11 +77,11 @@ def seeds(values: list[Any], where: str) -> tuple[int, ...]:
     """Return seeds; ConfigError unless they are different whole numbers."""
     good = all(type(seed) is int and 0 <= seed < 2**31 for seed in values)
     if not values or not good or len(set(values)) < len(values):
-        raise ConfigError(f"{where}: seeds: {values}: expected different whole numbers from 0 to 2^31 - 1")
+        raise ConfigError(f"{where}: seeds: {checks.told(values)}: expected different whole numbers from 0 to 2^31 - 1")
     return tuple(values)
 
 
 def closest(word: str, known: list[str], other: str) -> str:
     """Return `did you mean ...?`, or `other` where nothing known is close."""
-    close = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {close[0]}?" if close else other
+    close = checks.closest(word, known)
+    return f"did you mean {close}?" if close else other

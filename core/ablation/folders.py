@@ -4,6 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from core.ablation.results import final
+from core.files import FileError
 from core.run import Run, RunError
 
 Stamps = tuple[tuple[int, int, int] | None, ...]
@@ -29,7 +30,7 @@ def _final(folder: Path) -> tuple[bool, str]:
         return FINAL[folder][1]
     try:
         answer = final(Run.open(folder).metrics(), folder) is not None, ""
-    except (RunError, OSError) as error:
+    except (RunError, FileError, OSError) as error:
         answer = False, str(error)
     FINAL[folder] = stamps, answer
     return answer

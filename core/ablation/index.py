@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from core.console import one_line
+from core.files import check_own
 
 COLUMNS = {
     "key": str, "preset": str, "seed": int, "backend": str, "dtype": str, "code": str, "data": str, "status": str,
@@ -120,6 +121,8 @@ class Index:
         options: dict[str, Any] = {"connect_timeout": CONNECT, "client_encoding": "utf8"} if self._postgresql else {}
         if not self._postgresql:
             Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
+            for end in ("", "-wal", "-shm", "-journal"):  # SQLite opens whatever lies there
+                check_own(f"{self._url.database}{end}")
         options = {name: value for name, value in options.items() if name not in self._url.query}
         engine = sql.create_engine(self._url, poolclass=pool.NullPool, connect_args=options)
         event.listen(engine, "connect", _postgresql_settings if self._postgresql else _sqlite_settings)

@@ -1,7 +1,6 @@
 """What is seen while an ablation runs: a table that moves on a terminal, elsewhere a line now and then."""
 
 import heapq
-import json
 import os
 import signal
 import threading
@@ -17,9 +16,12 @@ from core.ablation.results import Result
 from core.ablation.runner import Progress
 from core.ablation.store import Place
 from core.console import PLAIN_EVERY, Console, duration
+from core.files import open_file, parse_json
 
 TAIL = 1 << 15
 """Bytes of a metrics file that are looked at first."""
+LONGEST = 1e12
+"""Seconds, and bits per byte, beyond which a record is none of ours."""
 EVERY = 0.5
 """Seconds between two looks at a terminal's table."""
 
@@ -215,11 +217,12 @@ def _seen(place: Place) -> Seen:
     train = place.job.config.train
     try:
         last = _last_row(place.folder / "metrics.jsonl")
-        step, seconds = last["step"], float(last["clock/seconds"])
+        step, seconds, bpb = last["step"], last["clock/seconds"], last.get("train/bpb")
         share = seconds / train.seconds if train.seconds else step / train.steps
-        bpb = last.get("train/bpb")
-        return Seen(step, min(1.0, share), seconds, None if bpb is None else float(bpb))
-    except (OSError, KeyError, TypeError, ValueError, RecursionError):
+        if type(step) is not int or not 0 <= seconds <= LONGEST or not (bpb is None or 0 <= bpb <= LONGEST):
+            return Seen()
+        return Seen(step, min(1.0, share), float(seconds), None if bpb is None else float(bpb))
+    except (OSError, KeyError, TypeError, ValueError, ArithmeticError):
         return Seen()
 
 
@@ -229,14 +232,14 @@ def _last_row(path: Path) -> dict[str, Any]:
     Read from the end: the whole of a long run twice a second would take this process from the runs.
     """
     size = TAIL
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         end = file.seek(0, os.SEEK_END)
         while True:
             file.seek(max(0, end - size))
             *lines, _ = file.read(end - file.tell()).split(b"\n")  # what follows the last line end is cut short
             for line in reversed(lines if size >= end else lines[1:]):
                 if b'"train/loss"' in line:
-                    return json.loads(line)
+                    return parse_json(path, line.decode())
             if size >= end:
                 raise KeyError("train/loss")
             size *= 8

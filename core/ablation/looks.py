@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.ablation.folders import finished
+from core.ablation.records import read_shown
 from core.ablation.store import Place
 from core.files import replace_file
 
@@ -16,10 +17,7 @@ def looked(folder: Path, places: Sequence[Place]) -> tuple[int, ...]:
     report.
     """
     file = folder / "looked.json"
-    try:
-        shown = set(map(str, json.loads(file.read_text(encoding="utf-8"))["shown"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        shown = set()
+    shown = read_shown(file)
     groups: dict[tuple[str, str], list[Place]] = {}
     for place in places:
         groups.setdefault((place.job.variant, place.job.backend), []).append(place)

@@ -19,22 +19,25 @@ steps = 250                        # or tokens, or seconds of training
 import dataclasses
 import hashlib
 import json
-import tomllib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from core import presets
 from core.ablation.fields import flat, named, only, put, seeds, typed
 from core.ablation.space import FOUND, TRIAL, Search, read_search
-from core.config import ConfigError, RunConfig, from_json, to_json
+from core.checks import told
+from core.config import MOST_STEPS, ConfigError, RunConfig, from_json, to_json
 from core.engine import BACKENDS
+from core.toml import read_toml
 
 KEYS = (
     "name", "purpose", "base", "seeds", "backends", "dtype", "reference", "budget", "settings", "variants", "search",
 )  # fmt: skip
 BUDGETS = ("steps", "tokens", "seconds")
-MANY_STEPS = 10_000_000
-"""Steps of a run whose end is a time."""
+MOST_AMOUNT = 10**11
+MOST_VARIANTS = 256
+MOST_RUNS = 4096
+"""Runs of one ablation: every report reads all of them."""
 
 
 class Job(NamedTuple):
@@ -87,7 +90,7 @@ class Ablation(NamedTuple):
             kind, amount = self.budget
             train = config.train
             if kind == "seconds":
-                train = dataclasses.replace(train, seconds=float(amount), steps=MANY_STEPS)
+                train = dataclasses.replace(train, seconds=float(amount), steps=MOST_STEPS)
             else:
                 steps = int(amount) if kind == "steps" else -(-int(amount) // train.tokens_per_step)
                 train = dataclasses.replace(train, seconds=None, steps=steps)
@@ -99,17 +102,15 @@ class Ablation(NamedTuple):
 def read_plan(path: str | Path) -> Ablation:
     """Read an ablation file; ConfigError names the file and the field that is wrong."""
     where = str(path)
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        value = tomllib.loads(text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{where}: not TOML: {error}") from error
+    value = read_toml(path)
     only(value, KEYS, where)
     base = typed(value, "base", str, where)
     presets.get(base)
     variants = typed(value, "variants", dict, where)
     if not variants:
         raise ConfigError(f"{where}: variants: none; add at least one table [variants.NAME]")
+    if len(variants) > MOST_VARIANTS:
+        raise ConfigError(f"{where}: variants: {len(variants):,}; expected at most {MOST_VARIANTS}")
     for name, changes in variants.items():
         named(name, f"{where}: variants")
         if not isinstance(changes, dict):
@@ -131,6 +132,9 @@ def read_plan(path: str | Path) -> Ablation:
         variants={name: flat(changes, f"{where}: variants.{name}") for name, changes in variants.items()},
         path=where,
     )
+    runs = len(made.seeds) * len(made.backends) * len(made.variants)
+    if runs > MOST_RUNS:
+        raise ConfigError(f"{where}: {runs:,} runs; expected at most {MOST_RUNS:,}: fewer seeds or variants")
     seen: dict[str, str] = {}
     for name in made.variants:
         digest = json.dumps(to_json(made.config(name, 0)))
@@ -157,26 +161,28 @@ def job_key(job: Job, code: str, data: dict[str, str]) -> str:
 def _backends(names: list[Any], where: str) -> tuple[str, ...]:
     from core.engine import choose_backend
 
-    for name in names:
+    for name in names[: len(BACKENDS) + 1]:
         if name not in ("auto", *BACKENDS):
-            raise ConfigError(f"{where}: backends: {name!r}: expected auto, {', '.join(BACKENDS)}")
-    found = tuple(choose_backend(name) for name in names)
+            raise ConfigError(f"{where}: backends: {told(name)}: expected auto, {', '.join(BACKENDS)}")
+    found = tuple(choose_backend(name) for name in names[: len(BACKENDS) + 1])
     if not found or len(set(found)) < len(found):
-        raise ConfigError(f"{where}: backends: {names}: expected one or more, each once (auto is one of the others)")
+        expected = "expected one or more, each once (auto is one of the others)"
+        raise ConfigError(f"{where}: backends: {told(names)}: {expected}")
     return found
 
 
 def _dtype(value: Any, where: str) -> str | None:
     if value not in (None, "float32", "bfloat16", "float64"):
-        raise ConfigError(f"{where}: dtype: {value!r}: expected float32, bfloat16 or float64")
+        raise ConfigError(f"{where}: dtype: {told(value)}: expected float32, bfloat16 or float64")
     return value
 
 
 def _budget(value: dict[str, Any], where: str) -> tuple[str, float]:
     if len(value) != 1 or next(iter(value)) not in BUDGETS:
-        raise ConfigError(f"{where}: budget: {value}: expected one of steps, tokens, seconds")
+        raise ConfigError(f"{where}: budget: {told(value)}: expected one of steps, tokens, seconds")
     kind, amount = next(iter(value.items()))
     whole = kind != "seconds"
-    if type(amount) is not int and (whole or type(amount) is not float) or not 0 < amount < MANY_STEPS * 10_000:
-        raise ConfigError(f"{where}: budget.{kind}: {amount!r}: expected a positive {'whole ' if whole else ''}number")
+    if type(amount) is not int and (whole or type(amount) is not float) or not 0 < amount <= MOST_AMOUNT:
+        expected = f"expected a positive {'whole ' if whole else ''}number"
+        raise ConfigError(f"{where}: budget.{kind}: {told(amount)}: {expected} of at most {MOST_AMOUNT:,}")
     return kind, amount

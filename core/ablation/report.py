@@ -9,6 +9,7 @@ from core.ablation.page import NARROW, WIDE, Drawn, page
 from core.ablation.results import Outcome
 from core.ablation.search import Searched
 from core.ablation.search_pictures import draw as draw_search
+from core.files import replace_text
 
 FILES = {"difference": "difference", "curves step": "curves", "gaps": "gaps", "bytes": "bytes"}
 """Picture -> its file; the page also has curves against seconds."""
@@ -34,8 +35,8 @@ def write_report(outcome: Outcome, folder: Path, searched: Searched | None = Non
     for key, name in SEARCH_FILES.items():
         images[-1] += _png(tried[0] if tried else {}, key, folder / name)
     html, text = folder / "report.html", folder / "report.md"
-    html.write_text(page(outcome, found, drawn, searched, tried), encoding="utf-8")
-    text.write_text(_markdown(outcome, found, images, searched), encoding="utf-8")
+    replace_text(html, page(outcome, found, drawn, searched, tried))
+    replace_text(text, _markdown(outcome, found, images, searched))
     return [html, text, *(path for of in images for path in of)]
 
 

@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from core.ablation.plan import Ablation, Job
+from core.ablation.records import Start, starts
+from core.checks import told
 from core.run import Run, RunError
 
+MOST = 1e15
+"""Largest number of a record: of bytes, tokens, seconds."""
 Status = Literal["waiting", "running", "done", "failed"]
 
 
@@ -66,21 +70,6 @@ class Result(NamedTuple):
     """How many runs of its `skc ablate` ran side by side with it, itself among them, on average over its time."""
 
 
-class Start(NamedTuple):
-    """One start of a run's process, as machine.json has it."""
-
-    host: str | None = None
-    device: str | None = None
-    """CUDA_VISIBLE_DEVICES, where it was set for this run."""
-    threads: int | None = None
-    parallel: int | None = None
-    """Runs that might run side by side."""
-    seconds: float | None = None
-    """From its start to its end; None if whoever started it was killed."""
-    beside: float | None = None
-    """Runs that did run side by side, on average; None as above."""
-
-
 class Outcome(NamedTuple):
     """An ablation and what its runs gave so far."""
 
@@ -137,22 +126,15 @@ def final(rows: list[dict[str, Any]], folder: Path) -> dict[str, Any] | None:
         name in score and type(score[name]) is not bool and isinstance(score[name], kind)
         for name, kind in kinds.items()
     )
-    if not good or type(found.get("bytes")) is not int:
+    if isinstance(score, dict) and good:
+        counts = [score.get(name) for name in ("documents", "total_documents", "targets")]
+        good = all(count is None or (type(count) is int and 0 <= count <= MOST) for count in counts)
+        good = good and all(abs(score[name] or 0) <= MOST for name in ("bpb", "error"))
+    if not good or type(found.get("bytes")) is not int or not 0 <= found["bytes"] <= MOST:
         raise RunError(
             f"{folder / 'metrics.jsonl'}: final/artifact: not a score of this version; move {folder.parent} away"
         )
     return found
-
-
-def starts(home: Path) -> tuple[Start, ...]:
-    """Return how a run was started, each time; nothing where that is not known: it only says how fair speeds are."""
-    try:
-        rows = json.loads((home / "machine.json").read_text(encoding="utf-8"))["starts"]
-        made = tuple(Start(**row) for row in rows)
-        numbers = [n for start in made for n in start[2:]]
-        return made if all(n is None or type(n) in (int, float) for n in numbers) else ()
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
 
 
 def _environment(run: Run) -> dict[str, Any]:
@@ -196,10 +178,12 @@ def _curve(rows: list[dict[str, Any]], run: Run) -> tuple[Point, ...]:
     points: dict[int, Point] = {}
     for row in rows:
         step = row["step"]
+        if not 0 <= step <= MOST:
+            raise RunError(f"{run.metrics_path}: step: expected a number from 0 up, got {told(step)}")
         before = points.get(step)
         for name in ("clock/seconds", "train/bpb", "val/bpb"):
-            if name in row and type(row[name]) not in (int, float):
-                raise RunError(f"{run.metrics_path}: step {step}: {name}: expected a number, got {row[name]!r}")
+            if name in row and not (type(row[name]) in (int, float) and abs(row[name]) <= MOST):
+                raise RunError(f"{run.metrics_path}: step {step}: {name}: expected a number, got {told(row[name])}")
         seconds = row.get("clock/seconds", before.seconds if before else None)
         if seconds is None:
             continue

@@ -13,8 +13,9 @@ from typing import IO, NamedTuple
 
 from core import PYTHON
 from core.ablation.folders import damage, finished
-from core.ablation.results import Start
+from core.ablation.records import Start
 from core.ablation.store import Place, Store
+from core.files import FileError, append_file, open_file, replace_file
 
 WORKER = (*PYTHON, "-m", "core.ablation.worker")
 POLL = 0.2
@@ -174,7 +175,8 @@ def _start(
             variables |= {f"{library}_THREADS": str(how.threads) for library in LIBRARIES}
         if how.device is not None:
             variables["CUDA_VISIBLE_DEVICES"] = how.device
-        output = open(place.home / "worker.txt", "wb")  # noqa: SIM115
+        replace_file(place.home / "worker.txt")
+        output = append_file(place.home / "worker.txt")
         process = subprocess.Popen(
             [*worker, str(place.home)],
             stdin=subprocess.PIPE,  # its end tells the worker that this process is gone
@@ -202,10 +204,10 @@ def _finish(store: Store, worker: Running) -> None:
 def _last_line(path: Path) -> str:
     """Return the last line that a worker said."""
     try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 20_000))
+        with open_file(path) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 20_000))
             lines = file.read().decode(errors="replace").split("\n")
-    except FileNotFoundError:
+    except (OSError, FileError):
         return ""
     said = [line.strip() for line in lines if line.strip()]
     return said[-1][-LAST_WORDS:] if said else ""

@@ -21,6 +21,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from core.ablation.fields import flat, hint, meant, only, put, seeds, typed
+from core.checks import LARGEST, told
 from core.config import ConfigError, to_json
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ FOUND = "found"
 """The variant that a search's best trial becomes."""
 TRIAL = re.compile(r"trial-\d+")
 MOST_TRIALS = 10_000
+MOST_VALUES = 256
+MOST_CHECKS = 5_000
+"""Settings that are tried out before anything runs: a second or two."""
 ROUND = 4
 FEW = 64
 DIGITS = 4
@@ -150,7 +154,7 @@ def _fields(space: dict[str, Any], plan: "Ablation", variant: str, where: str) -
         if name.partition(".")[0] not in SECTIONS:
             raise ConfigError(f"{where}: {name}: says what is measured, not what is trained; only {_sections()}")
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: {name}: expected {{low=..., high=...}} or {{values=[...]}}, got {value!r}")
+            raise ConfigError(f"{where}: {name}: expected {{low=..., high=...}} or {{values=[...]}}, got {told(value)}")
         only(value, FIELD_KEYS, f"{where}: {name}")
         yield _values(name, value, where) if "values" in value else _range(name, value, f"{where}: {name}")
 
@@ -164,9 +168,8 @@ def _values(name: str, value: dict[str, Any], where: str) -> Field:
     if len(value) > 1:
         raise ConfigError(f"{where}: values exclude low, high, log and step")
     values = [meant(name, v) for v in typed(value, "values", list, where)]
-    told = [repr(v) for v in values]
-    if len(values) < 2 or len(set(told)) < len(told):
-        raise ConfigError(f"{where}: values: {values}: expected at least two, all different")
+    if len(values) < 2 or len(set(map(repr, values))) < len(values) or len(values) > MOST_VALUES:
+        raise ConfigError(f"{where}: values: {told(values)}: expected 2 to {MOST_VALUES}, all different")
     return Field(name, "values", values=tuple(values))
 
 
@@ -180,8 +183,10 @@ def _range(name: str, value: dict[str, Any], where: str) -> Field:
                 raise ConfigError(f"{where}: {key}: missing")
             continue
         number = value[key]
-        if type(number) is not int and (kind == "int" or type(number) is not float or not math.isfinite(number)):
-            raise ConfigError(f"{where}: {key}: {number!r}: expected a {'whole' if kind == 'int' else 'finite'} number")
+        good = type(number) is int or (kind == "float" and type(number) is float)
+        if not good or not abs(number) <= LARGEST:
+            expected = f"a {'whole' if kind == 'int' else 'finite'} number of at most {LARGEST:,.0f}"
+            raise ConfigError(f"{where}: {key}: {told(number)}: expected {expected}")
     log, step = typed(value, "log", bool, where, False), value.get("step", 1 if kind == "int" else None)
     low, high = (value[key] if kind == "int" else float(value[key]) for key in ("low", "high"))
     if low >= high:
@@ -192,6 +197,8 @@ def _range(name: str, value: dict[str, Any], where: str) -> Field:
         raise ConfigError(f"{where}: log and step exclude each other; leave one out")
     if step is not None and step <= 0:
         raise ConfigError(f"{where}: step {step}: expected a number above 0")
+    if step is not None and (high - low) / step > LARGEST:
+        raise ConfigError(f"{where}: step {step}: is too small for a range from {low} to {high}")
     if step is not None and not _whole(low, high, step):
         raise ConfigError(f"{where}: high {high} is not a whole number of steps of {step} above low {low}")
     return Field(name, kind, low, high, log, None if step is None else step if kind == "int" else float(step))
@@ -213,7 +220,13 @@ def _whole(low: float, high: float, step: float) -> bool:
 def _check_ends(fields: tuple[Field, ...], plan: "Ablation", variant: str, where: str) -> None:
     """Raise ConfigError for a value that no run could have: not with the start, not with one other field changed."""
 
+    checks = 0
+
     def refused(**changes: Any) -> str | None:
+        nonlocal checks
+        checks += 1
+        if checks > MOST_CHECKS:
+            raise ConfigError(f"{where}: too many values to check, most of which no run can have; give fewer")
         start = plan.variants[variant]
         try:
             plan._replace(variants={"x": {**start, **changes}}).config("x", plan.seeds[0])

@@ -8,24 +8,22 @@ STORE/*/*/lock            of an ablation: held by whoever writes there
 STORE/index.sqlite        the index: SQLite with a write-ahead log, or any database that SQLAlchemy knows
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from core.ablation.folders import Stamps, finished, stamps_of
 from core.ablation.index import COLUMNS, Index, StoreError, sqlite_address
-from core.ablation.locks import alone, locked
+from core.ablation.locks import alone
 from core.ablation.plan import Ablation, Job, job_key
-from core.ablation.results import Outcome, Result, Start, Status, read_result, starts
-from core.config import ConfigError, RunConfig, from_json, to_json
-from core.files import replace_file
+from core.ablation.records import SCHEMA, Start, read_failure, read_job, read_members, starts
+from core.ablation.results import Outcome, Result, Status, read_result
+from core.config import to_json
+from core.files import FileError, append_file, locked, open_file, replace_file
 from core.run import RunError
-
-SCHEMA = 1
 
 
 class Place(NamedTuple):
@@ -94,7 +92,7 @@ class Store:
         """
         file = self.ablation_folder(plan) / "members.json"
         if file.exists():
-            before = str(_read(file).get("file"))
+            _, before, _ = read_members(file)
             if os.path.exists(before) and not os.path.samefile(before, plan.path):
                 raise StoreError(
                     f"{plan.path}: name: {plan.name!r} is that of {before} in {self.path}: give it another name"
@@ -114,32 +112,28 @@ class Store:
         replace_file(place.home / "machine.json", json.dumps(value, indent=1).encode())
 
     @contextmanager
-    def held(self, place: Place) -> Iterator[IO | None]:
+    def held(self, place: Place) -> Iterator[BinaryIO | None]:
         """Hold a run against every other process; None where another one holds it. It is inherited by a worker."""
         place.home.mkdir(parents=True, exist_ok=True)
-        with open(place.home / "lock", "ab") as file:
-            yield file if locked(file, fcntl.LOCK_EX | fcntl.LOCK_NB) else None
+        with append_file(place.home / "lock") as file:
+            yield file if locked(file) else None
 
     def busy(self, place: Place) -> bool:
         """Whether some process trains a run now."""
         try:
-            with open(place.home / "lock", "rb") as file:  # shared: whoever only looks keeps nobody else from looking
-                return not locked(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            with open_file(place.home / "lock") as file:  # shared: whoever only looks keeps nobody else from looking
+                return not locked(file, shared=True)
         except FileNotFoundError:
             return False
 
     def status(self, place: Place) -> tuple[Status, str | None]:
         """Return where a run stands, and what it said last if it failed."""
-        failed = place.home / "failed.json"
         if finished(place.folder):
             return "done", None
         if self.busy(place):
             return "running", None
-        if failed.exists():
-            try:
-                return "failed", str(_read(failed).get("message"))
-            except StoreError as error:
-                return "failed", str(error)
+        if (place.home / "failed.json").exists():
+            return "failed", read_failure(place.home)
         return "waiting", None
 
     def failed_since(self, place: Place, when: float) -> bool:
@@ -164,7 +158,7 @@ class Store:
             return result._replace(variant=job.variant, seed=job.seed, backend=job.backend)
         try:
             result = read_result(job, place.folder, state, message)
-        except (RunError, OSError) as error:
+        except (RunError, FileError, OSError) as error:
             if state == "running":  # its process will say so itself
                 return Result(job.variant, job.seed, job.backend, state, place.folder)
             return Result(job.variant, job.seed, job.backend, "failed", place.folder, message=message or str(error))
@@ -201,7 +195,7 @@ class Store:
         def read() -> dict[str, list[dict[str, Any]]]:
             found["runs"] = [self._read_row(folder) for folder in self._folders()]
             files = sorted(self.path.glob("ablations/*/members.json"))
-            found["members"] = [row for file in files for row in _read_members(file)]
+            found["members"] = [row for file in files for row in _member_rows(file)]
             return found
 
         self.index.rebuild(read)
@@ -217,55 +211,31 @@ class Store:
         return self.index.rows(table)
 
     def _read_row(self, folder: Path) -> dict[str, Any]:
-        file = folder.parent / "job.json"
-        value = _read(file)
-        try:
-            config = from_json(RunConfig, value["config"], f"{file}: config")
-            job = Job("", config.seed, value["backend"], config, value["dtype"])
-            if value["key"] != folder.parent.name:
-                raise StoreError(f"{file}: key {value['key']!r}, but its folder has another name: a copy; move it away")
-            return _row(folder, self._result(Place(job, value["key"], folder)))
-        except (KeyError, ConfigError) as error:
-            raise StoreError(f"{folder}: is not a run of this version ({error}); move it away") from error
+        home = folder.parent
+        made = read_job(home)
+        if made.key != home.name:
+            raise StoreError(
+                f"{home / 'job.json'}: key {made.key!r}, but its folder has another name: a copy; move it away"
+            )
+        job = Job("", made.config.seed, made.backend, made.config, made.dtype)
+        return _row(folder, self._result(Place(job, made.key, folder)))
 
 
 def _row(folder: Path, result: Result) -> dict[str, Any]:
     """Return a run as a row of the index."""
-    job = _read(folder.parent / "job.json")
+    job = read_job(folder.parent)
     made: dict[str, Any] = {name: getattr(result, name, None) for name in COLUMNS}
-    made |= {"key": job["key"], "preset": job["config"]["preset"], "seed": job["config"]["seed"], "code": job["code"]}
-    made |= {
-        "dtype": result.dtype or job["dtype"],
-        "data": json.dumps(job["data"]),
-        "config": json.dumps(job["config"]),
-    }
-    return made | {"folder": f"runs/{job['key']}/run"}
+    made |= {"key": job.key, "preset": job.config.preset, "seed": job.config.seed, "code": job.code}
+    made |= {"dtype": result.dtype or job.dtype, "data": json.dumps(job.data), "config": json.dumps(job.settings)}
+    return made | {"folder": f"runs/{job.key}/run"}
 
 
 def _member(ablation: str, variant: str, seed: int, backend: str, key: str) -> dict[str, Any]:
     return {"ablation": ablation, "variant": variant, "seed": seed, "backend": backend, "key": key}
 
 
-def _read_members(file: Path) -> list[dict[str, Any]]:
-    value = _read(file)
-    try:
-        if value["ablation"] != file.parent.name:
-            raise StoreError(f"{file}: of {value['ablation']!r}, but its folder has another name: a copy; move it away")
-        return [_member(value["ablation"], *row) for row in value["runs"]]
-    except (KeyError, TypeError) as error:
-        raise StoreError(f"{file}: not a list of runs ({error}); move its folder away") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}; move its folder away") from error
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path}: not JSON ({error}); move its folder away") from error
-    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-        found = value.get("schema") if isinstance(value, dict) else type(value).__name__
-        raise StoreError(
-            f"{path}: schema {found!r}, expected {SCHEMA}: written by another version; move its folder away"
-        )
-    return value
+def _member_rows(file: Path) -> list[dict[str, Any]]:
+    name, _, members = read_members(file)
+    if name != file.parent.name:
+        raise StoreError(f"{file}: of {name!r}, but its folder has another name: a copy; move it away")
+    return [_member(name, *member) for member in members]

@@ -4,15 +4,13 @@ It reads FOLDER/job.json, trains in FOLDER/run or goes on there, and ends when w
 """
 
 import dataclasses
-import json
 import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
+from core.ablation.records import JobFile, read_job
 from core.cli import is_users, message
-from core.config import RunConfig, from_json
 from core.console import Console
 from core.verbs.common import Context, code_version
 from core.verbs.make import Train, train_run
@@ -21,22 +19,24 @@ GONE = 75
 """Exit code of a worker whose parent is gone."""
 
 
-def train_options(job: dict[str, Any], folder: Path) -> Train:
+def train_options(job: JobFile, folder: Path) -> Train:
     """Return the options of `skc train` for what job.json says."""
-    config = from_json(RunConfig, job["config"], "job.json: config")
-    return dataclasses.replace(Train.of(config), backend=job["backend"], dtype=job["dtype"], out=str(folder / "run"))
+    options = Train.of(job.config)
+    return dataclasses.replace(options, backend=job.backend, dtype=job.dtype, out=str(folder / "run"))
 
 
 def main() -> int:
     """Train; 2 and one line where the settings do not work, 1 where a check failed."""
     folder = Path(sys.argv[1])
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-    if job["code"] != code_version():
-        print("the code in core/ or backends/ has changed since this ablation was started: start it again")
-        return 2
     try:
-        outcome = train_run(train_options(job, folder), Context(Console(), job["command"]))
+        job = read_job(folder)
+        if job.code != code_version():
+            print("the code in core/ or backends/ has changed since this ablation was started: start it again")
+            return 2
+        outcome = train_run(train_options(job, folder), Context(Console(), job.command))
+    except KeyboardInterrupt:  # a checkpoint was made, if training was under way
+        return 130
     except (ValueError, ArithmeticError, OSError) as error:
         if not is_users(error):
             raise

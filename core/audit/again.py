@@ -1,64 +1,71 @@
 """The changed text in a process of its own: what was scored must not know what it had not been shown.
 
-The flip test runs inside the evaluation's process, where the whole text is, and after the score. So the start of the
-text is scored once more by a fresh process that gets it in a folder of its own, with a few tokens changed, and nothing
-after it; the real text is hidden. Predictions that could not have seen a change must have the first process's bits.
+The flip test runs inside the evaluation's process, where the whole text is, and after the score. So fresh processes get
+the text once more in folders of their own, while the real one is hidden, and what they predict is held to what the
+evaluation said when it could not know what would be changed:
+
+* up to a forward pass that is drawn after the evaluation has ended, some of whose targets are other tokens, and
+  everything that is scored after it too. Predictions that could not have seen a change must be those of the evaluation;
+* with plug-ins, random tokens all over the text: nobody can predict them, in whatever passes they are (`guesses`).
 """
 
 import json
 import secrets
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from core import rng
-from core.audit.flips import PASSES, Predictions, compare
+from core.audit.flips import PASSES
+from core.audit.prints import HARMLESS, Predictions, checksums
 from core.config import RunConfig
 from core.data import Dataset
-from core.files import replace_file
+from core.files import new_file, read_file, replace_file
+from core.run import MAX_TOKENIZER
 from core.shards import shard_record, write_shard
 
-CHANGES = 4
-"""Tokens that are changed, all scored by one forward pass."""
+CUTS = 2
+"""Forward passes that are drawn where there are plug-ins."""
+CHANGES = 64
+"""Targets of the drawn pass that are changed, at most; as many others are asked for their whole distributions too."""
+SHARE = 1 / 16
+"""Random tokens among all."""
+STAKE = 0.05
+"""Share of its money that the bet on the random tokens stakes on each."""
+SURE = float(np.log(1e6))
+"""Logarithm of what a bet must have made of 1 to be no luck: it does so once in a million honest audits."""
 
 
-def start_length(config: RunConfig, tokens: int, passes: int) -> int:
-    """Return how many tokens of a text the first `passes` forward passes score, about, and one more."""
-    settings = config.eval
-    stride = settings.stride or settings.seq
-    return min(tokens, passes * settings.batch * stride + settings.seq - stride + 1)
+class Asked(NamedTuple):
+    """What a fresh process is given to score and what it is asked for."""
+
+    folder: Path
+    """Prepared folder."""
+    stop: int | None
+    """The last forward pass to make; None: all."""
+    places: tuple[int, ...]
+    """Targets whose whole distribution is to be kept."""
 
 
-def draw_passes(config: RunConfig, tokens: int) -> int:
-    """Return how many passes the changed text takes: nobody can know it before.
-
-    Without plug-ins a forward pass knows nothing of those before it, and PASSES are as good as all. With them it is a
-    random part of the whole, at least half of it: what they do may depend on what they have seen.
-    """
-    settings = config.eval
-    total = tokens // (settings.batch * (settings.stride or settings.seq))
-    return max(PASSES, total - secrets.randbelow(max(1, total // 2))) if settings.plugins else PASSES
+Score = Callable[[Asked], Predictions | None]
+"""Scores in a fresh process; None: it failed."""
 
 
-def write_start(dataset: Dataset, length: int, changes: dict[int, int], folder: Path) -> None:
-    """Write the first `length` validation tokens, some of them changed, as a prepared folder without training text."""
+def write_changed(dataset: Dataset, tokens: np.ndarray, folder: Path) -> None:
+    """Write other validation tokens, with the same BOS, as a prepared folder without training text."""
     folder.mkdir(parents=True)
-    tokens = dataset.val.read(0, length)
-    for place, token in changes.items():
-        tokens[place] = token
     write_shard(str(folder / "val_000000.bin"), tokens)
-    shutil.copyfile(Path(dataset.path) / dataset.manifest["tokenizer"]["file"], folder / "tokenizer.model")
+    tokenizer = Path(dataset.path) / dataset.manifest["tokenizer"]["file"]
+    replace_file(folder / "tokenizer.model", read_file(tokenizer, MAX_TOKENIZER))
     entry = {
         **dataset.manifest["splits"]["val"],
-        "files": [shard_record(str(folder / "val_000000.bin"), length)],
+        "files": [shard_record(str(folder / "val_000000.bin"), len(tokens))],
         "document_bytes": None,
     }
     if dataset.val.document_bytes is not None:
-        count = int((dataset.val.document_starts < length).sum())
-        np.save(folder / "val_document_bytes.npy", np.asarray(dataset.val.document_bytes[:count], "<i8"))
+        with new_file(folder / "val_document_bytes.npy") as file:
+            np.save(file, np.asarray(dataset.val.document_bytes, "<i8"))
         entry["document_bytes"] = "val_document_bytes.npy"
     manifest = {
         **dataset.manifest,
@@ -68,84 +75,169 @@ def write_start(dataset: Dataset, length: int, changes: dict[int, int], folder: 
     replace_file(folder / "manifest.json", json.dumps(manifest).encode())
 
 
-def draw_changes(dataset: Dataset, base: Predictions, config: RunConfig, seed: int) -> dict[int, int]:
-    """Return places, scored by one of the later of the first passes, and other tokens for them."""
-    bos, vocab = config.model.bos, config.model.vocab
-    tokens = dataset.val.read(0, len(base.order))
-    last = int(base.order.max(initial=0))
-    chosen = max(1, last - 1)
-    places = np.flatnonzero((base.order == chosen) & (tokens != bos))
-    places = places[places > 0]
-    if not len(places):
-        return {}
-    changes = {}
-    for place in places[rng.choose(seed, "audit/again", len(places), min(CHANGES, len(places)))].tolist():
-        token = rng.below(seed, f"audit/again/{place}", vocab)
-        while token in (bos, dataset.tokenizer.unknown, int(tokens[place])):
-            token = (token + 1) % vocab
-        changes[place] = token
-    return changes
+def draw_passes(total: int, learns: bool, resumed: int) -> list[int]:
+    """Return the forward passes, of `total`, up to which the text is scored again; nobody can know them before.
+
+    Without plug-ins a pass knows nothing of those before it, and PASSES are as good as all. What was in the ledger when
+    the evaluation went on from it is scored again as a whole where there are plug-ins.
+    """
+    if not learns:
+        return [min(PASSES, total)]
+    low = [min(resumed, total - 1) if i == 0 else 0 for i in range(CUTS)]
+    return [1 + begin + secrets.randbelow(total - begin) for begin in low]
 
 
 def check_again(
-    score: Callable[[Path], Predictions | None],
+    score: Score,
     dataset: Dataset,
     config: RunConfig,
-    first: Predictions | None,
+    first: Predictions,
     folder: Path,
-    seed: int,
-    near: float,
-    passes: int,
+    bound: float,
+    agree: float,
+    resumed: int,
 ) -> dict[str, Any]:
-    """Score the start of the text again with tokens changed and return what noticed, as plain JSON values.
+    """Score the text again with tokens changed and return what noticed, as plain JSON values.
 
-    `score` scores a prepared folder in a fresh process (None: it failed). `first`: the first predictions of the
-    evaluation itself; None, or in another order: the start is scored unchanged as well. `near`: nats that rounding may
-    make. `passes`: that of `draw_passes`.
+    `first`: what the evaluation predicted; `bound`: nats that rounding may make, `agree`: the same between a cost and
+    its distribution; `resumed`: forward passes that the evaluation found in its ledger.
     """
     learns = bool(config.eval.plugins)
-    length = start_length(config, len(dataset.val), passes)
     value: dict[str, Any] = {
-        "tokens": length, "changed": [], "error": False, "alone": None,
-        "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0,
+        "tokens": len(dataset.val), "rounding": bound, "error": False, "stops": [], "changed": [], "compared": 0,
+        "noticed": 0, "differ": 0, "explained": 0.0, "largest_gap": 0.0, "wrong": None, "repeatable": True,
+        "guesses": None,
+        "rows": {"count": 0, "sum": 0.0, "cost": 0.0, "limit": agree, "genuine": True},
     }  # fmt: skip
+    tokens, bos = dataset.val.read(0, len(dataset.val)), config.model.bos
+    dice = np.random.default_rng(secrets.randbits(128))
+    chances = token_chances(tokens, config.model.vocab, [bos, dataset.tokenizer.unknown])
 
-    def scored(changes: dict[int, int]) -> Predictions | None:
+    def scored(text: np.ndarray, stop: int | None, places: np.ndarray) -> Predictions | None:
         place = folder / secrets.token_hex(8)  # a name that told the test from the evaluation would help a cheat
-        write_start(dataset, length, changes, place)
-        return score(place)
+        write_changed(dataset, text, place)
+        found = score(Asked(place, stop, tuple(places.tolist())))
+        value["error"] |= found is None
+        return found
 
-    def judged(base: Predictions, changed: Predictions) -> dict[str, Any]:
-        effect = compare(base, changed, sorted(changes), learns, False)
-        return {
-            "compared": effect.compared,
-            "noticed": effect.noticed,
-            "wrong": effect.wrong[:3].tolist(),
-            "wrong_count": len(effect.wrong),
-        }
+    for stop in draw_passes(int(first.order.max()), learns, resumed):
+        drawn = draw_targets(first, tokens, bos, stop, dice)
+        random = dice.choice(len(chances), len(tokens), p=chances).astype(tokens.dtype)
+        text = np.where((first.order > stop) & (tokens != bos), random, tokens)
+        for place in drawn.tolist():
+            while text[place] == tokens[place]:
+                text[place] = dice.choice(len(chances), p=chances)
+        others = dice.permutation(np.flatnonzero(first.order == stop))[: len(drawn)]
+        found = scored(text, stop, np.union1d(drawn, others))
+        if found is None:
+            return value
+        value["stops"].append(stop)
+        value["changed"] += drawn.tolist()
+        _open(value, first, found, tokens)
+        held = _hold(value, first, found, tokens, text, stop, learns, resumed > 0 and not learns)
+        if value["wrong"] is None and value["explained"] > HARMLESS and value["repeatable"]:
+            same = scored(tokens, stop, np.zeros(0, np.int64))  # is it rounding, which comes without a change as well?
+            if same is None:
+                return value
+            value["repeatable"] = bool((same.predicted == first.predicted)[held].all())
+            if value["repeatable"]:
+                value["wrong"] = {"by": "bits", "count": value["differ"], "target": int(np.flatnonzero(held)[-1])}
+        if value["wrong"] is not None:
+            return value
+    if learns:
+        put = (dice.random(len(tokens)) < SHARE) & (tokens != bos) & (np.arange(len(tokens)) > 0)
+        random = dice.choice(len(chances), len(tokens), p=chances).astype(tokens.dtype)
+        found = scored(np.where(put, random, tokens), None, np.zeros(0, np.int64))
+        if found is not None:
+            put &= found.order > 0
+            value["guesses"] = guesses(found.nats[put], chances[random[put]])
+    return value
 
-    base = first if first is not None else scored({})
-    if base is None:
-        return {**value, "error": True}
-    base = base.first(length)
-    changes = draw_changes(dataset, base, config, seed)
-    changed = scored(changes)
-    if changed is None or not changes:
-        return {**value, "error": changed is None}
-    changed, value["changed"] = changed.first(length), sorted(changes)
-    found = judged(base, changed)
-    if first is not None and (found["wrong"] or not found["compared"]):
-        alone = scored({})  # is it the change, or that the text ends?
-        if alone is None:
-            return {**value, "error": True}
-        alone = alone.first(length)
-        same = base.like(alone)
-        gap = float(np.abs(base.nats - alone.nats)[same].max(initial=0.0))
-        value["alone"] = {
-            "targets": int(same.sum()),
-            "largest_gap": gap,
-            "rounding": gap <= near,
-            "same_bits": bool((base.predicted == alone.predicted)[same].all()),
-        }
-        found = judged(alone, changed)
-    return {**value, **found}
+
+def draw_targets(first: Predictions, tokens: np.ndarray, bos: int, stop: int, dice: np.random.Generator) -> np.ndarray:
+    """Return which targets of pass `stop` are changed: one of each of some of its windows, at random."""
+    places = np.flatnonzero((first.order == stop) & (tokens != bos))
+    places = dice.permutation(places[places > 0])
+    if not (first.first_input[places] < 0).any():
+        places = dice.permutation(places[np.unique(first.first_input[places], return_index=True)[1]])
+    return places[:CHANGES]
+
+
+def token_chances(tokens: np.ndarray, vocab: int, never: Sequence[int]) -> np.ndarray:
+    """Return the chances of each token to be put in, (vocab,): half as in the text, so that many are no surprise."""
+    counts = np.bincount(tokens, minlength=vocab).astype(np.float64)
+    counts[never] = 0
+    even = np.ones(vocab)
+    even[never] = 0
+    return (counts / max(counts.sum(), 1) + even / even.sum()) / (1 + (counts.sum() > 0))
+
+
+def guesses(nats: np.ndarray, chances: np.ndarray) -> dict[str, Any]:
+    """Return what betting on the prediction of random tokens makes of 1, as plain JSON values.
+
+    A token is drawn with its chance whatever came before, so that the probability that it was given, divided by the
+    chance, is 1 on average, or less, for everybody who does not know it: a fair bet. By Ville's inequality the money
+    ever exceeds 1 / a with a probability of a at most.
+    """
+    odds = np.exp(-nats) / chances
+    return {"tokens": len(nats), "log_money": float(np.log1p(STAKE * (odds - 1)).sum()), "sure": SURE}
+
+
+def _open(value: dict[str, Any], first: Predictions, found: Predictions, tokens: np.ndarray) -> None:
+    """Look at whole distributions: are they normalised, those that were announced, and what the ledger's costs are of?
+
+    The evaluation gave their checksums before anybody knew which would be asked for.
+    """
+    rows, places, seen = found.rows.astype(np.float64), found.places, value["rows"]
+    if rows.shape != (len(places), seen.setdefault("vocabulary", rows.shape[-1])):
+        seen["genuine"] = False
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = np.abs(np.log(np.exp(rows).sum(-1)))
+    costs = np.abs(-rows[np.arange(len(places)), tokens[places]] - first.nats[places])
+    held = (found.predicted == first.predicted)[places]  # others may have changed with what they could see
+    seen["count"] += len(places)
+    seen["sum"] = max(seen["sum"], float(np.nan_to_num(sums, nan=np.inf).max(initial=0.0)))
+    seen["cost"] = max(seen["cost"], float(np.nan_to_num(costs[held], nan=np.inf).max(initial=0.0)))
+    seen["genuine"] &= bool((checksums(found.rows) == found.predicted[places]).all())
+
+
+def _hold(
+    value: dict[str, Any],
+    first: Predictions,
+    found: Predictions,
+    tokens: np.ndarray,
+    text: np.ndarray,
+    stop: int,
+    learns: bool,
+    reordered: bool,
+) -> np.ndarray:
+    """Compare the predictions up to pass `stop` that could not see a change; return which had bits to be compared.
+
+    `reordered`: passes may have other numbers, as the evaluation was killed between them.
+    """
+    places = np.flatnonzero(tokens != text)
+    scored, known = (first.order > 0) & (first.order <= stop), first.first_input >= 0
+    allowed = found.may_notice(places, learns)
+    same = ((first.order == found.order) | reordered) & (found.order > 0)
+    same &= ~known | (first.first_input == found.first_input)
+    gap = np.abs(first.nats - found.nats)
+    limit = np.full(len(tokens), value["rounding"])
+    for place in places[first.order[places] <= stop].tolist():  # the cost of what was there before
+        row = found.row(place)
+        gap[place] = np.inf if row is None else abs(-row[tokens[place]] - first.nats[place])
+        limit[place] = max(value["rounding"], value["rows"]["limit"])
+    held = scored & ~allowed & ((found.order > 0) | (not reordered))
+    gap = np.where(same, gap, np.inf)
+    wrong = np.flatnonzero(held & ~(gap <= limit))
+    differs = known & (first.predicted != found.predicted)
+    value["compared"] += int(held.sum())
+    noticed = np.where(known, differs, np.abs(first.nats - found.nats) > value["rounding"])
+    value["noticed"] += int((scored & allowed & (found.order > 0) & noticed).sum())
+    value["differ"] += int((held & differs).sum())
+    value["largest_gap"] = max(value["largest_gap"], float(np.minimum(gap[held], 1e9).max(initial=0.0)))
+    near = held & (gap <= value["rounding"]) & (limit == value["rounding"])
+    value["explained"] = max(value["explained"], float(gap[near].max(initial=0.0)))
+    if len(wrong):
+        value["wrong"] = {"by": "size", "count": len(wrong), "target": int(wrong[0])}
+    return held & known

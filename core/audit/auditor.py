@@ -1,6 +1,5 @@
 """Audits a run or an artifact: watches its evaluation, checks the texts, and has a finding for every rule."""
 
-import contextlib
 import dataclasses
 import os
 import secrets
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.audit.again import check_again, draw_passes
+from core.audit.again import Asked, check_again
 from core.audit.claims import (
     Plan,
     check_configuration,
@@ -24,15 +23,17 @@ from core.audit.claims import (
 )  # fmt: skip
 from core.audit.disjoint import check_disjoint
 from core.audit.evaluation import AGREE
-from core.audit.flips import Predictions
 from core.audit.isolation import DIED, Isolated, check_packages, run_isolated
 from core.audit.predictions import check_isolated, check_once, check_predictions, check_set
+from core.audit.prints import ROUNDING, Predictions
+from core.audit.recount import predictions_of, recount, understood
 from core.audit.rules import Finding
 from core.audit.texts import check_bytes, check_reversible
 from core.bundled import open_data
 from core.config import to_json
 from core.console import Console
 from core.data import DataError, Dataset, identity
+from core.files import FileError, append_file, locked, read_text
 from core.run import config_digest
 from core.scoring.ledger import Ledger, LedgerError
 
@@ -83,10 +84,11 @@ def audit(plan: Plan, say: Console) -> Audit:
     AuditError if what was given cannot be evaluated at all.
     """
     began = time.monotonic()
-    dataset = _open(plan.config.data.path)
+    dataset = open_data(plan.config.data.path, train=False)  # nobody can find the training text in this process
     base = Path(dataset.path)
+    for split in (dataset.train, dataset.val):
+        split.verify()
     same_data = plan.run is not None and plan.run.environment().get("data") in (None, identity(dataset))
-    passes = draw_passes(plan.config, len(dataset.val))
     reference = check_reference(plan)  # what is wrong with the claim is told before the work
     shards, texts = ([base / e["file"] for e in dataset.manifest["splits"][n]["files"]] for n in ("train", "val"))
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -95,17 +97,21 @@ def audit(plan: Plan, say: Console) -> Audit:
         ledger.unlink()
         Path(f"{ledger}.plugins").unlink(missing_ok=True)
     say(f"evaluating {plan.artifact} in a process of its own")
-    seen = _evaluate(plan, base, ledger, plan.documents, plan.flips, shards, passes)
+    text = dataset
+    if plan.documents is not None:
+        text = dataclasses.replace(dataset, val=dataset.val.documents(plan.documents))
+    seen = _evaluate(plan, base, ledger, plan.documents, plan.flips, shards)
     kind = seen.error["kind"] if seen.error else ""
     busy = kind == DIED or kind.endswith("InUseError")
+    seen = recount(seen, text, plan.config, ledger)
+    fresh: list[Isolated] = []
+    if seen.value and seen.value["score"]:
+        say("scoring the text again, changed, in processes of their own")
+        seen.value["again"] = _again(plan, text, seen, ledger, [*shards, *texts], fresh)
     if not busy and not _is_done(ledger):  # only a kill leaves something to go on from
         ledger.unlink(missing_ok=True)
     if seen.error and seen.error["kind"].startswith("core."):  # the user can do something about it
         raise AuditError(seen.error["message"])
-    fresh: list[Isolated] = []
-    if seen.value and seen.value["score"]:
-        say("scoring the start of the text again, changed, in a process of its own")
-        seen.value["again"] = _again(plan, dataset, seen, [*shards, *texts], fresh, passes)
     say("checking the texts")
     limit = None if plan.documents is None else len(dataset.val.documents(plan.documents))
     findings = [
@@ -115,7 +121,7 @@ def audit(plan: Plan, say: Console) -> Audit:
         check_isolated(seen, fresh, shards, texts),
         check_once(seen, plan.documents),
         check_set(seen, plan.documents, dataset),
-        check_disjoint(dataset, say.progress("validation text in training text")),
+        check_disjoint(_open(plan.config.data.path), say.progress("validation text in training text")),
         *check_predictions(seen),
         check_bytes(
             dataset,
@@ -142,10 +148,16 @@ def _open(path: str) -> Dataset:
 
 
 def _evaluate(
-    plan: Plan, data: Path, ledger: Path, documents: int | None, flips: int, hidden: Sequence[Path], passes: int
+    plan: Plan,
+    data: Path,
+    ledger: Path,
+    documents: int | None,
+    flips: int,
+    hidden: Sequence[Path],
+    asked: Asked | None = None,
 ) -> Isolated:
     """Run the evaluation of the text in `data` in a watched process."""
-    return run_isolated(
+    found = run_isolated(
         "core.audit.evaluation:audited",
         {
             "artifact": str(plan.artifact),
@@ -154,8 +166,9 @@ def _evaluate(
             "backend": plan.backend,
             "dtype": plan.dtype,
             "ledger": str(ledger),
-            "predictions": f"{ledger}.predictions.npz",
-            "passes": passes,
+            "predictions": str(_prints(ledger)),
+            "stop": asked.stop if asked else None,
+            "places": list(asked.places) if asked else [],
             "secret": _secret(),
             "started": time.monotonic(),
             "documents": documents,
@@ -165,31 +178,35 @@ def _evaluate(
         hidden=hidden,
         writable=[ledger.parent, ledger, Path(f"{ledger}.plugins")],
     )
+    return understood(found, flips > 0)
+
+
+def _prints(ledger: Path) -> Path:
+    return Path(f"{ledger}.predictions.npz")
 
 
 def _again(
-    plan: Plan, dataset: Dataset, seen: Isolated, hidden: Sequence[Path], fresh: list[Isolated], passes: int
+    plan: Plan, text: Dataset, seen: Isolated, ledger: Path, hidden: Sequence[Path], fresh: list[Isolated]
 ) -> dict[str, Any]:
-    """Score the start of the text in fresh processes, which are added to `fresh`, and compare the predictions."""
-    predictions = plan.folder / "ledger.predictions.npz"
-    first = None
-    if not seen.value["resumed"] and seen.value["ledger"]["left_to_right"]:
-        first = Predictions.load(predictions)
-    text = (
-        dataset if plan.documents is None else dataclasses.replace(dataset, val=dataset.val.documents(plan.documents))
-    )
+    """Score the text in fresh processes, which are added to `fresh`, and compare the predictions."""
+    first = predictions_of(ledger, _prints(ledger), text, plan.config)
+    if first is None:
+        return {"error": True, "why": {"kind": DIED, "message": "the evaluation did not leave what it predicted"}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
-        def score(data: Path) -> Predictions | None:
-            ledger = folder / secrets.token_hex(8) / "ledger"
-            ledger.parent.mkdir()
-            fresh.append(_evaluate(plan, data, ledger, None, 0, hidden, passes))
+        def score(asked: Asked) -> Predictions | None:
+            book = folder / secrets.token_hex(8) / "ledger"
+            book.parent.mkdir()
+            fresh.append(_evaluate(plan, asked.folder, book, None, 0, hidden, asked))
             value = fresh[-1].value
-            return Predictions.load(Path(f"{ledger}.predictions.npz")) if value and value["score"] else None
+            if not value or value["broken"]:
+                return None
+            return predictions_of(book, _prints(book), text, plan.config)
 
-        near = AGREE[seen.value["dtype"]]
-        found = check_again(score, text, plan.config, first, folder, plan.seed, near, passes)
+        dtype, resumed = seen.value["dtype"], seen.value["resumed"]
+        agree = ROUNDING[dtype] if plan.config.eval.plugins else AGREE[dtype]
+        found = check_again(score, text, plan.config, first, folder, ROUNDING[dtype], agree, resumed)
     if found["error"]:
         last = fresh[-1]
         broken = (last.value or {}).get("broken")
@@ -203,14 +220,13 @@ def _secret() -> str:
     path = cache / "audit-key"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            with tempfile.NamedTemporaryFile("w", dir=cache) as file:  # O_CREAT | O_EXCL, mode 0600
-                file.write(secrets.token_hex(32))
-                file.flush()
-                with contextlib.suppress(FileExistsError):  # another audit was quicker: its key holds
-                    os.link(file.name, path)  # whole or not at all, and never over one that is there
-        return path.read_text()
-    except OSError:  # nowhere to keep it: this audit cannot be continued
+        with append_file(path) as file:
+            locked(file, wait=True)  # another audit may make it just now
+            if not file.tell():
+                os.fchmod(file.fileno(), 0o600)
+                file.write(secrets.token_hex(32).encode())
+        return read_text(path, 64)
+    except (OSError, FileError):  # nowhere to keep it: this audit cannot be continued
         return secrets.token_hex(32)
 
 

@@ -11,8 +11,10 @@ from core.audit.rules import Finding
 from core.audit.seeds import beats
 from core.config import RunConfig
 from core.data import Dataset
+from core.files import read_file
 from core.run import Run, config_digest
 
+MAX_SOURCE = 1 << 30
 LIMIT = 16_000_000
 """Bytes of code and compressed model (D1)."""
 SECONDS = 600.0
@@ -21,6 +23,10 @@ SLOWER = ("CPU", "Apple")
 """Devices of which 8 are slower than 8 H100: how their names begin."""
 CLAIM = {True: 1e-5, False: 5e-3}
 """How far a recorded score may be from the audited one, in bits per byte: same backend and compute type, or not."""
+
+
+FIGURES = ("bpb", "loss", "bytes", "targets")
+"""Of a recorded score, what a comparison with others needs."""
 
 
 class Plan(NamedTuple):
@@ -82,7 +88,7 @@ def check_size(plan: Plan, seen: Isolated, dataset: Dataset) -> Finding:
 
 def packed_code(files: Sequence[Path]) -> int:
     """Return the bytes of source files as submissions pack them: one LZMA stream in base85."""
-    text = b"".join(file.read_bytes() for file in sorted(files, key=str) if file.is_file())
+    text = b"".join(read_file(file, MAX_SOURCE) for file in sorted(files, key=str) if file.is_file())
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
     return -(-len(lzma.compress(text, lzma.FORMAT_RAW, filters=filters)) * 5 // 4) if text else 0
 
@@ -154,6 +160,9 @@ def check_reference(plan: Plan) -> Finding:
     """D15: all seeds of the claim against the reference, in nats per token of this tokenizer."""
     scores = {str(run.path): recorded(run) for run in plan.seeds}
     scores = {name: found for name, found in scores.items() if found and found.get("full")}
+    odd = [n for n, found in scores.items() if not all((_number(found.get(k)) or 0.0) > 0 for k in FIGURES)]
+    if odd:
+        return Finding("D15", "FAIL", f"recorded no numbers above 0 as {', '.join(FIGURES)}: {', '.join(odd)}")
     ours = {name: found["loss"] for name, found in scores.items()}
     seeds = [run.config.seed for run in plan.seeds]
     if len(set(seeds)) < len(seeds):
@@ -171,6 +180,9 @@ def check_configuration(plan: Plan, seen: Isolated, same_data: bool) -> Finding:
 
     `same_data`: the audit scored the text of the run, so that both figures are of one thing.
     """
+    differs = (seen.value or {}).get("differs")
+    if differs:
+        return Finding("D16", "FAIL", f"the evaluation answered otherwise than its ledger, which counts: {differs}")
     if plan.run is None:
         return Finding("D16", "NOT CHECKED", "a bare artifact has no logs")
     digests = {str(run.path): config_digest(run.config) for run in plan.seeds}
@@ -188,26 +200,72 @@ def check_configuration(plan: Plan, seen: Isolated, same_data: bool) -> Finding:
     words = f"configuration {digest[:12]} (what decides the weights, but the seed) in config.json and log of "
     words += f"{len(digests)} run(s)"
     claim = recorded(plan.run)
+    if claim is None:
+        return Finding("D16", "NOT CHECKED", f"{words}; it has recorded no score of its artifact", details)
+    own = _own_claim(plan, claim)
+    if own:
+        return Finding("D16", "FAIL", f"{words}; what it recorded is not of its own settings: {own}", details)
     audited = (seen.value or {}).get("score")
-    if not (claim and audited and _same_thing(claim, audited) and same_data and plan.documents is None):
-        return Finding("D16", "NOT CHECKED", f"{words}; its recorded score was not computed again", details)
-    env, gap = plan.run.environment(), abs(claim["bpb"] - audited["bpb"])
+    if not audited or not same_data or _others(plan):
+        why = "the evaluation gave no score" if not audited else _others(plan) or "on other data"
+        return Finding("D16", "NOT CHECKED", f"{words}; its recorded score was not computed again: {why}", details)
+    env = plan.run.environment()
     same = (env.get("backend"), env.get("dtype")) == (seen.value["backend"], seen.value["dtype"])
-    details |= {"recorded": claim["bpb"], "audited": audited["bpb"]}
-    words += f"; recorded {claim['bpb']:.6f} bits per byte, audited {audited['bpb']:.6f}"
-    size = plan.run.last("final/artifact")["bytes"]
-    if gap > CLAIM[same] or size != plan.artifact.stat().st_size:
-        return Finding(
-            "D16", "FAIL", f"{words}; recorded {size:,} bytes, found {plan.artifact.stat().st_size:,}", details
-        )
+    details |= {"recorded": claim, "audited": audited}
+    problems = [f"{name} {claim.get(name)}, audited {audited[name]}" for name in _differ(claim, audited, CLAIM[same])]
+    final = plan.run.last("final/artifact")
+    size = final.get("bytes") if isinstance(final, dict) else None
+    if size != plan.artifact.stat().st_size:
+        problems.append(f"an artifact of {size} bytes, found {plan.artifact.stat().st_size}")
+    if problems:
+        return Finding("D16", "FAIL", f"{words}; recorded {'; '.join(problems)}", details)
+    words += (
+        f"; recorded {claim['bpb']:.6f} bits per byte, audited {audited['bpb']:.6f} (at most {CLAIM[same]:.0e} apart)"
+    )
     if silent:
         return Finding("D16", "NOT CHECKED", f"{words}; no settings in the log of {', '.join(silent)}", details)
     return Finding("D16", "PASS", words, details)
 
 
-def _same_thing(claim: dict[str, Any], audited: dict[str, Any]) -> bool:
-    """Return whether a recorded score is of the whole text, cut and predicted as the audit did."""
-    return bool(claim.get("full")) and all(claim.get(name, []) == audited[name] for name in ("windows", "plugins"))
+def _own_claim(plan: Plan, claim: dict[str, Any]) -> str:
+    """Return how a recorded score is not one of the run's own settings, or nothing."""
+    assert plan.run is not None
+    settings = plan.run.config.eval
+    wanted = {"full": settings.documents is None, "plugins": list(settings.plugins)}
+    return ", ".join(
+        f"{name} {claim.get(name)}, by config.json {value}"
+        for name, value in wanted.items()
+        if claim.get(name) != value
+    )
+
+
+def _others(plan: Plan) -> str:
+    """Return how this audit scores otherwise than the run did, or nothing."""
+    assert plan.run is not None
+    ours, own = plan.config.eval, plan.run.config.eval
+    if own.documents is not None:
+        return f"it is an estimate from {own.documents} documents"
+    if plan.documents is not None:
+        return "only a part of the text was scored"
+    given = [
+        f"--{name}" for name in ("windows", "seq", "stride", "plugins") if getattr(ours, name) != getattr(own, name)
+    ]
+    return f"with {' '.join(given)} the audit scores otherwise" if given else ""
+
+
+def _differ(claim: dict[str, Any], audited: dict[str, Any], bound: float) -> list[str]:
+    """Return which figures of a recorded score the audit did not find again; `bound` is in bits per byte.
+
+    What is not a number, or not there at all, is not found again either.
+    """
+    per_bit = math.log(2.0) * audited["bytes"]  # nats of the whole text
+    near = {"bpb": bound, "loss": bound * per_bit / audited["targets"], "nats": bound * per_bit}
+    if audited["bpb_raw"] is not None:
+        near["bpb_raw"] = bound * audited["bpb_raw"] / audited["bpb"]
+    exact = ("byte_rule", "targets", "bytes", "documents", "total_documents", "full", "windows", "plugins")
+    other = [name for name in exact if claim.get(name) != audited[name]]
+    figures = {name: _number(claim.get(name)) for name in near}
+    return other + [n for n, value in figures.items() if value is None or not abs(value - audited[n]) <= near[n]]
 
 
 def check_seeds(plan: Plan) -> Finding:
@@ -219,7 +277,8 @@ def check_seeds(plan: Plan) -> Finding:
 def recorded(run: Run) -> dict[str, Any] | None:
     """Return the score that a run claims for its artifact."""
     final, helped = run.last("final/artifact"), run.last("final/plugins") if run.config.eval.plugins else None
-    return None if final is None else helped or final["score"]
+    claim = final if final is None else helped or (final.get("score") if isinstance(final, dict) else {})
+    return claim if claim is None or isinstance(claim, dict) else {}  # something else, which no audit finds again
 
 
 def claimed_rule(plan: Plan, seen: Isolated, same_data: bool) -> Any:

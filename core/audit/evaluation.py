@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from core.audit.again import start_length
-from core.audit.flips import Predictions, Prints, first_inputs, flip_test
+from core.audit.flips import PASSES, flip_test
+from core.audit.prints import ROUNDING, Prints
 from core.bundled import open_data
 from core.config import ConfigError, RunConfig, from_json
 from core.console import Console
-from core.data import Dataset
+from core.data import Dataset, Split
 from core.engine import Engine, EngineOptions, load_engine
 from core.export.artifact import read_artifact
-from core.scoring import score
+from core.scoring import score, score_sample
 from core.scoring.key import evaluation_key
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import View, load_plugins, plugin_kinds
@@ -30,11 +30,15 @@ AGREE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 5e-2}
 """How far the cost that is written may be from that distribution's, in nats: two ways to compute the same logits."""
 
 
-class Distributions:
-    """Looks at the distributions that were scored, on some of the passes, and keeps the predictions of the first."""
+class Stopped(Exception):
+    """The last forward pass that was asked for is done."""
 
-    def __init__(self, share: float, passes: int, tokens: int) -> None:
-        self._share, self._passes, self.prints = share, passes, Prints(tokens)
+
+class Distributions:
+    """Looks at the distributions that were scored, on some of the passes, and keeps what identifies predictions."""
+
+    def __init__(self, share: float, passes: int | None, stop: int | None, prints: Prints) -> None:
+        self._share, self._passes, self._stop, self.prints = share, passes, stop, prints
         self.seconds = 0.0
         self.passes = self.positions = 0
         self.sum = self.cost = 0.0
@@ -43,13 +47,23 @@ class Distributions:
         """The log-sum that is furthest from 0."""
 
     def wants(self, number: int) -> bool:
-        """Take the first passes and a random share of those after them, which nobody can know before."""
-        self._number = number
-        return number <= self._passes or secrets.randbelow(1 << 20) < self._share * (1 << 20)
+        """Take the first `passes` (None: all) for the prints, and a random share of all, which nobody can know."""
+        if self._stop is not None and number > self._stop:
+            raise Stopped
+        self._printed = self._passes is None or number <= self._passes
+        self._summed = number == 1 or secrets.randbelow(1 << 20) < self._share * (1 << 20)
+        return self._printed or self._summed
 
     def see(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
         """Add up the probabilities of every kept position."""
         began = time.monotonic()
+        if self._printed:
+            self.prints.see(view, targets, nats, logprobs)
+        if self._summed:
+            self._add(view, targets, nats, logprobs)
+        self.seconds += time.monotonic() - began
+
+    def _add(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
         kept = logprobs[view.kept]
         highest = kept.max(-1, keepdims=True)
         total = np.log(np.exp(kept - highest).sum(-1, dtype=np.float64)) + highest[:, 0]
@@ -60,9 +74,6 @@ class Distributions:
         self.cost = max(self.cost, float(np.abs(nats[view.kept] - of_target).max()))
         self.passes += 1
         self.positions += len(kept)
-        if self._number <= self._passes:
-            self.prints.see(view, targets, nats, logprobs)
-        self.seconds += time.monotonic() - began
 
 
 def audited(
@@ -73,7 +84,8 @@ def audited(
     dtype: str | None,
     ledger: str,
     predictions: str,
-    passes: int,
+    stop: int | None,
+    places: list[int],
     secret: str,
     started: float,
     documents: int | None,
@@ -82,9 +94,10 @@ def audited(
 ) -> dict[str, Any]:
     """Score an artifact and return what was seen, as plain JSON values.
 
-    `predictions`: where the predictions of the first `passes` go; `secret`: goes into the name of the ledger, so that
-    one from elsewhere is not taken; `started`: time.monotonic() before the process was started; `documents`: score only
-    the first so many, None: all; `flips`: 0 leaves the flip test out.
+    `predictions`: where checksums of what was predicted go, and the whole distributions of the targets at `places`;
+    `stop`: the last forward pass, None: all; `secret`: goes into the name of the ledger, so that one from elsewhere is
+    not taken; `started`: time.monotonic() before the process was started; `documents`: score only the first so many,
+    None: all; `flips`: 0 leaves the flip test out.
     """
     say = Console(as_json=True)
     found = read_artifact(artifact)
@@ -99,11 +112,15 @@ def audited(
     value["plugins"] = plugin_kinds(settings.eval.plugins)
     value["prepared"] = time.monotonic() - started
     key = hashlib.sha256(f"{secret} {evaluation_key(engine, dataset, settings, plugins=True)}".encode()).hexdigest()
-    value |= _score(engine, dataset, settings, Path(ledger), key, Path(predictions), passes, say)
+    prints = Prints(len(dataset.val), places)
+    value |= _score(engine, dataset, settings, Path(ledger), key, prints, stop, say)
+    prints.save(Path(predictions))
     value["clock"] = time.monotonic() - started
     if not flips:
         return value
-    value["flips"] = flip_test(engine, dataset.val, settings, flips, seed, say.progress("flip test"))
+    value["flips"] = flip_test(
+        engine, dataset.val, settings, flips, seed, ROUNDING[engine.dtype], say.progress("flip test")
+    )  # fmt: skip
     return value
 
 
@@ -113,32 +130,32 @@ def _score(
     config: RunConfig,
     path: Path,
     key: str,
-    predictions: Path,
-    passes: int,
+    prints: Prints,
+    stop: int | None,
     say: Console,
 ) -> dict[str, Any]:
-    """Score the text and return the score, or the rule that was broken, and what ledger and distributions say."""
-    settings = config.eval
+    """Score the text and return the score, or the rule that was broken, and what the distributions say."""
+    settings, learns = config.eval, bool(config.eval.plugins)
     total = len(dataset.val) // (settings.batch * (settings.stride or settings.seq)) + 1
-    start = start_length(config, len(dataset.val), passes)
-    watch = Distributions(SAMPLED / total, passes, start)
+    watch = Distributions(SAMPLED / total, None if learns else PASSES, stop, prints)
     book = Ledger.open(path, len(dataset.val), key, anew=True)
-    resumed = book.writes
-    value: dict[str, Any] = {"resumed": resumed, "broken": None, "score": None}
+    value: dict[str, Any] = {"resumed": book.writes, "broken": None, "score": None, "continued": None}
+    isolated = config.model.documents == "isolated"
     try:
+        if book.writes and not learns:
+            value["continued"] = _rescored(engine, dataset.val, config, book)
         done = score(
             engine, dataset, settings, documents=None, seed=settings.seed, progress=say.progress("scoring"),
-            ledger=book, isolated=config.model.documents == "isolated", watch=watch,
-            plugins=load_plugins(settings.plugins),
+            ledger=book, isolated=isolated, watch=watch, plugins=load_plugins(settings.plugins),
         )  # fmt: skip
         value["score"] = done.to_json()
+    except Stopped:
+        pass
     except LedgerError as error:
         if error.rule is None:
             raise
         value["broken"] = {"rule": error.rule, "message": str(error)}
     finally:
-        value["ledger"] = _order(book.entries)
-        _save_predictions(predictions, watch.prints, book.entries, dataset, config)
         book.close()
     value["watching"] = watch.seconds
     value["distributions"] = {
@@ -150,24 +167,18 @@ def _score(
     return value
 
 
-def _save_predictions(path: Path, prints: Prints, entries: np.ndarray, dataset: Dataset, config: RunConfig) -> None:
-    """Write what the first passes predicted, for the parent to compare."""
-    count = len(prints.predicted)
-    order = np.where(prints.first_input >= 0, np.append(0, entries["order"][: count - 1]), 0)
-    firsts = first_inputs(prints.first_input, dataset.val, config)
-    Predictions(prints.predicted, order, firsts, np.append(0.0, entries["nats"][: count - 1])).save(path)
+def _rescored(engine: Engine, text: Split, config: RunConfig, book: Ledger) -> dict[str, Any]:
+    """Score a sample of what an earlier start wrote again; LedgerError if the ledger holds something else.
 
-
-def _order(entries: np.ndarray) -> dict[str, Any]:
-    """Return what the ledger says about the order of scoring."""
-    order, version = entries["order"], entries["version"]
-    written = order > 0
-    by_order = np.argsort(order[written], kind="stable")
-    return {
-        "targets": len(entries),
-        "written": int(written.sum()),
-        "writes": int(order.max(initial=0)),
-        "versions": int(version[written].max(initial=0)) + 1,
-        "versions_rise": bool((np.diff(version[written][by_order]) >= 0).all()),
-        "left_to_right": bool((np.diff(order[written]) >= 0).all()),
-    }
+    The draw is this process's: an edit of a share s of the passes stays unseen with a probability of (1 - s)^SAMPLED.
+    """
+    dice, isolated = np.random.default_rng(secrets.randbits(128)), config.model.documents == "isolated"
+    sample = score_sample(engine, text, config.eval, book, isolated, SAMPLED, dice)
+    both = (sample.entries["order"] > 0) & (book.entries["order"] > 0)
+    gaps = np.where(both, np.abs(sample.entries["nats"] - book.entries["nats"]), 0.0)
+    if gaps.max() > AGREE[engine.dtype]:
+        place = int(np.argmax(gaps))
+        ours, left = sample.entries["nats"][place], book.entries["nats"][place]
+        words = f"target {place + 1} costs {left:.6f} nats in the ledger of the killed start, scored again {ours:.6f}"
+        raise LedgerError(f"{words}: that ledger is not of this evaluation", "D8")
+    return {"targets": int(both.sum()), "largest_gap": float(gaps.max())}

@@ -2,184 +2,155 @@
 
 A prediction may change only if the changed token was in its context (an earlier input of its window or stream), or was
 scored in an earlier forward pass, from which plug-ins may have learned. Every other prediction, that of the changed
-target itself included, must have the same bits, over the whole vocabulary.
+target itself included, must have the same bits, over the whole vocabulary. Documents are ended early as well: what is
+predicted there must not know whether BOS comes next, which the cut of the windows may tell.
 """
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from core import rng
+from core.audit.prints import HARMLESS, RESHAPED, Effect, Predictions, Prints, compare, compare_end, found_by
 from core.audit.rules import Progress
 from core.config import RunConfig
 from core.data import Split
 from core.engine import Engine
 from core.scoring import score_text
 from core.scoring.ledger import Ledger, LedgerError
-from core.scoring.plugins import View, load_plugins
+from core.scoring.plugins import load_plugins
 
 TEXTS = 2
 """Places of the text that are tested."""
 PASSES = 3
 """Forward passes of each run: plug-ins must have learned something by the last one."""
-BLOCK = 1 << 22
-"""Values that a checksum takes at once."""
+TRIES = 3
+"""Ends of documents that are tried until one can be compared."""
 
 
-class Prints:
-    """Remembers a checksum of the predictions for the targets before `tokens`, and what each of them could see."""
+def predict(engine: Engine, text: Split, config: RunConfig, plugins: bool, places: Sequence[int] = ()) -> Predictions:
+    """Score a piece of text in one pass, with the plug-ins of `config` or without, and return what was predicted.
 
-    def __init__(self, tokens: int) -> None:
-        self.predicted = np.zeros(tokens, np.uint64)
-        self.first_input = np.full(tokens, -1, np.int64)
-
-    def wants(self, number: int) -> bool:
-        """Look at every pass."""
-        return True
-
-    def see(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
-        """Take the checksums of a pass."""
-        kept = view.kept & (view.positions < len(self.predicted))
-        places = view.positions[kept]
-        self.predicted[places] = checksums(logprobs[kept])
-        firsts = np.broadcast_to(view.positions[:, :1] - 1, view.positions.shape)
-        self.first_input[places] = firsts[kept]
-
-
-def checksums(values: np.ndarray) -> np.ndarray:
-    """Return a 64-bit checksum of the bits of every row of (rows, V)."""
-    bits = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
-    columns = np.arange(1, bits.shape[1] + 1, dtype=np.uint64)
-    factors = (columns * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
-    out = np.empty(len(bits), np.uint64)
-    step = max(1, BLOCK // bits.shape[1])
-    for i in range(0, len(bits), step):
-        mixed = bits[i : i + step].astype(np.uint64) * factors
-        out[i : i + step] = (mixed ^ (mixed >> np.uint64(29))).sum(1, dtype=np.uint64)
-    return out
-
-
-class Predictions(NamedTuple):
-    """What was predicted of a text and when, by target position; order 0: not scored, or not looked at."""
-
-    predicted: np.ndarray  # (tokens,) uint64: checksums
-    order: np.ndarray  # (tokens,) int64: number of the pass
-    first_input: np.ndarray  # (tokens,) int64: the first token that the prediction could see
-    nats: np.ndarray  # (tokens,) float64
-
-    @classmethod
-    def load(cls, path: Path) -> "Predictions":
-        """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as file:
-            return cls(*(file[name] for name in cls._fields))
-
-    def save(self, path: Path) -> None:
-        """Write the arrays as one .npz file."""
-        np.savez(path, **self._asdict())
-
-    def first(self, tokens: int) -> "Predictions":
-        """Return the predictions of the first `tokens` tokens, filled up if there are fewer."""
-        kept = [np.concatenate([side[:tokens], np.zeros(max(0, tokens - len(side)), side.dtype)]) for side in self]
-        return Predictions(*kept)
-
-    def like(self, other: "Predictions") -> np.ndarray:
-        """Return which targets were scored by the same pass and from the same first token on in both, (tokens,)."""
-        return (self.order > 0) & (self.order == other.order) & (self.first_input == other.first_input)
-
-    def may_notice(self, places: list[int], learns: bool) -> np.ndarray:
-        """Return which targets may be predicted otherwise when the tokens at `places` are changed, (tokens,) bool."""
-        targets = np.arange(len(self.order))
-        allowed = np.zeros(len(targets), bool)
-        for place in places:
-            allowed |= (self.first_input <= place) & (place < targets)
-        if learns:
-            allowed |= self.order > min(int(self.order[place]) for place in places)
-        return allowed
-
-
-class Effect(NamedTuple):
-    """What a change of some tokens did to the predictions."""
-
-    compared: int
-    """Predictions that had to keep their bits."""
-    noticed: int
-    """Predictions that changed, and could."""
-    wrong: np.ndarray
-    """Targets whose prediction changed and must not, (count,) int64."""
-
-
-def compare(base: Predictions, changed: Predictions, places: list[int], learns: bool, whole: bool) -> Effect:
-    """Return what changing the tokens at `places` did.
-
-    `whole`: both are of one text from end to end, so a target that is scored at another time is wrong as well: the
-    order of scoring must not depend on the text that is scored. Otherwise such targets are left out.
+    The whole distribution is kept of the targets at `places`.
     """
-    same, allowed = base.like(changed), base.may_notice(places, learns)
-    differs = base.predicted != changed.predicted
-    if whole:
-        scored = (base.order > 0) | (changed.order > 0)
-        allowed, differs = allowed & same, differs | ~same
-    else:
-        scored = same
-    held = scored & ~allowed
-    return Effect(int(held.sum()), int((scored & differs & allowed).sum()), np.flatnonzero(held & differs))
-
-
-def predict(engine: Engine, text: Split, config: RunConfig, plugins: bool) -> Predictions:
-    """Score a piece of text in one pass, with the plug-ins of `config` or without, and return what was predicted."""
-    ledger, prints = Ledger(len(text)), Prints(len(text))
+    ledger, prints = Ledger(len(text)), Prints(len(text), places)
     isolated, vocab = config.model.documents == "isolated", config.model.vocab
     used = load_plugins(config.eval.plugins) if plugins else []
     score_text(engine, text, config.eval, ledger, None, isolated, used, vocab, prints)
-    order, nats = (np.append(0, ledger.entries[name]) for name in ("order", "nats"))
-    return Predictions(prints.predicted, order, first_inputs(prints.first_input, text, config), nats)
-
-
-def first_inputs(of_windows: np.ndarray, text: Split, config: RunConfig) -> np.ndarray:
-    """Return the first token that each prediction could see: of its window or, with carry, of its document."""
-    if config.eval.windows != "stateful":
-        return of_windows
-    starts = text.document_starts if config.model.documents == "isolated" else np.zeros(1, np.int64)
-    inputs = np.maximum(np.arange(len(of_windows)) - 1, 0)
-    return starts[np.searchsorted(starts, inputs, "right") - 1]
+    return found_by(prints, ledger.entries, text, config)
 
 
 def flip_test(
-    engine: Engine, split: Split, config: RunConfig, flips: int, seed: int, progress: Progress
+    engine: Engine, split: Split, config: RunConfig, flips: int, seed: int, bound: float, progress: Progress
 ) -> dict[str, Any]:
-    """Flip `flips` tokens at random places and return what noticed, as plain JSON values."""
+    """Flip `flips` tokens at random places, and ends of documents, and return what noticed, as plain JSON values.
+
+    `bound`: nats that rounding may make (ROUNDING).
+    """
     learns = bool(config.eval.plugins)
     pieces = _pieces(split, config, seed)
     value: dict[str, Any] = {
-        "flips": 0, "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0, "by_plugins": False, "repeatable": True,
+        "flips": 0, "ends": 0, "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0, "largest_wrong": 0.0,
+        "differ": 0, "explained": 0.0, "by_plugins": False, "repeatable": True, "repeat_gap": 0.0, "rounding": bound,
         "broken": None, "tokens": [int(stop - start) for start, stop in pieces], "learns": learns,
+        "reshaped": config.eval.windows == "stateful",
     }  # fmt: skip
-    total = flips + len(pieces) + 1
     done = 0
     try:
-        for number, (start, stop) in enumerate(pieces):
-            text = split.changed(start, stop)
-            base = predict(engine, text, config, learns)
-            done += 1
+        for number, piece in enumerate(pieces):
+            text = split.changed(*piece)
+            draws = [_flip(text, config, seed, f"{number}/{i}") for i in range(number, flips, len(pieces))]
+            base = predict(engine, text, config, learns, [place for place, _ in draws])
             if number == 0:
-                again = predict(engine, text, config, learns)
-                value["repeatable"] = bool((again.predicted == base.predicted).all())
+                _add_repeat(value, base, predict(engine, text, config, learns))
+            for place, token in draws:
+                _flip_one(value, engine, text, config, base, place, token, piece[0])
                 done += 1
-            progress(done, total)
-            for i in range(number, flips, len(pieces)):
-                place, token = _flip(text, base, config, seed, f"{number}/{i}")
-                changed = predict(engine, split.changed(start, stop, place, token), config, learns)
-                _add(value, compare(base, changed, [place], learns, True), place, start)
-                done += 1
-                progress(done, total)
-                if value["wrong"] and learns and not value["by_plugins"]:
-                    value["by_plugins"] = _clean_without(engine, split, config, (start, stop), place, token)
+                progress(done, flips)
+            _end_one(value, engine, text, config, seed, number, piece[0])
     except LedgerError as error:
         if error.rule is None:
             raise
         value["broken"] = {"rule": error.rule, "message": str(error)}
     return value
+
+
+def _flip_one(
+    value: dict[str, Any],
+    engine: Engine,
+    text: Split,
+    config: RunConfig,
+    base: Predictions,
+    place: int,
+    token: int,
+    start: int,
+) -> None:
+    """Score a text with another token at `place` and add to `value` what noticed; `start`: where the text is from."""
+    learns, other = value["learns"], text.changed(0, len(text), place, token)
+    changed = predict(engine, other, config, learns, [place])
+    effect = compare(base, changed, [place], learns)
+    small = not len(effect.beyond(value["rounding"]).wrong)
+    if small and len(effect.beyond(HARMLESS).wrong) and value["repeatable"]:
+        _add_repeat(value, changed, predict(engine, other, config, learns))  # is it rounding after all?
+    value["flips"] += 1
+    effect = _add(value, effect, place, start, False)
+    if len(effect.wrong) and learns and not value["by_plugins"]:  # the model alone may pass the same flip
+        plain = [predict(engine, one, config, False, [place]) for one in (text, other)]
+        alone = compare(plain[0], plain[1], [place], False)
+        value["by_plugins"] = not len(alone.beyond(_limit(value, False)).wrong)
+
+
+def _end_one(
+    value: dict[str, Any], engine: Engine, text: Split, config: RunConfig, seed: int, number: int, start: int
+) -> None:
+    """Score a text that ends with the start of a document, and the same going on, and add to `value` what noticed."""
+    for begin, place in _ends(text, config, seed, number):
+        ended = text.changed(begin, place + 1, place - begin, config.model.bos)
+        went_on = text.changed(begin, min(len(text), place + 1 + 2 * config.eval.seq))
+
+        def judged(plugins: bool) -> Effect | None:
+            both = [predict(engine, one, config, plugins, [place - begin]) for one in (ended, went_on)]  # noqa: B023
+            return compare_end(both[0], both[1], plugins)
+
+        effect = judged(value["learns"])
+        if effect is None:
+            continue
+        value["ends"] += 1
+        effect = _add(value, effect, place - begin, start + begin, True)
+        if len(effect.wrong) and value["learns"] and not value["by_plugins"]:
+            alone = judged(False)
+            value["by_plugins"] = alone is not None and not len(alone.beyond(_limit(value, True)).wrong)
+        return
+
+
+def _limit(value: dict[str, Any], end: bool) -> float:
+    """Return how far in nats a prediction may be moved; texts that end may be cut to other shapes."""
+    if end and value["reshaped"]:
+        return value["rounding"] * RESHAPED
+    return min(value["rounding"], HARMLESS) if value["repeatable"] else value["rounding"]
+
+
+def _add(value: dict[str, Any], effect: Effect, place: int, start: int, end: bool) -> Effect:
+    """Add to `value` what a change at `place` did, of a text from `start` on; return it without what is rounding."""
+    value["compared"] += effect.compared
+    value["noticed"] += effect.noticed
+    limit = _limit(value, end)
+    near = effect.gaps[effect.gaps <= limit]
+    value["differ"] += len(near)
+    value["explained"] = max(value["explained"], float(near.max(initial=0.0)))
+    effect = effect.beyond(limit)
+    value["wrong_count"] += len(effect.wrong)
+    value["largest_wrong"] = max(value["largest_wrong"], float(np.minimum(effect.gaps, 1e9).max(initial=0.0)))
+    for target in effect.wrong[: max(0, 3 - len(value["wrong"]))].tolist():
+        value["wrong"].append({"token": start + place, "target": start + target, "end": end})
+    return effect
+
+
+def _add_repeat(value: dict[str, Any], once: Predictions, again: Predictions) -> None:
+    """Add to `value` whether one text gave the same bits twice, and how far apart it was."""
+    value["repeatable"] &= bool((again.predicted == once.predicted).all())
+    value["repeat_gap"] = max(value["repeat_gap"], float(once.gap(again).max(initial=0.0)))
 
 
 def _pieces(split: Split, config: RunConfig, seed: int) -> list[tuple[int, int]]:
@@ -193,33 +164,37 @@ def _pieces(split: Split, config: RunConfig, seed: int) -> list[tuple[int, int]]
     return [(int(starts[i]), min(len(split), int(starts[i]) + length + 1)) for i in sorted(picks.tolist())]
 
 
-def _flip(text: Split, base: Predictions, config: RunConfig, seed: int, name: str) -> tuple[int, int]:
+def _flip(text: Split, config: RunConfig, seed: int, name: str) -> tuple[int, int]:
     """Return a place, away from the end and not a document's start, and another token for it."""
-    tokens, bos, vocab = text.read(0, len(text)), config.model.bos, config.model.vocab
+    tokens, bos = text.read(0, len(text)), config.model.bos
     places = np.flatnonzero(tokens[: max(2, 3 * len(tokens) // 4)] != bos)
     places = places[places > 0]
     place = int(places[rng.below(seed, f"audit/place/{name}", len(places))])
+    return place, _other(int(tokens[place]), config, seed, name)
+
+
+def _ends(text: Split, config: RunConfig, seed: int, number: int) -> list[tuple[int, int]]:
+    """Return (begin, place): ranges of the text at whose last token, in the middle of a document, it may end.
+
+    With carry the document that ends must be the longest, or the state of others comes before it: it is alone then.
+    """
+    tokens, bos = text.read(0, len(text)), config.model.bos
+    inside = (tokens[1:-1] != bos) & (tokens[2:] != bos)
+    places = 1 + np.flatnonzero(inside)
+    picks = rng.choose(seed, f"audit/ends/{number}", len(places), min(TRIES, len(places)))
+    found = []
+    for place in places[picks].tolist():
+        starts = np.flatnonzero(tokens[:place] == bos)
+        longest = place - starts[-1] >= np.diff(np.append(starts, place)).max()
+        alone = config.eval.windows == "stateful" and not longest
+        found.append((int(starts[-1]) if alone else 0, place))
+    return found
+
+
+def _other(token: int, config: RunConfig, seed: int, name: str) -> int:
+    """Return a random token that is neither `token` nor BOS."""
     for draw in range(100):
-        token = rng.below(seed, f"audit/token/{name}/{draw}", vocab)
-        if token not in (bos, int(tokens[place])):
+        found = rng.below(seed, f"audit/token/{name}/{draw}", config.model.vocab)
+        if found not in (config.model.bos, token):
             break
-    return place, token
-
-
-def _add(value: dict[str, Any], effect: Effect, place: int, start: int) -> None:
-    """Add to `value` what a flip at `place`, of a piece that begins at `start`, did."""
-    value["flips"] += 1
-    value["compared"] += effect.compared
-    value["noticed"] += effect.noticed
-    value["wrong_count"] += len(effect.wrong)
-    for target in effect.wrong[: max(0, 3 - len(value["wrong"]))].tolist():
-        value["wrong"].append({"token": start + place, "target": start + target})
-
-
-def _clean_without(
-    engine: Engine, split: Split, config: RunConfig, piece: tuple[int, int], place: int, token: int
-) -> bool:
-    """Return whether the model alone, without plug-ins, passes this flip."""
-    base = predict(engine, split.changed(*piece), config, False)
-    changed = predict(engine, split.changed(*piece, place, token), config, False)
-    return not len(compare(base, changed, [place], False, True).wrong)
+    return found

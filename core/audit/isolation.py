@@ -5,6 +5,8 @@ stands beside it (traced.py), and every result says what was in force. Code that
 witness.py's notes from inside; what strace saw is out of its reach.
 """
 
+import atexit
+import contextlib
 import filecmp
 import functools
 import importlib.metadata
@@ -12,25 +14,39 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core.audit.owners import package_folders, system_hashes, unlisted_packages
+from core.audit.places import PROCESS, SYSTEM, classify, files_under, from_hook, listed, under
 from core.audit.places import File as File
-from core.audit.places import classify, files_under, from_hook, listed, under
 from core.audit.rules import Finding
-from core.audit.traced import STRACE, measures, read_trace
+from core.audit.traced import STRACE, followed, measures, read_trace
+from core.files import MAX_TEXT, read_file, read_json, replace_file
 
 HOOK = "an audit hook from before the first import"
 DIED = "died"
 """Kind of the error of a process that ended without an answer."""
 SERVICES = ("/run/nscd", "/var/run/nscd", "/run/nvidia-persistenced", "/var/run/nvidia-persistenced")
 """Local sockets that libc and the GPU's driver ask by themselves."""
-CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+KEPT = re.compile(
+    r"PATH|LD_LIBRARY_PATH|TZ|USER|LOGNAME|CC|CXX|CUDA_(HOME|PATH|VISIBLE_DEVICES|DEVICE_ORDER)|NVIDIA_\w+|MLX_\w+"
+    r"|(OMP|MKL|OPENBLAS|NUMEXPR|VECLIB|GOTO|KMP)_\w+"
+)
+"""Environment variables that say what the machine is; no others reach the process."""
+LONGEST = {"PATH": 4096, "LD_LIBRARY_PATH": 4096}
+"""Characters of a variable's value, else 256: a text does not fit."""
+GRACE = 10.0
+"""Seconds that the processes have to end once the answer is there."""
+PATIENCE = 86_400.0
+"""Seconds until an evaluation without an answer is ended."""
 COMPILERS = re.compile(
     r"(.+-)?(gcc|g\+\+|cc|c\+\+|clang|clang\+\+|cc1|cc1plus|as|ld|ld\.\w+|lld|collect2|lto-wrapper|lto1"
     r"|nvcc|cicc|ptxas|nvlink|fatbinary|cudafe\+\+|xcrun|metal|metallib|ldconfig)(-[\d.]+)?"
@@ -58,6 +74,10 @@ class Isolated(NamedTuple):
     missing: list[str]
     """What was not, and why."""
     returncode: int
+    reached: Sequence[str] = ()
+    """Attempts on the memory or the open files of other processes."""
+    outlived: bool = False
+    """Processes went on after the answer, and were ended."""
 
 
 def run_isolated(
@@ -66,28 +86,33 @@ def run_isolated(
     *,
     hidden: Sequence[Path] = (),
     writable: Sequence[Path] = (),
-    environment: dict[str, str] | None = None,
+    paths: Sequence[str] | None = None,
+    patience: float = PATIENCE,
 ) -> Isolated:
     """Call `function` ("module:name") with JSON `arguments` in a fresh process, watched from before its first import.
 
-    Where the system allows it, `hidden` files are empty for the process and there is no network. Files that it makes
-    under `writable` are its own; those that lie there already are not, unless they are named. Its home, caches and
-    temporary files are fresh and deleted afterwards; `environment` adds variables. What it prints goes to standard
-    error. What the function raises is returned, and so is that the process died.
+    Where the system allows it, `hidden` files are empty for the process, there is no network and no other process.
+    Files that it makes under `writable` are its own; those that lie there already are not, unless they are named. Its
+    home, caches, compiled modules and temporary files are fresh and deleted afterwards; few environment variables
+    reach it, and no code that they name. `paths`: where else to import from; None: where this process does. What it
+    prints goes to standard error. What the function raises is returned, and so is that the process died, or gave no
+    answer for `patience` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="skc-audit-") as name:
         folder = Path(os.path.realpath(name))
         for part in ("home", "tmp"):
             (folder / part).mkdir()
-        request, response = folder / "request.json", folder / "response.json"
-        request.write_text(json.dumps({"function": function, "arguments": arguments, "response": str(response)}))
+        request = {
+            "function": function, "arguments": arguments, "response": str(folder / "response.json"),
+            "announced": str(folder / "announced"), "paths": _importable() if paths is None else [*paths],
+        }  # fmt: skip
+        replace_file(folder / "request.json", json.dumps(request).encode())
         before = {file for place in writable for file in files_under(place)} - set(map(os.path.realpath, writable))
         guard = measures(folder, hidden)
-        witness = [sys.executable, "-S", "-s", str(Path(__file__).resolve().with_name("witness.py")), str(request)]
         start = time.perf_counter()
-        code = _wait([*guard.prefix, *witness], _variables(folder) | (environment or {}))
+        ending = _wait([*guard.prefix, *_python(str(folder / "request.json"))], folder, patience)
         seconds = time.perf_counter() - start
-        answer = _answer(response, code)
+        answer = _answer(folder, ending)
         events, seen = answer["events"], read_trace(folder)
         opened = [e for e in events["opened"] if seen is None or _happened(*e)]
         force, missing = [HOOK, *guard.measures], guard.missing
@@ -103,25 +128,71 @@ def run_isolated(
             missing = [*missing, f"{HOOK} (its notes ended with the process)"]
         own = [str(folder), *(os.path.realpath(path) for path in writable)]
         network = [*events["network"], *(seen.network if seen else [])]
+        files = listed(
+            [from_hook(*event) for event in opened],
+            seen.opened if seen else [],
+            set(answer["announced"]),
+            answer["modules"],
+            own,
+            before,
+            seen.processes if seen else {answer["process"]},
+            compiled_folder(),
+        )
         return Isolated(
             value=answer["value"],
             error=answer["error"],
             seconds=seconds,
-            files=listed(
-                [from_hook(*event) for event in opened],
-                seen.opened if seen else [],
-                set(answer["announced"]),
-                answer["modules"],
-                own,
-                before,
-            ),
+            files=files,
             network=[words for words in dict.fromkeys(network) if not _is_local(words, own)],
             executed=list(dict.fromkeys(seen.executed if seen else events["executed"])),
+            reached=tuple(dict.fromkeys(seen.reached)) if seen else (),
+            outlived=ending.outlived,
             packages=_versions(answer["packages"]),
             measures=force,
-            missing=missing,
-            returncode=code,
+            missing=[*missing, *_unproved(files)],
+            returncode=ending.code,
         )
+
+
+def _python(request: str) -> list[str]:
+    """Return the command of the witness: no variable, no folder of the user's and no compiled module of others."""
+    witness = str(Path(__file__).resolve().with_name("witness.py"))
+    return [sys.executable, "-I", "-S", "-X", "utf8", "-X", f"pycache_prefix={compiled_folder()}", witness, request]
+
+
+@functools.cache
+def compiled_folder() -> str:
+    """Return a fresh folder where the processes of this one keep their compiled modules; it goes with this process.
+
+    A compiled module beside its source may hold anything, so those are not read; torch alone takes seconds to compile.
+    """
+    folder = tempfile.mkdtemp(prefix="skc-compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return os.path.realpath(folder)
+
+
+def _importable() -> list[str]:
+    """Return the folders that this process imports from, less the interpreter's own."""
+    known = {os.path.realpath(path) for path in (*package_folders(), *sysconfig.get_paths().values())}
+    real = (os.path.realpath(path) for path in sys.path if os.path.isdir(path or "."))
+    return [path for path in dict.fromkeys(real) if not under(path, known)]
+
+
+def _unproved(files: Sequence[File]) -> list[str]:
+    """Return what the hashes of packages and of the system could not be compared with."""
+    silent = sorted({name for top, name in unlisted_packages().items() if any(under(f.path, [top]) for f in files)})
+    words = [f"hashes of packages that keep no RECORD: {', '.join(silent)}"] if silent else []
+    return words if system_hashes() else [*words, "hashes of the system's files (no lists of dpkg here)"]
+
+
+class _Ending(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    """Exit status, or the signal's number below 0."""
+    outlived: bool
+    patience: float | None = None
+    """Seconds after which it was ended, as it gave no answer."""
 
 
 def _happened(path: str, flags: int, there: bool) -> bool:
@@ -130,36 +201,74 @@ def _happened(path: str, flags: int, there: bool) -> bool:
 
 
 def _variables(folder: Path) -> dict[str, str]:
-    """Return our environment variables with a fresh home and, of Python's own, the path only."""
-    kept = {k: v for k, v in os.environ.items() if k == "PYTHONPATH" or not k.startswith("PYTHON")}
-    fresh = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
-    return {k: v for k, v in kept.items() if k not in CACHES} | fresh
+    """Return the process's environment: what says what the machine is, and a fresh home."""
+    kept = {k: v for k, v in os.environ.items() if KEPT.fullmatch(k) and len(v) <= LONGEST.get(k, 256)}
+    # in the C locale the loader reads no tables of the system's; Python itself is told to use UTF-8
+    return kept | {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "LC_ALL": "C"}
 
 
-def _wait(command: list[str], variables: dict[str, str]) -> int:
-    """Run a command to its end and return its exit status; its standard input ends when we do, and so does it."""
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, env=variables) as process:
+def _wait(command: list[str], folder: Path, patience: float) -> _Ending:
+    """Run a command to its end; its standard input ends when we do, and so does it.
+
+    Processes that go on after the answer, and an answer that does not come, are ended.
+    """
+    latest, answered = time.monotonic() + patience, None
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=2, env=_variables(folder), start_new_session=True
+    ) as process:
         try:
-            return process.wait()
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(0.2)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)  # copies that nothing waits for
+                    return _Ending(128 - code if code > 128 and "--kill-child" in command else code, False)
+                now = time.monotonic()
+                if answered is None and (folder / "response.json").exists():
+                    answered = now
+                if now > latest or (answered is not None and now > answered + GRACE):
+                    _end(process, folder)
+                    return _Ending(process.wait(), answered is not None, patience if answered is None else None)
         except BaseException:
             assert process.stdin is not None
             process.stdin.close()
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
-                process.kill()
+                _end(process, folder)
             raise
 
 
-def _answer(response: Path, code: int) -> dict[str, Any]:
-    """Return the response, or one that says how the process ended without any."""
-    try:
-        return json.loads(response.read_text("utf-8"))
-    except (OSError, ValueError):
-        ended = f"by signal {-code}" if code < 0 else f"with exit status {code}"
-        error = {"kind": DIED, "message": f"the process ended {ended} before it answered", "traceback": ""}
-        nothing = {"opened": [], "network": [], "executed": []}
-        return {"value": None, "error": error, "events": nothing, "announced": [], "modules": [], "packages": []}
+def _end(process: subprocess.Popen, folder: Path) -> None:
+    """Kill a process with all that it started: those that strace followed go on without it, unless they are alone."""
+    alone = "--kill-child" in process.args  # pyright: ignore[reportOperatorIssue] - a list of words
+    followers = set() if alone else followed(folder)
+    process.kill()
+    for number in followers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+
+
+def _answer(folder: Path, ending: _Ending) -> dict[str, Any]:
+    """Return the response, or one that says how the process ended without any, with what it had announced."""
+    response, announced = folder / "response.json", folder / "announced"
+    with contextlib.suppress(OSError, ValueError):
+        return read_json(response)
+    code = ending.code
+    ended = f"by signal {-code}" if code < 0 else f"with exit status {code}"
+    message = f"the process ended {ended} before it answered"
+    if ending.patience is not None:
+        message = f"the process gave no answer for {ending.patience:g} s and was ended"
+    names = read_file(announced, MAX_TEXT).split(b"\0")[:-1] if announced.is_file() else []
+    return {
+        "value": None,
+        "error": {"kind": DIED, "message": message, "traceback": ""},
+        "events": {"opened": [], "network": [], "executed": []},
+        "announced": [os.fsdecode(name) for name in names],
+        "modules": [],
+        "packages": [],
+        "process": 0,
+    }
 
 
 def _is_local(words: str, own: Sequence[str]) -> bool:
@@ -187,8 +296,9 @@ def check_isolation(found: Isolated, train_files: Sequence[Path]) -> Finding:
     trained = [file for file in found.files if train.hold(file)]
     unknown = [file for file in found.files if file.kind == "other" and file.read and file not in trained]
     problems = [f"training data: {_seen(file)}" for file in trained]
-    problems += [f"not through the opener: {_seen(file)}" for file in unknown]
+    problems += [f"{_what(file)}: {_seen(file)}" for file in unknown]
     problems += [f"network: {words}" for words in found.network]
+    problems += [f"another process: {words}" for words in found.reached]
     inputs = [file for file in found.files if file.kind == "input"]
     details = {
         "problems": problems,
@@ -227,6 +337,15 @@ class _Files:
         return any(filecmp.cmp(file.path, path, shallow=False) for path in same)
 
 
+def _what(file: File) -> str:
+    """Return what is wrong with a file that nothing explains."""
+    if PROCESS.fullmatch(file.path):
+        return "another process"
+    if under(file.path, package_folders()):
+        return "no package has it, or with other bytes"
+    return "not through the opener, and not the system's" if under(file.path, SYSTEM) else "not through the opener"
+
+
 def _seen(file: File) -> str:
     return f"{file.path} (seen by the {' and the '.join(file.seen_by)})"
 
@@ -245,6 +364,7 @@ def check_packages(found: Isolated) -> Finding:
     programs = ", ".join(sorted({os.path.basename(words.split()[0]) for words in declared})) or "none"
     source = "strace" if STRACE in found.measures else f"the audit hook alone, without {STRACE}"
     evidence = f"imported: {packages or 'no package'}; executed: {programs} (by {source})"
+    evidence += "; processes that went on after the answer were ended" if found.outlived else ""
     return Finding("D18", "PASS", evidence, details)
 
 

@@ -1,36 +1,31 @@
 """What kind of file lies where, and the files of a process from the notes that were taken of its openings."""
 
-import importlib.util
 import os
-import site
+import re
 import sys
 import sysconfig
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from core.audit.owners import ROOT, is_library, is_systems, package_folders, package_verdict
 from core.audit.traced import Opening
 
 Kind = Literal["code", "python", "package", "system", "input", "audit", "other"]
 Seer = Literal["hook", "system"]
-ROOT = os.path.realpath(Path(__file__).parent.parent.parent)
-"""The folder of our packages: a checkout, or site-packages."""
 CODE = tuple(os.path.join(ROOT, name) for name in ("core", "backends", "shared_tests"))
-SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/proc", "/sys", "/dev", "/nix/store",
+SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/sys", "/dev", "/nix/store",
           "/System", "/Library", "/private/etc", "/private/var/db")  # fmt: skip
+VIRTUAL = ("/sys", "/dev", "/System", "/nix/store")
+"""Kept by the kernel, or by a system that nobody can write into."""
+PROCESS = re.compile(r"/proc/(\d+)(/.*)?")
+SOURCES = (".py", ".pth", ".so")
 _PATHS = sysconfig.get_paths()
 _LIBRARY = f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
-_PACKAGES = {os.path.realpath(path) for path in (
-    *site.getsitepackages(), _PATHS["purelib"], _PATHS["platlib"], f"{sys.base_prefix}/{_LIBRARY}/site-packages",
-    *(path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")),
-)}  # fmt: skip
+_PACKAGES = package_folders()
 _STANDARD = {os.path.realpath(_PATHS[name]) for name in ("stdlib", "platstdlib")}
 _STANDARD |= {os.path.realpath(f"{sys.base_prefix}/{_LIBRARY}")}
-_PYTHON = {
-    os.path.realpath(os.path.join(prefix, part))
-    for prefix in (sys.prefix, sys.base_prefix)
-    for part in ("lib", "lib64", "include", "pyvenv.cfg", "bin", "Python", "Resources")
-}
+_PREFIXES = {os.path.realpath(prefix) for prefix in (sys.prefix, sys.base_prefix)}
 
 
 class File(NamedTuple):
@@ -54,28 +49,68 @@ def under(path: str, folders: Iterable[str]) -> bool:
     return any(path == folder or path.startswith(folder + "/") for folder in folders)
 
 
-def classify(path: str, announced: Collection[str] = (), own: Sequence[str] = ()) -> Kind:
-    """Return the kind of a real path, from `announced` inputs and folders that are the audit's or the run's `own`."""
+def classify(
+    path: str, announced: Collection[str] = (), own: Sequence[str] = (), processes: Collection[int] = ()
+) -> Kind:
+    """Return the kind of a real path.
+
+    `announced` inputs, folders that are the audit's or the run's `own`, and the numbers of its `processes` decide
+    where the path alone does not. A file of a package or of the system is one only with the bytes that its package or
+    the system's own records say.
+    """
     if path in announced:
         return "input"
     if under(path, own):
         return "audit"
-    if path.endswith((".py", ".pyc")) and under(path, CODE):
+    if path.endswith(".py") and under(path, CODE):
         return "code"
-    if under(path, _PACKAGES) or _is_metadata(path):
-        return "package"
+    if under(path, _PACKAGES):
+        return _of_packages(path)
     if under(path, _STANDARD):
+        return "python" if _is_standard(path) else "other"
+    if _is_pythons(path):
         return "python"
-    if under(path, [ROOT]) and not under(path, _PYTHON):
-        return "other"  # our data, even if the checkout lies under a folder of the system
-    if path.startswith("/memfd:") or (under(path, SYSTEM) and not under(path, ["/dev/shm"])):
+    if under(path, [ROOT]):
+        return "code" if _is_metadata(path) else "other"  # our data, even if the checkout lies under a system's folder
+    if process := PROCESS.fullmatch(path):
+        return "system" if int(process[1]) in processes else "other"
+    if path.startswith(("/memfd:", "/proc/")) or (under(path, VIRTUAL) and not under(path, ["/dev/shm"])):
         return "system"
-    return "python" if under(path, _PYTHON) else "other"
+    return "system" if under(path, SYSTEM) and is_systems(path) else "other"
+
+
+def _of_packages(path: str) -> Kind:
+    """Return the kind of a file in a folder of packages: what no RECORD knows is code of one's own, or data."""
+    verdict = package_verdict(path)
+    if verdict in ("declared", "unlisted"):
+        return "package"
+    if verdict == "foreign" or (verdict == "none" and path.endswith(SOURCES)):
+        return "code"
+    return "other"
+
+
+def _is_standard(path: str) -> bool:
+    """Return whether a file under the standard library's folder is one of its modules, by name."""
+    top = next(os.path.relpath(path, folder) for folder in _STANDARD if under(path, [folder])).split("/")[0]
+    name = top.split(".")[0]
+    known = name in sys.stdlib_module_names or name.startswith(("_sysconfigdata", "config-")) or name == "lib-dynload"
+    return known and path.endswith((".py", ".so", ".txt", "Makefile", "pyconfig.h")) and not path.endswith(".pickle")
+
+
+def _is_pythons(path: str) -> bool:
+    """Return whether a file is the interpreter, its library, its headers or the note of a virtual environment."""
+    if not under(path, _PREFIXES):
+        return False
+    name = os.path.basename(path)
+    if name == "pyvenv.cfg":
+        return os.path.getsize(path) <= 4096
+    headers = any(under(path, [f"{prefix}/include"]) for prefix in _PREFIXES)
+    return is_library(path) or path == os.path.realpath(sys.executable) or (headers and name.endswith(".h"))
 
 
 def _is_metadata(path: str) -> bool:
     """Return whether a file says what a distribution is: an editable install keeps it beside the checkout."""
-    return os.path.dirname(path).endswith((".egg-info", ".dist-info"))
+    return os.path.dirname(path) in {f"{ROOT}/skc_lab.egg-info"}
 
 
 def listed(
@@ -85,11 +120,13 @@ def listed(
     modules: Collection[str],
     own: Sequence[str],
     before: Collection[str],
+    processes: Collection[int] = (),
+    compiled: str = "",
 ) -> list[File]:
     """Merge what both saw into files; `modules` are the files of all modules that were imported.
 
     A file that the run made before it read it is its own wherever it lies; one of `before`, which lay in one of the
-    `own` folders at the start, is not.
+    `own` folders at the start, is not. A compiled module in the folder `compiled` stands for its source.
     """
     code = {os.path.realpath(path) for path in modules if path.endswith((".py", ".so"))}
     found: dict[str, dict[Seer, list[Opening]]] = {}
@@ -97,10 +134,10 @@ def listed(
     for seer, openings in seers.items():
         for opening in openings:
             if not os.path.isdir(opening.path):
-                found.setdefault(_source(opening.path, code), {}).setdefault(seer, []).append(opening)
+                found.setdefault(_source(opening.path, compiled), {}).setdefault(seer, []).append(opening)
     files = []
     for path, by in found.items():
-        kind = classify(path, announced, [] if path in before else own)
+        kind = classify(path, announced, [] if path in before else own, processes)
         # strace tells the order; the hook alone knows whether a file was there that is then opened for appending
         noted, traced = (by[seer][0] if seer in by else None for seer in seers)
         if (traced and traced.made) or (noted and noted.made and (traced is None or traced.wrote)):
@@ -126,10 +163,10 @@ def files_under(folder: Path) -> set[str]:
     return {os.path.realpath(os.path.join(top, name)) for top, _, names in os.walk(folder) for name in names}
 
 
-def _source(path: str, code: Collection[str]) -> str:
-    """Return the source of cached bytecode of our packages and of `code`, any other path as it is."""
-    if path.endswith(".pyc") and "/__pycache__/" in path:
-        source = importlib.util.source_from_cache(path)
-        if source in code or (under(source, CODE) and os.path.isfile(source)):
-            return source
+def _source(path: str, compiled: str) -> str:
+    """Return the source of a compiled module in the folder `compiled`, any other path as it is."""
+    if compiled and path.startswith(f"{compiled}/"):
+        folder, _, name = path.removeprefix(compiled).rpartition("/")
+        source = f"{folder}/{name.split('.')[0]}.py"
+        return source if os.path.isfile(source) else path
     return path

@@ -35,13 +35,13 @@ def check_once(seen: Isolated, documents: int | None) -> Finding:
     broken = broken_rule(seen, "D5")
     if broken:
         return Finding("D5", "FAIL", broken)
-    if not seen.value:
-        return Finding("D5", "NOT CHECKED", died(seen))
+    if not seen.value:  # killed, by whatever had no memory left: that is no fault of the evaluation's
+        return Finding("D5", "NOT CHECKED" if seen.returncode < 0 else "FAIL", died(seen))
     book = seen.value["ledger"]
     evidence = f"{book['written']:,} of {book['targets']:,} targets are in the ledger, each once"
-    if not seen.value["score"]:
+    if seen.value["broken"]:
         return Finding("D5", "NOT CHECKED", f"{evidence}; another rule stopped the evaluation", book)
-    if book["written"] != book["targets"]:
+    if book["written"] != book["targets"] or not seen.value["score"]:
         return Finding("D5", "FAIL", f"{evidence}; the others were not scored", book)
     if documents is not None:
         return Finding("D5", "NOT CHECKED", f"{evidence}, but only {documents:,} documents were asked for", book)
@@ -93,50 +93,76 @@ def check_predictions(seen: Isolated) -> list[Finding]:
 def _causal(seen: Isolated, flips: dict[str, Any]) -> Finding:
     if broken_rule(seen, "D7"):
         return Finding("D7", "FAIL", broken_rule(seen, "D7"))
-    evidence = (
-        f"{flips['flips']} random tokens changed in {len(flips['tokens'])} texts of {max(flips['tokens'])} tokens, "
-        f"through the whole scoring path: {flips['compared']:,} predictions (the whole vocabulary) had to keep their "
-        f"bits, {flips['noticed']:,} could and did notice"
-    )
     again = seen.value.get("again")
     details = {"flips": flips, "again": again}
     if again is None:
         return Finding("D7", "NOT CHECKED", "another rule stopped the evaluation", details)
-    alone = again["alone"]
-    if alone and alone["rounding"] and not alone["same_bits"]:
-        words = "scoring the same text in another process gave other bits, so a change shows nothing"
-        return Finding("D7", "NOT CHECKED", words, details)
-    if again["wrong"]:
-        words = (
-            f"scored again in a fresh process with tokens {', '.join(map(str, again['changed']))} changed, "
-            f"{again['wrong_count']:,} predictions of the start of the text differ that must not, such as that of "
-            f"target {again['wrong'][0]}"
-        )
-        return Finding("D7", "FAIL", words, details)
-    if not flips["repeatable"]:
-        words = "scoring the same text twice gave other bits, so a flip shows nothing"
-        return Finding("D7", "NOT CHECKED", words, details)
-    if alone and not alone["rounding"]:
-        words = (
-            f"the first {again['tokens']:,} tokens, scored by themselves in a fresh process, cost up to "
-            f"{alone['largest_gap']:.3f} nats per target more or less than as a part of the whole text"
-        )
-        return Finding("D7", "FAIL", words, details)
-    if again["error"]:
-        why = again.get("why") or {"kind": DIED, "message": "no answer"}
-        words = f"a fresh process could not score the changed start of the text: {why['kind']}: {why['message']}"
-        return Finding("D7", "NOT CHECKED" if why["kind"] == DIED else "FAIL", words, details)
-    evidence += (
-        f"; in a fresh process that had only the first {again['tokens']:,} tokens, {len(again['changed'])} of them "
-        f"changed, {again['compared']:,} predictions had the same bits and {again['noticed']:,} noticed"
+    problems = [*_flipped(flips), *_scored_again(again)]
+    evidence = (
+        f"{flips['flips']} random tokens changed and {flips['ends']} documents ended in {len(flips['tokens'])} "
+        f"texts of {max(flips['tokens'])} tokens, through the whole scoring path: {flips['compared']:,} predictions "
+        f"(the whole vocabulary) had to stay as they were, {flips['noticed']:,} could and did notice"
     )
-    if flips["wrong"]:
-        first = flips["wrong"][0]
-        such = f"such as that of target {first['target']} when token {first['token']} was changed"
-        return Finding("D7", "FAIL", f"{evidence}; {flips['wrong_count']:,} noticed that must not, {such}", details)
+    if problems:
+        return Finding("D7", "FAIL", f"{'; '.join(problems)}. {evidence}", details)
+    evidence += (
+        f"; in fresh processes up to forward pass {' and '.join(map(str, again['stops']))}, with "
+        f"{len(again['changed'])} tokens changed and everything after them, {again['compared']:,} predictions were the "
+        f"same and {again['noticed']:,} noticed"
+    )
+    if again["guesses"]:
+        evidence += f"; of {again['guesses']['tokens']:,} random tokens all over the text nothing was known before"
+    if not flips["repeatable"] or flips["differ"] or again["differ"]:
+        evidence += (
+            f"; not all bits repeat: one text scored twice differs by up to {flips['repeat_gap']:.1e} nats, "
+            f"{flips['differ'] + again['differ']:,} of the predictions above by up to "
+            f"{max(flips['explained'], again['explained']):.1e}, and the bound of rounding for {seen.value['dtype']} "
+            f"on {seen.value['device']} is {again['rounding']:.0e}"
+        )
     if not flips["flips"] or not flips["noticed"] or not again["compared"] or not again["noticed"]:
         return Finding("D7", "NOT CHECKED", f"{evidence}: the test saw no effect at all, so it shows nothing", details)
     return Finding("D7", "PASS", evidence, details)
+
+
+def _flipped(flips: dict[str, Any]) -> list[str]:
+    """Return what the flip test says against the predictions."""
+    problems = []
+    if not flips["repeat_gap"] <= flips["rounding"]:
+        problems.append(
+            f"scoring the same text twice gave costs that differ by up to {flips['repeat_gap']:.3g} nats per target: "
+            f"that is no rounding (bound {flips['rounding']:.0e})"
+        )
+    if flips["wrong"]:
+        first = flips["wrong"][0]
+        change = "a document went on, not ended," if first["end"] else "another stood"
+        problems.append(
+            f"{flips['wrong_count']:,} predictions noticed that must not, such as that of target {first['target']} "
+            f"when {change} at token {first['token']}, by up to {flips['largest_wrong']:.3g} nats"
+        )
+    return problems
+
+
+def _scored_again(again: dict[str, Any]) -> list[str]:
+    """Return what the fresh processes say against the predictions."""
+    problems = []
+    if again["error"]:
+        why = again.get("why") or {"kind": DIED, "message": "no answer"}
+        problems.append(f"a fresh process could not score the changed text: {_ended(why)}")
+    wrong, guesses = again.get("wrong"), again.get("guesses")
+    if wrong:
+        size = "in their bits, which repeat without a change" if wrong["by"] == "bits" else (
+            f"by up to {again['largest_gap']:.3g} nats (bound of rounding {again['rounding']:.0e})"
+        )  # fmt: skip
+        problems.append(
+            f"scored again in a fresh process with {len(again['changed'])} tokens and everything after them changed, "
+            f"{wrong['count']:,} predictions differ that must not, such as that of target {wrong['target']}, {size}"
+        )
+    if guesses and not guesses["log_money"] < guesses["sure"]:
+        problems.append(
+            f"of {guesses['tokens']:,} random tokens, put in all over the text, more was known than anybody can: a bet "
+            f"that is fair for an honest prediction won e^{guesses['log_money']:.0f} times its stake"
+        )
+    return problems
 
 
 def _normal(seen: Isolated, found: dict[str, Any]) -> Finding:
@@ -148,16 +174,33 @@ def _normal(seen: Isolated, found: dict[str, Any]) -> Finding:
         f"tokens: the log of their sum is at most {worst} away from 0 (limit {found['limit']:.0e}); the costs in the "
         f"ledger are theirs within {found['largest_cost_gap']:.1e} nats"
     )
+    again = seen.value.get("again") or {}
+    rows, good = again.get("rows"), found["normal"] and found["agrees"]
+    if rows and rows["count"]:
+        evidence += (
+            f"; added up by the audit itself, {rows['count']} that it asked a fresh process for after the evaluation: "
+            f"{rows['sum']:.1e} away from 0, their costs {rows['cost']:.1e} (limit {rows['limit']:.0e}) away"
+        )
+        good = good and rows["sum"] <= found["limit"] and rows["cost"] <= rows["limit"]
+    if rows and not rows["genuine"]:
+        good, evidence = False, f"{evidence}; the distributions that were given are not those that were predicted with"
     if not found["positions"]:
-        return Finding("D8", "NOT CHECKED", "no forward pass was looked at", found)
-    return Finding("D8", "PASS" if found["normal"] and found["agrees"] else "FAIL", evidence, found)
+        words = "no forward pass was looked at"
+        return Finding("D8", "FAIL" if seen.value["score"] else "NOT CHECKED", words, found)
+    continued = seen.value.get("continued")
+    if continued:
+        evidence += (
+            f"; of what a killed start had written {continued['targets']:,} targets were scored again, within "
+            f"{continued['largest_gap']:.1e} nats"
+        )
+    return Finding("D8", "PASS" if good else "FAIL", evidence, {**found, "rows": rows})
 
 
 def _score_first(seen: Isolated, flips: dict[str, Any], book: dict[str, Any]) -> Finding:
     broken = broken_rule(seen, "D9")
     if broken:
         return Finding("D9", "FAIL", broken, book)
-    if flips["wrong"] and flips["by_plugins"] and flips["repeatable"]:
+    if flips["wrong"] and flips["by_plugins"]:
         first = flips["wrong"][0]
         words = (
             f"the plug-ins used token {first['token']} for target {first['target']} before it was in the ledger (the "
@@ -178,8 +221,12 @@ def _single(seen: Isolated, book: dict[str, Any]) -> Finding:
     broken = broken_rule(seen, "D10")
     if broken:
         return Finding("D10", "FAIL", broken, book)
+    if book["backwards"] is not None:
+        words = f"target {book['backwards']} was scored before the ones in front of it in its document"
+        return Finding("D10", "FAIL", words, book)
     how = "from left to right" if book["left_to_right"] else (
-        "not in the order of the text (documents by length, or as a plug-in asked: an open point of the rules)"
+        "each document from left to right, the documents in another order than the text's (by length, or as a plug-in "
+        "asked: an open point of the rules, which the score's windows name)"
     )  # fmt: skip
     verdict = "PASS" if seen.value["score"] else "NOT CHECKED"
     return Finding("D10", verdict, f"{book['writes']:,} writes, no target twice, {how}", book)
@@ -196,5 +243,8 @@ def broken_rule(seen: Isolated, rule: str) -> str:
 
 def died(seen: Isolated) -> str:
     """Return why the evaluation gave no answer."""
-    error = seen.error or {"kind": "?", "message": "no answer"}
-    return f"the evaluation stopped: {error['kind']}: {error['message']}"
+    return _ended(seen.error or {"kind": "?", "message": "no answer"})
+
+
+def _ended(error: dict[str, Any]) -> str:
+    return f"the evaluation died: {error['kind']}: {error['message']}"

@@ -37,7 +37,8 @@ def check_bytes(
         details["raw_per_decoded"] = count["raw_bytes"] / count["decoded_bytes"]
         sums += f", {count['raw_bytes']} raw ({details['raw_per_decoded']:.6f} of decoded: normalisation changes text)"
     if claimed != "table":
-        what = "bits per raw byte declared" if claimed else "the score names no byte rule"
+        why = f" ({tokenizer.table_fault})" if tokenizer.table_fault else ""
+        what = f"bits per raw byte declared{why}" if claimed else "the score names no byte rule"
         return Finding("D13", "NOT CHECKED", f"{what}; {sums}", details)
     problems = []
     unknown = max(count["unknown"], dataset.val.unknown_tokens or 0)

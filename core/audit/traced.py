@@ -4,14 +4,19 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from core.files import open_file, replace_file
 
 OPENS = ("open", "openat", "openat2", "creat", "open_by_handle_at")
 SENDS = ("connect", "bind", "sendto", "sendmsg", "sendmmsg")
 STARTS = ("execve", "execveat")
+REACHES = ("process_vm_readv", "process_vm_writev", "ptrace", "pidfd_getfd", "pidfd_open", "kcmp")
+"""Ways into the memory or the open files of another process."""
 STRACE = "strace of opened files, connections and programs"
+ALONE = "no other process in sight"
 COVER = 'e=$1; shift; while [ "$1" != -- ]; do mount --bind "$e" "$1" || exit 97; shift; done; shift; exec "$@"'
 """Shell: cover files by an empty one, then become the command after `--`."""
 _CALL = re.compile(r"(\w+)\((.*)\)\s+= (-?\d+)(.*)", re.DOTALL)
@@ -36,8 +41,12 @@ class Seen(NamedTuple):
     opened: list[Opening]
     network: list[str]
     executed: list[str]
+    reached: list[str]
+    """Attempts on other processes than its own."""
     blind: list[str]
     """What happened that strace cannot follow."""
+    processes: set[int]
+    """Numbers of all threads that were followed."""
 
 
 class Measures(NamedTuple):
@@ -51,16 +60,20 @@ class Measures(NamedTuple):
 def measures(folder: Path, hidden: Sequence[Path]) -> Measures:
     """Try each measure with a trivial command; traces go to folder/trace/, one file per thread."""
     (folder / "trace").mkdir()
-    (folder / "empty").touch()
+    replace_file(folder / "empty")
     got = Measures([], [], [])
     if sys.platform != "linux":
         got.missing.append("the system's own record of files, network and programs: strace is for Linux only")
         return got
     files = sorted({os.path.realpath(path) for path in hidden if path.is_file()})
     cover = ["sh", "-c", COVER, "sh", str(folder / "empty"), *files, "--"]
-    calls = ",".join(f"?{name}" for name in (*OPENS, *SENDS, *STARTS, "io_uring_setup"))
+    calls = ",".join(f"?{name}" for name in (*OPENS, *SENDS, *STARTS, *REACHES, "io_uring_setup"))
     strace = ["strace", "-ff", "-qq", "-ttt", "-y", "--seccomp-bpf", "-s", "4096", "-e", f"trace={calls}"]
-    wanted = [("a network without any interface", [["unshare", "-n"], ["unshare", "-rn"]])]
+    alone = ["-p", "-f", "--kill-child", "--mount-proc"]
+    wanted = [
+        (ALONE, [["unshare", *alone], ["unshare", "-r", *alone]]),
+        ("a network without any interface", [["unshare", "-n"], ["unshare", "-rn"]]),
+    ]
     if files:
         covers = [["unshare", flags, *cover] for flags in ("-m", "-rm")]
         wanted.append((f"{len(files)} training files covered by an empty file", covers))
@@ -96,12 +109,13 @@ def read_trace(folder: Path) -> Seen | None:
 
     The first program is the audited one and is left out; None if there is not even that: then nothing was traced.
     """
-    lines = []
+    lines, processes = [], followed(folder)
     for path in (folder / "trace").iterdir():
-        for line in path.read_text("utf-8", "replace").splitlines():
-            moment, _, call = line.partition(" ")
-            lines.append((float(moment), call))
-    seen = Seen([], [], [], [])
+        with open_file(path) as file:
+            for line in file.read().decode("utf-8", "replace").splitlines():
+                moment, _, call = line.partition(" ")
+                lines.append((float(moment), call))
+    seen = Seen([], [], [], [], [], processes)
     for _, line in sorted(lines):
         match = _CALL.match(line)
         if match is None:  # signals, and calls that the end of the process cut off
@@ -114,9 +128,28 @@ def read_trace(folder: Path) -> Seen | None:
         elif name in STARTS and result == "0":
             words = [_unescape(word) for word in _TEXT.findall(arguments)]
             seen.executed.append(" ".join([words[0], *words[2:]]))
+        elif name in REACHES:
+            seen.reached.extend(_target(name, arguments, processes))
         elif name == "io_uring_setup" and int(result) >= 0:
             seen.blind.append("what went through io_uring, which the process set up")
-    return Seen(seen.opened, seen.network, seen.executed[1:], seen.blind) if seen.executed else None
+    return seen._replace(executed=seen.executed[1:]) if seen.executed else None
+
+
+def followed(folder: Path) -> set[int]:
+    """Return the numbers of the threads that strace has followed so far, as they are in the processes' own view."""
+    return {int(path.suffix[1:]) for path in (folder / "trace").iterdir() if path.suffix[1:].isdecimal()}
+
+
+def _target(name: str, arguments: str, processes: Collection[int]) -> list[str]:
+    """Return what a call wants of another process, in a list: none if that is one of `processes`, or itself."""
+    first, *rest = arguments.split(", ")
+    if name == "ptrace":
+        if first in ("PTRACE_TRACEME",):
+            return []
+        first = rest[0] if rest else first
+    number = re.search(r"\d+", first.rpartition("<")[2] if "<" in first else first)
+    known = number is not None and int(number[0]) in {0, *processes}
+    return [] if known else [f"{name}({first})"]
 
 
 def _opening(name: str, arguments: str, done: bool, note: str) -> list[Opening]:

@@ -1,8 +1,8 @@
-"""The process that an audited evaluation runs in: `python -S -s witness.py REQUEST.json`, started by isolation.py.
+"""The process that an audited evaluation runs in: `python -I -S witness.py REQUEST.json`, started by isolation.py.
 
 The hook is there before anything is imported, site included. It sees what Python does; what a library does natively is
-for the system to see. The request names `module:function`, its keyword arguments and where the response goes; standard
-input is a pipe whose end means that the parent is gone.
+for the system to see. The request names `module:function`, its keyword arguments, further folders to import from, and
+where announced inputs and the response go; standard input is a pipe whose end means that the parent is gone.
 """
 
 import sys
@@ -94,7 +94,6 @@ def main(path: str) -> int:
     import _thread
 
     _thread.start_new_thread(_follow_parent, ())
-    del sys.path[0]  # this file's folder: its modules are core.audit's
     import site
 
     site.main()
@@ -107,6 +106,12 @@ def main(path: str) -> int:
 
     with open(path, encoding="utf-8") as file:
         request = json.load(file)
+    sys.path += [
+        folder for folder in request["paths"] if folder not in sys.path
+    ]  # after site: no code of theirs starts
+    import core.files
+
+    core.files.TELL = open(request["announced"], "ab", buffering=0)  # noqa: SIM115 - open to the end
     value, error = None, None
     try:
         module, _, name = request["function"].partition(":")
@@ -124,12 +129,14 @@ def main(path: str) -> int:
         "value": value,
         "error": error,
         "events": _listed(),
-        "announced": list(getattr(sys.modules.get("core.files"), "OPENED", [])),
+        "announced": list(core.files.OPENED),
+        "process": _posix.getpid(),
         "modules": [file for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))],
         "packages": sorted({name.partition(".")[0] for name in sys.modules}),
     }
-    with open(request["response"], "w", encoding="utf-8") as file:
+    with open(f"{request['response']}.part", "w", encoding="utf-8") as file:
         json.dump(response, file)
+    _posix.rename(f"{request['response']}.part", request["response"])  # whole, or not there
     return 1 if error else 0
 
 

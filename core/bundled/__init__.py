@@ -5,20 +5,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from core.column import DataError
 from core.data import Dataset, open_dataset
 from core.prepare import Progress, prepare
 
 BUNDLED = Path(__file__).parent
 
 
+def sample_folder() -> str:
+    """Return where the bundled text is prepared on first use: in the user's cache folder, as the platform has it."""
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(caches):  # what the XDG specification says of other values: ignore them
+        caches = os.path.expanduser("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+    if not os.path.isabs(caches):
+        raise DataError("no home folder to prepare the bundled text in: set XDG_CACHE_HOME, or HOME")
+    return os.path.join(caches, "skc", "sample")
+
+
 def open_data(path: str, train: bool = True) -> Dataset:
-    """Open a folder that `skc data` wrote; `sample` is the bundled text, prepared under data/sample on first use.
+    """Open a folder that `skc data` wrote; `sample` is the bundled text, prepared in `sample_folder` on first use.
 
     `train` is that of `open_dataset`.
     """
     if path != "sample":
         return open_dataset(path, train)
-    folder = os.path.join("data", "sample")
+    folder = sample_folder()
     if not os.path.isfile(os.path.join(folder, "manifest.json")):
         print(f"preparing the bundled text in {folder}", file=sys.stderr)
     prepare_sample(folder)

@@ -23,9 +23,6 @@ PREFIX = len(MAGIC) + 4
 """Bytes in front of the header: magic, then the header's length as little-endian uint32."""
 MAX_FILE = 64 << 20
 MAX_HEADER = 1 << 20
-MAX_VALUES = 1 << 28
-MAX_LAYERS = 1024
-MAX_WIDTH = 1 << 20
 Scalar = str | int | float
 Table = dict[str, Param]
 
@@ -136,17 +133,10 @@ def _dumps(value: Any) -> bytes:
 
 
 def _table(path: str | Path, model: ModelConfig) -> Table:
-    """Return the model's table after bounding what it takes to build the table and hold it."""
-    if model.layers > MAX_LAYERS:
-        _fail(path, "model.layers", f"{_printable(model.layers)}; at most {MAX_LAYERS}")
-    for name in ("vocab", "dim", "heads", "mlp_hidden", "embed_dim"):
-        if (getattr(model, name) or 0) > MAX_WIDTH:
-            _fail(path, f"model.{name}", f"{_printable(getattr(model, name))}; at most {MAX_WIDTH}")
-    table = param_table(model)
-    values = sum(math.prod(row.shape) for row in table.values())
-    if values > MAX_VALUES:
-        _fail(path, "model", f"{values} values; at most {MAX_VALUES}")
-    return table
+    try:
+        return param_table(model)
+    except ConfigError as error:
+        raise ArtifactError(f"{path}: {error}") from error
 
 
 def _header(

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
+from core.checks import closest
 from core.config import ConfigError, RunConfig
 from core.presets import skc, transformers
 
@@ -26,11 +27,9 @@ assert len(PRESETS) == len(transformers.PRESETS) + len(skc.PRESETS), "two preset
 
 def get(name: str) -> Preset:
     """Return preset `name`; ConfigError lists the known ones."""
-    import difflib
-
     if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(PRESETS)}"
+        close = closest(name, PRESETS)
+        hint = f"did you mean {close}?" if close else f"known: {', '.join(PRESETS)}"
         raise ConfigError(f"preset {name!r} does not exist; {hint} (see: skc presets)")
     return PRESETS[name]
 

@@ -33,7 +33,7 @@ FULL = ModelConfig(
 """The whole family at 768 wide: Koopman and SKC layers, bank, packed EngramHash, smear."""
 
 NODE = TrainConfig(
-    steps=20_000, seconds=599.0, batch=512, seq=1024, micro_batch=8, lr_embed=0.02, lr_matrix=0.03, lr_vector=0.01,
+    steps=20_000, seconds=599.0, batch=512, seq=1024, micro_batch=64, lr_embed=0.02, lr_matrix=0.03, lr_vector=0.01,
     matrix_rule="muon", muon_rows=True, warmup=0.0, warmdown=0.3, floor=0.0, weight_decay=0.0, z_loss=1e-4,
     quantise="always", eval_every=None, save_every=1000,
 )  # fmt: skip

@@ -44,7 +44,7 @@ TERNARY_74M = RunConfig(
         documents="packed", matrix_storage="ternary/128", table_storage="int6/row", output_norm="plain",
     ),
     train=TrainConfig(
-        steps=20_000, seconds=599.0, batch=512, seq=1024, micro_batch=8, lr_embed=0.02, lr_matrix=0.04, lr_vector=0.02,
+        steps=20_000, seconds=599.0, batch=512, seq=1024, micro_batch=64, lr_embed=0.02, lr_matrix=0.04, lr_vector=0.02,
         matrix_rule="muon", muon_rows=True, muon_iterations=3, warmup=0.0, warmdown=0.2, floor=0.0, weight_decay=0.0,
         clip=None, z_loss=1e-4, quantise="always", eval_every=None, save_every=1000,
     ),

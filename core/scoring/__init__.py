@@ -11,12 +11,15 @@ from core import rng
 from core.config import ConfigError, EvalConfig
 from core.data import Dataset, Split
 from core.ranks import Alone, Ranks, only_rank_0
-from core.scoring.accounting import bits_per_byte, count_bytes, ratio_error
+from core.scoring.accounting import Bytes, bits_per_byte, count_bytes, ratio_error
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Plugin
 from core.scoring.session import Session, Watch
 from core.scoring.stateful import score_streams
 from core.scoring.windows import Windows, cut, document_ranges, document_windows, sliding
+
+OFTEN = 2000
+"""Passes from which on it pays to compile for them, which takes half a minute, also where eight ranks share them."""
 
 
 class Scorer(Protocol):
@@ -86,7 +89,8 @@ def score(
     each document, else the text is one stream. `plugins` are those of config.plugins, made for this pass. `progress`
     gets (windows done, windows in all). Each of `ranks` scores its share and all return the same; with plug-ins, which
     learn in the order of the text, rank 0 works alone. ConfigError if there is nothing to score or no byte rule
-    applies; LedgerError if the engine's numbers are not finite, a rule is broken, or `ledger` is of another text.
+    applies; DataError if all documents are asked for and a shard is not what its checksum says; LedgerError if the
+    engine's numbers are not finite, a rule is broken, or `ledger` is of another text.
     """
     ranks = ranks or Alone()
     if plugins and ranks.world > 1:
@@ -95,6 +99,8 @@ def score(
         found = only_rank_0(ranks, lambda: alone(engine, lambda: score(engine, dataset, config, **choices).to_json()))
         return Score(**{k: v for k, v in found.items() if k not in ("label", "plugins")}, plugins=config.plugins)
     split = dataset.val
+    if documents is None:
+        split.verify()  # a score is of the text that was prepared, an estimate may be of less
     if len(split) < 2:
         raise ConfigError(f"data {dataset.name}: {len(split)} validation tokens; scoring needs at least 2")
     total = len(split.document_starts)
@@ -106,6 +112,26 @@ def score(
         raise LedgerError(f"the ledger is for {ledger.tokens} tokens, the text has {len(split)}: start a new one")
     vocab = dataset.tokenizer.vocab
     score_text(engine, split, config, ledger, drawn, isolated, plugins, vocab, watch, progress, ranks)
+    return score_of(dataset, config, ledger, drawn, plugins=bool(plugins), counted=counted)
+
+
+def score_of(
+    dataset: Dataset,
+    config: EvalConfig,
+    ledger: Ledger,
+    drawn: np.ndarray | None = None,
+    *,
+    plugins: bool,
+    counted: Bytes | None = None,
+) -> Score:
+    """Return what the validation text, or its documents `drawn`, cost by what is in a ledger.
+
+    `plugins`: those of config.plugins had a part; `counted`: the bytes, if they are known. LedgerError for a target
+    that is not scored, ConfigError if no byte rule applies.
+    """
+    begins, ends, _ = _select(dataset.val, config, drawn)
+    total = len(dataset.val.document_starts)
+    counted = counted or count_bytes(dataset, begins, ends, drawn)
     nats = np.array([ledger.total(a + 1, b + 1) for a, b in zip(begins.tolist(), ends.tolist(), strict=True)])
     targets, all_nats, all_bytes = int((ends - begins).sum()), float(nats.sum()), int(counted.counted.sum())
     raw_bytes = 0 if counted.raw is None else int(counted.raw.sum())
@@ -122,7 +148,7 @@ def score(
         full=drawn is None,
         error=None if error is None else bits_per_byte(error, 1),
         bpb_raw=bits_per_byte(all_nats, raw_bytes) if raw_bytes else None,
-        windows=_described(config, drawn is not None),
+        windows=described(config, ledger.entries["order"], drawn is not None, plugins),
         plugins=config.plugins if plugins else (),
     )
 
@@ -164,6 +190,36 @@ def score_text(
         session.close()
 
 
+def score_sample(
+    engine: Scorer,
+    split: Split,
+    config: EvalConfig,
+    book: Ledger,
+    isolated: bool,
+    passes: int,
+    dice: np.random.Generator,
+) -> Ledger:
+    """Return a ledger with a sample of the targets that are in `book`, scored again without plug-ins.
+
+    The sample is of windows, enough for `passes` forward passes, or with carry of streams of about as much text.
+    """
+    sample = Ledger(len(split))
+    session = Session(engine, split, config, sample)
+    written = book.written(np.arange(1, len(split)))
+    if config.windows == "stateful":
+        streams = [(a, b) for a, b in _streams(split, None, isolated) if written[a:b].all()]
+        if not isolated:  # one stream, of which the beginning is there
+            streams = [(0, 1 + int(np.flatnonzero(written)[-1]))]
+        streams = [streams[i] for i in dice.permutation(len(streams))]
+        size = np.cumsum([b - a for a, b in streams])
+        score_streams(session, streams[: 1 + int((size < passes * config.batch * config.seq).sum())], None)
+    else:
+        cuts = _select(split, config, None)[2]
+        done = dice.permutation(np.flatnonzero(written[cuts.start + cuts.length - 1]))
+        _run(session, cuts.take(np.sort(done[: passes * config.batch])), None)
+    return sample
+
+
 def check_plugins(config: EvalConfig, plugins: Sequence[Plugin]) -> None:
     """Raise ConfigError for a plug-in that windows with carry cannot honour."""
     for plugin in plugins if config.windows == "stateful" else ():
@@ -178,10 +234,16 @@ def _stride(config: EvalConfig) -> int:
     return config.stride or config.seq
 
 
-def _described(config: EvalConfig, drawn: bool) -> str:
+def described(config: EvalConfig, order: np.ndarray, drawn: bool = False, plugins: bool = True) -> str:
+    """Return in words how a text was cut, and that plug-ins changed the order if `order`, of its ledger, says so.
+
+    Windows with carry take the longest document first, as they always do; plug-ins have no say in that.
+    """
     if config.windows == "stateful":
         return f"stateful seq={config.seq}"
-    return f"{'documents' if drawn else config.windows} seq={config.seq} stride={_stride(config)}"
+    moved = plugins and not drawn and bool((np.diff(order) < 0).any())
+    how = f"{'documents' if drawn else config.windows} seq={config.seq} stride={_stride(config)}"
+    return f"{how}, documents in the order of plug-ins" if moved else how
 
 
 def _streams(split: Split, drawn: np.ndarray | None, isolated: bool) -> list[tuple[int, int]]:
@@ -207,7 +269,8 @@ def _select(split: Split, config: EvalConfig, drawn: np.ndarray | None) -> tuple
 
 def _run(session: Session, cuts: Windows, progress: Callable[[int, int], None] | None) -> None:
     """Score every window that has to be."""
-    size, total = session.config.batch, len(cuts.start)
+    size, total = session.rows, len(cuts.start)
+    session.often = total >= OFTEN * size  # however many are left, and whoever makes them: each pass gives the same
     todo = cuts.take(session.todo(cuts.start + cuts.length))
     skipped = total - len(todo.start)
     for i in session.turns(range(0, len(todo.start), size)):

@@ -1,7 +1,8 @@
 """Bytes: what nats are divided by, under the official table or under the raw text, and the error of an estimate."""
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from core.config import ConfigError
 from core.data import Dataset, Split
 from core.tokenizer import Tokenizer, token_bytes
 
+UNKNOWN = "the text has unknown tokens, which would cost nothing"
 CHUNK = 1 << 20
 """Tokens held at once while bytes are counted."""
 
@@ -31,8 +33,9 @@ class Bytes(NamedTuple):
 def count_bytes(dataset: Dataset, begins: np.ndarray, ends: np.ndarray, documents: np.ndarray | None) -> Bytes:
     """Count the bytes of validation targets begin + 1 .. end of each range, by the table if it holds, else raw.
 
-    `documents` are the documents that the ranges are; None: one range, all of them. The table does not hold where a
-    token may be unknown, which it charges 0 bytes. ConfigError if neither rule can be used.
+    `documents` are the documents that the ranges are; None: one range, all of them. The table does not hold where the
+    tokenizer spells text in pieces that it does not charge by their own bytes (`Tokenizer.table_fault`), or the text
+    has unknown tokens. ConfigError if neither rule can be used.
     """
     raw = dataset.val.document_bytes
     if raw is not None:
@@ -41,8 +44,8 @@ def count_bytes(dataset: Dataset, begins: np.ndarray, ends: np.ndarray, document
     counted = raw if table is None else table
     if counted is None:
         raise ConfigError(
-            f"data {dataset.name}: bits per byte is undefined: its tokenizer has no byte pieces (or its text has "
-            "unknown tokens) and the raw bytes of its text were not recorded; prepare it again with `skc data prepare`"
+            f"data {dataset.name}: bits per byte is undefined: {dataset.tokenizer.table_fault or UNKNOWN}, and the raw "
+            "bytes of its text were not recorded; prepare it again with `skc data prepare`"
         )
     if counted.sum() <= 0:
         raise ConfigError(
@@ -54,14 +57,29 @@ def count_bytes(dataset: Dataset, begins: np.ndarray, ends: np.ndarray, document
 def training_bytes(dataset: Dataset) -> tuple[Literal["table", "raw"], int] | None:
     """Return (rule, bytes of the training text) by the manifest, under the rule that a score of such text would use."""
     entry = dataset.manifest["splits"]["train"]
-    if dataset.tokenizer.byte_pieces and entry.get("unknown_tokens") == 0 and entry.get("table_bytes"):
+    if dataset.tokenizer.table_fault is None and entry.get("unknown_tokens") == 0 and entry.get("table_bytes"):
         return "table", entry["table_bytes"]
     return ("raw", entry["raw_bytes"]) if entry.get("raw_bytes") else None
 
 
+def byte_note(tokenizer: Tokenizer, val: Mapping[str, Any]) -> str | None:
+    """Return what a user must know of how the bytes of a validation text are counted; `val`: its manifest's entry."""
+    raw, table, fault = val.get("raw_bytes"), val.get("table_bytes"), tokenizer.table_fault
+    if fault is None and val.get("unknown_tokens"):
+        fault = UNKNOWN
+    if fault is not None:
+        return f"bytes are those of the raw text, for the byte table does not hold: {fault}"
+    if raw and table and table > raw:
+        return (
+            f"the byte table counts {table:,} bytes of validation, {table / raw - 1:.1%} more than its raw text has, "
+            "for normalisation makes it longer: bits per byte are better than those of the raw text by as much"
+        )
+    return None
+
+
 def _table_bytes(split: Split, tokenizer: Tokenizer, begins: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
     """Return bytes by the official table (spec/challenge.md A.5) per range, or None where the table does not hold."""
-    if not tokenizer.byte_pieces or split.unknown_tokens:
+    if tokenizer.table_fault is not None or split.unknown_tokens:
         return None
     counted = np.zeros(len(begins), np.int64)
     for i, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):

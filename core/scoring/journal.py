@@ -5,19 +5,20 @@ range of consecutive targets, then the nats of those targets, float64. All littl
 short; it is dropped then. Anything else that does not fit is an error that names the place.
 """
 
-import fcntl
 import itertools
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
-from core.files import naming, replace_file
+from core.files import FileError, edit_file, locked, naming, open_file, replace_file
 
 MAGIC = b"SKCLEDGR"
 SCHEMA = 1
@@ -51,16 +52,15 @@ class Journal:
     def open(cls, path: str | Path, tokens: int, key: str) -> "Journal":
         """Open a file for more records, or begin it; LedgerError if it is another evaluation's or in use."""
         path = Path(path)
-        if not path.exists():
+        if not os.path.lexists(path):
             text = json.dumps({"schema": SCHEMA, "tokens": tokens, "key": key}, sort_keys=True).encode()
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, MAGIC, len(text).to_bytes(4, "little"), text)
-        file = open(path, "r+b")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, whatever ends it
-        except OSError:
-            file.close()
-            raise InUseError(f"{path}: another evaluation is writing to it: wait for it, or stop it") from None
+        with _of_a_ledger():
+            file = edit_file(path)
+            if not locked(file):  # gone with the process, whatever ends it
+                file.close()
+                raise InUseError(f"{path}: another evaluation is writing to it: wait for it, or stop it")
         journal = cls._opened(path, file)
         if (journal.tokens, journal.key) != (tokens, key):
             file.close()
@@ -73,7 +73,9 @@ class Journal:
     @classmethod
     def read(cls, path: str | Path) -> "Journal":
         """Open a file to look at it."""
-        return cls._opened(Path(path), open(path, "rb"))
+        with _of_a_ledger():
+            file = open_file(path)
+        return cls._opened(Path(path), file)
 
     @classmethod
     def _opened(cls, path: Path, file: BinaryIO) -> "Journal":
@@ -83,7 +85,7 @@ class Journal:
         try:
             value = json.loads(text)
             tokens, key = value["tokens"], value["key"]
-            good = value["schema"] == SCHEMA and type(tokens) is int and type(key) is str
+            good = value["schema"] == SCHEMA and type(tokens) is int and re.fullmatch("[ -~]{0,200}", key)
         except (ValueError, KeyError, TypeError, RecursionError):
             good, tokens, key = False, 0, ""
         if not good:
@@ -101,7 +103,8 @@ class Journal:
             if len(head) < RECORD.size:
                 break
             mark, ranges, targets, version, order, payload_crc, head_crc = RECORD.unpack(head)
-            if mark != MARK or head_crc != zlib.crc32(head[:-4]) or order != self._order + 1 or ranges > targets:
+            good = mark == MARK and head_crc == zlib.crc32(head[:-4]) and ranges <= targets < self.tokens
+            if not good or order != self._order + 1:
                 if not any(head) and not any(self._file.read(1 << 20)):  # a power cut leaves zeros at the end
                     break
                 _fail(self.path, f"write {self._order + 1}", f"its head at byte {at} is damaged")
@@ -152,6 +155,15 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+@contextmanager
+def _of_a_ledger() -> Iterator[None]:
+    """Let what is wrong with the file be wrong with the ledger."""
+    try:
+        yield
+    except FileError as error:
+        raise LedgerError(f"{error}; give another file, or delete it to begin anew") from error
 
 
 def _fail(path: Path, field: str, problem: str) -> NoReturn:

@@ -7,20 +7,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import safetensors.numpy
 
 from core.config import EvalConfig
 from core.data import Split
-from core.files import replace_file
+from core.engine import Scoring
+from core.files import parse_json
 from core.ranks import Alone, Ranks
-from core.scoring.ledger import Ledger, LedgerError
+from core.scoring.ledger import ROUNDING, Ledger, LedgerError
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
 from core.scoring.windows import Windows
+from core.tensors import read_tensors, write_tensors
 
 EXCHANGE = 8
 """Forward passes of each rank between two exchanges of what they gave."""
 SNAPSHOT_EVERY = 30.0
 """Seconds between two copies of what the plug-ins have learned."""
+
+
+MAX_SNAPSHOT = 8 << 30
+"""Bytes of such a copy."""
 
 
 class Watch(Protocol):
@@ -56,6 +61,10 @@ class Session:
         self._ranks, self._held = ranks or Alone(), []
         self.engine, self.split, self.config, self.ledger = engine, split, config, ledger
         self.plugins, self._watch = list(plugins), watch
+        judged = plugins or watch is not None  # by passes of eval.batch; nor is every scorer an engine
+        scoring = Scoring() if judged else getattr(engine, "scoring", Scoring())
+        self.rows, self._most, self._under_way = scoring.rows(config.batch, config.seq), scoring.ahead, []
+        self.often = False
         self.learner = Learner(engine, split, ledger)
         self._before = ledger.writes
         self._number = self._done = 0
@@ -86,6 +95,7 @@ class Session:
         """Enter what every rank has scored since the last time into every rank's ledger."""
         if self._ranks.world == 1:
             return
+        self.flush()
         empty = np.empty(0, np.int64), np.empty(0)
         sides = [np.concatenate(side) for side in zip(*[empty, *self._held], strict=True)]
         for positions, nats in zip(*map(self._ranks.gather, sides), strict=True):
@@ -96,13 +106,14 @@ class Session:
     def order(self, windows: Windows, begin: int, end: int) -> Windows:
         """Return the windows in the order that the plug-ins give; LedgerError unless each target comes exactly once.
 
-        `begin` and `end` bound the targets' positions.
+        They stay the windows that they are, and those of a document stay in the order of the text. `begin` and `end`
+        bound the targets' positions.
         """
         if not self.plugins:
             return windows
-        wanted = _covered(windows, begin, end)
+        wanted, given = _covered(windows, begin, end), windows
         for plugin in self.plugins:
-            windows = plugin.order(windows)
+            windows = Windows(*(np.asarray(side, np.int64) for side in plugin.order(windows)))
         if windows.length.max(initial=0) > self.config.seq:
             raise LedgerError(f"a window of {windows.length.max()} tokens: expected at most eval.seq={self.config.seq}")
         pairs = np.stack([windows.start, windows.first])
@@ -112,6 +123,7 @@ class Session:
         if (counts != wanted).any():
             place = int(np.argmax(counts != wanted))
             raise LedgerError(f"target {begin + place} is to be scored {counts[place]} times, expected once", "D5")
+        _check_order(given, windows, self.split.document_starts)
         return windows
 
     def todo(self, positions: np.ndarray) -> np.ndarray:
@@ -126,13 +138,12 @@ class Session:
         return True
 
     def windows(self, part: Windows) -> None:
-        """Score at most config.batch windows in one forward pass.
+        """Score at most `rows` windows in one forward pass.
 
-        Windows are padded at their end and the batch with empty rows to (config.batch, config.seq): one static shape,
-        and a causal model cannot see the padding.
+        Windows are padded at their end and the batch with empty rows to (rows, config.seq): one static shape, and a
+        causal model cannot see the padding.
         """
-        config = self.config
-        tokens = np.zeros((config.batch, config.seq), np.int32)
+        tokens = np.zeros((self.rows, self.config.seq), np.int32)
         targets = np.zeros_like(tokens)
         positions = np.zeros(tokens.shape, np.int64)
         kept = np.zeros(tokens.shape, bool)
@@ -143,20 +154,35 @@ class Session:
             kept[row, first:length] = True
         engine = self.engine
         view = View(tokens, positions, kept)
-        self.put(view, targets, lambda: engine.nll(tokens, targets), lambda: engine.logits(tokens))
+        start = None if self._most == 1 else lambda: engine.nll_later(tokens, targets, self.often)
+        self.put(view, targets, lambda: engine.nll(tokens, targets), lambda: engine.logits(tokens), start)
 
     def put(
-        self, view: View, targets: np.ndarray, nll: Callable[[], np.ndarray], logits: Callable[[], np.ndarray]
+        self,
+        view: View,
+        targets: np.ndarray,
+        nll: Callable[[], np.ndarray],
+        logits: Callable[[], np.ndarray],
+        start: Callable[[], Callable[[], np.ndarray]] | None = None,
     ) -> None:
-        """Score a forward pass: `nll` or, for plug-ins, `logits` of the view, both not computed yet."""
+        """Score a forward pass: `nll` or, for plug-ins, `logits` of the view, both not computed yet.
+
+        `start` starts `nll` and returns what waits for it: such passes are read together, since nothing learns here.
+        """
         if not view.kept.any():
             return
         self._number += 1
         if self._number <= self._done:
             return
         watched = self._watch is not None and self._watch.wants(self._number)
-        logprobs = log_softmax(np.asarray(logits())) if self.plugins or watched else None
         shown = View(*map(_read_only, view))
+        if start is not None and not watched:
+            self._under_way.append((shown, targets, start()))
+            if self._number == 1 or len(self._under_way) >= self._most:  # the first at once: it says what goes wrong
+                self.flush()
+            return
+        self.flush()
+        logprobs = log_softmax(np.asarray(logits())) if self.plugins or watched else None
         if self.plugins:
             assert logprobs is not None
             for plugin in self.plugins:
@@ -164,15 +190,23 @@ class Session:
                 logprobs = np.asarray(plugin.predict(logprobs, shown))
                 if logprobs.shape != shape:
                     raise LedgerError(f"{_name(plugin)}: predictions of shape {logprobs.shape}, expected {shape}", "D8")
+                _check_logprobs(plugin, logprobs, view.kept)
             nats = -np.take_along_axis(logprobs, targets[..., None].astype(np.int64), -1)[..., 0].astype(np.float64)
         else:
             nats = np.asarray(nll(), np.float64)
-        if nats.shape != targets.shape:
-            raise LedgerError(f"the engine returned nll of shape {nats.shape}, expected {targets.shape}")
+        _check_shape(nats, targets)
         if watched:
             assert self._watch is not None and logprobs is not None
             self._watch.see(view, targets, nats, logprobs)
         self._enter(shown, targets, nats)
+
+    def flush(self) -> None:
+        """Wait for the passes that are under way and enter what they gave, in their order."""
+        under_way, self._under_way = self._under_way, []
+        for view, targets, wait in under_way:
+            nats = np.asarray(wait(), np.float64)
+            _check_shape(nats, targets)
+            self._enter(view, targets, nats)
 
     def _enter(self, view: View, targets: np.ndarray, nats: np.ndarray) -> None:
         """Write what a pass gave into the ledger, then let the plug-ins learn from it."""
@@ -194,7 +228,8 @@ class Session:
                 self._snapshot()
 
     def close(self) -> None:
-        """End the pass: the engine gets its own weights back, and copies are not needed any more."""
+        """End the pass: what was computed is entered, the engine gets its own weights back, copies go."""
+        self.flush()
         self.learner.close()
         if self._state_path is not None and self.ledger.complete():
             self._state_path.unlink(missing_ok=True)
@@ -206,7 +241,7 @@ class Session:
         sides = {"learner": self.learner.state(), **{str(i): p.state() for i, p in enumerate(self.plugins)}}
         arrays = {f"{side}/{n}": np.ascontiguousarray(v) for side, part in sides.items() for n, v in part.items()}
         state = json.dumps({"number": self._number, "version": self.learner.version})
-        replace_file(self._state_path, safetensors.numpy.save(arrays, {"skc": state}))
+        write_tensors(self._state_path, arrays, {"skc": state})
         self._saved = time.monotonic()
 
     def _restore(self) -> None:
@@ -217,11 +252,12 @@ class Session:
             path.unlink()
             return
         try:
-            with safetensors.safe_open(path, "np") as file:
-                state = json.loads((file.metadata() or {})["skc"])
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            number, version = int(state["number"]), int(state["version"])
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            metadata, arrays = read_tensors(path, MAX_SNAPSHOT)
+            state = parse_json("skc", str(metadata["skc"]))
+            number, version = state["number"], state["version"]
+            if type(number) is not int or type(version) is not int:
+                raise TypeError("number and version: expected whole numbers")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise LedgerError(f"{path}: damaged ({error}); delete it and {self.ledger.path} to begin anew") from error
         if not 0 <= number <= self._before:
             raise LedgerError(f"{path}: is of another ledger; delete both to begin anew")
@@ -235,6 +271,41 @@ class Session:
                 f"{path}: is not of these plug-ins ({error!r}); delete it and {self.ledger.path} to begin anew"
             ) from error
         self._done = number
+
+
+def _check_logprobs(plugin: Plugin, logprobs: np.ndarray, kept: np.ndarray) -> None:
+    """Raise LedgerError unless the predictions are real log-probabilities: finite, and at most 0 but for rounding."""
+    if logprobs.dtype not in (np.float32, np.float64):  # others may hide a part of themselves from sums and costs
+        raise LedgerError(f"{_name(plugin)}: predictions of type {logprobs.dtype}, expected float32 or float64", "D8")
+    if not _between(logprobs) and not _between(logprobs[kept]):
+        low, high = logprobs[kept].min(), logprobs[kept].max()
+        words = f"log-probabilities from {low:.6g} to {high:.6g}: expected finite numbers, none above 0"
+        raise LedgerError(f"{_name(plugin)}: {words}", "D8")
+
+
+def _between(logprobs: np.ndarray) -> bool:
+    return bool(np.isfinite(logprobs.min()) and logprobs.max() <= ROUNDING)
+
+
+def _check_order(given: Windows, found: Windows, starts: np.ndarray) -> None:
+    """Raise LedgerError unless `found` are the windows of `given`, with those of each document in the text's order."""
+    first, place = (np.argsort(side.start + side.first, kind="stable") for side in (given, found))
+    if any(not np.array_equal(a[first], b[place]) for a, b in zip(given, found, strict=True)):
+        raise LedgerError("the windows were cut anew: a plug-in may change their order, not what they read", "D10")
+    text = found.take(place)
+    opened = np.searchsorted(starts, text.start + text.first, "right")  # the document of its first target
+    ended = np.searchsorted(starts, text.start + text.length - 1, "right")
+    backwards = (opened[1:] == ended[:-1]) & (place[1:] < place[:-1])
+    if backwards.any():
+        target = text.start[1:][backwards][0] + text.first[1:][backwards][0] + 1
+        words = "is to be scored before earlier parts of its document: each is read from left to right"
+        raise LedgerError(f"target {target} {words}", "D10")
+
+
+def _check_shape(nats: np.ndarray, targets: np.ndarray) -> None:
+    """Raise LedgerError unless there is a cost for every target."""
+    if nats.shape != targets.shape:
+        raise LedgerError(f"the engine returned nll of shape {nats.shape}, expected {targets.shape}")
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

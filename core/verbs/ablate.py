@@ -26,6 +26,7 @@ from core.bundled import open_data
 from core.config import ConfigError, RunConfig
 from core.console import Console, one_line
 from core.data import Dataset, identity
+from core.files import read_text, replace_text
 from core.run import Run, RunError
 from core.verbs.common import Context, Outcome, check_data, code_version
 
@@ -194,7 +195,7 @@ def _copy(options: Ablate, folder: Path, group: str, place: Place, say: Console)
             copies.rows(run.metrics() if left else [])
             copies.close()
             for kind in set(left) - set(copies.lost):
-                (to / f"{kind}.copied").write_text(_state(run), encoding="utf-8")
+                replace_text(to / f"{kind}.copied", _state(run))
     except RunError:  # the report says so
         return
     except Exception as error:  # no account, no network, no space: the runs go on
@@ -206,7 +207,7 @@ def _copy(options: Ablate, folder: Path, group: str, place: Place, say: Console)
 def _has(folder: Path, kind: str, run: Run) -> bool:
     """Whether a tracker's copy of a run is whole: a long run takes seconds, and all are looked at by every start."""
     note = folder / f"{kind}.copied"
-    return note.exists() and (folder / kind).exists() and note.read_text(encoding="utf-8") == _state(run)
+    return note.exists() and (folder / kind).exists() and read_text(note) == _state(run)
 
 
 def _state(run: Run) -> str:

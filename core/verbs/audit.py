@@ -1,5 +1,6 @@
 """The verb audit: does a score keep the rules?"""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,8 +18,9 @@ from core.audit.legality import headline, markdown
 from core.audit.rules import Finding
 from core.config import ConfigError
 from core.engine import DType, choose_backend
-from core.files import replace_file
-from core.run import Run, RunError
+from core.files import own_folder, replace_file
+from core.records import of_a_run
+from core.run import Run, RunError, alone, hold
 from core.verbs.common import Backend, Context, Outcome, check_tokenizer, judged, open_artifact, open_named
 
 
@@ -67,6 +69,18 @@ def audit_score(options: Audit, context: Context) -> Outcome:
     if not all(math.isfinite(score) and score > 0 for score in options.reference):
         raise ConfigError(f"--reference {options.reference}: expected bits per byte above 0")
     plan = _plan(options)
+    with contextlib.ExitStack() as stack:
+        with of_a_run():
+            if plan.run is not None and plan.folder.parent == plan.run.path:
+                stack.enter_context(hold(plan.run.path))
+                own_folder(plan.folder)
+            else:
+                plan.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(alone(plan.folder))
+        return _audited(plan, context)
+
+
+def _audited(plan: Plan, context: Context) -> Outcome:
     report, data = plan.folder / "legality.md", plan.folder / "audit.json"
     for old in (report, data):  # whatever happens now, an earlier verdict is not this one's
         old.unlink(missing_ok=True)

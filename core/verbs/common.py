@@ -113,7 +113,7 @@ def open_subject(path: str, data: str | None, step: int | None = None) -> Subjec
         saved = run.checkpoint(step)
         if saved is None:
             raise RunError(f"{path}: has no checkpoint yet; train it first: skc train {run.config.preset} --out {path}")
-        sha256 = hashlib.sha256(read_file(run.tokenizer_path, MAX_TEXT)).hexdigest()
+        sha256 = hashlib.sha256(run.tokenizer()).hexdigest()
         weights = exported(run.config.model, run.config.train, saved.params, saved.optimizer)
         what = f"run {path}, step {saved.step}"
         subject = Subject(what, run.config, weights, sha256, saved.step, saved.quantise)

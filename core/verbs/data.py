@@ -1,15 +1,20 @@
 """Verbs that make data folders: data sample, data prepare, data adopt, data fineweb."""
 
+import os
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from core import fineweb, published
-from core.bundled import prepare_sample
+from core.adopt import adopt_shards
+from core.bundled import prepare_sample, sample_folder
+from core.corpus import Format
 from core.hub import Folder, Hub
 from core.prepare import Progress as StageProgress
-from core.prepare import adopt_shards, prepare
+from core.prepare import prepare
+from core.scoring.accounting import byte_note
+from core.tokenizer import Tokenizer
 from core.verbs.common import Context, Outcome
 
 
@@ -17,8 +22,8 @@ from core.verbs.common import Context, Outcome
 class Sample:
     """Options of `skc data sample`."""
 
-    out: str = "data/sample"
-    """Folder to write; `data.path = sample` reads data/sample."""
+    out: str | None = None
+    """Folder to write; None: that in the user's cache folder which `data.path = sample` reads."""
     json: bool = False
     """Print one JSON object on stdout; everything else goes to stderr."""
 
@@ -28,17 +33,21 @@ class Prepare:
     """Options of `skc data prepare`."""
 
     inputs: Positional[tuple[str, ...]]
-    """Files: .txt or .jsonl (one object with "text" a line), each also .gz, .xz or .zst; .parquet (column "text")."""
+    """Files, folders or patterns: .txt or .jsonl (an object a line), each also .gz, .xz or .zst; .parquet."""
     out: str
     """Folder to write."""
     val: tuple[str, ...] = ()
     """Files that become the validation split; none: a share of the inputs does."""
     val_share: float = 0.05
-    """Share of the documents that becomes validation where no --val is given."""
+    """Share of the documents that becomes validation where no --val is given; of a single text, its end."""
+    column: str | None = None
+    """Key of a JSON line, or column of a parquet file, with the text; None: text, content or raw_content."""
+    split: Literal["files", "blank-lines"] = "files"
+    """What separates documents of a .txt: files and form feeds, or blank lines too."""
     tokenizer: str | None = None
     """A SentencePiece .model; None: train one."""
-    vocab: int = 1024
-    """Pieces of the tokenizer that is trained."""
+    vocab: int | None = None
+    """Pieces of the tokenizer that is trained; None: 1024, or as many as a small text allows."""
     shard_tokens: int = 100_000_000
     """Tokens of one shard."""
     name: str | None = None
@@ -89,7 +98,8 @@ class Fineweb:
 
 def sample(options: Sample, context: Context) -> Outcome:
     """Prepare the bundled text."""
-    return _told(prepare_sample(options.out, progress=_stages(context)), options.out, context)
+    out = options.out or sample_folder()
+    return _told(prepare_sample(out, progress=_stages(context)), out, context)
 
 
 def prepare_text(options: Prepare, context: Context) -> Outcome:
@@ -105,6 +115,7 @@ def prepare_text(options: Prepare, context: Context) -> Outcome:
         name=options.name,
         threads=options.threads,
         overwrite=options.overwrite,
+        form=Format(options.column, options.split),
         progress=_stages(context),
     )
     return _told(manifest, options.out, context)
@@ -152,14 +163,19 @@ def _told(manifest: dict, out: str, context: Context) -> Outcome:
     """Say what the folder holds."""
     splits = {}
     for name, split in manifest["splits"].items():
-        splits[name] = {
-            key: split[key] for key in ("documents", "tokens", "raw_bytes", "table_bytes", "unknown_tokens")
-        }
-        rate = f", {split['bytes_per_token']:.4f} bytes per token" if split["bytes_per_token"] else ""
+        keys = ("documents", "tokens", "raw_bytes", "table_bytes", "unknown_tokens")
+        splits[name] = {key: split.get(key) for key in keys}
+        rate = f", {split['bytes_per_token']:.4f} bytes per token" if split.get("bytes_per_token") else ""
         context.say(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens{rate}")
+    tokenizer = Tokenizer.load(os.path.join(out, manifest["tokenizer"]["file"]))
+    note = byte_note(tokenizer, manifest["splits"]["val"])
+    notes = [*(manifest.get("notes") or []), *([note] if note else [])]
+    for note in notes:
+        context.say(note)
     context.say(f"wrote {out}")
     value = {"path": out, "name": manifest["name"], "tokenizer": manifest["tokenizer"], "splits": splits}
-    if "published" in manifest:
+    value["notes"] = notes
+    if manifest.get("published"):
         context.say(published.line(manifest["published"]))
         value["published"] = manifest["published"]
     return Outcome(True, value)

@@ -1,6 +1,7 @@
 """Verbs that measure: eval, sample, parity, bench."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from core.memory import enough_memory
 from core.parity import run_parity
 from core.ranks import Ranks, agree, join, share_arrays
 from core.run import Run
+from core.scoring.accounting import byte_note
 from core.tokenizer import Tokenizer
 from core.verbs.common import (
     Backend,
@@ -122,6 +124,8 @@ class Bench(PresetOptions):
     """Time that one round of one variant takes at least."""
     threads: int = 1
     """CPU threads of each variant."""
+    ranks: int = 1
+    """Time what one of so many ranks does of a step: its rows, its part of the update; nothing is sent."""
 
 
 def evaluate(options: Eval, context: Context) -> Outcome:
@@ -156,6 +160,8 @@ def _evaluate(options: Eval, ranks: Ranks, context: Context) -> Outcome:
     engine = load_engine(options.backend, config, subject.weights, choices, subject.quantise, ranks)
     used = "stored form of the weights" if subject.quantise else "weights as they are"
     context.say(f"{subject.what} ({used}) on {engine.backend}, {engine.device}, {engine.dtype}; data {dataset.path}")
+    if note := byte_note(dataset.tokenizer, dataset.manifest["splits"]["val"]):
+        context.say(note)
     ledger = None if options.ledger is None or ranks.rank else Path(options.ledger)
     rows, seq = config.eval.batch, config.eval.seq
     with enough_memory(config.model, rows, seq, f"--batch (now {rows:,} windows) or --seq", training=False):
@@ -171,6 +177,8 @@ def write_text(options: Sample, context: Context) -> Outcome:
     subject = open_subject(options.path, options.data, options.step)
     if subject.step is not None and options.data is None:
         tokenizer = Tokenizer.load(str(Run.open(options.path).tokenizer_path))
+    elif options.data is None and (beside := _tokenizer_beside(options.path, subject)) is not None:
+        tokenizer = beside
     else:
         dataset = open_named(options.path, subject.config, options.data)
         check_tokenizer(subject, dataset)
@@ -184,6 +192,15 @@ def write_text(options: Sample, context: Context) -> Outcome:
     context.say(text)
     value = {"path": options.path, "prompt": options.prompt, "read_as": read, "text": text}
     return Outcome(True, {**value, "backend": engine.backend})
+
+
+def _tokenizer_beside(artifact: str, subject: Subject) -> Tokenizer | None:
+    """Return the tokenizer that lies in the folder of an artifact, if there is one and it is the artifact's."""
+    path = os.path.join(os.path.dirname(artifact), "tokenizer.model")
+    if not os.path.lexists(path):
+        return None
+    tokenizer = Tokenizer.load(path)
+    return tokenizer if tokenizer.sha256 == subject.tokenizer_sha256 else None
 
 
 def parity(options: Parity, context: Context) -> Outcome:
@@ -205,6 +222,7 @@ def bench(options: Bench, context: Context) -> Outcome:
         rounds=options.rounds,
         seconds=options.seconds,
         threads=options.threads,
+        ranks=options.ranks,
         report=context.say,
     )
     for line in found.lines():

@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import Positional
 
@@ -20,17 +21,18 @@ from core.engine import DType, Engine, EngineOptions, choose_backend, load_engin
 from core.engram import start_weights
 from core.export.artifact import check_limits
 from core.export.budget import packed_code, predicted_bytes
-from core.files import MAX_TEXT, read_file
 from core.finish import finish
-from core.forecast import Forecast, forecast
+from core.forecast import Forecast, check_steps, forecast
 from core.heartbeat import Heartbeat
 from core.memory import enough_memory
 from core.params import count, exported
 from core.probe import probe
 from core.ranks import Ranks, agree, join
-from core.run import Follower, Run, RunError, config_digest
+from core.run import Follower, Run, RunError, config_digest, hold
 from core.scoring import check_plugins
+from core.scoring.accounting import byte_note
 from core.scoring.plugins import foreign, load_plugins
+from core.spans import rooms
 from core.train import Summary, check_rows, done, train
 from core.verbs.common import (
     Backend,
@@ -57,6 +59,8 @@ class Train(PresetOptions):
     """Compute type; None: bfloat16 on a GPU, float32 on a CPU."""
     track: tuple[trackers.Name, ...] = ()
     """Copy every recorded line to tensorboard, wandb or both, in the run folder."""
+    again: bool = False
+    """Score a finished run once more, and write its artifact and report anew; without it, what is there is shown."""
     dry_run: bool = False
     """Build everything, time some steps and scoring passes, show the plan of the run, and write nothing."""
 
@@ -100,6 +104,8 @@ def _lower(config: RunConfig) -> str:
 
 def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ranks, context: Context) -> Outcome:
     say, began = context.say, time.perf_counter()
+    if options.dry_run and config.train.seconds is None:
+        check_steps(config.train.steps)
     dataset = open_data(config.data.path)
     config, changed = fit_tokens(config, dataset, options.given)
     for line in changed:
@@ -112,15 +118,17 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
         check_budget(config)
     check_plugins(config.eval, load_plugins(config.eval.plugins))  # now, not after the training
     same_start(ranks, config, dataset, dry_run=options.dry_run, dtype=options.dtype, out=out)
-    choices = EngineOptions(dtype=options.dtype)
-    engine = load_engine(backend, config, start_weights(config, dataset.train), choices, ranks=ranks)
-    if options.dry_run:
-        return _forecast(engine, dataset, config, out, time.perf_counter() - began, say)
+    choices = EngineOptions(dtype=options.dtype, spans=rooms(dataset.train, config, ranks.world))
     with contextlib.ExitStack() as stack:
-        if ranks.rank:
-            run = Follower(Path(out), config)
-        else:
-            run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
+        run = found = None
+        if not options.dry_run:
+            run, found = _begin(Path(out), config, dataset, options.again, ranks, stack)
+        if found is not None:
+            return _shown(Path(out), config, found, say)
+        engine = load_engine(backend, config, start_weights(config, dataset.train), choices, ranks=ranks)
+        if run is None:
+            return _forecast(engine, dataset, config, out, time.perf_counter() - began, say)
+        if not ranks.rank:
             stack.enter_context(say.copied_to(stack.enter_context(run.open_log())))
             saved = run.checkpoint()
             if saved is None or not done(saved.step, saved.seconds, config.train):  # else this start trains nothing
@@ -132,9 +140,50 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
         _close_training(run, dataset, summary, say)
         value = finish(run, engine, dataset, summary.steps, say)
         say(f"the whole run is in {run.path}")
-    return Outcome(
-        True, {**value, "seconds": summary.seconds, "backend": engine.backend, "parameters": count(config.model)}
-    )
+    value |= {"seconds": summary.seconds, "backend": engine.backend, "parameters": count(config.model)}
+    return Outcome(value["artifact"]["within"], value)
+
+
+def _begin(
+    out: Path, config: RunConfig, dataset: Dataset, again: bool, ranks: Ranks, stack: contextlib.ExitStack
+) -> tuple[Run, dict[str, Any] | None]:
+    """Hold the run folder and return the run, and its end if it has come to it and is not wanted `again`.
+
+    What rank 0 finds wrong, before anything is trained, ends every rank.
+    """
+    run, problem, found = Follower(out, config), None, None
+    if not ranks.rank:
+        try:
+            stack.enter_context(hold(out))
+            run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
+            found = run.finished()
+            if found is not None and again:
+                run.forget()
+                found = None
+        except ValueError as error:
+            if ranks.world == 1:
+                raise
+            problem = error
+    words, found = agree(ranks, [problem and str(problem), found])
+    if words is not None:
+        raise problem or ConfigError(words)
+    return run, found
+
+
+def _shown(out: Path, config: RunConfig, found: dict[str, Any], say: Console) -> Outcome:
+    """Say that a run has come to its end, and what that was."""
+    score, stored = found["final/score"], found["final/artifact"]
+    spread = f" ± {score['error']:.4f}" if score["error"] else ""
+    say(f"{out}: already finished at step {found['step']}: {score['label']} {score['bpb']:.4f}{spread} bits per byte,")
+    say(f"artifact {stored['bytes']:,} bytes; add --again to score it once more, or choose another --out")
+    artifact = {"path": str(out / "artifact.skc"), **stored}
+    value = {
+        "run": str(out), "step": found["step"], "score": score, "artifact": artifact, "files": found["files"],
+        "samples": found.get("samples", []), "seconds": found.get("clock/seconds", 0.0), "backend": found["backend"],
+        "parameters": count(config.model), "already": True,
+    }  # fmt: skip
+    value |= {"plugins": found["final/plugins"]} if config.eval.plugins else {}
+    return Outcome(stored.get("within", True), value)
 
 
 def _close_training(run: Run, dataset: Dataset, summary: Summary, say: Console) -> None:
@@ -193,6 +242,8 @@ def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> 
     say(f"{engine.backend} on {_together(engine)}, {engine.dtype}; " + "; ".join(engine.notes))
     train_tokens, val_tokens = len(dataset.train), len(dataset.val)
     say(f"data {dataset.path}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate on")
+    if note := byte_note(dataset.tokenizer, dataset.manifest["splits"]["val"]):
+        say(note)
 
 
 def _show(found: Forecast, say: Console) -> None:
@@ -245,7 +296,13 @@ def export_run(options: Export, context: Context) -> Outcome:
 
     That of an older step goes beside the run's own, whose results stay as they are.
     """
+    with hold(Run.open(options.run).path):
+        return _export(options, context)
+
+
+def _export(options: Export, context: Context) -> Outcome:
     run = Run.open(options.run)
+    run.check()
     saved = run.checkpoint(options.step)
     if saved is None:
         raise RunError(
@@ -253,7 +310,7 @@ def export_run(options: Export, context: Context) -> Outcome:
         )
     dataset = open_named(options.run, run.config, options.data)
     check_data(run.config, dataset, "give the data that it was trained on with --data PATH")
-    if dataset.tokenizer.model != read_file(run.tokenizer_path, MAX_TEXT):
+    if dataset.tokenizer.model != run.tokenizer():
         raise ConfigError(f"{run.path}: its tokenizer.model is not that of {dataset.path}, which has changed since")
     if run.environment().get("data") not in (None, identity(dataset)):
         raise ConfigError(

@@ -14,11 +14,15 @@ from core.config import ConfigError, DataConfig, RunConfig
 from core.data import Dataset, identity
 from core.engine import Engine, choose_backend, load_engine
 from core.export.artifact import check_limits
+from core.files import place_file
 from core.official import Checkpoint, model_of, read_official, to_ours
 from core.params import count
 from core.presets.transformers import BASELINE
-from core.run import Run, RunError, config_digest
+from core.run import Run, RunError, config_digest, hold
 from core.verbs.common import Backend, Context, Outcome, check_data, environment
+
+PART = ".import.part"
+"""Folder in that of the run in which it is made."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Import:
 def import_official(options: Import, context: Context) -> Outcome:
     """Make a run folder of step 0 out of an official checkpoint; nothing is left in --out if it cannot be."""
     say, out = context.say, Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or set(os.listdir(out)) - {PART}):
         raise RunError(f"{out}: exists, and an import makes a folder of its own; choose another --out")
     found = read_official(options.file)
     config, dataset = _configured(options, found)
@@ -115,19 +119,23 @@ def _environment(options: Import, found: Checkpoint, engine: Engine, dataset: Da
 
 
 def _write(out: Path, config: RunConfig, engine: Engine, dataset: Dataset, env: dict, lines: list[str]) -> None:
-    """Make the run beside `out` and move it there whole."""
-    out = Path(os.path.abspath(out))  # "." has no name
-    staging = out.with_name(f".{out.name}.{os.getpid()}")
+    """Make the run in a part of the folder `out` and move it up once it is whole, config.json last."""
+    staging, fresh = out / PART, not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)  # of an import that was killed
     try:
-        run = Run.create(staging, config, dataset.tokenizer.model, identity(dataset))
-        run.record_environment(env)
-        with run.open_log() as log:
-            log.writelines(f"{line}\n" for line in lines)
-        run.save(engine, 0, 0.0)
-        os.rename(staging, out)
-    except BaseException:
+        with hold(out):
+            run = Run.create(staging, config, dataset.tokenizer.model, identity(dataset))
+            run.record_environment(env)
+            with run.open_log() as log:
+                log.writelines(f"{line}\n" for line in lines)
+            run.save(engine, 0, 0.0)
+            for name in sorted(os.listdir(staging), key=lambda name: name == "config.json"):
+                place_file(staging / name, out / name)
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
+        if fresh and not os.listdir(out):
+            out.rmdir()
 
 
 def _first_loss(engine: Engine, dataset: Dataset, seq: int) -> float:

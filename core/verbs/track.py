@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tyro.conf import Positional
 
 from core import trackers
-from core.run import Run, RunError
+from core.run import Run, RunError, hold
 from core.verbs.common import Context, Outcome
 
 
@@ -29,8 +29,9 @@ def track(options: Track, context: Context) -> Outcome:
     runs = [(Run.open(path), Run.open(path).metrics()) for path in options.runs]  # all, before anything is written
     lost = 0
     for run, rows in runs:
-        copies = trackers.start(options.to, run.path, run.config, context.say)
-        copies.rows(rows)
-        copies.close()
+        with hold(run.path):
+            copies = trackers.start(options.to, run.path, run.config, context.say)
+            copies.rows(rows)
+            copies.close()
         lost += len(copies.lost)
     return Outcome(not lost, {"runs": [{"run": str(run.path), "lines": len(rows)} for run, rows in runs]})

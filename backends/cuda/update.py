@@ -1,0 +1,95 @@
+"""What a step does with its gradients: clip, rules, finiteness guard, averages. In MLX the engine's own methods do it.
+
+A rule is compiled for every bank's shape: the same few kernels each time, where one graph of a whole update would have
+some for every parameter.
+"""
+
+import torch
+
+from backends.cuda import optim
+from backends.cuda.banks import joined
+from core.ranks import updated_by
+from core.schedule import NUMBERS
+
+
+class Update:
+    """The optimizer update of one run; `compiled` compiles a function, or returns it."""
+
+    def __init__(self, config, banks, buckets, ranks, orthogonal, compiled):
+        self._train, self._banks, self._buckets, self._ranks = config.train, banks, buckets, ranks
+        self._orthogonal = orthogonal
+        self._change, self._after = compiled(self._rules), compiled(self._follow)
+
+    @torch.no_grad()
+    def alone(self, params, state, grads, loss, hyper, count):
+        """Return (mean loss, norm, finite) after one clipped and guarded update of params and state, in place.
+
+        `params` and `state` are Banked; loss and gradients are `count` times too large.
+        """
+        grads = {bank: joined(bank, [grads[name] for name in bank.names]) for bank in self._banks}
+        loss, norm, finite = _measured(loss / count, optim.global_norm(grads.values()) / count)
+        for bank, grad in grads.items():
+            self._bank(bank, slice(None), params, state, grad, norm, finite, hyper, count)
+        self._average(params, state, finite, hyper)
+        return loss, norm, finite
+
+    @torch.no_grad()
+    def together(self, params, state, reducer, loss, hyper, count):
+        """Do what `alone` does with all ranks: each updates its part of Muon's matrices, which then go to all."""
+        sums, work = reducer.finish(), []
+        alone, all_ = (set(names) for names in updated_by(self._buckets, self._ranks.rank))
+        ours, common = [torch.zeros_like(loss)], [torch.zeros_like(loss)]  # a rank may have no matrix of its own
+        for bank in self._banks:
+            mine = [i for i, name in enumerate(bank.names) if name in sums]
+            part = slice(mine[0], mine[-1] + 1) if mine else slice(0)  # those of one rank are neighbours
+            work.append((bank, part, joined(bank, [sums[name] for name in bank.names[part]]) if mine else None))
+            (ours if alone.issuperset(bank.names[part]) else common).extend([work[-1][2]] if mine else [])
+        ours, common = (torch.square(optim.global_norm(grads)) for grads in (ours, common))
+        loss, ours = self._ranks.sum(torch.stack([loss, ours]))
+        loss, norm, finite = _measured(loss / count, torch.sqrt(ours + common) / count)
+        waits = []
+        for bank, part, grad in work:
+            if grad is not None:
+                self._bank(bank, part, params, state, grad, norm, finite, hyper, count)
+            shared = [b for b in self._buckets if b.slots and b.names[0] in bank.names]
+            waits.append(self._ranks.share_updates(shared, params))  # while the next bank is updated
+        for wait in waits:
+            wait()
+        self._average(params, state, finite, hyper)
+        return loss, norm, finite
+
+    def _bank(self, bank, part, params, state, *numbers):
+        """Update a part of a bank and its state, in place; `numbers` are the rest of _rules' arguments."""
+        slots = {slot: whole[part] for (of, slot), whole in state.whole.items() if of == bank and slot != "ema"}
+        self._change(bank.group, params.whole[bank, ""][part], slots, *numbers)
+
+    @torch.no_grad()
+    def _rules(self, group, param, slots, grad, norm, finite, hyper, count):
+        grad, numbers = (
+            grad * (optim.clip_scale(norm, self._train.clip) / count),
+            dict(zip(NUMBERS, hyper, strict=True)),
+        )
+        new, changed = optim.rule(self._train, group, param, grad, slots, numbers, self._orthogonal)
+        _replace([param, *slots.values()], [new, *(changed[slot] for slot in slots)], finite)
+
+    def _average(self, params, state, finite, hyper):
+        """Update the running averages, in place."""
+        held = {bank: whole for (bank, slot), whole in state.whole.items() if slot == "ema"}
+        if held:
+            self._after(list(held.values()), [params.whole[bank, ""] for bank in held], finite, hyper)
+
+    @torch.no_grad()
+    def _follow(self, averages, params, finite, hyper):
+        decay = dict(zip(NUMBERS, hyper, strict=True))["average"]
+        new = [optim.average(old, param, decay) for old, param in zip(averages, params, strict=True)]
+        _replace(averages, new, finite)
+
+
+def _measured(loss, norm):
+    """Return both, and whether they are finite."""
+    return loss, norm, torch.isfinite(loss) & torch.isfinite(norm)
+
+
+def _replace(old, new, finite):
+    for stale, fresh in zip(old, new, strict=True):  # CUDA: in place, so that no second copy is kept
+        stale.copy_(torch.where(finite, fresh, stale))

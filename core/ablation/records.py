@@ -1,0 +1,160 @@
+"""The small files of a store, each with one typed reader: what another program, version or hand wrote is refused here.
+
+StoreError names the file and the field. What only says how fair a comparison is counts as not known instead.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from core.ablation.index import StoreError
+from core.checks import told
+from core.config import ConfigError, RunConfig, from_json
+from core.engine import BACKENDS
+from core.files import FileError, read_json
+
+SCHEMA = 1
+MOST_BYTES = 16 << 20
+"""Of one of these files."""
+MOST_LETTERS = 4096
+MOST = 1e12
+"""Largest number: of seconds, of threads, of runs side by side."""
+
+
+class JobFile(NamedTuple):
+    """What job.json says: what was asked for of a run."""
+
+    key: str
+    config: RunConfig
+    backend: Literal["mlx", "cuda"]
+    dtype: str | None
+    code: str
+    data: dict[str, str]
+    command: str
+    settings: dict[str, Any]
+    """The configuration as the file has it."""
+
+
+class Member(NamedTuple):
+    """A run of an ablation, as members.json has it."""
+
+    variant: str
+    seed: int
+    backend: str
+    key: str
+
+
+class Start(NamedTuple):
+    """One start of a run's process, as machine.json has it."""
+
+    host: str | None = None
+    device: str | None = None
+    """CUDA_VISIBLE_DEVICES, where it was set for this run."""
+    threads: int | None = None
+    parallel: int | None = None
+    """Runs that might run side by side."""
+    seconds: float | None = None
+    """From its start to its end; None if whoever started it was killed."""
+    beside: float | None = None
+    """Runs that did run side by side, on average; None as above."""
+
+
+def read_job(home: Path) -> JobFile:
+    """Return job.json of a run."""
+    file = home / "job.json"
+    value = read(file)
+    try:
+        config = from_json(RunConfig, value.get("config"), "config")
+    except ConfigError as error:
+        raise StoreError(f"{home / 'run'}: is not a run of this version ({error}); move it away") from error
+    dtype = value.get("dtype")
+    return JobFile(
+        key=_word(value, "key", file),
+        config=config,
+        backend=_field(value, "backend", file, lambda v: v in BACKENDS, " or ".join(BACKENDS)),
+        dtype=None if dtype is None else _word(value, "dtype", file),
+        code=_word(value, "code", file),
+        data=_field(value, "data", file, _words, "texts by name"),
+        command=_field(value, "command", file, lambda v: isinstance(v, str), "text"),
+        settings=value["config"],
+    )
+
+
+def read_members(file: Path) -> tuple[str, str, list[Member]]:
+    """Return members.json of an ablation: its name, the file that describes it, its runs."""
+    value = read(file)
+    rows = _field(value, "runs", file, lambda v: isinstance(v, list) and all(map(_is_member, v)), "a list of runs")
+    name, described = _word(value, "ablation", file), _field(value, "file", file, _short, "a path")
+    return name, described, [Member(*row) for row in rows]
+
+
+def read_failure(home: Path) -> str:
+    """Return what failed.json says of a run; if it cannot be read, why."""
+    try:
+        return str(read(home / "failed.json").get("message"))[:MOST_LETTERS]
+    except StoreError as error:
+        return str(error)
+
+
+def starts(home: Path) -> tuple[Start, ...]:
+    """Return how a run was started, each time; nothing where that is not known: it only says how fair speeds are."""
+    try:
+        value = read_json(home / "machine.json", MOST_BYTES)
+        made = tuple(Start(**row) for row in value["starts"])
+    except (OSError, FileError, KeyError, TypeError):
+        return ()
+    return made if all(_is_start(start) for start in made) else ()
+
+
+def read_shown(file: Path) -> set[str]:
+    """Return the keys of the runs that looked.json says were shown; none where it cannot be read."""
+    try:
+        shown = read_json(file, MOST_BYTES)["shown"]
+    except (OSError, FileError, KeyError, TypeError):
+        return set()
+    return {key for key in shown if _short(key)} if isinstance(shown, list) else set()
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Return the object that one of these files holds."""
+    try:
+        value = read_json(file, MOST_BYTES)
+    except OSError as error:
+        raise StoreError(f"{file}: {error.strerror}; move its folder away") from error
+    except FileError as error:
+        raise StoreError(f"{error}; move its folder away") from error
+    schema = value.get("schema") if isinstance(value, dict) else None
+    if type(schema) is not int or schema != SCHEMA:
+        found = told(schema if isinstance(value, dict) else value)
+        raise StoreError(f"{file}: schema {found}, expected {SCHEMA}: written by another version; move its folder away")
+    return value
+
+
+def _field(value: dict[str, Any], name: str, file: Path, good: Callable[[Any], bool], expected: str) -> Any:
+    if not good(value.get(name)):
+        raise StoreError(f"{file}: {name}: {told(value.get(name))}, expected {expected}; move its folder away")
+    return value[name]
+
+
+def _word(value: dict[str, Any], name: str, file: Path) -> str:
+    return _field(value, name, file, lambda v: _short(v) and v != "", "a name")
+
+
+def _short(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= MOST_LETTERS
+
+
+def _words(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) <= 100 and all(map(_short, (*value, *value.values())))
+
+
+def _is_member(row: Any) -> bool:
+    good = isinstance(row, list) and len(row) == 4 and all(_short(row[i]) for i in (0, 2, 3))
+    return good and type(row[1]) is int and 0 <= row[1] < 2**31
+
+
+def _is_start(start: Start) -> bool:
+    words = all(word is None or _short(word) for word in start[:2])
+    numbers = [number for number in start[2:] if number is not None]
+    good = all(type(number) in (int, float) and 0 <= number <= MOST for number in numbers)
+    return words and good and 0 not in (start.threads, start.parallel, start.beside)

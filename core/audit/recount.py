@@ -1,0 +1,118 @@
+"""What the audit counts for itself: score and order from the ledger, which is all that the evaluation leaves of them.
+
+The evaluation's own answer comes from a process that ran the plug-ins too, so that it is only compared.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.audit.isolation import Isolated
+from core.audit.prints import ROUNDING, Predictions, Prints, found_by
+from core.config import ConfigError, RunConfig
+from core.data import Dataset
+from core.scoring import score_of
+from core.scoring.ledger import Ledger, LedgerError
+
+ODD = "odd"
+"""Kind of the error of a process whose answer is not one."""
+NUMBER = (int, float)
+FLIPS = {
+    "flips": int, "ends": int, "compared": int, "noticed": int, "wrong": list, "wrong_count": int,
+    "largest_wrong": NUMBER, "differ": int, "explained": NUMBER, "by_plugins": bool, "repeatable": bool,
+    "repeat_gap": NUMBER, "rounding": NUMBER,
+    "tokens": list, "broken": (dict, type(None)),
+}  # fmt: skip
+ANSWER = {
+    "backend": str, "device": str, "dtype": str, "plugins": dict, "prepared": NUMBER, "watching": NUMBER,
+    "clock": NUMBER, "resumed": int, "broken": (dict, type(None)), "score": (dict, type(None)),
+    "continued": (dict, type(None)),
+    "distributions": {
+        "passes": int, "positions": int, "vocabulary": int, "largest_log_sum": (*NUMBER, type(None)),
+        "largest_cost_gap": NUMBER, "normal": bool, "agrees": bool, "limit": NUMBER,
+    },
+}  # fmt: skip
+"""What an evaluation answers, and of which types."""
+
+
+def understood(seen: Isolated, flips: bool) -> Isolated:
+    """Return what a process did, with an error in place of an answer that is not one."""
+    if seen.error is not None:
+        return seen
+    problem = _odd(seen.value, ANSWER | ({"flips": FLIPS} if flips else {}), "its answer")
+    if not problem and seen.value["dtype"] not in ROUNDING:
+        problem = f"its answer: dtype is {seen.value['dtype'][:40]!r}"
+    return seen._replace(value=None, error=_error(problem)) if problem else seen
+
+
+def _error(message: str) -> dict[str, str]:
+    return {"kind": ODD, "message": message, "traceback": ""}
+
+
+def _odd(value: Any, wanted: Any, name: str) -> str:
+    """Return what is odd about a value, or nothing."""
+    if not isinstance(wanted, dict):
+        kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+        good = type(value) in kinds
+        words = f"{name} is {str(value)[:40]!r}, expected {' or '.join(kind.__name__ for kind in kinds)}"
+        return "" if good else words
+    if not isinstance(value, dict):
+        return f"{name} is {str(value)[:40]!r}, expected several figures"
+    missing = [key for key in wanted if key not in value]
+    if missing:
+        return f"{name} lacks {', '.join(missing)}"
+    return next(filter(None, (_odd(value[key], kind, f"{name}: {key}") for key, kind in wanted.items())), "")
+
+
+def recount(seen: Isolated, dataset: Dataset, config: RunConfig, ledger: Path) -> Isolated:
+    """Return what a process did with score and order as the ledger of the text of `dataset` gives them.
+
+    `differs` says how the answer was another one, if it was.
+    """
+    if not seen.value:
+        return seen
+    try:
+        book = Ledger.read(ledger)
+        if book.tokens != len(dataset.val):
+            raise LedgerError(f"{ledger}: of a text of {book.tokens} tokens, the text has {len(dataset.val)}")
+    except (LedgerError, OSError) as error:
+        return seen._replace(value=None, error=_error(str(error)))
+    answer, score, differs = seen.value["score"], None, ""
+    if answer:
+        try:
+            score = score_of(dataset, config.eval, book, plugins=bool(config.eval.plugins)).to_json()
+            differs = ", ".join(f"{k} {answer.get(k)} for {v}" for k, v in score.items() if answer.get(k) != v)
+        except (LedgerError, ConfigError) as error:
+            differs = str(error)
+    found = {"score": score, "differs": differs, "ledger": order_of(book.entries, dataset.val.document_starts)}
+    return seen._replace(value={**seen.value, **found})
+
+
+def order_of(entries: np.ndarray, starts: np.ndarray) -> dict[str, Any]:
+    """Return what the entries of a ledger say about the order of scoring; `starts`: first tokens of the documents."""
+    order, version = entries["order"], entries["version"]
+    written = order > 0
+    by_order = np.argsort(order[written], kind="stable")
+    within = np.searchsorted(starts, np.arange(len(entries)), "right")  # the document of each target's input
+    back = (np.diff(order) < 0) & (np.diff(within) == 0) & written[1:] & written[:-1]
+    return {
+        "targets": len(entries),
+        "written": int(written.sum()),
+        "writes": int(order.max(initial=0)),
+        "versions": int(version[written].max(initial=0)) + 1,
+        "versions_rise": bool((np.diff(version[written][by_order]) >= 0).all()),
+        "left_to_right": bool((np.diff(order[written]) >= 0).all()),
+        "backwards": int(np.flatnonzero(back)[0]) + 2 if back.any() else None,
+    }
+
+
+def predictions_of(ledger: Path, file: Path, dataset: Dataset, config: RunConfig) -> Predictions | None:
+    """Return what a process predicted of the text of `dataset`, or None if it did not leave that in order."""
+    try:
+        book = Ledger.read(ledger)
+        if book.tokens != len(dataset.val):
+            return None
+        return found_by(Prints.load(file, book.tokens), book.entries, dataset.val, config)
+    except (LedgerError, OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,91 @@
+"""Files of named arrays (safetensors), read with reads of our own into memory that their header has to account for.
+
+A file that is mapped ends the process with SIGBUS when it is cut meanwhile, and one that is read whole to be taken
+apart needs its size twice.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+import safetensors.numpy
+
+from core.files import FileError, decode, open_file, parse_json, replace_file
+
+Arrays = dict[str, np.ndarray]
+DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U64": "<u8",
+    "U32": "<u4", "U16": "<u2", "U8": "<u1", "BOOL": "?",
+}  # fmt: skip
+MAX_HEADER = 16 << 20
+"""Bytes of a header: 50,000 arrays."""
+MAX_NAME = 256
+
+
+def write_tensors(path: str | Path, arrays: Arrays, metadata: dict[str, str]) -> None:
+    """Write arrays in place of `path`: a kill leaves the old file or the new one."""
+    replace_file(path, safetensors.numpy.save(arrays, metadata))
+
+
+def read_tensors(path: str | Path, limit: int) -> tuple[dict[str, Any], Arrays]:
+    """Return (metadata, arrays) of a file of at most `limit` bytes; FileError names the field, OSError."""
+    with open_file(path, limit) as file:
+        header, size = _header(path, file)
+        metadata = header.pop("__metadata__", {})
+        if type(metadata) is not dict:
+            _fail(path, "__metadata__", "expected an object")
+        for name in header:
+            if len(name) > MAX_NAME or not name.isprintable():
+                _fail(path, repr(name[:80]), f"expected a printable name of at most {MAX_NAME} letters")
+        spans = {name: _span(path, name, entry) for name, entry in header.items()}
+        order = sorted(spans.items(), key=lambda item: item[1][2:])
+        at, arrays = 0, {}
+        for name, (_, _, begin, end) in order:
+            if begin != at or end > size:
+                _fail(path, name, f"data_offsets: {begin}, expected {at}, of {size} bytes in all")
+            at = end
+        if at != size:
+            _fail(path, "header", f"accounts for {at} of {size} bytes")
+        for name, (dtype, shape, _, _) in order:
+            arrays[name] = np.empty(shape, dtype)
+            raw = arrays[name].reshape(-1).view(np.uint8)
+            if file.readinto(memoryview(raw)) != raw.nbytes:
+                _fail(path, name, "the file was cut while it was read")
+    return metadata, arrays
+
+
+def _header(path: str | Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """Return the header and how many bytes are to follow it."""
+    whole, head = os.fstat(file.fileno()).st_size, file.read(8)
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or not 2 <= length <= min(MAX_HEADER, whole - 8):
+        _fail(path, "header", f"{length} bytes long, in a file of {whole}")
+    header = parse_json(f"{path}: header", decode(f"{path}: header", file.read(length)))
+    if type(header) is not dict:
+        _fail(path, "header", "expected an object")
+    return header, whole - 8 - length
+
+
+def _span(path: str | Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Return (dtype, shape, begin, end) of an array, once they fit each other."""
+    entry = entry if type(entry) is dict and entry.keys() == {"dtype", "shape", "data_offsets"} else {}
+    kind, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if type(kind) is not str or kind not in DTYPES:
+        _fail(path, name, f"dtype {str(kind)[:20]!r}, expected one of {', '.join(DTYPES)}")
+    if not all(_whole(numbers) for numbers in (shape, offsets)) or len(offsets) != 2 or len(shape) > 32:
+        _fail(path, name, "shape and data_offsets: expected lists of whole numbers from 0 up")
+    dtype, count = np.dtype(DTYPES[kind]), 1
+    for side in shape:
+        count *= side
+    if offsets[1] - offsets[0] != count * dtype.itemsize:
+        _fail(path, name, f"data_offsets: {offsets[1] - offsets[0]} bytes, shape {shape} has {count} values")
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _whole(numbers: Any) -> bool:
+    return type(numbers) is list and all(type(n) is int and 0 <= n < 2**48 for n in numbers)
+
+
+def _fail(path: str | Path, field: str, problem: str) -> NoReturn:
+    raise FileError(f"{path}: {field}: {problem}; the file is damaged")
