@@ -116,7 +116,7 @@ def test_items_run_in_order_and_the_report_says_what_is_wrong(tmp_path: Path) ->
         "beyond": "failed",
     }  # fmt: skip
     assert next(line["value"] for line in runs["compiles"] if line.get("what") == "quick had ended") == 1.0
-    assert "ended with code 9 before its turn" in report and "| never | needs a GPU |" in report
+    assert "**vanish: failed**: ended with code 9 before its turn" in report and "| never | needs a GPU |" in report
     assert "RuntimeError: no kernel image" in report and 'raise RuntimeError("no kernel' in report, "the traceback"
     assert "**beyond: large**: 3 is beyond 2" in report and "not a number**: not finite is beyond 2" in report
     assert "| small | 1 | 2 | ok |" in report and "Checks: 4, 2 beyond their limit." in report
@@ -197,6 +197,17 @@ def test_what_was_compiled_comes_back_within_the_limit(tmp_path: Path, monkeypat
     assert not (driver.temporary / "large.compiled").exists(), "what does not fit is left out"
 
 
+def test_a_file_that_grows_keeps_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared_tests.device.driver.MOST", 1000)
+    driver = Driver("a check", (), COMMAND, tmp_path, 1.0, False, print)
+    (tmp_path / "log.txt").write_bytes(b"a" * 400 + b"end")
+    driver._report()
+    assert (tmp_path / "log.txt").read_bytes() == b"a" * 400 + b"end"
+    (tmp_path / "log.txt").write_bytes(b"a" * 600 + b"end")
+    driver._report()
+    assert (tmp_path / "log.txt").read_bytes() == b"a" * 247 + b"end"
+
+
 def test_plans_fit_their_rules() -> None:
     for plan in PLANS.values():
         names = [part.name for part in plan]
@@ -257,7 +268,8 @@ def test_items_need_nothing_that_a_bare_machine_lacks(tmp_path: Path) -> None:
     """A process that cannot import it runs real items, and imports the file of every other one."""
     files = [path.stem for path in (ROOT / "shared_tests" / "device").glob("*.py") if path.stem != "__init__"]
     items = ("quantiser", "speed baseline, 32 rows")
-    (tmp_path / f"{items[1]}.go").touch()
+    for name in items:
+        (tmp_path / f"{name}.go").touch()
     program = [
         f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))",
         *(f"import shared_tests.{n}" for n in ("test_kernels", "test_cross_entropy", *(f"device.{f}" for f in files))),

@@ -197,7 +197,7 @@ class Driver:
         for name in ("log.txt", "profiles.txt"):
             path = self.folder / name
             if path.exists() and path.stat().st_size > MOST // 2:  # what is there longest goes; appending goes on
-                kept = path.read_bytes()[-MOST // 4 :]
+                kept = path.read_bytes()[-(MOST // 4) :]
                 os.truncate(path, 0)
                 with path.open("ab") as file:
                     file.write(kept)

@@ -42,7 +42,7 @@ CUDA = (
     Item("ceilings", "ceilings.run", 40),
     Item("kernels", "kernels.run", 80, cpu={"TRITON_INTERPRET": "1"}),
     Item("attention", "attention.run", 60),
-    Item("quantiser", "quantiser.run", 40),
+    Item("quantiser", "quantiser.run", 40, prepares=True),
     Item("ops", "parity.ops", 60),
     Item("models", "parity.models", 80, prepares=True),
     speed("skc_8xh100", 32),
