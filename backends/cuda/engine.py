@@ -101,10 +101,10 @@ class Engine:
         self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, compiled)
         self._finish = self._update.alone
         self._store = Quantiser(functools.partial(compiled, backend=self._count_exact) if wanted else None)
-        if wanted:  # past its limit torch goes on eagerly
+        if wanted:  # past its limit, which is that of all engines together, torch goes on eagerly
             limits = torch._dynamo.config
-            limits.recompile_limit = most = max(limits.recompile_limit, SPARE + self._shapes())
-            limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2 * most)
+            limits.recompile_limit += SPARE + self._shapes()
+            limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2 * limits.recompile_limit)
         self.notes = (
             f"compile: loss and each bank's update (torch.compile), {self._shapes()} shapes declared"
             if wanted

@@ -18,6 +18,7 @@ class Update:
     def __init__(self, config, banks, buckets, ranks, orthogonal, compiled):
         self._train, self._banks, self._buckets, self._ranks = config.train, banks, buckets, ranks
         self._orthogonal = orthogonal
+        # CUDA: neither is decorated: all that no_grad wraps is one function to the compiler, with one limit
         self._change, self._after = compiled(self._rules), compiled(self._follow)
 
     @torch.no_grad()
@@ -66,7 +67,6 @@ class Update:
         slots = {slot: whole[part] for (of, slot), whole in state.whole.items() if of == bank and slot != "ema"}
         self._change(bank.group, params.whole[bank, ""][part], slots, *numbers)
 
-    @torch.no_grad()
     def _rules(self, group, param, slots, grad, norm, finite, hyper, count):
         numbers = dict(zip(NUMBERS, hyper, strict=True))
         grad = grad * (optim.clip_scale(norm, self._train.clip) / count)
@@ -79,7 +79,6 @@ class Update:
         if held:
             self._after(list(held.values()), [params.whole[bank, ""] for bank in held], finite, hyper)
 
-    @torch.no_grad()
     def _follow(self, averages, params, finite, hyper):
         decay = dict(zip(NUMBERS, hyper, strict=True))["average"]
         new = [optim.average(old, param, decay) for old, param in zip(averages, params, strict=True)]
