@@ -80,11 +80,16 @@ def test_launches_that_grow_with_depth_would_be_seen(monkeypatch: pytest.MonkeyP
     assert all(thrice[part] > 1.5 * count for part, count in once.items())
 
 
-def test_launches_at_full_size() -> None:
-    """What docs/performance.md says, of 179 parameters in 14 banks."""
-    config = presets.get("skc_8xh100").config
-    assert (len(params.param_table(config.model)), len(params.banks(config.model))) == (179, 14)
-    assert launches(config) == {"update": 1038, "quantisers": 247}
+FULL_SIZE = {"baseline": (101, 6, 363, 72), "ternary_74m": (115, 8, 463, 128), "skc_8xh100": (179, 14, 1038, 247)}
+"""Preset -> parameters, banks, launches of an update and of the quantisers: what docs/performance.md says."""
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_launches_at_full_size(name: str) -> None:
+    config = presets.get(name).config
+    found = launches(config)
+    sizes = len(params.param_table(config.model)), len(params.banks(config.model))
+    assert (*sizes, found["update"], found["quantisers"]) == FULL_SIZE[name]
 
 
 @pytest.fixture
