@@ -138,6 +138,8 @@ def test_an_item_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) ->
 def test_what_no_longer_fits_the_budget_is_not_started(tmp_path: Path) -> None:
     code, said = drive(tmp_path, item("quick", cap=5), item("beyond", cap=100), budget=20)
     assert code == 1 and "beyond" not in found(tmp_path) and said[-1].startswith("not started, ")
+    code, said = drive(tmp_path, item("quick", cap=5), item("beyond", cap=100, optional=True), budget=20)
+    assert code == 0 and said[-1].startswith("not started, "), "what is optional need not be reached"
     code, said = drive(tmp_path, item("quick", cap=5), item("crash", cap=5), budget=20)
     assert said[0].startswith("1 items have a result"), "a second call skips what has one"
 
