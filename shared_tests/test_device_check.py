@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,11 @@ def test_items_need_nothing_that_a_bare_machine_lacks(tmp_path: Path) -> None:
     runs = found(tmp_path)
     assert sum("ok" in line for line in runs[items[0]]) == 13 and (tmp_path / "profiles.txt").stat().st_size > 500
     assert any(line.get("what") == "update alone" and line["value"] > 0 for line in runs[items[1]])
+
+
+def test_no_extra_builds_flash_attention_from_source() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["cuda"] == extras["torch"] and not any("flash" in line for lines in extras.values() for line in lines)
 
 
 # What is measured.

@@ -28,7 +28,7 @@ class Item:
 
 
 NOT_MIXED = {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"}
-"""torch 2.11's fused reductions may take too many registers (pytorch issue 179423): a step is timed without them too."""
+"""torch 2.11's fused reductions may take too many registers (pytorch issue 179423): steps are timed without, too."""
 
 
 def speed(preset: str, micro: int, *after: str, optional: bool = False, mixed: bool = True) -> Item:
