@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,8 @@ def test_an_item_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) ->
 def test_what_no_longer_fits_the_budget_is_not_started(tmp_path: Path) -> None:
     code, said = drive(tmp_path, item("quick", cap=5), item("beyond", cap=100), budget=20)
     assert code == 1 and "beyond" not in found(tmp_path) and said[-1].startswith("not started, ")
+    code, said = drive(tmp_path, item("quick", cap=5), item("beyond", cap=100, optional=True), budget=20)
+    assert code == 0 and said[-1].startswith("not started, "), "what is optional need not be reached"
     code, said = drive(tmp_path, item("quick", cap=5), item("crash", cap=5), budget=20)
     assert said[0].startswith("1 items have a result"), "a second call skips what has one"
 
@@ -282,6 +285,11 @@ def test_items_need_nothing_that_a_bare_machine_lacks(tmp_path: Path) -> None:
     runs = found(tmp_path)
     assert sum("ok" in line for line in runs[items[0]]) == 13 and (tmp_path / "profiles.txt").stat().st_size > 500
     assert any(line.get("what") == "update alone" and line["value"] > 0 for line in runs[items[1]])
+
+
+def test_no_extra_builds_flash_attention_from_source() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["cuda"] == extras["torch"] and not any("flash" in line for lines in extras.values() for line in lines)
 
 
 # What is measured.

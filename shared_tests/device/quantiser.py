@@ -13,7 +13,7 @@ from shared_tests.device.child import Child
 CASTS = {"emulate_precision_casts": True}
 """Keeps the roundings to float16 that inductor leaves out otherwise."""
 DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding")
-"""Inductor's option that divides as IEEE says, in torch 2.13 and in 2.11."""
+"""Inductor's option that divides as IEEE says, by its names of several versions."""
 DIVIDED = ("int8/row", "int6/row", "int4/row", "fp8/row")
 """Classes that divide by their scale; ternary compares."""
 
