@@ -82,6 +82,8 @@ class Simple:
     what: str
     kind: type
     among: tuple[str, ...] = ()
+    most: int = 1 << 16
+    """Letters of a text."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ def check_value(value: Any, kind: Kind, where: str) -> None:
         _require(value is None or type(value) in (str, int, float, bool), where, value, kind.what)
     else:
         good = type(value) is kind.kind and (not kind.among or value in kind.among)
+        if isinstance(value, str) and len(value) > kind.most:
+            raise RunError(f"{where}: {len(value):,} letters, expected at most {kind.most:,}; mend or remove it")
         _require(good, where, value, kind.what)
 
 

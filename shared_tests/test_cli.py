@@ -120,7 +120,7 @@ def test_train_leaves_a_whole_run_folder(trained: Path, capsys: Capture) -> None
     names = {path.name for path in trained.iterdir()}
     assert names == {
         "config.json", "env.json", "metrics.jsonl", "log.txt", "tokenizer.model", "state",
-        "artifact.skc", "report.md", "curve.png",
+        "artifact.skc", "report.md", "curve.png", "lock",
     }  # fmt: skip
     run = Run.open(trained)
     env, final, stored = run.environment(), run.last("final/score"), run.last("final/artifact")
@@ -139,14 +139,16 @@ def test_train_leaves_a_whole_run_folder(trained: Path, capsys: Capture) -> None
 
 def test_a_finished_run_is_scored_again_but_not_trained(copy: Path, capsys: Capture) -> None:
     before = Run.open(copy).checkpoint()
-    value = call(capsys, "train", "debug", *SHORT, "--out", str(copy))
+    value = call(capsys, "train", "debug", *SHORT, "--again", "--out", str(copy))
     after = Run.open(copy).checkpoint()
     assert (
         before and after and value["step"] == 6 and value["score"]["bpb"] == Run.open(copy).last("final/score")["bpb"]
     )
     assert all(before.params[name].tobytes() == after.params[name].tobytes() for name in before.params)
     env = Run.open(copy).environment()
-    call(capsys, "train", "debug", *SHORT[:-1], "mlx", "--out", str(copy))  # trains nothing, so it relabels nothing
+    call(
+        capsys, "train", "debug", *SHORT[:-1], "mlx", "--again", "--out", str(copy)
+    )  # trains nothing, so it relabels nothing
     assert Run.open(copy).environment() == env and env["backend"] == "cuda" and not env["earlier"]
 
 
@@ -314,8 +316,8 @@ def spoil(name: str) -> Callable[[Path], None]:
     "damage, verb, message",
     [
         (spoil("config.json"), "eval RUN", r"config\.json: not JSON"),
-        (spoil("state/checkpoint.safetensors"), "eval RUN", r"checkpoint\.safetensors: damaged checkpoint"),
-        (spoil("state/checkpoint.safetensors"), "export RUN", r"checkpoint\.safetensors: damaged checkpoint"),
+        (spoil("state/checkpoint.safetensors"), "eval RUN", r"checkpoint\.safetensors: .*is damaged; delete it"),
+        (spoil("state/checkpoint.safetensors"), "export RUN", r"checkpoint\.safetensors: .*is damaged; delete it"),
         (spoil("artifact.skc"), "eval RUN/artifact.skc", r"artifact\.skc: payload_bytes"),
         (lambda run: shutil.rmtree(run / "state"), "sample RUN", "has no checkpoint yet; train it first"),
         (lambda run: (run / "tokenizer.model").unlink(), "eval RUN", r"tokenizer\.model: No such file"),

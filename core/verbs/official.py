@@ -18,8 +18,9 @@ from core.files import place_file
 from core.official import Checkpoint, model_of, read_official, to_ours
 from core.params import count
 from core.presets.transformers import BASELINE
-from core.run import Run, RunError, config_digest, hold
+from core.run import Run, RunError, config_digest
 from core.verbs.common import Backend, Context, Outcome, check_data, environment
+from core.writer import hold
 
 PART = ".import.part"
 """Folder in that of the run in which it is made."""
