@@ -195,7 +195,7 @@ def look_at_data(path: Path) -> None:
     dataset = open_dataset(str(path.parent))
     model = dataclasses.replace(config.model, vocab=dataset.tokenizer.vocab, bos=dataset.tokenizer.bos)
     train = dataclasses.replace(config.train, seq=8)
-    check_data(dataclasses.replace(config, model=model, train=train), dataset)
+    check_data(dataclasses.replace(config, model=model, train=train), dataset, "")
 
 
 def mutate_npy(rng: Random, whole: bytes) -> bytes:
