@@ -10,8 +10,8 @@ MOST_LETTERS = 4096
 """Letters of a setting that is text: no name and no path is longer."""
 MOST_ENTRIES = 1024
 """Entries of a setting that is a list."""
-LARGEST = 1e12
-"""Largest number that is not a whole one."""
+LARGEST = 1e36
+"""Largest number that is not a whole one: a float32 holds it, and a hundred times as much."""
 FEW = 8
 """Entries of the longest list that a message shows."""
 WORD = 100
@@ -43,7 +43,7 @@ def require_limits(section: str, config: Any, largest: int, **limits: int) -> No
                 require_text(where, one)
             elif isinstance(one, float):
                 require(math.isfinite(one), f"{where}={value}: expected a finite number")
-                require(abs(one) <= LARGEST, f"{where}={one}: expected at most {LARGEST:,.0f}")
+                require(abs(one) <= LARGEST, f"{where}={one}: expected at most {LARGEST:g}")
             elif isinstance(one, int):
                 most = limits.get(f.name, largest)
                 require(abs(one) <= most, f"{where}={whole(one)}: expected at most {most:,}")

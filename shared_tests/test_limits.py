@@ -51,6 +51,11 @@ def kinds(hint: Any) -> set[Any]:
     return set().union(*map(kinds, get_args(hint))) if get_args(hint) else {hint}
 
 
+def fields(section: str) -> dict[str, Any]:
+    """Return the fields of a section and what they take."""
+    return typing.get_type_hints(SECTIONS[section])
+
+
 def cases() -> Iterator[tuple[str, str, Any]]:
     """Yield (section, field, value) for every field: numbers, texts and lists that no one means."""
     for section, kind in SECTIONS.items():
@@ -249,7 +254,7 @@ def test_sizes_at_their_limits_cost_little() -> None:
 def test_every_limit_is_checked_first() -> None:
     """A field that is too large is refused by its limit, not by what would be computed from it."""
     for section, name, value in ALL:
-        if section and isinstance(value, int) and value == 10**18:
+        if section and isinstance(value, int) and value == 10**18 and int in kinds(fields(section)[name]):
             with pytest.raises(ConfigError, match=rf"^{section}\.{name}.*expected at most"):
                 from_json(SECTIONS[section], changed(RunConfig(), (section, name, value))[section], section)
 

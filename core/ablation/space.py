@@ -36,6 +36,8 @@ FOUND = "found"
 TRIAL = re.compile(r"trial-\d+")
 MOST_TRIALS = 10_000
 MOST_VALUES = 256
+MOST_STEPS = 10**12
+"""Most steps of a range."""
 MOST_CHECKS = 5_000
 """Settings that are tried out before anything runs: a second or two."""
 ROUND = 4
@@ -185,7 +187,7 @@ def _range(name: str, value: dict[str, Any], where: str) -> Field:
         number = value[key]
         good = type(number) is int or (kind == "float" and type(number) is float)
         if not good or not abs(number) <= LARGEST:
-            expected = f"a {'whole' if kind == 'int' else 'finite'} number of at most {LARGEST:,.0f}"
+            expected = f"a {'whole' if kind == 'int' else 'finite'} number of at most {LARGEST:g}"
             raise ConfigError(f"{where}: {key}: {told(number)}: expected {expected}")
     log, step = typed(value, "log", bool, where, False), value.get("step", 1 if kind == "int" else None)
     low, high = (value[key] if kind == "int" else float(value[key]) for key in ("low", "high"))
@@ -197,7 +199,7 @@ def _range(name: str, value: dict[str, Any], where: str) -> Field:
         raise ConfigError(f"{where}: log and step exclude each other; leave one out")
     if step is not None and step <= 0:
         raise ConfigError(f"{where}: step {step}: expected a number above 0")
-    if step is not None and (high - low) / step > LARGEST:
+    if step is not None and (high - low) / step > MOST_STEPS:
         raise ConfigError(f"{where}: step {step}: is too small for a range from {low} to {high}")
     if step is not None and not _whole(low, high, step):
         raise ConfigError(f"{where}: high {high} is not a whole number of steps of {step} above low {low}")
