@@ -257,7 +257,7 @@ class TrainShard(Plugin):
         self._inverse = np.float32(1 + np.bincount(tokens).max() / len(tokens))
 
     def read(self, path: str) -> np.ndarray:
-        return open_shard(path)
+        return np.array(open_shard(path))
 
     def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
         return log_softmax(logprobs * self._inverse)
