@@ -175,18 +175,21 @@ def _fill(folder: Path, sources: _Sources, shard_tokens: int, threads: int) -> d
         tokenizer = Tokenizer(_trained(sample, sources.vocab, notes))
     replace_file(folder / "tokenizer.model", tokenizer.model)
     writers = {name: SplitWriter(str(folder), name, tokenizer, shard_tokens) for name in ("train", "val")}
-    dropped = empty = 0
+    empty = 0
     if sources.val is not None:
         empty += _write(sources, sources.read(sources.val, "tokenising val"), threads, lambda key: writers["val"])
     drop = given is not None
     other = None if drop else writers["val"]
     read = texts or sources.read(sources.inputs, "tokenising train" if drop else "tokenising")
     empty += _write(sources, read, threads, lambda key: other if rule.takes(key) else writers["train"])
-    dropped = survey.dropped
     return {
         "tokenizer": tokenizer_record(tokenizer),
         "splits": {name: writer.close() for name, writer in writers.items()},
-        "disjoint": {"compared": "blake2b-128 of each document's tokens", "rule": how, "dropped_from_train": dropped},
+        "disjoint": {
+            "compared": "blake2b-128 of each document's tokens",
+            "rule": how,
+            "dropped_from_train": survey.dropped,
+        },
         "empty_documents": empty,
         "notes": notes,
     }

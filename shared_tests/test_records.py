@@ -55,7 +55,7 @@ def put(value: dict[str, Any], path: str, new: Any) -> dict[str, Any]:
     return changed
 
 
-GONE = object()
+GONE = type("Gone", (), {"__repr__": lambda self: "gone"})()
 WRONG: list[tuple[str, Any, str]] = [
     ("step", "4", "a whole number"), ("step", 4.0, "a whole number"), ("step", -1, "a whole number"),
     ("step", True, "a whole number"), ("step", 2**60, "a whole number"), ("step", GONE, "missing"),
