@@ -8,11 +8,12 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
+from core.checks import told
 from core.config import RunConfig
 from core.engine import Arrays, DType, Engine
 from core.files import FileError, parse_json
 from core.params import check_arrays, optimizer_slots, param_table
-from core.records import RunError, told
+from core.records import RunError
 from core.tensors import read_tensors, write_tensors
 
 SCHEMA = 2

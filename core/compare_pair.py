@@ -89,7 +89,8 @@ def label(run: Run) -> str:
     """Return where a run was trained, in a few words."""
     env = run.environment()
     ranks = f"{env['ranks']} x " if env.get("ranks", 1) != 1 else ""
-    return f"{env.get('backend', '?')}, {ranks}{env.get('device', '?')}, {env.get('dtype', '?')}"
+    backend, device, dtype = (env.get(name, "?")[:60] for name in ("backend", "device", "dtype"))
+    return f"{backend}, {ranks}{device}, {dtype}"
 
 
 def hold(first: Run, other: Run, by: str) -> Pair:

@@ -48,7 +48,7 @@ def draw(runs: list[Run], pairs: list[Pair], path: Path) -> None:
 
 def _curve(axes: Any, run: Run, by: str, name: str, colour: str) -> None:
     train, val = positions(run, name, by), positions(run, "val/bpb", by)
-    text = f"{run.path.name} ({label(run)})"
+    text = plain(f"{run.path.name[:60]} ({label(run)})")
     if train:
         means, ends = [row[name] for row in train.values()], np.array([*train], np.float64)
         middles = middle(np.append(0.0, ends[:-1]), ends)
@@ -60,6 +60,11 @@ def _curve(axes: Any, run: Run, by: str, name: str, colour: str) -> None:
         values, errors = zip(*((row["val/bpb"], row.get("val/error", 0.0)) for row in val.values()), strict=True)
         style: dict[str, Any] = {"color": colour, "fmt": "o", "markersize": 4, "capsize": 3, "linewidth": 1.0}
         axes.errorbar([*val], values, yerr=errors, label=None if train else text, **style)
+
+
+def plain(text: str) -> str:
+    """Return text that matplotlib shows as it is: between two dollar signs it would read a formula."""
+    return text.replace("$", r"\$")
 
 
 def _difference(axes: Any, pair: Pair, colour: str) -> float:

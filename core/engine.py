@@ -234,7 +234,8 @@ class Engine(Protocol):
 
         A device with memory of its own adds limit_bytes, all of it.
 
-        `traces` counts compilations of the training step's parts: the whole of it in MLX, loss and update in torch.
+        `traces` counts compilations of the training step's parts: the whole of it in MLX; in torch the loss, the
+        quantisers, every bank's update and the averages.
         """
         ...
 

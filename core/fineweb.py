@@ -100,7 +100,7 @@ def notes(manifest: dict[str, Any]) -> list[str]:
     usual = min(TRAIN_SHARDS, there)
     if taken < usual:
         text = f"WARNING: {text}; the challenge trains on {usual}, and one shard instead of 80 cost 0.1 bits per byte"
-    listed, held = made["val_tokens_listed"], manifest["splits"]["val"]["tokens"]
+    listed, held = made.get("val_tokens_listed"), manifest["splits"]["val"]["tokens"]
     if listed in (None, held):
         return [text]
     return [text, f"WARNING: the source's manifest says {listed:,} validation tokens, its shards hold {held:,}"]

@@ -31,7 +31,7 @@ Lost = Callable[[str | None], None]
 def end_process(message: str | None) -> None:
     """End this process at once, since its main thread may wait for ever in a collective; say why, unless others do."""
     if message is not None:
-        print(message, file=sys.stderr, flush=True)
+        print(one_line(message), file=sys.stderr, flush=True)
     os._exit(1)
 
 

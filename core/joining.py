@@ -68,10 +68,11 @@ def _mlx() -> tuple[int, int, str]:
     if not file:
         raise ConfigError("MLX_RANK is set but MLX_HOSTFILE is not: start the ranks with mlx.launch --backend ring")
     try:
-        hosts = [str(host[0]) for host in read_json(file)]
+        listed = read_json(file)
+        hosts = [str(host[0]) for host in listed] if isinstance(listed, list) else None
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"MLX_HOSTFILE={file}: no ring can be made of it ({error}): use mlx.launch") from error
-    if not hosts:
+    if not hosts:  # no list at all is taken like an empty one
         raise ConfigError(f"MLX_HOSTFILE={file}: names no host: use mlx.launch")
     return _number("MLX_RANK", 0, len(hosts)), len(hosts), hosts[0]
 
@@ -82,9 +83,10 @@ def _number(name: str, low: int, end: int | None) -> int:
     expected = f"expected a whole number from {low}{'' if end is None else f' to {end - 1}'}"
     if text is None:
         raise ConfigError(f"{name} is not set: {expected}; start the ranks with torchrun")
-    if not (text.isascii() and text.isdecimal() and low <= int(text[:9]) and (end is None or int(text[:9]) < end)):
+    digits = text.isascii() and text.isdecimal() and len(text) < 10
+    if not (digits and low <= int(text) and (end is None or int(text) < end)):
         raise ConfigError(f"{name}={text[:40]!r}: {expected}")
-    return int(text[:9])
+    return int(text)
 
 
 @contextmanager

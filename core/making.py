@@ -15,7 +15,7 @@ from typing import Any
 
 from core.column import DataError
 from core.data import open_dataset
-from core.files import append_file, locked, place_file, replace_file, sweep, sync_folder
+from core.files import append_file, locked, own_folder, place_file, replace_file, sweep, sync_folder
 from core.manifest import MANIFEST, read_manifest
 
 PART = ".part"
@@ -42,6 +42,17 @@ def find_manifest(out: str) -> dict[str, Any] | None:
         return read_manifest(out)
     except DataError as error:
         raise DataError(f"{out}: exists and holds no prepared data; choose another folder ({error})") from error
+
+
+def check_writable(out: str) -> None:
+    """Raise DataError, before any work, if a folder could not be made or filled."""
+    place = os.path.abspath(out)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise DataError(f"{out}: {place} is no folder; choose another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise DataError(f"{out}: {place} cannot be written to; choose another --out")
 
 
 def damage(out: str) -> str | None:
@@ -83,9 +94,7 @@ def making(out: str, waiting: Callable[[], None]) -> Iterator[Path]:
 def _hold(part: Path, waiting: Callable[[], None]) -> Any:
     """Lock the part for this process: whoever held it before has removed the file that was waited for."""
     while True:
-        part.mkdir(exist_ok=True)
-        if part.is_symlink():
-            raise DataError(f"{part}: is a link, which nothing here makes; remove it")
+        own_folder(part)
         lock = append_file(part / LOCK)
         try:
             if not locked(lock):

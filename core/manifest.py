@@ -43,7 +43,7 @@ TOKENIZER = {
 }  # fmt: skip
 SPLIT = {
     "files": [{"file": NAME, "tokens": COUNT, "size?": COUNT, "sha256?": TEXT}],
-    "documents?": COUNT, "tokens?": COUNT, "raw_bytes?": COUNT, "table_bytes?": COUNT, "unknown_tokens?": COUNT,
+    "documents": COUNT, "tokens": COUNT, "raw_bytes?": COUNT, "table_bytes?": COUNT, "unknown_tokens?": COUNT,
     "bytes_per_token?": NUMBER, "document_bytes?": NAME,
 }  # fmt: skip
 ORIGIN = {
@@ -62,14 +62,12 @@ WHOLE = {
 
 def read_manifest(path: str) -> dict[str, Any]:
     """Return the manifest of a prepared folder; DataError if there is none or it is not one of ours."""
-    if "\0" in path or not _encodes(path):
-        raise DataError(f"{ascii(path)[:200]}: no name of a folder; give the path of a prepared folder")
     file = os.path.join(path, MANIFEST)
     try:
         manifest = read_json(file, MAX_MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
-        here = "no manifest.json here" if os.path.isdir(path) else "no such folder"
-        raise DataError(f"{path}: {here}; make the folder with `skc data prepare`") from error
+        more = "" if os.path.isdir(path) else " (there is no such folder)"
+        raise DataError(f"{path}: no manifest.json here{more}; make the folder with `skc data prepare`") from error
     except FileError as error:
         raise DataError(f"{error}; prepare the data again") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
@@ -116,11 +114,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, str):
         return ascii(value[:60])
     return f"{type(value).__name__}" if isinstance(value, dict | list) else str(value)[:60]
-
-
-def _encodes(path: str) -> bool:
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError:
-        return False
-    return True

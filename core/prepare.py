@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from core.corpus import PLAIN, Format, find_inputs, read_documents
 from core.files import replace_file
-from core.making import damage, find_manifest, install, making
+from core.making import check_writable, damage, find_manifest, install, making
 from core.manifest import SCHEMA
 from core.shards import DataError, SplitWriter, file_sha256, grouped
 from core.tokenizer import Tokenizer, VocabularyError, train_tokenizer, trained_identity
@@ -61,6 +61,8 @@ def prepare(
         raise DataError(f"shard_tokens={shard_tokens}: expected from 1 to 2^31 - 1")
     report = progress or _silent
     before = find_manifest(out)
+    if before is None:
+        check_writable(out)
     inputs = find_inputs(inputs)
     val = None if val is None else find_inputs(val)
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None

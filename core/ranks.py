@@ -72,7 +72,12 @@ def launched() -> tuple[str, int] | None:
     """Return (backend of the launcher that started this process, rank), or None if none did."""
     for backend, (variable, _) in VARIABLES.items():
         value = os.environ.get(variable)
-        if value is not None and value.isdecimal() and (backend != "cuda" or "WORLD_SIZE" in os.environ):
+        if (
+            value is not None
+            and value.isdecimal()
+            and len(value) < 10
+            and (backend != "cuda" or "WORLD_SIZE" in os.environ)
+        ):
             return backend, int(value)
     return None
 

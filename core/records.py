@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.checks import told
 from core.files import FileError, parse_json, read_json, read_text
 
 MAX_ROWS = 1 << 19
@@ -82,6 +83,8 @@ class Simple:
     what: str
     kind: type
     among: tuple[str, ...] = ()
+    most: int = 1 << 16
+    """Letters of a text."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,8 @@ def check_value(value: Any, kind: Kind, where: str) -> None:
         _require(value is None or type(value) in (str, int, float, bool), where, value, kind.what)
     else:
         good = type(value) is kind.kind and (not kind.among or value in kind.among)
+        if isinstance(value, str) and len(value) > kind.most:
+            raise RunError(f"{where}: {len(value):,} letters, expected at most {kind.most:,}; mend or remove it")
         _require(good, where, value, kind.what)
 
 
@@ -197,14 +202,6 @@ def _check_fields(value: dict[str, Any], kind: Fields, where: str) -> None:
         if expected is None:
             raise RunError(f"{where}: {told(name)}: unknown name; the file is damaged, or of another version")
         check_value(one, expected, f"{where}: {name if len(name) < 40 and name.isprintable() else told(name)}")
-
-
-def told(value: Any) -> str:
-    """Return a value of a file fit for one line: written out as Python does, and of a long one the start."""
-    if isinstance(value, list | dict):
-        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value):,}"
-    text = repr(value[:80] if isinstance(value, str) else value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _require(good: bool, where: str, value: Any, what: str) -> None:

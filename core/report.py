@@ -137,7 +137,8 @@ def draw_curve(run: Run, path: Path) -> None:
     whole_ticks(axes)
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte" if name == "train/bpb" else "nats per token")
-    axes.set_title(f"{run.config.preset}, seed {run.config.seed}, {run.environment().get('backend', '')}")
+    backend = run.environment().get("backend", "")[:60]
+    axes.set_title(f"{run.config.preset}, seed {run.config.seed}, {backend}".replace("$", r"\$"))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:

@@ -9,8 +9,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,25 +18,23 @@ from core.config import LATER, ConfigError, RunConfig, differences, from_json, t
 from core.engine import Engine
 from core.files import (
     MAX_TEXT,
-    TEMPORARY,
     FileError,
     append_file,
     edit_file,
-    locked,
     new_file,
     open_file,
     own_folder,
     read_file,
     read_text,
     replace_file,
-    sweep,
     sync_file,
     sync_folder,
-)  # fmt: skip
+)
 from core.ranks import Ranks, agree, share_arrays
 from core.records import METRICS, of_a_run, read_environment, read_object, read_rows
 from core.records import RunError as RunError
 from core.trackers import Copies
+from core.writer import refuse_strangers
 
 FREE = (
     "preset", "train.log_every", "train.eval_every", "train.sample_every", "train.save_every",
@@ -58,35 +54,6 @@ BLOCK = 1 << 16
 """Bytes that are looked through at a time for the end of the last whole line."""
 
 
-@contextmanager
-def hold(path: str | Path) -> Iterator[None]:
-    """Be the one process that writes into a run folder, which is made if there is none, until the block ends.
-
-    The lock ends with its process, whatever ends that; what killed writers left is swept. RunError, with nothing
-    touched, if another process holds it or something else is in the way.
-    """
-    path = Path(path)
-    with ExitStack() as stack:
-        with of_a_run():
-            _refuse_strangers(path)
-            path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(alone(path))
-            if os.path.lexists(path / "state"):
-                own_folder(path / "state")
-                sweep(path / "state")
-        yield
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Be the one process that writes into a folder that is there, as `hold` does; FileError, RunError."""
-    with append_file(folder / "lock") as file:
-        if not locked(file):
-            raise RunError(f"{folder}: another process writes into it: wait until it ends, or stop it")
-        sweep(folder)
-        yield
-
-
 class Run:
     """One run folder that exists on disk."""
 
@@ -98,6 +65,8 @@ class Run:
         self.metrics_path = path / "metrics.jsonl"
         self.env_path = path / "env.json"
         self.log_path = path / "log.txt"
+        self._read: tuple[tuple[int, int, int], list[dict[str, Any]]] | None = None
+        """What metrics.jsonl held when it was last read, and as which file: a long one takes seconds."""
         self.copies: Copies | None = None
         """Trackers that get every line of metrics.jsonl too."""
 
@@ -121,7 +90,7 @@ class Run:
         in env.json): the message lists them. Whoever calls this holds the folder.
         """
         path = Path(path)
-        _refuse_strangers(path)
+        refuse_strangers(path)
         with of_a_run():
             if (path / "config.json").exists():
                 run = cls.open(path)
@@ -188,7 +157,13 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; one that a kill cut short is left out; RunError names a bad one."""
-        return read_rows(self.metrics_path)
+        if not self.metrics_path.exists():
+            return []
+        status = self.metrics_path.stat()
+        stamp = status.st_ino, status.st_size, status.st_mtime_ns
+        if self._read is None or self._read[0] != stamp:
+            self._read = stamp, read_rows(self.metrics_path)
+        return list(self._read[1])
 
     def last(self, name: str) -> Any:
         """Return the newest value of a metric, or None."""
@@ -344,16 +319,6 @@ def config_digest(config: RunConfig) -> str:
     }  # fmt: skip
     kept = {name: setting for name, setting in kept.items() if not name.startswith((*FREE, "data."))}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def _refuse_strangers(path: Path) -> None:
-    """Raise RunError for a path where something else is than a run, an empty folder, or nothing."""
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{path}: is a file, expected a run folder; choose another folder")
-    if path.is_dir() and not (path / "config.json").exists():
-        ours = ("state", "lock")  # what a kill during `create` leaves
-        if any(name not in ours and not TEMPORARY.search(name) for name in os.listdir(path)):
-            raise RunError(f"{path}: exists, is not empty and is not a run; choose another --out")
 
 
 def _drop_cut_line(path: Path) -> None:

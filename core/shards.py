@@ -64,7 +64,7 @@ def write_shard(path: str, tokens: np.ndarray) -> None:
 def file_sha256(path: str) -> str:
     """Return the SHA-256 of a file, in hex."""
     with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType] - it has readinto
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_record(path: str, count: int) -> dict[str, Any]:

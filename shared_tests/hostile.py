@@ -33,7 +33,7 @@ MEGABYTES = 512
 """That may be resident in it."""
 LINE = 400
 """Characters of its message."""
-WAIT = 60
+WAIT = 300
 """Seconds after which a command counts as hanging: on a machine that others use too."""
 GIGABYTE = 1 << 30
 
@@ -153,7 +153,7 @@ class Ran(NamedTuple):
 
     argv: list[str]
     code: int
-    """Exit code; below 0: the signal that ended it (-9: it was stopped as it hung)."""
+    """Exit code; below 0: the signal that ended it (-9: it was stopped, as it hung or took too much time)."""
     out: str
     err: str
     seconds: float
@@ -250,6 +250,8 @@ def _child(request: dict[str, Any], folder: Path) -> None:
             file = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o600)
             os.dup2(file, handle)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        own = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+        resource.setrlimit(resource.RLIMIT_CPU, (own + 3 * int(SECONDS), own + 3 * int(SECONDS)))
         os.chdir(request["cwd"])
         from core.cli import main
 

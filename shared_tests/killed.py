@@ -18,8 +18,9 @@ from core.config import DataConfig, RunConfig
 from core.data import open_dataset
 from core.engine import EngineOptions, load_engine
 from core.prepare import prepare
-from core.run import Checkpoint, Run, hold
+from core.run import Checkpoint, Run
 from core.train import train
+from core.writer import hold
 
 PLACES = ("write", "fsync", "rename", "copy")
 """Where a child can kill itself while it saves a checkpoint: in the middle of the write, or just before the others."""

@@ -1,7 +1,8 @@
-"""Hostile files against the three readers: `python -m shared_tests.mutations --before N --after M --seed S`.
+"""Hostile files against every reader: `python -m shared_tests.mutations --before N --after M --seed S`.
 
-Every index makes one artifact, one shard and one checkpoint (`shared_tests.mutants`) and reads them: the first N are
-changed before compression and framing, the next M are changes of the finished file's bytes. A read must end in its
+Every index makes one file of each kind (artifacts, shards, checkpoints: `shared_tests.mutants`; what a run, prepared
+data, a ledger and an ablation are described by: `shared_tests.record_mutants`) and reads it: the first N are changed
+before compression and framing, the next M are changes of the finished file's bytes. A read must end in its
 reader's own error or in a sane result, in 2 s of processor time and 256 MB of address space; the first that does not is
 named by seed and index, and `--only INDEX` does it again. Returns 0, or 1 after a failure. numpy and core only.
 """
@@ -13,6 +14,7 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import argparse
 import collections
+import functools
 import hashlib
 import json
 import mmap
@@ -24,7 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +36,7 @@ from core.export.artifact import ArtifactError, read_artifact, write_artifact
 from core.params import optimizer_slots, param_table
 from core.run import Run, RunError
 from core.shards import DataError, open_shard
-from shared_tests import mutants
+from shared_tests import mutants, record_mutants
 from shared_tests.reference import LARGEST
 
 MEMORY = 256 << 20
@@ -60,10 +62,30 @@ class Reader(NamedTuple):
     """Return the bytes in front of a whole file's payload."""
     read: Callable[[Path], None]
     """Read a file; an AssertionError says what of the result is not sane."""
+    place: Path | None = None
+    """Where the file lies, among others that it belongs to; None: anywhere."""
 
 
-def readers(folder: Path) -> dict[str, Reader]:
-    """Return the three readers; their whole files are made in `folder`."""
+BINARIES = ("artifact", "shard", "checkpoint")
+
+
+def readers(folder: Path, names: Collection[str] = BINARIES) -> dict[str, Reader]:
+    """Return readers by name, all of them without `names`; their whole files are made in `folder`."""
+    return {n: r for n, r in {**binaries(folder), **records(folder)}.items() if not names or n in names}
+
+
+def records(folder: Path) -> dict[str, Reader]:
+    """Return the readers of records."""
+    found = record_mutants.kinds(folder)
+    return {
+        name: Reader("", record_mutants.RefusedError, whole, mutate, lambda whole: 0, read, place)
+        for name, (place, whole, mutate, read) in found.items()
+    }
+
+
+@functools.cache
+def binaries(folder: Path) -> dict[str, Reader]:
+    """Return the readers of weights and tokens."""
     m = mutants
     return {
         "artifact": Reader(
@@ -183,21 +205,28 @@ def refusal(message: str, path: Path) -> tuple[str, str]:
 
 
 def campaign(
-    folder: Path, seed: int, indices: range, before: int, reached: Callable[[int], None] = lambda index: None
+    folder: Path,
+    seed: int,
+    indices: range,
+    before: int,
+    reached: Callable[[int], None] = lambda index: None,
+    names: Collection[str] = BINARIES,
 ) -> tuple[Counts, tuple[int, str] | None]:
     """Do the mutations of `indices`: return counts by (reader, when), and (index, what) of the first failure.
 
     Indices below `before` are changes before compression, the others after it; `reached` is told each at its start.
     """
-    made, counts = readers(folder), collections.defaultdict(collections.Counter)
+    made, counts = readers(folder, names), collections.defaultdict(collections.Counter)
     for index in indices:
         reached(index)
         when = "before" if index < before else "after"
         for name, reader in made.items():
-            path = folder / f"mutant{reader.suffix}"
+            path = reader.place or folder / f"mutant{reader.suffix}"
             path.unlink(missing_ok=True)  # writing over a file costs milliseconds on ext4, which flushes it then
             path.write_bytes(mutant(reader, name, seed, index, index < before))
             outcome, detail = attempt(reader, path)
+            if reader.place is not None:
+                path.write_bytes(reader.whole[0])  # for the files that it belongs to
             if outcome == "failed":
                 return counts, (index, f"{name}, {when} compression and framing: {detail}")
             counts[name, when][detail] += 1
@@ -229,9 +258,10 @@ def work(options: argparse.Namespace, folder: Path, reached: Callable[[int], Non
     indices = range(options.before + options.after)
     if options.only is not None:
         indices = range(options.only, options.only + 1)
-    counts, failure = campaign(folder, options.seed, indices, options.before, reached)
+    counts, failure = campaign(folder, options.seed, indices, options.before, reached, options.kinds)
     print_counts(counts)
-    assert not {"torch", "mlx"} & sys.modules.keys(), "a framework was imported"
+    frameworks = {"torch", "mlx"} & sys.modules.keys()  # an ablation asks which of them there are
+    assert not frameworks or "plan" in readers(folder, options.kinds), "a framework was imported"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
     print(f"{len(indices)} of each file in {time.monotonic() - started:.1f} s, at most {peak} MB resident; {limit}")
     if failure:
@@ -243,6 +273,7 @@ def print_failure(options: argparse.Namespace, index: int, what: str) -> None:
     """Print what an index did and the command that does it again."""
     print(f"FAILED at seed {options.seed}, index {index}: {what}")
     numbers = f"--before {options.before} --after {options.after} --seed {options.seed} --only {index}"
+    numbers += f" --kinds {' '.join(options.kinds)}" * bool(options.kinds)
     print(f"again: python -m shared_tests.mutations {numbers}", flush=True)
 
 
@@ -289,6 +320,7 @@ def main() -> int:
     parser.add_argument("--after", type=int, default=2_000, help="files changed after it")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=int, help="do this index alone")
+    parser.add_argument("--kinds", nargs="*", default=BINARIES, help="of files; none: all")
     options = parser.parse_args()
     print(f"seed {options.seed}: {options.before} files of each kind changed before framing, {options.after} after it")
     sys.stdout.flush()

@@ -96,7 +96,7 @@ def test_a_plan_is_its_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('base = "debug"', 'base = "debgu"', "preset 'debgu' does not exist"),
+        ('base = "debug"', 'base = "debgu"', "base: 'debgu' is no preset; did you mean debug"),
         ('base = "debug"', "", "base: missing"),
         ('"model.dim" = 64', '"model.dimm" = 64', "variants.wide: unknown field 'model.dimm'; did you mean model.dim"),
         ('"model.dim" = 64', '"model.dim" = "wide"', "variants.wide: model.dim='wide': expected int"),

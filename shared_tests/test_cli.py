@@ -120,7 +120,7 @@ def test_train_leaves_a_whole_run_folder(trained: Path, capsys: Capture) -> None
     names = {path.name for path in trained.iterdir()}
     assert names == {
         "config.json", "env.json", "metrics.jsonl", "log.txt", "tokenizer.model", "state",
-        "artifact.skc", "report.md", "curve.png",
+        "artifact.skc", "report.md", "curve.png", "lock",
     }  # fmt: skip
     run = Run.open(trained)
     env, final, stored = run.environment(), run.last("final/score"), run.last("final/artifact")
@@ -139,14 +139,16 @@ def test_train_leaves_a_whole_run_folder(trained: Path, capsys: Capture) -> None
 
 def test_a_finished_run_is_scored_again_but_not_trained(copy: Path, capsys: Capture) -> None:
     before = Run.open(copy).checkpoint()
-    value = call(capsys, "train", "debug", *SHORT, "--out", str(copy))
+    value = call(capsys, "train", "debug", *SHORT, "--again", "--out", str(copy))
     after = Run.open(copy).checkpoint()
     assert (
         before and after and value["step"] == 6 and value["score"]["bpb"] == Run.open(copy).last("final/score")["bpb"]
     )
     assert all(before.params[name].tobytes() == after.params[name].tobytes() for name in before.params)
     env = Run.open(copy).environment()
-    call(capsys, "train", "debug", *SHORT[:-1], "mlx", "--out", str(copy))  # trains nothing, so it relabels nothing
+    call(
+        capsys, "train", "debug", *SHORT[:-1], "mlx", "--again", "--out", str(copy)
+    )  # trains nothing, so it relabels nothing
     assert Run.open(copy).environment() == env and env["backend"] == "cuda" and not env["earlier"]
 
 
@@ -224,17 +226,8 @@ def test_export_over_the_budget_fails(copy: Path, capsys: Capture) -> None:
 
 
 def test_a_step_that_is_not_finite_exits_1_in_one_line(tmp_path: Path, capsys: Capture) -> None:
-    argv = (
-        "train",
-        "debug",
-        *SHORT,
-        "--train.lr_embed",
-        "1e30",
-        "--train.lr_vector",
-        "1e30",
-        "--train.lr_matrix",
-        "1e30",
-    )
+    rates = [word for group in ("embed", "vector", "matrix") for word in (f"--train.lr_{group}", "1e12")]
+    argv = ("train", "debug", *SHORT, "--train.eval_every", "none", *rates)
     assert main([*argv, "--out", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "not finite" in err and "skc train: step " in err
@@ -323,8 +316,8 @@ def spoil(name: str) -> Callable[[Path], None]:
     "damage, verb, message",
     [
         (spoil("config.json"), "eval RUN", r"config\.json: not JSON"),
-        (spoil("state/checkpoint.safetensors"), "eval RUN", r"checkpoint\.safetensors: damaged checkpoint"),
-        (spoil("state/checkpoint.safetensors"), "export RUN", r"checkpoint\.safetensors: damaged checkpoint"),
+        (spoil("state/checkpoint.safetensors"), "eval RUN", r"checkpoint\.safetensors: .*is damaged; delete it"),
+        (spoil("state/checkpoint.safetensors"), "export RUN", r"checkpoint\.safetensors: .*is damaged; delete it"),
         (spoil("artifact.skc"), "eval RUN/artifact.skc", r"artifact\.skc: payload_bytes"),
         (lambda run: shutil.rmtree(run / "state"), "sample RUN", "has no checkpoint yet; train it first"),
         (lambda run: (run / "tokenizer.model").unlink(), "eval RUN", r"tokenizer\.model: No such file"),

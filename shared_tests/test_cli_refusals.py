@@ -50,7 +50,7 @@ def sample() -> None:
             "train debug --model.shared-blocks 1 --model.blocks skc attention",
             "of different kinds would share a block",
         ),
-        ("train debug --data.path nowhere", "nowhere: no manifest.json here"),
+        ("train debug --data.path nowhere", "nowhere: no such folder; make the folder with"),
         ("info debug extra", "Unrecognized options: extra"),
         ("eval", "Missing from skc eval"),
         ("eval nowhere", "nowhere: no such run folder or artifact; make one with"),

@@ -49,7 +49,10 @@ def test_zst_gives_the_same_documents(tmp_path: Path, monkeypatch: pytest.Monkey
     assert seen[-1] == (total, total) and all(0 <= done <= total for done, _ in seen)
 
 
-KINDS = {"string": pyarrow.string(), "large": pyarrow.large_string()}
+KINDS = {
+    "string": pyarrow.string(), "large": pyarrow.large_string(), "view": pyarrow.string_view(),
+    "dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,6 +109,12 @@ BAD: dict[str, tuple[str, Callable[[Path], bytes]]] = {
     "a.parquet: damaged parquet file .*utf-8": ("a.parquet", bad_utf8),
     "a.parquet: expected one column text or content or raw_content, got id, body: name it by --column": (
         "a.parquet", lambda p: plain(p, TEXTS, name="body"),
+    ),
+    "a.parquet: text: expected a column of strings, got binary": (
+        "a.parquet", lambda p: plain(p, [b"a"], kind=pyarrow.binary()),
+    ),
+    "a.parquet: row 2: text: expected a string, got null": (
+        "a.parquet", lambda p: plain(p, ["a", None], kind=pyarrow.dictionary(pyarrow.int32(), pyarrow.string())),
     ),
     "a.parquet: text: expected a column of strings, got int64": (
         "a.parquet", lambda p: plain(p, [1, 2], kind=pyarrow.int64()),

@@ -186,7 +186,8 @@ def set_value(manifest: Any, where: str, value: Any) -> None:
 
 TYPED = {
     "splits.val.table_bytes": ["118495", True, -1, 1.5, 2**70, [], {}],
-    "splits.val.documents": ["8"],
+    "splits.val.documents": ["8", None],
+    "splits.train.tokens": ["8", None, True],
     "splits.val.raw_bytes": [-3, 1e300],
     "splits.val.unknown_tokens": ["0"],
     "splits.train.bytes_per_token": ["2", True, [1]],

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def test_items_run_in_order_and_the_report_says_what_is_wrong(tmp_path: Path) ->
         "beyond": "failed",
     }  # fmt: skip
     assert next(line["value"] for line in runs["compiles"] if line.get("what") == "quick had ended") == 1.0
-    assert "ended with code 9 before its turn" in report and "| never | needs a GPU |" in report
+    assert "**vanish: failed**: ended with code 9 before its turn" in report and "| never | needs a GPU |" in report
     assert "RuntimeError: no kernel image" in report and 'raise RuntimeError("no kernel' in report, "the traceback"
     assert "**beyond: large**: 3 is beyond 2" in report and "not a number**: not finite is beyond 2" in report
     assert "| small | 1 | 2 | ok |" in report and "Checks: 4, 2 beyond their limit." in report
@@ -138,6 +139,8 @@ def test_an_item_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) ->
 def test_what_no_longer_fits_the_budget_is_not_started(tmp_path: Path) -> None:
     code, said = drive(tmp_path, item("quick", cap=5), item("beyond", cap=100), budget=20)
     assert code == 1 and "beyond" not in found(tmp_path) and said[-1].startswith("not started, ")
+    code, said = drive(tmp_path, item("quick", cap=5), item("beyond", cap=100, optional=True), budget=20)
+    assert code == 0 and said[-1].startswith("not started, "), "what is optional need not be reached"
     code, said = drive(tmp_path, item("quick", cap=5), item("crash", cap=5), budget=20)
     assert said[0].startswith("1 items have a result"), "a second call skips what has one"
 
@@ -195,6 +198,17 @@ def test_what_was_compiled_comes_back_within_the_limit(tmp_path: Path, monkeypat
     driver._unpack()
     assert (driver.temporary / "small.compiled").read_bytes() == kept
     assert not (driver.temporary / "large.compiled").exists(), "what does not fit is left out"
+
+
+def test_a_file_that_grows_keeps_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared_tests.device.driver.MOST", 1000)
+    driver = Driver("a check", (), COMMAND, tmp_path, 1.0, False, print)
+    (tmp_path / "log.txt").write_bytes(b"a" * 400 + b"end")
+    driver._report()
+    assert (tmp_path / "log.txt").read_bytes() == b"a" * 400 + b"end"
+    (tmp_path / "log.txt").write_bytes(b"a" * 600 + b"end")
+    driver._report()
+    assert (tmp_path / "log.txt").read_bytes() == b"a" * 247 + b"end"
 
 
 def test_plans_fit_their_rules() -> None:
@@ -257,7 +271,8 @@ def test_items_need_nothing_that_a_bare_machine_lacks(tmp_path: Path) -> None:
     """A process that cannot import it runs real items, and imports the file of every other one."""
     files = [path.stem for path in (ROOT / "shared_tests" / "device").glob("*.py") if path.stem != "__init__"]
     items = ("quantiser", "speed baseline, 32 rows")
-    (tmp_path / f"{items[1]}.go").touch()
+    for name in items:
+        (tmp_path / f"{name}.go").touch()
     program = [
         f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))",
         *(f"import shared_tests.{n}" for n in ("test_kernels", "test_cross_entropy", *(f"device.{f}" for f in files))),
@@ -270,6 +285,11 @@ def test_items_need_nothing_that_a_bare_machine_lacks(tmp_path: Path) -> None:
     runs = found(tmp_path)
     assert sum("ok" in line for line in runs[items[0]]) == 13 and (tmp_path / "profiles.txt").stat().st_size > 500
     assert any(line.get("what") == "update alone" and line["value"] > 0 for line in runs[items[1]])
+
+
+def test_no_extra_builds_flash_attention_from_source() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["cuda"] == extras["torch"] and not any("flash" in line for lines in extras.values() for line in lines)
 
 
 # What is measured.

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from core.engine import Arrays
 from core.scoring import score_text, session
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Plugin, Temperature
@@ -122,25 +123,20 @@ def test_a_copy_is_never_ahead_of_the_ledger_on_the_disk(tmp_path: Path, monkeyp
     """What no kill can show, for the kernel keeps what was written: the ledger reaches the disk before a copy does."""
     monkeypatch.setattr(session, "SNAPSHOT_EVERY", 0.0)
     done: list[str] = []
-    sync, write = Ledger.sync, session.replace_file
+    sync, write = Ledger.sync, session.write_tensors
 
     def synced(self: Ledger) -> None:
         done.append(f"ledger {self.writes}")
         sync(self)
 
-    def written(path: Path, *parts: Any) -> None:
-        done.append(f"copy {json.loads(safe_metadata(parts[0])['skc'])['number']}")
-        write(path, *parts)
+    def written(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
+        done.append(f"copy {json.loads(metadata['skc'])['number']}")
+        write(path, arrays, metadata)
 
     monkeypatch.setattr(Ledger, "sync", synced)
-    monkeypatch.setattr(session, "replace_file", written)
+    monkeypatch.setattr(session, "write_tensors", written)
     Lives(tmp_path / "ledger", "plain").live()
     assert done == [f"{what} {number}" for number in range(1, 6) for what in ("ledger", "copy")]
-
-
-def safe_metadata(data: bytes) -> dict[str, str]:
-    """Return what a safetensors file says of itself."""
-    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
 
 
 def test_the_stored_form_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from core.scoring.ledger import Ledger, LedgerError, Scored
+from shared_tests.hostile import contents, plant
 
 
 def test_write_once_and_nothing_changes_on_refusal() -> None:
@@ -179,3 +180,17 @@ def test_damaged_ledger_files(tmp_path: Path) -> None:
             continue
         assert (found.entries["order"] > 0).sum() in (0, 19, 22), "no write is taken in part"
     assert refused > 400
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "zeros for ever", "link to a stranger", "link to itself", "sparse"])
+def test_whatever_lies_there_is_refused_or_replaced(kind: str, tmp_path: Path) -> None:
+    path, strangers = tmp_path / "ledger", tmp_path / "strangers"
+    plant(kind, path, strangers)
+    theirs = contents(strangers)
+    with pytest.raises(LedgerError, match="ledger: .*begin anew"):
+        Ledger.open(path, 50, "weights and text")
+    with pytest.raises(LedgerError):
+        Ledger.read(path)
+    with contextlib.closing(Ledger.open(path, 50, "weights and text", anew=True)) as fresh:
+        assert fresh.writes == 0
+    assert contents(strangers) == theirs and not path.is_symlink()

@@ -1,13 +1,22 @@
 """The mutation campaign: no bytes break a reader, and a reader that is broken is found. Budget: 60 s."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 
 import core.checkpoint
+import core.data
+import core.manifest
+import core.records
+import core.scoring.ledger
+from core import toml
+from core.ablation import records as ablation_records
 from core.export import codecs
 from shared_tests import mutants, mutations
 
@@ -70,3 +79,42 @@ def test_an_index_gives_the_same_file_whatever_came_before_it(tmp_path: Path) ->
         for _ in range(5):
             mutants.alter(rng, tree)
     assert repr(mutants.HOSTILE) == before
+
+
+def test_no_mutation_breaks_a_reader_of_records(tmp_path: Path) -> None:
+    """What a run, prepared data, a ledger and an ablation are described by: each refused in a line, or used."""
+    names = mutations.records(tmp_path)
+    counts, failure = mutations.campaign(tmp_path, 1, range(50), 40, names=names)
+    assert failure is None, failure[1]
+    assert len(names) == 11 and len(counts) == 22
+    assert all(accepted[""] for (name, _), accepted in counts.items() if name in ("machine", "looked"))
+    for name in ("metrics", "env", "manifest", "ledger", "members", "plan"):
+        before = counts[name, "before"]
+        assert before[""] and before.total() > before[""], name
+
+
+def by_numpy(file: BinaryIO) -> SimpleNamespace:
+    file.seek(8)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    return SimpleNamespace(type=dtype.str, fortran=fortran, shape=shape)
+
+
+RECORD_FAULTS = {
+    "job": (ablation_records, "read_json", lambda path, limit: json.loads(path.read_text())),
+    "members": (ablation_records, "_is_member", lambda row: True),
+    "metrics": (core.records, "check_value", lambda *_: None),
+    "env": (core.records, "check_value", lambda *_: None),
+    "plan": (toml, "decode", lambda path, data: data.decode()),
+    "ledger": (core.scoring.ledger.Ledger, "_check", lambda *_: None),
+    "manifest": (core.manifest, "check", lambda *_: None),
+    "lengths": (core.data, "read_header", by_numpy),
+}
+
+
+@pytest.mark.parametrize("name", RECORD_FAULTS)
+def test_a_planted_fault_in_a_reader_of_records_is_found(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*RECORD_FAULTS[name])
+    _, failure = mutations.campaign(tmp_path, 1, range(900), 800, names=[name])
+    assert failure and failure[1].startswith(f"{name}, ")

@@ -17,10 +17,11 @@ from core.cli import main
 from core.data import Dataset
 from core.engine import Batch
 from core.ranks import Stopped
-from core.run import Run, RunError, hold
+from core.run import Run, RunError
 from core.schedule import StepPlan
 from core.train import train
 from core.verbs import make
+from core.writer import hold
 from shared_tests.hostile import contents
 from shared_tests.test_cli import SHORT, call
 from shared_tests.test_run import BigramEngine, Done, config_of, go, start
@@ -49,7 +50,7 @@ def test_a_second_writer_touches_nothing(dataset: Dataset, tmp_path: Path) -> No
 
 
 def test_a_killed_writer_holds_nothing(tmp_path: Path) -> None:
-    program = "import os, sys; from core.run import hold\nwith hold(sys.argv[1]): os.kill(os.getpid(), 9)"
+    program = "import os, sys; from core.writer import hold\nwith hold(sys.argv[1]): os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "run")], timeout=60)
     assert done.returncode == -signal.SIGKILL and (tmp_path / "run" / "lock").exists()
     with hold(tmp_path / "run"):

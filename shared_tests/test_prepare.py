@@ -23,6 +23,7 @@ from core.bundled import BUNDLED
 from core.cli import main
 from core.corpus import PLAIN, Format, find_inputs, read_documents
 from core.data import DataError, Dataset, open_dataset
+from core.files import FileError
 from core.prepare import prepare
 from core.tokenizer import TokenizerError
 from shared_tests.harness import tiny_tokenizer
@@ -300,13 +301,20 @@ def test_the_folder_that_was_named_is_filled(tmp_path: Path, monkeypatch: pytest
 def test_what_cannot_be_the_folder_is_refused_before_any_work(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "t.jsonl", words(0, 9))
     (tmp_path / "lost").symlink_to("nowhere")
-    for out, message in (("t.jsonl", "t.jsonl: is no folder"), ("lost", "lost: is a link to nothing")):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    refused = [
+        ("t.jsonl", "t.jsonl: is no folder"),
+        ("t.jsonl/deep", "t.jsonl/deep: .*t.jsonl is no folder"),
+        ("lost", "lost: is a link to nothing"),
+    ]
+    refused += [("locked/deep", "locked/deep: .*locked cannot be written to")] if os.getuid() else []
+    for out, message in refused:
         with pytest.raises(DataError, match=message):
             prepare([str(tmp_path / "also-missing.txt")], str(tmp_path / out), tokenizer=MODEL)
     (tmp_path / "trap").mkdir()
     (tmp_path / "trap" / ".part").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(DataError, match=r"\.part: is a link"):
+    with pytest.raises(FileError, match=r"\.part: is a link, expected a folder: remove it"):
         prepare([source], str(tmp_path / "trap"), tokenizer=MODEL)
     assert not list((tmp_path / "elsewhere").iterdir())
 

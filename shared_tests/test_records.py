@@ -8,6 +8,7 @@ import pytest
 
 from core.bundled import open_data
 from core.cli import main
+from core.compare import compare, write_comparison
 from core.config import to_json
 from core.presets import PRESETS
 from core.records import METRICS, RunError, read_environment, read_rows
@@ -115,6 +116,25 @@ def test_a_wrong_environment_is_named(field: str, value: Any, tmp_path: Path) ->
     with pytest.raises(RunError) as caught:
         read_environment(path)
     assert str(caught.value).startswith(f"{path}: ") and field in str(caught.value), caught.value
+
+
+def test_a_picture_shows_any_text(tmp_path: Path) -> None:
+    """A formula that is none, and a text of a page."""
+    names = [r"$\frac{$", "x" * 60_000]
+    runs = [str(written(tmp_path / f"{i}", [WHOLE], {**ENV, "device": name})) for i, name in enumerate(names)]
+    found, opened = compare(runs)
+    assert all(path.stat().st_size > 500 for path in write_comparison(found, opened, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["report.md", "artifact.skc", "state/score.ledger"])
+def test_a_folder_in_the_way_is_found_before_the_work(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = written(tmp_path / "run", [], {})
+    (run / name).mkdir(parents=True)
+    assert main(["train", "debug", "--out", str(run)]) == 2
+    out, err = capsys.readouterr()
+    assert f"{run / name}: is a folder" in err and "step" not in out, err
 
 
 @pytest.mark.parametrize("verb", ["compare", "track", "train"])

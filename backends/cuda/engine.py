@@ -113,10 +113,10 @@ class Engine:
         self._store = Quantiser(functools.partial(compiled, backend=self._count_exact) if wanted else None)
         self._memory = usable(torch.cuda.mem_get_info()[1] if gpu else None, ranks)
         self._fitting: dict[int, int] = {}
-        if wanted:  # past its limit torch goes on eagerly
+        if wanted:  # past its limit, which is that of all engines together, torch goes on eagerly
             limits = torch._dynamo.config
-            limits.recompile_limit = most = max(limits.recompile_limit, SPARE + self._shapes())
-            limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2 * most)
+            limits.recompile_limit += SPARE + self._shapes()
+            limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2 * limits.recompile_limit)
         self.notes = (
             f"compile: loss and each bank's update (torch.compile), {self._shapes()} shapes declared"
             if wanted

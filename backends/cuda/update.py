@@ -18,6 +18,7 @@ class Update:
     def __init__(self, config, banks, buckets, ranks, orthogonal, compiled):
         self._train, self._banks, self._buckets, self._ranks = config.train, banks, buckets, ranks
         self._orthogonal = orthogonal
+        # CUDA: neither is decorated: all that no_grad wraps is one function to the compiler, with one limit
         self._change, self._after = compiled(self._rules), compiled(self._follow)
 
     @torch.no_grad()
@@ -36,20 +37,23 @@ class Update:
     @torch.no_grad()
     def together(self, params, state, reducer, loss, hyper, count):
         """Do what `alone` does with all ranks: each updates its part of Muon's matrices, which then go to all."""
-        sums, work = reducer.finish(), []
-        alone, all_ = (set(names) for names in updated_by(self._buckets, self._ranks.rank))
+        sums, work = reducer.finish(), {}
+        alone = updated_by(self._buckets, self._ranks.rank)[0]
         ours, common = [torch.zeros_like(loss)], [torch.zeros_like(loss)]  # a rank may have no matrix of its own
         for bank in self._banks:
             mine = [i for i, name in enumerate(bank.names) if name in sums]
-            part = slice(mine[0], mine[-1] + 1) if mine else slice(0)  # those of one rank are neighbours
-            work.append((bank, part, joined(bank, [sums[name] for name in bank.names[part]]) if mine else None))
-            (ours if alone.issuperset(bank.names[part]) else common).extend([work[-1][2]] if mine else [])
+            if mine:
+                grad = joined(bank, [sums[bank.names[i]] for i in mine])
+                (ours if bank.names[mine[0]] in alone else common).append(grad)
+                # The matrices of one rank are neighbours; what every rank updates is whole.
+                work[bank] = slice(mine[0], mine[-1] + 1) if bank.stacked else slice(None), grad
         ours, common = (torch.square(optim.global_norm(grads)) for grads in (ours, common))
         loss, ours = self._ranks.sum(torch.stack([loss, ours]))
         loss, norm, finite = _measured(loss / count, torch.sqrt(ours + common) / count)
         waits = []
-        for bank, part, grad in work:
-            if grad is not None:
+        for bank in self._banks:
+            if bank in work:
+                part, grad = work[bank]
                 self._bank(bank, part, params, state, grad, norm, finite, hyper, count)
             shared = [b for b in self._buckets if b.slots and b.names[0] in bank.names]
             waits.append(self._ranks.share_updates(shared, params))  # while the next bank is updated
@@ -63,12 +67,9 @@ class Update:
         slots = {slot: whole[part] for (of, slot), whole in state.whole.items() if of == bank and slot != "ema"}
         self._change(bank.group, params.whole[bank, ""][part], slots, *numbers)
 
-    @torch.no_grad()
     def _rules(self, group, param, slots, grad, norm, finite, hyper, count):
-        grad, numbers = (
-            grad * (optim.clip_scale(norm, self._train.clip) / count),
-            dict(zip(NUMBERS, hyper, strict=True)),
-        )
+        numbers = dict(zip(NUMBERS, hyper, strict=True))
+        grad = grad * (optim.clip_scale(norm, self._train.clip) / count)
         new, changed = optim.rule(self._train, group, param, grad, slots, numbers, self._orthogonal)
         _replace([param, *slots.values()], [new, *(changed[slot] for slot in slots)], finite)
 
@@ -78,7 +79,6 @@ class Update:
         if held:
             self._after(list(held.values()), [params.whole[bank, ""] for bank in held], finite, hyper)
 
-    @torch.no_grad()
     def _follow(self, averages, params, finite, hyper):
         decay = dict(zip(NUMBERS, hyper, strict=True))["average"]
         new = [optim.average(old, param, decay) for old, param in zip(averages, params, strict=True)]

@@ -81,7 +81,7 @@ def seeds(values: list[Any], where: str) -> tuple[int, ...]:
     return tuple(values)
 
 
-def closest(word: str, known: list[str], other: str) -> str:
+def closest(word: str, known: Iterable[str], other: str) -> str:
     """Return `did you mean ...?`, or `other` where nothing known is close."""
     close = checks.closest(word, known)
     return f"did you mean {close}?" if close else other

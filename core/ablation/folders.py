@@ -29,7 +29,7 @@ def _final(folder: Path) -> tuple[bool, str]:
     if FINAL.get(folder, (None,))[0] == stamps:
         return FINAL[folder][1]
     try:
-        answer = final(Run.open(folder).metrics(), folder) is not None, ""
+        answer = final(Run.open(folder).metrics()) is not None, ""
     except (RunError, FileError, OSError) as error:
         answer = False, str(error)
     FINAL[folder] = stamps, answer

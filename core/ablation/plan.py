@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from core import presets
-from core.ablation.fields import flat, named, only, put, seeds, typed
+from core.ablation.fields import closest, flat, named, only, put, seeds, typed
 from core.ablation.space import FOUND, TRIAL, Search, read_search
 from core.checks import told
 from core.config import MOST_STEPS, ConfigError, RunConfig, from_json, to_json
@@ -105,7 +105,9 @@ def read_plan(path: str | Path) -> Ablation:
     value = read_toml(path)
     only(value, KEYS, where)
     base = typed(value, "base", str, where)
-    presets.get(base)
+    if base not in presets.PRESETS:
+        hint = closest(base, presets.PRESETS, f"known: {', '.join(presets.PRESETS)}")
+        raise ConfigError(f"{where}: base: {told(base)} is no preset; {hint}")
     variants = typed(value, "variants", dict, where)
     if not variants:
         raise ConfigError(f"{where}: variants: none; add at least one table [variants.NAME]")

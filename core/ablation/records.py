@@ -71,7 +71,7 @@ def read_job(home: Path) -> JobFile:
     return JobFile(
         key=_word(value, "key", file),
         config=config,
-        backend=_field(value, "backend", file, lambda v: v in BACKENDS, " or ".join(BACKENDS)),
+        backend=_field(value, "backend", file, lambda v: v in tuple(BACKENDS), " or ".join(BACKENDS)),
         dtype=None if dtype is None else _word(value, "dtype", file),
         code=_word(value, "code", file),
         data=_field(value, "data", file, _words, "texts by name"),

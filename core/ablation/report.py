@@ -5,6 +5,7 @@ from pathlib import Path
 
 from core.ablation import charts, pictures, search_telling, telling
 from core.ablation.findings import Findings, assess
+from core.ablation.locks import make
 from core.ablation.page import NARROW, WIDE, Drawn, page
 from core.ablation.results import Outcome
 from core.ablation.search import Searched
@@ -21,7 +22,7 @@ def write_report(outcome: Outcome, folder: Path, searched: Searched | None = Non
 
     `searched` is the search that the outcome's variant `found` came from.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
     found = assess(outcome)
     drawn = [(draw(outcome, tables, WIDE), draw(outcome, tables, NARROW)) for tables in found]
     images: list[list[Path]] = []

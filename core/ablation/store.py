@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from core.ablation.folders import Stamps, finished, stamps_of
 from core.ablation.index import COLUMNS, Index, StoreError, sqlite_address
-from core.ablation.locks import alone
+from core.ablation.locks import alone, make
 from core.ablation.plan import Ablation, Job, job_key
 from core.ablation.records import SCHEMA, Start, read_failure, read_job, read_members, starts
 from core.ablation.results import Outcome, Result, Status, read_result
@@ -69,7 +69,7 @@ class Store:
 
     def prepare(self, place: Place, code: str, data: dict[str, str], command: str) -> None:
         """Write job.json of a run, which is what its worker reads."""
-        place.home.mkdir(parents=True, exist_ok=True)
+        make(place.home)
         job = place.job
         value = {
             "schema": SCHEMA, "key": place.key, "config": to_json(job.config), "backend": job.backend,
@@ -114,7 +114,7 @@ class Store:
     @contextmanager
     def held(self, place: Place) -> Iterator[BinaryIO | None]:
         """Hold a run against every other process; None where another one holds it. It is inherited by a worker."""
-        place.home.mkdir(parents=True, exist_ok=True)
+        make(place.home)
         with append_file(place.home / "lock") as file:
             yield file if locked(file) else None
 

@@ -11,10 +11,9 @@ import numpy as np
 
 from core.audit.flips import PASSES, flip_test
 from core.audit.prints import ROUNDING, Prints
-from core.bundled import open_data
 from core.config import ConfigError, RunConfig, from_json
 from core.console import Console
-from core.data import Dataset, Split
+from core.data import Dataset, Split, open_dataset
 from core.engine import Engine, EngineOptions, load_engine
 from core.export.artifact import read_artifact
 from core.scoring import score, score_sample
@@ -102,7 +101,7 @@ def audited(
     say = Console(as_json=True)
     found = read_artifact(artifact)
     settings = dataclasses.replace(from_json(RunConfig, config), model=found.model)
-    whole = open_data(data, train=False)
+    whole = open_dataset(data, train=False)
     dataset = whole if documents is None else dataclasses.replace(whole, val=whole.val.documents(documents))
     if dataset.tokenizer.sha256 != found.tokenizer_sha256:
         raise ConfigError(f"{artifact} was made with another tokenizer than {data}: give its data with --data PATH")

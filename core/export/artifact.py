@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from core.config import LATER, ConfigError, ModelConfig, from_json, to_json
 from core.engine import Arrays
 from core.export import codecs
-from core.files import open_input, replace_file
+from core.files import FileError, open_input, replace_file
 from core.params import Param, check_arrays, count, param_table
 from core.storage import Stored, decode
 
@@ -97,6 +97,8 @@ def read_artifact(path: str | Path) -> Artifact:
         with open_input(path) as file:
             size = os.fstat(file.fileno()).st_size
             data = file.read(min(size, MAX_FILE))
+    except FileError as error:
+        raise ArtifactError(f"{error}; give the path of an artifact file") from error
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error.strerror}; give the path of an artifact file") from error
     if size > MAX_FILE:

@@ -23,6 +23,7 @@ from core.files import FileError, edit_file, locked, naming, open_file, replace_
 MAGIC = b"SKCLEDGR"
 SCHEMA = 1
 MAX_HEADER = 4096
+MAX_TARGETS = 2**28
 RECORD = struct.Struct("<4s6I")
 """b"SCOR", ranges, targets, weights version, number of the write, CRC-32 of ranges and nats, CRC-32 of these fields."""
 MARK = b"SCOR"
@@ -85,7 +86,8 @@ class Journal:
         try:
             value = json.loads(text)
             tokens, key = value["tokens"], value["key"]
-            good = value["schema"] == SCHEMA and type(tokens) is int and re.fullmatch("[ -~]{0,200}", key)
+            good = value["schema"] == SCHEMA and type(tokens) is int and 2 <= tokens <= MAX_TARGETS + 1
+            good = good and re.fullmatch("[ -~]{0,200}", key)
         except (ValueError, KeyError, TypeError, RecursionError):
             good, tokens, key = False, 0, ""
         if not good:

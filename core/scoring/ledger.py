@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from core.scoring.journal import InUseError, Journal
+from core.scoring.journal import MAX_TARGETS, InUseError, Journal
 from core.scoring.journal import LedgerError as LedgerError
 
 ENTRY = np.dtype([("nats", "<f8"), ("version", "<i4"), ("order", "<i4")])
 """One target: -log p in nats, version of the weights that scored it, number of the write (from 1; 0: not written)."""
-MAX_TARGETS = 2**28
 ROUNDING = 1e-4
 """How far below 0 the rounding of a log-softmax may push nats."""
 REPEATABLE = 1e-3
@@ -53,7 +52,10 @@ class Ledger:
         self._writes = 0
         self._journal: Journal | None = None
         for positions, nats, version in journal.records() if journal else ():
-            self.write(positions, nats, version)
+            try:
+                self.write(positions, nats, version)
+            except LedgerError as error:
+                raise LedgerError(f"{journal and journal.path}: {error}", error.rule) from error
         self._journal = journal
 
     @classmethod

@@ -65,9 +65,11 @@ class Ablate:
     def __post_init__(self) -> None:
         from core.checks import require
 
-        require(self.parallel >= 1, f"--parallel {self.parallel}: expected at least 1")
+        most = 1024
+        require(1 <= self.parallel <= most, f"--parallel {self.parallel}: expected at least 1, at most {most}")
         require(self.search or not self.retry, "--retry is about trials of a search: add --search")
-        require(self.threads is None or self.threads >= 1, f"--threads {self.threads}: expected at least 1")
+        good = self.threads is None or 1 <= self.threads <= most
+        require(good, f"--threads {self.threads}: expected at least 1, at most {most}")
 
 
 def ablate(options: Ablate, context: Context) -> Outcome:

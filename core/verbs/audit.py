@@ -20,8 +20,9 @@ from core.config import ConfigError
 from core.engine import DType, choose_backend
 from core.files import own_folder, replace_file
 from core.records import of_a_run
-from core.run import Run, RunError, alone, hold
+from core.run import Run, RunError
 from core.verbs.common import Backend, Context, Outcome, check_tokenizer, judged, open_artifact, open_named
+from core.writer import alone, hold
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from core.memory import enough_memory
 from core.params import count, exported
 from core.probe import probe
 from core.ranks import Ranks, agree, join
-from core.run import Follower, Run, RunError, config_digest, hold
+from core.run import Follower, Run, RunError, config_digest
 from core.scoring import check_plugins
 from core.scoring.accounting import byte_note
 from core.scoring.plugins import foreign, load_plugins
@@ -45,6 +45,7 @@ from core.verbs.common import (
     open_named,
     same_start,
 )
+from core.writer import hold
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _begin(
             if found is not None and again:
                 run.forget()
                 found = None
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if ranks.world == 1:
                 raise
             problem = error

@@ -18,8 +18,9 @@ from core.files import place_file
 from core.official import Checkpoint, model_of, read_official, to_ours
 from core.params import count
 from core.presets.transformers import BASELINE
-from core.run import Run, RunError, config_digest, hold
+from core.run import Run, RunError, config_digest
 from core.verbs.common import Backend, Context, Outcome, check_data, environment
+from core.writer import hold
 
 PART = ".import.part"
 """Folder in that of the run in which it is made."""
@@ -134,8 +135,8 @@ def _write(out: Path, config: RunConfig, engine: Engine, dataset: Dataset, env: 
                 place_file(staging / name, out / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        if fresh and not os.listdir(out):
-            out.rmdir()
+        if fresh and set(os.listdir(out)) <= {"lock"}:
+            shutil.rmtree(out)
 
 
 def _first_loss(engine: Engine, dataset: Dataset, seq: int) -> float:

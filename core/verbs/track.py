@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from tyro.conf import Positional
 
 from core import trackers
-from core.run import Run, RunError, hold
+from core.run import Run, RunError
 from core.verbs.common import Context, Outcome
+from core.writer import hold
 
 
 @dataclass(frozen=True)

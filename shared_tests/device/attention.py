@@ -1,9 +1,7 @@
-"""Forms of attention on the heads of full-size presets: gaps to ours, speed, and what empty spans and groups cost."""
+"""Forms of attention on the heads of full-size presets: gaps to ours, speed, and what empty spans cost."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -35,8 +33,6 @@ def run(child: Child) -> None:
                 _spans(child, name, model, device)
             with child.part(f"{name}, whole rows"):
                 _rows(child, name, dataclasses.replace(model, documents="packed"), device)
-            with child.part(f"{name}, groups"):
-                _groups(child, name, model, device)
 
 
 def _gaps(child: Child, name: str, model: ModelConfig, device: torch.device) -> None:
@@ -75,6 +71,15 @@ def _documents(device: torch.device) -> torch.Tensor:
     return torch.cumsum(begins.reshape(ROWS, SEQ), dim=1, dtype=torch.int32)
 
 
+def _places(documents: torch.Tensor, most: int) -> torch.Tensor:
+    """Return where each of `most` spans begins: of documents and rows, then empty ones at the end."""
+    first = torch.ones_like(documents[:, :1], dtype=torch.bool)
+    begins = torch.cat([first, documents[:, 1:] != documents[:, :-1]], dim=1).flatten().nonzero().flatten()
+    made = torch.full((most + 1,), documents.numel(), dtype=torch.int32, device=documents.device)
+    made[: len(begins)] = begins.to(torch.int32)
+    return made
+
+
 def _spans(child: Child, name: str, model: ModelConfig, device: torch.device) -> None:
     given, documents = _heads(model, device), _documents(device)
     for form, candidate in attention.CANDIDATES.items():
@@ -82,7 +87,7 @@ def _spans(child: Child, name: str, model: ModelConfig, device: torch.device) ->
             continue
         made = candidate.make()
         for most in SPANS if made.spans else ():
-            at = attention.Spans(attention.spans(documents, most), SEQ)
+            at = attention.Spans(_places(documents, most), SEQ)
             _timed(
                 child, f"{name}: {form}, {most} spans", lambda q, k, v, m=made, a=at: m.attend(q, k, v, a, False), given
             )
@@ -97,29 +102,3 @@ def _rows(child: Child, name: str, model: ModelConfig, device: torch.device) -> 
             made = candidate.make()
             _timed(child, f"{name}: {form}, whole rows", lambda q, k, v, m=made: m.attend(q, k, v, None, False), given)
     _timed(child, f"{name}: torch's, whole rows", lambda q, k, v: ops.attention(q, k, v, None, False), given)
-
-
-def _groups(child: Child, name: str, model: ModelConfig, device: torch.device) -> None:
-    """Time torch's variable-length attention with key/value heads repeated, and shared as they are."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    at = attention.spans(_documents(device), SPANS[-1])
-    q, k, v = (x.detach().transpose(1, 2).flatten(0, 1).requires_grad_() for x in _heads(model, device))
-    groups = model.heads // model.kv_heads
-    known = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    more: dict[str, Any] = {"scale": model.head_dim**-0.5, "window_size": (-1, 0)}
-
-    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
-        return varlen_attn(q, k, v, at, at, SEQ, SEQ, **more, **options)
-
-    def repeated(q: Any, k: Any, v: Any) -> Any:
-        return attend(q, *(torch.repeat_interleave(x, groups, dim=1) for x in (k, v)))
-
-    _timed(child, f"{name}: heads repeated", repeated, [q, k, v])
-    options = {"enable_gqa": True} if known else {}
-    _timed(
-        child,
-        f"{name}: heads shared ({options or 'no option for it'})",
-        lambda q, k, v: attend(q, k, v, **options),
-        [q, k, v],
-    )

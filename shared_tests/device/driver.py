@@ -95,7 +95,7 @@ class Driver:
             self.say(f"not started, {self.left:.0f} s are left of {self.budget:.0f}: {item.name}")
         runs = records.latest(records.read(self.folder))
         wrong = any(True for item in self.items for _ in records.bad(runs.get(item.name, [])))
-        return 1 if wrong or self.pending else 0
+        return 1 if wrong or any(not item.optional for item in self.pending) else 0
 
     def _step(self) -> bool:
         """Run the first item that can be run, or wait; False: none can be any more."""
@@ -197,7 +197,7 @@ class Driver:
         for name in ("log.txt", "profiles.txt"):
             path = self.folder / name
             if path.exists() and path.stat().st_size > MOST // 2:  # what is there longest goes; appending goes on
-                kept = path.read_bytes()[-MOST // 4 :]
+                kept = path.read_bytes()[-(MOST // 4) :]
                 os.truncate(path, 0)
                 with path.open("ab") as file:
                     file.write(kept)

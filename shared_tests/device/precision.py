@@ -34,7 +34,8 @@ def run(child: Child) -> None:
         config = dataclasses.replace(config, train=train)
         data = _batches(folder, config)
         with child.part(name):
-            weights, dtypes = start_values(config.model, config.seed), ("float32", "bfloat16", "bfloat16")
+            weights = start_values(config.model, config.seed)
+            dtypes: tuple[DType, ...] = ("float32", "bfloat16", "bfloat16")
             wide, narrow, again = (_losses(child, config, weights, data, dtype) for dtype in dtypes)
             child.text(f"{name}: loss in float32", f"{wide[0]:.4f} to {wide[-1]:.4f} in {len(wide)} steps")
             child.figure(f"{name}: bfloat16 to float32, largest gap of smoothed losses", _gap(narrow, wide), "nats")

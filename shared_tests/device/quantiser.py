@@ -1,5 +1,6 @@
 """The quantisers on a device: whether eager and compiled bits are the CPU's, for every storage class; their time."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,10 @@ from shared_tests.device.child import Child
 
 CASTS = {"emulate_precision_casts": True}
 """Keeps the roundings to float16 that inductor leaves out otherwise."""
-DIVISION = {"eager_numerics.division_rounding": True}
-"""torch 2.13: divide as IEEE says."""
+DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding")
+"""Inductor's option that divides as IEEE says, by its names of several versions."""
+DIVIDED = ("int8/row", "int6/row", "int4/row", "fp8/row")
+"""Classes that divide by their scale; ternary compares."""
 
 
 def run(child: Child) -> None:
@@ -22,32 +25,30 @@ def run(child: Child) -> None:
     weight = torch.randn(size, generator=random) * 0.02
     weight[:8] *= torch.tensor([0.0, 1e-7, 1e-3, 1e4, 1.0, 1.0, 1.0, 1.0])[:, None]
     weight[4:6] = torch.round(weight[4:6] * 256) / 256
-    there = weight.to("cuda" if child.gpu else "cpu")
+    there, forms = weight.to("cuda" if child.gpu else "cpu"), {}
     for name in STORAGES:
         with child.part(name):
-            here, eager = storage.stored(weight, name), storage.stored(there, name)
-            child.check(f"{name}: values that differ from the CPU's", different(eager, here), 0)
-            with child.alone():
-                child.figure(f"{name}: eager", child.milliseconds(lambda n=name: storage.stored(there, n), 10), "ms")
+            forms[f"{name}, eager"] = functools.partial(storage.stored, there, name)
+            eager = storage.stored(there, name)
+            child.check(f"{name}: values that differ from the CPU's", different(eager, storage.stored(weight, name)), 0)
     if child.only_gpu("compiled"):
-        from torch._inductor import config
-
-        known = hasattr(getattr(config, "eager_numerics", None), "division_rounding")
+        known = [option for option in DIVISION if option in torch._inductor.list_options()][:1]
         for name in STORAGES:
-            with child.part(f"{name}, compiled"):
-                compiled(child, name, there, CASTS, "casts kept")
-        for name in ("int8/row", "int6/row", "int4/row", "fp8/row") if known else ():
-            with child.part(f"{name}, compiled, division rounded"):
-                compiled(child, name, there, CASTS | DIVISION, "casts kept, division rounded")
-
-
-def compiled(child: Child, name: Any, weight: torch.Tensor, options: dict[str, Any], how: str) -> None:
-    """Write how many values a compiled quantiser gets differently, and its time: figures, no checks."""
-    made: Callable = torch.compile(lambda w: storage.stored(w, name), dynamic=False, options=options)
-    eager = storage.stored(weight, name)
-    child.figure(f"{name}, compiled, {how}: values that differ", different(made(weight), eager), "values")
+            for options in (CASTS, CASTS | {known[0]: True}) if known and name in DIVIDED else (CASTS,):
+                what = f"{name}, compiled with {', '.join(options)}"
+                with child.part(what):
+                    forms[what] = compiled(child, what, name, there, options)
+    child.turn()
     with child.alone():
-        child.figure(f"{name}, compiled, {how}", child.milliseconds(lambda: made(weight), 10), "ms")
+        for what, work in forms.items():
+            child.figure(what, child.milliseconds(work, 10), "ms")
+
+
+def compiled(child: Child, what: str, name: Any, weight: torch.Tensor, options: Any) -> Callable[[], Any]:
+    """Return a compiled quantiser; write how many values it gets differently: a figure, for the engine looks itself."""
+    made: Callable = torch.compile(lambda w: storage.stored(w, name), dynamic=False, options=options)
+    child.figure(f"{what}: values that differ", different(made(weight), storage.stored(weight, name)), "values")
+    return functools.partial(made, weight)
 
 
 def different(a: torch.Tensor, b: torch.Tensor) -> int:

@@ -7,11 +7,13 @@ import dataclasses
 import re
 import time
 
+import numpy as np
+
 from core import presets, rng, schedule
 from core.bench import RANKS, rank_of
 from core.config import RunConfig
-from core.engine import Batch, Engine, EngineOptions, load_engine
-from core.params import flops_per_token
+from core.engine import Arrays, Batch, Engine, EngineOptions, load_engine
+from core.params import flops_per_token, param_table
 from shared_tests.device.ceilings import SQUARE
 from shared_tests.device.child import Child
 
@@ -32,8 +34,9 @@ def run(child: Child, preset: str, micro: int | None) -> None:
         _load(child)
     began = time.monotonic()
     engine, batch = built(child, config)
-    engine.train_step(batch, plan_of(config)).result()
+    result = engine.train_step(batch, plan_of(config)).result()
     child.figure("build, compile and first step", time.monotonic() - began, "s")
+    child.check("steps that are not finite", float(not result.finite), 0)
     if compiles:
         _keep(child)
     engine.train_step(batch, plan_of(config)).result()
@@ -82,13 +85,22 @@ def sized(config: RunConfig, micro: int | None, child: Child) -> RunConfig:
 def built(child: Child, config: RunConfig) -> tuple[Engine, Batch]:
     """Return an engine and its rows of one step."""
     ranks = rank_of((RANKS if child.gpu else 2) if child.backend == "cuda" else 1, child.backend)
-    engine = load_engine(
-        child.backend, config, options=EngineOptions(compile=None if child.gpu else False), ranks=ranks
-    )
+    options = EngineOptions(compile=None if child.gpu else False)
+    engine = load_engine(child.backend, config, drawn(config), options, ranks=ranks)
     rows, seq = config.train.batch // ranks.world, config.train.seq + 1
-    flat = rng.integers16(config.seed, "bench", rows * seq).astype("int32") % config.model.vocab
-    drawn = flat.reshape(rows, seq)
-    return engine, Batch(drawn[:, :-1], drawn[:, 1:], config.train.batch)
+    tokens = rng.integers16(config.seed, "bench", rows * seq).astype("int32").reshape(rows, seq) % config.model.vocab
+    return engine, Batch(tokens[:, :-1], tokens[:, 1:], config.train.batch)
+
+
+def drawn(config: RunConfig) -> Arrays:
+    """Return some weights: the run's own start values take 10 s longer, and a step takes the same with any."""
+    random, table = np.random.default_rng(0), param_table(config.model)
+    return {
+        name: np.ones(row.shape, np.float32)
+        if row.group == "vector"
+        else 0.02 * random.standard_normal(row.shape, "f4")
+        for name, row in table.items()
+    }
 
 
 def plan_of(config: RunConfig) -> schedule.StepPlan:
