@@ -83,7 +83,7 @@ def named(*plugins: str) -> list[str]:
 
 CHEATS = {
     "Borrower": ("mlx", {"D9": "were not scored so"}),
-    "Bypass": ("cuda", {"D7": "scored again in a fresh process with"}),
+    "Bypass": ("cuda", {"D7": "that is no rounding.*scored again in a fresh process with"}),
     "Oracle": ("mlx", {"D4": "opened the real one", "D7": "could not score the changed text"}),
     "Searcher": ("mlx", {"D7": "scored again in a fresh process with"}),
     "FirstOnly": ("mlx", {"D7": "scored again in a fresh process with|random tokens", "D12": "broken: D7"}),

@@ -46,7 +46,7 @@ CHEATS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "scores the tail twice": (f"{ZOO}TailTwice", {}, {"D5": "scored 2 times"}),
     "noise over targets": ("NoisyFuture", {}, {"D7": "noticed that must not.*nats", "D9": "before it was in"}),
     "noise, in the evaluation only": ("NoisyFirst", {}, {"D7": r"by up to [\d.]+ nats \(bound of rounding 1e-04\)"}),
-    "never the same": ("Restless", {}, {"D7": "that is no rounding", "D9": ""}),
+    "never the same": ("Restless", {}, {"D7": "that is no rounding"}),
     "the first 45 %": ("Early", {}, {"D7": "scored again in a fresh process|random tokens, put in"}),
     "where it is no surprise": ("Now", {"batch": 16, "seq": 8}, {"D7": "scored again in a fresh process"}),
     "complex": ("Complex", {}, {"D8": "type complex64, expected float32 or float64"}),

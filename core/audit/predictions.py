@@ -200,7 +200,7 @@ def _score_first(seen: Isolated, flips: dict[str, Any], book: dict[str, Any]) ->
     broken = broken_rule(seen, "D9")
     if broken:
         return Finding("D9", "FAIL", broken, book)
-    if flips["wrong"] and flips["by_plugins"]:
+    if flips["wrong"] and flips["by_plugins"] and flips["repeat_gap"] <= flips["rounding"]:
         first = flips["wrong"][0]
         words = (
             f"the plug-ins used token {first['token']} for target {first['target']} before it was in the ledger (the "
