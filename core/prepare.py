@@ -300,6 +300,7 @@ def _training_sample(sources: _Sources, texts: Iterator[str] | Sequence[str], ru
 
 
 def tokenizer_record(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what a manifest says of the tokenizer that lies beside it."""
     return {
         "file": "tokenizer.model",
         "sha256": tokenizer.sha256,
