@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from core.column import DataError
-from core.files import MARKS, open_file
+from core.files import MARKS, FileError, bound_values, open_file
 
 MAX_DOCUMENT = 1 << 24
 """Bytes of the longest document, or JSON line, that is accepted: encoding one takes about 60 times its size."""
@@ -217,7 +217,11 @@ def _jsonl(path: str, file: Any, column: str | None) -> Iterator[str]:
         if line.isspace() or not line:
             continue
         try:
-            record = json.loads(line.decode())
+            written = line.decode()
+            bound_values(f"{path}:{number}", written)
+            record = json.loads(written)
+        except FileError as error:
+            raise DataError(str(error)) from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not JSON: {error}") from error
         text = None

@@ -28,6 +28,9 @@ KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link",
 }  # fmt: skip
 MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+MOST_VALUES = 1 << 20
+"""Values of one JSON text: an empty list is three bytes in the file, and sixty in memory."""
+_TEXTS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
 TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp$")
 
 
@@ -113,11 +116,18 @@ def read_json(path: str | Path, limit: int = MAX_TEXT) -> Any:
 
 
 def parse_json(where: object, text: str) -> Any:
-    """Return the value of a JSON text, which must not hold NaN or infinity; FileError names `where`."""
+    """Return the value of a JSON text: at most MOST_VALUES values, no NaN, no infinity; FileError names `where`."""
+    bound_values(where, text)
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{where}: not JSON ({error}); the file is damaged") from error
+
+
+def bound_values(where: object, text: str) -> None:
+    """Raise FileError for a JSON text of so many values that they would fill the memory."""
+    if sum(map(text.count, ",[{")) > MOST_VALUES and sum(map(_TEXTS.sub("", text).count, ",[{")) > MOST_VALUES:
+        raise FileError(f"{where}: over {MOST_VALUES:,} values: this is not the file it is named as")
 
 
 def _refuse_constant(name: str) -> Any:

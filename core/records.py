@@ -58,11 +58,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         *lines, _ = read_text(path).split("\n")
         if len(lines) > MAX_ROWS:
             raise RunError(f"{path}: {len(lines):,} lines, expected at most {MAX_ROWS:,}: this is not a run's")
-        rows = [parse_json(f"{path}:{number}", line) for number, line in enumerate(lines, 1)]
-    for number, row in enumerate(rows, 1):
+    rows = []
+    for number, line in enumerate(lines, 1):  # each is judged before the next is parsed
+        with of_a_run():
+            row = parse_json(f"{path}:{number}", line)
         check_value(row, ROW, f"{path}:{number}")
         if "train/loss" in row and "clock/seconds" not in row:
             raise RunError(f"{path}:{number}: clock/seconds: missing beside train/loss; mend or remove the line")
+        rows.append(row)
     return rows
 
 

@@ -89,6 +89,16 @@ def test_json_that_is_none(text: str) -> None:
         files.parse_json("text", text)
 
 
+def test_a_text_of_too_many_values_is_refused_before_it_is_parsed() -> None:
+    """Empty lists take twenty times the memory of their text; commas in strings are no values."""
+    many = files.MOST_VALUES + 2
+    for text in (f"[{'[],' * many}0]", f"[{'1,' * many}0]", f"{{{','.join([chr(34) * 2 + ':{}'] * many)}}}"):
+        with pytest.raises(FileError, match="values"):
+            files.parse_json("text", text)
+    written = ',[{\\"' * many
+    assert files.parse_json("text", f'["{written}"]') == [written.replace("\\", "")]
+
+
 def test_a_lock_ends_with_its_file(tmp_path: Path) -> None:
     """One holder at a time; readers share; closing the file lets the next one in."""
     with files.append_file(tmp_path / "lock") as first, files.append_file(tmp_path / "lock") as second:
