@@ -213,7 +213,7 @@ def test_bad_input_gets_one_line(trained: Path, tmp_path: Path, capsys: Capture)
         ([run, "--data", str(tmp_path)], "no manifest.json"),
         ([run, "--flips", "0"], "expected at least 1"),
         ([run, "--tokens", "0"], "expected at least 1"),
-        ([run, "--windows", "sliding"], "needs eval.stride"),
+        ([run, "--stride", "8"], "take sliding or documents"),
         ([run, "--seeds", "nowhere"], "nowhere: does not exist"),
         ([run, "--plugins", "tempratur"], "did you mean temperature?"),
     ):
