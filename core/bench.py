@@ -31,6 +31,8 @@ VARIANTS = {
     "mlx-reference-blas": ("mlx", False),
 }
 """Name -> (backend, fast BLAS)."""
+MOST = 1024
+"""Rounds and threads."""
 RANKS = 8
 """GPUs of a node: one rank's share of a step is what one of them can be timed by."""
 UPDATES = 3
@@ -210,9 +212,9 @@ def run_bench(
             raise ConfigError(f"bench: variant {name!r} needs a backend that is not installed; see: skc doctor")
     if not names:
         raise ConfigError("bench: no backend is installed; pip install -e '.[mlx]' or '.[torch]'")
-    if min(rounds, threads) < 1 or seconds <= 0:
+    if min(rounds, threads) < 1 or max(rounds, threads) > MOST or not 0 < seconds < math.inf:
         raise ConfigError(
-            f"bench: rounds={rounds}, threads={threads}, seconds={seconds}: expected at least 1, 1 and above 0"
+            f"bench: rounds={rounds}, threads={threads}, seconds={seconds}: expected 1 to {MOST:,} of each and above 0"
         )
     if ranks < 1 or config.train.batch % ranks:
         raise ConfigError(f"bench: ranks={ranks}: expected a divisor of train.batch={config.train.batch}")

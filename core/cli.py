@@ -56,6 +56,11 @@ USER_ERRNO = (
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EROFS,
     errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG,
 )  # fmt: skip
+FILE_ERRNO = (
+    errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.EINVAL, errno.ENOTEMPTY, errno.ESTALE,
+    errno.ENXIO, errno.ENODEV, errno.ETXTBSY,
+)  # fmt: skip
+"""The same where the error names a file."""
 NO_SPACE = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of your quota",
@@ -78,7 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not argv or argv[0] in ("-h", "--help"):
             print(_help(VERBS))
             return 0
-        _check_text(argv)
         if argv[0] == "--version":
             print(f"skc {_version()}")
             return 0
@@ -122,13 +126,12 @@ def open_streams() -> None:
 def _refuse_bytes(argv: Sequence[str]) -> None:
     """Raise UsageError for an argument that is no text: its bytes would fail in whatever stores or tokenises it."""
     for before, argument in zip(["", *argv], argv, strict=False):
-        given = os.fsencode(argument) if any("\ud800" <= c <= "\udfff" for c in argument) else b""
-        if not given:
+        if not any("\ud800" <= letter <= "\udfff" for letter in argument):
             continue
         where = f"{before} " if before.startswith("-") else ""
         try:
-            given.decode()
-        except UnicodeDecodeError as error:
+            os.fsencode(argument).decode()
+        except UnicodeError as error:
             raise UsageError(f"{where}{argument!r}: not valid Unicode, expected UTF-8") from error
         raise UsageError(f"{where}{argument!r}: the locale of this shell is not UTF-8: set LC_ALL=C.UTF-8")
 
@@ -170,7 +173,7 @@ def _complain(name: str, error: Exception) -> None:
 def is_users(error: Exception) -> bool:
     """Whether the user can do something about it: our own typed errors, and files that cannot be opened or written."""
     if isinstance(error, OSError):
-        return error.errno in USER_ERRNO
+        return error.errno in USER_ERRNO or (error.filename is not None and error.errno in FILE_ERRNO)
     if isinstance(error, MemoryError | RuntimeError):
         from core.memory import is_memory
 
@@ -189,13 +192,6 @@ def message(error: Exception) -> str:
 
         return described(error)
     return one_line(error)
-
-
-def _check_text(argv: list[str]) -> None:
-    """Raise UsageError for an argument that no file of ours could hold."""
-    for argument in argv:
-        if any(0xD800 <= ord(letter) < 0xE000 for letter in argument):
-            raise UsageError(f"argument {argument}: is not UTF-8; rename the file, or give the name in UTF-8")
 
 
 def _help(verbs: dict[str, Verb]) -> str:

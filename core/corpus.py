@@ -67,7 +67,7 @@ def find_inputs(paths: Sequence[str]) -> list[str]:
             if not names:
                 raise DataError(f"{path}: no file in this folder has a name that ends in {', '.join(SUFFIXES)}")
         elif glob.has_magic(path) and not os.path.lexists(path):
-            names = sorted(glob.glob(path, recursive=True))
+            names = sorted(name for name in glob.glob(path, recursive=True) if not os.path.isdir(name))
             if not names:
                 raise DataError(f"{path}: no file fits this pattern")
         else:

@@ -251,11 +251,11 @@ def _open_own(path: str | Path, flags: int, mode: str) -> _Named:
         raise
 
 
-def sweep(folder: str | Path) -> None:
-    """Remove what killed writers of `folder` left behind: only whoever holds the folder may do that."""
+def sweep(folder: str | Path, of: str = "") -> None:
+    """Remove what killed writers of `folder`, or of its file `of`, left behind: only whoever holds it may do that."""
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
-        if TEMPORARY.search(name) and stat.S_ISREG(os.lstat(path).st_mode):
+        if TEMPORARY.search(name) and name.startswith(of) and stat.S_ISREG(os.lstat(path).st_mode):
             os.unlink(path)
 
 

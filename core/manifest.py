@@ -66,8 +66,8 @@ def read_manifest(path: str) -> dict[str, Any]:
     try:
         manifest = read_json(file, MAX_MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
-        more = "" if os.path.isdir(path) else " (there is no such folder)"
-        raise DataError(f"{path}: no manifest.json here{more}; make the folder with `skc data prepare`") from error
+        what = "no manifest.json here" if os.path.isdir(path) else "no such folder"
+        raise DataError(f"{path}: {what}; make the folder with `skc data prepare`") from error
     except FileError as error:
         raise DataError(f"{error}; prepare the data again") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None

@@ -15,6 +15,7 @@ from core.params import by_group, count, param_table, start_values
 
 ROWS, SEQ = 4, 256
 """Largest batch of a parity run: enough to see every code path, small enough for a laptop in float64."""
+MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def run_parity(
 
     `report` receives a line whenever a stage begins. ConfigError if a backend is missing.
     """
-    if steps < 1:
-        raise ConfigError(f"parity --steps {steps}: expected at least 1")
+    if not 1 <= steps <= MOST_STEPS:
+        raise ConfigError(f"parity --steps {steps}: expected 1 to {MOST_STEPS:,}")
     for name in BACKENDS:
         if name not in available_backends():
             raise ConfigError(f"parity needs both backends; {name!r} is missing: pip install -e '.[{EXTRAS[name]}]'")

@@ -197,6 +197,10 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
             ) from error
         if "sentences_.empty()" in reason:
             raise TokenizerError("training a tokenizer: there is no text to train it on") from error
+        if "all_chars_count" in reason:
+            raise TokenizerError(
+                "training a tokenizer: the text has no letters to train it on; is it text at all?"
+            ) from error
         raise TokenizerError(f"vocab={vocab}: training a tokenizer on this text failed: {reason}") from error
     return model.getvalue()
 

@@ -41,8 +41,8 @@ MODELS = {
 MODEL = MODELS["ternary"]
 GOLDEN_SHA256 = {
     "artifact_v1": "b62d9dd9d806028effa86da3961cc0004457ed1b36c34e45c7b1ee63810b7070",
-    "artifact_v1_nibbles": "8f284bdadc4ad7753fe12c75c98beff0ffe3c60beb58eb925fc9229cb7e9b299",
-    "artifact_v1_bytes": "49d7c05ced37fbc09c8242a2d1dbec473130cc8f8679d88f13675331e859fe59",
+    "artifact_v1_nibbles": "c2a6ea4948f201034e9d7f3411f9fde7b5bdab5f3939bb7f2b15b27ee947951d",
+    "artifact_v1_bytes": "81b231193072ab0710349888ea7cbfa468421f497d928fc7ca3d0246497d1464",
 }
 GOLDEN_MODELS = {"artifact_v1": "ternary", "artifact_v1_nibbles": "nibbles", "artifact_v1_bytes": "bytes"}
 TOKENIZER = hashlib.sha256(b"tokenizer").hexdigest()

@@ -60,8 +60,8 @@ def test_framing(good: bytes, refused: Refused) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "none.skc"):
-        with pytest.raises(ArtifactError, match="cannot be read"):
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "none.skc", "cannot be read")):
+        with pytest.raises(ArtifactError, match=words):
             read_artifact(path)
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -27,6 +27,7 @@ from core.data import open_dataset
 from core.engine import load_engine
 from core.export.artifact import read_artifact
 from core.export.budget import packed_code
+from core.files import locked
 from core.run import Run
 from core.scoring import score
 from core.scoring.key import evaluation_key
@@ -230,13 +231,12 @@ def test_the_key_is_made_once_and_for_this_user_only(tmp_path: Path, monkeypatch
     assert len(key) == 64 and path.read_text() == key == auditor._secret()
     assert path.stat().st_mode & 0o777 == 0o600 and os.listdir(path.parent) == ["audit-key"]
     path.unlink()
-    link = os.link
 
-    def late(source: str, target: Path) -> None:
-        target.write_text("of an audit that was quicker")
-        link(source, target)
+    def late(file: BinaryIO, wait: bool) -> bool:
+        path.write_text("of an audit that was quicker")
+        return locked(file, wait=wait)
 
-    monkeypatch.setattr(os, "link", late)
+    monkeypatch.setattr(auditor, "locked", late)
     assert auditor._secret() == path.read_text() == "of an audit that was quicker"
     monkeypatch.setenv("XDG_CACHE_HOME", str(path))  # a file: nothing can be kept there
     assert auditor._secret() != auditor._secret()

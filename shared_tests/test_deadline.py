@@ -110,8 +110,6 @@ H100 = "NVIDIA H100 80GB HBM3"
         (H100, 8, 599.0, None, [], "NOT CHECKED"),
         (H100, 8, 599.0, 601.0, [], "NOT CHECKED"),  # data that stays open for calibration
         (H100, 8, 500.0, 501.0, [{"device": H100, "ranks": 8}], "NOT CHECKED"),
-        (H100, 8, 500.0, "soon", [], "NOT CHECKED"),
-        (H100, "many", 500.0, 501.0, [], "NOT CHECKED"),
     ],
 )  # fmt: skip
 def test_d2(

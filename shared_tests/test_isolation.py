@@ -145,6 +145,13 @@ def read_and_die(path: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def leave_note() -> None:
+    """Write where later processes read what modules are compiled to."""
+    place = Path(str(sys.pycache_prefix)) / "note.pyc"
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(b"a text")
+
+
 def spy(process: int) -> None:
     """Look into another process, in both ways."""
     local, remote = (ctypes.c_size_t * 2)(0, 0), (ctypes.c_size_t * 2)(0, 0)
@@ -271,7 +278,7 @@ def test_a_program_is_a_failure_and_a_compiler_is_not(forced: str) -> None:
 
 def test_an_exception_comes_back() -> None:
     found = run("fail", {"path": "a.bin"})
-    assert found.error is not None and found.error["kind"] == "core.shards.DataError"
+    assert found.error is not None and found.error["kind"] == "core.column.DataError"
     assert found.error["message"] == "a.bin: magic: 0" and "in fail" in found.error["traceback"]
     assert found.value is None and found.returncode == 1
     finding = check_isolation(found, [])
@@ -361,8 +368,8 @@ def test_compiled_modules_of_others_are_not_read(tmp_path: Path) -> None:
     py_compile.compile(str(source), str(cache), invalidation_mode=unchecked)
     py_compile.compile(str(source), str(tmp_path / "module_b.pyc"), invalidation_mode=unchecked)
     source.write_text("VALUE = 1")
-    for _ in range(2):  # compiled, then read again from the auditor's own folder
-        found = run("import_value", {"module": "module_a"}, paths=[str(tmp_path)])
+    for warm in ((), ("core.data",)):
+        found = run("import_value", {"module": "module_a"}, paths=[str(tmp_path)], warm=warm)
         assert found.value == 1 and check_isolation(found, []).verdict == "PASS"
         assert kinds(found)[os.path.realpath(source)].kind == "code"  # and counted
     found = run("import_value", {"module": "module_b"}, paths=[str(tmp_path)])
@@ -370,6 +377,24 @@ def test_compiled_modules_of_others_are_not_read(tmp_path: Path) -> None:
     assert [problem.partition(" (")[0] for problem in problems] == [
         f"not through the opener: {os.path.realpath(tmp_path / 'module_b.pyc')}"
     ]
+
+
+def test_a_note_among_the_compiled_modules_is_a_failure() -> None:
+    found = run("leave_note", {})
+    assert found.error is None and "compiled modules" in check_isolation(found, []).evidence
+    assert not os.path.exists(os.path.join(isolation.compiled_folder(), "note.pyc"))  # the next have another folder
+
+
+def test_what_one_process_left_for_the_next_is_named(tmp_path: Path) -> None:
+    old, young, unused = (str(path) for path in write(tmp_path, "old", "young", "unused"))
+    start = time.time_ns()
+    Path(young).write_bytes(SECRET)
+    before = run("stray", {"inputs": [old, young], "others": []})
+    found = run("stray", {"inputs": [old, young, unused], "others": []})
+    left = [words.partition(" (")[0].rpartition(" ")[2] for words in isolation.notes_left(found, before, start, "/own")]
+    assert left == [young, unused]
+    assert not isolation.notes_left(found, before, start, os.path.realpath(tmp_path))
+    assert check_isolation(found._replace(tampered=("a note",)), []).verdict == "FAIL"
 
 
 def test_looking_into_another_process_is_a_failure(forced: str) -> None:

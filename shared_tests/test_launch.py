@@ -65,7 +65,7 @@ def test_one_node_plans_then_trains_with_two_ranks(tmp_path: Path) -> None:
     """The plan comes first and stops what cannot be; then both ranks train, and rank 0 writes the run."""
     data = small_data(tmp_path / "text", 60)
     options = ["debug", "--data.path", data, "--train.steps", "4", "--eval.documents", "2", "--json"]
-    refused = launch("one_node", *options, "--out", "over", "--export.budget", "60000", cwd=tmp_path, NPROC="2")
+    refused = launch("one_node", *options, "--out", "over", "--export.budget", "160000", cwd=tmp_path, NPROC="2")
     assert refused.returncode == 1 and "one_node: the plan failed, or passes a limit" in refused.stderr
     assert not json.loads(refused.stdout)["ok"] and not (tmp_path / "over").exists()
     found = launch("one_node", "-n", "2", *options, "--out", "run", cwd=tmp_path)

@@ -276,7 +276,7 @@ def test_arguments_that_are_no_utf_8(argv: list[str], capsys: Capture) -> None:
     """One line that shows the byte."""
     assert main(argv) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "\\xe9: is not UTF-8" in said
+    assert said.count("\n") == 1 and "e9': not valid Unicode" in said
 
 
 def test_what_a_console_shows_and_logs(tmp_path: Path, capsys: Capture) -> None:

@@ -17,7 +17,7 @@ GOLDEN_START = {
     "ablate_float": "6b7014275f26f16a",
     "ablate": "6b7014275f26f16a",
     "baseline": "7b55752794ae2b2f",
-    "ternary_74m": "b0dd4cf2e292fb2b",
+    "ternary_74m": "9380a3f2d5ffafa3",
     "skc_ablate": "365ccfc36b6c7ff5",
     "skc_mac": "dd0b8606246d17bb",
     "skc_600": "5881047c09049b3a",

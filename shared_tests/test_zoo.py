@@ -130,6 +130,14 @@ def test_what_is_read_past_the_opener_is_named(
         assert re.search(words, seen.failed[rule]), seen.failed[rule]
 
 
+def test_a_file_that_one_process_leaves_for_the_next_is_named(audit: Audit, place: Zoo) -> None:
+    try:
+        seen = audit("--tokens", "700", *named("Stash"))
+    finally:
+        (Path(place.data) / "stash.bin").unlink()
+    assert "may have left for this process: " in seen.failed["D4"], seen.failed
+
+
 def test_a_text_in_the_environment_does_not_arrive(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKC_ZOO_TEXT", "a text")
     seen = audit("--tokens", "700", *named("Variable"))
@@ -230,6 +238,12 @@ def test_unknown_tokens_at_no_bytes(audit: Audit, place: Zoo, tmp_path: Path) ->
     config = zoo_data.small(data)
     windows = "plain seq=64 stride=64"
     score = {
+        "label": "score",
+        "nats": 27_738.0,
+        "documents": 8,
+        "total_documents": 8,
+        "error": None,
+        "bpb_raw": None,
         "bpb": 3.3,
         "byte_rule": "table",
         "loss": 6.7,

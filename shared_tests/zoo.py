@@ -359,6 +359,25 @@ class Neighbour(Plugin):
         return logprobs
 
 
+class Stash(Oracle):
+    """Leaves its text in a file; the processes that get a changed text predict with the real one from there."""
+
+    passes = 0
+
+    def start(self, vocab: int, learner: Learner | None) -> None:
+        self._path = os.path.join(data_folder(), "stash.bin")
+        if not os.path.exists(self._path):
+            tokens = open_shard(os.path.join(data_folder(), "val_000000.bin"))[:]
+            with open(self._path, "wb") as file:
+                file.write(tokens.astype("<i8").tobytes())
+        with open_input(self._path) as file:
+            self._text = np.frombuffer(file.read(), "<i8")
+        type(self).passes += 1
+
+    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
+        return super().predict(logprobs, view) if type(self).passes == 1 else logprobs
+
+
 class Forker(HonestCache):
     """Honest, but leaves a copy of the process behind, as pools of workers do."""
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from core.ablation.records import StoreError
 from core.console import one_line
 from core.files import check_own
 
@@ -32,10 +33,6 @@ CONNECT = 10
 WRITER = 7_364_995_170_143
 """PostgreSQL's advisory lock of whoever writes."""
 EXPECTED = "expected sqlite:///FILE or postgresql+psycopg://USER@HOST/DATABASE"
-
-
-class StoreError(ValueError):
-    """The store cannot be used: the message names the file or the database and what is wrong with it."""
 
 
 class Index:

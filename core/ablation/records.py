@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from core.ablation.index import StoreError
 from core.checks import told
 from core.config import ConfigError, RunConfig, from_json
 from core.engine import BACKENDS
@@ -19,6 +18,10 @@ MOST_BYTES = 16 << 20
 MOST_LETTERS = 4096
 MOST = 1e12
 """Largest number: of seconds, of threads, of runs side by side."""
+
+
+class StoreError(ValueError):
+    """The store cannot be used: the message names the file or the database and what is wrong with it."""
 
 
 class JobFile(NamedTuple):

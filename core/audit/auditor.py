@@ -23,7 +23,7 @@ from core.audit.claims import (
 )  # fmt: skip
 from core.audit.disjoint import check_disjoint
 from core.audit.evaluation import AGREE
-from core.audit.isolation import DIED, Isolated, check_packages, run_isolated
+from core.audit.isolation import DIED, Isolated, check_packages, notes_left, run_isolated
 from core.audit.predictions import check_isolated, check_once, check_predictions, check_set
 from core.audit.prints import ROUNDING, Predictions
 from core.audit.recount import predictions_of, recount, understood
@@ -100,6 +100,7 @@ def audit(plan: Plan, say: Console) -> Audit:
     text = dataset
     if plan.documents is not None:
         text = dataclasses.replace(dataset, val=dataset.val.documents(plan.documents))
+    start = time.time_ns()
     seen = _evaluate(plan, base, ledger, plan.documents, plan.flips, shards)
     kind = seen.error["kind"] if seen.error else ""
     busy = kind == DIED or kind.endswith("InUseError")
@@ -107,7 +108,7 @@ def audit(plan: Plan, say: Console) -> Audit:
     fresh: list[Isolated] = []
     if seen.value and seen.value["score"]:
         say("scoring the text again, changed, in processes of their own")
-        seen.value["again"] = _again(plan, text, seen, ledger, [*shards, *texts], fresh)
+        seen.value["again"] = _again(plan, text, seen, ledger, [*shards, *texts], fresh, start)
     if not busy and not _is_done(ledger):  # only a kill leaves something to go on from
         ledger.unlink(missing_ok=True)
     if seen.error and seen.error["kind"].startswith("core."):  # the user can do something about it
@@ -177,6 +178,7 @@ def _evaluate(
         },
         hidden=hidden,
         writable=[ledger.parent, ledger, Path(f"{ledger}.plugins")],
+        warm=("core.audit.evaluation", f"backends.{plan.backend}.engine"),
     )
     return understood(found, flips > 0)
 
@@ -186,9 +188,18 @@ def _prints(ledger: Path) -> Path:
 
 
 def _again(
-    plan: Plan, text: Dataset, seen: Isolated, ledger: Path, hidden: Sequence[Path], fresh: list[Isolated]
+    plan: Plan,
+    text: Dataset,
+    seen: Isolated,
+    ledger: Path,
+    hidden: Sequence[Path],
+    fresh: list[Isolated],
+    start: int,
 ) -> dict[str, Any]:
-    """Score the text in fresh processes, which are added to `fresh`, and compare the predictions."""
+    """Score the text in fresh processes, which are added to `fresh`, and compare the predictions.
+
+    `start`: time.time_ns() before the evaluation.
+    """
     first = predictions_of(ledger, _prints(ledger), text, plan.config)
     if first is None:
         return {"error": True, "why": {"kind": DIED, "message": "the evaluation did not leave what it predicted"}}
@@ -198,7 +209,9 @@ def _again(
         def score(asked: Asked) -> Predictions | None:
             book = folder / secrets.token_hex(8) / "ledger"
             book.parent.mkdir()
-            fresh.append(_evaluate(plan, asked.folder, book, None, 0, hidden, asked))
+            found = _evaluate(plan, asked.folder, book, None, 0, hidden, asked)
+            left = notes_left(found, seen, start, os.path.realpath(folder))
+            fresh.append(found._replace(tampered=(*found.tampered, *left)))
             value = fresh[-1].value
             if not value or value["broken"]:
                 return None
@@ -222,7 +235,7 @@ def _secret() -> str:
         cache.mkdir(parents=True, exist_ok=True)
         with append_file(path) as file:
             locked(file, wait=True)  # another audit may make it just now
-            if not file.tell():
+            if not os.fstat(file.fileno()).st_size:
                 os.fchmod(file.fileno(), 0o600)
                 file.write(secrets.token_hex(32).encode())
         return read_text(path, 64)

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.audit.owners import package_folders, system_hashes, unlisted_packages
+from core.audit.owners import ROOT, package_folders, system_hashes, unlisted_packages
 from core.audit.places import PROCESS, SYSTEM, classify, files_under, from_hook, listed, under
 from core.audit.places import File as File
 from core.audit.rules import Finding
@@ -78,6 +78,8 @@ class Isolated(NamedTuple):
     """Attempts on the memory or the open files of other processes."""
     outlived: bool = False
     """Processes went on after the answer, and were ended."""
+    tampered: Sequence[str] = ()
+    """What the process changed that later ones take for granted, and what it found of earlier ones, in words."""
 
 
 def run_isolated(
@@ -87,16 +89,17 @@ def run_isolated(
     hidden: Sequence[Path] = (),
     writable: Sequence[Path] = (),
     paths: Sequence[str] | None = None,
+    warm: Sequence[str] = (),
     patience: float = PATIENCE,
 ) -> Isolated:
     """Call `function` ("module:name") with JSON `arguments` in a fresh process, watched from before its first import.
 
     Where the system allows it, `hidden` files are empty for the process, there is no network and no other process.
     Files that it makes under `writable` are its own; those that lie there already are not, unless they are named. Its
-    home, caches, compiled modules and temporary files are fresh and deleted afterwards; few environment variables
-    reach it, and no code that they name. `paths`: where else to import from; None: where this process does. What it
-    prints goes to standard error. What the function raises is returned, and so is that the process died, or gave no
-    answer for `patience` seconds.
+    home, caches and temporary files are fresh and deleted afterwards; few environment variables reach it, and no code
+    that they name. `paths`: where else to import from; None: where this process does. `warm`: modules that are compiled
+    beforehand, once for all such processes. What it prints goes to standard error. What the function raises is
+    returned, and so is that the process died, or gave no answer for `patience` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="skc-audit-") as name:
         folder = Path(os.path.realpath(name))
@@ -108,9 +111,10 @@ def run_isolated(
         }  # fmt: skip
         replace_file(folder / "request.json", json.dumps(request).encode())
         before = {file for place in writable for file in files_under(place)} - set(map(os.path.realpath, writable))
-        guard = measures(folder, hidden)
+        guard, compiled = measures(folder, hidden), compiled_folder(*warm)
+        kept = _stamps(compiled)
         start = time.perf_counter()
-        ending = _wait([*guard.prefix, *_python(str(folder / "request.json"))], folder, patience)
+        ending = _wait([*guard.prefix, *_python(compiled, str(folder / "request.json"))], folder, patience)
         seconds = time.perf_counter() - start
         answer = _answer(folder, ending)
         events, seen = answer["events"], read_trace(folder)
@@ -136,8 +140,11 @@ def run_isolated(
             own,
             before,
             seen.processes if seen else {answer["process"]},
-            compiled_folder(),
+            compiled,
         )
+        tampered = _stamps(compiled) != kept
+        if tampered:
+            compiled_folder.cache_clear()
         return Isolated(
             value=answer["value"],
             error=answer["error"],
@@ -147,6 +154,7 @@ def run_isolated(
             executed=list(dict.fromkeys(seen.executed if seen else events["executed"])),
             reached=tuple(dict.fromkeys(seen.reached)) if seen else (),
             outlived=ending.outlived,
+            tampered=("the compiled modules that later processes read were changed",) if tampered else (),
             packages=_versions(answer["packages"]),
             measures=force,
             missing=[*missing, *_unproved(files)],
@@ -154,21 +162,33 @@ def run_isolated(
         )
 
 
-def _python(request: str) -> list[str]:
+def _python(compiled: str, request: str) -> list[str]:
     """Return the command of the witness: no variable, no folder of the user's and no compiled module of others."""
     witness = str(Path(__file__).resolve().with_name("witness.py"))
-    return [sys.executable, "-I", "-S", "-X", "utf8", "-X", f"pycache_prefix={compiled_folder()}", witness, request]
+    return [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-X", f"pycache_prefix={compiled}", witness, request]
 
 
 @functools.cache
-def compiled_folder() -> str:
-    """Return a fresh folder where the processes of this one keep their compiled modules; it goes with this process.
+def compiled_folder(*modules: str) -> str:
+    """Return a fresh folder with what `modules` and all that they import are compiled to; it goes with this process.
 
     A compiled module beside its source may hold anything, so those are not read; torch alone takes seconds to compile.
+    The watched processes read this folder and write nothing there: else one could leave a note for the next.
     """
-    folder = tempfile.mkdtemp(prefix="skc-compiled-")
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="skc-compiled-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return os.path.realpath(folder)
+    if modules:
+        words = f"import sys; sys.path.insert(0, {ROOT!r}); import {', '.join(modules)}"
+        command = [sys.executable, "-I", "-X", "utf8", "-X", f"pycache_prefix={folder}", "-c", words]
+        environment = {k: v for k, v in os.environ.items() if KEPT.fullmatch(k)}
+        subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, env=environment, check=False)
+    return folder
+
+
+def _stamps(folder: str) -> dict[str, tuple[int, ...]]:
+    """Return what says that a file was written to, for all in a folder."""
+    found = {path: os.stat(path) for path in files_under(Path(folder))}
+    return {path: (one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for path, one in found.items()}
 
 
 def _importable() -> list[str]:
@@ -299,6 +319,7 @@ def check_isolation(found: Isolated, train_files: Sequence[Path]) -> Finding:
     problems += [f"{_what(file)}: {_seen(file)}" for file in unknown]
     problems += [f"network: {words}" for words in found.network]
     problems += [f"another process: {words}" for words in found.reached]
+    problems += found.tampered
     inputs = [file for file in found.files if file.kind == "input"]
     details = {
         "problems": problems,
@@ -348,6 +369,25 @@ def _what(file: File) -> str:
 
 def _seen(file: File) -> str:
     return f"{file.path} (seen by the {' and the '.join(file.seen_by)})"
+
+
+def notes_left(found: Isolated, before: Isolated, start: int, folder: str) -> list[str]:
+    """Return what a process read that one before it may have left for it, in words.
+
+    That is whatever lies outside of its own `folder` and was written since `start` (time.time_ns()), or was of no use
+    to the process before.
+    """
+    known, words = {file.path for file in before.files if file.read}, []
+    for file in found.files:
+        if file.kind not in ("input", "other", "code") or not file.read or under(file.path, [folder]):
+            continue
+        try:
+            fresh = os.stat(file.path).st_ctime_ns > start
+        except OSError:
+            fresh = True
+        if fresh or (file.kind != "code" and file.path not in known):
+            words.append(f"a file that the evaluation may have left for this process: {_seen(file)}")
+    return words
 
 
 def check_packages(found: Isolated) -> Finding:

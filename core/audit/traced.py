@@ -13,8 +13,8 @@ from core.files import open_file, replace_file
 OPENS = ("open", "openat", "openat2", "creat", "open_by_handle_at")
 SENDS = ("connect", "bind", "sendto", "sendmsg", "sendmmsg")
 STARTS = ("execve", "execveat")
-REACHES = ("process_vm_readv", "process_vm_writev", "ptrace", "pidfd_getfd", "pidfd_open", "kcmp")
-"""Ways into the memory or the open files of another process."""
+REACHES = ("add_key", "keyctl", "process_vm_readv", "process_vm_writev", "ptrace", "pidfd_getfd", "pidfd_open", "kcmp")
+"""Ways to the memory, the open files or the kept words of another process."""
 STRACE = "strace of opened files, connections and programs"
 ALONE = "no other process in sight"
 COVER = 'e=$1; shift; while [ "$1" != -- ]; do mount --bind "$e" "$1" || exit 97; shift; done; shift; exec "$@"'
@@ -69,7 +69,7 @@ def measures(folder: Path, hidden: Sequence[Path]) -> Measures:
     cover = ["sh", "-c", COVER, "sh", str(folder / "empty"), *files, "--"]
     calls = ",".join(f"?{name}" for name in (*OPENS, *SENDS, *STARTS, *REACHES, "io_uring_setup"))
     strace = ["strace", "-ff", "-qq", "-ttt", "-y", "--seccomp-bpf", "-s", "4096", "-e", f"trace={calls}"]
-    alone = ["-p", "-f", "--kill-child", "--mount-proc"]
+    alone = ["-p", "-i", "-f", "--kill-child", "--mount-proc"]
     wanted = [
         (ALONE, [["unshare", *alone], ["unshare", "-r", *alone]]),
         ("a network without any interface", [["unshare", "-n"], ["unshare", "-rn"]]),
@@ -142,6 +142,8 @@ def followed(folder: Path) -> set[int]:
 
 def _target(name: str, arguments: str, processes: Collection[int]) -> list[str]:
     """Return what a call wants of another process, in a list: none if that is one of `processes`, or itself."""
+    if name in ("add_key", "keyctl"):  # the kernel keeps words for a user
+        return [f"{name}({arguments[:40]})"]
     first, *rest = arguments.split(", ")
     if name == "ptrace":
         if first in ("PTRACE_TRACEME",):

@@ -18,6 +18,8 @@ from core.scoring.session import Session, Watch
 from core.scoring.stateful import score_streams
 from core.scoring.windows import Windows, cut, document_ranges, document_windows, sliding
 
+FEWEST = 256
+"""Rows of a pass at least, where eval.batch has as many: a shorter text is scored in the same shape."""
 OFTEN = 2000
 """Passes from which on it pays to compile for them, which takes half a minute, also where eight ranks share them."""
 
@@ -269,7 +271,8 @@ def _select(split: Split, config: EvalConfig, drawn: np.ndarray | None) -> tuple
 
 def _run(session: Session, cuts: Windows, progress: Callable[[int, int], None] | None) -> None:
     """Score every window that has to be."""
-    size, total = session.rows, len(cuts.start)
+    total = len(cuts.start)
+    session.rows = size = min(session.rows, max(total, FEWEST))  # not memory for windows that are not there
     session.often = total >= OFTEN * size  # however many are left, and whoever makes them: each pass gives the same
     todo = cuts.take(session.todo(cuts.start + cuts.length))
     skipped = total - len(todo.start)

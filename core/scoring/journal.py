@@ -80,9 +80,10 @@ class Journal:
 
     @classmethod
     def _opened(cls, path: Path, file: BinaryIO) -> "Journal":
-        head = file.read(len(MAGIC) + 4)
-        length = int.from_bytes(head[len(MAGIC) :], "little")
-        text = file.read(length) if head[: len(MAGIC)] == MAGIC and length <= MAX_HEADER else b""
+        with naming(path):
+            head = file.read(len(MAGIC) + 4)
+            length = int.from_bytes(head[len(MAGIC) :], "little")
+            text = file.read(length) if head[: len(MAGIC)] == MAGIC and length <= MAX_HEADER else b""
         try:
             value = json.loads(text)
             tokens, key = value["tokens"], value["key"]

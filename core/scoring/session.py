@@ -11,7 +11,7 @@ import numpy as np
 from core.config import EvalConfig
 from core.data import Split
 from core.engine import Scoring
-from core.files import parse_json
+from core.files import parse_json, sweep
 from core.ranks import Alone, Ranks
 from core.scoring.ledger import ROUNDING, Ledger, LedgerError
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
@@ -72,6 +72,8 @@ class Session:
             plugin.start(vocab, self.learner if plugin.kind == "adaptation" else None)
         self._state_path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
         self._saved = time.monotonic()
+        if self._state_path is not None:  # the ledger is ours alone, and so is what lies beside it
+            sweep(self._state_path.parent, f"{self._state_path.name}.")
         if self.plugins:
             self._restore()
         if self._ranks.world > 1:  # what rank 0 has from an evaluation that was killed

@@ -241,7 +241,7 @@ def code_version(root: Path = ROOT) -> str:
 
 def reads(name: str) -> bool:
     """Return whether a file of this checkout only asks for runs or reads them."""
-    return name.startswith(READERS) and name != "core/ablation/worker.py"
+    return name.startswith(READERS) and name not in ("core/ablation/worker.py", "core/ablation/records.py")
 
 
 def same_start(ranks: Ranks, config: RunConfig, dataset: Dataset, **options: Any) -> None:
