@@ -27,6 +27,7 @@ KINDS = {
     stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link",
 }  # fmt: skip
+KERNELS = ("/proc", "/sys")
 MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 MOST_VALUES = 1 << 20
 """Values of one JSON text: an empty list is three bytes in the file, and sixty in memory."""
@@ -45,7 +46,7 @@ def open_file(path: str | Path, limit: int | None = None) -> io.BufferedReader:
     """
     check_name(path)
     try:
-        _refuse_kind(path, os.stat(path).st_mode)
+        _refuse_kind(path, os.stat(path))
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
@@ -53,7 +54,7 @@ def open_file(path: str | Path, limit: int | None = None) -> io.BufferedReader:
         raise FileError(f"{path}: {error.strerror}, expected a regular file") from error
     try:
         status = os.fstat(handle)
-        _refuse_kind(path, status.st_mode)  # once more: the name may have changed hands since
+        _refuse_kind(path, status)  # once more: the name may have changed hands since
         if limit is not None and status.st_size > limit:
             raise FileError(
                 f"{path}: {status.st_size:,} bytes, expected at most {limit:,}: this is not the file it is named as"
@@ -145,9 +146,13 @@ def check_name(path: str | Path) -> None:
         raise FileError(f"{name[:200]!r}: is no name of a file")
 
 
-def _refuse_kind(path: str | Path, mode: int) -> None:
+def _refuse_kind(path: str | Path, status: os.stat_result) -> None:
+    mode = status.st_mode
     if not stat.S_ISREG(mode):
         raise FileError(f"{path}: is {KINDS.get(stat.S_IFMT(mode), 'no file')}, expected a regular file")
+    for place in KERNELS:  # what lies there looks regular, and may wait, or fail, or never end when it is read
+        if os.path.isdir(place) and os.stat(place).st_dev == status.st_dev != os.stat("/").st_dev:
+            raise FileError(f"{path}: is a file of the kernel's, expected a regular file on a disk")
 
 
 @contextmanager
@@ -238,13 +243,13 @@ def own_folder(path: str | Path) -> None:
 def _open_own(path: str | Path, flags: int, mode: str) -> _Named:
     check_name(path)
     try:
-        _refuse_kind(path, os.lstat(path).st_mode)
+        _refuse_kind(path, os.lstat(path))
     except FileNotFoundError:
         if not flags & os.O_CREAT:
             raise
     handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
     try:
-        _refuse_kind(path, os.fstat(handle).st_mode)
+        _refuse_kind(path, os.fstat(handle))
         return _Named(handle, mode, path)
     except BaseException:
         os.close(handle)
@@ -278,7 +283,7 @@ def sync_folder(path: str | Path) -> None:
 def check_own(path: str | Path) -> None:
     """Raise FileError for anything but a regular file, or nothing, in the place of a file of our own; OSError."""
     with suppress(FileNotFoundError):
-        _refuse_kind(path, os.lstat(path).st_mode)
+        _refuse_kind(path, os.lstat(path))
 
 
 def locked(file: BinaryIO, shared: bool = False, wait: bool = False) -> bool:

@@ -39,6 +39,16 @@ def test_only_regular_files_are_opened(door: str, kind: str, tmp_path: Path) -> 
         (READERS | WRITERS)[door](odd(tmp_path, kind))
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="a system without /proc")
+@pytest.mark.parametrize("door", [*READERS, *WRITERS])
+def test_a_file_of_the_kernels_is_no_file(door: str, tmp_path: Path) -> None:
+    """What looks regular and lies in /proc may wait, fail or never end."""
+    link = tmp_path / "link"
+    link.symlink_to("/proc/self/mem")
+    with pytest.raises(FileError, match="kernel|is a link"):
+        (READERS | WRITERS)[door](link)
+
+
 @pytest.mark.parametrize("door", WRITERS)
 def test_nothing_is_written_through_a_link(door: str, tmp_path: Path) -> None:
     """A link to a regular file is read, never written through; `replace_file` puts a file in the link's place."""

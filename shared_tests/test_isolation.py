@@ -491,7 +491,7 @@ def test_traces_are_read(tmp_path: Path) -> None:
         traced.Opening("/w/n", True, True, True),
         traced.Opening("/w/c", False, True, True),
     ]
-    assert seen.executed == ["/bin/ld -t"] and len(seen.blind) == 1 and seen.processes == {7, 8}
+    assert seen.executed == ["/bin/ld -t"] and len(seen.kernel) == 1 and seen.processes == {7, 8}
     assert seen.reached == ["process_vm_readv(1)", "ptrace(2)", "pidfd_getfd(4<pid:3>)"]
     assert seen.network == [
         'connect AF_INET sin_port=htons(80), sin_addr=inet_addr("10.0.0.1")',

@@ -48,8 +48,9 @@ class Audit(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """The evaluation came to its end, and no rule was found broken."""
-        return self.isolated.error is None and all(finding.verdict != "FAIL" for finding in self.findings)
+        """The evaluation came to its end with a score, and no rule was found broken."""
+        scored = self.isolated.error is None and bool((self.isolated.value or {}).get("score"))
+        return scored and all(finding.verdict != "FAIL" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
@@ -95,6 +96,7 @@ def audit(plan: Plan, say: Console) -> Audit:
     ledger = plan.folder / "ledger"
     if _is_done(ledger):  # an audit that came to its end is not continued but made again
         ledger.unlink()
+    if not os.path.lexists(ledger):  # what lies beside no ledger of ours is of no use, but to a cheat
         Path(f"{ledger}.plugins").unlink(missing_ok=True)
     say(f"evaluating {plan.artifact} in a process of its own")
     text = dataset
@@ -137,7 +139,19 @@ def audit(plan: Plan, say: Console) -> Audit:
         check_seeds(plan),
         check_packages(seen),
     ]
-    return Audit(findings, seen, plan, time.monotonic() - began)
+    return Audit(_founded(findings), seen, plan, time.monotonic() - began)
+
+
+def _founded(findings: list[Finding]) -> list[Finding]:
+    """Return the findings without a pass of D15 that rests on figures which D16 did not find again."""
+    again = next(finding for finding in findings if finding.rule == "D16").verdict == "PASS"
+    words = "the audited run's recorded score was not found again (D16); "
+    return [
+        one._replace(verdict="NOT CHECKED", evidence=words + one.evidence)
+        if one.rule == "D15" and one.verdict == "PASS" and not again
+        else one
+        for one in findings
+    ]
 
 
 def _open(path: str) -> Dataset:

@@ -160,6 +160,7 @@ def check_reference(plan: Plan) -> Finding:
     """D15: all seeds of the claim against the reference, in nats per token of this tokenizer."""
     scores = {str(run.path): recorded(run) for run in plan.seeds}
     scores = {name: found for name, found in scores.items() if found and found.get("full")}
+    partly = [str(run.path) for run in plan.seeds if str(run.path) not in scores]
     odd = [n for n, found in scores.items() if not all((_number(found.get(k)) or 0.0) > 0 for k in FIGURES)]
     if odd:
         return Finding("D15", "FAIL", f"recorded no numbers above 0 as {', '.join(FIGURES)}: {', '.join(odd)}")
@@ -171,6 +172,11 @@ def check_reference(plan: Plan) -> Finding:
     if first is None or not plan.reference:
         names = ", ".join(f"{name} {found['bpb']:.4f}" for name, found in scores.items()) or "none with a score"
         return Finding("D15", "NOT CHECKED", f"give scores to beat with --reference; seeds: {names}")
+    if partly:  # every run that is given counts
+        words = f"no score of the whole text is recorded in {', '.join(partly)}"
+        return Finding("D15", "NOT CHECKED", words)
+    if len({(found["bytes"], found["targets"], found["windows"], found["byte_rule"]) for found in scores.values()}) > 1:
+        return Finding("D15", "FAIL", "the seeds' scores are not of one text, cut and counted alike")
     per_token = math.log(2.0) * first["bytes"] / first["targets"]
     return beats(ours, [bpb * per_token for bpb in plan.reference])
 

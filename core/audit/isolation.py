@@ -34,7 +34,14 @@ from core.files import MAX_TEXT, read_file, read_json, replace_file
 HOOK = "an audit hook from before the first import"
 DIED = "died"
 """Kind of the error of a process that ended without an answer."""
-SERVICES = ("/run/nscd", "/var/run/nscd", "/run/nvidia-persistenced", "/var/run/nvidia-persistenced")
+SERVICES = (
+    "/run/uuidd",
+    "/var/run/uuidd",
+    "/run/nscd",
+    "/var/run/nscd",
+    "/run/nvidia-persistenced",
+    "/var/run/nvidia-persistenced",
+)
 """Local sockets that libc and the GPU's driver ask by themselves."""
 KEPT = re.compile(
     r"PATH|LD_LIBRARY_PATH|TZ|USER|LOGNAME|CC|CXX|CUDA_(HOME|PATH|VISIBLE_DEVICES|DEVICE_ORDER)|NVIDIA_\w+|MLX_\w+"
@@ -43,6 +50,8 @@ KEPT = re.compile(
 """Environment variables that say what the machine is; no others reach the process."""
 LONGEST = {"PATH": 4096, "LD_LIBRARY_PATH": 4096}
 """Characters of a variable's value, else 256: a text does not fit."""
+MOST = 40
+"""Of these variables."""
 GRACE = 10.0
 """Seconds that the processes have to end once the answer is there."""
 PATIENCE = 86_400.0
@@ -120,9 +129,7 @@ def run_isolated(
         events, seen = answer["events"], read_trace(folder)
         opened = [e for e in events["opened"] if seen is None or _happened(*e)]
         force, missing = [HOOK, *guard.measures], guard.missing
-        if seen is not None:
-            missing = missing + seen.blind
-        elif STRACE in force:
+        if seen is None and STRACE in force:
             force.remove(STRACE)
             missing = [*missing, f"{STRACE} (it left no trace)"]
         if seen is None and events["executed"]:
@@ -150,11 +157,14 @@ def run_isolated(
             error=answer["error"],
             seconds=seconds,
             files=files,
-            network=[words for words in dict.fromkeys(network) if not _is_local(words, own)],
+            network=[words for words in dict.fromkeys(network) if not _is_local(words, [str(folder)])],
             executed=list(dict.fromkeys(seen.executed if seen else events["executed"])),
             reached=tuple(dict.fromkeys(seen.reached)) if seen else (),
             outlived=ending.outlived,
-            tampered=("the compiled modules that later processes read were changed",) if tampered else (),
+            tampered=(
+                *(["the compiled modules that later processes read were changed"] if tampered else []),
+                *(f"a call that no evaluation needs: {call}" for call in dict.fromkeys(seen.kernel if seen else [])),
+            ),
             packages=_versions(answer["packages"]),
             measures=force,
             missing=[*missing, *_unproved(files)],
@@ -222,7 +232,8 @@ def _happened(path: str, flags: int, there: bool) -> bool:
 
 def _variables(folder: Path) -> dict[str, str]:
     """Return the process's environment: what says what the machine is, and a fresh home."""
-    kept = {k: v for k, v in os.environ.items() if KEPT.fullmatch(k) and len(v) <= LONGEST.get(k, 256)}
+    named = sorted(os.environ.items(), key=lambda pair: pair[0] not in LONGEST)
+    kept = dict([(k, v) for k, v in named if KEPT.fullmatch(k) and len(v) <= LONGEST.get(k, 256)][:MOST])
     # in the C locale the loader reads no tables of the system's; Python itself is told to use UTF-8
     return kept | {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "LC_ALL": "C"}
 
@@ -273,13 +284,16 @@ def _answer(folder: Path, ending: _Ending) -> dict[str, Any]:
     """Return the response, or one that says how the process ended without any, with what it had announced."""
     response, announced = folder / "response.json", folder / "announced"
     with contextlib.suppress(OSError, ValueError):
-        return read_json(response)
-    code = ending.code
+        answer = read_json(response)
+        if _is_answer(answer):
+            return answer
+    code, names = ending.code, []
     ended = f"by signal {-code}" if code < 0 else f"with exit status {code}"
     message = f"the process ended {ended} before it answered"
     if ending.patience is not None:
         message = f"the process gave no answer for {ending.patience:g} s and was ended"
-    names = read_file(announced, MAX_TEXT).split(b"\0")[:-1] if announced.is_file() else []
+    with contextlib.suppress(OSError, ValueError):
+        names = read_file(announced, MAX_TEXT).split(b"\0")[:-1]
     return {
         "value": None,
         "error": {"kind": DIED, "message": message, "traceback": ""},
@@ -289,6 +303,25 @@ def _answer(folder: Path, ending: _Ending) -> dict[str, Any]:
         "packages": [],
         "process": 0,
     }
+
+
+def _is_answer(answer: Any) -> bool:
+    """Return whether a response has the form that the witness gives it."""
+    lists = ("announced", "modules", "packages")
+    good = isinstance(answer, dict) and answer.keys() >= {"value", "error", "events", "process", *lists}
+    if not good or type(answer["process"]) is not int or not all(_is_texts(answer[name]) for name in lists):
+        return False
+    events, error = answer["events"], answer["error"]
+    if error is not None and not (isinstance(error, dict) and {"kind", "message", "traceback"} <= error.keys()):
+        return False
+    named = isinstance(events, dict) and all(_is_texts(events.get(name)) for name in ("network", "executed"))
+    return named and all(
+        isinstance(one, list) and [type(part) for part in one] == [str, int, bool] for one in events.get("opened", [0])
+    )
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _is_local(words: str, own: Sequence[str]) -> bool:

@@ -158,7 +158,8 @@ def package_verdict(path: str) -> Verdict:
     owned = package_files().get(path)
     if owned is None:
         folders = unlisted_packages()
-        return "unlisted" if any(path == top or path.startswith(f"{top}/") for top in folders) else "none"
+        package = next((name for top, name in folders.items() if path == top or path.startswith(f"{top}/")), None)
+        return "unlisted" if package in declared_packages() and path.endswith((".py", ".so")) else "none"
     if owned.hash is not None:
         mode, _, value = owned.hash.partition("=")
         found = file_digest(path, mode)

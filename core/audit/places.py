@@ -16,7 +16,7 @@ Seer = Literal["hook", "system"]
 CODE = tuple(os.path.join(ROOT, name) for name in ("core", "backends", "shared_tests"))
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc", "/sys", "/dev", "/nix/store",
           "/System", "/Library", "/private/etc", "/private/var/db")  # fmt: skip
-VIRTUAL = ("/sys", "/dev", "/System", "/nix/store")
+VIRTUAL = ("/sys", "/dev", *(("/System",) if sys.platform == "darwin" else ()))
 """Kept by the kernel, or by a system that nobody can write into."""
 PROCESS = re.compile(r"/proc/(\d+)(/.*)?")
 SOURCES = (".py", ".pth", ".so")
@@ -74,9 +74,14 @@ def classify(
         return "code" if _is_metadata(path) else "other"  # our data, even if the checkout lies under a system's folder
     if process := PROCESS.fullmatch(path):
         return "system" if int(process[1]) in processes else "other"
-    if path.startswith(("/memfd:", "/proc/")) or (under(path, VIRTUAL) and not under(path, ["/dev/shm"])):
+    if path.startswith(("/memfd:", "/proc/")) or (under(path, VIRTUAL) and not _is_stored(path)):
         return "system"
     return "system" if under(path, SYSTEM) and is_systems(path) else "other"
+
+
+def _is_stored(path: str) -> bool:
+    """Return whether a file under /dev is one that somebody wrote, no device."""
+    return under(path, ["/dev/shm"]) or (under(path, ["/dev"]) and os.path.isfile(path))
 
 
 def _of_packages(path: str) -> Kind:
@@ -104,8 +109,10 @@ def _is_pythons(path: str) -> bool:
     name = os.path.basename(path)
     if name == "pyvenv.cfg":
         return os.path.getsize(path) <= 4096
-    headers = any(under(path, [f"{prefix}/include"]) for prefix in _PREFIXES)
-    return is_library(path) or path == os.path.realpath(sys.executable) or (headers and name.endswith(".h"))
+    base = os.path.realpath(sys.base_prefix)
+    headers = under(path, [f"{base}/include"]) and name.endswith(".h")
+    libraries = under(path, [f"{base}/lib", f"{base}/lib64", f"{base}/Python"]) and is_library(path)
+    return headers or libraries or path == os.path.realpath(sys.executable)
 
 
 def _is_metadata(path: str) -> bool:

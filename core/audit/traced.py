@@ -13,10 +13,17 @@ from core.files import open_file, replace_file
 OPENS = ("open", "openat", "openat2", "creat", "open_by_handle_at")
 SENDS = ("connect", "bind", "sendto", "sendmsg", "sendmmsg")
 STARTS = ("execve", "execveat")
-REACHES = ("add_key", "keyctl", "process_vm_readv", "process_vm_writev", "ptrace", "pidfd_getfd", "pidfd_open", "kcmp")
+KERNEL = (
+    "add_key", "keyctl", "request_key", "shmget", "msgget", "semget", "mq_open", "getxattr", "lgetxattr", "fgetxattr",
+    "mount", "umount2", "move_mount", "open_tree", "fsopen", "fsmount", "pivot_root", "chroot", "unshare", "setns",
+    "io_uring_setup", "bpf", "userfaultfd",
+)  # fmt: skip
+"""Ways to words that the kernel keeps from one process to the next, to another view of the files, and past strace."""
+REACHES = ("process_vm_readv", "process_vm_writev", "ptrace", "pidfd_getfd", "pidfd_open", "kcmp")
 """Ways to the memory, the open files or the kept words of another process."""
 STRACE = "strace of opened files, connections and programs"
 ALONE = "no other process in sight"
+POWERLESS = "no powers of the administrator"
 COVER = 'e=$1; shift; while [ "$1" != -- ]; do mount --bind "$e" "$1" || exit 97; shift; done; shift; exec "$@"'
 """Shell: cover files by an empty one, then become the command after `--`."""
 _CALL = re.compile(r"(\w+)\((.*)\)\s+= (-?\d+)(.*)", re.DOTALL)
@@ -43,8 +50,8 @@ class Seen(NamedTuple):
     executed: list[str]
     reached: list[str]
     """Attempts on other processes than its own."""
-    blind: list[str]
-    """What happened that strace cannot follow."""
+    kernel: list[str]
+    """Calls of KERNEL, whatever came of them."""
     processes: set[int]
     """Numbers of all threads that were followed."""
 
@@ -67,7 +74,7 @@ def measures(folder: Path, hidden: Sequence[Path]) -> Measures:
         return got
     files = sorted({os.path.realpath(path) for path in hidden if path.is_file()})
     cover = ["sh", "-c", COVER, "sh", str(folder / "empty"), *files, "--"]
-    calls = ",".join(f"?{name}" for name in (*OPENS, *SENDS, *STARTS, *REACHES, "io_uring_setup"))
+    calls = ",".join(f"?{name}" for name in (*OPENS, *SENDS, *STARTS, *REACHES, *KERNEL))
     strace = ["strace", "-ff", "-qq", "-ttt", "-y", "--seccomp-bpf", "-s", "4096", "-e", f"trace={calls}"]
     alone = ["-p", "-i", "-f", "--kill-child", "--mount-proc"]
     wanted = [
@@ -77,6 +84,7 @@ def measures(folder: Path, hidden: Sequence[Path]) -> Measures:
     if files:
         covers = [["unshare", flags, *cover] for flags in ("-m", "-rm")]
         wanted.append((f"{len(files)} training files covered by an empty file", covers))
+    wanted.append((POWERLESS, [["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]]))
     wanted.append((STRACE, [[*strace, "-o", str(folder / "trace" / "thread")]]))
     for words, ways in wanted:
         reasons = []
@@ -130,8 +138,8 @@ def read_trace(folder: Path) -> Seen | None:
             seen.executed.append(" ".join([words[0], *words[2:]]))
         elif name in REACHES:
             seen.reached.extend(_target(name, arguments, processes))
-        elif name == "io_uring_setup" and int(result) >= 0:
-            seen.blind.append("what went through io_uring, which the process set up")
+        elif name in KERNEL:
+            seen.kernel.append(f"{name}({arguments[:60]})")
     return seen._replace(executed=seen.executed[1:]) if seen.executed else None
 
 
@@ -142,8 +150,6 @@ def followed(folder: Path) -> set[int]:
 
 def _target(name: str, arguments: str, processes: Collection[int]) -> list[str]:
     """Return what a call wants of another process, in a list: none if that is one of `processes`, or itself."""
-    if name in ("add_key", "keyctl"):  # the kernel keeps words for a user
-        return [f"{name}({arguments[:40]})"]
     first, *rest = arguments.split(", ")
     if name == "ptrace":
         if first in ("PTRACE_TRACEME",):

@@ -112,6 +112,9 @@ def main(path: str) -> int:
     import core.files
 
     core.files.TELL = open(request["announced"], "ab", buffering=0)  # noqa: SIM115 - open to the end
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed where the audit was started
+            setattr(sys, name, open("/dev/null", "w"))  # noqa: SIM115 - open to the end
     value, error = None, None
     try:
         module, _, name = request["function"].partition(":")
