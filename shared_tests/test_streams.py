@@ -57,7 +57,7 @@ def shell(place: Path, command: str) -> subprocess.CompletedProcess[bytes]:
         ("stdout_closed", "skc nonsense 2>&-", 2, ""),
         (
             "out_of_memory",
-            "ulimit -v 3000000; skc eval r0 --batch 60000 --seq 4096 --backend mlx",
+            "ulimit -v 3000000; skc eval r0 --batch 60000 --seq 4096 --backend cuda",
             2,
             "--batch (now 60,000 windows) or --seq",
         ),
