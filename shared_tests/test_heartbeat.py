@@ -42,7 +42,9 @@ def test_a_slow_rank_is_waited_for_and_a_dead_one_is_not(how: str, tmp_path: Pat
     codes = ended(others, 60 + LIMIT)
     ended(processes, 0)
     assert all((tmp_path / f"slow-{rank}").exists() for rank in range(3)), "the slow rank was not waited for"
-    said = [(tmp_path / f"rank-{rank}").read_text() for rank in range(3)]
+    said = [(tmp_path / f"rank-{rank}").read_text().splitlines(keepends=True) for rank in range(3)]
+    # MLX's own ring may hear of a dead peer first, and says it for every socket
+    said = ["".join(line for line in lines if not line.startswith("[ring] ")) for lines in said]
     reason = {
         "kill": "rank 1 ended without a word (killed?)",
         "stop": "rank 1 was not heard for 4 s",

@@ -103,7 +103,8 @@ def test_the_table_on_a_terminal(ran: tuple[list[str], Path]) -> None:
     assert max(map(heads, seen.shots)) == 1 and heads(seen.shots[-1]) == 0, "something of the table was left behind"
     rows = [line.split() for shot in seen.shots for line in shot if re.search(r" 2 +cuda +\d+/10 ", line)]
     assert {row[0] for row in rows} >= {"plain"} and all(re.fullmatch(r"\d+s|-|scoring", row[-1]) for row in rows)
-    assert {row[-2] for row in rows} == {"-", "2.0000"} and any(row[-1] != "-" for row in rows)
+    # a look may come after the first line of metrics: then no run is seen without bits per byte
+    assert {"2.0000"} <= {row[-2] for row in rows} <= {"-", "2.0000"} and any(row[-1] != "-" for row in rows)
     assert any(row[0] != LONG and row[0].startswith("a-rather-long") and row[0].endswith("…") for row in rows)
     assert any("about" in line and line.startswith("2 of 4 runs done") for shot in seen.shots for line in shot)
     means = {tuple(line.split()[-3:]) for shot in seen.shots for line in shot if line.startswith("  plain, cuda")}
