@@ -185,6 +185,17 @@ class Watched:
         self.live.ended(place, Result(job.variant, job.seed, job.backend, "done", place.folder, bpb=bpb))
 
 
+def test_a_row_before_and_after_a_run_has_recorded_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of a run that has only started, bits per byte and step of one that trains."""
+    made = Watched(tmp_path, monkeypatch, 1)
+    place = made.places[0]
+    made.live.started(place)
+    assert made.live._row(place, made.live._look(place, made.clock.now))[-3:-1] == ("0/10", "-")
+    made.log(place, 4, 4.0)
+    made.clock.now += 10
+    assert made.live._row(place, made.live._look(place, made.clock.now))[-3:-1] == ("4/10", "2.5000")
+
+
 @pytest.mark.parametrize(("parallel", "left"), [(1, 4 + 7 * 12), (2, 4 + 3 * 12), (8, 4)])
 def test_time_left_before_any_run_has_ended(
     parallel: int, left: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
