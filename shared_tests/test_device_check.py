@@ -51,7 +51,8 @@ def hang(child: Child) -> None:
 def slow(child: Child) -> None:
     """Never end, unless told not to begin."""
     child.figure("before", 7, "")
-    (child.folder / "running").write_text(str(os.getpid()))
+    (child.folder / "begun").write_text(str(os.getpid()))
+    (child.folder / "begun").rename(child.folder / "running")  # whole at once: who waits for it reads it
     while not (child.folder / "go").exists():
         time.sleep(0.02)
 
