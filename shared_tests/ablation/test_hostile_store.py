@@ -29,7 +29,7 @@ PLAN = """
     [variants.wide]
     "model.dim" = 64
     """
-IMPORTS = ("core.cli", "core.verbs.ablate", "core.verbs.make", "sqlalchemy", "matplotlib.figure")
+IMPORTS = ("core.cli", "core.verbs.ablate", "core.verbs.train", "sqlalchemy", "matplotlib.figure")
 REPORT, REBUILD = (), ("--rebuild",)
 STORE = ("index.sqlite", "index.sqlite-wal", "index.sqlite-shm", "index.sqlite-journal")
 ABLATION = ("members.json", "lock", "looked.json", "report.html", "report.md", "difference.png", "curves.png")

@@ -13,7 +13,7 @@ import pytest
 import core.forecast.probe
 import core.training.finish
 import core.training.loop
-import core.verbs.make
+import core.verbs.train
 from core import presets
 from core.cli import main
 from core.config import RunConfig
