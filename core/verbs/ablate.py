@@ -8,17 +8,17 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from core.ablation.dry import described, dry_run
+from core.ablation.dry_run import described, dry_run
 from core.ablation.locks import alone
 from core.ablation.plan import Ablation, Job, read_plan
-from core.ablation.report import search_telling, telling
-from core.ablation.report.live import Live
+from core.ablation.report import search_wording, wording
+from core.ablation.report.live_table import Live
 from core.ablation.report.report import write_report
 from core.ablation.runner import run_all
 from core.ablation.search.search import Searched, load_optuna, run_search
+from core.ablation.stats.added_seeds import looked
 from core.ablation.stats.effects import Effect
 from core.ablation.stats.findings import assess
-from core.ablation.stats.looks import looked
 from core.ablation.stats.results import Outcome as Results
 from core.ablation.store import Place, Store, StoreError
 from core.config import ConfigError, RunConfig
@@ -148,7 +148,7 @@ def ablate(options: Ablate, context: Context) -> Outcome:
 
     def told(so_far: Searched) -> None:
         indexed(lambda: _enter(store, plan, [*places, *so_far.places]))
-        say(f"search, {len(so_far.trials) - 1} of {so_far.search.trials} trials: {search_telling.leading(so_far)}")
+        say(f"search, {len(so_far.trials) - 1} of {so_far.search.trials} trials: {search_wording.leading(so_far)}")
 
     searched = search and run_search(plan, search, store, place, _fit, train, options.retry, told)
     if searched:
@@ -252,12 +252,12 @@ def _told(outcome: Results, searched: Searched | None, files: list[Path], say: C
             "doubts": list(found.doubts),
         }
     if searched:
-        value["search"] = search_telling.to_json(searched, outcome)
-        gains = search_telling.gains(searched, outcome)
+        value["search"] = search_wording.to_json(searched, outcome)
+        gains = search_wording.gains(searched, outcome)
         say()
-        say(f"search: {search_telling.summary(searched)}")
+        say(f"search: {search_wording.summary(searched)}")
         if gains:
-            say.table(search_telling.GAIN_HEAD, search_telling.gain_rows(gains))
+            say.table(search_wording.GAIN_HEAD, search_wording.gain_rows(gains))
         if searched.failed:
             say("failed trials stay failed at the next start; --retry trains them again")
     for file in files:
@@ -274,4 +274,4 @@ def _effect(effect: Effect) -> tuple[str, str]:
     if found is None:
         return "-", effect.verdict
     interval = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
-    return f"{found.mean:+.4f}{interval}", telling.verdict(effect)
+    return f"{found.mean:+.4f}{interval}", wording.verdict(effect)

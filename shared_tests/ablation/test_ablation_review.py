@@ -11,10 +11,10 @@ import pytest
 
 from core.ablation import folders, index
 from core.ablation.plan import Ablation, read_plan
-from core.ablation.report import live
+from core.ablation.report import live_table
 from core.ablation.runner import Progress, run_all
+from core.ablation.stats.added_seeds import looked
 from core.ablation.stats.findings import assess
-from core.ablation.stats.looks import looked
 from core.ablation.stats.results import Start
 from core.ablation.store import Place, Store, StoreError
 from core.cli import main
@@ -199,18 +199,18 @@ def test_the_live_table_reads_the_end_only(tmp_path: Path, monkeypatch: pytest.M
     original = json.loads
     monkeypatch.setattr(json, "loads", lambda text, **how: read.append(len(text)) or original(text, **how))
     for tail in (100, *range(540, 620), 1 << 15, 1 << 20):
-        monkeypatch.setattr(live, "TAIL", tail)
-        assert live._last_row(metrics)["step"] == 2999
+        monkeypatch.setattr(live_table, "TAIL", tail)
+        assert live_table._last_row(metrics)["step"] == 2999
     assert len(read) == 83, "one line is parsed, not all"
     for text in ("", "\n", '{"step": 1, "val/bpb": 2.0}\n', '{"step": 1, "train/loss": 3'):
         metrics.write_text(text)
         with pytest.raises(KeyError):
-            live._last_row(metrics)
+            live_table._last_row(metrics)
 
 
 def test_waiting_for_another_process_is_said() -> None:
     """Runs that are neither here nor done are those of another process, for which this one waits."""
-    shown = live.Live(Console(), 1)
+    shown = live_table.Live(Console(), 1)
     assert shown._head(Progress((), 1, 1, 5), {}) == "1 of 5 runs done, 1 failed, 3 under way in another process"
     assert shown._head(Progress((), 4, 1, 5), {}) == "4 of 5 runs done, 1 failed"
 
@@ -220,7 +220,7 @@ def test_seeds_that_came_after_a_report_are_named(tmp_path: Path, monkeypatch: p
     plan, store = read_plan(write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1, 2]"))), Store(tmp_path / "store")
     where, folder = places(store, plan), tmp_path
     assert looked(folder, where[:2]) == () == looked(folder, where), "no run is finished: there was nothing to see"
-    monkeypatch.setattr("core.ablation.stats.looks.finished", lambda _: True)
+    monkeypatch.setattr("core.ablation.stats.added_seeds.finished", lambda _: True)
     assert looked(folder, where[:2]) == () == looked(folder, where[:2])
     assert looked(folder, where) == (2,) == looked(folder, where), "also in every later report"
     other = read_plan(write(tmp_path, PLAN.replace("steps = 10", "steps = 11")))

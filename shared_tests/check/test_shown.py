@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from core.ablation.report import telling
+from core.ablation.report import wording
 from core.check.bench import BenchReport
 from core.cli import main
 from core.compare.picture import _curve, _difference
@@ -77,7 +77,7 @@ def test_ticks_are_whole_and_nothing_lies_on_the_axis() -> None:
 
 
 def test_the_verdict_comes_second() -> None:
-    assert all(head[:2] == ("variant", "verdict") for head in (telling.HEAD, telling.PLACE_HEAD, telling.SIZE_HEAD))
+    assert all(head[:2] == ("variant", "verdict") for head in (wording.HEAD, wording.PLACE_HEAD, wording.SIZE_HEAD))
 
 
 def test_compare_names_the_folder_that_is_not_there(capsys: Capture) -> None:

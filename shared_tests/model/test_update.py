@@ -18,7 +18,7 @@ from backends.cuda import banks, optim, storage
 from core import presets
 from core.check.tolerances import relative_rms
 from core.config import ModelConfig, RunConfig, TrainConfig
-from core.engine.protocol import Batch
+from core.data.batch import Batch
 from core.model import params
 from core.model.storage import KINDS, Storage, storage_class
 from core.training import schedule

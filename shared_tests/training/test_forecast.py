@@ -18,9 +18,10 @@ from core import presets
 from core.cli import main
 from core.config import RunConfig
 from core.console import Console
+from core.data.batch import Batch
 from core.data.bundled import open_data
 from core.data.dataset import Dataset
-from core.engine.protocol import Arrays, Batch, Scoring, StepResult
+from core.engine.protocol import Arrays, Scoring, StepResult
 from core.engine.ranks import Alone
 from core.forecast.forecast import Forecast, Kind, forecast
 from core.forecast.probe import kinds, measure_memory, probe

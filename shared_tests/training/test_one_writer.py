@@ -13,9 +13,9 @@ import pytest
 
 import core.training.loop
 from core.cli import main
+from core.data.batch import Batch
 from core.data.bundled import open_data
 from core.data.dataset import Dataset
-from core.engine.protocol import Batch
 from core.engine.ranks import Stopped
 from core.training.loop import train
 from core.training.run import Run, RunError

@@ -15,8 +15,9 @@ from core import presets, rng
 from core.check.tolerances import P4_FLOAT32, P4_FLOAT64, P5_BPB, relative_rms
 from core.cli import main
 from core.config import ConfigError, DataConfig, RunConfig
+from core.data.batch import Batch
 from core.data.dataset import Dataset, Prefetch, open_dataset
-from core.engine.protocol import Arrays, Batch, Engine
+from core.engine.protocol import Arrays, Engine
 from core.export.artifact import read_artifact
 from core.training.loop import train
 from core.training.run import Run, RunError
