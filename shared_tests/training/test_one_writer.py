@@ -16,10 +16,10 @@ from core.cli import main
 from core.data.batch import Batch
 from core.data.bundled import open_data
 from core.data.dataset import Dataset
+from core.engine.plan import StepPlan
 from core.engine.ranks import Stopped
 from core.training.loop import train
 from core.training.run import Run, RunError
-from core.training.schedule import StepPlan
 from core.training.writer import hold
 from core.verbs import make
 from shared_tests.check.test_cli import SHORT, call
