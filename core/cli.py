@@ -160,8 +160,8 @@ def _run(verb: Verb, options: Any, command: str) -> int:
 def _complain(name: str, error: Exception) -> None:
     """Say what went wrong; of several ranks, only the first of each machine says what all of them find."""
     from core.config import ConfigError
-    from core.ranks import launched
-    from core.train import NonFiniteError
+    from core.engine.ranks import launched
+    from core.training.loop import NonFiniteError
 
     _, rank = launched() or ("", 0)
     first = os.environ.get("LOCAL_RANK", str(rank)) == "0"
@@ -175,7 +175,7 @@ def is_users(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in USER_ERRNO or (error.filename is not None and error.errno in FILE_ERRNO)
     if isinstance(error, MemoryError | RuntimeError):
-        from core.memory import is_memory
+        from core.engine.memory import is_memory
 
         return is_memory(error)
     return type(error).__module__.startswith("core.") or type(error) is UsageError
@@ -188,7 +188,7 @@ def message(error: Exception) -> str:
         hint = f"; {NO_SPACE[error.errno]}, what was saved before is intact" if error.errno in NO_SPACE else ""
         return one_line(f"{where}{error.strerror}{hint}")
     if isinstance(error, MemoryError | RuntimeError):
-        from core.memory import described
+        from core.engine.memory import described
 
         return described(error)
     return one_line(error)

@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen dataclasses: the docstring under a field is its help text.
 
 `RunConfig` is what `config.json` holds; `to_json` and `from_json` are exact inverses and refuse unknown keys. The
-model settings are in core/model_config.py, how a setting is refused in core/checks.py: import both from here.
+model settings are in core/model/config.py, how a setting is refused in core/checks.py: import both from here.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from core.checks import MOST_ENTRIES, closest, require_limits, told
 from core.checks import ConfigError as ConfigError
 from core.checks import require as require
-from core.model_config import ModelConfig as ModelConfig
+from core.model.config import ModelConfig as ModelConfig
 
 SCHEMA = 2
 LATER = {

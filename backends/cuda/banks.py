@@ -1,11 +1,11 @@
-"""Tensors that lie together in memory, so that one call does for all of them: core.params.Bank in PyTorch."""
+"""Tensors that lie together in memory, so that one call does for all of them: core.model.params.Bank in PyTorch."""
 
 import warnings
 
 import torch
 
 from backends.cuda.storage import stored
-from core.storage import KINDS, storage_class
+from core.model.storage import KINDS, storage_class
 
 DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding")
 """Inductor's option that divides as IEEE does, from torch 2.12 on and before."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from core.config import ConfigError
-from core.ranks import Alone
+from core.engine.ranks import Alone
 
 PATIENCE = datetime.timedelta(hours=12)
 """How long a collective waits: longer than a slow rank compiles or evaluates. Dead ranks are the heartbeat's matter."""
@@ -21,7 +21,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 class Ranks:
-    """See core.ranks.Ranks for every public method of the host."""
+    """See core.engine.ranks.Ranks for every public method of the host."""
 
     def __init__(self):
         self.rank, self.world, self.address = dist.get_rank(), dist.get_world_size(), os.environ["MASTER_ADDR"]

@@ -1,4 +1,4 @@
-"""The PyTorch engine: model, optimizer and device behind core.engine.Engine. A translation of the MLX engine."""
+"""The PyTorch engine: model, optimizer and device behind core.engine.protocol.Engine; the MLX engine's twin."""
 
 import functools
 import resource
@@ -18,14 +18,14 @@ from backends.cuda.distributed import Reducer
 from backends.cuda.model import Model
 from backends.cuda.staging import to_gpu
 from backends.cuda.update import Update
-from core.context import Constants
-from core.engine import Arrays, Batch, EngineOptions, Scoring, State, StepResult, micro_batches
-from core.fitting import fitting, note, usable
-from core.params import banks, check_arrays, optimizer_slots, param_table
-from core.ranks import buckets, owners
-from core.schedule import StepPlan
-from core.storage import Stored
-from core.tables import mixer_tables, rope_tables
+from core.engine.fitting import fitting, note, usable
+from core.engine.protocol import Arrays, Batch, EngineOptions, Scoring, State, StepResult, micro_batches
+from core.engine.ranks import buckets, owners
+from core.model.context import Constants
+from core.model.params import banks, check_arrays, optimizer_slots, param_table
+from core.model.storage import Stored
+from core.model.tables import mixer_tables, rope_tables
+from core.training.schedule import StepPlan
 
 IN_FLIGHT = 2
 PASS, AHEAD = 65_536, 32
@@ -49,7 +49,7 @@ class Pending:
 
 
 class Tape:
-    """See core.engine.Tape."""
+    """See core.engine.protocol.Tape."""
 
     def __init__(self, before, tokens, logits, model, exact):
         self.before, self.tokens, self.model = before, tokens, model
@@ -64,7 +64,7 @@ class Tape:
 
 
 class Engine:
-    """See core.engine.Engine for every public method."""
+    """See core.engine.protocol.Engine for every public method."""
 
     backend = "cuda"
 
@@ -356,7 +356,7 @@ class Engine:
         return self._fitting[seq]
 
     def _exported(self):
-        """Return what core.params.exported would, in banks: the averages where there are any."""
+        """Return what core.model.params.exported would, in banks: the averages where there are any."""
         masters, averages = self._params.whole, self._state.whole
         return Banked({(bank, ""): averages.get((bank, "ema"), masters[bank, ""]) for bank in self._banks})
 

@@ -10,8 +10,8 @@ from backends.cuda.blocks import BLOCKS
 from backends.cuda.blocks.linear import Linear
 from backends.cuda.blocks.memory import Bank, Bigram, Engram
 from backends.cuda.blocks.mlp import MLP
-from core.context import Context, ModelState
-from core.model_config import TAPS
+from core.model.config import TAPS
+from core.model.context import Context, ModelState
 
 
 class Embedding(nn.Module):

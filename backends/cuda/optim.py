@@ -70,7 +70,8 @@ def muon(param, grad, m, lr, decay, momentum, settings, dtype=None):
 def rule(train, group, param, grad, slots, hyper, dtype=None):
     """Return (param, slots) after one update by the rule of a group: of a stack of matrices, for Muon, or of anything.
 
-    `slots` holds the optimizer state by slot, `hyper` core.schedule.NUMBERS by name; `dtype` is that of newton_schulz.
+    `slots` holds the optimizer state by slot, `hyper` core.training.schedule.NUMBERS by name; `dtype` is
+    that of newton_schulz.
     """
     decay = hyper["weight_decay"] if group == "matrix" else 0.0
     if group == "matrix" and train.matrix_rule == "muon":

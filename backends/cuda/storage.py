@@ -8,7 +8,7 @@ Letters: R rows, C columns, G groups of a row, g weights of a group.
 import torch
 import torch.nn.functional as F
 
-from core.storage import LARGEST, SCALE_FLOOR, Stored, group_counts, group_size, storage_class
+from core.model.storage import LARGEST, SCALE_FLOOR, Stored, group_counts, group_size, storage_class
 
 
 def quantise(weight, storage):
@@ -29,7 +29,7 @@ def stored(weight, storage):
 
 
 def to_host(weight, storage):
-    """Return core.storage.Stored of a weight."""
+    """Return core.model.storage.Stored of a weight."""
     codes, scales = quantise(weight, storage)
     if scales is None:
         return Stored(codes.cpu().numpy(), None)

@@ -11,11 +11,11 @@ import mlx.core as mx
 import numpy as np
 
 from core.config import ConfigError
-from core.ranks import Alone
+from core.engine.ranks import Alone
 
 
 class Ranks:
-    """See core.ranks.Ranks for every public method of the host."""
+    """See core.engine.ranks.Ranks for every public method of the host."""
 
     def __init__(self, group, address):
         self.rank, self.world, self.address = group.rank(), group.size(), address

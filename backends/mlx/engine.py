@@ -1,4 +1,4 @@
-"""The MLX engine: model, optimizer and device behind core.engine.Engine. A translation of the PyTorch engine."""
+"""The MLX engine: model, optimizer and device behind core.engine.protocol.Engine; the PyTorch engine's twin."""
 
 import functools
 import shutil
@@ -14,14 +14,14 @@ from backends.mlx import ops, optim, storage
 from backends.mlx.blas import load_fast_blas
 from backends.mlx.distributed import reduce
 from backends.mlx.model import Model
-from core.context import Constants
-from core.engine import Arrays, Batch, EngineOptions, Scoring, State, StepResult, micro_batches
-from core.fitting import fitting, note, usable
-from core.params import averaged, banks, check_arrays, exported, optimizer_slots, param_table
-from core.ranks import buckets, updated_by
-from core.schedule import NUMBERS, StepPlan
-from core.storage import Stored
-from core.tables import mixer_tables, rope_tables
+from core.engine.fitting import fitting, note, usable
+from core.engine.protocol import Arrays, Batch, EngineOptions, Scoring, State, StepResult, micro_batches
+from core.engine.ranks import buckets, updated_by
+from core.model.context import Constants
+from core.model.params import averaged, banks, check_arrays, exported, optimizer_slots, param_table
+from core.model.storage import Stored
+from core.model.tables import mixer_tables, rope_tables
+from core.training.schedule import NUMBERS, StepPlan
 
 IN_FLIGHT = 2
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float64": mx.float64}
@@ -39,7 +39,7 @@ class Pending:
 
 
 class Tape:
-    """See core.engine.Tape."""
+    """See core.engine.protocol.Tape."""
 
     def __init__(self, before, tokens, logits, model, exact):
         self.before, self.tokens, self.model = before, tokens, model
@@ -53,7 +53,7 @@ class Tape:
 
 
 class Engine:
-    """See core.engine.Engine for every public method."""
+    """See core.engine.protocol.Engine for every public method."""
 
     backend = "mlx"
 

@@ -8,7 +8,7 @@ Letters: R rows, C columns, G groups of a row, g weights of a group.
 import mlx.core as mx
 import numpy as np
 
-from core.storage import LARGEST, SCALE_FLOOR, Stored, group_counts, group_size, storage_class
+from core.model.storage import LARGEST, SCALE_FLOOR, Stored, group_counts, group_size, storage_class
 
 
 def quantise(weight, storage):
@@ -28,7 +28,7 @@ def stored(weight, storage):
 
 
 def to_host(weight, storage):
-    """Return core.storage.Stored of a weight."""
+    """Return core.model.storage.Stored of a weight."""
     codes, scales = quantise(weight, storage)
     if scales is None:
         return Stored(np.array(codes), None)

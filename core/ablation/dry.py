@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from core.ablation.effects import resolvable
-from core.ablation.findings import assess
 from core.ablation.plan import Ablation, Job
-from core.ablation.search import Searched
-from core.ablation.space import FOUND
+from core.ablation.search.search import Searched
+from core.ablation.search.space import FOUND
+from core.ablation.stats.effects import resolvable
+from core.ablation.stats.findings import assess
 from core.ablation.store import Place, Store
 from core.console import Console, duration
-from core.engine import choose_backend
+from core.engine.protocol import choose_backend
 from core.export.budget import predicted_bytes
-from core.params import count
+from core.model.params import count
 from core.verbs.common import ROOT, Context
 
 ASSUMED = 0.004

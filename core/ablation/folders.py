@@ -3,9 +3,9 @@
 from contextlib import suppress
 from pathlib import Path
 
-from core.ablation.results import final
+from core.ablation.stats.results import final
 from core.files import FileError
-from core.run import Run, RunError
+from core.training.run import Run, RunError
 
 Stamps = tuple[tuple[int, int, int] | None, ...]
 FINAL: dict[Path, tuple[Stamps, tuple[bool, str]]] = {}

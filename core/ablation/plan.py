@@ -13,7 +13,7 @@ steps = 250                        # or tokens, or seconds of training
 [variants.engram]
 "model.engram_orders" = 2
 
-[search], what `--search` does, is read by core/ablation/space.py.
+[search], what `--search` does, is read by core/ablation/search/space.py.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ from typing import Any, Literal, NamedTuple
 
 from core import presets
 from core.ablation.fields import closest, flat, named, only, put, seeds, typed
-from core.ablation.space import FOUND, TRIAL, Search, read_search
+from core.ablation.search.space import FOUND, TRIAL, Search, read_search
 from core.checks import told
 from core.config import MOST_STEPS, ConfigError, RunConfig, from_json, to_json
-from core.engine import BACKENDS
-from core.toml import read_toml
+from core.engine.protocol import BACKENDS
+from core.formats.toml import read_toml
 
 KEYS = (
     "name", "purpose", "base", "seeds", "backends", "dtype", "reference", "budget", "settings", "variants", "search",
@@ -161,7 +161,7 @@ def job_key(job: Job, code: str, data: dict[str, str]) -> str:
 
 
 def _backends(names: list[Any], where: str) -> tuple[str, ...]:
-    from core.engine import choose_backend
+    from core.engine.protocol import choose_backend
 
     for name in names[: len(BACKENDS) + 1]:
         if name not in ("auto", *BACKENDS):

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from core.checks import told
 from core.config import ConfigError, RunConfig, from_json
-from core.engine import BACKENDS
+from core.engine.protocol import BACKENDS
 from core.files import FileError, read_json
 
 SCHEMA = 1

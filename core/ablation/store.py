@@ -20,10 +20,10 @@ from core.ablation.index import COLUMNS, Index, StoreError, sqlite_address
 from core.ablation.locks import alone, make
 from core.ablation.plan import Ablation, Job, job_key
 from core.ablation.records import SCHEMA, Start, read_failure, read_job, read_members, starts
-from core.ablation.results import Outcome, Result, Status, read_result
+from core.ablation.stats.results import Outcome, Result, Status, read_result
 from core.config import to_json
 from core.files import FileError, append_file, locked, open_file, replace_file
-from core.run import RunError
+from core.training.run import RunError
 
 
 class Place(NamedTuple):

@@ -21,10 +21,10 @@ import numpy as np
 from core.audit.flips import PASSES
 from core.audit.prints import HARMLESS, Predictions, checksums
 from core.config import RunConfig
-from core.data import Dataset
+from core.data.dataset import Dataset
+from core.data.shards import shard_record, write_shard
 from core.files import new_file, read_file, replace_file
-from core.run import MAX_TOKENIZER
-from core.shards import shard_record, write_shard
+from core.training.run import MAX_TOKENIZER
 
 CUTS = 3
 """Forward passes that are drawn where there are plug-ins, one in each of as many parts of the text."""

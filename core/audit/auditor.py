@@ -21,21 +21,21 @@ from core.audit.claims import (
     claimed_bytes,
     claimed_rule,
 )  # fmt: skip
-from core.audit.disjoint import check_disjoint
-from core.audit.evaluation import AGREE
-from core.audit.isolation import DIED, Isolated, check_packages, notes_left, run_isolated
 from core.audit.predictions import check_isolated, check_once, check_predictions, check_set
 from core.audit.prints import ROUNDING, Predictions
 from core.audit.recount import predictions_of, recount, understood
 from core.audit.rules import Finding
-from core.audit.texts import check_bytes, check_reversible
-from core.bundled import open_data
+from core.audit.text.disjoint import check_disjoint
+from core.audit.text.rules import check_bytes, check_reversible
+from core.audit.watch.evaluation import AGREE
+from core.audit.watch.isolation import DIED, Isolated, check_packages, notes_left, run_isolated
 from core.config import to_json
 from core.console import Console
-from core.data import DataError, Dataset, identity
+from core.data.bundled import open_data
+from core.data.dataset import DataError, Dataset, identity
 from core.files import FileError, append_file, locked, read_text
-from core.run import config_digest
 from core.scoring.ledger import Ledger, LedgerError
+from core.training.run import config_digest
 
 
 class Audit(NamedTuple):
@@ -173,7 +173,7 @@ def _evaluate(
 ) -> Isolated:
     """Run the evaluation of the text in `data` in a watched process."""
     found = run_isolated(
-        "core.audit.evaluation:audited",
+        "core.audit.watch.evaluation:audited",
         {
             "artifact": str(plan.artifact),
             "data": str(data),
@@ -192,7 +192,7 @@ def _evaluate(
         },
         hidden=hidden,
         writable=[ledger.parent, ledger, Path(f"{ledger}.plugins")],
-        warm=("core.audit.evaluation", f"backends.{plan.backend}.engine"),
+        warm=("core.audit.watch.evaluation", f"backends.{plan.backend}.engine"),
     )
     return understood(found, flips > 0)
 

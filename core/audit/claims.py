@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.audit.isolation import Isolated
 from core.audit.rules import Finding
 from core.audit.seeds import beats
+from core.audit.watch.isolation import Isolated
 from core.config import RunConfig
-from core.data import Dataset
+from core.data.dataset import Dataset
 from core.files import read_file
-from core.run import Run, config_digest
+from core.training.run import Run, config_digest
 
 MAX_SOURCE = 1 << 30
 LIMIT = 16_000_000

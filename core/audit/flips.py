@@ -15,11 +15,11 @@ from core import rng
 from core.audit.prints import HARMLESS, RESHAPED, Effect, Predictions, Prints, compare, compare_end, found_by
 from core.audit.rules import Progress
 from core.config import RunConfig
-from core.data import Split
-from core.engine import Engine
-from core.scoring import score_text
+from core.data.dataset import Split
+from core.engine.protocol import Engine
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import load_plugins
+from core.scoring.score import score_text
 
 TEXTS = 2
 """Places of the text that are tested."""

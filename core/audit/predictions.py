@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core.audit.isolation import DIED, Isolated, check_isolation
 from core.audit.rules import Finding
-from core.audit.texts import check_official
-from core.data import Dataset
+from core.audit.text.rules import check_official
+from core.audit.watch.isolation import DIED, Isolated, check_isolation
+from core.data.dataset import Dataset
 
 
 def check_isolated(

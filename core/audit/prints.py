@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from core.config import RunConfig
-from core.data import Split
+from core.data.dataset import Split
 from core.files import new_file, open_file
 from core.scoring.plugins import View
 

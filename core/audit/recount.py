@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from core.audit.isolation import Isolated
 from core.audit.prints import ROUNDING, Predictions, Prints, found_by
+from core.audit.watch.isolation import Isolated
 from core.config import ConfigError, RunConfig
-from core.data import Dataset
-from core.scoring import score_of
+from core.data.dataset import Dataset
 from core.scoring.ledger import Ledger, LedgerError
+from core.scoring.score import score_of
 
 ODD = "odd"
 """Kind of the error of a process whose answer is not one."""

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from core.config import LATER, ConfigError, ModelConfig, from_json, to_json
-from core.engine import Arrays
+from core.engine.protocol import Arrays
 from core.export import codecs
 from core.files import FileError, open_input, replace_file
-from core.params import Param, check_arrays, count, param_table
-from core.storage import Stored, decode
+from core.model.params import Param, check_arrays, count, param_table
+from core.model.storage import Stored, decode
 
 MAGIC = b"SKCMODEL"
 SCHEMA = 1

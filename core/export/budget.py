@@ -14,8 +14,8 @@ from core import ROOT
 from core.audit import claims
 from core.config import ModelConfig
 from core.files import read_file
-from core.params import param_table
-from core.storage import BITS, LARGEST, Storage, group_size, scales_shape, storage_class
+from core.model.params import param_table
+from core.model.storage import BITS, LARGEST, Storage, group_size, scales_shape, storage_class
 
 HEADER = 1500
 """Bytes of a header beside its list of tensors, and per tensor, roughly."""
@@ -24,7 +24,7 @@ TRIT_BITS = 1.595
 SCALE_BITS = 10.0
 FP8_BITS = 6.5
 FLOAT16_BITS = 13.5
-EVALUATION = ("core.audit.witness", "core.audit.evaluation")
+EVALUATION = ("core.audit.watch.witness", "core.audit.watch.evaluation")
 """What an audited evaluation begins with, beside its backend."""
 ENGINES = {"mlx": ("backends.mlx.blas", "backends.mlx.engine"), "cuda": ("backends.cuda.engine",)}
 TABLES: tuple[Storage, ...] = ("fp8/row", "int8/row", "int6/row")

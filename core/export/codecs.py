@@ -9,8 +9,8 @@ import math
 import brotli
 import numpy as np
 
-from core.params import Param
-from core.storage import KINDS, LARGEST, SCALE_FLOOR, Kind, Stored, scales_shape, storage_class
+from core.model.params import Param
+from core.model.storage import KINDS, LARGEST, SCALE_FLOOR, Kind, Stored, scales_shape, storage_class
 
 STREAMS = ("float16", "scales", "ternary", "int4", "int6 high", "int6 low", "int8", "fp8")
 PATIENT = ("float16", "scales")

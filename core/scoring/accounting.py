@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from core.config import ConfigError
-from core.data import Dataset, Split
-from core.tokenizer import Tokenizer, token_bytes
+from core.data.dataset import Dataset, Split
+from core.data.tokenizer import Tokenizer, token_bytes
 
 UNKNOWN = "the text has unknown tokens, which would cost nothing"
 CHUNK = 1 << 20

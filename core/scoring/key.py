@@ -6,8 +6,8 @@ import json
 import numpy as np
 
 from core.config import RunConfig, to_json
-from core.data import Dataset, identity
-from core.engine import Engine
+from core.data.dataset import Dataset, identity
+from core.engine.protocol import Engine
 
 
 def evaluation_key(engine: Engine, dataset: Dataset, config: RunConfig, plugins: bool) -> str:

@@ -9,14 +9,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from core.config import EvalConfig
-from core.data import Split
-from core.engine import Scoring
+from core.data.dataset import Split
+from core.engine.protocol import Scoring
+from core.engine.ranks import Alone, Ranks
 from core.files import parse_json, sweep
-from core.ranks import Alone, Ranks
+from core.formats.tensors import read_tensors, write_tensors
 from core.scoring.ledger import ROUNDING, Ledger, LedgerError
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
 from core.scoring.windows import Windows
-from core.tensors import read_tensors, write_tensors
 
 EXCHANGE = 8
 """Forward passes of each rank between two exchanges of what they gave."""

@@ -8,26 +8,26 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from core import trackers
-from core.ablation import search_telling, telling
 from core.ablation.dry import described, dry_run
-from core.ablation.effects import Effect
-from core.ablation.findings import assess
-from core.ablation.live import Live
 from core.ablation.locks import alone
-from core.ablation.looks import looked
 from core.ablation.plan import Ablation, Job, read_plan
-from core.ablation.report import write_report
-from core.ablation.results import Outcome as Results
+from core.ablation.report import search_telling, telling
+from core.ablation.report.live import Live
+from core.ablation.report.report import write_report
 from core.ablation.runner import run_all
-from core.ablation.search import Searched, load_optuna, run_search
+from core.ablation.search.search import Searched, load_optuna, run_search
+from core.ablation.stats.effects import Effect
+from core.ablation.stats.findings import assess
+from core.ablation.stats.looks import looked
+from core.ablation.stats.results import Outcome as Results
 from core.ablation.store import Place, Store, StoreError
-from core.bundled import open_data
 from core.config import ConfigError, RunConfig
 from core.console import Console, one_line
-from core.data import Dataset, identity
+from core.data.bundled import open_data
+from core.data.dataset import Dataset, identity
 from core.files import read_text, replace_text
-from core.run import Run, RunError
+from core.training import trackers
+from core.training.run import Run, RunError
 from core.verbs.common import Context, Outcome, check_data, code_version
 
 

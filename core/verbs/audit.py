@@ -17,12 +17,12 @@ from core.audit.claims import Plan
 from core.audit.legality import headline, markdown
 from core.audit.rules import Finding
 from core.config import ConfigError
-from core.engine import DType, choose_backend
+from core.engine.protocol import DType, choose_backend
 from core.files import own_folder, replace_file
-from core.records import of_a_run
-from core.run import Run, RunError
+from core.training.records import of_a_run
+from core.training.run import Run, RunError
+from core.training.writer import alone, hold
 from core.verbs.common import Backend, Context, Outcome, check_tokenizer, judged, open_artifact, open_named
-from core.writer import alone, hold
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,18 @@ import numpy as np
 from tyro.conf import FlagConversionOff, Suppress
 
 import core
-from core.bundled import open_data
 from core.config import ConfigError, DataConfig, EvalConfig, ExportConfig, ModelConfig, RunConfig, TrainConfig, to_json
 from core.console import Console
-from core.data import Dataset, batch, identity
-from core.engine import Arrays, Engine
+from core.data.bundled import open_data
+from core.data.dataset import Dataset, batch, identity
+from core.engine.protocol import Arrays, Engine
+from core.engine.ranks import Ranks, check_same
 from core.export.artifact import read_artifact
 from core.files import MAX_TEXT, read_file
-from core.params import exported
-from core.ranks import Ranks, check_same
-from core.run import Run, RunError
+from core.model.params import exported
 from core.scoring.accounting import count_bytes
 from core.scoring.plugins import foreign
+from core.training.run import Run, RunError
 
 Backend = Literal["auto", "mlx", "cuda", "torch"]
 TOKENS = ("vocab", "bos")
@@ -39,7 +39,7 @@ STRIDES = 4
 PACKAGES = ("numpy", "torch", "mlx", "sentencepiece", "safetensors", "brotli", "tyro", "matplotlib", "rich")
 ROOT = Path(core.__file__).resolve().parent.parent
 READERS = (
-    "core/ablation/", "core/compare", "core/transfer", "core/verbs/ablate.py", "core/verbs/audit.py",
+    "core/ablation/", "core/compare/", "core/verbs/ablate.py", "core/verbs/audit.py",
     "core/verbs/look.py", "core/verbs/track.py",
 )  # fmt: skip
 """How the names of files begin that ask for runs or read them: no run imports them (but its worker)."""

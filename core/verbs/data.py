@@ -6,15 +6,15 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from core import fineweb, published
-from core.adopt import adopt_shards
-from core.bundled import prepare_sample, sample_folder
-from core.corpus import Format
-from core.hub import Folder, Hub
-from core.prepare import Progress as StageProgress
-from core.prepare import prepare
+from core.data import fineweb, published
+from core.data.adopt import adopt_shards
+from core.data.bundled import prepare_sample, sample_folder
+from core.data.corpus import Format
+from core.data.hub import Folder, Hub
+from core.data.prepare import Progress as StageProgress
+from core.data.prepare import prepare
+from core.data.tokenizer import Tokenizer
 from core.scoring.accounting import byte_note
-from core.tokenizer import Tokenizer
 from core.verbs.common import Context, Outcome
 
 

@@ -9,18 +9,18 @@ from typing import Literal
 from tyro.conf import Positional
 
 from core import presets
-from core.bench import run_bench
+from core.check.bench import run_bench
+from core.check.parity import run_parity
 from core.config import EvalConfig, RunConfig, from_json, to_json
-from core.engine import DType, EngineOptions, choose_backend, load_engine
-from core.finish import describe, final_score
-from core.generate import context_limit, read_as, sample
-from core.heartbeat import Heartbeat
-from core.memory import enough_memory
-from core.parity import run_parity
-from core.ranks import Ranks, agree, join, share_arrays
-from core.run import Run
+from core.data.tokenizer import Tokenizer
+from core.engine.heartbeat import Heartbeat
+from core.engine.memory import enough_memory
+from core.engine.protocol import DType, EngineOptions, choose_backend, load_engine
+from core.engine.ranks import Ranks, agree, join, share_arrays
 from core.scoring.accounting import byte_note
-from core.tokenizer import Tokenizer
+from core.training.finish import describe, final_score
+from core.training.generate import context_limit, read_as, sample
+from core.training.run import Run
 from core.verbs.common import (
     Backend,
     Context,

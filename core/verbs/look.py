@@ -7,13 +7,21 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from core import presets
-from core.bundled import open_data
-from core.compare import compare, lines, table, write_comparison
-from core.compare_pair import By
+from core.check.doctor import examine
+from core.compare.pair import By
+from core.compare.runs import compare, lines, table, write_comparison
 from core.config import RunConfig
-from core.doctor import examine
+from core.data.bundled import open_data
 from core.export.budget import packed_code, predicted_bytes, with_tables
-from core.params import FLOP_RULE, bytes_by_storage, count, flops_per_token, param_table, state_per_token, state_size
+from core.model.params import (
+    FLOP_RULE,
+    bytes_by_storage,
+    count,
+    flops_per_token,
+    param_table,
+    state_per_token,
+    state_size,
+)
 from core.verbs.common import Context, Outcome, PresetOptions, fit_tokens
 
 

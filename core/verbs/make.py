@@ -11,29 +11,31 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from core import presets, trackers
+from core import presets
 from core.audit.claims import SECONDS
-from core.bundled import open_data
 from core.config import ConfigError, RunConfig
 from core.console import Console, duration
-from core.data import Dataset, identity
-from core.engine import DType, Engine, EngineOptions, choose_backend, load_engine
-from core.engram import start_weights
+from core.data.bundled import open_data
+from core.data.dataset import Dataset, identity
+from core.engine.heartbeat import Heartbeat
+from core.engine.memory import enough_memory
+from core.engine.protocol import DType, Engine, EngineOptions, choose_backend, load_engine
+from core.engine.ranks import Ranks, agree, join
 from core.export.artifact import check_limits
 from core.export.budget import packed_code, predicted_bytes
-from core.finish import finish
-from core.forecast import Forecast, check_steps, forecast
-from core.heartbeat import Heartbeat
-from core.memory import enough_memory
-from core.params import count, exported
-from core.probe import probe
-from core.ranks import Ranks, agree, join
-from core.run import Follower, Run, RunError, config_digest
-from core.scoring import check_plugins
+from core.forecast.forecast import Forecast, check_steps, forecast
+from core.forecast.probe import probe
+from core.model.engram import start_weights
+from core.model.params import count, exported
 from core.scoring.accounting import byte_note
 from core.scoring.plugins import foreign, load_plugins
-from core.spans import rooms
-from core.train import Summary, check_rows, done, train
+from core.scoring.score import check_plugins
+from core.training import trackers
+from core.training.finish import finish
+from core.training.loop import Summary, check_rows, done, train
+from core.training.run import Follower, Run, RunError, config_digest
+from core.training.spans import rooms
+from core.training.writer import hold
 from core.verbs.common import (
     Backend,
     Context,
@@ -45,7 +47,6 @@ from core.verbs.common import (
     open_named,
     same_start,
 )
-from core.writer import hold
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from core.bundled import open_data
 from core.config import ConfigError, DataConfig, RunConfig
-from core.data import Dataset, identity
-from core.engine import Engine, choose_backend, load_engine
+from core.data.bundled import open_data
+from core.data.dataset import Dataset, identity
+from core.engine.protocol import Engine, choose_backend, load_engine
 from core.export.artifact import check_limits
 from core.files import place_file
-from core.official import Checkpoint, model_of, read_official, to_ours
-from core.params import count
+from core.model.params import count
+from core.official.checkpoint import Checkpoint, model_of, read_official, to_ours
 from core.presets.transformers import BASELINE
-from core.run import Run, RunError, config_digest
+from core.training.run import Run, RunError, config_digest
+from core.training.writer import hold
 from core.verbs.common import Backend, Context, Outcome, check_data, environment
-from core.writer import hold
 
 PART = ".import.part"
 """Folder in that of the run in which it is made."""

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
-from core import trackers
-from core.run import Run, RunError
+from core.training import trackers
+from core.training.run import Run, RunError
+from core.training.writer import hold
 from core.verbs.common import Context, Outcome
-from core.writer import hold
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import torch
 
 from backends.cuda import attention, ops
 from core import presets
+from core.check.tolerances import P2_BFLOAT16
 from core.config import ModelConfig
 from shared_tests.device.child import Child
-from shared_tests.tolerances import P2_BFLOAT16
 
 HEADS = ("skc_8xh100", "ternary_74m")
 """Presets: 12 heads of 64 channels, 4 shared; 8 of 96, 4 shared."""

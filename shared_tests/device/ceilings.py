@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from core import presets
-from core.params import param_table
+from core.model.params import param_table
 from shared_tests.device.child import Child
 
 SQUARE, COPY = "bfloat16 product of 8192^3", "copy"

@@ -10,17 +10,18 @@ import sys
 
 import numpy as np
 
-from core import schedule
-from core.engine import Arrays
-from core.params import by_group
-from shared_tests import reference, test_optim
+from core.check.tolerances import P1_FAST, P2_BFLOAT16, P2_FLOAT32, P3_FLOAT32, P4_FLOAT32, relative_rms
+from core.engine.protocol import Arrays
+from core.model.params import by_group
+from core.training import schedule
 from shared_tests.device.child import Child
-from shared_tests.harness import batches, draw, engine, mini, working_weights
-from shared_tests.test_model import by_group as joined
-from shared_tests.test_model import outcome
-from shared_tests.test_ops import OPS, fast_gaps, takes_exact
-from shared_tests.test_train import STORED, curve
-from shared_tests.tolerances import P1_FAST, P2_BFLOAT16, P2_FLOAT32, P3_FLOAT32, P4_FLOAT32, relative_rms
+from shared_tests.model import test_optim
+from shared_tests.model.test_model import by_group as joined
+from shared_tests.model.test_model import outcome
+from shared_tests.model.test_ops import OPS, fast_gaps, takes_exact
+from shared_tests.oracle import reference
+from shared_tests.support.harness import batches, draw, engine, mini, working_weights
+from shared_tests.training.test_train import STORED, curve
 
 SIZES = (7, 130)
 NARROW = ("relu2", "leaky_relu2", "silu", "rms_norm", "attention", "cross_entropy")
@@ -71,7 +72,7 @@ def _kernels(child: Child) -> None:
     import torch
 
     from backends.cuda.kernels import cross_entropy, scan
-    from shared_tests import test_cross_entropy, test_kernels
+    from shared_tests.model import test_cross_entropy, test_kernels
 
     torch.set_default_device(None)
     torch.use_deterministic_algorithms(True)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from core import schedule
-from core.bundled import prepare_sample
 from core.config import RunConfig
-from core.data import batch as batch_at
-from core.data import open_dataset
-from core.engine import Arrays, Batch, DType, EngineOptions, load_engine
-from core.params import start_values
+from core.data.bundled import prepare_sample
+from core.data.dataset import batch as batch_at
+from core.data.dataset import open_dataset
+from core.engine.protocol import Arrays, Batch, DType, EngineOptions, load_engine
+from core.model.params import start_values
 from core.presets import get
+from core.training import schedule
 from shared_tests.device.child import Child
 
 STEPS = 50

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from backends.cuda import storage
-from core.storage import STORAGES
+from core.model.storage import STORAGES
 from shared_tests.device.child import Child
 
 CASTS = {"emulate_precision_casts": True}

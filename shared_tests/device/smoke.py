@@ -2,12 +2,13 @@
 
 import numpy as np
 
-from core import generate, presets, schedule
+from core import presets
+from core.check.tolerances import P2_BFLOAT16, relative_rms
 from core.config import RunConfig
-from core.engine import Engine
+from core.engine.protocol import Engine
+from core.training import generate, schedule
 from shared_tests.device.child import Child
-from shared_tests.harness import batches, engine, mini, working_weights
-from shared_tests.tolerances import P2_BFLOAT16, relative_rms
+from shared_tests.support.harness import batches, engine, mini, working_weights
 
 
 class Words:

@@ -9,11 +9,12 @@ import time
 
 import numpy as np
 
-from core import presets, rng, schedule
-from core.bench import RANKS, rank_of
+from core import presets, rng
+from core.check.bench import RANKS, rank_of
 from core.config import RunConfig
-from core.engine import Arrays, Batch, Engine, EngineOptions, load_engine
-from core.params import flops_per_token, param_table
+from core.engine.protocol import Arrays, Batch, Engine, EngineOptions, load_engine
+from core.model.params import flops_per_token, param_table
+from core.training import schedule
 from shared_tests.device.ceilings import SQUARE
 from shared_tests.device.child import Child
 

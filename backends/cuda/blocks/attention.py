@@ -5,8 +5,8 @@ import torch.nn as nn
 
 from backends.cuda import ops
 from backends.cuda.blocks.linear import Linear, Output
-from core.context import AttentionState
-from core.model_config import TAPS
+from core.model.config import TAPS
+from core.model.context import AttentionState
 
 
 class Attention(nn.Module):

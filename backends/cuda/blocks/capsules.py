@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 
 from backends.cuda import ops
-from core.context import CapsuleState, CapsuleTape
-from core.model_config import COUPLING, FLOOR, TAPS
+from core.model.config import COUPLING, FLOOR, TAPS
+from core.model.context import CapsuleState, CapsuleTape
 
 
 class Capsules(nn.Module):

@@ -6,8 +6,8 @@ import torch.nn as nn
 
 from backends.cuda import ops
 from backends.cuda.blocks.linear import Linear, Output
-from core.context import KoopmanState, KoopmanTape
-from core.model_config import COUPLING, TAPS
+from core.model.config import COUPLING, TAPS
+from core.model.context import KoopmanState, KoopmanTape
 
 
 class Koopman(nn.Module):

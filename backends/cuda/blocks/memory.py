@@ -9,7 +9,7 @@ import torch.nn as nn
 from backends.cuda import ops
 from backends.cuda.blocks.capsules import Capsules
 from backends.cuda.blocks.linear import Linear
-from core.engram import BIGRAM_MULTIPLIER, multipliers_of
+from core.model.engram import BIGRAM_MULTIPLIER, multipliers_of
 
 
 class Bigram(nn.Module):

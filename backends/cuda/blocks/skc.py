@@ -7,7 +7,7 @@ from backends.cuda import ops
 from backends.cuda.blocks.capsules import Capsules
 from backends.cuda.blocks.koopman import Koopman
 from backends.cuda.blocks.linear import Linear
-from core.context import SKCState, SKCTape
+from core.model.context import SKCState, SKCTape
 
 
 class SKC(Koopman):

@@ -5,8 +5,8 @@ import mlx.nn as nn
 
 from backends.mlx import ops
 from backends.mlx.blocks.linear import Linear, Output
-from core.context import AttentionState
-from core.model_config import TAPS
+from core.model.config import TAPS
+from core.model.context import AttentionState
 
 
 class Attention(nn.Module):

@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx import ops
-from core.context import CapsuleState, CapsuleTape
-from core.model_config import COUPLING, FLOOR, TAPS
+from core.model.config import COUPLING, FLOOR, TAPS
+from core.model.context import CapsuleState, CapsuleTape
 
 
 class Capsules(nn.Module):

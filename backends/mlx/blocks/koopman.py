@@ -6,8 +6,8 @@ import mlx.nn as nn
 
 from backends.mlx import ops
 from backends.mlx.blocks.linear import Linear, Output
-from core.context import KoopmanState, KoopmanTape
-from core.model_config import COUPLING, TAPS
+from core.model.config import COUPLING, TAPS
+from core.model.context import KoopmanState, KoopmanTape
 
 
 class Koopman(nn.Module):

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from backends.mlx import ops
 from backends.mlx.blocks.capsules import Capsules
 from backends.mlx.blocks.linear import Linear
-from core.engram import BIGRAM_MULTIPLIER, multipliers_of
+from core.model.engram import BIGRAM_MULTIPLIER, multipliers_of
 
 
 class Bigram(nn.Module):

@@ -6,7 +6,7 @@ from backends.mlx import ops
 from backends.mlx.blocks.capsules import Capsules
 from backends.mlx.blocks.koopman import Koopman
 from backends.mlx.blocks.linear import Linear
-from core.context import SKCState, SKCTape
+from core.model.context import SKCState, SKCTape
 
 
 class SKC(Koopman):

@@ -1,0 +1,1 @@
+"""Reports of an ablation: page, pictures, words, live table."""

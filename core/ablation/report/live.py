@@ -1,0 +1,262 @@
+"""What is seen while an ablation runs: a table that moves on a terminal, elsewhere a line now and then."""
+
+import heapq
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from types import FrameType
+from typing import Any, NamedTuple
+
+from core.ablation.runner import Progress
+from core.ablation.stats.results import Result
+from core.ablation.store import Place
+from core.console import PLAIN_EVERY, Console, duration
+from core.files import open_file, parse_json
+
+TAIL = 1 << 15
+"""Bytes of a metrics file that are looked at first."""
+LONGEST = 1e12
+"""Seconds, and bits per byte, beyond which a record is none of ours."""
+EVERY = 0.5
+"""Seconds between two looks at a terminal's table."""
+
+
+class Seen(NamedTuple):
+    """What a run under way has recorded so far."""
+
+    step: int = 0
+    share: float = 0.0
+    """Of its training."""
+    seconds: float = 0.0
+    """Of training."""
+    bpb: float | None = None
+    """Of the training batches since the line before."""
+
+
+class Pace(NamedTuple):
+    """How fast a run gets on, by the clock on the wall: evaluations count too, and its start does not."""
+
+    first: tuple[float, float]
+    """(time of time.monotonic, share of its training) when it was first seen here to train."""
+    last: tuple[float, float]
+    """The same when it was last seen to have got on."""
+
+    def left(self, now: float) -> float | None:
+        """Return the seconds to the end of its training; None while it was seen at one place only."""
+        (began, start), (then, share) = self
+        return max(0.0, (1 - share) * (then - began) / (share - start) - (now - then)) if share > start else None
+
+
+class Live:
+    """Shows the runs under way, each with its step, bits per byte and time left, and what the variants gave so far."""
+
+    def __init__(self, say: Console, parallel: int) -> None:
+        self._say, self._parallel = say, parallel
+        self._shown = time.monotonic()
+        self._live: Any = None
+        self._starts: dict[str, tuple[float, float]] = {}
+        """Key of a run -> (when it was started here, the share of its training that was done then)."""
+        self._paces: dict[str, Pace] = {}
+        self._took: dict[tuple[str, str], list[float]] = {}
+        """(variant, backend) -> seconds from start to end of runs that were trained here as a whole."""
+        self._found: dict[str, tuple[str, float]] = {}
+        """Key of a run -> (variant, and backend where there are several; its bits per byte)."""
+
+    def started(self, place: Place) -> None:
+        """Note when a run began."""
+        self._starts[place.key] = time.monotonic(), _seen(place).share
+        self._paces.pop(place.key, None)
+
+    def ended(self, place: Place, result: Result | None = None) -> None:
+        """Note how long a run took that was trained here, and what it gave."""
+        began, share = self._starts.pop(place.key, (0.0, 1.0))
+        if result is None or result.bpb is None:  # failed: how soon says nothing about the others
+            return
+        if share == 0:
+            self._took.setdefault((result.variant, result.backend), []).append(time.monotonic() - began)
+        self._found[place.key] = f"{result.variant}, {result.backend}", result.bpb
+
+    def __call__(self, progress: Progress) -> None:
+        """Show where things stand."""
+        now = time.monotonic()
+        every = EVERY if self._say.terminal else PLAIN_EVERY
+        if now - self._shown < every:
+            return
+        self._shown = now
+        seen = {place.key: self._look(place, now) for place in progress.running}
+        if self._say.terminal:
+            with _whole():
+                self._draw(progress, seen)
+        else:
+            places = "; ".join(" ".join(self._row(place, seen[place.key])) for place in progress.running)
+            self._say(f"{self._head(progress, seen)}{': ' if places else ''}{places}")
+
+    def close(self) -> None:
+        """Take the table away."""
+        if self._live is not None:
+            with _whole():
+                self._live.stop()
+            self._live = None
+
+    def _look(self, place: Place, now: float) -> Seen:
+        """Return what a run has recorded, and note how fast it gets on."""
+        seen = _seen(place)
+        if place.key not in self._starts or seen.share > self._starts[place.key][1]:
+            here = now, seen.share
+            pace = self._paces.setdefault(place.key, Pace(here, here))
+            if seen.share > pace.last[1]:
+                self._paces[place.key] = pace._replace(last=here)
+        return seen
+
+    def left(self, progress: Progress, seen: dict[str, Seen]) -> float | None:
+        """Return the seconds until all runs are done that are not another process's; None while nobody can know.
+
+        Runs under way end one by one, and those that wait begin where one ends, in their order.
+        """
+        places = {place.key: place for place in progress.running}
+        under_way = {key: self._left(place, seen[key]) for key, place in places.items()}
+        wholes = {kind: fmean(took) for kind, took in self._took.items()}
+        for key, (_, whole) in under_way.items():
+            if whole is not None:
+                wholes.setdefault(_kind(places[key]), whole)
+        if not wholes:
+            return None
+        usual = fmean(wholes.values())
+        ends = [usual if left is None else left for left, _ in under_way.values()]
+        ends += [0.0] * (self._parallel - len(ends))
+        heapq.heapify(ends)
+        for place in progress.waiting:
+            heapq.heappush(ends, heapq.heappop(ends) + wholes.get(_kind(place), usual))
+        return max(ends)
+
+    def _left(self, place: Place, seen: Seen) -> tuple[float | None, float | None]:
+        """Return (seconds that a run has left, seconds that a whole one like it takes), as far as it is known."""
+        began, share = self._starts.get(place.key, (time.monotonic(), 0.0))
+        now, took, pace = time.monotonic(), self._took.get(_kind(place)), self._paces.get(place.key)
+        spent = now - began
+        training = pace.left(now) if pace else None
+        if took:  # what comes after the training counts too
+            whole = fmean(took)
+            return max(whole * (1 - share) - spent, training or 0.0), whole
+        if training is None and seen.share > share:  # by its own clock, which leaves out evaluations
+            training = seen.seconds * (1 - seen.share) / seen.share
+        if training is None:
+            return None, None
+        return training, (spent + training) / (1 - share) if share < 1 else None
+
+    def _head(self, progress: Progress, seen: dict[str, Seen]) -> str:
+        failed = f", {progress.failed} failed" if progress.failed else ""
+        others = progress.total - progress.done - progress.failed - len(progress.running) - len(progress.waiting)
+        elsewhere = f", {others} under way in another process" if others else ""  # which this one waits for
+        text = f"{progress.done} of {progress.total} runs done{failed}{elsewhere}"
+        left = self.left(progress, seen)
+        return text if left is None else f"{text}, about {duration(left)} left"
+
+    def _draw(self, progress: Progress, seen: dict[str, Seen]) -> None:
+        from rich.console import Console as Rich
+        from rich.console import Group
+        from rich.live import Live as RichLive
+        from rich.text import Text
+
+        if self._live is None:
+            self._live = RichLive(console=Rich(file=self._say.stream), auto_refresh=False, transient=True)
+            self._live.start()
+        width = self._live.console.width
+        parts: list[Any] = [Text(self._head(progress, seen), no_wrap=True, overflow="ellipsis")]
+        rows = [self._row(place, seen[place.key]) for place in progress.running]
+        if rows:
+            parts.append(_table(("training", "seed", "backend", "step", "bits per byte", "left"), rows, width))
+        if self._found:
+            parts.append(_table(("done", "runs", "mean bits per byte", "lowest"), self._so_far(), width))
+        self._live.update(Group(*parts), refresh=True)
+
+    def _so_far(self) -> list[tuple[str, ...]]:
+        """Return what the variants gave so far, the best mean first; seeds may be missing on one side."""
+        groups: dict[str, list[float]] = {}
+        for variant, bpb in self._found.values():
+            groups.setdefault(variant, []).append(bpb)
+        ranked = sorted(groups.items(), key=lambda group: fmean(group[1]))
+        return [(name, str(len(of)), f"{fmean(of):.4f}", f"{min(of):.4f}") for name, of in ranked]
+
+    def _row(self, place: Place, seen: Seen) -> tuple[str, ...]:
+        """Return what is known of a run under way."""
+        job, train = place.job, place.job.config.train
+        step = f"{seen.step}" if train.seconds else f"{seen.step}/{train.steps}"
+        left = self._left(place, seen)[0]
+        text = "scoring" if seen.share >= 1 else "-" if left is None else duration(left)
+        return job.variant, str(job.seed), job.backend, step, "-" if seen.bpb is None else f"{seen.bpb:.4f}", text
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], width: int) -> Any:
+    """Return a table of Rich's, in which only the names of the first column are cut where the terminal is narrow."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE_HEAD)
+    widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
+    names = max(8, width - sum(widths[1:]) - 3 * len(widths) - 1)  # 3: what Rich puts between two columns
+    for i, name in enumerate(head):
+        made.add_column(name, justify="right" if i else "left", no_wrap=True, max_width=widths[i] if i else names)
+    for row in rows:
+        made.add_row(*map(Text, row))  # a name may look like markup
+    return made
+
+
+def _kind(place: Place) -> tuple[str, str]:
+    return place.job.variant, place.job.backend
+
+
+def _seen(place: Place) -> Seen:
+    """Return what a run has recorded; what another version or half a write left counts as nothing."""
+    train = place.job.config.train
+    try:
+        last = _last_row(place.folder / "metrics.jsonl")
+        step, seconds, bpb = last["step"], last["clock/seconds"], last.get("train/bpb")
+        share = seconds / train.seconds if train.seconds else step / train.steps
+        if type(step) is not int or not 0 <= seconds <= LONGEST or not (bpb is None or 0 <= bpb <= LONGEST):
+            return Seen()
+        return Seen(step, min(1.0, share), float(seconds), None if bpb is None else float(bpb))
+    except (OSError, KeyError, TypeError, ValueError, ArithmeticError):
+        return Seen()
+
+
+def _last_row(path: Path) -> dict[str, Any]:
+    """Return the last line of a metrics file that has a training loss; KeyError without any.
+
+    Read from the end: the whole of a long run twice a second would take this process from the runs.
+    """
+    size = TAIL
+    with open_file(path) as file:
+        end = file.seek(0, os.SEEK_END)
+        while True:
+            file.seek(max(0, end - size))
+            *lines, _ = file.read(end - file.tell()).split(b"\n")  # what follows the last line end is cut short
+            for line in reversed(lines if size >= end else lines[1:]):
+                if b'"train/loss"' in line:
+                    return parse_json(path, line.decode())
+            if size >= end:
+                raise KeyError("train/loss")
+            size *= 8
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Let Ctrl-C wait until something is drawn: half a table cannot be taken away."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: noted.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if noted:
+        before(*noted[0])

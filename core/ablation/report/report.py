@@ -1,0 +1,159 @@
+"""report.html, report.md and pictures of an ablation: views of its run folders, finished or not."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.ablation.locks import make
+from core.ablation.report import charts, pictures, search_telling, telling
+from core.ablation.report.page import NARROW, WIDE, Drawn, page
+from core.ablation.report.search_pictures import draw as draw_search
+from core.ablation.search.search import Searched
+from core.ablation.stats.findings import Findings, assess
+from core.ablation.stats.results import Outcome
+from core.files import replace_text
+
+FILES = {"difference": "difference", "curves step": "curves", "gaps": "gaps", "bytes": "bytes"}
+"""Picture -> its file; the page also has curves against seconds."""
+SEARCH_FILES = {"search": "search.png", "search fields": "search-fields.png"}
+
+
+def write_report(outcome: Outcome, folder: Path, searched: Searched | None = None) -> list[Path]:
+    """Write report.html, report.md and the pictures that there is something to draw for; return their paths.
+
+    `searched` is the search that the outcome's variant `found` came from.
+    """
+    make(folder)
+    found = assess(outcome)
+    drawn = [(draw(outcome, tables, WIDE), draw(outcome, tables, NARROW)) for tables in found]
+    images: list[list[Path]] = []
+    for i, (wide, _) in enumerate(drawn):
+        images.append([])
+        for key, name in FILES.items():
+            path = folder / (f"{name}-{found[i].backend}.png" if i else f"{name}.png")
+            images[-1] += _png(wide, key, path)
+    tried = searched and (draw_search(searched, WIDE), draw_search(searched, NARROW))
+    images.append([])
+    for key, name in SEARCH_FILES.items():
+        images[-1] += _png(tried[0] if tried else {}, key, folder / name)
+    html, text = folder / "report.html", folder / "report.md"
+    replace_text(html, page(outcome, found, drawn, searched, tried))
+    replace_text(text, _markdown(outcome, found, images, searched))
+    return [html, text, *(path for of in images for path in of)]
+
+
+def _png(drawn: Drawn, key: str, path: Path) -> list[Path]:
+    """Write a picture, or remove that of an earlier report, which would now be wrong."""
+    if key not in drawn:
+        path.unlink(missing_ok=True)
+        return []
+    charts.png(drawn[key], path)
+    return [path]
+
+
+def draw(outcome: Outcome, found: Findings, width: int) -> Drawn:
+    """Return the pictures of one backend that there is something to draw for."""
+    reference, made = outcome.plan.reference, {}
+    effects = telling.ranked(found.ends)
+    if any(one.paired for one in effects):
+        made["difference"] = pictures.difference(effects, reference, width)
+    order = [reference, *(one.variant for one in effects)]
+    for field, words in (("step", "step"), ("seconds", "seconds")):
+        basis, lines, gaps = pictures.learning(outcome, found.backend, field)
+        lines.sort(key=lambda line: order.index(line.name))
+        gaps.sort(key=lambda line: order.index(line.name))
+        if lines:
+            made[f"curves {field}"] = pictures.curves(lines, f"{words} ({basis})", width)
+        if field == "step" and len(gaps) > 1:
+            made["gaps"] = pictures.curves(gaps, f"{words} ({basis})", width)
+    points = _points(found, reference)
+    if points:
+        made["bytes"] = pictures.sizes(points, width)
+    return made
+
+
+def _points(found: Findings, reference: str) -> list[tuple[str, float, float, str]]:
+    """Return (name, bytes, bits per byte, colour), the reference first.
+
+    A variant stands at the reference's mean plus its paired difference: its own mean is over other seeds where some
+    are missing, and seeds differ by more than variants do.
+    """
+    summaries = {one.variant: one for one in found.summaries}
+    base, points = summaries[reference], []
+    if base.bpb is not None and base.bytes is not None:
+        points.append((reference, base.bytes, base.bpb, "ink"))
+        for one in found.ends:
+            size = summaries[one.variant].bytes
+            if one.paired and size is not None:
+                colour = one.verdict if one.verdict in ("better", "worse") else "noise"
+                points.append((one.variant, size, base.bpb + one.paired.mean, colour))
+    return points
+
+
+def _markdown(
+    outcome: Outcome, found: Sequence[Findings], images: Sequence[Sequence[Path]], searched: Searched | None
+) -> str:
+    plan = outcome.plan
+    lines = [f"# {plan.name}", "", *([_plain(plan.purpose), ""] if plan.purpose else [])]
+    lines += ["; ".join(f"{name}: {_plain(value)}" for name, value in telling.facts(outcome)), ""]
+    if not any(one.n for tables in found for one in tables.summaries):
+        lines += ["No run has finished yet. Nothing can be said so far.", ""]
+    for tables, files in zip(found, images[:-1], strict=True):
+        name = f" on {tables.backend}" if len(found) > 1 else ""
+        if tables.ends and any(one.n for one in tables.summaries):
+            lines += [f"## Answers{name}", ""]
+            for one, sentence in telling.answers(tables, plan.reference):
+                lines.append(f"* `{one.variant}`: **{telling.verdict(one)}**. {sentence[0].upper()}{sentence[1:]}")
+            lines.append("")
+        power = telling.resolution(tables, len(plan.seeds))
+        lines += [power, ""] if power else []
+        if tables.doubts:
+            lines += ["Read with care:", "", *(f"* {_plain(doubt)}" for doubt in tables.doubts), ""]
+        if any(one.n for one in tables.summaries):
+            lines += [f"## Table{name}", "", *_table(telling.HEAD, telling.table(tables, plan.reference)), ""]
+        lines += [text for path in files for text in (f"![{path.stem}]({path.name})", "")]
+        if tables.ends and any(one.n for one in tables.summaries):
+            for title, head, rows in (
+                ("equal steps", telling.PLACE_HEAD, telling.places(tables.steps)),
+                ("equal seconds", telling.PLACE_HEAD, telling.places(tables.seconds)),
+                ("equal bytes", telling.SIZE_HEAD, telling.size_rows(tables.sizes)),
+            ):
+                lines += [f"## At {title}{name}", "", *_table(head, rows), ""]
+    if searched:
+        lines += _search(outcome, searched, images[-1])
+    lines += ["## What each variant changes", ""]
+    for name, changed in telling.changes(plan).items():
+        lines += [f"`{name}`:", "", *_code("\n".join(changed)), ""]
+    failed = [run for run in outcome.results if run.status == "failed"]
+    lines += ["## Failed runs", ""] if failed else []
+    for run in failed:
+        lines += [f"`{run.variant}`, seed {run.seed}, {run.backend}:", ""]
+        lines += [*_code(run.message or "it left no message; see log.txt in its folder"), ""]
+    lines += ["## How it was computed", "", *(f"* {line}" for line in telling.METHOD), ""]
+    file, command = search_telling.repeat(plan, searched)
+    lines += ["## To repeat it", "", f"Save this as {plan.name}.toml:", "", *_code(file), ""]
+    return "\n".join([*lines, *_code(command), ""])
+
+
+def _search(outcome: Outcome, searched: Searched, images: Sequence[Path]) -> list[str]:
+    lines = ["## Search", "", _plain(search_telling.summary(searched)), ""]
+    gains = search_telling.gains(searched, outcome)
+    if gains:
+        lines += [search_telling.WARNING, "", *_table(search_telling.GAIN_HEAD, search_telling.gain_rows(gains)), ""]
+    lines += [text for path in images for text in (f"![{path.stem}]({path.name})", "")]
+    lines += ["### Trials", "", *_table(search_telling.head(searched), search_telling.rows(searched)), ""]
+    return [*lines, *(f"* {_plain(line)}" for line in search_telling.method(searched)), ""]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    body = [f"| `{first}` | {' | '.join(_plain(cell) for cell in rest)} |" for first, *rest in rows]
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *body]
+
+
+def _code(text: str) -> list[str]:
+    """Return an indented block: whatever the text holds, it ends only where the indent does."""
+    return [f"    {line}" for line in text.splitlines()]
+
+
+def _plain(text: str) -> str:
+    """Return text on one line without anything that Markdown or HTML would read."""
+    return "".join(f"\\{letter}" if letter in r"\`*_[]<>|#~" else letter for letter in " ".join(text.split()))

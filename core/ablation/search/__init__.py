@@ -1,0 +1,1 @@
+"""Searches: which settings are tried, and the rounds of trials."""

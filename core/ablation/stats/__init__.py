@@ -1,0 +1,1 @@
+"""What can be believed of an ablation's differences."""

@@ -1,0 +1,1 @@
+"""An evaluation in a process of its own, and what it opened, reached and started."""

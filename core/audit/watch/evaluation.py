@@ -1,0 +1,183 @@
+"""The evaluation that is audited: what runs in the watched process, from the artifact's bytes to the last number."""
+
+import dataclasses
+import hashlib
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.audit.flips import PASSES, flip_test
+from core.audit.prints import ROUNDING, Prints
+from core.config import ConfigError, RunConfig, from_json
+from core.console import Console
+from core.data.dataset import Dataset, Split, open_dataset
+from core.engine.protocol import Engine, EngineOptions, load_engine
+from core.export.artifact import read_artifact
+from core.scoring.key import evaluation_key
+from core.scoring.ledger import Ledger, LedgerError
+from core.scoring.plugins import View, load_plugins, plugin_kinds
+from core.scoring.score import score, score_sample
+
+SAMPLED = 16
+"""Forward passes whose whole distribution is looked at, about."""
+NORMAL = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-4}
+"""How far the logarithm of a sum of probabilities may be from 0, by compute type (log-probabilities are float32)."""
+AGREE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 5e-2}
+"""How far the cost that is written may be from that distribution's, in nats: two ways to compute the same logits."""
+
+
+class Stopped(Exception):
+    """The last forward pass that was asked for is done."""
+
+
+class Distributions:
+    """Looks at the distributions that were scored, on some of the passes, and keeps what identifies predictions."""
+
+    def __init__(self, share: float, passes: int | None, stop: int | None, prints: Prints) -> None:
+        self._share, self._passes, self._stop, self.prints = share, passes, stop, prints
+        self.seconds = 0.0
+        self.passes = self.positions = 0
+        self.sum = self.cost = 0.0
+        """Largest distance from 0 of a log-sum over the vocabulary, and of a cost from that distribution's."""
+        self.worst = 0.0
+        """The log-sum that is furthest from 0."""
+
+    def wants(self, number: int) -> bool:
+        """Take the first `passes` (None: all) for the prints, and a random share of all, which nobody can know."""
+        if self._stop is not None and number > self._stop:
+            raise Stopped
+        self._printed = self._passes is None or number <= self._passes
+        self._summed = number == 1 or secrets.randbelow(1 << 20) < self._share * (1 << 20)
+        return self._printed or self._summed
+
+    def see(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
+        """Add up the probabilities of every kept position."""
+        began = time.monotonic()
+        if self._printed:
+            self.prints.see(view, targets, nats, logprobs)
+        if self._summed:
+            self._add(view, targets, nats, logprobs)
+        self.seconds += time.monotonic() - began
+
+    def _add(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
+        kept = logprobs[view.kept]
+        highest = kept.max(-1, keepdims=True)
+        total = np.log(np.exp(kept - highest).sum(-1, dtype=np.float64)) + highest[:, 0]
+        of_target = -np.take_along_axis(kept, targets[view.kept][:, None].astype(np.int64), -1)[:, 0]
+        worst = int(np.argmax(np.abs(np.nan_to_num(total, nan=np.inf))))
+        if abs(total[worst]) >= self.sum or not np.isfinite(total[worst]):
+            self.sum, self.worst = float(abs(total[worst])), float(total[worst])
+        self.cost = max(self.cost, float(np.abs(nats[view.kept] - of_target).max()))
+        self.passes += 1
+        self.positions += len(kept)
+
+
+def audited(
+    artifact: str,
+    data: str,
+    config: dict[str, Any],
+    backend: str,
+    dtype: str | None,
+    ledger: str,
+    predictions: str,
+    stop: int | None,
+    places: list[int],
+    secret: str,
+    started: float,
+    documents: int | None,
+    flips: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Score an artifact and return what was seen, as plain JSON values.
+
+    `predictions`: where checksums of what was predicted go, and the whole distributions of the targets at `places`;
+    `stop`: the last forward pass, None: all; `secret`: goes into the name of the ledger, so that one from elsewhere is
+    not taken; `started`: time.monotonic() before the process was started; `documents`: score only the first so many,
+    None: all; `flips`: 0 leaves the flip test out.
+    """
+    say = Console(as_json=True)
+    found = read_artifact(artifact)
+    settings = dataclasses.replace(from_json(RunConfig, config), model=found.model)
+    whole = open_dataset(data, train=False)
+    dataset = whole if documents is None else dataclasses.replace(whole, val=whole.val.documents(documents))
+    if dataset.tokenizer.sha256 != found.tokenizer_sha256:
+        raise ConfigError(f"{artifact} was made with another tokenizer than {data}: give its data with --data PATH")
+    options = EngineOptions(dtype=dtype)  # type: ignore[arg-type]
+    engine = load_engine(backend, settings, found.weights, options)
+    value: dict[str, Any] = {"backend": engine.backend, "device": engine.device, "dtype": engine.dtype}
+    value["plugins"] = plugin_kinds(settings.eval.plugins)
+    value["prepared"] = time.monotonic() - started
+    key = hashlib.sha256(f"{secret} {evaluation_key(engine, dataset, settings, plugins=True)}".encode()).hexdigest()
+    prints = Prints(len(dataset.val), places)
+    value |= _score(engine, dataset, settings, Path(ledger), key, prints, stop, say)
+    prints.save(Path(predictions))
+    value["clock"] = time.monotonic() - started
+    if not flips:
+        return value
+    value["flips"] = flip_test(
+        engine, dataset.val, settings, flips, seed, ROUNDING[engine.dtype], say.progress("flip test")
+    )  # fmt: skip
+    return value
+
+
+def _score(
+    engine: Engine,
+    dataset: Dataset,
+    config: RunConfig,
+    path: Path,
+    key: str,
+    prints: Prints,
+    stop: int | None,
+    say: Console,
+) -> dict[str, Any]:
+    """Score the text and return the score, or the rule that was broken, and what the distributions say."""
+    settings, learns = config.eval, bool(config.eval.plugins)
+    total = len(dataset.val) // (settings.batch * (settings.stride or settings.seq)) + 1
+    watch = Distributions(SAMPLED / total, None if learns else PASSES, stop, prints)
+    book = Ledger.open(path, len(dataset.val), key, anew=True)
+    value: dict[str, Any] = {"resumed": book.writes, "broken": None, "score": None, "continued": None}
+    isolated = config.model.documents == "isolated"
+    try:
+        if book.writes and not learns:
+            value["continued"] = _rescored(engine, dataset.val, config, book)
+        done = score(
+            engine, dataset, settings, documents=None, seed=settings.seed, progress=say.progress("scoring"),
+            ledger=book, isolated=isolated, watch=watch, plugins=load_plugins(settings.plugins),
+        )  # fmt: skip
+        value["score"] = done.to_json()
+    except Stopped:
+        pass
+    except LedgerError as error:
+        if error.rule is None:
+            raise
+        value["broken"] = {"rule": error.rule, "message": str(error)}
+    finally:
+        book.close()
+    value["watching"] = watch.seconds
+    value["distributions"] = {
+        "passes": watch.passes, "positions": watch.positions, "vocabulary": dataset.tokenizer.vocab,
+        "largest_log_sum": watch.worst if np.isfinite(watch.worst) else None, "largest_cost_gap": watch.cost,
+        "normal": watch.sum <= NORMAL[engine.dtype], "agrees": watch.cost <= AGREE[engine.dtype],
+        "limit": NORMAL[engine.dtype],
+    }  # fmt: skip
+    return value
+
+
+def _rescored(engine: Engine, text: Split, config: RunConfig, book: Ledger) -> dict[str, Any]:
+    """Score a sample of what an earlier start wrote again; LedgerError if the ledger holds something else.
+
+    The draw is this process's: an edit of a share s of the passes stays unseen with a probability of (1 - s)^SAMPLED.
+    """
+    dice, isolated = np.random.default_rng(secrets.randbits(128)), config.model.documents == "isolated"
+    sample = score_sample(engine, text, config.eval, book, isolated, SAMPLED, dice)
+    both = (sample.entries["order"] > 0) & (book.entries["order"] > 0)
+    gaps = np.where(both, np.abs(sample.entries["nats"] - book.entries["nats"]), 0.0)
+    if gaps.max() > AGREE[engine.dtype]:
+        place = int(np.argmax(gaps))
+        ours, left = sample.entries["nats"][place], book.entries["nats"][place]
+        words = f"target {place + 1} costs {left:.6f} nats in the ledger of the killed start, scored again {ours:.6f}"
+        raise LedgerError(f"{words}: that ledger is not of this evaluation", "D8")
+    return {"targets": int(both.sum()), "largest_gap": float(gaps.max())}

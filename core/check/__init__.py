@@ -1,0 +1,1 @@
+"""What checks the lab itself: parity, speed, this machine."""

@@ -1,0 +1,1 @@
+"""`skc compare`: runs held against each other."""

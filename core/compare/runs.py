@@ -1,0 +1,159 @@
+"""`skc compare RUN RUN ...`: what differs between runs, in settings, machine, curves, score, bytes and speed."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from core.compare.pair import By, Pair, choose_axis, hold, positions, words
+from core.compare.picture import draw
+from core.config import differences
+from core.files import replace_text
+from core.model.params import count
+from core.training.run import Run, RunError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run in figures; None where it has not come that far."""
+
+    run: str
+    preset: str
+    seed: int
+    backend: str
+    parameters: int
+    steps: int
+    train_bpb: float | None
+    """Bits per byte of the training text at the last line."""
+    bpb: float | None
+    label: str | None
+    """`score` or `estimate`."""
+    error: float | None
+    byte_rule: str | None
+    targets: int | None
+    artifact_bytes: int | None
+    tokens_per_second: float | None
+    """Over all of the training time."""
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found; every list is in the order of the runs, the first is what the others are held against."""
+
+    rows: tuple[Row, ...]
+    settings: dict[str, list[str]]
+    """Run -> the fields in which it differs from the first."""
+    gaps: dict[str, float | None]
+    """Run -> largest difference of its training loss from the first run's, over the steps that both recorded."""
+    doubts: tuple[str, ...]
+    """Why final figures may not be held against each other."""
+    pairs: dict[str, Pair]
+    """Run -> what differs from the first, and where the curves part."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        rows, transfer = [asdict(row) for row in self.rows], {run: pair.to_json() for run, pair in self.pairs.items()}
+        own = {"rows": rows, "settings": self.settings, "gaps": self.gaps, "doubts": list(self.doubts)}
+        return {**own, "transfer": transfer}
+
+
+def compare(paths: list[str], by: By = "auto") -> tuple[Comparison, list[Run]]:
+    """Read two or more run folders; RunError if there are fewer, one is named twice, or one cannot be read.
+
+    Curves are aligned by step, tokens or share of the schedule; `auto`: by step if steps are alike, else by tokens.
+    """
+    runs = [Run.open(path) for path in paths]
+    if len(runs) < 2:
+        raise RunError(f"compare: {len(runs)} run given, expected two or more: skc compare RUN RUN")
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise RunError(f"compare: a run is named twice in {', '.join(paths)}; name each once")
+    rows = tuple(_row(run) for run in runs)
+    losses = [{step: r["train/loss"] for step, r in positions(run, "train/loss", "step").items()} for run in runs]
+    settings, gaps, pairs, axis = {}, {}, {}, choose_axis([run.config for run in runs], by)
+    for run, loss in zip(runs[1:], losses[1:], strict=True):
+        settings[str(run.path)] = differences(runs[0].config, run.config)
+        common = losses[0].keys() & loss.keys()
+        gaps[str(run.path)] = max((abs(losses[0][step] - loss[step]) for step in common), default=None)
+        pairs[str(run.path)] = hold(runs[0], run, axis)
+    return Comparison(rows, settings, gaps, tuple(_doubts(runs, rows)), pairs), runs
+
+
+def _row(run: Run) -> Row:
+    env, final, stored = run.environment(), run.last("final/score") or {}, run.last("final/artifact") or {}
+    lines = [row for row in run.metrics() if "train/loss" in row]
+    steps = lines[-1]["step"] if lines else 0
+    seconds = lines[-1]["clock/seconds"] if lines else None
+    return Row(
+        run=str(run.path),
+        preset=run.config.preset,
+        seed=run.config.seed,
+        backend=str(env.get("backend", "?")),
+        parameters=count(run.config.model),
+        steps=steps,
+        train_bpb=lines[-1].get("train/bpb") if lines else None,
+        bpb=final.get("bpb"),
+        label=final.get("label"),
+        error=final.get("error"),
+        byte_rule=final.get("byte_rule"),
+        targets=final.get("targets"),
+        artifact_bytes=stored.get("bytes"),
+        tokens_per_second=steps * run.config.train.tokens_per_step / seconds if seconds else None,
+        seconds=seconds,
+    )
+
+
+def _doubts(runs: list[Run], rows: tuple[Row, ...]) -> list[str]:
+    found = []
+    kinds = {"byte_rule": "byte rules", "targets": "numbers of scored tokens", "label": "kinds of figure"}
+    for name, what in kinds.items():
+        values = sorted({str(getattr(row, name)) for row in rows if row.bpb is not None})
+        if len(values) > 1:
+            found.append(f"different {what}: {', '.join(values)}")
+    if len({str(run.environment().get("data")) for run in runs}) > 1:
+        found.append("different data")
+    unfinished = [row.run for row in rows if row.bpb is None]
+    if unfinished:
+        found.append(f"not finished: {', '.join(unfinished)}")
+    return found
+
+
+def table(found: Comparison) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """Return (head, rows) for people."""
+    head = ("run", "backend", "seed", "parameters", "steps", "bits per byte", "against the first", "bytes", "tokens/s")
+    first, rows = found.rows[0], []
+    for row in found.rows:
+        spread = f" ± {row.error:.4f}" if row.error else ""
+        figure = "-" if row.bpb is None else f"{row.bpb:.4f}{spread} ({row.label})"
+        change = "" if row is first or row.bpb is None or first.bpb is None else f"{row.bpb - first.bpb:+.4f}"
+        size = "-" if row.artifact_bytes is None else f"{row.artifact_bytes:,}"
+        speed = "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}"
+        rows.append((row.run, row.backend, row.seed, row.parameters, row.steps, figure, change, size, speed))
+    return head, rows
+
+
+def lines(found: Comparison) -> list[str]:
+    """Return what the table does not say: what differs, where the curves part, doubts."""
+    out = []
+    for run, pair in found.pairs.items():
+        gap = found.gaps[run]
+        apart = "no common step" if gap is None else f"training losses at most {gap:.2g} nats apart"
+        out += [f"{run} against {found.rows[0].run}: {apart}", *(f"  {line}" for line in words(pair))]
+    return out + [f"careful: {doubt}" for doubt in found.doubts]
+
+
+def write_comparison(found: Comparison, runs: list[Run], folder: Path) -> list[Path]:
+    """Write compare.md and compare.png into `folder` and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report, picture = folder / "compare.md", folder / "compare.png"
+    draw(runs, list(found.pairs.values()), picture)
+    head, rows = table(found)
+    text = ["# Comparison", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    text += [f"| {' | '.join(f'{c:,}' if isinstance(c, int) else str(c) for c in row)} |" for row in rows]
+    text += ["", "![curves above, differences from the first below](compare.png)", "", *_bullets(lines(found)), ""]
+    replace_text(report, "\n".join(text))
+    return [report, picture]
+
+
+def _bullets(text: list[str]) -> list[str]:
+    """Return lines as a list of two levels."""
+    return [f"  * {line.strip()}" if line.startswith("  ") else f"* {line}" for line in text]

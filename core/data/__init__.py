@@ -1,0 +1,1 @@
+"""Text and tokens: prepared folders, shards, tokenizers, batches, and where published data comes from."""

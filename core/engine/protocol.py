@@ -1,0 +1,300 @@
+"""What the lab asks of a backend, and how one is loaded.
+
+Only numpy arrays, Python scalars and frozen dataclasses cross this border.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from core.config import ConfigError, ModelConfig, RunConfig
+from core.engine.ranks import Alone, Ranks
+from core.model.storage import Stored
+from core.training.schedule import StepPlan
+
+Arrays = dict[str, np.ndarray]
+DType = Literal["float32", "bfloat16", "float64"]
+BACKENDS = {"mlx": "mlx.core", "cuda": "torch"}
+EXTRAS = {"mlx": "mlx", "cuda": "torch"}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a device likes forward passes of scoring, where nothing learns from them."""
+
+    tokens: int = 0
+    """A pass has at least so many, in whole windows."""
+    ahead: int = 1
+    """Passes that may be under way before the first of them is read."""
+
+    def rows(self, batch: int, seq: int) -> int:
+        """Return the windows of `seq` tokens in a pass, if eval.batch is `batch`."""
+        return max(batch, self.tokens // seq)
+
+
+class Batch(NamedTuple):
+    """Rows of consecutive tokens and, for each, the token that follows it."""
+
+    tokens: np.ndarray  # (rows, seq) int32
+    targets: np.ndarray  # (rows, seq) int32
+    total: int = 0
+    """Rows of the step on all ranks together; 0: these."""
+
+
+def micro_batches(batch: Batch, most: int, world: int) -> tuple[list[slice], list[float], float]:
+    """Return the rows of each micro-batch, its weight, and what the weighted sum is divided by to be the step's mean.
+
+    A micro-batch has `most` rows, or as many as the busiest of `world` ranks has; a last one may have fewer.
+    """
+    rows, total = len(batch.tokens), batch.total or len(batch.tokens)
+    unit = min(most, -(-total // world))
+    parts = [slice(i, min(i + unit, rows)) for i in range(0, rows, unit)]
+    return parts, [(part.stop - part.start) / unit for part in parts], total / unit
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step reports."""
+
+    loss: float  # mean nats per target, without the z-loss
+    grad_norm: float  # global norm before clipping
+    finite: bool  # False: loss or gradients were not finite and the weights were left as they were
+
+
+@dataclass(frozen=True)
+class State:
+    """A place in a text: what a model needs of everything before it. A value: nothing changes it."""
+
+    model: Any
+    """The backend's own arrays, on its device; their size depends on the text only where there is attention."""
+    seen: np.ndarray
+    """(rows,) int64: tokens of the open document so far."""
+
+    def seen_after(self, tokens: np.ndarray, n: int, config: ModelConfig) -> np.ndarray:
+        """Return `seen` after the first `n` of `tokens` (rows, seq); ValueError if there are not so many."""
+        if not 1 <= n <= tokens.shape[1]:
+            raise ValueError(f"commit {n} tokens of a chunk of {tokens.shape[1]}")
+        starts = tokens[:, :n] == config.bos
+        if config.documents == "packed":
+            starts = np.zeros_like(starts)
+        since = 1 + np.argmax(starts[:, ::-1], axis=1)
+        return np.where(starts.any(axis=1), since, self.seen + n)
+
+
+class Tape(Protocol):
+    """A chunk of tokens that was run from a state, of which any number of first tokens may be kept."""
+
+    def logits(self) -> np.ndarray:
+        """Return the logits of every position, (rows, seq, vocab)."""
+        ...
+
+    def nll(self, targets: np.ndarray) -> np.ndarray:
+        """Return -log p(target) in nats for every position, (rows, seq)."""
+        ...
+
+
+class Pending(Protocol):
+    """A step that may still be running on the device."""
+
+    def result(self) -> StepResult:
+        """Wait for the step and return its numbers."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a backend computes; nothing here changes what is computed beyond rounding."""
+
+    dtype: DType | None = None
+    """Compute type; None: bfloat16 on a GPU, float32 on a CPU."""
+    exact: bool | None = None
+    """Use the float64-safe forms of the ops; None: only in float64."""
+    compile: bool | None = None
+    """Compile the training step; None: where the backend gains by it."""
+    spans: tuple[tuple[int, int, int], ...] = ()
+    """(rows, tokens a row, documents in them): for how many documents attention without a mask has room in batches of
+    this shape, by the text (core/training/spans.py); MLX has a mask."""
+    newton_schulz: Literal["float32", "bfloat16"] | None = None
+    """Type of Newton-Schulz's products in Muon; masters and momentum stay wide. None: that of the masters, but bfloat16
+    where torch computes in bfloat16 on a GPU."""
+    fast_blas: bool = True
+    """MLX on Linux: load a fast BLAS into the process before MLX."""
+
+
+class Engine(Protocol):
+    """A model, its optimizer and a device."""
+
+    backend: str
+    """`mlx` or `cuda`."""
+    device: str
+    """What it runs on, in words."""
+    dtype: str
+    """Compute type."""
+    notes: tuple[str, ...]
+    """Choices that were made at build time, one line each, printed at the start of a run."""
+    quantise: bool
+    """Whether forward passes use the stored form of the weights: what the last step's plan, or a load, said."""
+    ranks: Ranks
+    """The processes that train together: they call train_step and optimizer in the same order."""
+    scoring: Scoring
+    """How forward passes of scoring are best made."""
+
+    def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
+        """Start one optimizer step on this rank's rows; at most two are in flight."""
+        ...
+
+    def gradients(self, batch: Batch) -> tuple[float, Arrays]:
+        """Return the training loss (z-loss included) and its gradient by parameter name, without an update.
+
+        With `quantise` it is the gradient at the stored weights, which the step gives to the weights as it is: the
+        straight-through estimator (Bengio et al. 2013).
+        """
+        ...
+
+    def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Return -log p(target) in nats for every position: (rows, seq) int -> (rows, seq) float."""
+        ...
+
+    def nll_later(self, tokens: np.ndarray, targets: np.ndarray, often: bool) -> Callable[[], np.ndarray]:
+        """Start what `nll` does and return a function that waits for it; the weights are those of now.
+
+        `often`: so many rows of this shape will come that compiling for them pays.
+        """
+        ...
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the final (softcapped) logits: (rows, seq) int -> (rows, seq, vocab) float."""
+        ...
+
+    def activations(self, tokens: np.ndarray) -> Arrays:
+        """Return the residual stream after the embedding and after every layer, and the logits, by name."""
+        ...
+
+    def start(self, rows: int) -> State:
+        """Return the state before the first token of `rows` texts."""
+        ...
+
+    def chunk(self, state: State, tokens: np.ndarray) -> Tape:
+        """Run (rows, seq) tokens on from `state`: what `logits` of the whole text would say, at these positions."""
+        ...
+
+    def commit(self, tape: Any, n: int) -> State:
+        """Return the state after the first `n` tokens of a chunk (0: the state before it), in every row."""
+        ...
+
+    def weights(self) -> Arrays:
+        """Return the weights that `nll`, `logits` and `activations` use, in table order.
+
+        They are the exported set (`core.model.params.exported`), in its stored form if `quantise`.
+        """
+        ...
+
+    def quantised(self) -> dict[str, Stored]:
+        """Return codes and scales of the exported set, as a forward pass with `quantise` computes them."""
+        ...
+
+    def params(self) -> Arrays:
+        """Return the master weights in table order, as float32 (float64 in float64)."""
+        ...
+
+    def load_params(self, params: Arrays, quantise: bool = False) -> None:
+        """Replace every weight and set its running average to it; a missing, extra or misshapen one is a ValueError.
+
+        Weights out of an artifact are already what was stored: `quantise=False` uses them as they are.
+        """
+        ...
+
+    def optimizer(self) -> Arrays:
+        """Return the optimizer state as `<param>.<slot>`."""
+        ...
+
+    def load_optimizer(self, state: Arrays) -> None:
+        """Replace the optimizer state; strict like `load_params`."""
+        ...
+
+    def matmul_rate(self) -> tuple[int, float]:
+        """Measure (n, FLOP/s of (n, n) @ (n, n)) in the compute type, n as large as fills the device: at best on a CPU,
+        in a row on a GPU.
+        """
+        ...
+
+    def update_seconds(self, plan: StepPlan, repeats: int) -> float:
+        """Measure this rank's optimizer update alone (clip, rules, averages, finiteness guard): the mean of `repeats`.
+
+        It runs on stand-in gradients and leaves weights and optimizer state as they are. A mean, as steps are timed:
+        the best of several would flatter the update's share of a step on a busy machine.
+        """
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Return what the device tells: peak_bytes and active_bytes of arrays, or process_bytes; and traces.
+
+        A device with memory of its own adds limit_bytes, all of it.
+
+        `traces` counts compilations of the training step's parts: the whole of it in MLX; in torch the loss, the
+        quantisers, every bank's update and the averages.
+        """
+        ...
+
+
+def step(engine: Engine, state: State, tokens: np.ndarray) -> tuple[np.ndarray, State]:
+    """Run one token per row, (rows,) int, on from `state`; return the logits (rows, vocab) and the state after it."""
+    tape = engine.chunk(state, np.asarray(tokens)[:, None])
+    return tape.logits()[:, 0], engine.commit(tape, 1)
+
+
+def available_backends() -> list[str]:
+    """Return the backends whose framework is installed, without importing it."""
+    found = []
+    for name, module in BACKENDS.items():
+        try:
+            if importlib.util.find_spec(module) is not None:
+                found.append(name)
+        except ModuleNotFoundError:
+            continue
+    return found
+
+
+def choose_backend(name: str) -> str:
+    """Resolve `auto` to the backend that suits this machine, or check that `name` can be loaded.
+
+    `auto` takes MLX where it has a GPU (a Mac) and the PyTorch backend elsewhere, if installed; `torch` is `cuda`.
+    """
+    import sys
+
+    name = "cuda" if name == "torch" else name
+    if name not in ("auto", *BACKENDS):
+        raise ConfigError(f"backend {name!r}: expected one of auto, {', '.join(BACKENDS)}")
+    found = available_backends()
+    if name == "auto":
+        order = ("mlx", "cuda") if sys.platform == "darwin" else ("cuda", "mlx")
+        name = next((n for n in order if n in found), order[0])
+    if name not in found:
+        raise ConfigError(f"backend {name!r} is not installed: pip install -e '.[{EXTRAS[name]}]'")
+    return name
+
+
+def load_engine(
+    backend: str,
+    config: RunConfig,
+    weights: Arrays | None = None,
+    options: EngineOptions | None = None,
+    quantise: bool = False,
+    ranks: Ranks | None = None,
+) -> Engine:
+    """Build the model of `config` on `backend` with `weights` (None: the start values of config.seed).
+
+    `quantise` is that of `Engine.load_params`; `ranks` are what `core.engine.ranks.join` gave, None: this process.
+    """
+    from core.model.params import start_values
+
+    name, options = choose_backend(backend), options or EngineOptions()
+    if name == "mlx" and options.fast_blas:  # before anything imports MLX
+        importlib.import_module("backends.mlx.blas").load_fast_blas()
+    module = importlib.import_module(f"backends.{name}.engine")
+    if weights is None:
+        weights = start_values(config.model, config.seed)
+    return module.build(config, weights, options, quantise, ranks or Alone())

@@ -1,0 +1,298 @@
+"""The plan of a run before it starts: how far it gets, when its phases begin, what it needs, which limits it passes.
+
+Measured costs come from core/forecast/probe.py; what follows from them is walked through here step by step, with the
+schedule's own functions (core/training/schedule.py) and the loop's own (core/training/loop.py).
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from core.config import RunConfig, TrainConfig, require
+from core.training.loop import Due, done, due, progress_of
+from core.training.schedule import StepPlan, lr_scale, plan
+
+MOST_WALKED = 200_000
+"""Most steps of a run that is gone through step by step: seconds of time, 150 MB."""
+
+
+class Kind(NamedTuple):
+    """What decides the time of a step, as far as it changes during a run."""
+
+    seq: int
+    """Tokens per row."""
+    quantise: bool
+    """Forward passes use the stored form of the weights."""
+    repeat: bool
+    """Repeated layers are repeated."""
+
+    @classmethod
+    def of(cls, now: StepPlan) -> "Kind":
+        """Return the kind of a planned step."""
+        return cls(now.seq, now.quantise, now.repeat)
+
+    def describe(self, config: RunConfig) -> str:
+        """Return the kind in words."""
+        stored = ", stored weights" if self.quantise else ""
+        return (
+            f"rows of {self.seq} tokens{stored}{', repeated layers' * bool(self.repeat and config.model.repeat_layers)}"
+        )
+
+
+class Passes(NamedTuple):
+    """What scoring costs."""
+
+    count: int
+    """Forward passes of the busiest rank."""
+    first: float
+    """Seconds until the first pass is done: counting bytes, reading the text."""
+    cold: float
+    """The same the first time in a process, which compiles."""
+    each: float
+    """Seconds of every later pass."""
+
+    def seconds(self, cold: bool = False) -> float:
+        """Return the seconds of the whole."""
+        return (self.cold if cold else self.first) + (self.count - 1) * self.each
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the probe measured, in seconds and bytes; of several ranks, the slowest and the largest."""
+
+    steps: dict[Kind, float]
+    ahead: int
+    """Steps that the host is ahead of the device, at most."""
+    warm_up: float
+    estimate: Passes
+    scoring: Passes
+    plugins: Passes | None
+    samples: float
+    checkpoint: float
+    checkpoint_bytes: int
+    export: float
+    """Rounding, packing, compressing and decoding; not the disk."""
+    memory: float
+    """Of a device, or, on a CPU, of all processes of the fullest machine."""
+    memory_of: str
+    memory_limit: float
+
+    def step(self, kind: Kind) -> float:
+        """Return the seconds of a step; of a kind too rare to have been measured, those of the slowest."""
+        return self.steps.get(kind, max(self.steps.values()))
+
+
+class Course(NamedTuple):
+    """A run, step by step."""
+
+    plans: list[StepPlan]
+    rates: list[float]
+    """Learning-rate scale of every step."""
+    began: list[float]
+    """Training seconds when each step was planned."""
+    due: list[Due]
+    """What follows each step."""
+    seconds: float
+    """Training time."""
+
+
+class Phase(NamedTuple):
+    """Neighbouring steps in which something holds."""
+
+    name: str
+    steps: tuple[int, int]
+    """From the first one to the one after the last."""
+    seconds: tuple[float, float]
+    """Training time at both ends."""
+
+
+class Limit(NamedTuple):
+    """A figure and what it should not pass."""
+
+    what: str
+    value: float
+    limit: float
+    unit: str
+    binding: bool
+    """The run cannot be made, or is not what it claims to be, if it is over."""
+    note: str = ""
+
+    @property
+    def over(self) -> bool:
+        """Whether the limit is passed."""
+        return self.value > self.limit
+
+
+def check_steps(steps: int) -> None:
+    """Raise ConfigError for a run of more steps than are gone through."""
+    words = f"train.steps: {steps:,} or more; --dry-run goes through {MOST_WALKED:,} at most: give fewer, and scale up"
+    require(steps <= MOST_WALKED, words)
+
+
+def walk(settings: TrainConfig, costs: Costs) -> Course:
+    """Go through the training loop with steps of known cost: the host plans a step as soon as the device lets it."""
+    plans, rates, began, follows, ends = [], [], [], [], []
+    host = device = 0.0
+    while not done(len(plans), host, settings):
+        check_steps(len(plans) + 1)
+        progress = progress_of(len(plans), host, settings)
+        plans.append(plan(len(plans), progress, settings))
+        rates.append(lr_scale(progress, settings))
+        began.append(host)
+        device = max(device, host) + costs.step(Kind.of(plans[-1]))
+        ends.append(device)
+        follows.append(due(len(plans), settings))
+        if follows[-1].read:
+            host = device
+        elif len(ends) > costs.ahead:
+            host = max(host, ends[-1 - costs.ahead])
+    return Course(plans, rates, began, follows, device)
+
+
+def phases(config: RunConfig, course: Course) -> list[Phase]:
+    """Return the phases of a run: learning rate, row lengths, stored weights, averaging, repeated layers."""
+    plans, settings = course.plans, config.train
+    top = int(np.argmax(course.rates))
+    rates = [
+        "constant rate" if rate == 1.0 else "warm-up" if i <= top else "warm-down"
+        for i, rate in enumerate(course.rates)
+    ]
+    labels: list[Sequence[str | None]] = [rates]
+    if settings.seq_stages:
+        labels.append([f"rows of {now.seq} tokens" for now in plans])
+    if settings.quantise == "late":
+        labels.append(["stored weights" if now.quantise else None for now in plans])
+    if settings.average_from is not None:
+        labels.append(["averaging" if now.average else None for now in plans])
+    if config.model.repeat_layers:
+        labels.append(["repeated layers" if now.repeat else None for now in plans])
+    found = []
+    times = [*course.began, course.seconds]
+    for row in labels:
+        begin = 0
+        for name, group in itertools.groupby(row):
+            end = begin + len(list(group))
+            if name is not None:
+                found.append(Phase(name, (begin, end), (times[begin], times[end])))
+            begin = end
+    return found
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The plan of a run. Times are in seconds, sizes in bytes."""
+
+    preset: str
+    machine: str
+    steps: int
+    seconds: float
+    """Training time."""
+    tokens: int
+    epochs: float
+    """Of the training text."""
+    step_kinds: list[dict[str, Any]]
+    phases: list[Phase]
+    works: list[tuple[str, int, float]]
+    """What takes time beside training steps: name, times, seconds together."""
+    total: float
+    """Wall time from here on to the end of the run, less what the disk and the report take."""
+    checkpoint_bytes: int
+    disk_bytes: int
+    memory_bytes: float
+    memory_of: str
+    artifact_bytes: int
+    allowed_bytes: int
+    limits: list[Limit]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no binding limit is passed."""
+        return not any(limit.over and limit.binding for limit in self.limits)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        value = asdict(self)
+        value["phases"] = [phase._asdict() for phase in self.phases]
+        value["works"] = [{"name": name, "times": times, "seconds": took} for name, times, took in self.works]
+        value["limits"] = [{**limit._asdict(), "over": limit.over} for limit in self.limits]
+        return value
+
+
+def forecast(
+    config: RunConfig,
+    costs: Costs,
+    *,
+    machine: str,
+    official: bool,
+    train_tokens: int,
+    artifact_bytes: int,
+    build: float,
+    disk_free: int,
+    rule_seconds: float,
+) -> Forecast:
+    """Return the plan of a whole run, from step 0.
+
+    `official`: this machine is the one that the rule's `rule_seconds` of training and of scoring are about. `build`:
+    seconds that it took to make the engine.
+    """
+    settings = config.train
+    course = walk(settings, costs)
+    last, follows = course.due[-1], course.due
+    saves = sum(d.save for d in follows) + (not last.save)
+    writes = sum(d.write for d in follows) + (not last.write)
+    evaluations = sum(d.evaluate for d in follows)
+    kept = sum(d.save for d in follows) // settings.keep_every if settings.keep_every else 0
+    scoring, again = costs.scoring.seconds(cold=True), costs.scoring.seconds()
+    works = [
+        ("building", 1, build),
+        ("compiling", 1, costs.warm_up),
+        ("validation estimate", evaluations, evaluations * costs.estimate.seconds()),
+        ("samples", writes, writes * costs.samples),
+        ("checkpoint", saves, saves * costs.checkpoint),
+        ("scoring, weights in memory", 1, scoring),
+        ("export", 1, costs.export),
+        ("scoring, artifact", 1, again),
+    ]
+    judged = scoring
+    if costs.plugins is not None:
+        judged = costs.plugins.seconds(cold=True)
+        works.append(("scoring, plug-ins", 1, judged))
+    allowed = config.export.budget - config.export.code_bytes
+    disk = (2 + kept) * costs.checkpoint_bytes + artifact_bytes  # one in place, and the next one while it is written
+    asked = course.seconds if settings.seconds is None else settings.seconds
+    note = "on 8xH100" if official else "on 8xH100, which this is not: for information"
+    limits = [
+        Limit("artifact, predicted", artifact_bytes, allowed, "bytes", True, "what export.budget leaves beside code"),
+        Limit(f"memory of the {costs.memory_of}", costs.memory, costs.memory_limit, "bytes", True),
+        Limit("disk for checkpoints", disk, disk_free, "bytes", True),
+        Limit("training", asked, rule_seconds, "s", False, note),
+        Limit("scoring", judged, rule_seconds, "s", False, note),
+    ]
+    tokens = sum(settings.rows_of(now.seq)[0] * now.seq for now in course.plans)
+    kinds = [Kind.of(now) for now in course.plans]
+    return Forecast(
+        preset=config.preset,
+        machine=machine,
+        steps=len(course.plans),
+        seconds=course.seconds,
+        tokens=tokens,
+        epochs=tokens / train_tokens,
+        step_kinds=[
+            {**kind._asdict(), "name": kind.describe(config), "steps": kinds.count(kind), "seconds": took}
+            for kind, took in costs.steps.items()
+        ],
+        phases=phases(config, course),
+        works=works,
+        total=course.seconds + math.fsum(took for _, _, took in works),
+        checkpoint_bytes=costs.checkpoint_bytes,
+        disk_bytes=disk,
+        memory_bytes=costs.memory,
+        memory_of=costs.memory_of,
+        artifact_bytes=artifact_bytes,
+        allowed_bytes=allowed,
+        limits=limits,
+    )

@@ -1,0 +1,1 @@
+"""File formats, each with one bounded reader."""

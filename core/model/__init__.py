@@ -1,0 +1,1 @@
+"""The model spec: settings, parameter table, storage, tables that the host makes."""

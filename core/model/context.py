@@ -1,0 +1,113 @@
+"""What the layers of one forward pass share, and the state that goes on to the next: a backend's arrays.
+
+B rows, T positions, S kept keys, G key/value heads, K channels of a head, D width of the stream, C mixer channels; of
+a store of capsules: H heads, N capsules, M blocks, Q tokens of a block.
+"""
+
+from typing import Any, NamedTuple
+
+from core.model.config import TAPS
+
+
+class Constants(NamedTuple):
+    """Tables that the host makes: of the row's positions, and of the mixers."""
+
+    cos: Any  # (T, rope_dims / 2)
+    sin: Any
+    hadamard: Any  # (C, C), Sylvester order
+    walsh: Any  # (Q, Q), sequency order, Q tokens per capsule block
+
+
+class AttentionState(NamedTuple):
+    """What the next token needs of those before it."""
+
+    k: Any  # (B, G, S, K), rotated
+    v: Any  # (B, G, S, K)
+    tail: Any  # (B, TAPS - 1, D): what entered last, 0 where it was another document; in a tape (B, TAPS - 1 + T, D)
+
+
+class KoopmanState(NamedTuple):
+    """What the next token needs of those before it."""
+
+    tail: Any  # (B, TAPS - 1, C): the last values that are in the current document, else 0
+    last: Any  # (B, C): the recurrence, float32 or wider
+
+
+class KoopmanTape(NamedTuple):
+    """What the state after any token of a chunk is made of."""
+
+    values: Any  # (B, TAPS - 1 + T, C)
+    states: Any  # (B, T, C)
+
+
+class CapsuleState(NamedTuple):
+    """What the next token needs of those before it; float32 or wider."""
+
+    stored: Any  # (B, H, N, K): the capsules, as completed blocks left them
+    sums: Any  # (B, H, N, K): of the open block, weighted over time
+    plain: Any  # (B, H, N, K): of the open block, not weighted; None without an intra-block read
+    mass: Any  # (B, H, N): what was routed in the open block
+    key: Any  # (B, H, N): the last token's own routing; None without a shift
+
+
+class CapsuleTape(NamedTuple):
+    """What the state after any token of a chunk is made of. M blocks, Q tokens in each."""
+
+    before: CapsuleState
+    phase: int  # tokens of the first block that came before the chunk
+    keys: Any  # (B, T, H, N), not shifted
+    writes: Any  # (B, M, H, Q, N)
+    values: Any  # (B, M, H, Q, K)
+    template: Any  # (Q, N)
+    stored: Any  # (B, M, H, N, K), after each block
+    documents: Any  # (B, M, Q)
+    fresh: Any  # (B, M, Q): no document has begun in the block up to here
+
+
+class SKCState(NamedTuple):
+    """What the next token needs of those before it."""
+
+    koopman: Any  # KoopmanState
+    capsules: Any  # CapsuleState, or None: empty
+
+
+class SKCTape(NamedTuple):
+    """What the state after any token of a chunk is made of."""
+
+    koopman: Any  # KoopmanTape
+    capsules: Any  # CapsuleTape
+
+
+class ModelState(NamedTuple):
+    """What the next token needs of those before it, all layers together."""
+
+    position: int  # tokens before it
+    kept: Any  # (B, S) int32: 0 for a kept key of the current document, -1 for another's; None: no attention
+    mixers: tuple  # one state per pass; None: nothing yet
+    banks: tuple  # one state per place of the bank
+    ids: Any  # (B, P): the last tokens, -1 where there is none in the current document; P: as far as n-grams reach
+    smeared: Any  # (B, 1, D): the last token's embedding, before it was mixed; None: nothing yet
+
+
+class Context(NamedTuple):
+    """What every layer of one forward pass shares."""
+
+    cos: Any  # (T, rope_dims / 2)
+    sin: Any
+    mask: Any  # which keys a query sees, or None: plain causal; CUDA: or where its document begins
+    documents: Any  # (B, T) int32, 0: the document that was open before the first token
+    history: Any  # (B, TAPS - 1 + T): the same, with the positions before in front
+    starts: Any  # (B, T) bool: where a document begins and recurrences start anew
+    hadamard: Any
+    walsh: Any
+    position: int  # tokens before the first
+    kept: int  # keys before the first
+    ids: Any  # (B, P + T): tokens, with those before in front
+    wide: Any  # type of recurrent states: float32 or wider
+    keep: int = 0  # keys to keep when the chunk is committed
+    attend: Any = None  # CUDA: the form of attention that was chosen at build; MLX has one
+
+    def last_ids(self, before):
+        """Return tokens and documents with `before` positions in front: (B, before + T) each."""
+        extra = self.ids.shape[1] - self.documents.shape[1] - before
+        return self.ids[:, extra:], self.history[:, TAPS - 1 - before :]

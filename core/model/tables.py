@@ -1,0 +1,39 @@
+"""Constant tables that the host makes for both backends, so that neither computes its own cos or sin."""
+
+import numpy as np
+
+from core.model.config import ModelConfig
+
+
+def rope_tables(seq: int, dims: int, base: float, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return (cos, sin), each (seq, dims / 2) float64, of positions from `first` on.
+
+    Position t turns pair i by t * base^(-2 i / dims).
+    """
+    angles = np.arange(first, first + seq)[:, None] * base ** (-np.arange(0, dims, 2) / dims)[None, :]
+    return np.cos(angles), np.sin(angles)
+
+
+def hadamard(n: int) -> np.ndarray:
+    """Return the Walsh-Hadamard matrix (n, n) in Sylvester order, scaled by 1 / sqrt(n): symmetric, its own inverse.
+
+    Entry (i, j) has the sign of (-1)^popcount(i & j); n is a power of two.
+    """
+    index = np.arange(n)
+    odd = np.zeros((n, n), np.int64)
+    for bit in range(n.bit_length() - 1):
+        odd ^= (index[:, None] & index[None, :]) >> bit & 1
+    return (1 - 2 * odd) / np.sqrt(n)
+
+
+def walsh(n: int) -> np.ndarray:
+    """Return the rows of `hadamard(n)` in sequency order: row k changes its sign k times."""
+    rows = hadamard(n)
+    return rows[np.argsort(np.count_nonzero(np.diff(np.sign(rows)), axis=1), kind="stable")]
+
+
+def mixer_tables(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the recurrent mixers and capsules of a model use: hadamard, walsh (1 x 1 if none)."""
+    recurs = set(config.kinds) - {"attention"}
+    stores = recurs - {"koopman"} or config.banks
+    return hadamard(config.mixer_dim if recurs else 1), walsh(config.capsule_block if stores else 1)

@@ -1,0 +1,1 @@
+"""Training: the loop, the schedule, the run folder and what ends a run."""

@@ -1,0 +1,157 @@
+"""What ends a run: the score, the artifact, the score of the artifact as its reader returns it, the report."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.config import RunConfig
+from core.console import Console
+from core.data.dataset import Dataset
+from core.engine.protocol import Arrays, Engine
+from core.engine.ranks import only_rank_0, share_arrays
+from core.export.artifact import read_artifact, write_artifact
+from core.scoring.key import evaluation_key
+from core.scoring.ledger import Ledger
+from core.scoring.plugins import load_plugins
+from core.scoring.score import Score, score
+from core.training.loop import write_samples
+from core.training.report import write_report
+from core.training.run import Run
+
+
+def finish(
+    run: Run, engine: Engine, dataset: Dataset, step: int, say: Console, path: Path | None = None
+) -> dict[str, Any]:
+    """Score the weights of `step`, write the artifact, score it again through its reader, write the report.
+
+    With `path` only the artifact is written, there: the run's own results stay those of its end. Returns what a verb
+    prints as JSON. `engine` is left with the artifact's weights. All ranks score; rank 0 writes.
+    """
+    config, ranks = run.config, engine.ranks
+    state, first = run.path / "state", ranks.rank == 0
+
+    def judge(label: str, name: str, plugins: bool = False) -> Score:
+        return final_score(engine, dataset, config, say, label, state / name if first else None, plugins=plugins)
+
+    scored = judge("scoring", "score.ledger")
+    say(f"{describe(scored)} (weights in memory)")
+    if path is None:
+        run.log(step, {"final/score": scored.to_json()})
+    target, exact = path or run.artifact_path, engine.quantise
+    if config.train.quantise != "never" and not exact:
+        say(f"WARNING: train.quantise={config.train.quantise} never switched on: weights are rounded only now")
+    provenance = {"preset": config.preset, "seed": config.seed, "step": step, "train_seq": config.train.seq}
+    size = only_rank_0(
+        ranks,
+        lambda: write_artifact(
+            target,
+            config.model,
+            engine.quantised(),
+            tokenizer_sha256=dataset.tokenizer.sha256,
+            provenance=provenance,
+        ),
+    )
+    decoded = share_arrays(ranks, read_artifact(target).weights if first else None)
+    if exact:
+        check_promise(decoded, engine.weights(), target)
+        say(f"all {len(decoded)} tensors of the artifact are those of the forward pass, bit for bit")
+    engine.load_params(decoded)
+    stored = judge("scoring the artifact", "artifact.ledger")
+    gap = stored.bpb - scored.bpb
+    say(f"{describe(stored)} (artifact, reloaded); round-trip gap {gap:+.6f}")
+    allowed = config.export.budget - config.export.code_bytes
+    verdict = "within" if size <= allowed else "OVER"
+    say(f"artifact {size:,} bytes, {verdict} the {allowed:,} that are left of the budget beside the code")
+    exported = {"score": stored.to_json(), "gap": gap, "bytes": size, "allowed": allowed, "within": size <= allowed}
+    exported["exact"] = exact
+    value = {"run": str(run.path), "step": step, "score": scored.to_json()}
+    value["artifact"] = {"path": str(target), **exported}
+    if path is not None:
+        say(f"wrote {path}")
+        return {**value, "samples": [], "files": [str(path)]}
+    run.log(step, {"final/artifact": exported})
+    if config.eval.plugins:
+        named = f"scoring with {', '.join(config.eval.plugins)}"
+        helped = judge(named, "plugins.ledger", plugins=True)
+        say(f"{describe(helped)} (artifact)")
+        run.log(step, {"final/plugins": helped.to_json()})
+        value["plugins"] = helped.to_json()
+    if not first:
+        return value
+    for left in state.glob("*.ledger*"):  # of an evaluation that was given up
+        if left.is_symlink() or not left.is_dir():
+            left.unlink()
+    shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
+    texts = shown[-1] if shown else write_samples(run, engine, dataset, step, say)
+    written = [run.artifact_path, *write_report(run)]
+    for file in written:
+        say(f"wrote {file}")
+    return {**value, "samples": texts, "files": [str(file) for file in written]}
+
+
+class PromiseError(AssertionError):
+    """What was scored is not what was stored: a fault of this program, never of the user's input."""
+
+
+def check_promise(decoded: Arrays, scored: Arrays, path: str | Path) -> None:
+    """Raise PromiseError unless the decoded weights are those of the scored forward pass, bit for bit.
+
+    The artifact is removed then: nobody may take it for the model that was scored.
+    """
+    for name, values in decoded.items():
+        if values.tobytes() != scored[name].astype(np.float32).tobytes():
+            Path(path).unlink(missing_ok=True)
+            raise PromiseError(f"{path}: {name} is not the weight that was scored; the artifact is removed")
+
+
+def final_score(
+    engine: Engine,
+    dataset: Dataset,
+    config: RunConfig,
+    say: Console,
+    label: str,
+    ledger: Path | None = None,
+    *,
+    plugins: bool = False,
+    keep: bool = False,
+) -> Score:
+    """Score as config.eval says, with progress; with its plug-ins if `plugins`.
+
+    With `ledger` a killed evaluation goes on from that file, which is deleted at the end unless `keep`: a kept file is
+    the user's and LedgerError says so if it is of another evaluation, another one is replaced.
+    """
+    settings, isolated = config.eval, config.model.documents == "isolated"
+    used = load_plugins(settings.plugins) if plugins else []
+    book = None
+    if ledger is not None:
+        key = evaluation_key(engine, dataset, config, bool(used))
+        book = Ledger.open(ledger, len(dataset.val), key, anew=not keep)
+    if book is not None and book.writes:
+        say(f"{label} goes on from {ledger}: {book.writes} forward passes are in it")
+    report = say.progress(label)
+    drawn, seed = settings.documents, settings.seed
+    try:
+        found = score(
+            engine, dataset, settings, documents=drawn, seed=seed, progress=report, ledger=book, isolated=isolated,
+            plugins=used, ranks=engine.ranks,
+        )  # fmt: skip
+    except BaseException:
+        if book is not None:
+            book.close()
+        raise
+    if book is not None:
+        book.close(delete=not keep)
+        Path(f"{ledger}.plugins").unlink(missing_ok=True)
+    return found
+
+
+def describe(found: Score) -> str:
+    """Return a score in words, with its label and byte rule."""
+    spread = f" ± {found.error:.4f}" if found.error else ""
+    what = "all" if found.full else f"{found.documents} of {found.total_documents}"
+    how = f"rule {found.byte_rule}, {what} documents, {found.windows}"
+    how += f", with {', '.join(found.plugins)}" if found.plugins else ""
+    if found.byte_rule == "table" and found.bpb_raw is not None and found.bpb_raw > found.bpb:
+        how += f"; {found.bpb_raw:.4f} per byte of the raw text, of which the table counts more than there are"
+    return f"{found.label} {found.bpb:.4f}{spread} bits per byte ({how})"

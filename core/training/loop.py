@@ -1,0 +1,350 @@
+"""The training loop, on one screen: what happens, in the order in which it happens."""
+
+import contextlib
+import functools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from core import rng
+from core.config import ConfigError, RunConfig, TrainConfig
+from core.console import duration
+from core.data.dataset import Dataset, Prefetch, batch
+from core.engine.protocol import Batch, Engine, Pending
+from core.engine.ranks import Ranks, Stopped, agree, share
+from core.files import MAX_TEXT
+from core.scoring.accounting import bits_per_byte, training_bytes
+from core.scoring.score import score
+from core.training.generate import samples, told
+from core.training.run import Run
+from core.training.schedule import plan, progress_by_steps
+
+Say = Callable[[str], None]
+MOST_LINES = MAX_TEXT // 400
+"""Log lines of which metrics.jsonl can be read: one has about 300 bytes."""
+
+
+class NonFiniteError(ArithmeticError):
+    """Loss or gradients of a step were not finite: the weights are those before it and nothing is saved after it."""
+
+
+class Summary(NamedTuple):
+    """What `train` did."""
+
+    steps: int
+    """Steps that the weights have seen, earlier starts included."""
+    seconds: float
+    """Training time, earlier starts included."""
+    ended: float
+    """When the last step was done, by time.perf_counter."""
+    taken: int
+    """Steps of this start."""
+
+
+class Due(NamedTuple):
+    """What follows a step."""
+
+    evaluate: bool
+    """A validation estimate."""
+    write: bool
+    """Samples of text."""
+    save: bool
+    """A checkpoint."""
+    read: bool
+    """The loop waits for the device: one of these, a log line, or the last step."""
+
+
+class Clock:
+    """Training time: it stands still inside `paused`, and goes on from `seconds` when a run is resumed."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._before = seconds
+        self._since: float | None = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far."""
+        return self._before if self._since is None else self._before + time.perf_counter() - self._since
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something that is not training."""
+        self._before, self._since = self.seconds, None
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+
+
+class Leave:
+    """A context in which SIGINT and SIGTERM ask the loop to stop after its step; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Leave":
+        """Listen, if this is the main thread, to the signals that this process does not ignore."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
+    """Train `engine` to the end of `run.config` on `dataset`, from the run's checkpoint if it has one.
+
+    Every rank of the engine does this with its rows of each batch; time is rank 0's. NonFiniteError names the first
+    step whose loss or gradients were not finite, ConfigError a run of fewer rows than ranks. Stopped comes, after a
+    checkpoint, where SIGINT or SIGTERM asked for it.
+    """
+    config, settings, ranks = run.config, run.config.train, engine.ranks
+    check_rows(settings, ranks)
+    step, seconds = run.restore(engine)
+    if step:
+        say(f"resumed at step {step}")
+    if not done(step, seconds, settings):
+        warm_up(engine, config)
+    feed = prefetch(config, ranks, dataset, step, plan(step, progress_of(step, seconds, settings), settings).seq)
+    clock, first = Clock(seconds), step
+    ended = time.perf_counter()
+    meter, saved, saved_at = Meter(run, engine, dataset, clock, say), step, time.monotonic()
+    with Leave() as leave, contextlib.closing(feed):
+        while not done(step, seconds := agreed(clock, engine, settings), settings):
+            progress = progress_of(step, seconds, settings)
+            now = plan(step, progress, settings)
+            if settings.quantise == "late" and now.quantise and not engine.quantise:
+                say(f"step {step}: from here on forward passes use the stored form of the weights")
+            meter.add(step, progress, engine.train_step(feed.get(step, now.seq), now))
+            step += 1
+            now_due = due(step, settings)
+            leaving, late = _asked(ranks, leave, now_due, time.monotonic() - saved_at, settings)
+            if now_due.read or leaving:
+                meter.read(step)  # waits for the device: what follows is not training and the clock stands still
+            ended = time.perf_counter()
+            with clock.paused():
+                if now_due.evaluate:
+                    _estimate(run, engine, dataset, step, say)
+                if now_due.write and ranks.rank == 0:
+                    write_samples(run, engine, dataset, step, say)
+                if leaving:
+                    say(f"asked to stop: saving step {step} first")
+                if now_due.save or late or leaving:
+                    run.save(engine, step, clock.seconds)
+                    saved, saved_at = step, time.monotonic()
+            if leaving:
+                agree(ranks, None)  # no rank leaves before rank 0 has saved
+                raise Stopped
+    if meter.read(step):
+        ended = time.perf_counter()
+    seconds = clock.seconds
+    if agree(ranks, saved != step or not run.checkpoint_path.exists()):
+        run.save(engine, step, seconds)
+    if _any(ranks, leave.asked):
+        raise Stopped
+    return Summary(step, seconds, ended, step - first)
+
+
+def _asked(ranks: Ranks, leave: Leave, now: Due, since: float, settings: TrainConfig) -> tuple[bool, bool]:
+    """Return whether to stop after this step, and whether a checkpoint is due by rank 0's clock.
+
+    Several ranks tell each other where they wait for the device anyway.
+    """
+    late = now.read and settings.save_minutes is not None and since >= 60 * settings.save_minutes
+    if ranks.world == 1:
+        return leave.asked, late
+    if not now.read:
+        return False, False
+    return _any(ranks, leave.asked), agree(ranks, late)
+
+
+def _any(ranks: Ranks, mine: bool) -> bool:
+    """Return whether it is so on any rank."""
+    return any(row.any() for row in ranks.gather(np.array([mine], np.int64)))
+
+
+def check_rows(settings: TrainConfig, ranks: Ranks) -> None:
+    """Raise ConfigError for a run of fewer rows than ranks, or of more log lines than are read again at its end."""
+    lines = settings.steps // settings.log_every
+    if settings.seconds is None and lines > MOST_LINES:
+        raise ConfigError(
+            f"train.log_every={settings.log_every} gives {lines:,} log lines in train.steps={settings.steps:,}: "
+            f"expected at most {MOST_LINES:,}; raise train.log_every"
+        )
+    if settings.batch < ranks.world:
+        raise ConfigError(f"train.batch={settings.batch} rows cannot be shared by {ranks.world} ranks: use fewer ranks")
+
+
+def prefetch(config: RunConfig, ranks: Ranks, dataset: Dataset, step: int, seq: int) -> Prefetch:
+    """Start to make this rank's batches from `step` on, in rows of `seq`, of shards that are as they were made."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+        dataset.train.start_verify()
+    rows, part = config.train.rows_of, functools.partial(share, ranks=ranks)
+    return Prefetch(
+        lambda s, seq: batch(dataset.train, s, rows(seq)[0], seq, config.seed, part(rows(seq)[0])), step, seq
+    )
+
+
+def warm_up(engine: Engine, config: RunConfig) -> None:
+    """Let the engine compile its step for every row length, with and without repeated layers if the run has both.
+
+    It does so on random tokens; weights and optimizer are put back.
+    """
+    params, optimizer, quantise = engine.params(), engine.optimizer(), engine.quantise
+    settings = config.train
+    for seq in sorted(set(settings.lengths)):
+        rows = settings.rows_of(seq)[0]
+        drawn = rng.integers16(config.seed, "warm-up", rows * (seq + 1)) % config.model.vocab
+        drawn = drawn.astype(np.int32).reshape(rows, seq + 1)[share(rows, engine.ranks)]
+        tokens, targets = np.ascontiguousarray(drawn[:, :-1]), np.ascontiguousarray(drawn[:, 1:])
+        for repeat in {plan(0, 0.0, settings).repeat, True}:
+            first = replace(plan(0, 0.0, settings), seq=seq, quantise=settings.quantise != "never", repeat=repeat)
+            engine.train_step(Batch(tokens, targets, rows), first).result()
+    engine.load_params(params, quantise)
+    engine.load_optimizer(optimizer)
+
+
+class Meter:
+    """The steps since the last line: read together, so that the device is not stalled by every one of them."""
+
+    def __init__(self, run: Run, engine: Engine, dataset: Dataset, clock: Clock, say: Say) -> None:
+        self._run, self._engine, self._clock, self._say = run, engine, clock, say
+        self._traces = engine.stats()["traces"]
+        self._tokens, self._bytes = len(dataset.train), training_bytes(dataset)
+        self._steps: list[tuple[int, float, Pending]] = []
+        self._shown = self._first = clock.seconds
+        self._taken = 0
+
+    def add(self, step: int, progress: float, pending: Pending) -> None:
+        """Remember a step that was started."""
+        self._steps.append((step, progress, pending))
+
+    def read(self, step: int) -> bool:
+        """Wait for the steps since the last line and record them, if there are any, and return whether there were.
+
+        NonFiniteError names the first bad one.
+        """
+        if not self._steps:
+            return False
+        results = [(number, pending.result()) for number, _, pending in self._steps]
+        for number, result in results:
+            if not result.finite:
+                raise NonFiniteError(
+                    f"step {number}: the loss ({result.loss}) or its gradients (norm {result.grad_norm}) are not "
+                    f"finite; stopped, and {self._run.checkpoint_path} is as it was: try a lower learning rate"
+                )
+        now, settings = self._clock.seconds, self._run.config.train
+        took, count = max(now - self._shown, 1e-9), len(results)
+        loss = float(np.mean([result.loss for _, result in results]))
+        progress = [p for _, p, _ in self._steps]
+        values: dict[str, Any] = {
+            "train/loss": loss,
+            "train/grad_norm": float(np.mean([result.grad_norm for _, result in results])),
+            "opt/lr": plan(step - 1, progress[-1], settings).lr_matrix,
+            "perf/tok_s": count * settings.tokens_per_step / took,
+            "perf/step_ms": 1000 * took / count,
+            "clock/seconds": now,
+            "progress": progress[-1],
+        }
+        if settings.seconds is not None:
+            values["progress/each"] = progress
+        if self._bytes is not None:
+            values["train/bpb"] = bits_per_byte(loss * self._tokens, self._bytes[1])
+        self._steps, self._shown, self._taken = [], now, self._taken + count
+        self._run.log(step, values)
+        self._say(self._line(step, values, now))
+        self._warn(step, progress[-1])
+        return True
+
+    def _warn(self, step: int, progress: float) -> None:
+        """Say once that the device's code was compiled again: a step waited for it, and the clock went on."""
+        more = self._engine.stats()["traces"] - self._traces
+        if more > 0:
+            seq = plan(step - 1, progress, self._run.config.train).seq
+            rows = self._run.config.train.rows_of(seq)[1]
+            self._say(
+                f"compiled again by step {step} ({more:.0f} more): {rows} rows of {seq} tokens, in a shape "
+                "that the warm-up had not seen (said once)"
+            )
+            self._traces = float("inf")
+
+    def _line(self, step: int, values: dict[str, Any], now: float) -> str:
+        settings = self._run.config.train
+        left = (settings.steps - step) * (now - self._first) / self._taken
+        if settings.seconds is not None:
+            left = min(left, settings.seconds - now)
+        bpb = f"  bpb {values['train/bpb']:.4f}" if "train/bpb" in values else ""
+        return (
+            f"step {step}/{settings.steps}  loss {values['train/loss']:.4f}{bpb}  lr {values['opt/lr']:.2e}  "
+            f"{values['perf/tok_s']:,.0f} tok/s  {duration(left)} left"
+        )
+
+
+def _estimate(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -> None:
+    """Estimate the validation score on a few documents and record it."""
+    config = run.config
+    settings, isolated = config.eval, config.model.documents == "isolated"
+    found = score(
+        engine, dataset, settings, documents=settings.train_documents, seed=settings.seed, isolated=isolated,
+        ranks=engine.ranks,
+    )  # fmt: skip
+    run.log(step, {"val/bpb": found.bpb} | ({} if found.error is None else {"val/error": found.error}))
+    spread = f" ± {found.error:.4f}" if found.error else ""  # no error where the draw took all documents
+    say(
+        f"step {step}  validation estimate {found.bpb:.4f}{spread} bits per byte "
+        f"({found.documents} of {found.total_documents} documents, byte rule {found.byte_rule}, {found.windows})"
+    )
+
+
+def write_samples(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -> list[str]:
+    """Let the model write its samples, show them and record them."""
+    texts = samples(engine, dataset.tokenizer, run.config)
+    run.log(step, {"samples": texts})
+    for prompt, text in told(texts):
+        say(f"step {step}  sample {prompt}: {text}")
+    return texts
+
+
+def due(step: int, settings: TrainConfig) -> Due:
+    """Return what follows when `step` steps are done."""
+    evaluate, write, save = (
+        _due(step, every) for every in (settings.eval_every, settings.sample_every, settings.save_every)
+    )
+    read = evaluate or write or save or _due(step, settings.log_every) or step == settings.steps
+    return Due(evaluate, write, save, read)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def done(step: int, seconds: float, settings: TrainConfig) -> bool:
+    """Return whether a run of `step` steps and `seconds` of training has reached its end."""
+    return step >= settings.steps or (settings.seconds is not None and seconds >= settings.seconds)
+
+
+def agreed(clock: Clock, engine: Engine, settings: TrainConfig) -> float:
+    """Return the training time that every rank goes by; where only steps count, nobody is asked."""
+    return clock.seconds if settings.seconds is None else agree(engine.ranks, clock.seconds)
+
+
+def progress_of(step: int, seconds: float, settings: TrainConfig) -> float:
+    """Return the share of the run that the schedule sees at the start of `step`, after `seconds` of training."""
+    return progress_by_steps(step, settings) if settings.seconds is None else min(1.0, seconds / settings.seconds)

@@ -1,0 +1,197 @@
+"""Trackers: copies of what a run records, for TensorBoard or Weights & Biases; metrics.jsonl stays the source."""
+
+import importlib.util
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+from core.config import ConfigError, RunConfig, to_json
+from core.files import FileError, new_file, own_folder, read_json
+from core.training.records import TEXT, Fields, Many, Number, RunError, check_value
+
+Name = Literal["tensorboard", "wandb"]
+STATE = Fields({"id": TEXT, "step": Number("a step", -1, 2**53, whole=True), "names": Many(TEXT)}, {})
+"""What wandb.json holds."""
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+class Tracker(Protocol):
+    """What gets a copy of a run's lines."""
+
+    def row(self, step: int, values: dict[str, Any]) -> None:
+        """Take one line of metrics.jsonl: after `step` steps, these values were measured."""
+
+    def close(self) -> None:
+        """Write what is still held back, and end."""
+
+
+class TensorBoard:
+    """Event files in FOLDER/tensorboard, written anew by every start, so that they hold each line once.
+
+    Scalars by their names, samples as text, settings as text. TensorBoard's relative time is training time.
+    """
+
+    def __init__(self, folder: Path, name: str, group: str, config: RunConfig) -> None:
+        from tensorboardX import SummaryWriter
+
+        where = folder / "tensorboard"
+        own_folder(where)
+        for old in where.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer, self._began, self._seconds = SummaryWriter(str(where), flush_secs=10), time.time(), 0.0
+        settings = json.dumps(to_json(config), indent=1)
+        about = f"{group}/{name}" if group else name
+        self._writer.add_text("settings", f"{about}\n\n```json\n{settings}\n```", 0, self._began)
+
+    def row(self, step: int, values: dict[str, Any]) -> None:
+        """Write one line's values at `step`."""
+        self._seconds = values.get("clock/seconds", self._seconds)
+        when = self._began + self._seconds
+        for name, value in flat(values).items():
+            if isinstance(value, str):
+                self._writer.add_text(name, value, step, when)
+            else:
+                self._writer.add_scalar(name, value, step, when)
+
+    def close(self) -> None:
+        """Write what is still held back."""
+        self._writer.close()
+
+
+class WandB:
+    """A run at Weights & Biases; WANDB_MODE=offline keeps it in FOLDER/wandb until `wandb sync`.
+
+    FOLDER/wandb.json remembers the run's id and the last line that was sent: a run that is resumed here goes on there,
+    and no line is sent twice. Project, entity and account are wandb's own business (WANDB_PROJECT, `wandb login`).
+    """
+
+    def __init__(self, folder: Path, name: str, group: str, config: RunConfig) -> None:
+        import wandb
+
+        own_folder(folder / "wandb")
+        self._state_path = folder / "wandb.json"
+        self._id, self._step, self._names = self._state()
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT") or "skc-lab",
+                dir=str(folder), id=self._id, name=name, group=group or None, config=to_json(config), resume="allow",
+                settings=wandb.Settings(silent=True, console="off", save_code=False),
+            )  # fmt: skip
+        except wandb.Error as error:
+            raise ConfigError(
+                f"--track wandb: {' '.join(str(error).split())}; or set WANDB_MODE=offline, and send it by: wandb sync"
+            ) from error
+
+    def _state(self) -> tuple[str, int, set[str]]:
+        if not self._state_path.exists():
+            return uuid.uuid4().hex[:12], -1, set()
+        try:
+            value = read_json(self._state_path)
+        except FileError as error:
+            raise ConfigError(f"{error}; delete it to begin a new W&B run") from error
+        try:
+            check_value(value, STATE, str(self._state_path))
+        except RunError as error:
+            raise ConfigError(f"{error}; or delete it to begin a new W&B run") from error
+        return value["id"], value["step"], set(value["names"])
+
+    def row(self, step: int, values: dict[str, Any]) -> None:
+        """Send what was not sent by an earlier start: W&B takes no step again, and the same run gives the same."""
+        if step > self._step:
+            self._step, self._names = step, set()
+        new = {name: value for name, value in values.items() if name not in self._names}
+        if step < self._step or not new:
+            return
+        self._run.log(flat(new), step=step)
+        self._names |= new.keys()
+        state = {"id": self._id, "step": self._step, "names": sorted(self._names)}
+        with new_file(self._state_path, synced=False) as file:  # training waits: at worst a line is sent twice
+            file.write(json.dumps(state).encode())
+
+    def close(self) -> None:
+        """Wait until all is written or sent."""
+        self._run.finish()
+
+
+KINDS: dict[str, Callable[[Path, str, str, RunConfig], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+class Copies:
+    """The trackers of one run. One that fails is named once and left out from then on: the run matters more."""
+
+    def __init__(self, trackers: dict[str, Tracker], say: Callable[[str], None]) -> None:
+        self._trackers, self._say = trackers, say
+        self.lost: list[str] = []
+        """Names of those that failed."""
+
+    def row(self, step: int, values: dict[str, Any]) -> None:
+        """Give one line to every tracker."""
+        self._each(lambda tracker: tracker.row(step, values))
+
+    def rows(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Give every line of metrics.jsonl to every tracker."""
+        for row in rows:
+            self.row(row["step"], {name: value for name, value in row.items() if name != "step"})
+
+    def close(self) -> None:
+        """Close every tracker."""
+        self._each(lambda tracker: tracker.close())
+
+    def _each(self, act: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                act(tracker)
+            except Exception as error:  # whatever goes wrong in a tracker is no reason to lose a run
+                del self._trackers[name]
+                self.lost.append(name)
+                self._say(f"{name} got no more of this run ({type(error).__name__}: {error}); metrics.jsonl has it all")
+
+
+def check(names: Iterable[str]) -> None:
+    """Raise ConfigError unless each tracker is known, named once, and its package is installed."""
+    names = list(names)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--track {' '.join(names)}: one is named twice; name each once")
+    for name in names:
+        if name not in PACKAGES:
+            raise ConfigError(f"--track {name}: expected {' or '.join(get_args(Name))}")
+        found = importlib.util.find_spec(PACKAGES[name])
+        if found is None or found.origin is None:  # a folder `wandb` that it once made here is no package
+            raise ConfigError(f"--track {name}: {PACKAGES[name]} is not installed; pip install -e '.[{name}]'")
+
+
+def start(
+    names: Iterable[str], folder: Path, config: RunConfig, say: Callable[[str], None], name: str = "", group: str = ""
+) -> Copies:
+    """Start trackers that write into `folder`; ConfigError where one cannot begin (see `check`, or no account)."""
+    check(names := list(names))
+    folder.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Tracker] = {}
+    try:
+        for kind in names:
+            made[kind] = KINDS[kind](folder, name or folder.name, group, config)
+    except BaseException:
+        Copies(made, say).close()
+        raise
+    for kind in names:
+        say(f"what is recorded also goes to {kind} ({folder / kind})")
+    return Copies(made, say)
+
+
+def flat(values: dict[str, Any]) -> dict[str, float | str]:
+    """Return what trackers show of a line: numbers, parts of an object under its name, samples as one text."""
+    made: dict[str, float | str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            made |= {f"{name}/{part}": inner for part, inner in flat(value).items()}
+        elif isinstance(value, bool) or value is None:
+            continue
+        elif isinstance(value, (int, float)):
+            made[name] = float(value)
+        elif isinstance(value, list) and value and all(isinstance(text, str) for text in value):
+            made[name] = "\n\n---\n\n".join(value)
+    return made

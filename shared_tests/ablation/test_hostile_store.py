@@ -1,0 +1,134 @@
+"""Whatever lies in the place of a file of an ablation store or of its TOML, `skc ablate` works or says one line.
+
+Budget: 15 s; the whole, under the marker `long`: 15 minutes.
+"""
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from core.ablation.plan import read_plan
+from core.ablation.runner import run_all
+from core.ablation.store import Store
+from core.data.dataset import identity, open_dataset
+from core.verbs.common import code_version
+from shared_tests.ablation.test_ablation import WORKER
+from shared_tests.support.hostile import KINDS, Ran, Server, contents, copied, drawn, judge, plant
+from shared_tests.support.killed import small_data
+
+PLAN = """
+    name = "parts"
+    base = "debug"
+    seeds = [1]
+    backends = ["cuda"]
+    [budget]
+    steps = 10
+    [variants.plain]
+    [variants.wide]
+    "model.dim" = 64
+    """
+IMPORTS = ("core.cli", "core.verbs.ablate", "core.verbs.make", "sqlalchemy", "matplotlib.figure")
+REPORT, REBUILD = (), ("--rebuild",)
+STORE = ("index.sqlite", "index.sqlite-wal", "index.sqlite-shm", "index.sqlite-journal")
+ABLATION = ("members.json", "lock", "looked.json", "report.html", "report.md", "difference.png", "curves.png")
+HOME = ("job.json", "machine.json", "failed.json", "lock", "worker.txt")
+RUN = ("config.json", "metrics.jsonl", "env.json")
+LINE = 10_000
+"""Letters of a line that is not an error."""
+
+
+class Made:
+    """A finished ablation and a server that runs `skc ablate` on copies of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.server = folder, Server(IMPORTS)
+        self.data = small_data(folder)
+        self.whole = folder / "whole"
+        self.whole.mkdir()
+        (self.whole / "parts.toml").write_text(textwrap.dedent(PLAN))
+        plan, store = read_plan(self.whole / "parts.toml"), Store(self.whole / "store")
+        code, data = code_version(), identity(open_dataset(self.data))
+        places = [store.place(job, code, data) for job in plan.jobs()]
+        run_all(
+            store, places, parallel=2, threads=1, worker=WORKER, shown=lambda progress: None,
+            started=lambda place: store.prepare(place, code, data, "test"), ended=lambda place: None,
+        )  # fmt: skip
+        self.home = f"store/runs/{places[0].key}"
+        self.copy = folder / "copy"  # where the ablation was made, or its name would be taken by another file
+        self.whole.rename(self.copy)
+        done = self.run(self.copy, REPORT)
+        assert done.code == 0 and "2 of 2 runs are done already" in done.out, done
+        self.copy.rename(self.whole)
+
+    def run(self, where: Path, how: tuple[str, ...]) -> Ran:
+        """Run `skc ablate` on a copy."""
+        command = ["ablate", "parts.toml", "--store", "store", "--data", self.data, "--threads", "1", *how]
+        return self.server.run(command, where)
+
+    def cases(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """Return (file, kind of what lies there, options) of everything that is tried."""
+        read = ("members.json", "job.json", "machine.json", "failed.json", *RUN)
+        files = ["parts.toml", *(f"store/{name}" for name in STORE)]
+        files += [f"store/ablations/parts/{name}" for name in ABLATION]
+        files += [f"{self.home}/{name}" for name in (*HOME, *(f"run/{name}" for name in RUN))]
+        ways = {file: (REBUILD, REPORT) if file.endswith(read) else (REPORT,) for file in files}
+        return [(file, kind, how) for file in files for how in ways[file] for kind in KINDS]
+
+    def attempt(self, file: str, kind: str, how: tuple[str, ...]) -> None:
+        """Try one case in a fresh copy; AssertionError says what was wrong."""
+        where, strangers = copied(self.whole, self.copy), self.folder / "strangers"
+        plant(kind, where / file, strangers)
+        before = contents(strangers)
+        ran = self.run(where, how)
+        judge(ran, (0, 1, 2))
+        for line in (ran.out + ran.err).splitlines():
+            assert line.isprintable() and len(line) <= LINE, f"{line[:1000]!r}"
+        assert contents(strangers) == before, "a file elsewhere was changed"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    found = Made(tmp_path_factory.mktemp("store"))
+    yield found
+    found.server.close()
+
+
+def check(made: Made, cases: list[tuple[str, str, tuple[str, ...]]]) -> None:
+    """Try cases; all that fail are named."""
+    wrong = []
+    for case in cases:
+        try:
+            made.attempt(*case)
+        except AssertionError as error:
+            wrong.append(f"{case}: {error}")
+    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
+
+
+def trains(case: tuple[str, str, tuple[str, ...]]) -> bool:
+    """Whether a run may be trained again: what it was finished by is gone, which takes seconds."""
+    return "/run/" in case[0] and not case[0].endswith("env.json")
+
+
+def test_odd_files_in_a_store(made: Made) -> None:
+    """A few cases of all, always the same ones."""
+    check(made, drawn([case for case in made.cases() if not trains(case)], 8, "store"))
+
+
+def test_a_link_in_the_place_of_a_folder(made: Made) -> None:
+    """Reports and locks are not written into another folder."""
+    where, strangers = copied(made.whole, made.copy), made.folder / "elsewhere"
+    (where / "store/ablations/parts").rename(strangers)
+    (where / "store/ablations/parts").symlink_to(strangers)
+    before = contents(strangers)
+    ran = made.run(where, REPORT)
+    judge(ran, (2,))
+    assert "parts: is a link, expected a folder" in ran.err and contents(strangers) == before
+
+
+@pytest.mark.long
+def test_every_odd_file_in_a_store(made: Made) -> None:
+    """Every file, every kind, every way of looking at it; of those that train a run again, some."""
+    cases = made.cases()
+    check(made, [case for case in cases if not trains(case)] + drawn([c for c in cases if trains(c)], 30, "trained"))

@@ -1,0 +1,394 @@
+"""Searches: the same trials whatever happens, failures that stay failures, the best judged afresh. Budget: 20 s.
+
+Most runs here are made at once, by `Runs`; the one test with processes uses shared_tests.support.ablation_worker.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core.ablation.plan import Ablation, Job, read_plan
+from core.ablation.report import charts, search_telling
+from core.ablation.report.page import NARROW, WIDE
+from core.ablation.report.report import write_report
+from core.ablation.report.search_pictures import draw
+from core.ablation.search.search import Sampler, Searched, run_search
+from core.ablation.store import Place, Store
+from core.cli import main
+from core.config import RunConfig
+from core.training.run import Run
+from shared_tests.ablation.test_ablation import DATA, go, taken
+from shared_tests.ablation.test_ablation_report import EVIL, Page, inside, offline
+from shared_tests.support.ablation_worker import whole_score
+from shared_tests.support.killed import small_data
+
+PLAN = """
+    name = "rates"
+    base = "debug"
+    seeds = [1, 2, 3, 4]
+    backends = ["cuda"]
+    [budget]
+    steps = 10
+    [settings]
+    "train.log_every" = 1
+    [variants.plain]
+    [search]
+    trials = 12
+    seeds = [100, 101]
+    [search.space]
+    "train.lr_matrix" = { low = 1e-4, high = 1.0, log = true }
+    "model.dim" = { low = 16, high = 64, step = 16 }
+    "train.matrix_rule" = { values = ["adamw", "muon"] }
+    """
+
+
+def smooth(config: RunConfig) -> float | None:
+    """Return bits per byte: best at a rate of 0.01, wider is better, diverges above 0.3."""
+    if config.train.lr_matrix > 0.3:
+        return None
+    rate = math.log10(config.train.lr_matrix / 0.01)
+    return 2.0 + 0.05 * rate**2 - config.model.dim / 1000 + config.seed / 10_000
+
+
+def luck(config: RunConfig) -> float:
+    """Return bits per byte that no setting changes: noise alone."""
+    key = [config.seed, int(1e6 * config.train.lr_matrix), config.model.dim, config.train.matrix_rule == "muon"]
+    return 2.0 + 0.05 * np.random.default_rng(key).normal()
+
+
+class Runs:
+    """A store, and runs that are made in it at once and counted."""
+
+    def __init__(self, folder: Path, bpb: Callable[[RunConfig], float | None] = smooth, message: str = "") -> None:
+        self.store, self.bpb, self.made = Store(folder), bpb, Counter[str]()
+        self.message = message or "the loss (nan) is not finite"
+
+    def place(self, job: Job) -> Place:
+        """Return where a job is kept."""
+        return self.store.place(job, "code", DATA)
+
+    def train(self, places: Sequence[Place]) -> None:
+        """Bring runs to their ends, the last one first: what ends first must not matter."""
+        for place in reversed(places):
+            if self.store.status(place)[0] != "done":
+                (place.home / "failed.json").unlink(missing_ok=True)
+                self.store.prepare(place, "code", DATA, "test")
+                self.make(place)
+
+    def make(self, place: Place) -> None:
+        """Make a run, or fail it."""
+        self.made[place.key] += 1
+        config, bpb = place.job.config, self.bpb(place.job.config)
+        run = Run.create(place.folder, config, b"tokenizer")
+        if bpb is None:
+            return self.store.fail(place, self.message)
+        for step in (5, 10):
+            run.log(step, {"train/loss": 3.0, "train/bpb": bpb, "clock/seconds": 0.1 * step})
+        run.log(10, {"final/artifact": {"score": whole_score(bpb), "bytes": 1000 + config.model.dim}})
+
+    def run_all(self, store: Store, places: Sequence[Place], *, started: Any, ended: Any, **_: Any) -> None:
+        """Stand in for core.ablation.runner.run_all."""
+        for place in places:
+            if store.status(place)[0] != "done":
+                (place.home / "failed.json").unlink(missing_ok=True)
+                started(place)
+                self.make(place)
+            ended(place)
+
+    def search(self, plan: Ablation, train: Any = True, **options: Any) -> Searched:
+        """Search, training where `train`."""
+        assert plan.search is not None
+        by = self.train if train is True else train or None
+        return run_search(plan, plan.search, self.store, self.place, lambda _: None, by, **options)
+
+
+def read(folder: Path, text: str = PLAN, name: str = "rates.toml") -> Ablation:
+    """Write and read an ablation file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(textwrap.dedent(text))
+    return read_plan(folder / name)
+
+
+def settings(made: Searched) -> list[dict[str, Any]]:
+    """Return the settings of all trials."""
+    return [trial.settings for trial in made.trials]
+
+
+def test_trials_are_runs_and_their_replay_is_equal(tmp_path: Path) -> None:
+    """Trained once; read again they are the same, in another store too; another sampler seed asks for others."""
+    plan = read(tmp_path)
+    runs = Runs(tmp_path / "store")
+    made = runs.search(plan)
+    assert made.complete and [t.number for t in made.trials] == list(range(13)) and not made.short
+    assert len({json.dumps(s) for s in settings(made)}) == 13 and set(runs.made.values()) == {1}
+    assert made.start.settings == {"train.lr_matrix": 0.003, "model.dim": 32, "train.matrix_rule": "adamw"}
+    for trial in made.trials:
+        of = runs.store.outcome(plan, [p for p in made.places if p.job.variant == trial.name]).results
+        assert [r.seed for r in of] == [100, 101]
+        assert trial.status == ("failed" if trial.settings["train.lr_matrix"] > 0.3 else "done")
+        if trial.bpb is not None:
+            assert trial.bpb == pytest.approx(sum(r.bpb or 0.0 for r in of) / 2)
+            assert f"{trial.settings['train.lr_matrix']:.4g}" == f"{trial.settings['train.lr_matrix']:.12g}"
+    best = made.best
+    assert (
+        best is not None and best.bpb == min(t.bpb for t in made.trials[1:] if t.bpb) and made.ranks[best.number] == 1
+    )
+    assert runs.search(plan) == made and runs.search(plan, train=False) == made and set(runs.made.values()) == {1}
+    assert settings(Runs(tmp_path / "other").search(plan)) == settings(made)
+    other = read(tmp_path, PLAN.replace("trials = 12", "trials = 12\n    sampler_seed = 1"))
+    assert settings(Runs(tmp_path / "third").search(other)) != settings(made)
+
+
+def test_more_trials_go_on_where_fewer_ended(tmp_path: Path) -> None:
+    """6 trials, then 12: the first 6 stay, in whatever rounds they were asked for; nothing is trained twice."""
+    runs, whole = Runs(tmp_path / "store"), Runs(tmp_path / "whole")
+    few = runs.search(read(tmp_path, PLAN.replace("trials = 12", "trials = 6")))
+    many = runs.search(read(tmp_path))
+    assert many.trials[:7] == few.trials and len(many.trials) == 13 and set(runs.made.values()) == {1}
+    assert settings(whole.search(read(tmp_path))) == settings(many)
+
+
+def test_a_failed_trial_stays_failed_until_it_is_tried_again(tmp_path: Path) -> None:
+    """It has no figure and no rank, keeps its last line, and the rest goes on; --retry trains it again."""
+    plan, runs = read(tmp_path), Runs(tmp_path / "store")
+    made = runs.search(plan)
+    assert made.failed and len(made.ranks) == 12 - len(made.failed) and made.complete
+    assert all(t.bpb is None and t.message == runs.message and t.number not in made.ranks for t in made.failed)
+    before = runs.made.total()
+    assert runs.search(plan) == made and runs.made.total() == before
+    runs.bpb = lambda config: smooth(config) or 3.0
+    again = runs.search(plan, retry=True)
+    assert not again.failed and runs.made.total() > before
+    lost = made.failed[0].number
+    assert settings(again)[: lost + 1] == settings(made)[: lost + 1], "until it failed nothing can have changed"
+    # A search of which every trial fails has no variant `found`, and says so.
+    runs = Runs(tmp_path / "none", lambda _: None)
+    none = runs.search(plan)
+    assert none.best is None and none.confirming() == plan and "None gave a figure" in search_telling.summary(none)
+
+
+def test_failures_are_learned_from(tmp_path: Path) -> None:
+    """Told as infinitely bad, fewer trials fail than where they are told as failed, which TPE passes over."""
+    search = read(tmp_path, PLAN.replace("trials = 12", "trials = 32")).search
+    assert search is not None
+
+    class Passed(Sampler):
+        """Tells failures as failures."""
+
+        def tell(self, figures: Sequence[float | None]) -> None:
+            kept = [(t, v) for t, v in zip(self._open, figures, strict=True) if v is not None]
+            for trial in [t for t, v in zip(self._open, figures, strict=True) if v is None]:
+                self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+            self._open = [t for t, _ in kept]
+            super().tell([v for _, v in kept])
+
+    def lost(kind: type[Sampler]) -> int:
+        count = 0
+        for seed in range(4):
+            sampler = kind(search._replace(sampler_seed=seed))
+            for _ in range(search.trials // search.round):
+                rates = [(sampler.ask(lambda _: True) or {})["train.lr_matrix"] for _ in range(search.round)]
+                figures = [None if rate > 0.02 else math.log10(rate / 0.02) ** 2 for rate in rates]
+                count += figures.count(None)
+                sampler.tell(figures)
+        return count
+
+    assert lost(Sampler) < 0.75 * lost(Passed)
+
+
+def test_what_trials_gave_steers_those_that_follow(tmp_path: Path) -> None:
+    """The first 10 are drawn blindly, the others after the figures: near the best, wherever that is."""
+    plan = read(tmp_path, PLAN.replace("trials = 12", "trials = 28").replace("[100, 101]", "[100]"))
+
+    def away(made: Searched, best: float) -> tuple[float, float]:
+        far = [abs(math.log10(t.settings["train.lr_matrix"] / best)) for t in made.trials[1:]]
+        return float(np.mean(far[:10])), float(np.mean(far[-8:]))
+
+    low = Runs(tmp_path / "low", lambda c: 2 + math.log10(c.train.lr_matrix / 0.0003) ** 2).search(plan)
+    high = Runs(tmp_path / "high", lambda c: 2 + math.log10(c.train.lr_matrix / 0.3) ** 2).search(plan)
+    assert settings(low)[:9] == settings(high)[:9] and settings(low)[-8:] != settings(high)[-8:]
+    for made, best in ((low, 0.0003), (high, 0.3)):
+        first, last = away(made, best)
+        assert last < 0.6 * first
+
+
+START = """
+import sys
+from pathlib import Path
+from core.ablation.plan import read_plan
+from shared_tests.ablation.test_ablation import go
+from shared_tests.ablation.test_search import Runs
+runs = Runs(Path(sys.argv[2]))
+runs.search(read_plan(sys.argv[1]), lambda places: go(runs.store, places))
+"""
+
+
+def test_a_killed_search_asks_for_the_same_trials(tmp_path: Path) -> None:
+    """kill -9 in the second round: the next start takes the steps that are left, once, and all trials are as ever."""
+    text = PLAN.replace("[100, 101]", "[100]\n    round = 2").replace("trials = 12", "trials = 4")
+    plan, runs = read(tmp_path, text), Runs(tmp_path / "store")
+    variables = {**os.environ, "SKC_TEST_STEP": "0.05"}
+    first = subprocess.Popen([sys.executable, "-c", START, plan.path, str(runs.store.path)], env=variables)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and len(list(runs.store.path.glob("runs/*/taken.txt"))) < 4:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    while time.monotonic() < until and any(runs.store.busy(p) for p in runs.search(plan, train=False).places):
+        time.sleep(0.05)
+    cut = runs.search(plan, train=False)
+    assert not cut.complete and [t.status for t in cut.trials[:3]] == ["done"] * 3 and len(cut.trials) == 5
+    made = runs.search(plan, lambda places: go(runs.store, list(places)))
+    steps = taken(list(made.places))
+    assert made.complete and all(set(s) == set(map(str, range(10))) for s in steps)
+    assert sum(times - 1 for s in steps for times in s.values()) <= 2, "at most the steps that were under way"
+    other = Runs(tmp_path / "other", lambda config: 2.0 - config.model.dim / 1000 + config.seed / 10_000)
+    assert settings(other.search(plan)) == settings(made)
+
+
+def test_luck_is_selected_but_not_confirmed(tmp_path: Path) -> None:
+    """Where settings do nothing the best trial looks good on its own seeds, and not on the ablation's."""
+    plan, runs = read(tmp_path, PLAN.replace("trials = 12", "trials = 24")), Runs(tmp_path / "store", luck)
+    made = runs.search(plan)
+    last = made.confirming()
+    assert list(last.variants) == ["plain", "found"] and last.seeds == (1, 2, 3, 4)
+    places = [runs.place(job) for job in last.jobs()]
+    assert not {p.key for p in places} & {p.key for p in made.places}, "no run has a part in both"
+    runs.train(places)
+    outcome = runs.store.outcome(last, places)
+    selected, confirmed = search_telling.gains(made, outcome)
+    assert made.best is not None and selected.found == made.best.bpb and "too good" in selected.note
+    assert (selected.figure, selected.seeds, selected.test) == ("selected", (100, 101), None)
+    assert (confirmed.figure, confirmed.seeds) == ("confirmed", (1, 2, 3, 4))
+    assert confirmed.found == pytest.approx(np.mean([luck(p.job.config) for p in places if p.job.variant == "found"]))
+    assert selected.found is not None and confirmed.found is not None and confirmed.test is not None
+    assert selected.found < 1.95 < 1.96 < confirmed.found, "2 is what every setting gives"
+    assert confirmed.test.low is not None and confirmed.test.high is not None
+    assert confirmed.test.low < 0 < confirmed.test.high
+
+
+def look(made: Searched, runs: Runs, folder: Path) -> tuple[str, str]:
+    """Write a report and return (report.html, report.md)."""
+    last = made.confirming()
+    places = [runs.place(job) for job in last.jobs()]
+    runs.train(places)
+    html, text, *_ = write_report(runs.store.outcome(last, places), folder, made)
+    return html.read_text(encoding="utf-8"), text.read_text(encoding="utf-8")
+
+
+def test_the_report_has_the_search(tmp_path: Path) -> None:
+    """Trials by rank, both figures, pictures; self-contained, escaped; its file gives the search again."""
+    plan, runs = read(tmp_path), Runs(tmp_path / "store", message=EVIL)
+    made = runs.search(plan)._replace(short=EVIL)
+    html, text = look(made, runs, tmp_path / "out")
+    page = Page(html)
+    words = "".join(page.words)
+    assert offline(html) and len(html) < 1_000_000 and "<script>" not in text
+    assert f"but {EVIL}" in words and f"failed: {EVIL}" in words
+    assert {"search.png", "search-fields.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    both = next(t for t in page.tables if tuple(t[0]) == search_telling.GAIN_HEAD)
+    assert [row[0] for row in both[1:]] == ["selected", "confirmed"] and "too good" in both[1][-1]
+    head, start, *rows = next(t for t in page.tables if tuple(t[0]) == search_telling.head(made))
+    assert head[1:4] == ["train.lr_matrix", "model.dim", "train.matrix_rule"] and start[0] == "start"
+    assert len(rows) == 12 and [r[-2] for r in rows[: len(made.ranks)]] == list(map(str, range(1, len(made.ranks) + 1)))
+    for row in rows:
+        trial = made.trials[int(row[0].split()[1])]
+        assert row[1] == f"{trial.settings['train.lr_matrix']:g}" and row[3] == trial.settings["train.matrix_rule"]
+        assert row[-3] == ("–" if trial.bpb is None else f"{trial.bpb:.4f}")
+        assert f"| `{row[0]}` | {row[1]} | {row[2]} | {row[3]} | {row[4]} | {row[5]} |" in text
+    again = tmp_path / "again.toml"
+    again.write_text(search_telling.repeat(plan, made)[0])
+    assert read_plan(again)._replace(path="") == plan._replace(path="")
+    assert "skc ablate rates.toml --search" in text and "skc ablate rates.toml --search" in "".join(page.words)
+    write_report(runs.store.outcome(plan, [runs.place(job) for job in plan.jobs()]), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("search*")), "pictures of an earlier report"
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+def test_pictures_show_the_trials_inside_their_frame(width: int, tmp_path: Path) -> None:
+    """Each trial's height is its figure; failed ones are crosses, far ones arrows, and nothing leaves the frame."""
+    text = PLAN + '"model.heads" = { values = [1, 2] }\n    "train.batch" = { low = 2, high = 64, log = true }\n'
+
+    def far_or_lost(config: RunConfig) -> float | None:
+        found = smooth(config)
+        return None if found is None else found + 9 * (config.train.batch > 30)
+
+    runs = Runs(tmp_path / "store", far_or_lost)
+    made = runs.search(read(tmp_path, text.replace("trials = 12", "trials = 30")))
+    drawn = draw(made, width)
+    assert list(drawn) == ["search", "search fields"]
+    inside(drawn)
+    far = [t for t in made.trials[1:] if t.bpb is not None and t.bpb > 5]
+    assert far and made.failed
+    for name, panels in (("search", 1), ("search fields", 5)):
+        dots = [m for m in drawn[name].marks if m.shape == "dot"]
+        crosses = [m for m in drawn[name].marks if m.shape == "line" and m.colour == "worse"]
+        arrows = [m for m in drawn[name].marks if m.shape == "line" and m.colour == "noise"]
+        assert len(dots) + len(arrows) == panels * len(made.ranks) and panels * len(far) <= len(arrows) < len(dots)
+        assert len(crosses) == 2 * panels * len(made.failed)
+    places = [(float(m.words.split()[-1]), m.places[0][1]) for m in drawn["search"].marks if m.shape == "dot"]
+    figures, heights = np.array(places).T
+    slope, level = np.polyfit(figures, heights, 1)
+    assert slope < 0 and np.abs(level + slope * figures - heights).max() < 0.2
+    assert draw(made._replace(trials=made.trials[:1]), width) == {}
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Search, confirm, report; again nothing is trained; without --search it is left alone, and that is said."""
+    from core.verbs import ablate
+
+    data, store, runs = small_data(tmp_path), tmp_path / "store", Runs(tmp_path / "store")
+    plan = read(tmp_path)
+    command = ["ablate", plan.path, "--data", data, "--store", str(store), "--json"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablate, "run_all", runs.run_all)
+        patch.setattr(
+            charts, "png", lambda _, path: path.touch()
+        )  # they take most of the time, elsewhere they are made
+        assert main([*command, "--search"]) == 0
+        said = capsys.readouterr()
+        value = json.loads(said.out)
+        assert value["search"]["best"] and len(value["search"]["trials"]) == 13 and not value["failed"]
+        assert [g["figure"] for g in value["search"]["gains"]] == ["selected", "confirmed"]
+        assert "best of" in said.err and "too good" in said.err and "--retry trains them again" in said.err
+        (effect,) = value["backends"]["cuda"]["effects"]
+        assert effect["variant"] == "found" and list(effect["seeds"]) == [1, 2, 3, 4]
+        folder = store / "ablations" / "rates"
+        members = {row[0] for row in json.loads((folder / "members.json").read_text())["runs"]}
+        assert members == {"plain", "found", *(f"trial-{i}" for i in range(13))}
+        before = runs.made.total()
+        assert main([*command, "--search"]) == 0 and runs.made.total() == before
+        assert json.loads(capsys.readouterr().out)["search"] == value["search"]
+        assert main(command) == 0 and runs.made.total() == before
+        said = capsys.readouterr()
+        assert "[search] is left alone: add --search" in said.err and "search" not in json.loads(said.out)
+        assert "Selected" not in (folder / "report.html").read_text() and not (folder / "search.png").exists()
+
+
+def test_what_is_missing_is_said_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No optuna, no [search], --retry alone: one line, exit code 2, no store."""
+    plan, store = read(tmp_path), tmp_path / "store"
+    command = ["ablate", plan.path, "--store", str(store), "--search"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "optuna", None)
+        for extra in ([], ["--dry-run"]):
+            assert main([*command, *extra]) == 2
+            assert capsys.readouterr().err == "skc ablate: --search needs optuna: pip install -e '.[search]'\n"
+    assert main(["ablate", plan.path, "--store", str(store), "--retry"]) == 2
+    assert "add --search" in capsys.readouterr().err
+    (tmp_path / "rates.toml").write_text(textwrap.dedent(PLAN.split("[search]")[0]))
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "--search needs a table [search]" in said and said.count("\n") == 1 and not store.exists()

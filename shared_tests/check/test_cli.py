@@ -1,0 +1,340 @@
+"""Every verb on `debug`, and one line with exit code 2 for wrong input. Budget: 60 s."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core import presets
+from core.cli import VERBS, main
+from core.config import RunConfig
+from core.engine.protocol import load_engine
+from core.model.params import count, param_table
+from core.training.run import Run
+from core.verbs.common import PresetOptions
+
+SHORT = ("--train.steps", "6", "--train.eval_every", "3", "--eval.documents", "2", "--backend", "cuda")
+Capture = pytest.CaptureFixture[str]
+
+
+def call(capsys: Capture, *argv: str, code: int = 0) -> dict[str, Any]:
+    """Run a verb with --json and return its one object."""
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == code
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def refuse(capsys: Capture, *argv: str) -> str:
+    """Run a verb that must refuse its input, and return the one line that it says."""
+    capsys.readouterr()
+    assert main(list(argv)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("skc"), captured.err
+    assert "--------" not in captured.err and "─" not in captured.err, captured.err
+    return captured.err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run on the PyTorch backend."""
+    path = tmp_path_factory.mktemp("runs") / "debug"
+    assert main(["train", "debug", *SHORT, "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run that a test may damage."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_help_names_every_verb_without_a_framework() -> None:
+    heavy = "{'torch', 'mlx', 'tyro', 'numpy'} & {*sys.modules}"
+    code = f"import sys; from core.cli import main; main(['--help']); print('HEAVY', {heavy})"
+    start = time.monotonic()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert time.monotonic() - start < 1.0
+    assert all(f"  {name} " in out and verb.purpose in out for name, verb in VERBS.items())
+    assert out.endswith("HEAVY set()\n")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_its_options(verb: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*verb.split(), "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "--json" in out and "default:" in out
+
+
+def test_help_shows_a_presets_own_values(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "tiny", "--help"])
+    assert "Width D of the residual stream. (default: 128)" in capsys.readouterr().out
+
+
+def test_options_of_a_preset_are_the_fields_of_a_run() -> None:
+    fields = [f.name for f in dataclasses.fields(RunConfig)]
+    assert [f.name for f in dataclasses.fields(PresetOptions)] == [*fields, "given", "json"]
+    assert PresetOptions().config() == RunConfig()
+
+
+def test_presets_lists_what_is_recorded(capsys: Capture) -> None:
+    rows = call(capsys, "presets")["presets"]
+    assert {row["name"]: row["parameters"] for row in rows} == {n: p.params for n, p in presets.PRESETS.items()}
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_builds_with_its_recorded_count(name: str, capsys: Capture) -> None:
+    config = presets.get(name).config
+    value = call(capsys, "info", name)
+    built = load_engine("cuda", config).params()
+    assert sum(array.size for array in built.values()) == value["parameters"] == presets.get(name).params
+    assert value["bytes_total"] == value["bytes_predicted"] + config.export.code_bytes <= config.export.budget
+    assert value["within_budget"] is True and list(value["table"]) == list(param_table(config.model))
+
+
+def test_info_says_by_how_much_a_model_is_over(capsys: Capture) -> None:
+    half = ("--model.matrix-storage", "float16", "--model.table-storage", "float16")
+    value = call(capsys, "info", "baseline", *half, code=1)
+    over = value["bytes_predicted"] + 140_000 - 16_000_000
+    assert value["bytes_by_storage"] == {"float16": 2 * 17_059_912} and over > 0
+    assert main(["info", "baseline", *half]) == 1
+    assert f"{over + 16_000_000:,} of 16,000,000 bytes: OVER by {over:,}" in capsys.readouterr().out
+    value = call(capsys, "info", "debug", "--model.layers", "1", "--model.vocab_bias", "False")
+    smaller = dataclasses.replace(presets.get("debug").config.model, layers=1, vocab_bias=False)
+    assert value["parameters"] == count(smaller)
+
+
+def test_train_leaves_a_whole_run_folder(trained: Path, capsys: Capture) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert names == {
+        "config.json", "env.json", "metrics.jsonl", "log.txt", "tokenizer.model", "state",
+        "artifact.skc", "report.md", "curve.png", "lock",
+    }  # fmt: skip
+    run = Run.open(trained)
+    env, final, stored = run.environment(), run.last("final/score"), run.last("final/artifact")
+    assert env["backend"] == "cuda" and env["dtype"] == "float32" and env["versions"]["numpy"] and env["device"]
+    assert env["command"].startswith("skc train debug --train.steps 6") and len(env["commit"] or "x" * 40) == 40
+    assert final["label"] == "estimate" and final["documents"] == 2 and abs(stored["gap"]) < 1e-3
+    assert stored["bytes"] == (trained / "artifact.skc").stat().st_size and stored["within"]
+    report = (trained / "report.md").read_text()
+    for text in (f"estimate: {final['bpb']:.4f}", "byte rule table", env["command"], f"{stored['bytes']:,} bytes"):
+        assert text in report
+    assert (trained / "curve.png").read_bytes().startswith(b"\x89PNG") and "step 6/6" in (
+        trained / "log.txt"
+    ).read_text()
+    assert len(run.last("samples")) == 2
+
+
+def test_a_finished_run_is_scored_again_but_not_trained(copy: Path, capsys: Capture) -> None:
+    before = Run.open(copy).checkpoint()
+    value = call(capsys, "train", "debug", *SHORT, "--again", "--out", str(copy))
+    after = Run.open(copy).checkpoint()
+    assert (
+        before and after and value["step"] == 6 and value["score"]["bpb"] == Run.open(copy).last("final/score")["bpb"]
+    )
+    assert all(before.params[name].tobytes() == after.params[name].tobytes() for name in before.params)
+    env = Run.open(copy).environment()
+    call(
+        capsys, "train", "debug", *SHORT[:-1], "mlx", "--again", "--out", str(copy)
+    )  # trains nothing, so it relabels nothing
+    assert Run.open(copy).environment() == env and env["backend"] == "cuda" and not env["earlier"]
+
+
+def test_eval_of_run_and_artifact_agree_with_the_report(trained: Path, capsys: Capture) -> None:
+    run = Run.open(trained)
+    of_run = call(capsys, "eval", str(trained), "--backend", "cuda")
+    assert of_run["score"] == run.last("final/score") and of_run["step"] == 6
+    of_file = call(
+        capsys, "eval", str(trained / "artifact.skc"), "--documents", "2", "--backend", "cuda", "--batch", "8"
+    )
+    assert of_file["score"]["bpb"] == pytest.approx(run.last("final/artifact")["score"]["bpb"], abs=1e-9)
+    sliding = call(capsys, "eval", str(trained), "--windows", "sliding", "--stride", "32", "--backend", "cuda")
+    assert (
+        sliding["score"]["windows"].endswith("stride=32") and sliding["score"]["targets"] == of_run["score"]["targets"]
+    )
+
+
+@pytest.mark.pair
+def test_an_artifact_scores_the_same_on_the_other_backend(trained: Path, capsys: Capture) -> None:
+    scores = [
+        call(capsys, "eval", str(trained / "artifact.skc"), "--documents", "2", "--backend", backend)["score"]
+        for backend in ("mlx", "cuda")
+    ]
+    assert scores[0]["bpb"] == pytest.approx(scores[1]["bpb"], abs=1e-6)
+
+
+@pytest.mark.pair
+def test_the_same_text_on_both_backends(trained: Path, capsys: Capture) -> None:
+    artifact = str(trained / "artifact.skc")
+    argv = ("--prompt", "She was", "--tokens", "12", "--seed", "3")
+    texts = [call(capsys, "sample", artifact, *argv, "--backend", backend)["text"] for backend in ("mlx", "cuda")]
+    assert texts[0] == texts[1] and texts[0].startswith("She was") and len(texts[0]) > len("She was")
+    assert call(capsys, "sample", str(trained), *argv, "--backend", "cuda")["text"].startswith("She was")
+
+
+@pytest.mark.pair
+def test_a_run_on_mlx_ends_where_the_other_does(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    value = call(capsys, "train", "debug", *SHORT[:-1], "mlx", "--out", str(tmp_path / "run"))
+    assert value["backend"] == "mlx"
+    assert value["score"]["bpb"] == pytest.approx(Run.open(trained).last("final/score")["bpb"], abs=1e-4)
+
+
+@pytest.mark.pair
+def test_a_run_moves_to_the_other_backend(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(trained, path)
+    lines = [line for line in (path / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 3]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    longer = ("--train.steps", "8", *SHORT[2:-1])
+    settings = json.loads((path / "config.json").read_text())
+    settings["train"]["steps"] = 8
+    (path / "config.json").write_text(json.dumps(settings))
+    ends = []
+    for backend in ("mlx", "cuda"):
+        target = tmp_path / backend
+        shutil.copytree(path, target)
+        ends.append(call(capsys, "train", "debug", *longer, backend, "--out", str(target)))
+    assert [end["step"] for end in ends] == [8, 8] and [end["backend"] for end in ends] == ["mlx", "cuda"]
+    assert ends[0]["score"]["bpb"] == pytest.approx(ends[1]["score"]["bpb"], abs=1e-5)
+
+
+def test_export_writes_the_same_artifact_again(copy: Path, capsys: Capture) -> None:
+    first = (copy / "artifact.skc").read_bytes()
+    (copy / "artifact.skc").unlink()
+    value = call(capsys, "export", str(copy), "--backend", "cuda")
+    assert (copy / "artifact.skc").read_bytes() == first and value["artifact"]["within"]
+
+
+def test_export_over_the_budget_fails(copy: Path, capsys: Capture) -> None:
+    settings = json.loads((copy / "config.json").read_text())
+    settings["export"] |= {"budget": 50_000, "code_bytes": 1000}
+    (copy / "config.json").write_text(json.dumps(settings))
+    value = call(capsys, "export", str(copy), "--backend", "cuda", code=1)
+    assert value["ok"] is False and value["artifact"]["bytes"] > value["artifact"]["allowed"] == 49_000
+
+
+def test_a_step_that_is_not_finite_exits_1_in_one_line(tmp_path: Path, capsys: Capture) -> None:
+    rates = [word for group in ("embed", "vector", "matrix") for word in (f"--train.lr_{group}", "1e12")]
+    argv = ("train", "debug", *SHORT, "--train.eval_every", "none", *rates)
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "not finite" in err and "skc train: step " in err
+
+
+def test_data_verbs(tmp_path: Path, capsys: Capture) -> None:
+    out = str(tmp_path / "sample")
+    sample = call(capsys, "data", "sample", "--out", out)
+    assert sample["name"] == "sample" and sample["splits"]["val"]["documents"] == 8
+    lines = [
+        json.dumps({"text": f"Document {i}: the cat number {i} sat on the mat and looked at {i}."}) for i in range(300)
+    ]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    made = call(
+        capsys, "data", "prepare", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "mine"), "--vocab", "300"
+    )  # fmt: skip
+    assert made["tokenizer"]["vocab"] == 300
+    assert sum(split["documents"] for split in made["splits"].values()) == 300
+    official = tmp_path / "official"
+    official.mkdir()
+    for split in ("train", "val"):
+        shutil.copy(Path(out) / f"{split}_000000.bin", official / f"fineweb_{split}_000000.bin")
+    adopted = call(capsys, "data", "adopt", str(official), "--tokenizer", str(Path(out) / "tokenizer.model"))
+    assert adopted["splits"]["val"]["tokens"] == sample["splits"]["val"]["tokens"]
+
+
+@pytest.mark.pair
+def test_doctor_finds_this_machine_sound(capsys: Capture) -> None:
+    value = call(capsys, "doctor")
+    assert value["ok"] and value["parity"] is True and {"mlx", "cuda"} == value["backends"].keys()
+    assert all(backend["ok"] for backend in value["backends"].values()) and value["blas"]
+
+
+def test_doctor_reports_a_backend_that_fails(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str, config: RunConfig) -> None:
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr("core.check.doctor.load_engine", broken)
+    monkeypatch.setattr("core.check.doctor.available_backends", lambda: ["cuda"])
+    value = call(capsys, "doctor", code=1)
+    assert value["backends"]["cuda"] == {"installed": True, "ok": False, "error": "RuntimeError: no device"}
+    assert value["backends"]["mlx"] == {"installed": False}
+
+
+@pytest.mark.pair
+def test_parity_says_yes_and_no(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ("parity", "debug", "--mini", "--steps", "2", "--dtype", "float64")
+    assert call(capsys, *argv)["ok"]
+    monkeypatch.setattr("core.check.tolerances.P4_FLOAT64", -1.0)
+    assert call(capsys, *argv, code=1)["ok"] is False
+
+
+# What users get wrong.
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("eval", "RUN", "--stride", "8"), "has no meaning with eval.windows=plain: take sliding or documents"),
+        (("eval", "RUN", "--documents", "some"), r"parsing --documents: .*\['some'\]"),
+        (("sample", "RUN", "--tokens", "0"), "tokens=0: expected at least 1"),
+        (
+            ("train", "debug", *SHORT, "--seed", "4", "--out", "RUN"),
+            "holds a run with other settings .seed: 1337 -> 4.",
+        ),
+        (("train", "debug", *SHORT, "--out", "RUN/report.md"), "report.md: is a file"),
+        (("train", "debug", *SHORT, "--out", "RUN/.."), "is not empty and is not a run"),
+    ],
+)
+def test_wrong_use_of_a_run_gets_one_line(argv: tuple[str, ...], message: str, copy: Path, capsys: Capture) -> None:
+    line = refuse(capsys, *(word.replace("RUN", str(copy)) for word in argv))
+    assert re.search(message, line), line
+
+
+def spoil(name: str) -> Callable[[Path], None]:
+    """Return a function that cuts a file of a run in half."""
+
+    def cut(run: Path) -> None:
+        path = run / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    "damage, verb, message",
+    [
+        (spoil("config.json"), "eval RUN", r"config\.json: not JSON"),
+        (spoil("state/checkpoint.safetensors"), "eval RUN", r"checkpoint\.safetensors: .*is damaged; delete it"),
+        (spoil("state/checkpoint.safetensors"), "export RUN", r"checkpoint\.safetensors: .*is damaged; delete it"),
+        (spoil("artifact.skc"), "eval RUN/artifact.skc", r"artifact\.skc: payload_bytes"),
+        (lambda run: shutil.rmtree(run / "state"), "sample RUN", "has no checkpoint yet; train it first"),
+        (lambda run: (run / "tokenizer.model").unlink(), "eval RUN", r"tokenizer\.model: No such file"),
+        (lambda run: (run / "tokenizer.model").write_bytes(b"x"), "eval RUN", "was made with tokenizer"),
+        (lambda run: (run / "tokenizer.model").write_bytes(b"x"), "sample RUN", "not a SentencePiece model"),
+    ],
+)
+def test_a_damaged_run_gets_one_line(
+    damage: Callable[[Path], None], verb: str, message: str, copy: Path, capsys: Capture
+) -> None:
+    damage(copy)
+    line = refuse(capsys, *verb.replace("RUN", str(copy)).split())
+    assert re.search(message, line), line
+
+
+def test_export_refuses_a_tokenizer_that_is_not_the_runs(copy: Path, capsys: Capture) -> None:
+    before = (copy / "artifact.skc").read_bytes()
+    (copy / "tokenizer.model").write_bytes(b"another")
+    assert "its tokenizer.model is not that of" in refuse(capsys, "export", str(copy), "--backend", "cuda")
+    assert (copy / "artifact.skc").read_bytes() == before

@@ -1,0 +1,381 @@
+"""scripts/gpu_check and mac_check on the CPU: limits, kills, what is on the disk, and that faults fail. Budget: 30 s.
+
+`python -m shared_tests.check.test_device_check ITEM FOLDER TEMPORARY DEVICE` is one of the items below,
+`... drive FOLDER` a check made of them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared_tests.device import records
+from shared_tests.device.child import Child, die_with_the_driver
+from shared_tests.device.driver import Driver
+from shared_tests.device.plan import PLANS, Item
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCKED = ("tyro", "brotli", "sqlalchemy", "optuna", "hypothesis", "xdist", "pyarrow", "zstandard", "mlx")
+"""What a bare machine with PyTorch lacks."""
+COMMAND = [sys.executable, "-m", "shared_tests.check.test_device_check"]
+
+
+# Items that measure nothing.
+
+
+def quick(child: Child) -> None:
+    child.check("small", 1.0, 2.0)
+    child.figure("runs", 1, "")
+
+
+def beyond(child: Child) -> None:
+    child.check("large", 3.0, 2.0)
+    child.check("not a number", float("nan"), 2.0)
+
+
+def hang(child: Child) -> None:
+    """Start another process, say where both are, and never end."""
+    child.figure("before", 7, "")
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (child.folder / "pids").write_text(f"{os.getpid()} {other.pid}")
+    time.sleep(600)
+
+
+def slow(child: Child) -> None:
+    """Never end, unless told not to begin."""
+    child.figure("before", 7, "")
+    (child.folder / "begun").write_text(str(os.getpid()))
+    (child.folder / "begun").rename(child.folder / "running")  # whole at once: who waits for it reads it
+    while not (child.folder / "go").exists():
+        time.sleep(0.02)
+
+
+def crash(child: Child) -> None:
+    with child.part("a model"):
+        raise RuntimeError("no kernel\nimage")
+    child.check("another model", 0.0, 1.0)
+
+
+def vanish(child: Child) -> None:
+    os._exit(9)
+
+
+def compiles(child: Child) -> None:
+    """Wait for a turn that must come after `quick`."""
+    child.turn()
+    runs = records.latest(records.read(child.folder))
+    child.figure("quick had ended", "quick" in runs and records.state(runs["quick"]) == "done", "")
+
+
+def item(name: str, cap: float = 20.0, **more: Any) -> Item:
+    return Item(name, f"test.{name}", cap, **more)
+
+
+PLAN = (
+    item("compiles", prepares=True), item("quick"), item("vanish", prepares=True), item("crash"),
+    item("never", gpu_only=True), item("beyond"),
+)  # fmt: skip
+
+
+def drive(folder: Path, *items: Item, budget: float = 60.0, command: list[str] = COMMAND) -> tuple[int, list[str]]:
+    """Run items and return the exit code and what was said."""
+    said: list[str] = []
+    return Driver("a check", items, command, folder, budget, False, said.append).run(), said
+
+
+def found(folder: Path) -> dict[str, list[records.Line]]:
+    return records.latest(records.read(folder))
+
+
+def gone(pid: int) -> bool:
+    """Return whether a process has ended, within two seconds."""
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+            if Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z":
+                return True
+        except ProcessLookupError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+# The driver.
+
+
+def test_items_run_in_order_and_the_report_says_what_is_wrong(tmp_path: Path) -> None:
+    code, said = drive(tmp_path, *PLAN)
+    runs, report = found(tmp_path), (tmp_path / "report.md").read_text()
+    assert code == 1 and {name: records.state(run) for name, run in runs.items()} == {
+        "compiles": "done", "quick": "done", "vanish": "failed", "crash": "failed", "never": "skipped",
+        "beyond": "failed",
+    }  # fmt: skip
+    assert next(line["value"] for line in runs["compiles"] if line.get("what") == "quick had ended") == 1.0
+    assert "**vanish: failed**: ended with code 9 before its turn" in report and "| never | needs a GPU |" in report
+    assert "RuntimeError: no kernel image" in report and 'raise RuntimeError("no kernel' in report, "the traceback"
+    assert "**beyond: large**: 3 is beyond 2" in report and "not a number**: not finite is beyond 2" in report
+    assert "| small | 1 | 2 | ok |" in report and "Checks: 4, 2 beyond their limit." in report
+    assert any("    large: 3.0 beyond 2.0" in line for line in said)
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "report.md", "results.jsonl"}
+
+
+def test_an_item_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    began = time.monotonic()
+    code, _ = drive(tmp_path, item("hang", cap=1.5), item("quick"))
+    runs = found(tmp_path)
+    assert code == 1 and time.monotonic() - began < 15
+    assert runs["hang"][-1]["state"] == "capped" and runs["hang"][-1]["text"] == "capped after 1.5 s"
+    assert any(line.get("value") == 7 for line in runs["hang"]), "what it had measured is kept"
+    assert records.state(runs["quick"]) == "done"
+    assert all(gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+
+
+def test_what_no_longer_fits_the_budget_is_not_started(tmp_path: Path) -> None:
+    code, said = drive(tmp_path, item("quick", cap=5), item("beyond", cap=100), budget=20)
+    assert code == 1 and "beyond" not in found(tmp_path) and said[-1].startswith("not started, ")
+    code, said = drive(tmp_path, item("quick", cap=5), item("beyond", cap=100, optional=True), budget=20)
+    assert code == 0 and said[-1].startswith("not started, "), "what is optional need not be reached"
+    code, said = drive(tmp_path, item("quick", cap=5), item("crash", cap=5), budget=20)
+    assert said[0].startswith("1 items have a result"), "a second call skips what has one"
+
+
+def test_a_model_that_crashes_is_said_at_once_and_ends_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared_tests.device.driver.AFTER_A_CRASH", 0.0)
+    command = [*COMMAND[:-1], "shared_tests.check.test_device_check", "as", "crash"]
+    code, said = drive(tmp_path, item("smoke"), item("quick"), command=command)
+    assert code == 1 and "quick" not in found(tmp_path)
+    assert any('raise RuntimeError("no kernel' in line for line in said)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends the children of a killed process")
+def test_a_killed_check_goes_on_where_it_was(tmp_path: Path) -> None:
+    command = [*COMMAND, "drive", str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "running").exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    assert gone(int((tmp_path / "running").read_text())), "nothing may hold the device"
+    assert records.state(found(tmp_path)["quick"]) == "done" and "slow" in (tmp_path / "report.md").read_text()
+    with (tmp_path / records.FILE).open("ab") as file:
+        file.write(b'{"item": "slow", "what": "cut of')
+    (tmp_path / "go").touch()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "1 items have a result" in done.stdout
+    lines = records.read(tmp_path)
+    assert sum(line.get("what") == "runs" for line in lines) == 1, "what has a result was not run again"
+    assert sum(line.get("what") == "before" for line in lines) == 2 and len(found(tmp_path)["slow"]) == 3
+
+
+def test_a_line_is_on_the_disk_when_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    records.append(tmp_path, {"item": "a", "value": float("inf")})
+    assert synced == [(tmp_path / records.FILE).stat().st_size]
+    assert json.loads((tmp_path / records.FILE).read_text()) == {"item": "a", "value": None}
+
+
+def test_what_was_compiled_comes_back_within_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared_tests.device.driver.MOST", (1 << 16) + 5000)
+    (tmp_path / "temporary").mkdir()
+    driver = Driver("a check", (), COMMAND, tmp_path / "out", 1.0, False, print)
+    driver.temporary = tmp_path / "temporary"
+    for name, size in (("small", 1000), ("large", 9000)):
+        (driver.temporary / f"{name}.compiled").write_bytes(os.urandom(size))
+    kept = (driver.temporary / "small.compiled").read_bytes()
+    driver._pack()
+    (driver.temporary / "small.compiled").unlink()
+    (driver.temporary / "large.compiled").unlink()
+    driver._unpack()
+    assert (driver.temporary / "small.compiled").read_bytes() == kept
+    assert not (driver.temporary / "large.compiled").exists(), "what does not fit is left out"
+
+
+def test_a_file_that_grows_keeps_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared_tests.device.driver.MOST", 1000)
+    driver = Driver("a check", (), COMMAND, tmp_path, 1.0, False, print)
+    (tmp_path / "log.txt").write_bytes(b"a" * 400 + b"end")
+    driver._report()
+    assert (tmp_path / "log.txt").read_bytes() == b"a" * 400 + b"end"
+    (tmp_path / "log.txt").write_bytes(b"a" * 600 + b"end")
+    driver._report()
+    assert (tmp_path / "log.txt").read_bytes() == b"a" * 247 + b"end"
+
+
+def test_plans_fit_their_rules() -> None:
+    for plan in PLANS.values():
+        names = [part.name for part in plan]
+        assert len(set(names)) == len(names) and names[0] == "environment"
+        for part in plan:
+            assert set(part.after) <= set(names[: names.index(part.name)]), "what it waits for comes before it"
+            file, function = part.call.split(".")
+            assert f"def {function}(child: Child" in (ROOT / "shared_tests" / "device" / f"{file}.py").read_text()
+    assert all(part.cap <= 80 for part in PLANS["cuda"]) and sum(part.cap for part in PLANS["cuda"][:8]) <= 480
+
+
+# Interpreters.
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a Python without packages."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    return folder / "bin" / "python"
+
+
+def test_a_python_that_lacks_packages_finds_one_that_has_them(bare: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from shared_tests.device import interpreter; from pathlib import Path\n"
+        "interpreter.ROOT, interpreter.ENVIRONMENTS = Path(sys.argv[1]), ('.venv',)\n"
+        "interpreter.use(('numpy', 'torch'), 'torch'); import torch"
+    )
+    script = tmp_path / "gpu_check"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{program}; print(torch.__name__)\n")
+    done = subprocess.run([str(bare), str(script), str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert f"gpu_check needs Python 3.11 with numpy, torch: {bare} lacks numpy, torch; " in done.stderr
+    assert f"{tmp_path}/.venv/bin/python is not there: pip install -c constraints.txt -e '.[torch]'" in done.stderr
+    other = tmp_path / ".venv" / "bin" / "python"
+    other.parent.mkdir(parents=True)
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    other.chmod(0o755)
+    done = subprocess.run([str(bare), str(script), str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "torch\n", "")
+
+
+@pytest.mark.parametrize("name, device", [("gpu_check", "CUDA device"), ("mac_check", "GPU that MLX knows")])
+def test_without_an_accelerator_it_is_one_line_and_exit_2(name: str, device: str, tmp_path: Path) -> None:
+    if sys.platform == "darwin" and name == "mac_check":
+        pytest.skip("here is one")
+    command = [sys.executable, str(ROOT / "scripts" / name), "--only", "environment", "--out", str(tmp_path)]
+    hidden = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=hidden)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"there is no {device} here: nothing was checked (--device cpu tries the script without)\n"
+
+
+# What a bare machine has.
+
+
+def test_items_need_nothing_that_a_bare_machine_lacks(tmp_path: Path) -> None:
+    """A process that cannot import it runs real items, and imports the file of every other one."""
+    files = [path.stem for path in (ROOT / "shared_tests" / "device").glob("*.py") if path.stem != "__init__"]
+    items = ("quantiser", "speed baseline, 32 rows")
+    for name in items:
+        (tmp_path / f"{name}.go").touch()
+    program = [
+        f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))",
+        *(f"import shared_tests.{n}" for n in ("test_kernels", "test_cross_entropy", *(f"device.{f}" for f in files))),
+        "main = shared_tests.device.child.main",
+        f"sys.exit(sum(main('cuda', name, {str(tmp_path)!r}, {str(tmp_path)!r}, 'cpu') for name in {items!r}))",
+    ]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", "\n".join(program)], capture_output=True, text=True, env=hidden)
+    assert done.returncode == 0, done.stderr
+    runs = found(tmp_path)
+    assert sum("ok" in line for line in runs[items[0]]) == 13 and (tmp_path / "profiles.txt").stat().st_size > 500
+    assert any(line.get("what") == "update alone" and line["value"] > 0 for line in runs[items[1]])
+
+
+def test_no_extra_builds_flash_attention_from_source() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["cuda"] == extras["torch"] and not any("flash" in line for lines in extras.values() for line in lines)
+
+
+# What is measured.
+
+
+def measured(call: Callable[[Child], Any], folder: Path) -> list[records.Line]:
+    """Return the lines of an item that runs in this process."""
+    call(Child("cuda", item("measured"), folder, folder, False))
+    return records.read(folder)
+
+
+@pytest.mark.parametrize("fault", ["", "softcap", "relu2", "scan", "muon"])
+def test_a_fault_in_an_op_fails_its_checks_only(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from backends.cuda import ops, optim
+    from shared_tests.device import parity
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    kept = ("softcap", "relu2", "scan")
+    monkeypatch.setattr(parity, "OPS", kept)
+    right, relu2, scan, muon = ops.softcap, ops.relu2, ops.recurrence.scan, optim.newton_schulz
+    wrong: dict[str, tuple[Any, str, Any]] = {
+        "softcap": (ops, "softcap", lambda x, cap, exact: right(x, cap if exact else 1.0001 * cap, exact)),
+        "relu2": (ops, "relu2", lambda x, exact: relu2(x if exact else 2 * x.detach() - x, exact)),
+        "scan": (ops.recurrence, "scan", lambda decay, drive, start: scan(decay, drive, 0 * start)),
+        "muon": (optim, "newton_schulz", lambda x, *more: 1.001 * muon(x, *more)),
+    }
+    if fault:
+        monkeypatch.setattr(*wrong[fault])
+    lines = measured(parity.ops, tmp_path)
+    failed = {line["what"].split(", 20")[0] for line in lines if line.get("ok") is False}
+    assert failed == {
+        "": set(), "softcap": {f"P1 softcap, float32, {what}" for what in ("outputs", "gradients")},
+        "relu2": {f"P1 relu2, {dtype}, gradients" for dtype in ("float32", "bfloat16")},
+        "scan": {f"P1 scan, float32, {what}" for what in ("outputs", "gradients")},
+        "muon": {f"P3 Muon, {name}" for name in ("plain", "rows", "rms")},
+    }[fault]  # fmt: skip
+    assert sum("ok" in line for line in lines) == 2 * len(kept) + 2 + 4 and not any("error" in line for line in lines)
+
+
+def test_a_model_that_computes_something_else_fails(tmp_path: Path) -> None:
+    from shared_tests.device import parity
+
+    theirs = {f"debug/{key}": value for key, value in parity.sample("debug", 2).items()}
+    child = Child("cuda", item("measured"), tmp_path, tmp_path, False)
+    parity._model(child, "debug", theirs)
+    theirs["debug/logits"] = 1.03 * theirs["debug/logits"]
+    theirs["debug/gradients vector"] = 1.00001 * theirs["debug/gradients vector"]
+    honest = len(records.read(tmp_path))
+    parity._model(child, "debug", theirs)
+    lines = records.read(tmp_path)
+    assert honest == 6 and all(line["ok"] for line in lines[:6])
+    assert [line["what"][:18] for line in lines[6:] if not line["ok"]] == [
+        "P2 debug: gradient", "P2 debug: logits (", "P2 debug: logits, ",
+    ]  # fmt: skip
+
+
+def test_bits_are_counted() -> None:
+    import torch
+
+    from shared_tests.device.quantiser import different
+
+    a = torch.tensor([0.0, 1.0, 2.0, float("nan")])
+    assert different(a, a) == 0 and different(a, torch.tensor([-0.0, 1.0, 2.0000002, float("nan")])) == 2
+
+
+def test_the_plain_model_is_the_baseline() -> None:
+    import torch
+
+    from core import presets
+    from shared_tests.device.plain import Plain
+
+    preset = presets.get("baseline")
+    with torch.device("meta"):
+        made = Plain(preset.config.model, 8, torch.bfloat16)
+    assert sum(p.numel() for p in made.parameters()) == preset.params
+
+
+if __name__ == "__main__":
+    die_with_the_driver()
+    if sys.argv[1] == "drive":
+        plan = (item("quick"), item("slow"))
+        sys.exit(Driver("a check", plan, COMMAND, Path(sys.argv[2]), 60.0, False, print).run())
+    work, arguments = sys.argv[1], sys.argv[1:]
+    if work == "as":  # another item's work under a name
+        work, arguments = sys.argv[2], sys.argv[3:]
+    made = Child("cuda", item(arguments[0]), Path(arguments[1]), Path(arguments[2]), False)
+    globals()[work](made)
+    sys.exit(any(True for _ in records.bad(found(made.folder)[made.item.name])))

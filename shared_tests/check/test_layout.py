@@ -1,0 +1,174 @@
+"""The shape of the tree: what may import what, and that the twins mirror each other. Budget: 5 s."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+
+import core
+from core import config, presets
+from core.model.config import KINDS
+from shared_tests.support.harness import module
+
+ROOT = Path(__file__).resolve().parents[2]
+FRAMEWORKS = {"torch", "mlx", "triton"}
+ONE_TWIN_ONLY = {
+    *("blas.py", "fused.py", "official.py", "attention.py", "staging.py", "banks.py", "update.py"),
+    *("kernels/__init__.py", "kernels/scan.py", "kernels/cross_entropy.py"),
+}
+"""MLX: its Linux wheel needs a fast BLAS loaded first. CUDA: eager torch needs hand-written gradients, MLX compiles.
+Attention and staging: a GPU has several forms of attention to choose from, and memory of its own to bring batches to.
+Official: reads what torch.save wrote. Banks, update: torch updates in place what lies together; MLX's
+arrays are values, and its engine compiles the whole step.
+
+Kernels: there is no machine with Metal here to test one on, so MLX uses the chunked form of ops.scan.
+"""
+
+
+def imports(path: Path) -> set[str]:
+    """Return every module name that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "core").rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_core_imports_no_framework(path: Path) -> None:
+    assert not {name for name in imports(path) if name.split(".")[0] in FRAMEWORKS}
+
+
+DOORS = {
+    "core/files.py": "the doors",
+    "core/audit/watch/witness.py": "watched before anything is imported; its files lie in the auditor's own folder",
+}
+"""Files of core that may open others by themselves, and why."""
+PAST_THE_DOORS = {
+    "open", "os.open", "os.fdopen", "io.open", "io.FileIO", "os.replace", "os.rename", "os.link", "os.symlink",
+    "np.memmap", "np.fromfile", "mmap.mmap", "shutil.copyfile", "shutil.copy", "shutil.copytree", "shutil.move",
+    "lzma.open", "gzip.open", "safe_open", "safetensors.safe_open", "tempfile.NamedTemporaryFile", "tempfile.mkstemp",
+}  # fmt: skip
+METHODS = {"read_text", "read_bytes", "write_text", "write_bytes", "tofile", "symlink_to", "hardlink_to", "touch"}
+ON_FILES = {"np.load", "np.save", "np.savez", "savefig"}
+"""These take a path or an open file: it must be called so."""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "core").rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_files_are_opened_through_the_doors_alone(path: Path) -> None:
+    if path.relative_to(ROOT).as_posix() in DOORS:
+        return
+    for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+        name, method = ast.unparse(call.func), call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        if call.args and ast.unparse(call.args[0]) == "os.devnull":
+            continue
+        where = f"{path}:{call.lineno}: {name}: use core.files"
+        assert name not in PAST_THE_DOORS and method not in METHODS, where
+        if name in ON_FILES or method in ON_FILES:
+            assert call.args and ast.unparse(call.args[0]) in ("file", "buffer"), where
+
+
+@pytest.mark.parametrize("backend, other", [("mlx", "cuda"), ("cuda", "mlx")])
+def test_a_backend_never_imports_the_other_one(backend: str, other: str) -> None:
+    foreign = {"mlx": "torch", "cuda": "mlx"}[backend]
+    for path in (ROOT / "backends" / backend).rglob("*.py"):
+        for name in imports(path):
+            assert not name.startswith(f"backends.{other}"), path
+            assert name.split(".")[0] != foreign, path
+
+
+def test_the_twins_have_the_same_files() -> None:
+    files = {
+        b: {p.relative_to(ROOT / "backends" / b) for p in (ROOT / "backends" / b).rglob("*.py")}
+        for b in ("mlx", "cuda")
+    }
+    extra = {p.as_posix() for p in files["mlx"] ^ files["cuda"]}
+    assert extra == ONE_TWIN_ONLY
+
+
+def test_backends_holds_nothing_executable() -> None:
+    assert {p.name for p in (ROOT / "backends").glob("*.py")} == {"__init__.py"}
+    tree = ast.parse((ROOT / "backends" / "__init__.py").read_text())
+    assert all(isinstance(node, ast.Expr) for node in tree.body)
+
+
+def public(thing: object) -> dict[str, object]:
+    """Return the classes and functions that a module defines itself, in order of definition."""
+    own = {n: v for n, v in vars(thing).items() if getattr(v, "__module__", None) == thing.__name__}  # type: ignore[attr-defined]
+    return {n: v for n, v in own.items() if not n.startswith("_") and (inspect.isclass(v) or inspect.isfunction(v))}
+
+
+@pytest.mark.pair
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("ops", "scan", "optim", "storage", "model", "engine", "blocks"),
+        *(f"blocks.{name}" for name in ("linear", "attention", "koopman", "capsules", "skc", "memory", "mlp")),
+    ],
+)
+def test_names_and_signatures_mirror(name: str) -> None:
+    ours, theirs = public(module("mlx", name)), public(module("cuda", name))
+    assert list(ours) == list(theirs)
+    for key, value in ours.items():
+        if inspect.isfunction(value):
+            assert list(inspect.signature(value).parameters) == list(inspect.signature(theirs[key]).parameters), key  # type: ignore[arg-type]
+
+
+@pytest.mark.pair
+def test_every_kind_has_a_block_on_both_backends() -> None:
+    from core.model.params import MIXERS
+
+    for backend in ("mlx", "cuda"):
+        assert set(module(backend, "blocks").BLOCKS) == set(KINDS) == set(MIXERS)
+
+
+@pytest.mark.pair
+def test_the_real_mlx_is_imported_and_core_is_ours() -> None:
+    import mlx.core as mx
+
+    assert Path(core.__file__).resolve().is_relative_to(ROOT)
+    assert not Path(str(mx.__file__)).resolve().is_relative_to(ROOT / "backends")
+
+
+def test_every_public_thing_in_core_has_a_docstring() -> None:
+    for path in (ROOT / "core").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        for node in tree.body + [method for c in classes for method in c.body]:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+def test_every_preset_has_a_purpose_and_a_mini() -> None:
+    for name, preset in presets.PRESETS.items():
+        small = presets.mini(preset.config).model
+        assert preset.purpose and preset.config.preset == name
+        assert small.dim <= 64 and small.layers <= 4
+
+
+def test_every_setting_is_read() -> None:
+    """A field that no code outside core/config.py names would be a setting that does nothing."""
+    code = "".join(
+        path.read_text()
+        for folder in ("core", "backends/cuda")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name not in ("config.py", "model_config.py") and path.parent.name != "presets"
+    )
+    # Read through ModelConfig's layer_store, bank_store, passes and kinds, which have tests of their own.
+    properties = {
+        "capsule_shift",
+        "capsule_intra",
+        "capsule_bands",
+        "capsule_times",
+        "bank_times",
+        "repeat_layers",
+        "blocks",
+    }
+    for section in (config.ModelConfig, config.TrainConfig, config.EvalConfig, config.ExportConfig, config.DataConfig):
+        for field in dataclasses.fields(section):
+            assert field.name in properties or f".{field.name}" in code or f'"{field.name}"' in code, field.name

@@ -1,0 +1,119 @@
+"""What people see: pictures' places and ticks, samples with their prompts, what stays in the log. Budget: 15 s."""
+
+import io
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from core.ablation.report import telling
+from core.check.bench import BenchReport
+from core.cli import main
+from core.compare.picture import _curve, _difference
+from core.compare.runs import compare
+from core.export import budget
+from core.model.params import FLOP_RULE
+from core.training.generate import PROMPTS, told
+from core.training.report import MARGIN, whole_ticks
+from core.training.run import Run
+from shared_tests.check.test_cli import Capture, call, refuse
+from shared_tests.support.killed import small_data
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of runs `a` and `b`, and what the first said on the console."""
+    folder = tmp_path_factory.mktemp("shown")
+    options = ["--train.steps", "6", "--train.log_every", "2", "--train.eval_every", "3", "--train.sample_every", "6"]
+    options += ["--train.seq", "16", "--eval.seq", "16", "--data.path", small_data(folder), "--backend", "mlx"]
+    with redirect_stdout(io.StringIO()) as said:
+        assert main(["train", "debug", *options, "--out", str(folder / "a")]) == 0
+    assert main(["train", "debug", "--seed", "2", *options, "--out", str(folder / "b")]) == 0
+    return folder, said.getvalue()
+
+
+def test_the_console_leaves_the_hash_to_the_log(runs: tuple[Path, str]) -> None:
+    folder, said = runs
+    (digest,) = Run.open(folder / "a").logged_configs()
+    assert digest not in said and said.splitlines()[1].startswith("run ")
+    log = (folder / "a" / "log.txt").read_text()
+    assert [line for line in log.splitlines() if "sha256" not in line] == said.splitlines()
+
+
+def test_samples_are_shown_with_their_prompts(runs: tuple[Path, str]) -> None:
+    folder, said = runs
+    texts = Run.open(folder / "a").last("samples")
+    (first, _), (second, the) = told(texts)
+    assert PROMPTS == ("", "The") and (first, second) == ("from nothing", "after 'The'") and the.startswith("The")
+    assert "step 6  sample from nothing: " in said and "step 6  sample after 'The': The" in said
+    report = (folder / "a" / "report.md").read_text()
+    assert "From nothing:\n\n> " in report and "After 'The':\n\n> The" in report
+
+
+def test_curves_and_differences_are_at_the_same_places(runs: tuple[Path, str]) -> None:
+    """Lines at steps 2, 3, 4, 6: their windows are drawn in the middle, above and below."""
+    folder, _ = runs
+    found, opened = compare([str(folder / "a"), str(folder / "b")])
+    above, below = Figure().subplots(2, 1)
+    _curve(above, opened[0], "step", "train/bpb", "black")
+    _difference(below, found.pairs[str(folder / "b")], "black")
+    places = [1.0, 2.5, 3.5, 5.0]
+    assert [list(line.get_xdata()) for line in above.lines[:1]] == [places]
+    assert [list(line.get_xdata()) for line in below.lines[:2]] == [places, places]
+
+
+def test_ticks_are_whole_and_nothing_lies_on_the_axis() -> None:
+    for end in (2, 3, 5, 20, 400, 20_000):
+        axes = Figure(figsize=(8, 4.5)).add_subplot()
+        axes.plot([1, end], [2.0, 3.0])
+        axes.margins(y=MARGIN)
+        whole_ticks(axes)
+        ticks = axes.get_xticks()
+        assert np.array_equal(ticks, np.round(ticks)) and len(ticks) > 1
+        low, high = axes.get_ylim()
+        assert low < 2 - 0.05 and high > 3 + 0.05
+
+
+def test_the_verdict_comes_second() -> None:
+    assert all(head[:2] == ("variant", "verdict") for head in (telling.HEAD, telling.PLACE_HEAD, telling.SIZE_HEAD))
+
+
+def test_compare_names_the_folder_that_is_not_there(capsys: Capture) -> None:
+    assert refuse(capsys, "compare", "runs/nothere").startswith("skc compare: runs/nothere: does not exist")
+
+
+def test_the_formula_of_flops_is_in_the_docs(capsys: Capture) -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+    assert FLOP_RULE in " ".join(docs.read_text().split())
+    assert main(["info", "debug"]) == 0
+    assert FLOP_RULE not in capsys.readouterr().out and call(capsys, "info", "debug")["flop_rule"] == FLOP_RULE
+    assert "flop_rule" in BenchReport.__annotations__
+
+
+def test_doctor_says_what_it_did_not_check(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.check.doctor.available_backends", lambda: ["mlx"])
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert "parity: not checked (needs both)\nmlx works\n" in said and "everything" not in said
+
+
+def test_code_over_its_share_of_the_budget(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are those of test_audit.py's audit; info and export fail where the code takes more than is reserved."""
+    packed = max(budget.packed_code().values())
+    value = call(capsys, "info", "debug", "--export.code-bytes", str(packed))
+    assert value["within_budget"] and max(value["packed_code"].values()) == packed
+    assert main(["info", "debug", "--export.code-bytes", str(packed - 7)]) == 1
+    assert f"packed: OVER by 7: the {packed - 7:,} of export.code_bytes" in capsys.readouterr().out
+    names = {path.name for path in budget.imported(*budget.EVALUATION, *budget.ENGINES["cuda"])}
+    assert {"witness.py", "evaluation.py", "ledger.py", "engine.py", "cross_entropy.py"} <= names
+    assert not {"train.py", "cli.py", "report.py", "blas.py"} & names
+
+
+def test_export_fails_where_the_code_is_over(
+    runs: tuple[Path, str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.verbs.make.packed_code", lambda: {"mlx": 1, "cuda": 140_001})
+    value = call(capsys, "export", str(runs[0] / "b"), "--backend", "mlx", code=1)
+    assert value["artifact"]["within"] and value["artifact"]["packed_code"] == 140_001

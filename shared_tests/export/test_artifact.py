@@ -1,0 +1,392 @@
+"""The artifact: round trip, exact decoding, layout, fixed bytes, and what is not written. Budget: 20 s.
+
+`python -m shared_tests.export.test_artifact` writes the golden files again, after a deliberate change of the format.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import brotli
+import numpy as np
+import pytest
+
+from core import rng
+from core.config import LATER, ModelConfig, to_json
+from core.export.artifact import MAX_HEADER, ArtifactError, read_artifact, write_artifact
+from core.export.codecs import compress, window_bits
+from core.files import replace_file
+from core.model.params import param_table
+from core.model.storage import STORAGES, Storage, Stored
+from core.presets import PRESETS
+from shared_tests.oracle import reference
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SMALL = ModelConfig(
+    vocab=11, dim=8, layers=2, heads=2, kv_heads=1, mlp_hidden=66, rope_dims=2, embed_dim=5, vocab_bias=True,
+    unet_skips=True, residual_mix=True,
+)  # fmt: skip
+MODELS = {
+    "ternary": dataclasses.replace(SMALL, matrix_storage="ternary/64", table_storage="int6/row"),
+    "nibbles": dataclasses.replace(SMALL, matrix_storage="int4/128", table_storage="fp8/row", mlp_hidden=130, layers=1),
+    "bytes": dataclasses.replace(SMALL, matrix_storage="int8/64", table_storage="ternary/128", layers=1),
+    "rows": dataclasses.replace(SMALL, matrix_storage="int8/row", table_storage="float16", layers=1),
+}
+"""Groups of 64 and 128 of which the last is cut short, whole rows, and every class of storage."""
+MODEL = MODELS["ternary"]
+GOLDEN_SHA256 = {
+    "artifact_v1": "b62d9dd9d806028effa86da3961cc0004457ed1b36c34e45c7b1ee63810b7070",
+    "artifact_v1_nibbles": "c2a6ea4948f201034e9d7f3411f9fde7b5bdab5f3939bb7f2b15b27ee947951d",
+    "artifact_v1_bytes": "81b231193072ab0710349888ea7cbfa468421f497d928fc7ca3d0246497d1464",
+}
+GOLDEN_MODELS = {"artifact_v1": "ternary", "artifact_v1_nibbles": "nibbles", "artifact_v1_bytes": "bytes"}
+TOKENIZER = hashlib.sha256(b"tokenizer").hexdigest()
+PROVENANCE = {"seed": 1337, "steps": 20, "code": "0.1.0", "lr": 1e-3}
+LARGEST = {"ternary": 1, "int4": 7, "int6": 31, "int8": 127}
+E4M3 = {
+    byte: math.copysign((m / 8 * 2.0**-6) if e == 0 else (1 + m / 8) * 2.0 ** (e - 7), -1 if byte >> 7 else 1)
+    for byte in range(256)
+    for e, m in [(byte >> 3 & 15, byte & 7)]
+    if byte & 127 != 127
+}
+"""The 254 bytes of e4m3 that are numbers."""
+
+
+def some_stored(model: ModelConfig = MODEL) -> dict[str, Stored]:
+    """What the oracle stores of normal weights, with corner cases in front of every kind of tensor."""
+    table = param_table(model)
+    weights = {n: rng.normal(5, n, row.size).reshape(row.shape).astype(np.float32) for n, row in table.items()}
+    stored = reference.stored_model(model, weights)
+    corners = np.array([-0.0, 2.0**-24, 65504.0, -65504.0, 1 + 2.0**-10], np.float16)  # minus zero, subnormal, largest
+    stored["blocks.0.mlp_scale"].codes[:5] = corners
+    for name, row in table.items():
+        codes, scales = stored[name]
+        if scales is not None:
+            largest = LARGEST.get(row.storage.split("/")[0], 448)
+            codes.flat[:3] = [largest, -largest, -0.0]
+            codes.flat[-1] = largest  # beside the padding
+            scales.flat[0], scales.flat[-1] = 2.0**-14, 65504.0
+    return stored
+
+
+def full_range(model: ModelConfig) -> dict[str, Stored]:
+    """Every code of every class, under scales from the smallest to the largest."""
+    noise, out = np.random.default_rng(3), {}
+    for name, row in param_table(model).items():
+        if row.storage == "float16":
+            out[name] = Stored(noise.normal(0, 100, row.shape).astype(np.float16), None)
+            continue
+        cls, grouping = row.storage.split("/")
+        groups = 1 if grouping == "row" else -(-row.shape[1] // int(grouping))
+        if cls == "fp8":
+            codes = noise.choice(np.array(list(E4M3.values()), np.float32), row.shape)
+        else:
+            codes = noise.integers(-LARGEST[cls], LARGEST[cls] + 1, row.shape, np.int8)
+        scales = np.exp2(noise.uniform(-14, 15.99, (row.shape[0], groups))).astype(np.float16)
+        out[name] = Stored(codes, scales)
+    return out
+
+
+def write(path: Path, model: ModelConfig = MODEL, stored: dict[str, Stored] | None = None, **changes: Any) -> int:
+    keywords: dict[str, Any] = {"tokenizer_sha256": TOKENIZER, "provenance": PROVENANCE} | changes
+    return write_artifact(path, model, some_stored(model) if stored is None else stored, **keywords)
+
+
+def parts(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header and everything behind it of an artifact, by docs/artifact.md."""
+    length = int.from_bytes(data[8:12], "little")
+    return json.loads(data[12 : 12 + length]), data[12 + length :]
+
+
+def payloads(data: bytes) -> dict[str, bytes]:
+    """The brotli streams of an artifact by name."""
+    header, rest = parts(data)
+    out = {}
+    for entry in header["streams"]:
+        out[entry["name"]], rest = rest[: entry["payload_bytes"]], rest[entry["payload_bytes"] :]
+    assert rest == b""
+    return out
+
+
+def join(header: Any, payload: bytes, magic: bytes = b"SKCMODEL") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    return magic + len(text).to_bytes(4, "little") + text + payload
+
+
+def assert_same(ours: dict[str, Stored], theirs: dict[str, Stored]) -> None:
+    """Both hold the same tensors, bit for bit and of the same types."""
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        for a, b in zip(ours[name], theirs[name], strict=True):
+            if a is None or b is None:
+                assert a is b, name
+            else:
+                assert (a.shape, a.dtype, a.tobytes()) == (b.shape, b.dtype, b.tobytes()), name
+
+
+@pytest.mark.parametrize("name", ["debug", "ablate"])
+def test_round_trip(tmp_path: Path, name: str) -> None:
+    model = PRESETS[name].config.model
+    stored = some_stored(model)
+    size = write(tmp_path / "a.skc", model, stored)
+    artifact = read_artifact(tmp_path / "a.skc")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.skc"]
+    assert size == artifact.size == os.path.getsize(tmp_path / "a.skc")
+    assert (artifact.model, artifact.tokenizer_sha256, artifact.provenance) == (model, TOKENIZER, PROVENANCE)
+    table = param_table(model)
+    assert list(artifact.weights) == list(artifact.stored) == list(table)
+    assert_same(artifact.stored, stored)
+    for key, values in artifact.weights.items():
+        assert values.dtype == np.float32 and values.flags.writeable
+        assert values.tobytes() == reference.decode(stored[key], table[key].storage).astype(np.float32).tobytes()
+    write(tmp_path / "b.skc", artifact.model, artifact.stored)
+    assert (tmp_path / "a.skc").read_bytes() == (tmp_path / "b.skc").read_bytes()
+
+
+WIDTHS = [(storage, width) for storage in STORAGES for width in (64, 128, 189, 320)]
+
+
+@pytest.mark.parametrize("storage, width", [pair for pair in WIDTHS if pair[0] != "float16" or pair[1] == 64])
+def test_every_code_and_scale_decodes_exactly(storage: Storage, width: int, tmp_path: Path) -> None:
+    model = ModelConfig(
+        vocab=16, dim=width, layers=1, heads=1, kv_heads=1, mlp_hidden=16, rope_dims=0, bos=0,
+        matrix_storage=storage, table_storage=storage,
+    )  # fmt: skip
+    stored = full_range(model)
+    write(tmp_path / "a.skc", model, stored)
+    artifact = read_artifact(tmp_path / "a.skc")
+    assert_same(artifact.stored, stored)
+    for name, row in param_table(model).items():
+        exact = reference.decode(stored[name], row.storage)
+        decoded = artifact.weights[name]
+        assert decoded.dtype == np.float32 and decoded.astype(np.float64).tobytes() == exact.tobytes(), name
+
+
+def test_same_input_same_bytes(tmp_path: Path) -> None:
+    for model in MODELS.values():
+        write(tmp_path / "a.skc", model)
+        stored = some_stored(model)
+        backwards = {name: transposed(stored[name]) for name in reversed(stored)}
+        write(tmp_path / "b.skc", model, backwards, provenance=dict(reversed(PROVENANCE.items())))
+        assert (tmp_path / "b.skc").read_bytes() == (tmp_path / "a.skc").read_bytes()
+        whole_numbers = dataclasses.replace(model, softcap=30, rope_base=10_000)
+        write(tmp_path / "c.skc", whole_numbers)
+        assert (tmp_path / "c.skc").read_bytes() == (tmp_path / "a.skc").read_bytes()
+        assert read_artifact(tmp_path / "c.skc").model == model
+
+
+def transposed(stored: Stored) -> Stored:
+    """The same values with their columns together in memory."""
+    scales = None if stored.scales is None else np.asfortranarray(stored.scales)
+    return Stored(np.asfortranarray(stored.codes), scales)
+
+
+@pytest.mark.parametrize("name", GOLDEN_MODELS)
+def test_golden(tmp_path: Path, name: str) -> None:
+    model = MODELS[GOLDEN_MODELS[name]]
+    write(tmp_path / "g.skc", model)
+    golden = GOLDEN / f"{name}.skc"
+    assert hashlib.sha256(golden.read_bytes()).hexdigest() == GOLDEN_SHA256[name]
+    assert golden.read_bytes() == (tmp_path / "g.skc").read_bytes()
+    assert_same(read_artifact(golden).stored, some_stored(model))
+
+
+STREAMS = ["float16", "scales", "ternary", "int4", "int6 high", "int6 low", "int8", "fp8"]
+
+
+def planes(values: list[float]) -> bytes:
+    """The low bytes of float16 numbers, then their high bytes."""
+    halves = [struct.pack("<e", value) for value in values]
+    return bytes(h[0] for h in halves) + bytes(h[1] for h in halves)
+
+
+def digits(values: list[int], base: int, count: int) -> bytes:
+    """Whole numbers below `base`, `count` to a byte, the first one the lowest digit; the last byte is filled with 0."""
+    rows = [values[i : i + count] for i in range(0, len(values), count)]
+    return bytes(sum(value * base**place for place, value in enumerate(row)) for row in rows)
+
+
+def layout(model: ModelConfig, stored: dict[str, Stored]) -> dict[str, bytes]:
+    """The streams of a model, value by value, as docs/artifact.md says."""
+    codes: dict[str, list] = {}
+    scales: list[float] = []
+    for name, row in param_table(model).items():
+        codes.setdefault(row.storage.split("/")[0], []).extend(stored[name].codes.ravel().tolist())
+        given = stored[name].scales
+        scales += [] if given is None else given.ravel().tolist()
+    out = {}
+    for cls, values in codes.items():
+        if cls == "float16":
+            out[cls] = planes(values)
+        elif cls == "fp8":
+            byte_of = {(value, math.copysign(1, value)): byte for byte, value in E4M3.items()}
+            out[cls] = bytes(byte_of[value, math.copysign(1, value)] for value in values)
+        else:
+            above = [value + LARGEST[cls] for value in values]
+            if cls == "int6":
+                out["int6 high"] = digits([value // 4 for value in above], 16, 2)
+                out["int6 low"] = digits([value % 4 for value in above], 4, 4)
+            else:
+                out[cls] = digits(above, *{"ternary": (3, 5), "int4": (16, 2), "int8": (256, 1)}[cls])
+    if scales:
+        out["scales"] = planes(scales)
+    return {name: out[name] for name in STREAMS if name in out}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layout_is_the_documented_one(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]
+    stored = some_stored(model)
+    write(tmp_path / "a.skc", model, stored)
+    data, expected = (tmp_path / "a.skc").read_bytes(), layout(model, stored)
+    header, payload = parts(data)
+    packed = payloads(data)
+    assert {key: brotli.decompress(part) for key, part in packed.items()} == expected
+    assert list(packed) == list(expected)
+    assert header == {
+        "schema": 1,
+        "model": {
+            key: json.loads(json.dumps(value))
+            for key, value in to_json(model).items()
+            if key not in LATER or getattr(model, key) != getattr(ModelConfig(), key)
+        },
+        "tokenizer_sha256": TOKENIZER,
+        "tensors": [[key, row.storage, list(row.shape)] for key, row in param_table(model).items()],
+        "streams": [
+            {
+                "name": key,
+                "raw_bytes": len(raw),
+                "payload_bytes": len(packed[key]),
+                "window": 16,
+                "sha256": hashlib.sha256(raw).hexdigest(),
+            }
+            for key, raw in expected.items()
+        ],
+        "provenance": PROVENANCE,
+    }
+    assert join(header, payload) == data
+
+
+@pytest.mark.parametrize("vocab", range(2, 7))
+@pytest.mark.parametrize("storage", ["ternary/64", "int4/row", "int6/row"])
+def test_a_last_byte_may_be_part_full(storage: Storage, vocab: int, tmp_path: Path) -> None:
+    """A table of 7 to a row: 14 to 42 values leave every possible number of places of the last byte free."""
+    model = dataclasses.replace(
+        SMALL, vocab=vocab, dim=7, heads=1, rope_dims=2, embed_dim=None, table_storage=storage, layers=1
+    )
+    stored = full_range(model)
+    write(tmp_path / "a.skc", model, stored)
+    packed = payloads((tmp_path / "a.skc").read_bytes())
+    assert {key: brotli.decompress(part) for key, part in packed.items()} == layout(model, stored)
+    assert_same(read_artifact(tmp_path / "a.skc").stored, stored)
+
+
+def test_minus_zero_and_the_largest_numbers_survive(tmp_path: Path) -> None:
+    model = MODELS["nibbles"]
+    write(tmp_path / "a.skc", model)
+    artifact = read_artifact(tmp_path / "a.skc")
+    assert np.signbit(artifact.weights["blocks.0.mlp_scale"][0])
+    table = artifact.stored["embed.weight"].codes.ravel()
+    assert table[:2].tolist() == [448.0, -448.0] and np.signbit(table[2]) and table[2] == 0
+    assert np.signbit(artifact.weights["embed.weight"].ravel()[2])
+    assert artifact.weights["embed.weight"].ravel()[0] == 448 * 2.0**-14
+
+
+WINDOWS = {
+    "0": 16, "0000001": 17, "0011": 18, "0101": 19, "0111": 20, "1001": 21, "1011": 22, "1101": 23, "1111": 24,
+    "0100001": 10, "0110001": 11, "1000001": 12, "1010001": 13, "1100001": 14, "1110001": 15, "0010001": 0,
+}  # fmt: skip
+"""RFC 7932, section 9.1: first bits of a stream, lowest last, and the window; 0010001 is not allowed."""
+
+
+def test_the_window_of_a_stream() -> None:
+    for first in range(256):
+        (expected,) = (window for bits, window in WINDOWS.items() if f"{first:08b}".endswith(bits))
+        assert window_bits(bytes([first])) == expected
+    assert window_bits(b"") == 0
+    for size, window in ((1, 16), (1 << 16, 16), ((1 << 16) + 1, 17), (1 << 20, 20), ((1 << 20) + 1, 21)):
+        payload = compress("int8", bytes(size))
+        assert window_bits(payload) == window and brotli.decompress(payload) == bytes(size)
+
+
+def with_value(value: Any, part: int, name: str) -> dict[str, Stored]:
+    """Stored tensors of `nibbles` with one bad number: in the codes (0) or scales (1) of a tensor."""
+    stored = some_stored(MODELS["nibbles"])
+    array = stored[name][part]
+    assert array is not None
+    array.flat[min(3, array.size - 1)] = value
+    return stored
+
+
+MATRIX, VECTOR, TABLE = "blocks.0.mlp.up.weight", "blocks.0.mlp_scale", "embed.weight"
+
+
+@pytest.mark.parametrize(
+    "name, part, value",
+    [(VECTOR, 0, v) for v in (np.nan, np.inf, -np.inf)]
+    + [(MATRIX, 0, v) for v in (8, -8, 127, -128)]
+    + [(TABLE, 0, v) for v in (480.0, -449.0, np.nan, np.inf, 1.0625, 2.0**-10)]
+    + [(t, 1, v) for t in (MATRIX, TABLE) for v in (np.nan, np.inf, -1.0, 0.0, 2.0**-14 - 2.0**-24)],
+)
+def test_values_that_a_storage_class_cannot_hold(tmp_path: Path, name: str, part: int, value: float) -> None:
+    with pytest.raises(ArtifactError, match=name if value not in (1.0625, 2.0**-10) else "e4m3"):
+        write(tmp_path / "a.skc", MODELS["nibbles"], with_value(value, part, name))
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_tensors_are_not_written(tmp_path: Path) -> None:
+    model = MODELS["nibbles"]
+    stored = some_stored(model)
+    codes, scales = stored[MATRIX]
+    assert scales is not None
+    flat = stored[VECTOR].codes
+    for name, bad in (
+        (MATRIX, Stored(codes.astype(np.int16), scales)),
+        (MATRIX, Stored(codes.astype(np.float32), scales)),
+        (MATRIX, Stored(codes, None)),
+        (MATRIX, Stored(codes, scales.astype(np.float32))),
+        (MATRIX, Stored(codes, scales.T)),
+        (MATRIX, Stored(codes, np.repeat(scales, 2, 1))),
+        (TABLE, Stored(stored[TABLE].codes.astype(np.float16), stored[TABLE].scales)),
+        (VECTOR, Stored(flat.astype(np.float32), None)),
+        (VECTOR, Stored(flat, np.ones((8, 1), np.float16))),
+    ):
+        with pytest.raises(ArtifactError, match=name):
+            write(tmp_path / "a.skc", model, stored | {name: bad})
+    missing = {name: values for name, values in stored.items() if name != MATRIX}
+    for bad in (missing, stored | {"extra": stored[VECTOR]}, stored | {MATRIX: Stored(codes.T, scales)}):
+        with pytest.raises(ValueError, match=f"{MATRIX}|extra"):
+            write(tmp_path / "a.skc", model, bad)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_words_are_not_written(tmp_path: Path) -> None:
+    for provenance in ({"a": None}, {"a": np.nan}, {"a": [1]}, {"a": "\x1b[2J"}, {"é": 1}, {"a": True}, {1: 2}):
+        with pytest.raises(ArtifactError, match="provenance"):
+            write(tmp_path / "a.skc", provenance=provenance)
+    with pytest.raises(ArtifactError, match="tokenizer_sha256"):
+        write(tmp_path / "a.skc", tokenizer_sha256="0" * 63 + "G")
+    with pytest.raises(ArtifactError, match="header"):
+        write(tmp_path / "a.skc", provenance={"a": "x" * MAX_HEADER})
+    assert not list(tmp_path.iterdir())
+
+
+def test_replace_file_keeps_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    replace_file(path, b"old")
+    with pytest.raises(TypeError):
+        replace_file(path, b"new", "not bytes")
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    replace_file(path, b"ne", b"w")
+    assert path.read_bytes() == b"new"
+
+
+if __name__ == "__main__":
+    for golden, chosen in GOLDEN_MODELS.items():
+        write(GOLDEN / f"{golden}.skc", MODELS[chosen])
+        print(f'    "{golden}": "{hashlib.sha256((GOLDEN / f"{golden}.skc").read_bytes()).hexdigest()}",')

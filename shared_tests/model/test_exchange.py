@@ -1,0 +1,124 @@
+"""P5, the artifact half: what one backend stores, both compute with, bit for bit. Budget: 60 s."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.check.tolerances import P5_BPB
+from core.config import RunConfig
+from core.engine.protocol import Engine
+from core.export.artifact import Artifact, read_artifact, write_artifact
+from core.model.params import averaged
+from core.model.storage import STORAGES, Storage
+from core.scoring.accounting import bits_per_byte
+from core.training import schedule
+from shared_tests.support.harness import BACKENDS, batches, engine, mini, minis, tokens, working_weights
+
+pytestmark = pytest.mark.pair
+ALWAYS = [name for name in minis() if mini(name).train.quantise == "always"]
+"""Presets that train with stored weights: their round-trip gap is exactly zero."""
+
+
+def train(made: Engine, config: RunConfig, steps: int = 5) -> Engine:
+    """Train an engine for a few steps, so that no output projection is zero, and return it."""
+    for step, batch in enumerate(batches(config, steps)):
+        made.train_step(batch, schedule.plan(step, 0.5, config.train)).result()
+    return made
+
+
+def export(made: Engine, config: RunConfig, path: Path) -> Artifact:
+    """Write what an engine stores and read it again."""
+    words = {"tokenizer_sha256": "0" * 64, "provenance": {"preset": config.preset}}
+    write_artifact(path, config.model, made.quantised(), **words)
+    return read_artifact(path)
+
+
+def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], what: str) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert (value.dtype, value.tobytes()) == (theirs[name].dtype, theirs[name].tobytes()), f"{what}: {name}"
+
+
+def rows_of(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+    rows = tokens("score", 8, 65, config.model.vocab, config.model.bos)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def bpb(nats: np.ndarray) -> float:
+    return bits_per_byte(float(nats.astype(np.float64).sum()), nats.size)
+
+
+@pytest.mark.parametrize("first, second", [BACKENDS, BACKENDS[::-1]])
+@pytest.mark.parametrize("name", minis())
+def test_an_artifact_of_one_backend_scores_the_same_on_the_other(
+    name: str, first: str, second: str, tmp_path: Path
+) -> None:
+    config = mini(name)
+    trained = train(engine(first, config, dtype="float32"), config)
+    artifact = export(trained, config, tmp_path / "a.skc")
+    assert artifact.model == config.model
+    scores = []
+    for backend in (first, second):
+        made = engine(backend, config, dtype="float32")
+        made.load_params(artifact.weights)
+        assert_same(made.weights(), artifact.weights, "the device holds what the artifact holds")
+        scores.append(bpb(made.nll(*rows_of(config))))
+    assert abs(scores[0] - scores[1]) <= P5_BPB
+    if name in ALWAYS:
+        assert_same(trained.weights(), artifact.weights, "trained as it is stored")
+        assert bpb(trained.nll(*rows_of(config))) == scores[0]
+
+
+@pytest.mark.parametrize("name", minis())
+def test_both_backends_write_the_same_bytes_for_the_same_weights(name: str, tmp_path: Path) -> None:
+    config = mini(name)
+    weights = train(engine("mlx", config, dtype="float32"), config).params()
+    for backend in BACKENDS:
+        export(engine(backend, config, weights, dtype="float32"), config, tmp_path / backend)
+    assert (tmp_path / "mlx").read_bytes() == (tmp_path / "cuda").read_bytes()
+
+
+def wide(storage: Storage, width: int, hidden: int) -> RunConfig:
+    """A mini of `ablate` whose matrices and table are stored in one way and have both widths as their inputs."""
+    config = mini("ablate")
+    model = dataclasses.replace(
+        config.model, dim=width, layers=1, heads=1, kv_heads=1, mlp_hidden=hidden, embed_dim=hidden, rope_dims=2,
+        matrix_storage=storage, table_storage=storage,
+    )  # fmt: skip
+    settings = dataclasses.replace(
+        config.train, batch=2, seq=16, average_from=0.1, average_decay=0.9, average_ternary=True, lr_matrix=0.02
+    )
+    return dataclasses.replace(config, model=model, train=settings)
+
+
+WIDE = [(storage, *widths) for storage in STORAGES for widths in ((64, 189), (128, 320))]
+
+
+@pytest.mark.parametrize("storage, width, hidden", [case for case in WIDE if case[0] != "float16" or case[1] == 64])
+def test_every_storage_decodes_to_the_forward_pass(storage: Storage, width: int, hidden: int, tmp_path: Path) -> None:
+    """Of fresh weights and of a trained model's averages, on both backends."""
+    config = wide(storage, width, hidden)
+    for backend in BACKENDS:
+        made = engine(backend, config, working_weights(config.model, 1.0), dtype="float32")
+        check_promise(made, config, tmp_path / backend)
+        train(made, config, 3)
+        decoded = check_promise(made, config, tmp_path / "trained")
+        state, params = made.optimizer(), made.params()
+        averages = {name: state[f"{name}.ema"] for name in averaged(config.model, config.train)}
+        assert averages.keys() == params.keys()
+        assert all(value.tobytes() != params[name].tobytes() for name, value in averages.items())
+        seeded = engine(backend, config, averages, dtype="float32")  # its averages are its weights
+        assert_same(seeded.weights(), decoded, "the average is what is stored")
+    assert (tmp_path / "mlx").read_bytes() == (tmp_path / "cuda").read_bytes()
+
+
+def check_promise(made: Engine, config: RunConfig, path: Path) -> dict[str, np.ndarray]:
+    """Return an engine's artifact decoded: these must be the weights of its forward pass, and give its losses."""
+    decoded = export(made, config, path).weights
+    assert_same(made.weights(), decoded, f"{made.backend}, {path.name}")
+    other = engine(made.backend, config, dtype="float32")
+    other.load_params(decoded)
+    assert other.nll(*rows_of(config)).tobytes() == made.nll(*rows_of(config)).tobytes()
+    return decoded

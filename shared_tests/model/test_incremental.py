@@ -1,0 +1,186 @@
+"""Exact state: token by token, in chunks and with carry, as one pass over the whole text. Budget: 60 s."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core import rng
+from core.check.tolerances import CAUSAL, P2_FLOAT32
+from core.config import RunConfig
+from core.engine.protocol import Engine, step
+from core.model.params import state_per_token, state_size
+from shared_tests.support.harness import (
+    BACKENDS,
+    EVERYTHING,
+    HYBRID,
+    OPPOSITE,
+    engine,
+    mini,
+    to_numpy,
+    tokens,
+    working_weights,
+)
+
+pytestmark = pytest.mark.pair
+SEQ = 50
+NAMES = ("tiny", "skc_ablate", HYBRID, "skc_mac", EVERYTHING, "packed", OPPOSITE)
+"""Attention alone, recurrent layers alone, both, recurrent layers with memories, every option, also with documents that
+do not end, and few options."""
+
+
+def config_of(name: str) -> RunConfig:
+    config = mini(EVERYTHING if name == "packed" else name)
+    if name != "packed":
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, documents="packed"))
+
+
+def made(name: str, backend: str, **options: Any) -> tuple[Engine, np.ndarray]:
+    """Return an engine with working weights, and rows with documents at block edges, in mid-block and side by side."""
+    config = config_of(name)
+    rows = tokens("incremental", 3, SEQ, config.model.vocab, config.model.bos)
+    rows[1, [7, 8, 9, 15, 16, 31]] = config.model.bos
+    rows[2] = np.where(rows[2] == config.model.bos, 5, rows[2])  # one document, longer than any window
+    return engine(backend, config, working_weights(config.model, 1.0), **{"dtype": "float64", **options}), rows
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_token_by_token_equals_the_whole(name: str, backend: str) -> None:
+    model, rows = made(name, backend)
+    whole, state = model.logits(rows), model.start(len(rows))
+    for t in range(SEQ):
+        said, state = step(model, state, rows[:, t])
+        assert np.abs(said - whole[:, t]).max() <= CAUSAL, t
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_number_of_a_chunks_tokens_may_be_kept(name: str, backend: str) -> None:
+    """Chunks of 1 to 20 tokens, of which 0 to all are kept; what is dropped was another text."""
+    model, rows = made(name, backend)
+    whole, state, at, turn = model.logits(rows), model.start(len(rows)), 0, 0
+    kept_counts = set()
+    while at < SEQ:
+        drawn = rng.integers16(0, f"chunks/{turn}", 2).astype(int)
+        size, turn = 1 + drawn[0] % 20, turn + 1
+        kept = min(drawn[1] % (size + 1), SEQ - at)
+        chunk = tokens(f"draft/{turn}", len(rows), size, 97, 1)
+        chunk[:, :kept] = rows[:, at : at + kept]
+        tape = model.chunk(state, chunk)
+        assert np.abs(tape.logits()[:, :kept] - whole[:, at : at + kept]).max(initial=0.0) <= CAUSAL
+        state, at = model.commit(tape, kept), at + kept
+        kept_counts.add(kept)
+    assert len(kept_counts) > 4 and 0 in kept_counts
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_windows_with_carry_equal_one_long_window(name: str, backend: str) -> None:
+    for width in (16, 13):  # blocks of 8: in phase, and not
+        model, rows = made(name, backend)
+        whole, state = model.nll(rows[:, :-1], rows[:, 1:]), model.start(len(rows))
+        for begin in range(0, SEQ - 1, width):
+            end = min(begin + width, SEQ - 1)
+            tape = model.chunk(state, rows[:, begin:end])
+            assert np.abs(tape.nll(rows[:, begin + 1 : end + 1]) - whole[:, begin:end]).max() <= CAUSAL
+            state = model.commit(tape, end - begin)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_float32_and_with_fast_ops(backend: str) -> None:
+    model, rows = made(EVERYTHING, backend, dtype="float32")
+    whole, state = model.logits(rows), model.start(len(rows))
+    size = np.sqrt(np.mean(whole**2))
+    for begin in range(0, SEQ, 5):
+        tape = model.chunk(state, rows[:, begin : begin + 5])
+        assert np.sqrt(np.mean((tape.logits() - whole[:, begin : begin + 5]) ** 2)) <= P2_FLOAT32 * size
+        state = model.commit(tape, tape.logits().shape[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chunk_changes_no_state(name: str, backend: str) -> None:
+    model, rows = made(name, backend)
+    state = model.commit(model.chunk(model.start(3), rows[:, :13]), 13)
+    before = flat(state)
+    first = model.chunk(state, rows[:, 13:30])
+    model.commit(first, 5)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(before, flat(state), strict=True))
+    assert model.chunk(state, rows[:, 13:30]).logits().tobytes() == first.logits().tobytes()
+    assert model.commit(first, 0) is state
+    for n in (-1, 18):
+        with pytest.raises(ValueError, match=f"commit {n} tokens of a chunk of 17"):
+            model.commit(first, n)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_part_of_the_state_matters(name: str, backend: str) -> None:
+    """A state that a layer carries but never reads would look exact and be worth nothing."""
+    model, rows = made(name, backend)
+    state = model.commit(model.chunk(model.start(3), rows[:, :13]), 13)
+    after = model.chunk(state, rows[:, 13:40]).logits()
+    count = 0
+    for changed in nudged(state.model):
+        other = model.chunk(dataclasses.replace(state, model=changed), rows[:, 13:40]).logits()
+        assert np.abs(other - after).max() > 1e-9
+        count += 1
+    assert count >= len(config_of(name).model.passes(True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_is_as_large_as_declared(name: str, backend: str) -> None:
+    model, rows = made(name, backend)
+    config = config_of(name).model
+    state = model.start(1)
+    for t in range(20):
+        _, state = step(model, state, rows[2:, t])
+        floats = sum(a.size for a in flat(state) if a.dtype.kind == "f")
+        assert floats == state_size(config) + (t + 1) * state_per_token(config)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_of_ended_documents_are_dropped(backend: str) -> None:
+    model, rows = made(HYBRID, backend)
+    state, whole = model.start(1), model.logits(rows[1:2])
+    for t in range(12):  # row 1 has documents at 7, 8 and 9
+        said, state = step(model, state, rows[1:2, t])
+        assert np.abs(said - whole[:, t]).max() <= CAUSAL, t
+    assert state.model.kept.shape == (1, 3) and state.seen.tolist() == [3]
+
+
+def flat(state: Any) -> list[np.ndarray]:
+    """Return every array of a state as numpy."""
+    value = getattr(state, "model", state)
+    if isinstance(value, tuple):
+        return [array for part in value for array in flat(part)]
+    return [] if value is None or isinstance(value, int) else [to_numpy(value)]
+
+
+def nudged(state: Any) -> list[Any]:
+    """Return copies of a model's state in which one of its arrays is moved a little, or its last token another one."""
+    out = []
+    for field in ("mixers", "banks"):
+        parts = getattr(state, field)
+        for i, part in enumerate(parts):
+            for changed in _nudge(part):
+                out.append(state._replace(**{field: (*parts[:i], changed, *parts[i + 1 :])}))
+    if state.smeared is not None:
+        out.append(state._replace(smeared=state.smeared + 0.1))
+    if state.ids.shape[1]:
+        out.append(state._replace(ids=abs(state.ids - 1)))
+    return out
+
+
+def _nudge(part: Any) -> list[Any]:
+    out = []
+    for field, value in zip(part._fields, part, strict=True):
+        if isinstance(value, tuple):
+            out += [part._replace(**{field: changed}) for changed in _nudge(value)]
+        elif value is not None:
+            out.append(part._replace(**{field: value + 0.1}))
+    return out

@@ -1,0 +1,140 @@
+"""P3: 20 updates of every optimizer rule on given gradients, backend against backend and oracle. Budget: 5 s."""
+
+import numpy as np
+import pytest
+
+from core.check.tolerances import P3_FLOAT32, P3_FLOAT64, relative_rms
+from core.config import TrainConfig
+from core.training import schedule
+from shared_tests.oracle import reference
+from shared_tests.support.harness import BACKENDS, call, draw, module, to_device, to_numpy
+
+pytestmark = pytest.mark.pair
+LIMITS = {"float64": P3_FLOAT64, "float32": P3_FLOAT32}
+SETTINGS = {"lr": 3e-3, "decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+
+
+def twenty_updates(backend: str, dtype: str) -> list[np.ndarray]:
+    rule = module(backend, "optim").adamw
+    param = to_device(backend, draw("param", 7, 5), dtype)
+    m = v = to_device(backend, np.zeros((7, 5)), dtype)
+    for step in range(20):
+        grad = to_device(backend, draw(f"grad/{step}", 7, 5), dtype)
+        bias1, bias2 = 1 - SETTINGS["beta1"] ** (step + 1), 1 - SETTINGS["beta2"] ** (step + 1)
+        hyper = (SETTINGS["lr"], SETTINGS["decay"], bias1, bias2, SETTINGS["beta1"], SETTINGS["beta2"], SETTINGS["eps"])
+        param, m, v = rule(param, grad, m, v, *hyper)
+    return [to_numpy(x) for x in (param, m, v)]
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_adamw_agrees_over_twenty_updates(dtype: str) -> None:
+    mine, theirs = (twenty_updates(b, dtype) for b in BACKENDS)
+    oracle = reference.adamw(draw("param", 7, 5), [draw(f"grad/{s}", 7, 5) for s in range(20)], **SETTINGS)
+    for a, b, c in zip(mine, theirs, oracle, strict=True):
+        assert relative_rms(a, b) <= LIMITS[dtype]
+        assert relative_rms(a, c) <= LIMITS[dtype] and relative_rms(b, c) <= LIMITS[dtype]
+
+
+def test_adamw_is_torchs_adamw() -> None:
+    import torch
+
+    param = torch.nn.Parameter(torch.tensor(draw("param", 7, 5)))
+    rule = torch.optim.AdamW(
+        [param],
+        lr=SETTINGS["lr"],
+        betas=(SETTINGS["beta1"], SETTINGS["beta2"]),
+        eps=SETTINGS["eps"],
+        weight_decay=SETTINGS["decay"],
+    )
+    for step in range(20):
+        param.grad = torch.tensor(draw(f"grad/{step}", 7, 5))
+        rule.step()
+    assert relative_rms(twenty_updates("cuda", "float64")[0], param.detach().numpy()) <= P3_FLOAT64
+
+
+MUON = {
+    "plain": TrainConfig(),
+    "rows": TrainConfig(muon_rows=True, muon_iterations=3),
+    "rms": TrainConfig(muon_scale="rms", muon_coefficients=(2.0, -1.5, 0.5)),
+}
+SHAPES = [(6, 6), (9, 4), (4, 9), (1, 5)]
+
+
+def twenty_of_muon(backend: str, dtype: str, shape: tuple[int, int], settings: TrainConfig) -> list[np.ndarray]:
+    """Return (param, m) of a stack of three matrices; the gradient of the second is zero at every third step."""
+    rule = module(backend, "optim").muon
+    param = to_device(backend, draw("param", 3, *shape), dtype)
+    m = to_device(backend, np.zeros((3, *shape)), dtype)
+    for step in range(20):
+        param, m = rule(param, to_device(backend, grads_at(step, shape), dtype), m, 0.02, 0.1, 0.9, settings)
+    return [to_numpy(param), to_numpy(m)]
+
+
+def grads_at(step: int, shape: tuple[int, int]) -> np.ndarray:
+    grad = draw(f"grad/{step}", 3, *shape)
+    grad[1] *= step % 3 != 0
+    return grad
+
+
+@pytest.mark.parametrize("name", MUON)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_muon_agrees_over_twenty_updates(dtype: str, shape: tuple[int, int], name: str) -> None:
+    settings = MUON[name]
+    mine, theirs = (twenty_of_muon(b, dtype, shape, settings) for b in BACKENDS)
+    rows = [
+        reference.muon(start, [grads_at(s, shape)[i] for s in range(20)], 0.02, 0.1, 0.9, settings)
+        for i, start in enumerate(draw("param", 3, *shape))
+    ]
+    oracle = [np.stack(part) for part in zip(*rows, strict=True)]
+    for a, b, c in zip(mine, theirs, oracle, strict=True):
+        assert relative_rms(a, b) <= LIMITS[dtype]
+        assert relative_rms(a, c) <= LIMITS[dtype] and relative_rms(b, c) <= LIMITS[dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_newton_schulz_brings_singular_values_near_one(backend: str) -> None:
+    settings = TrainConfig()
+    for shape in ((64, 64), (96, 32), (32, 96)):
+        (got,) = call(
+            backend,
+            lambda x: module(backend, "optim").newton_schulz(x, settings.muon_iterations, settings.muon_coefficients),
+            (draw(f"ns/{shape}", 2, *shape),),
+            "float32",
+        )
+        values = np.linalg.svd(got, compute_uv=False)
+        assert values.max() < 1.3 and np.median(values) > 0.65  # the smallest of a square matrix may lag behind
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
+def test_muon_leaves_a_matrix_without_a_gradient_alone(bad: float, backend: str) -> None:
+    param, m, grad = draw("param", 2, 4, 3), draw("m", 2, 4, 3), draw("grad", 2, 4, 3)
+    grad[1] = bad
+    rule = module(backend, "optim").muon
+    new, buffer = call(backend, rule, (param, grad, m, 0.1, 0.5, 0.9, TrainConfig()), "float64")
+    assert np.array_equal(new[1], param[1]) and np.array_equal(buffer[1], m[1])
+    assert not np.array_equal(new[0], param[0]) and np.isfinite(new).all()
+
+
+def test_momentum_warms_up_by_the_plan() -> None:
+    config = TrainConfig(muon_momentum_steps=10)
+    values = [schedule.plan(step, 0.5, config).momentum for step in (0, 5, 10, 500)]
+    assert values == pytest.approx([0.85, 0.9, 0.95, 0.95], abs=1e-15)
+    assert schedule.plan(0, 0.5, TrainConfig(muon_momentum_steps=0)).momentum == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clipping(backend: str) -> None:
+    optim = module(backend, "optim")
+    grads = [draw("a", 4, 3), draw("b", 9)]
+    total = float(np.sqrt(sum((g**2).sum() for g in grads)))
+
+    def norm(*arrays):
+        return optim.global_norm(arrays)
+
+    (measured,) = call(backend, norm, tuple(grads), "float64")
+    assert measured == pytest.approx(total, rel=1e-12)
+    for limit, expected in ((total / 2, 0.5), (2 * total, 1.0), (None, 1.0)):
+        (scale,) = call(backend, optim.clip_scale, (measured.reshape(()), limit), "float64")
+        assert scale == pytest.approx(expected, rel=1e-6)

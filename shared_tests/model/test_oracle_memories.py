@@ -1,0 +1,120 @@
+"""The oracle's memories (EngramHash, bank, embedding) by hand: what they add, and that they are causal. Budget: 5 s."""
+
+import dataclasses
+
+import numpy as np
+
+from core.model.config import ModelConfig
+from core.model.engram import BIGRAM_MULTIPLIER, MULTIPLIERS
+from shared_tests.model.test_engram import config, weights
+from shared_tests.oracle import reference
+from shared_tests.support.harness import draw, tokens
+
+
+def logits(model: ModelConfig, ids: np.ndarray, **changes: np.ndarray) -> np.ndarray:
+    return reference.model(model, weights(model) | changes, ids)
+
+
+def test_every_memory_of_the_oracle_has_a_neutral_setting() -> None:
+    """Each alone, put to its neutral value, leaves the model without it."""
+    bare = config(engram_orders=0, bigram_buckets=0, smear=False, bank="none", residual_mix=True, unet_skips=True)
+    ids = tokens("neutral", 2, 30, 24, 1)
+    plain = logits(bare, ids)
+    for changes, neutral in (
+        ({"engram_orders": 2, "engram_dim": 12}, {"engram.value.weight": np.zeros((8, 12))}),
+        ({"engram_orders": 1, "engram_layer": 0, "engram_dim": 12}, {"engram.bias": np.full(1, -1e3)}),
+        ({"bigram_buckets": 29}, {"bigram.value.weight": np.zeros((8, 4))}),
+        ({"smear": True}, {"smear": np.full(8, -1e3)}),
+        ({"bank": "middle"}, {"bank_middle.gate": np.zeros(8)}),
+        ({"bank": "head"}, {"bank_head.gate": np.zeros(8)}),
+    ):
+        model = dataclasses.replace(bare, **changes)
+        assert np.allclose(logits(model, ids, **neutral), plain, rtol=0, atol=1e-4), changes
+        assert not np.allclose(logits(model, ids), plain, rtol=0, atol=1e-2), changes
+
+
+def test_the_oracles_memories_are_causal_and_keep_documents_apart() -> None:
+    ids = tokens("causal", 1, 20, 24, 1)
+    ids[ids == 1] = 2
+    ids[0, 12] = 1
+    isolated, packed = config(), config(documents="packed")
+    other = ids.copy()
+    other[0, 9] = ids[0, 9] + 1 if ids[0, 9] < 23 else 3
+    for model in (isolated, packed):
+        ours, theirs = logits(model, ids), logits(model, other)
+        assert np.array_equal(ours[:, :9], theirs[:, :9]) and (ours[:, 9:12] != theirs[:, 9:12]).any(-1).all()
+        assert np.array_equal(ours[:, 12:], theirs[:, 12:]) == (model is isolated)
+
+
+def test_the_oracles_embedding_by_hand() -> None:
+    model, ids = config(), np.array([[4, 5, 1, 6, 5]])
+    w = weights(model)
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x * x).mean() + model.norm_eps)
+
+    def pair(older: int, newer: int) -> np.ndarray:
+        return w["bigram.value.weight"] @ w["bigram.table"][(older * BIGRAM_MULTIPLIER + newer) % 29]
+
+    vectors, share = w["embed.weight"], 1 / (1 + np.exp(-w["smear"]))
+    packed = {
+        0: unit(vectors[4]),
+        1: unit(vectors[5] + pair(4, 5)),
+        2: unit(vectors[1] + pair(5, 1)),
+        3: unit(vectors[6] + pair(1, 6)),
+        4: unit(vectors[5] + pair(6, 5)),
+    }
+    isolated = packed | {2: unit(vectors[1])}
+    for rule, plain, before in (("isolated", isolated, (None, 0, None, 2, 3)), ("packed", packed, (None, 0, 1, 2, 3))):
+        starts = reference.document_starts(dataclasses.replace(model, documents=rule), ids)
+        stream, values = reference.embedded_tokens(model, w, ids, starts)
+        for t, last in enumerate(before):
+            expected = plain[t] + (0 if last is None else share * plain[last])
+            assert np.allclose(stream[0, t], expected, rtol=0, atol=1e-12), (rule, t)
+            assert np.allclose(values[0, t], unit(vectors[ids[0, t]]), rtol=0, atol=1e-12)
+
+
+def test_the_oracles_engram_by_hand() -> None:
+    model = config(engram_orders=2, engram_heads=1, engram_dim=6)
+    w, ids = weights(model), np.array([[4, 5, 6, 1, 7]])
+    own, x = reference.part(w, "engram."), draw("stream", 1, 5, 8)
+    got = reference.engram(model, own, x, ids, reference.document_starts(model, ids))
+    none = np.zeros(3)
+    (p,), (q,) = (heads[:1] for heads in MULTIPLIERS[:2])
+    table = own["table"]
+    memories = [
+        (none, none),
+        (table[(4 * p + 5) % 31], none),
+        (table[(5 * p + 6) % 31], table[31 + (4 * q * q + 5 * q + 6) % 31]),
+        (none, none),
+        (table[(1 * p + 7) % 31], none),
+    ]
+    sharpness = 0.1 + 3.9 / (1 + np.exp(-own["sharpness"][0]))
+    for t, memory in enumerate(memories):
+        m = np.concatenate(memory)
+        k, here = own["key.weight"] @ m, x[0, t]
+        cosine = (k @ here) / 8 / np.sqrt(((k**2).mean() + model.norm_eps) * ((here**2).mean() + model.norm_eps))
+        gate = 1 / (1 + np.exp(-(sharpness * cosine + own["bias"][0])))
+        assert np.allclose(got[0, t], gate * (own["value.weight"] @ m), rtol=0, atol=1e-12), t
+
+
+def test_the_oracles_bank_reads_what_followed_contexts_like_this() -> None:
+    """Inside its first block a read is a sum over the document: (read key of t . write key of j - 1) times vector j."""
+    model = config(capsule_block=64, bank_heads=1)
+    w, ids = weights(model), np.array([[4, 5, 6, 1, 7, 8, 9]])
+    own, f, values = reference.part(w, "bank_head."), draw("f", 1, 7, 8), draw("values", 1, 7, 8)
+    got = reference.bank(model, own, f, values, reference.document_starts(model, ids))
+
+    def keys(bias: np.ndarray | float, temperature: float) -> np.ndarray:
+        route = f[0] @ own["route.weight"].T + bias
+        hot = np.exp(temperature * route / np.sqrt((route**2).mean(-1, keepdims=True) + model.norm_eps))
+        return hot / hot.sum(-1, keepdims=True)
+
+    warm = own["capsules.temperature"][:, 0]
+    write, read = keys(own["write_bias"], warm[0]), keys(0.0, warm[1])
+    for t in range(7):
+        start = 0 if t < 3 else 3
+        y = sum(((read[t] @ write[j - 1]) * values[0, j] for j in range(start + 1, t + 1)), np.zeros(8))
+        expected = own["gate"] * y / np.sqrt((y**2).mean() + model.norm_eps)
+        assert np.allclose(got[0, t], expected, rtol=0, atol=1e-12), t
+    assert not got[0, [0, 3]].any()

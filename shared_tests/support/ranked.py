@@ -1,0 +1,243 @@
+"""What test_ranks starts: one rank of a run on this machine, by torchrun's variables or mlx.launch's, and its tasks.
+
+`python -m shared_tests.support.ranked BACKEND FOLDER TASK ...`: rank 0 writes what a task returned to FOLDER/TASK.json.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+import core.training.loop
+from core.config import ConfigError, EvalConfig, RunConfig
+from core.data.dataset import open_dataset
+from core.engine.heartbeat import Heartbeat
+from core.engine.protocol import Batch, Engine, EngineOptions, load_engine
+from core.engine.ranks import Alone, Ranks, join, share
+from core.scoring.plugins import Temperature
+from core.scoring.score import score
+from core.training.loop import train
+from core.training.run import Follower, Run
+from core.training.schedule import plan, progress_by_steps
+from core.verbs.common import same_start
+from shared_tests.support.killed import everything
+from shared_tests.support.plugin_examples import Adaptation
+
+
+def curves(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Train minis for 50 steps in float64, each rank on its rows, and return losses and final weights' digest."""
+    from shared_tests.support.harness import batches
+
+    found = {}
+    for name, config in cases(ranks.world).items():
+        engine = built(backend, config, ranks)
+        losses = []
+        for step, batch in enumerate(batches(config, config.train.steps)):
+            part = share(len(batch.tokens), ranks)
+            mine = Batch(batch.tokens[part], batch.targets[part], len(batch.tokens))
+            now = plan(step, progress_by_steps(step, config.train), config.train)
+            losses.append(engine.train_step(mine, now).result()._asdict())
+        state = {**engine.params(), **engine.optimizer()}
+        if ranks.rank == 0:
+            save_file(state, folder / f"{name}.safetensors")
+        found[name] = losses
+    return found
+
+
+def cases(world: int) -> dict[str, RunConfig]:
+    """Return what `curves` trains: every optimizer, stored weights, averages, clipping, rows that do not divide.
+
+    Four ranks, which here share two cores, do the two that differ most.
+    """
+    from shared_tests.support.harness import mini
+
+    made = {}
+    for name, preset, changes in (
+        ("adamw", "ablate_float", {"matrix_rule": "adamw", "batch": 4}),
+        ("muon", "ablate_float", {"matrix_rule": "muon", "batch": 4, "average_from": 0.3}),
+        ("uneven", "ablate_float", {"matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3}),
+        ("micro", "ablate", {"matrix_rule": "muon", "batch": 6, "micro_batch": 2}),
+    ):
+        config = mini(preset)
+        model = dataclasses.replace(config.model, layers=1, blocks=config.model.blocks[:1])
+        train = dataclasses.replace(config.train, steps=50, seq=16, **changes)
+        made[name] = dataclasses.replace(config, model=model, train=train)
+    return made if world < 4 else {name: made[name] for name in ("uneven", "micro")}
+
+
+def whole_run(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Train a run with everything on in folder/run, or go on with it, and return its numbers."""
+    config = everything((folder / "data-path").read_text(), eval_every=6)
+    dataset = open_dataset((folder / "data-path").read_text())
+    engine = built(backend, config, ranks)
+    path = folder / "run"
+    run = Run.create(path, config, dataset.tokenizer.model) if ranks.rank == 0 else Follower(path, config)
+    train(run, engine, dataset, lambda line: None)
+    state = {**engine.params(), **engine.optimizer()}
+    if ranks.rank == 0:
+        save_file(state, folder / "run.safetensors")
+    return {"rows": run.metrics() if ranks.rank == 0 else []}
+
+
+def timed(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Train for a second of rank 0's time; the clock of rank 1 goes ten times as fast, and neither waits for steps."""
+    config = everything((folder / "data-path").read_text())
+    settings = {"seconds": 1.0, "steps": 100_000, "save_every": None, "keep_every": None, "log_every": 10}
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))
+    dataset = open_dataset(config.data.path)
+    path = folder / f"timed-{ranks.world}"
+    run = Run.create(path, config, dataset.tokenizer.model) if ranks.rank == 0 else Follower(path, config)
+    before = core.training.loop.Clock
+    core.training.loop.Clock = FastClock if ranks.rank else before
+    try:
+        done = train(run, built(backend, config, ranks), dataset, lambda line: None)
+    finally:
+        core.training.loop.Clock = before
+    steps = [int(part[0]) for part in ranks.gather(np.array([done.steps]))]
+    return {"steps": steps, "seconds": done.seconds, "saved": ranks.rank == 0 and run.checkpoint().step}  # type: ignore
+
+
+class FastClock(core.training.loop.Clock):
+    """A clock that is wrong."""
+
+    @property
+    def seconds(self) -> float:
+        """Ten times the time."""
+        return 10 * super().seconds
+
+
+def apart(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Start alike, then with other options on rank 1, and return what is said."""
+    config = everything((folder / "data-path").read_text())
+    dataset = open_dataset(config.data.path)
+    same_start(ranks, config, dataset, dtype=None)
+    try:
+        same_start(ranks, config, dataset, dtype="float64" if ranks.rank else None)
+    except ConfigError as error:
+        return {"said": str(error)}
+    return {"said": ""}
+
+
+def scores(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Score the same weights in every kind of windows and return nats and bits per byte."""
+    config = everything((folder / "data-path").read_text())
+    dataset = open_dataset((folder / "data-path").read_text())
+    engine = built(backend, config, ranks)
+    found = {}
+    for windows in ("plain", "sliding", "documents", "stateful"):
+        stride = 8 if windows in ("sliding", "documents") else None
+        settings = EvalConfig(windows=windows, seq=24, stride=stride, batch=3)
+        for drawn in (None, 7):
+            made = score(engine, dataset, settings, documents=drawn, seed=0, ranks=ranks)
+            found[f"{windows} {drawn}"] = made.to_json()
+    settings = EvalConfig(seq=24, batch=3, plugins=("temperature", "shared_tests.support.plugin_examples:Adaptation"))
+    for plugin in (Temperature(), Adaptation(24)):  # what learns, and what trains
+        made = score(engine, dataset, settings, documents=7, seed=0, ranks=ranks, plugins=[plugin])
+        found[type(plugin).__name__] = made.to_json()
+    return found
+
+
+def beaten(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Hear each other while rank 1 is busy for longer than the silence allows, then lose it."""
+    with Heartbeat(ranks, beat=0.2, silence=4.0, hint="go on from the checkpoint"):
+        if ranks.rank == 1:
+            until = time.monotonic() + 6
+            while time.monotonic() < until:  # busy in Python: the slow rank of the test
+                sum(range(1000))
+        ranks.broadcast(b"")  # the others wait for the slow one here
+        (folder / f"slow-{ranks.rank}").touch()
+        while ranks.rank == 1 and len(list(folder.glob("slow-*"))) < ranks.world:  # the end must not overtake them
+            time.sleep(0.05)
+        how = os.environ.get("SKC_TEST_END", "")
+        if ranks.rank == 1 and how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if ranks.rank == 1 and how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if ranks.rank == 1 and how == "raise":
+            raise ValueError("a disk is full")
+        ranks.broadcast(b"")  # for ever, where rank 1 is gone
+    return {}
+
+
+TASKS: dict[str, Callable[[str, Ranks, Path], dict[str, Any]]] = {
+    "curves": curves, "whole_run": whole_run, "timed": timed, "apart": apart, "scores": scores, "beaten": beaten,
+}  # fmt: skip
+
+
+def built(backend: str, config: RunConfig, ranks: Ranks) -> Engine:
+    """Return the eager float64 engine of one rank."""
+    options = EngineOptions(dtype="float64", compile=False)
+    return load_engine(backend, config, options=options, quantise=config.train.quantise == "always", ranks=ranks)
+
+
+def environments(backend: str, world: int, folder: Path) -> list[dict[str, str]]:
+    """Return what a launcher would set for each of `world` ranks on this machine."""
+    ports = _ports(world)
+    if backend == "mlx":
+        (folder / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+        return [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json")} for rank in range(world)]
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+def start(backend: str, world: int, command: list[str], folder: Path, **more: str) -> list[subprocess.Popen]:
+    """Start `world` ranks of `python COMMAND ...` and return their processes; what they print goes to folder/rank-N."""
+    processes = []
+    for rank, variables in enumerate(environments(backend, world, folder)):
+        with open(folder / f"rank-{rank}", "wb") as file:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, *command], env={**os.environ, **variables, **more}, stdout=file, stderr=file
+                )
+            )
+    return processes
+
+
+def together(backend: str, world: int, folder: Path, *tasks: str) -> dict[str, Any]:
+    """Run tasks on `world` ranks (1: in this process) and return rank 0's results by task."""
+    if world == 1:
+        return {task: TASKS[task](backend, Alone(), folder) for task in tasks}
+    processes = start(backend, world, ["-m", "shared_tests.support.ranked", backend, str(folder), *tasks], folder)
+    codes = [process.wait(timeout=300) for process in processes]
+    said = "\n".join((folder / f"rank-{rank}").read_text() for rank in range(world))
+    assert codes == [0] * world, said
+    return {task: json.loads((folder / f"{task}.json").read_text()) for task in tasks}
+
+
+def _ports(count: int) -> list[int]:
+    """Return free ports."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def main() -> None:
+    """Be one rank."""
+    backend, folder = sys.argv[1], Path(sys.argv[2])
+    ranks = join(backend)
+    if backend == "cuda":
+        import torch
+
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True)
+    for task in sys.argv[3:]:
+        found = TASKS[task](backend, ranks, folder)
+        if ranks.rank == 0:
+            (folder / f"{task}.json").write_text(json.dumps(found))
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""A disk that fills up during a run: one line, the last checkpoint intact, and the run goes on later. Budget: 40 s."""
+
+import contextlib
+import errno
+import io
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.cli import main
+from core.console import Console
+from core.training.run import Run
+from shared_tests.support.killed import fingerprint, small_data, timeless
+
+SHORT = ("--train.steps", "6", "--train.save-every", "2", "--train.log-every", "1", "--backend", "cuda")
+SHORT += ("--train.eval-every", "None", "--train.sample-every", "None", "--eval.documents", "2")
+PAGE = 4096
+LAST = "state/checkpoint.safetensors"
+
+
+def skc_train(data: str, out: Path, *more: str) -> tuple[int, str]:
+    """Run `skc train debug` and return its exit code and what it said on stderr."""
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+        code = main(["train", "debug", "--data.path", data, *SHORT, *more, "--out", str(out)])
+    return code, errors.getvalue()
+
+
+def must_fail(data: str, out: Path, file: str, reason: str, todo: str, *more: str, step: int = 2) -> None:
+    """The command ends with 2 and a line that names the file; what was saved is whole and nothing else is left."""
+    code, errors = skc_train(data, out, *more)
+    line = f"skc train: {out / file}: {reason}; {todo}, what was saved before is intact\n"
+    assert (code, errors) == (2, line), (code, errors, line)
+    run = Run.open(out)
+    saved = run.checkpoint()
+    assert saved and saved.step == step
+    assert {row["step"] for row in run.metrics()} >= {*range(1, step + 1)}
+    assert not list(out.rglob("*.tmp")), "a temporary file is left"
+
+
+def must_end_like(calm: Path, data: str, out: Path, *more: str) -> None:
+    """The same command goes on and ends in the same bits as a run that always had space."""
+    assert skc_train(data, out, *more) == (0, "")
+    ours, theirs = Run.open(out), Run.open(calm)
+    a, b = ours.checkpoint(), theirs.checkpoint()
+    assert a and b and a.step == 6 and fingerprint(a) == fingerprint(b)
+    assert timeless(ours) == timeless(theirs)
+    assert (out / "artifact.skc").read_bytes() == (calm / "artifact.skc").read_bytes()
+    assert not list(out.rglob("*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Some short documents."""
+    return small_data(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def calm(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that always had space."""
+    path = tmp_path_factory.mktemp("calm") / "run"
+    assert skc_train(data, path) == (0, "")
+    return path
+
+
+# Everywhere: the kernel refuses to let a file grow, or the error is planted.
+
+
+@contextlib.contextmanager
+def no_larger_than(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond `size` bytes: a write that would is cut, and the next one fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def once(method: Callable[..., Any], when: Callable[..., bool], size: Callable[..., int]) -> Callable[..., Any]:
+    """Return `method` with files that cannot grow beyond `size` while it handles the call that `when` picks."""
+
+    def call(*arguments: Any) -> Any:
+        with no_larger_than(size(*arguments)) if when(*arguments) else contextlib.nullcontext():
+            return method(*arguments)
+
+    return call
+
+
+def test_files_that_cannot_grow(data: str, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run that fails in its checkpoint of step 4, then in a line of metrics, then in a line of the log."""
+    out = tmp_path / "run"
+    reason, todo = "File too large", "raise the limit on the size of a file (ulimit -f)"
+    faults: dict[str, tuple[type, str, Callable[..., bool], Callable[..., int]]] = {
+        LAST: (Run, "save", lambda run, engine, step, seconds: step == 4, lambda *_: (calm / LAST).stat().st_size // 2),
+        "metrics.jsonl": (
+            Run, "log", lambda run, step, values: step == 3, lambda run, *_: run.metrics_path.stat().st_size + 10
+        ),
+        "log.txt": (
+            Console, "__call__", lambda say, line: line.startswith("step 3/"),
+            lambda *_: (out / "log.txt").stat().st_size + 10,
+        ),
+    }  # fmt: skip
+    for file, (kind, name, when, size) in faults.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, once(getattr(kind, name), when, size))
+            must_fail(data, out, file, reason, todo)
+    must_end_like(calm, data, out)
+    assert "step 3/6" in (out / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("place", ["open", "fsync", "replace", "copy"])
+def test_no_space_at_any_moment_of_a_save(
+    place: str, data: str, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is planted in one call of the save of step 4; a checkpoint that only lacks its copy counts."""
+    out, honest, reason = tmp_path / "run", Run.save, os.strerror(errno.ENOSPC)
+    name = "open" if place == "copy" else place
+    call = getattr(os, name)
+
+    def full(target: Any, *rest: Any) -> Any:
+        if name == "open" and not (rest[0] & os.O_EXCL and (place == "open" or "/step-4." in str(target))):
+            return call(target, *rest)  # a file that is read, or is not the one
+        if place == "fsync" and os.path.samestat(os.fstat(target), os.stat(out / "metrics.jsonl")):
+            return call(target)  # its fsync comes first and is no part of the checkpoint
+        raise OSError(errno.ENOSPC, reason)
+
+    def save(run: Run, engine: Any, step: int, seconds: float) -> None:
+        with monkeypatch.context() as patch:
+            if step == 4:
+                patch.setattr(os, name, full)
+            honest(run, engine, step, seconds)
+
+    keep = ("--train.keep-every", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", save)
+        file, step = ("state/step-4.safetensors", 4) if place == "copy" else (LAST, 2)
+        must_fail(data, out, file, reason, "free some space", *keep, step=step)
+    if place in ("fsync", "copy"):
+        must_end_like(calm, data, out, *keep)
+        assert Run.open(out).kept() == [4]
+
+
+# Where this machine lets us: a disk that is really full.
+
+
+def unshared() -> tuple[str, ...] | str:
+    """Return the command that gives a process mounts of its own, or why there is none."""
+    if not sys.platform.startswith("linux") or shutil.which("unshare") is None:
+        return "needs Linux and unshare"
+    said = ""
+    for command in (("unshare", "-rm"), ("unshare", "-m")):
+        done = subprocess.run([*command, "mount", "-t", "tmpfs", "tmpfs", "/tmp"], capture_output=True, text=True)
+        if done.returncode == 0:
+            return command
+        said = done.stderr.strip()
+    return f"no mounts of our own here: {said}"
+
+
+def test_a_disk_that_is_full(data: str, calm: Path, tmp_path: Path) -> None:
+    command = unshared()
+    if isinstance(command, str):
+        pytest.skip(command)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    program = "import sys; from shared_tests.training.test_full_disk import scenario; sys.exit(scenario(*sys.argv[1:]))"
+    arguments = [sys.executable, "-c", program, data, str(calm), str(disk)]
+    mount = 'mount -t tmpfs -o size=2m tmpfs "$0" && exec "$@"'
+    done = subprocess.run(
+        [*command, "sh", "-c", mount, str(disk), *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and not list(disk.iterdir()), done.stdout + done.stderr
+
+
+def scenario(data: str, calm: str, disk: str) -> int:
+    """Fill a small disk in four ways under a run on it; return 0, or 1 and say what was wrong."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    out, ballast = Path(disk) / "run", Path(disk) / "ballast"
+    reason, todo = os.strerror(errno.ENOSPC), "free some space"
+    honest, size = Run.restore, (Path(calm) / LAST).stat().st_size
+    others = (Path(calm) / "tokenizer.model").stat().st_size + 16 * PAGE
+
+    def leave(space: int) -> None:
+        ballast.unlink(missing_ok=True)
+        free = os.statvfs(disk)
+        ballast.write_bytes(bytes(free.f_bavail * free.f_frsize - space))
+
+    def full_after_restore(padded: str) -> Callable[..., Any]:
+        """Return a Run.restore that leaves a full disk, and a file whose next line needs a new page."""
+
+        def restore(run: Run, engine: Any) -> Any:
+            found = honest(run, engine)
+            for path in (run.metrics_path, run.log_path):  # blanks at the end of a line are none of its reader's worry
+                text = path.read_text().removesuffix("\n")
+                room = 0 if path.name == padded else PAGE - 1
+                path.write_text(text + " " * ((-len(text.encode()) - 1 - room) % PAGE) + "\n")
+            leave(0)
+            return found
+
+        return restore
+
+    try:
+        leave(others + size * 3 // 2)  # one checkpoint fits, the next beside it does not
+        must_fail(data, out, LAST, reason, todo)
+        leave(0)
+        must_fail(data, out, "config.json", reason, todo)
+        for file in ("metrics.jsonl", "log.txt"):
+            ballast.unlink()
+            Run.restore = full_after_restore(file)
+            must_fail(data, out, file, reason, todo)
+            Run.restore = honest
+        ballast.unlink()
+        must_end_like(Path(calm), data, out)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0

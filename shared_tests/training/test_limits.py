@@ -1,0 +1,294 @@
+"""No number, text or list of a configuration makes anything hang: it works, or it is refused in one line. Budget: 15 s.
+
+The cases are made of the fields of the dataclasses, and go in as config.json, artifact header, TOML and command line.
+"""
+
+import dataclasses
+import json
+import resource
+import time
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+
+from core import presets
+from core.ablation.plan import read_plan
+from core.checks import ConfigError, told
+from core.cli import is_users, main, message
+from core.config import (
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    from_json,
+    to_json,
+)
+from core.console import MESSAGE, one_line
+from core.export.artifact import read_artifact
+from core.model.params import MOST_VALUES, count, param_table, start_values
+from core.training.run import Run
+from core.verbs.common import open_subject
+from shared_tests.check.test_cli import Capture
+from shared_tests.export.test_artifact import join, parts
+from shared_tests.export.test_artifact import write as write_artifact
+
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig, "export": ExportConfig}
+WHOLE = (10**9, 10**18, 2**40, 2**62, -(2**62), 10**4000, -1, 0)
+TEXTS = ("a" * 1_000_000, "a\0b", "a\ud800b", "\x1b[2Ja", "")
+SECONDS, MEMORY = 10.0, 512 << 20
+"""Of processor time and of memory that one case may take."""
+
+
+def kinds(hint: Any) -> set[Any]:
+    """Return the plain types that a field takes."""
+    if get_origin(hint) is typing.Literal:
+        return {str}
+    return set().union(*map(kinds, get_args(hint))) if get_args(hint) else {hint}
+
+
+def fields(section: str) -> dict[str, Any]:
+    """Return the fields of a section and what they take."""
+    return typing.get_type_hints(SECTIONS[section])
+
+
+def cases() -> Iterator[tuple[str, str, Any]]:
+    """Yield (section, field, value) for every field: numbers, texts and lists that no one means."""
+    for section, kind in SECTIONS.items():
+        for name, hint in typing.get_type_hints(kind).items():
+            values: list[Any] = []
+            if get_origin(hint) is tuple:
+                one = {int: 3, float: 0.5, str: "attention"}[kinds(hint).difference({type(...)}).pop()]
+                values += [[one] * 100_000, [10**18], [], [[]]]
+            elif int in kinds(hint):
+                values += WHOLE
+            elif float in kinds(hint):
+                values += [*WHOLE, 1e308, -1e308, 5e-324]
+            elif str in kinds(hint):
+                values += TEXTS
+            yield from ((section, name, value) for value in values)
+    yield from (("", "seed", value) for value in WHOLE)
+    yield from (("", "preset", value) for value in TEXTS)
+
+
+ALL = list(cases())
+
+
+def changed(config: RunConfig, case: tuple[str, str, Any]) -> dict[str, Any]:
+    """Return a configuration as JSON has it, with one field changed."""
+    value = to_json(config)
+    section, name, new = case
+    (value[section] if section else value)[name] = new
+    return json.loads(json.dumps(value))
+
+
+def check(act: Callable[[], object], case: object) -> bool:
+    """Return whether something is accepted; AssertionError unless it is quick, and refused in one line if it is not."""
+    began = time.process_time()
+    try:
+        act()
+        good = True
+    except (ValueError, OSError) as error:
+        good, said = False, message(error)
+        assert is_users(error), f"{told(case)}: {type(error)}: {said}"
+        assert said.isprintable() and 0 < len(said) <= MESSAGE, f"{told(case)}: {said!r}"
+    took = time.process_time() - began
+    assert took <= SECONDS, f"{told(case)}: {took:.1f} s"
+    return good
+
+
+@pytest.fixture(autouse=True)
+def little_memory() -> Iterator[None]:
+    """Let this process have no more than MEMORY beside what it has: what asks for more dies of a MemoryError."""
+    if not Path("/proc/self/statm").exists():  # macOS takes the limit and enforces nothing
+        yield
+        return
+    had = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (had + MEMORY, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def use(config: RunConfig) -> None:
+    """Do what every verb does with a configuration before anything is trained or scored."""
+    assert count(config.model) <= MOST_VALUES
+    assert config.train.tokens_per_step and config.train.lengths and config.model.passes(True)
+
+
+def test_config_json(tmp_path: Path) -> None:
+    """Every field of every section, as a run folder says it."""
+    run = Run.create(tmp_path / "run", presets.get("debug").config, b"tokenizer")
+    file, accepted = run.path / "config.json", 0
+    for case in ALL:
+        file.write_text(json.dumps(changed(run.config, case)))
+        accepted += check(lambda: use(Run.open(run.path).config), case)
+    assert 40 < accepted < len(ALL) / 4, "most are refused, and what is meant by someone works"
+
+
+def test_an_artifact(tmp_path: Path) -> None:
+    """Every field of a model, as an artifact's header says it."""
+    write_artifact(tmp_path / "good.skc")
+    header, payload = parts((tmp_path / "good.skc").read_bytes())
+    bad = tmp_path / "bad.skc"
+    for section, name, value in ALL:
+        if section == "model" and not (isinstance(value, str) and "\ud800" in value):
+            bad.write_bytes(join(header | {"model": header["model"] | {name: value}}, payload))
+            check(lambda: read_artifact(bad), (name, value))
+    seq = 2**62
+    bad.write_bytes(join(header | {"provenance": header["provenance"] | {"train_seq": seq}}, payload))
+    assert open_subject(str(bad), None).config.train.seq == EvalConfig.seq
+
+
+def toml(value: Any) -> str:
+    """Return a value as TOML has it, which nearly is as JSON has it."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value).replace("'", '"')
+
+
+def test_toml(tmp_path: Path) -> None:
+    """Every field of every section, as an ablation's settings say it, and what an ablation itself may ask for."""
+    file = tmp_path / "plan.toml"
+    lines = {"base": '"debug"', "seeds": "[1]", "backends": '["cuda"]', "[budget]\nsteps": "5"}
+
+    def plan(changes: dict[str, str], rest: str = "[variants.plain]\n") -> bool:
+        text = "".join(f"{key} = {value}\n" for key, value in {**lines, **changes}.items())
+        file.write_text(text + rest, "utf-8", "surrogatepass")
+        return check(lambda: read_plan(file).jobs(), (str(changes)[:80], rest[:80]))
+
+    assert plan({})
+    for section, name, value in ALL:
+        if section and name not in ("steps", "seconds"):
+            plan({}, f'[settings]\n"{section}.{name}" = {toml(value)}\n[variants.plain]\n')
+    for value in WHOLE:
+        for changes in (
+            {"[budget]\nsteps": str(value)},
+            {"[search]\ntrials": f"{value}\nseeds = [2]"},
+            {"[search]\ntrials": f'5\nseeds = [2]\n[search.space."train.lr_matrix"]\nlow = -1\nhigh = {value}'},
+            {"seeds": f"[{value}]"},
+        ):  # fmt: skip
+            plan(changes)
+    assert not plan({"seeds": str(list(range(100_000)))})
+    assert not plan(
+        {"seeds": str(list(range(300)))}, "".join(f'[variants.v{i}]\n"train.warmup" = 0.0{i}\n' for i in range(20))
+    )
+    assert not plan({}, "".join(f"[variants.v{i}]\n" for i in range(5000)))
+    assert not plan({"backends": str(["cuda"] * 100_000).replace("'", '"')})
+    assert not plan({"base": '"' + "a" * 900_000 + '"'})
+    assert not plan({}, f"[variants.{'a' * 900_000}]\n")
+
+
+HOSTILE_TOML = {
+    "deep lists": "a = " + "[" * 100_000,
+    "deep tables": "a = " + "{a=" * 100_000,
+    "dotted keys": "a." * 20_000 + "a = 1",
+    "dotted keys, spaced": "a . " * 2_000 + "a = 1",
+    "a dotted header": "[" + "a." * 2_000 + "a]",
+    "many digits": "seeds = [" + "9" * 5_000 + "]",
+    "hexadecimal": "seeds = [0x" + "f" * 5_000 + "]",
+    "an endless string": 'a = """' + r"\"" "" * 200_000,
+    "too large": "#" * (2 << 20),
+    "UTF-16": "\ufeffa = 1",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_TOML)
+def test_toml_that_is_no_plan(name: str, tmp_path: Path) -> None:
+    """Depth, length and digits are bounded before or while it is read."""
+    (tmp_path / "p.toml").write_text(HOSTILE_TOML[name], "utf-16" if name == "UTF-16" else "utf-8")
+    assert not check(lambda: read_plan(tmp_path / "p.toml"), name)
+
+
+def test_toml_as_people_write_it(tmp_path: Path) -> None:
+    """Marks inside strings and comments are none, 32 levels are some, and a byte order mark is no letter."""
+    text = 'base = "debug" # [[[[ . . .\nseeds = [1]\nbackends = ["cuda"]\n'
+    text += f'purpose = """{"[" * 50} {"." * 50} " "" \\""""""\n'
+    text += "[budget]\r\nsteps = 5\n[variants.plain]\n"
+    (tmp_path / "p.toml").write_text(text, "utf-8-sig")
+    plan = read_plan(tmp_path / "p.toml")
+    assert plan.purpose.endswith(' " "" """') and plan.budget == ("steps", 5)
+
+
+def test_the_command_line(capsys: Capture) -> None:
+    """The same through options: one field of each section, in full, and one number for every field."""
+    tried = [("model", "layers", value) for value in WHOLE] + [("data", "path", value) for value in TEXTS[2:]]
+    tried += [
+        ("train", "batch", 2**62),
+        ("train", "seq_stages", 2**40),
+        ("eval", "seq", 2**40),
+        ("eval", "batch", 2**40),
+    ]
+    for section, name, value in tried:
+        code, took = main(["info", "debug", f"--{section}.{name}", str(value)]), time.process_time()
+        said = capsys.readouterr().err
+        assert time.process_time() - took <= SECONDS
+        if code:
+            assert code == 2 and said.count("\n") == 1 and len(said) <= 400 and said[:-1].isprintable(), said[:1000]
+
+
+@pytest.mark.parametrize("steps", [10**9, 10**7, 200_001])
+def test_a_plan_of_too_many_steps_is_refused_at_once(steps: int, capsys: Capture) -> None:
+    """--dry-run goes through a run step by step."""
+    began = time.process_time()
+    assert main(["train", "debug", "--dry-run", "--train.steps", str(steps)]) == 2
+    assert time.process_time() - began < SECONDS
+    assert f"expected at most {10**7:,}" in (said := capsys.readouterr().err) or "goes through 200,000 at most" in said
+
+
+def test_sizes_at_their_limits_cost_little() -> None:
+    """What the bounds let through is counted in moments, and never allocated."""
+    deep = dataclasses.replace(
+        ModelConfig(), layers=1024, blocks=("skc", "attention"), repeat_layers=tuple(range(1024))
+    )
+    assert not check(lambda: start_values(deep, 0), "deep")
+    deep = dataclasses.replace(deep, dim=16, heads=1, kv_heads=1, mlp_hidden=16, rope_dims=0, mixer_dim=16, capsules=1)
+    began = time.process_time()
+    assert len(param_table(deep)) > 15_000 and time.process_time() - began < 5
+    wide = dataclasses.replace(ModelConfig(), vocab=1 << 20, dim=1 << 20, mlp_hidden=1 << 20, heads=1, kv_heads=1)
+    assert not check(lambda: start_values(wide, 0), "wide")
+
+
+def test_every_limit_is_checked_first() -> None:
+    """A field that is too large is refused by its limit, not by what would be computed from it."""
+    for section, name, value in ALL:
+        if section and isinstance(value, int) and value == 10**18 and int in kinds(fields(section)[name]):
+            with pytest.raises(ConfigError, match=rf"^{section}\.{name}.*expected at most"):
+                from_json(SECTIONS[section], changed(RunConfig(), (section, name, value))[section], section)
+
+
+# What leaves the program.
+
+
+def test_a_message_is_one_short_line_that_any_terminal_can_have() -> None:
+    """Sixty megabytes are cut in their middle, escapes are written out, and lone surrogates are the bytes they were."""
+    said = one_line("file: " + "\x1b[2Jk" * 1_000_000 + " is wrong\n\tdo this")
+    assert len(said) <= MESSAGE and said.startswith("file: \\x1b[2Jk") and said.endswith("is wrong do this")
+    assert "(cut: " in said and said.isprintable()
+    assert one_line("caf\udce9 \ud800 \x00 \u202e") == "caf\\xe9 \\ud800 \\x00 \\u202e"
+    assert one_line("é 日本 ± …") == "é 日本 ± …"
+
+
+@pytest.mark.parametrize("argv", [["eval", "nope\udce9"], ["train", "debug", "--out", "caf\udce9"]])
+def test_arguments_that_are_no_utf_8(argv: list[str], capsys: Capture) -> None:
+    """One line that shows the byte."""
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "e9': not valid Unicode" in said
+
+
+def test_what_a_console_shows_and_logs(tmp_path: Path, capsys: Capture) -> None:
+    """Lines, cells of tables and log.txt have the same text: escaped, cut, in UTF-8."""
+    from core.console import CELL, LINE, Console
+
+    say = Console()
+    with open(tmp_path / "log.txt", "w", encoding="utf-8") as file, say.copied_to(file):
+        say("\x1b[31mred\ud800\nnext")
+        say("k" * 60_000_000)
+        say.table(("a", "b"), [("k" * 1_000_000, 1)])
+    shown = capsys.readouterr().out
+    assert shown == (tmp_path / "log.txt").read_text(encoding="utf-8")
+    lines = shown.splitlines()
+    assert lines[:2] == ["\\x1b[31mred\\ud800", "next"] and len(lines[2]) == LINE and len(lines[4]) < CELL + 10

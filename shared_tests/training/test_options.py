@@ -1,0 +1,208 @@
+"""Options: what was meant, how values may be spelled, what follows the data, what messages advise. Budget: 20 s."""
+
+import ast
+import functools
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from core import presets
+from core.cli import VERBS, main
+from core.config import EvalConfig
+from core.data.tokenizer import train_tokenizer
+from core.engine.protocol import choose_backend
+from core.options import given, meant, options_of, spelled
+from core.verbs.common import fit_tokens, judged
+from core.verbs.make import Train
+from shared_tests.check.test_cli import Capture, call, refuse
+
+ROOT = Path(__file__).resolve().parents[2]
+KNOWN = options_of(Train)
+
+
+@functools.cache
+def options(verb: str) -> dict[str, Any]:
+    """Return the options of a verb."""
+    return options_of(getattr(importlib.import_module(VERBS[verb].module), VERBS[verb].options))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_options_are_those_of_the_help(verb: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main([*verb.split(), "--help"])
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    shown = {name for line in text.splitlines() for name in re.findall(r"^[│ ]*(--[\w.]+)", line)}
+    assert shown - {"--help"} == options(verb).keys() - {f"--{m}" for m in ("no_json",)}
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("train debug --steps 30", "unknown option --steps; did you mean --train.steps?"),
+        ("train debug --lr 0.1", "unknown option --lr; did you mean --train.lr_embed or --train.lr_matrix"),
+        ("train debug --train.eval-evry 3", "unknown option --train.eval-evry; did you mean --train.eval_every?"),
+        ("train debug --seed=3 --data x", "unknown option --data; did you mean --data.path?"),
+        ("train debug --layers 3", "unknown option --layers; did you mean --model.layers?"),
+        ("eval RUN --windows slidng", "invalid choice 'slidng' .*; did you mean sliding?"),
+        ("eval RUN --temprature 3", "unknown option --temprature [(]see: skc eval --help[)]"),
+        ("sample RUN --temprature 3", "unknown option --temprature; did you mean --temperature?"),
+        ("train debug --track wandbb", "did you mean wandb?"),
+        ("train debug --backend trch", "did you mean torch?"),
+        ("audit RUN --backends mlx", "unknown option --backends; did you mean --backend?"),
+    ],
+)
+def test_a_wrong_option_is_told_what_was_meant(argv: str, message: str, capsys: Capture) -> None:
+    line = refuse(capsys, *argv.split())
+    assert re.search(message.replace("?", "[?]"), line), line
+
+
+def test_the_last_part_of_a_name_comes_first() -> None:
+    assert meant("--steps", list(KNOWN)) == ["--train.steps"]
+    assert meant("--model.steps", list(KNOWN)) == ["--train.steps"]
+    assert meant("--windows", list(KNOWN)) == ["--eval.windows"]
+
+
+def test_nothing_and_switches_may_be_spelled_as_people_do() -> None:
+    typed = "--train.eval-every none --train.clip=Off --model.unet_skips on --export.budget 5 --out none --json on"
+    kept = "--export.budget 5 --out none --json on"  # --out takes text, and --json no value
+    assert " ".join(spelled(typed.split(), KNOWN)) == (
+        f"--train.eval-every None --train.clip=None --model.unet_skips True {kept}"
+    )
+    assert given(typed.split(), KNOWN) == [
+        "--train.eval_every", "--train.clip", "--model.unet_skips", "--export.budget", "--out", "--json"
+    ]  # fmt: skip
+
+
+def test_the_version(capsys: Capture) -> None:
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"skc \d+\.\d+\.\d+\n|skc of a checkout.*\n", capsys.readouterr().out)
+
+
+def test_torch_is_a_name_of_cuda() -> None:
+    assert choose_backend("torch") == "cuda" and "torch" in str(KNOWN["--backend"])
+
+
+# What follows something else.
+
+
+def dataset(vocab: int, bos: int) -> Any:
+    return SimpleNamespace(tokenizer=SimpleNamespace(vocab=vocab, bos=bos))
+
+
+def test_vocabulary_and_bos_follow_the_data_unless_they_are_given() -> None:
+    base = presets.get("debug").config
+    made, changed = fit_tokens(base, dataset(512, 2), ["--train.steps"])
+    assert (made.model.vocab, made.model.bos) == (512, 2) and len(changed) == 2
+    assert "model.vocab=512, as the data have it (the preset: 1024)" in changed
+    made, changed = fit_tokens(base, dataset(512, 1), ["--model.vocab"])
+    assert made.model.vocab == 1024 and not changed
+    assert fit_tokens(base, dataset(1024, 1), [])[0] == base
+
+
+def test_train_follows_the_data(tmp_path: Path, capsys: Capture) -> None:
+    """A folder with 300 pieces trains with no word about them; a vocabulary that is given is the user's."""
+    texts = [f"Document {i}: the cat number {i} sat on the mat and looked at {i}." for i in range(300)]
+    (tmp_path / "mine.model").write_bytes(train_tokenizer(texts, 300))
+    (tmp_path / "text.txt").write_text("\n\n".join(texts))
+    (tmp_path / "text.jsonl").write_text("\n".join(f'{{"text": "{text}"}}' for text in texts))
+    out = str(tmp_path / "data")
+    call(
+        capsys,
+        "data",
+        "prepare",
+        str(tmp_path / "text.jsonl"),
+        "--tokenizer",
+        str(tmp_path / "mine.model"),
+        "--out",
+        out,
+    )
+    argv = ("train", "debug", "--data.path", out, "--train.seq", "16", "--eval.seq", "16", "--train.steps", "1")
+    assert main([*argv, "--backend", "mlx", "--out", str(tmp_path / "run")]) == 0
+    assert "model.vocab=300, as the data have it (the preset: 1024)" in capsys.readouterr().out
+    line = refuse(capsys, *argv, "--model.vocab", "1024", "--out", str(tmp_path / "other"))
+    assert "model.vocab=1024, but data.path=" in line and "has 300: leave out --model.vocab" in line
+    assert call(capsys, "info", "debug", "--data.path", out)["table"]["embed.weight"] == [300, 16]
+
+
+def test_sliding_windows_have_a_stride() -> None:
+    def options(**changes: Any) -> Any:
+        empty = dict.fromkeys(("windows", "seq", "stride", "batch", "plugins"))
+        return SimpleNamespace(**{**empty, **changes})
+
+    base = EvalConfig(seq=64)
+    assert judged(base, options(windows="sliding"), "r").stride == 16
+    assert judged(base, options(windows="sliding", seq=2), "r").stride == 1
+    assert judged(base, options(windows="sliding", stride=8), "r").stride == 8
+    slid = EvalConfig(seq=64, windows="sliding", stride=4)
+    assert judged(slid, options(), "r") == slid and judged(slid, options(windows="plain"), "r").stride is None
+    assert judged(slid, options(batch=3), "r").batch == 3 and judged(slid, options(windows="sliding"), "r").stride == 4
+
+
+# What messages advise.
+
+REACHED = {
+    ("core/verbs/common.py", "--step"): ("eval", "sample"),
+    ("core/verbs/common.py", "--plugins"): ("eval", "audit"),
+    ("core/verbs/common.py", "--data"): ("eval", "sample", "audit", "export"),
+    ("core/compare/pair.py", "--by"): ("compare",),
+    ("core/check/doctor.py", "--mini"): ("parity",),
+    ("core/training/run.py", "--out"): ("train", "import-official"),
+    ("core/training/run.py", "--dtype"): ("train",),
+    ("core/engine/ranks.py", "--backend"): ("train", "eval"),
+    ("core/forecast/probe.py", "--train.micro-batch"): ("train",),
+    ("core/check/parity.py", "--steps"): ("parity",),
+    ("core/check/parity.py", "--dtype"): ("parity",),
+    ("core/training/trackers.py", "--track"): ("train", "ablate"),
+    ("core/ablation/search/search.py", "--search"): ("ablate",),
+    ("core/ablation/locks.py", "--store"): ("ablate",),
+    ("core/ablation/store.py", "--store"): ("ablate",),
+}
+"""What verbs reach a message that names an option; other files' messages need at least one verb that has it."""
+OTHERS = {"--help", "--version", "--nproc_per_node"}
+"""Options of every verb, of the program, and of torchrun."""
+NO_VERB = ("core/device_", "core/config.py", "core/model/config.py", "core/checks.py", "core/scoring/")
+"""Files whose messages reach verbs of other options (`eval` has --stride, `train` --eval.stride): they name fields."""
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Yield (file, text) of every string in core and backends that is no docstring; values in it are left out."""
+    for path in sorted([*(ROOT / "core").rglob("*.py"), *(ROOT / "backends").rglob("*.py")]):
+        tree = ast.parse(path.read_text())
+        inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(str(p.value) if isinstance(p, ast.Constant) else "X" for p in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside | alone:
+                text = node.value
+            else:
+                continue
+            yield path.relative_to(ROOT).as_posix(), text
+
+
+def advised() -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Yield (file, option, verbs): every option in a message, with the verbs that it is for."""
+    names = sorted(VERBS, key=len, reverse=True)
+    for file, text in messages():
+        for match in re.finditer(r"(?<![\w-])(?<!var\()--([a-z][\w.-]*)(?<![.])(?![\w:.-]*:)", text):
+            option, before = f"--{match[1]}".rstrip("."), text[: match.start()]
+            if option in OTHERS or file.startswith(("core/device_", "core/audit/")) or " " not in text:
+                continue
+            told = re.findall("skc (" + "|".join(names) + r")\b", before)
+            yield file, option, (told[-1],) if told else REACHED.get((file, option), ())
+
+
+def test_every_advice_is_an_option_that_the_verb_has() -> None:
+    found, wrong = 0, []
+    for file, option, verbs in advised():
+        found += 1
+        plain = "--" + option[2:].replace("-", "_")
+        having = [verb for verb in VERBS if plain in options(verb)]
+        if not having or not set(verbs) <= set(having) or file.startswith(NO_VERB):
+            wrong.append((file, option, verbs, having))
+    assert not wrong and found > 40
