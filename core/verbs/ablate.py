@@ -8,7 +8,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from core.ablation.dry_run import described, dry_run
+from core.ablation.dry_run import described, dry_run, to_time
 from core.ablation.locks import alone
 from core.ablation.plan import Ablation, Job, read_plan
 from core.ablation.report import search_wording, wording
@@ -27,8 +27,10 @@ from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
 from core.files import read_text, replace_text
 from core.training import trackers
+from core.training.environment import code_version
 from core.training.run import Run, RunError
-from core.verbs.common import Context, Outcome, check_data, code_version
+from core.verbs.ablation_timing import time_runs
+from core.verbs.common import Context, Outcome, check_data
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def ablate(options: Ablate, context: Context) -> Outcome:
         if known:
             plan = known.confirming()
             places = [place(job) for job in plan.jobs()]
-        return Outcome(True, dry_run(plan, store, places, known, options.parallel, say))
+        seconds = time_runs(to_time(plan, store, places, known), say)
+        return Outcome(True, dry_run(plan, store, places, known, seconds, options.parallel, say))
     trackers.check(options.track)
     store.check_name(plan)
     _enter(store, plan, places)
