@@ -27,6 +27,7 @@ from core.scoring.accounting import byte_note
 from core.scoring.plugins import load_plugins
 from core.scoring.score import check_plugins
 from core.training import trackers
+from core.training.environment import environment
 from core.training.finish import finish
 from core.training.loop import Summary, check_rows, done, train
 from core.training.run import Follower, Run, config_digest
@@ -38,7 +39,6 @@ from core.verbs.common import (
     Outcome,
     PresetOptions,
     check_data,
-    environment,
     fit_tokens,
     same_start,
 )
