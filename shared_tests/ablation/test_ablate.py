@@ -13,8 +13,8 @@ from core.ablation.plan import read_plan
 from core.ablation.store import Store
 from core.cli import main
 from core.verbs.common import READERS, ROOT, code_version, reads
+from shared_tests.support.command_line import events
 from shared_tests.support.killed import small_data
-from shared_tests.training.test_trackers import events
 
 PLAN = """
     name = "first"

@@ -19,7 +19,7 @@ from core.ablation.index import COLUMNS, Index, StoreError
 from core.ablation.plan import read_plan
 from core.ablation.store import Store
 from core.cli import main
-from shared_tests.ablation.test_ablation import PLAN, WORKER, go, places, write
+from shared_tests.support.ablation_runs import PLAN, WORKER, go, places, write
 from shared_tests.support.killed import small_data
 from shared_tests.support.postgresql import PASSWORD, Server
 

@@ -15,9 +15,9 @@ from core import rng
 from core.model import engram
 from core.model.config import MOST_BUCKETS, MOST_HASHES, ModelConfig
 from core.model.engram import BIGRAM_MULTIPLIER, MOST_ID, MULTIPLIERS, keep_rows, multipliers_of, ngram_buckets, prune
-from core.model.params import param_table
 from shared_tests.oracle.skc import ngrams
-from shared_tests.support.harness import draw, tokens
+from shared_tests.support.engram_examples import config, weights
+from shared_tests.support.harness import tokens
 
 VOCABS = (1024, 2048, 4096, 8192)
 SIZES = (1021, 2048, 3067, 3072, 4093, 4096, 8191, 8192, 16381, 16384, 20_000, 32_749, 32_768, MOST_BUCKETS)
@@ -55,20 +55,6 @@ def reached_by_pairs(multiplier: int, vocab: int, buckets: int) -> int:
     """Return how many buckets the pairs of a vocabulary reach: every older id starts an arc of `vocab` buckets."""
     starts = np.unique(np.arange(vocab) * (multiplier % buckets) % buckets)
     return int(np.minimum(np.diff(starts, append=starts[0] + buckets), vocab).sum())
-
-
-def config(**changes: Any) -> ModelConfig:
-    """Return a tiny model with all memories."""
-    small: dict[str, Any] = {
-        "vocab": 24, "dim": 8, "layers": 2, "heads": 2, "kv_heads": 1, "mlp_hidden": 12, "rope_dims": 4,
-        "engram_orders": 3, "engram_heads": 2, "engram_buckets": 31, "engram_dim": 12, "bigram_buckets": 29,
-        "bigram_dim": 4, "smear": True, "bank": "both", "bank_heads": 2, "bank_capsules": 3, "capsule_block": 4,
-    }  # fmt: skip
-    return ModelConfig(**small | changes)
-
-
-def weights(model: ModelConfig) -> dict[str, np.ndarray]:
-    return {name: 0.5 * draw(name, *row.shape) for name, row in param_table(model).items()}
 
 
 # Hashes
