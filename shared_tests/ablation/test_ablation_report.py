@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from core.ablation.plan import read_plan
-from core.ablation.report import charts, telling
+from core.ablation.report import charts, wording
 from core.ablation.report.page import NARROW
 from core.ablation.report.pictures import learning
 from core.ablation.report.report import draw, write_report
@@ -79,7 +79,7 @@ def test_every_figure_of_the_table_is_that_of_the_statistics(cases: Reports, tmp
     page, text, files = cases("twelve")
     assert "&lt; 0.0001</td>" in text and "< 0.0001</td>" not in text
     head, *rows = page.tables[0]
-    assert tuple(head) == telling.HEAD and len(rows) == 12
+    assert tuple(head) == wording.HEAD and len(rows) == 12
     base = {r.seed: r for r in made.of("plain")}
     chances = {}
     for cells in rows[1:]:
@@ -90,7 +90,7 @@ def test_every_figure_of_the_table_is_that_of_the_statistics(cases: Reports, tmp
         figures = np.array([r.bpb for r in runs])
         assert row["difference"].replace("−", "-") == f"{gap:+.4f}"
         assert row["95 % interval"].replace("−", "-") == f"{interval.low:+.4f} to {interval.high:+.4f}"
-        assert row["p"] == telling.chance(float(test.pvalue))
+        assert row["p"] == wording.chance(float(test.pvalue))
         assert row["bits per byte"] == f"{figures.mean():.4f} ± {figures.std(ddof=1):.4f}"
         assert row["seeds"] == str(len(runs)) == ("4" if cells[0] == "skc" else "5")
         assert row["bytes"] == f"{runs[0].bytes:,}" and row["parameters"] == f"{runs[0].parameters:,}"
@@ -99,7 +99,7 @@ def test_every_figure_of_the_table_is_that_of_the_statistics(cases: Reports, tmp
     highest = 0.0
     for i, (p, shown, verdict) in enumerate(sorted(chances.values())):
         highest = max(highest, min(1.0, (11 - i) * p))
-        assert shown == telling.chance(highest)
+        assert shown == wording.chance(highest)
         assert (verdict in ("better", "worse")) == (highest < 0.05) and ("inside noise" in verdict) == (p >= 0.05)
     assert chances["skc"][2] == "inside noise (4 of 5; 1 failed)"
     gaps = [float(row[3].replace("−", "-")) for row in rows[1:]]
@@ -145,9 +145,9 @@ def test_failed_runs_changes_and_the_way_to_repeat_it_are_there(cases: Reports, 
     assert "train.warmup: 0.02 -> 0.14" in words and "59 done, 1 failed" in words
     assert "It was koopman & <b>she</b> said so." in words
     again = tmp_path / "parts.toml"
-    again.write_text(telling.as_toml(made.plan), encoding="utf-8")
+    again.write_text(wording.as_toml(made.plan), encoding="utf-8")
     assert read_plan(again)._replace(path="") == made.plan._replace(path="")
-    assert telling.as_toml(made.plan) in words and "skc ablate parts.toml" in words
+    assert wording.as_toml(made.plan) in words and "skc ablate parts.toml" in words
 
 
 def test_one_variant_a_lost_reference_and_stale_pictures(cases: Reports, tmp_path: Path) -> None:

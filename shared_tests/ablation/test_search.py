@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from core.ablation.plan import read_plan
-from core.ablation.report import charts, search_telling
+from core.ablation.report import charts, search_wording
 from core.ablation.report.page import NARROW, WIDE
 from core.ablation.report.report import write_report
 from core.ablation.report.search_pictures import draw
@@ -93,7 +93,7 @@ def test_a_failed_trial_stays_failed_until_it_is_tried_again(tmp_path: Path) -> 
     # A search of which every trial fails has no variant `found`, and says so.
     runs = Runs(tmp_path / "none", lambda _: None)
     none = runs.search(plan)
-    assert none.best is None and none.confirming() == plan and "None gave a figure" in search_telling.summary(none)
+    assert none.best is None and none.confirming() == plan and "None gave a figure" in search_wording.summary(none)
 
 
 def test_failures_are_learned_from(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_luck_is_selected_but_not_confirmed(tmp_path: Path) -> None:
     assert not {p.key for p in places} & {p.key for p in made.places}, "no run has a part in both"
     runs.train(places)
     outcome = runs.store.outcome(last, places)
-    selected, confirmed = search_telling.gains(made, outcome)
+    selected, confirmed = search_wording.gains(made, outcome)
     assert made.best is not None and selected.found == made.best.bpb and "too good" in selected.note
     assert (selected.figure, selected.seeds, selected.test) == ("selected", (100, 101), None)
     assert (confirmed.figure, confirmed.seeds) == ("confirmed", (1, 2, 3, 4))
@@ -215,9 +215,9 @@ def test_the_report_has_the_search(tmp_path: Path) -> None:
     assert offline(html) and len(html) < 1_000_000 and "<script>" not in text
     assert f"but {EVIL}" in words and f"failed: {EVIL}" in words
     assert {"search.png", "search-fields.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    both = next(t for t in page.tables if tuple(t[0]) == search_telling.GAIN_HEAD)
+    both = next(t for t in page.tables if tuple(t[0]) == search_wording.GAIN_HEAD)
     assert [row[0] for row in both[1:]] == ["selected", "confirmed"] and "too good" in both[1][-1]
-    head, start, *rows = next(t for t in page.tables if tuple(t[0]) == search_telling.head(made))
+    head, start, *rows = next(t for t in page.tables if tuple(t[0]) == search_wording.head(made))
     assert head[1:4] == ["train.lr_matrix", "model.dim", "train.matrix_rule"] and start[0] == "start"
     assert len(rows) == 12 and [r[-2] for r in rows[: len(made.ranks)]] == list(map(str, range(1, len(made.ranks) + 1)))
     for row in rows:
@@ -226,7 +226,7 @@ def test_the_report_has_the_search(tmp_path: Path) -> None:
         assert row[-3] == ("–" if trial.bpb is None else f"{trial.bpb:.4f}")
         assert f"| `{row[0]}` | {row[1]} | {row[2]} | {row[3]} | {row[4]} | {row[5]} |" in text
     again = tmp_path / "again.toml"
-    again.write_text(search_telling.repeat(plan, made)[0])
+    again.write_text(search_wording.repeat(plan, made)[0])
     assert read_plan(again)._replace(path="") == plan._replace(path="")
     assert "skc ablate rates.toml --search" in text and "skc ablate rates.toml --search" in "".join(page.words)
     write_report(runs.store.outcome(plan, [runs.place(job) for job in plan.jobs()]), tmp_path / "out")

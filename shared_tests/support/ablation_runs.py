@@ -47,7 +47,7 @@ def go(store: Store, where: list[Place], parallel: int = 2, worker: Sequence[str
     run_all(
         store, where, parallel=parallel, threads=1, worker=worker, shown=shown.append,
         started=lambda place: store.prepare(place, "code", DATA, "test"),
-        ended=lambda place: store.update(place, store.outcome(None, [place]).results[0]),  # type: ignore[arg-type]
+        ended=lambda place: None,
     )  # fmt: skip
     return shown
 

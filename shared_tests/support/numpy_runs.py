@@ -9,14 +9,15 @@ import numpy as np
 
 from core import presets
 from core.config import RunConfig
+from core.data.batch import Batch
 from core.data.dataset import Dataset
-from core.engine.protocol import Arrays, Batch, StepResult
+from core.engine.plan import StepPlan
+from core.engine.protocol import Arrays, StepResult
 from core.engine.ranks import Alone
 from core.model.params import start_values
 from core.model.storage import Stored
 from core.training.loop import train
 from core.training.run import Run
-from core.training.schedule import StepPlan
 
 
 class Done:

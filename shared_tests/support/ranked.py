@@ -21,9 +21,10 @@ from safetensors.numpy import save_file
 import core.engine.ranks
 import core.training.loop
 from core.config import ConfigError, EvalConfig, RunConfig
+from core.data.batch import Batch
 from core.data.dataset import open_dataset
 from core.engine.heartbeat import Heartbeat
-from core.engine.protocol import Batch, Engine, EngineOptions, load_engine
+from core.engine.protocol import Engine, EngineOptions, load_engine
 from core.engine.ranks import (
     Alone,
     Ranks,
