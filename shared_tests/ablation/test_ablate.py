@@ -15,8 +15,8 @@ from core.ablation.store import Store
 from core.cli import main
 from core.training.environment import READERS, ROOT, code_version, reads
 from core.training.run import Run
+from shared_tests.support.command_line import events
 from shared_tests.support.killed import small_data
-from shared_tests.training.test_trackers import events
 
 PLAN = """
     name = "first"

@@ -8,7 +8,7 @@ from core.ablation.report import search_wording
 from core.ablation.search.search import Sampler, Trial, run_search
 from core.ablation.search.space import Search
 from core.config import ConfigError, RunConfig
-from shared_tests.ablation.test_search import PLAN, Runs, read
+from shared_tests.support.searches import PLAN, Runs, read
 
 SPACE = '"train.lr_matrix" = { low = 1e-4, high = 1.0, log = true }'
 

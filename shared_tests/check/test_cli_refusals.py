@@ -10,7 +10,7 @@ import pytest
 
 from core.cli import condense, main
 from core.data.bundled import open_data
-from shared_tests.check.test_cli import Capture, refuse
+from shared_tests.support.command_line import Capture, refuse
 
 
 @pytest.fixture(autouse=True, scope="module")
