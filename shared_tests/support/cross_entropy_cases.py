@@ -275,7 +275,7 @@ class Run(NamedTuple):
 
 def run(device: str, folder: Path) -> Run:
     """Run `main` on a device."""
-    return Run(*found_by("shared_tests.model.test_cross_entropy", device, folder))
+    return Run(*found_by("shared_tests.support.cross_entropy_cases", device, folder))
 
 
 if __name__ == "__main__":
