@@ -1,17 +1,17 @@
 """Layer kind `koopman`: a short convolution, then a diagonal recurrence over channels that a Walsh-Hadamard transform
-mixes, read out through a low-rank coupling and an output gate (spec/causal_skc.md a1)."""
+mixes, read out through a low-rank coupling and an output gate (docs/model.md)."""
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from backends.mlx import ops
-from backends.mlx.blocks.linear import Linear, Output
+from backends.mlx.linear import Linear, Output
+from backends.mlx.parts import Part
 from core.model.capsules import COUPLING
 from core.model.context import KoopmanState, KoopmanTape
 from core.model.table import TAPS
 
 
-class Koopman(nn.Module):
+class Koopman(Part):
     """Mix positions by a recurrence. Letters: B rows, T positions, D width, C mixer channels."""
 
     def __init__(self, config, exact):
@@ -28,9 +28,9 @@ class Koopman(nn.Module):
         self.state_gain = mx.zeros((width,))
         self.o = Output(width, config, exact)
 
-    def __call__(self, x_BTD, context, state):
-        z_BTC, _, tape = self.recur(x_BTD, context, state or self.start(x_BTD, context))
-        return self.gated(x_BTD, z_BTC), tape
+    def __call__(self, stream, context, stage, state):
+        z_BTC, _, tape = self.recur(stream.x, context, state or self.start(stream.x, context))
+        return stream._replace(x=self.gated(stream.x, z_BTC)), tape
 
     def start(self, x_BTD, context):
         """Return the state before the first token."""
