@@ -23,7 +23,7 @@ from core.files import replace_file
 from core.model.params import param_table
 from core.model.storage import STORAGES, Storage, Stored
 from core.presets import PRESETS
-from shared_tests.oracle import reference
+from shared_tests.reference import storage as reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = changed(ModelConfig(), {
