@@ -1,17 +1,18 @@
 """Layer kind `koopman`: a short convolution, then a diagonal recurrence over channels that a Walsh-Hadamard transform
-mixes, read out through a low-rank coupling and an output gate (spec/causal_skc.md a1)."""
+mixes, read out through a low-rank coupling and an output gate (docs/model.md)."""
 
 import torch
 import torch.nn as nn
 
 from backends.cuda import ops
-from backends.cuda.blocks.linear import Linear, Output
+from backends.cuda.linear import Linear, Output
+from backends.cuda.parts import Part
 from core.model.capsules import COUPLING
 from core.model.context import KoopmanState, KoopmanTape
 from core.model.table import TAPS
 
 
-class Koopman(nn.Module):
+class Koopman(Part):
     """Mix positions by a recurrence. Letters: B rows, T positions, D width, C mixer channels."""
 
     def __init__(self, config, exact):
@@ -28,9 +29,9 @@ class Koopman(nn.Module):
         self.state_gain = nn.Parameter(torch.zeros(width))
         self.o = Output(width, config, exact)
 
-    def forward(self, x_BTD, context, state):
-        z_BTC, _, tape = self.recur(x_BTD, context, state or self.start(x_BTD, context))
-        return self.gated(x_BTD, z_BTC), tape
+    def forward(self, stream, context, stage, state):
+        z_BTC, _, tape = self.recur(stream.x, context, state or self.start(stream.x, context))
+        return stream._replace(x=self.gated(stream.x, z_BTC)), tape
 
     def start(self, x_BTD, context):
         """Return the state before the first token."""
@@ -43,11 +44,13 @@ class Koopman(nn.Module):
         kind, wide = x_BTD.dtype, context.wide
         values_BPC = torch.cat([state.tail, self.value(x_BTD)], dim=1)
         s_BTC = ops.short_conv(values_BPC, self.conv, context.history)
+        # float32 or wider: a decay near 1 is a long memory, and bfloat16 has no number between 0.996 and 1.
         decay_BTC, scale_BTC = ops.decay(self.decay(x_BTD).to(wide) + self.decay_bias, self._exact)
         decay_BTC = torch.where(context.starts[..., None], 0.0, decay_BTC)
         drive_BTC = ops.hadamard(s_BTC, context.hadamard).to(wide) * scale_BTC
         states_BTC = ops.scan(decay_BTC, drive_BTC, state.last, self._exact)
         h_BTC = states_BTC.to(kind)
+        # The coupling acts on what is read, not on what is kept: so it needs no bound to be stable.
         h_BTC = h_BTC + ops.linear(h_BTC @ self.couple_in.to(kind), self.couple_out)
         h_BTC = ops.rms_norm(ops.hadamard(h_BTC, context.hadamard), self._config.norm_eps, self._exact)
         return h_BTC * self.state_gain.to(kind), s_BTC, KoopmanTape(values_BPC, states_BTC)

@@ -1,32 +1,32 @@
 """Layer kind `attention`: causal, grouped-query, with normalised queries and keys, a gain per head, partial RoPE."""
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from backends.mlx import ops
-from backends.mlx.blocks.linear import Linear, Output
+from backends.mlx.linear import Linear, Output
+from backends.mlx.parts import Part
 from core.model.context import AttentionState
 from core.model.table import TAPS
 
 
-class Attention(nn.Module):
+class Attention(Part):
     """Mix positions by attention. Letters: B rows, T positions, D width, H heads, G key/value heads, K channels,
     S positions of the state and T."""
 
     def __init__(self, config, exact):
         super().__init__()
-        self._config, self._exact = config, exact
-        kv = config.attention.kv_heads * config.attention.width(config)
+        self._config, self._exact, attention = config, exact, config.attention
+        kv = attention.kv_heads * attention.width(config)
         self.q = Linear(config.dim, config.dim)
         self.k = Linear(config.dim, kv)
         self.v = Linear(config.dim, kv)
         self.o = Output(config.dim, config, exact)
-        if config.attention.conv:
+        if attention.conv:
             self.conv = mx.zeros((config.dim, TAPS))
-        self.q_gain = mx.zeros((config.attention.heads,))
+        self.q_gain = mx.zeros((attention.heads,))
 
-    def __call__(self, x_BTD, context, state):
-        config, exact = self._config, self._exact
+    def __call__(self, stream, context, stage, state):
+        config, exact, x_BTD = self._config, self._exact, stream.x
         rows, seq, dim = x_BTD.shape
         tail_BPD = None
         if config.attention.conv:
@@ -37,13 +37,15 @@ class Attention(nn.Module):
         q_BHTK = mx.swapaxes(self.q(x_BTD).reshape(split), 1, 2)
         k_BGTK = mx.swapaxes(self.k(x_BTD).reshape(split), 1, 2)
         v_BGTK = mx.swapaxes(self.v(x_BTD).reshape(split), 1, 2)
+        # Normalised queries and keys bound the scores; the gain learns how sharp they get.
         q_BHTK = ops.rope(ops.rms_norm(q_BHTK, config.norm_eps, exact), context.cos, context.sin)
         k_BGTK = ops.rope(ops.rms_norm(k_BGTK, config.norm_eps, exact), context.cos, context.sin)
         q_BHTK = q_BHTK * self.q_gain.astype(q_BHTK.dtype)[:, None, None]
         if state is not None:
             k_BGTK, v_BGTK = mx.concatenate([state.k, k_BGTK], axis=2), mx.concatenate([state.v, v_BGTK], axis=2)
         y_BHTK = ops.attention(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)
-        return self.o(mx.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim)), AttentionState(k_BGTK, v_BGTK, tail_BPD)
+        y_BTD = self.o(mx.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim))
+        return stream._replace(x=y_BTD), AttentionState(k_BGTK, v_BGTK, tail_BPD)
 
     def commit(self, tape, context, n):
         """Return the state after the first n tokens of a chunk, n from 1 up: the last of it that context.keep says."""
