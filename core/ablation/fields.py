@@ -1,38 +1,45 @@
 """How an ablation file's keys, values and names of fields are read: every mistake is one line with file and key."""
 
 import dataclasses
+import functools
 import re
 import typing
 from collections.abc import Iterable
 from typing import Any
 
 from core import checks
-from core.config import ConfigError, RunConfig
+from core.config import ConfigError, RunConfig, flattened
+from core.model.upgrade import moved
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
 
 
 def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
-    """Set `train.lr_matrix` in a run's plain values; ConfigError for an unknown field, or one that [budget] decides."""
-    part, _, name = field.partition(".")
-    known = [f"{p}.{n}" for p, v in values.items() if isinstance(v, dict) for n in v]
+    """Set `model.bank.at` in a run's plain values; ConfigError for an unknown field, or one that [budget] decides."""
+    known = [name for name in flattened(values) if "." in name]
     if field not in known:
-        raise ConfigError(f"{where}: unknown field {field!r}; {closest(field, known, 'see: skc train PRESET --help')}")
+        new = moved(field)
+        hint = f"did you mean {new}?" if new else closest(field, known, "see: skc train PRESET --help")
+        raise ConfigError(f"{where}: unknown field {field!r}; {hint}")
     if field in ("train.steps", "train.seconds"):
         raise ConfigError(f"{where}: {field}: is what [budget] decides")
-    values[part][name] = value
+    *sections, name = field.split(".")
+    for section in sections:
+        values = values[section]
+    values[name] = value
 
 
-def flat(value: dict[str, Any], where: str) -> dict[str, Any]:
+def flat(value: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
     """Return {"model.dim": 64} for it or for {"model": {"dim": 64}}: TOML users write both; "none" means None."""
-    made: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for key, inner in value.items():
-        section = isinstance(inner, dict) and "." not in key  # a table under a dotted key is that field's value
-        for name, v in ({f"{key}.{n}": v for n, v in inner.items()} if section else {key: inner}).items():
-            if name in made:
-                raise ConfigError(f"{where}: {name}: is given twice")
-            made[name] = meant(name, v)
-    return made
+        name = f"{prefix}{key}"
+        section = isinstance(inner, dict) and (hint(name) is None or dataclasses.is_dataclass(hint(name)))
+        for field, v in (flat(inner, where, f"{name}.") if section else {name: meant(name, inner)}).items():
+            if field in fields:
+                raise ConfigError(f"{where}: {field}: is given twice")
+            fields[field] = v
+    return fields
 
 
 def meant(field: str, value: Any) -> Any:
@@ -41,10 +48,14 @@ def meant(field: str, value: Any) -> Any:
 
 
 def hint(field: str) -> Any:
-    """Return the type of a field `section.name`; None for one that does not exist."""
-    part, _, name = field.partition(".")
-    kind = typing.get_type_hints(RunConfig).get(part)
-    return typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    """Return the type of a field such as `model.bank.at`, or of a section; None for one that does not exist."""
+    kind: Any = RunConfig
+    for name in field.split("."):
+        kind = _hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    return kind
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def only(value: dict[str, Any], known: Iterable[str], where: str) -> None:

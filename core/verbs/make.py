@@ -237,7 +237,7 @@ def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> 
     """Say what is about to run, and how."""
     config, say = run.config, context.say
     say(f"{context.command}")
-    say.note(f"configuration sha256 {config_digest(config)} (all that decides the weights, but the seed)")
+    say.note(f"settings sha256 {config_digest(config)} (all that decides the weights, but the seed)")
     say(f"run {run.path}: {_purpose(config)}; {count(config.model):,} parameters, seed {config.seed}")
     model = config.model
     say(f"stores matrices as {model.matrix_storage}, tables as {model.table_storage}; quantise {config.train.quantise}")

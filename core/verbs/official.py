@@ -62,7 +62,7 @@ def import_official(options: Import, context: Context) -> Outcome:
     model = config.model
     lines = [
         context.command,
-        f"configuration sha256 {config_digest(config)} (all that decides the weights, but the seed)",
+        f"settings sha256 {config_digest(config)} (all that decides the weights, but the seed)",
         f"{options.file}: {found.kind} of {found.script}, {count(model):,} parameters: {model.layers} layers of "
         f"{model.dim}, {model.heads} heads, {model.kv_heads} key heads, MLP {model.mlp_hidden}, "
         f"vocabulary {model.vocab}",

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from core import rng
-from core.config import LATER, ModelConfig, to_json
+from core.config import ModelConfig, chosen
 from core.export.artifact import MAX_HEADER, ArtifactError, read_artifact, write_artifact
 from core.export.codecs import compress, window_bits
 from core.files import replace_file
@@ -40,11 +40,11 @@ MODELS = {
 """Groups of 64 and 128 of which the last is cut short, whole rows, and every class of storage."""
 MODEL = MODELS["ternary"]
 GOLDEN_SHA256 = {
-    "artifact_v1": "b62d9dd9d806028effa86da3961cc0004457ed1b36c34e45c7b1ee63810b7070",
-    "artifact_v1_nibbles": "c2a6ea4948f201034e9d7f3411f9fde7b5bdab5f3939bb7f2b15b27ee947951d",
-    "artifact_v1_bytes": "81b231193072ab0710349888ea7cbfa468421f497d928fc7ca3d0246497d1464",
+    "artifact_v2": "b62d9dd9d806028effa86da3961cc0004457ed1b36c34e45c7b1ee63810b7070",
+    "artifact_v2_nibbles": "c2a6ea4948f201034e9d7f3411f9fde7b5bdab5f3939bb7f2b15b27ee947951d",
+    "artifact_v2_bytes": "81b231193072ab0710349888ea7cbfa468421f497d928fc7ca3d0246497d1464",
 }
-GOLDEN_MODELS = {"artifact_v1": "ternary", "artifact_v1_nibbles": "nibbles", "artifact_v1_bytes": "bytes"}
+GOLDEN_MODELS = {"artifact_v2": "ternary", "artifact_v2_nibbles": "nibbles", "artifact_v2_bytes": "bytes"}
 TOKENIZER = hashlib.sha256(b"tokenizer").hexdigest()
 PROVENANCE = {"seed": 1337, "steps": 20, "code": "0.1.0", "lr": 1e-3}
 LARGEST = {"ternary": 1, "int4": 7, "int6": 31, "int8": 127}
@@ -249,12 +249,8 @@ def test_layout_is_the_documented_one(name: str, tmp_path: Path) -> None:
     assert {key: brotli.decompress(part) for key, part in packed.items()} == expected
     assert list(packed) == list(expected)
     assert header == {
-        "schema": 1,
-        "model": {
-            key: json.loads(json.dumps(value))
-            for key, value in to_json(model).items()
-            if key not in LATER or getattr(model, key) != getattr(ModelConfig(), key)
-        },
+        "schema": 2,
+        "model": json.loads(json.dumps(chosen(model))),
         "tokenizer_sha256": TOKENIZER,
         "tensors": [[key, row.storage, list(row.shape)] for key, row in param_table(model).items()],
         "streams": [
