@@ -34,8 +34,8 @@ class JobFile(NamedTuple):
     code: str
     data: dict[str, str]
     command: str
-    settings: dict[str, Any]
-    """The configuration as the file has it."""
+    schema: int
+    """Of the configuration, as the file has it."""
 
 
 class Member(NamedTuple):
@@ -79,7 +79,7 @@ def read_job(home: Path) -> JobFile:
         code=_word(value, "code", file),
         data=_field(value, "data", file, _words, "texts by name"),
         command=_field(value, "command", file, lambda v: isinstance(v, str), "text"),
-        settings=value["config"],
+        schema=value["config"]["schema"],
     )
 
 

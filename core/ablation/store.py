@@ -11,7 +11,7 @@ STORE/index.sqlite        the index: SQLite with a write-ahead log, or any datab
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,6 +21,7 @@ from core.ablation.locks import alone, make
 from core.ablation.plan import Ablation, Job, job_key
 from core.ablation.records import SCHEMA, Start, read_failure, read_job, read_members, starts
 from core.ablation.stats.results import Outcome, Result, Status, read_result
+from core.config import SCHEMA as CONFIG_SCHEMA
 from core.config import to_json
 from core.files import FileError, append_file, locked, open_file, replace_file
 from core.training.run import RunError
@@ -97,6 +98,14 @@ class Store:
                 raise StoreError(
                     f"{plan.path}: name: {plan.name!r} is that of {before} in {self.path}: give it another name"
                 )
+
+    def earlier(self, plan: Ablation) -> int:
+        """Return how many runs of an ablation are of an earlier schema, so that they are read but not continued."""
+        file, count = self.ablation_folder(plan) / "members.json", 0
+        for member in read_members(file)[2] if file.exists() else []:
+            with suppress(StoreError, OSError):  # a damaged run is told of where it is used
+                count += read_job(self.path / "runs" / member.key).schema != CONFIG_SCHEMA
+        return count
 
     def begin(self, place: Place, start: Start) -> None:
         """Write down where a run is started."""
@@ -226,7 +235,11 @@ def _row(folder: Path, result: Result) -> dict[str, Any]:
     job = read_job(folder.parent)
     made: dict[str, Any] = {name: getattr(result, name, None) for name in COLUMNS}
     made |= {"key": job.key, "preset": job.config.preset, "seed": job.config.seed, "code": job.code}
-    made |= {"dtype": result.dtype or job.dtype, "data": json.dumps(job.data), "config": json.dumps(job.settings)}
+    made |= {
+        "dtype": result.dtype or job.dtype,
+        "data": json.dumps(job.data),
+        "config": json.dumps(to_json(job.config)),
+    }
     return made | {"folder": f"runs/{job.key}/run"}
 
 

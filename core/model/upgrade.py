@@ -6,12 +6,15 @@ from core.checks import ConfigError
 
 MOVED = {
     **{name: f"attention.{name}" for name in ("heads", "kv_heads", "rope_dims", "rope_base", "q_gain")},
-    "attention_conv": "attention.conv", "mixer_dim": "koopman.dim", "mixer_times": "koopman.times",
-    "capsules": "skc.capsules", "bank": "bank.at", "smear": "smear.on", "hash_storage": "engram.storage",
-    **{f"capsule_{name}": f"skc.{name}" for name in ("heads", "block", "times", "gain", "shift", "intra", "bands")},
     **{f"bank_{name}": f"bank.{name}" for name in ("heads", "capsules", "times", "gate")},
-    **{f"engram_{name}": f"engram.{name}" for name in ("orders", "heads", "buckets", "dim", "layer", "keep")},
     **{f"bigram_{name}": f"bigram.{name}" for name in ("buckets", "dim")},
+    **{f"capsule_{name}": f"skc.{name}" for name in ("heads", "block", "times", "gain", "shift", "intra", "bands")},
+    **{f"embed_{name}": f"embedding.{name}" for name in ("dim", "std")},
+    **{f"engram_{name}": f"engram.{name}" for name in ("orders", "heads", "buckets", "dim", "layer", "keep")},
+    **{f"mixer_{name}": f"koopman.{name}" for name in ("dim", "times")},
+    "activation": "mlp.activation", "attention_conv": "attention.conv", "bank": "bank.at", "capsules": "skc.capsules",
+    "hash_storage": "engram.storage", "mlp_hidden": "mlp.hidden", "smear": "smear.on", "softcap": "head.softcap",
+    "table_storage": "embedding.storage", "unet_skips": "skips.on", "vocab_bias": "head.bias",
 }  # fmt: skip
 """A setting of the model in schema 2, and its place now."""
 RENAMED = {"smear": "smear.share", "skip_weights": "skips.weight", "vocab_bias": "head.bias"}

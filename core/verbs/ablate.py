@@ -108,6 +108,8 @@ def ablate(options: Ablate, context: Context) -> Outcome:
         return Outcome(True, dry_run(plan, store, places, known, options.parallel, say))
     trackers.check(options.track)
     store.check_name(plan)
+    if earlier := store.earlier(plan):
+        say(f"{earlier} runs in {store.path} were made by an earlier version: they are read, not continued")
     _enter(store, plan, places)
     states = [store.status(place)[0] for place in places]
     say(f"{plan.name}: {described(plan)}; {states.count('done')} of {len(places)} runs are done already")

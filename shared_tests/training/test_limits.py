@@ -30,6 +30,7 @@ from shared_tests.check.test_cli import Capture
 from shared_tests.export.test_artifact import join, parts
 from shared_tests.oracle import reference
 from shared_tests.support.harness import EVERYTHING, mini
+from shared_tests.support.hostile import put
 
 WHOLE = (10**9, 10**18, 2**40, 2**62, -(2**62), 10**4000, -1, 0)
 TEXTS = ("a" * 1_000_000, "a\0b", "a\ud800b", "\x1b[2Ja", "")
@@ -70,12 +71,6 @@ def cases() -> Iterator[tuple[str, Any]]:
 
 
 ALL = list(cases())
-
-
-def put(values: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
-    """Return nested settings with one of them changed."""
-    first, _, rest = name.partition(".")
-    return values | {first: put(values.get(first, {}), rest, value) if rest else value}
 
 
 def changed(config: RunConfig, case: tuple[str, Any]) -> dict[str, Any]:
