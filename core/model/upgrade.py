@@ -39,7 +39,7 @@ def model_settings(old: dict[str, Any], where: str) -> dict[str, Any]:
     return plain | parts
 
 
-def parameter(old: str) -> str:
-    """Return the name today of a parameter of schema 2, or of a slot of its optimizer state."""
-    name, dot, slot = old.rpartition(".")
-    return RENAMED.get(old) or f"{RENAMED.get(name, name)}{dot}{slot}"
+def parameter(side: str, old: str) -> str:
+    """Return the name today of a parameter of schema 2 (`side`: param), or of a slot of its optimizer state (optim)."""
+    name, dot, slot = old.rpartition(".") if side == "optim" else (old, "", "")
+    return f"{RENAMED.get(name, name)}{dot}{slot}"

@@ -62,11 +62,10 @@ def read_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
     except FileError as error:
         raise RunError(f"{error}; delete it to train from the start") from error
     _check_state(path, state)
-    named = parameter if state["schema"] == 2 else str
     sides: dict[str, Arrays] = {"param": {}, "optim": {}}
     for key, value in arrays.items():
         side, _, name = key.partition("/")
-        name = named(name)
+        name = parameter(side, name) if state["schema"] == 2 else name
         if side not in sides or name in sides[side]:
             raise RunError(f"{path}: {key}: unknown tensor")
         _check_type(path, key, value)

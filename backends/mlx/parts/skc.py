@@ -3,9 +3,9 @@
 import mlx.core as mx
 
 from backends.mlx import ops
-from backends.mlx.blocks.capsules import Capsules
-from backends.mlx.blocks.koopman import Koopman
-from backends.mlx.blocks.linear import Linear
+from backends.mlx.linear import Linear
+from backends.mlx.parts.capsules import Capsules
+from backends.mlx.parts.koopman import Koopman
 from core.model.context import SKCState, SKCTape
 
 
@@ -14,21 +14,22 @@ class SKC(Koopman):
 
     def __init__(self, config, exact):
         super().__init__(config, exact)
-        routes = config.capsule_heads * config.capsules
+        routes = config.skc.heads * config.skc.capsules
         self.write = Linear(config.dim, routes)
         self.write_bias = mx.zeros((routes,))
         self.read = Linear(config.dim, routes)
-        self.capsules = Capsules(config.layer_store, config.norm_eps, exact)
-        self.capsule_gain = mx.zeros((config.mixer_dim,))
+        self.capsules = Capsules(config.skc.store, config.norm_eps, exact)
+        self.capsule_gain = mx.zeros((config.koopman.dim,))
 
-    def __call__(self, x_BTD, context, state):
-        kind, state = x_BTD.dtype, state or self.start(x_BTD, context)
+    def __call__(self, stream, context, stage, state):
+        x_BTD, kind = stream.x, stream.x.dtype
+        state = state or self.start(x_BTD, context)
         z_BTC, s_BTC, koopman = self.recur(x_BTD, context, state.koopman)
         write_BTR = self.write(x_BTD) + self.write_bias.astype(kind)
         y_BTC, capsules = self.capsules(write_BTR, self.read(x_BTD), s_BTC, context, state.capsules)
         y_BTC = ops.rms_norm(y_BTC, self._config.norm_eps, self._exact).astype(kind)
         z_BTC = z_BTC + y_BTC * self.capsule_gain.astype(kind)
-        return self.gated(x_BTD, z_BTC), SKCTape(koopman, capsules)
+        return stream._replace(x=self.gated(x_BTD, z_BTC)), SKCTape(koopman, capsules)
 
     def start(self, x_BTD, context):
         """Return the state before the first token."""

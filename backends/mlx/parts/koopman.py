@@ -1,22 +1,23 @@
 """Layer kind `koopman`: a short convolution, then a diagonal recurrence over channels that a Walsh-Hadamard transform
-mixes, read out through a low-rank coupling and an output gate (spec/causal_skc.md a1)."""
+mixes, read out through a low-rank coupling and an output gate (docs/model.md)."""
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from backends.mlx import ops
-from backends.mlx.blocks.linear import Linear, Output
-from core.model.config import COUPLING, TAPS
+from backends.mlx.linear import Linear, Output
+from backends.mlx.parts import Part
+from core.model.capsules import COUPLING
 from core.model.context import KoopmanState, KoopmanTape
+from core.model.table import TAPS
 
 
-class Koopman(nn.Module):
+class Koopman(Part):
     """Mix positions by a recurrence. Letters: B rows, T positions, D width, C mixer channels."""
 
     def __init__(self, config, exact):
         super().__init__()
         self._config, self._exact = config, exact
-        width = config.mixer_dim
+        width = config.koopman.dim
         self.value = Linear(config.dim, width)
         self.gate = Linear(config.dim, width)
         self.decay = Linear(config.dim, width)
@@ -27,13 +28,13 @@ class Koopman(nn.Module):
         self.state_gain = mx.zeros((width,))
         self.o = Output(width, config, exact)
 
-    def __call__(self, x_BTD, context, state):
-        z_BTC, _, tape = self.recur(x_BTD, context, state or self.start(x_BTD, context))
-        return self.gated(x_BTD, z_BTC), tape
+    def __call__(self, stream, context, stage, state):
+        z_BTC, _, tape = self.recur(stream.x, context, state or self.start(stream.x, context))
+        return stream._replace(x=self.gated(stream.x, z_BTC)), tape
 
     def start(self, x_BTD, context):
         """Return the state before the first token."""
-        rows, width = x_BTD.shape[0], self._config.mixer_dim
+        rows, width = x_BTD.shape[0], self._config.koopman.dim
         tail_BPC = mx.zeros((rows, TAPS - 1, width), dtype=x_BTD.dtype)
         return KoopmanState(tail_BPC, mx.zeros((rows, width), dtype=context.wide))
 

@@ -1,5 +1,5 @@
 """A store of capsules: in every block of tokens each capsule gathers the values that are routed to it, and tokens read
-what the blocks before theirs have stored (spec/causal_skc.md a2).
+what the blocks before theirs have stored (docs/model.md).
 
 Blocks are counted from the start of the row, or of the carried state: no position depends on the length of the row.
 """
@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx import ops
-from core.model.config import COUPLING, FLOOR, TAPS
+from core.model.capsules import COUPLING, FLOOR
 from core.model.context import CapsuleState, CapsuleTape
 
 
@@ -90,8 +90,7 @@ class Capsules(nn.Module):
     def shifted(self, keys_BTHN, context, state):
         """Return for every token the key of the one before it in its document, else 0."""
         before_BTHN = mx.concatenate([state.key[:, None], keys_BTHN[:, :-1]], axis=1)
-        same_BT = context.history[:, TAPS - 2 : -1] == context.documents
-        return mx.where(same_BT[..., None, None], before_BTHN, 0.0)
+        return mx.where(context.continues[..., None, None], before_BTHN, 0.0)
 
     def template(self, context):
         """Return the weight of every place in a block, per capsule: the inverse Walsh transform of its bands."""
