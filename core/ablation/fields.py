@@ -34,7 +34,7 @@ def flat(value: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for key, inner in value.items():
         name = f"{prefix}{key}"
-        section = isinstance(inner, dict) and (hint(name) is None or dataclasses.is_dataclass(hint(name)))
+        section = isinstance(inner, dict) and ("." not in name or dataclasses.is_dataclass(hint(name)))
         for field, v in (flat(inner, where, f"{name}.") if section else {name: meant(name, inner)}).items():
             if field in fields:
                 raise ConfigError(f"{where}: {field}: is given twice")
