@@ -19,6 +19,8 @@ from core.model.upgrade import model_settings, moved
 
 SCHEMA = 3
 READS = (2, SCHEMA)
+
+
 MOST_STEPS = 10_000_000
 """Most steps of a run: what a run has that only the clock ends."""
 MOST_ROWS = 1 << 20
@@ -92,7 +94,9 @@ class TrainConfig:
     muon_scale: Literal["ratio", "rms"] = "ratio"
     """Scale of the update: sqrt(max(1, rows / columns)), or 0.2 sqrt(max(rows, columns)) to match AdamW's RMS."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of the matrix group; the other groups are not decayed."""
+    """Decoupled weight decay of the matrix group."""
+    weight_decay_embed: float = 0.0
+    """Decoupled weight decay of the embedding group; vectors and hash tables are never decayed."""
     clip: float | None = 1.0
     """Largest global gradient norm; None: no clipping."""
     z_loss: float = 0.0
@@ -132,7 +136,8 @@ class TrainConfig:
         limits = {"steps": MOST_STEPS, "batch": MOST_ROWS, "micro_batch": MOST_ROWS, "seq": MOST_TOKENS}
         require_limits("train", self, MOST_STEPS, **limits, seq_stages=MOST_TOKENS)
         check_tokens("train", self.batch, self.seq)
-        for name in ("lr_embed", "lr_matrix", "lr_vector", "lr_hash", "weight_decay", "z_loss"):
+        rates = ("lr_embed", "lr_matrix", "lr_vector", "lr_hash", "weight_decay", "weight_decay_embed")
+        for name in (*rates, "z_loss"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
         for name in ("steps", "batch", "seq", "log_every"):

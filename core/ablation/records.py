@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from core.checks import told
+from core.config import SCHEMA as CONFIG_SCHEMA
 from core.config import ConfigError, RunConfig, from_json
 from core.engine.protocol import BACKENDS
 from core.files import FileError, read_json
@@ -21,30 +22,17 @@ MOST = 1e12
 
 
 class StoreError(ValueError):
-    """The store cannot be used: the message names the file or the database and what is wrong with it."""
+    """The store cannot be used: the message names the file and what is wrong with it."""
 
 
 class JobFile(NamedTuple):
     """What job.json says: what was asked for of a run."""
 
-    key: str
     config: RunConfig
     backend: Literal["mlx", "cuda"]
     dtype: str | None
     code: str
-    data: dict[str, str]
     command: str
-    schema: int
-    """Of the configuration, as the file has it."""
-
-
-class Member(NamedTuple):
-    """A run of an ablation, as members.json has it."""
-
-    variant: str
-    seed: int
-    backend: str
-    key: str
 
 
 class Start(NamedTuple):
@@ -72,23 +60,27 @@ def read_job(home: Path) -> JobFile:
         raise StoreError(f"{home / 'run'}: is not a run of this version ({error}); move it away") from error
     dtype = value.get("dtype")
     return JobFile(
-        key=_word(value, "key", file),
         config=config,
         backend=_field(value, "backend", file, lambda v: v in tuple(BACKENDS), " or ".join(BACKENDS)),
         dtype=None if dtype is None else _word(value, "dtype", file),
         code=_word(value, "code", file),
-        data=_field(value, "data", file, _words, "texts by name"),
         command=_field(value, "command", file, lambda v: isinstance(v, str), "text"),
-        schema=value["config"]["schema"],
     )
 
 
-def read_members(file: Path) -> tuple[str, str, list[Member]]:
-    """Return members.json of an ablation: its name, the file that describes it, its runs."""
+def read_members(file: Path) -> tuple[str, list[str]]:
+    """Return which file describes an ablation, and the keys of its runs, by its members.json."""
     value = read(file)
     rows = _field(value, "runs", file, lambda v: isinstance(v, list) and all(map(_is_member, v)), "a list of runs")
-    name, described = _word(value, "ablation", file), _field(value, "file", file, _short, "a path")
-    return name, described, [Member(*row) for row in rows]
+    return _field(value, "file", file, _short, "a path"), [row[3] for row in rows]
+
+
+def is_earlier(home: Path) -> bool:
+    """Return whether a run was asked for by a version whose settings had an earlier schema."""
+    try:
+        return read_json(home / "job.json", MOST_BYTES)["config"]["schema"] < CONFIG_SCHEMA
+    except (OSError, FileError, KeyError, TypeError):
+        return False
 
 
 def read_failure(home: Path) -> str:
@@ -147,13 +139,8 @@ def _short(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= MOST_LETTERS
 
 
-def _words(value: Any) -> bool:
-    return isinstance(value, dict) and len(value) <= 100 and all(map(_short, (*value, *value.values())))
-
-
 def _is_member(row: Any) -> bool:
-    good = isinstance(row, list) and len(row) == 4 and all(_short(row[i]) for i in (0, 2, 3))
-    return good and type(row[1]) is int and 0 <= row[1] < 2**31
+    return isinstance(row, list) and len(row) == 4 and _short(row[3]) and row[3].isalnum()
 
 
 def _is_start(start: Start) -> bool:

@@ -19,7 +19,7 @@ import pytest
 from core import presets
 from core.ablation.plan import read_plan
 from core.checks import ConfigError, told
-from core.cli import is_users, main, message
+from core.cli import main
 from core.config import EvalConfig, ModelConfig, RunConfig, changed, flattened, from_json, to_json
 from core.console import MESSAGE, one_line
 from core.export.artifact import ArtifactError, read_artifact, write_artifact
@@ -27,9 +27,10 @@ from core.model import trunk
 from core.model.params import MOST_VALUES, count, param_table, start_values
 from core.training.run import Run
 from core.verbs.common import open_subject
-from shared_tests.check.test_cli import Capture
-from shared_tests.export.test_artifact import join, parts
+from core.verbs.errors import is_users, message
 from shared_tests.oracle import reference
+from shared_tests.support.artifacts import join, parts
+from shared_tests.support.command_line import Capture
 from shared_tests.support.harness import EVERYTHING, mini
 from shared_tests.support.hostile import put
 
