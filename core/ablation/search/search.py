@@ -4,7 +4,6 @@ The run folders are the source. A search has no database of its own: each start 
 what is stored, round by round, which leads to the same trials, so that a killed search goes on where it was.
 """
 
-import functools
 import json
 import math
 import warnings
@@ -16,7 +15,7 @@ from core.ablation.plan import Ablation, Job
 from core.ablation.search.space import FOUND, Field, Search
 from core.ablation.stats.results import Result, Status
 from core.ablation.store import Place, Store
-from core.config import RunConfig, to_json
+from core.config import RunConfig, flattened, to_json
 
 ATTEMPTS = 100
 """Suggestions in a row that may be of no use (tried already, or refused) before a search ends early."""
@@ -165,7 +164,7 @@ def _ended(trial: Trial, results: Sequence[Result]) -> Trial:
 def _start(plan: Ablation, search: Search) -> dict[str, Any]:
     """Return the start's values of the searched fields, as a file would have them."""
     config = json.loads(json.dumps(to_json(plan.config(search.variant, search.seeds[0]))))
-    return {f.name: functools.reduce(dict.__getitem__, f.name.split("."), config) for f in search.space}
+    return {field.name: flattened(config)[field.name] for field in search.space}
 
 
 class Sampler:
