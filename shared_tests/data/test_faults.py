@@ -10,8 +10,6 @@ from core.check.tolerances import P2_FLOAT32, P2_FLOAT64, P3_FLOAT32, P4_FLOAT32
 from core.model.tables import rope_tables
 from core.training import schedule
 from shared_tests import oracle
-from shared_tests.model.test_model import by_group, outcome
-from shared_tests.oracle import reference
 from shared_tests.reference import ops as reference
 from shared_tests.support.harness import (
     BACKENDS,

@@ -18,7 +18,6 @@ from core.model.engram import MOST_BUCKETS, MOST_HASHES
 from core.model.ngrams import BIGRAM_MULTIPLIER, MOST_ID, MULTIPLIERS, keep_rows, multipliers_of, ngram_buckets, prune
 from shared_tests.oracle import Text
 from shared_tests.oracle.engram import ngrams
-from shared_tests.oracle.skc import ngrams
 from shared_tests.support.engram_examples import config, weights
 from shared_tests.support.harness import tokens
 

@@ -28,7 +28,7 @@ from core.model.params import MOST_VALUES, count, param_table, start_values
 from core.training.run import Run
 from core.verbs.common import open_subject
 from core.verbs.errors import is_users, message
-from shared_tests.oracle import reference
+from shared_tests.reference import storage as reference
 from shared_tests.support.artifacts import join, parts
 from shared_tests.support.command_line import Capture
 from shared_tests.support.harness import EVERYTHING, mini
