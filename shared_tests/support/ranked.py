@@ -78,8 +78,11 @@ def cases(world: int) -> dict[str, RunConfig]:
     made = {}
     for name, preset, changes in (
         ("adamw", "ablate_float", {"matrix_rule": "adamw", "batch": 4}),
-        ("muon", "ablate_float", {"matrix_rule": "muon", "batch": 4, "average_from": 0.3}),
-        ("uneven", "ablate_float", {"matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3}),
+        (
+            "uneven",
+            "ablate_float",
+            {"matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3, "average_from": 0.3},
+        ),
         ("micro", "ablate", {"matrix_rule": "muon", "batch": 6, "micro_batch": 2}),
     ):
         config = mini(preset)

@@ -31,7 +31,7 @@ def ended(processes: list[subprocess.Popen], seconds: float) -> list[int]:
             process.wait()
 
 
-@pytest.mark.parametrize("how", ["kill", "stop", "raise"])
+@pytest.mark.parametrize("how", ["kill", *(pytest.param(how, marks=pytest.mark.long) for how in ("stop", "raise"))])
 def test_a_slow_rank_is_waited_for_and_a_dead_one_is_not(how: str, tmp_path: Path) -> None:
     """Rank 1 of 3 is busy for 6 s, longer than the silence that is allowed, then it is killed, stopped, or raises."""
     processes = start(

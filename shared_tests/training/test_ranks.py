@@ -137,6 +137,7 @@ def test_a_run_of_two_goes_on_with_one(both: Any, tmp_path: Path) -> None:
     assert apart(one[0] / "run.safetensors", folder / "run.safetensors") < STATE
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("both", ["cuda"], indirect=True)
 def test_three_and_four_ranks(both: Any, data: str, tmp_path: Path) -> None:
     """Three score, four train, and four go on with a run of two."""
