@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shell(place: Path, command: str) -> subprocess.CompletedProcess[bytes]:
     """Run a shell's command in `place`, where `skc` is the program and DATA the data."""
     script = f'skc() {{ "{sys.executable}" -m core.cli "$@"; }}; {command.replace("DATA", str(place / "data"))}'
-    return subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, timeout=200)
+    return subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, timeout=300)
 
 
 @pytest.mark.parametrize(
