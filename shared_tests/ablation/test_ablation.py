@@ -24,8 +24,8 @@ from core.ablation.store import Store
 from core.cli import main
 from core.config import ConfigError, DataConfig
 from core.files import FileError
+from core.training.environment import code_version
 from core.training.run import Run
-from core.verbs.common import code_version
 from shared_tests.support.ablation_runs import DATA, PLAN, go, places, taken, write
 from shared_tests.support.killed import small_data
 

@@ -1,6 +1,5 @@
 """What artifact tests share: small models, tensors to store, and an artifact taken apart and put together again."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -12,22 +11,24 @@ import numpy as np
 import pytest
 
 from core import rng
-from core.config import ModelConfig
+from core.config import ModelConfig, changed
 from core.export.artifact import ArtifactError, read_artifact, write_artifact
 from core.model.params import param_table
 from core.model.storage import Stored
 from shared_tests.oracle import reference
 
-SMALL = ModelConfig(
-    vocab=11, dim=8, layers=2, heads=2, kv_heads=1, mlp_hidden=66, rope_dims=2, embed_dim=5, vocab_bias=True,
-    unet_skips=True, residual_mix=True,
-)  # fmt: skip
+SMALL = changed(ModelConfig(), {
+    "vocab": 11, "dim": 8, "layers": 2, "attention.heads": 2, "attention.kv_heads": 1, "mlp.hidden": 66,
+    "attention.rope_dims": 2, "embedding.dim": 5, "head.bias": True, "skips.on": True, "residual_mix": True,
+})  # fmt: skip
 
 MODELS = {
-    "ternary": dataclasses.replace(SMALL, matrix_storage="ternary/64", table_storage="int6/row"),
-    "nibbles": dataclasses.replace(SMALL, matrix_storage="int4/128", table_storage="fp8/row", mlp_hidden=130, layers=1),
-    "bytes": dataclasses.replace(SMALL, matrix_storage="int8/64", table_storage="ternary/128", layers=1),
-    "rows": dataclasses.replace(SMALL, matrix_storage="int8/row", table_storage="float16", layers=1),
+    "ternary": changed(SMALL, {"matrix_storage": "ternary/64", "embedding.storage": "int6/row"}),
+    "nibbles": changed(
+        SMALL, {"matrix_storage": "int4/128", "embedding.storage": "fp8/row", "mlp.hidden": 130, "layers": 1}
+    ),
+    "bytes": changed(SMALL, {"matrix_storage": "int8/64", "embedding.storage": "ternary/128", "layers": 1}),
+    "rows": changed(SMALL, {"matrix_storage": "int8/row", "embedding.storage": "float16", "layers": 1}),
 }
 """Groups of 64 and 128 of which the last is cut short, whole rows, and every class of storage."""
 

@@ -4,19 +4,21 @@ from typing import Any
 
 import numpy as np
 
+from core.config import changed
 from core.model.config import ModelConfig
 from core.model.params import param_table
 from shared_tests.support.harness import draw
 
 
-def config(**changes: Any) -> ModelConfig:
+def config(changes: dict[str, Any] | None = None) -> ModelConfig:
     """Return a tiny model with all memories."""
     small: dict[str, Any] = {
-        "vocab": 24, "dim": 8, "layers": 2, "heads": 2, "kv_heads": 1, "mlp_hidden": 12, "rope_dims": 4,
-        "engram_orders": 3, "engram_heads": 2, "engram_buckets": 31, "engram_dim": 12, "bigram_buckets": 29,
-        "bigram_dim": 4, "smear": True, "bank": "both", "bank_heads": 2, "bank_capsules": 3, "capsule_block": 4,
+        "vocab": 24, "dim": 8, "layers": 2, "attention.heads": 2, "attention.kv_heads": 1, "attention.rope_dims": 4,
+        "mlp.hidden": 12,
+        "engram.orders": 3, "engram.heads": 2, "engram.buckets": 31, "engram.dim": 12, "bigram.buckets": 29,
+        "bigram.dim": 4, "smear.on": True, "bank.at": "both", "bank.heads": 2, "bank.capsules": 3, "skc.block": 4,
     }  # fmt: skip
-    return ModelConfig(**small | changes)
+    return changed(ModelConfig(), small | (changes or {}))
 
 
 def weights(model: ModelConfig) -> dict[str, np.ndarray]:

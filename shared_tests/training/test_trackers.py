@@ -15,9 +15,9 @@ import pytest
 from core.cli import main
 from core.config import ConfigError, RunConfig
 from core.training import trackers
+from core.training.environment import ROOT
 from core.training.run import Run
 from core.training.trackers import Copies, TensorBoard, flat
-from core.verbs.common import ROOT
 from shared_tests.support.command_line import SHORT, call, events
 
 LINES = [
