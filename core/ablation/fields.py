@@ -8,12 +8,20 @@ from typing import Any
 
 from core import checks
 from core.config import ConfigError, RunConfig
+from core.scoring import choices
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
 
 
 def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
     """Set `train.lr_matrix` in a run's plain values; ConfigError for an unknown field, or one that [budget] decides."""
+    if field.startswith("eval.plugins."):
+        value, field = (
+            choices.changed(values["eval"]["plugins"], field.removeprefix("eval.plugins."), value),
+            "eval.plugins",
+        )
+    elif field == "eval.plugins" and isinstance(value, dict):
+        value = choices.of_table(value)
     part, _, name = field.partition(".")
     known = [f"{p}.{n}" for p, v in values.items() if isinstance(v, dict) for n in v]
     if field not in known:
