@@ -9,7 +9,8 @@ from core.config import EvalConfig
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 from core.scoring.windows import Windows
-from shared_tests.scoring.test_scoring import LENGTHS, make_dataset
+from shared_tests.support.known_scores import make_dataset
+from shared_tests.support.plugin_examples import LENGTHS
 
 CUTS: dict[str, dict[str, Any]] = {
     "plain": {},

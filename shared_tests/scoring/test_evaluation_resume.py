@@ -19,7 +19,7 @@ from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Plugin, Temperature
 from core.scoring.score import score_text
-from shared_tests.scoring.test_scoring import make_dataset
+from shared_tests.support.known_scores import make_dataset
 from shared_tests.support.plugin_examples import (
     CUTS,
     LENGTHS,
