@@ -1,7 +1,9 @@
 """report.html: one file without scripts or anything from elsewhere, for a screen, a phone, day and night."""
 
-from collections.abc import Sequence
+import base64
+from collections.abc import Mapping, Sequence
 from html import escape
+from types import MappingProxyType
 
 from core.ablation.report import charts, search_wording, wording
 from core.ablation.report.charts import Picture
@@ -54,6 +56,7 @@ tbody th{font-weight:600;background:var(--page);max-width:14rem;overflow:hidden;
 figure{margin:1rem 0}
 svg{display:block;max-width:100%;height:auto}
 svg text{font-family:inherit}
+.scroll img{display:block;height:24rem;width:auto}
 .narrow{display:none}
 pre{background:var(--box);border:1px solid var(--grid);border-radius:6px;padding:.6rem .75rem;overflow-x:auto;
 font-size:.8125rem;line-height:1.45;margin:.5rem 0}
@@ -73,9 +76,9 @@ Drawn = dict[str, Picture]
 
 def page(
     outcome: Outcome, found: Sequence[Findings], drawn: Sequence[tuple[Drawn, Drawn]],
-    searched: Searched | None = None, tried: tuple[Drawn, Drawn] | None = None,
+    searched: Searched | None = None, tried: Mapping[str, bytes] = MappingProxyType({}),
 ) -> str:  # fmt: skip
-    """Return the whole page; `drawn` has the (wide, narrow) pictures of each backend, `tried` those of a search."""
+    """Return the whole page; `drawn` has each backend's (wide, narrow) pictures, `tried` a search's as PNG."""
     plan = outcome.plan
     parts = [f"<h1>{escape(plan.name)}</h1>", f"<p>{escape(plan.purpose)}</p>" if plan.purpose else "", _facts(outcome)]
     if not any(one.n for tables in found for one in tables.summaries):
@@ -85,7 +88,7 @@ def page(
         name = f" on {tables.backend}" if len(found) > 1 else ""
         parts += _backend(outcome, tables, pictures, name)
     if searched:
-        parts += _search(outcome, searched, tried or ({}, {}))
+        parts += _search(outcome, searched, tried)
     parts += [_changes(outcome), _failed(outcome), _samples(outcome), _method(), _repeat(outcome, searched)]
     head = (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -133,14 +136,14 @@ def _backend(outcome: Outcome, found: Findings, drawn: tuple[Drawn, Drawn], name
     return parts
 
 
-def _search(outcome: Outcome, searched: Searched, drawn: tuple[Drawn, Drawn]) -> list[str]:
+def _search(outcome: Outcome, searched: Searched, images: Mapping[str, bytes]) -> list[str]:
     parts = [f"<h2>Search</h2><p>{escape(search_wording.summary(searched))}</p>"]
     gains = search_wording.gains(searched, outcome)
     if gains:
         parts.append(f'<p class="note">{escape(search_wording.WARNING)}</p>')
         parts.append(_table("Selected and confirmed", search_wording.GAIN_HEAD, search_wording.gain_rows(gains)))
-    parts += _figure("", "search", drawn, search_wording.PROGRESS)
-    parts += _figure("", "search fields", drawn, search_wording.FIELDS)
+    captions = {"search": search_wording.PROGRESS, "search fields": search_wording.FIELDS}
+    parts += [_image(images[key], caption) for key, caption in captions.items() if key in images]
     table = _table("Trials", search_wording.head(searched), search_wording.rows(searched))
     lines = "".join(f"<li>{escape(line)}</li>" for line in search_wording.method(searched))
     few = len(searched.trials) <= 12
@@ -174,6 +177,13 @@ def _figure(title: str, key: str, drawn: tuple[Drawn, Drawn], caption: str) -> l
     both = f'<div class="wide">{charts.svg(wide[key])}</div><div class="narrow">{charts.svg(narrow[key])}</div>'
     head = f"<h2>{escape(title)}</h2>" if title else ""
     return [f"{head}<figure>{both}<figcaption>{escape(caption)}</figcaption></figure>"]
+
+
+def _image(png: bytes, caption: str) -> str:
+    """Return a figure with a PNG in it, which a narrow screen scrolls along."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    box = f'<div class="scroll" tabindex="0"><img src="{source}" alt="{escape(caption)}"></div>'
+    return f"<figure>{box}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _changes(outcome: Outcome) -> str:

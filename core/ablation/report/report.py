@@ -10,7 +10,7 @@ from core.ablation.report.search_pictures import draw as draw_search
 from core.ablation.search.search import Searched
 from core.ablation.stats.findings import Findings, assess
 from core.ablation.stats.results import Outcome
-from core.files import replace_text
+from core.files import replace_file, replace_text
 
 FILES = {"difference": "difference", "curves step": "curves", "gaps": "gaps", "bytes": "bytes"}
 """Picture -> its file; the page also has curves against seconds."""
@@ -31,10 +31,13 @@ def write_report(outcome: Outcome, folder: Path, searched: Searched | None = Non
         for key, name in FILES.items():
             path = folder / (f"{name}-{found[i].backend}.png" if i else f"{name}.png")
             images[-1] += _png(wide, key, path)
-    tried = searched and (draw_search(searched, WIDE), draw_search(searched, NARROW))
+    tried = draw_search(searched) if searched else {}
     images.append([])
     for key, name in SEARCH_FILES.items():
-        images[-1] += _png(tried[0] if tried else {}, key, folder / name)
+        (folder / name).unlink(missing_ok=True)  # that of an earlier report would now be wrong
+        if key in tried:
+            replace_file(folder / name, tried[key])
+            images[-1].append(folder / name)
     html, text = folder / "report.html", folder / "report.md"
     replace_text(html, page(outcome, found, drawn, searched, tried))
     replace_text(text, _markdown(outcome, found, images, searched))

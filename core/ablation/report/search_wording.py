@@ -1,7 +1,7 @@
 """A search in words and table cells: what report.html, report.md and the console say of it."""
 
 import json
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -24,11 +24,11 @@ WARNING = (
 )
 PROGRESS = (
     "Each trial’s mean over the search’s seeds; the line is the best so far. It can only fall, whether by better "
-    "settings or by luck."
+    "settings or by luck. Failed trials, and those far above the best, are left out."
 )
 FIELDS = (
-    "Bits per byte of every trial against one field at a time, all other fields differing too. Blue: the best one. "
-    "Ring: the start."
+    "Bits per byte of every trial against one field at a time, all other fields differing too. Darker: later trials. "
+    "Dashed: the start."
 )
 
 
@@ -156,13 +156,10 @@ def rows(searched: Searched) -> list[tuple[str, ...]]:
 def method(searched: Searched) -> list[str]:
     """Return how the search was made."""
     search = searched.search
-    try:
-        made = f"optuna {version('optuna')}"
-    except PackageNotFoundError:  # a report can be written again elsewhere
-        made = "optuna"
     return [
-        f"Trials were drawn by {made} (TPE, all fields together, sampler seed {search.sampler_seed}), "
-        f"{search.round} at a time, whatever ran side by side; a killed search asks for the same ones again.",
+        f"Trials were drawn by optuna {version('optuna')} (TPE, all fields together, sampler seed "
+        f"{search.sampler_seed}), {search.round} at a time, whatever ran side by side; a killed "
+        "search asks for the same ones again.",
         "A trial’s figure is the mean over the search’s seeds; it is only the ground on which one was chosen. A failed "
         "trial counts as infinitely bad, so that the search leaves where it failed.",
     ]
