@@ -112,7 +112,7 @@ def _starting(backend: str) -> float:
 
 def _seconds(job: Job, say: Console) -> float:
     """Return the seconds that a run takes from its start to its report, by `skc train --dry-run`."""
-    from core.verbs.make import Train, train_run
+    from core.verbs.train import Train, train_run
 
     say(f"timing {job.variant} on {job.backend}")
     quiet = Console()

@@ -13,7 +13,7 @@ from core.ablation.records import JobFile, read_job
 from core.cli import is_users, message
 from core.console import Console
 from core.verbs.common import Context, code_version
-from core.verbs.make import Train, train_run
+from core.verbs.train import Train, train_run
 
 GONE = 75
 """Exit code of a worker whose parent is gone."""

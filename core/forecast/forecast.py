@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.config import RunConfig, TrainConfig, require
+from core.engine.plan import StepPlan
 from core.training.loop import Due, done, due, progress_of
-from core.training.schedule import StepPlan, lr_scale, plan
+from core.training.schedule import lr_scale, plan
 
 MOST_WALKED = 200_000
 """Most steps of a run that is gone through step by step: seconds of time, 150 MB."""

@@ -188,7 +188,7 @@ class _Runs:
 
 def _fit(config: RunConfig) -> Dataset:
     """Return a run's data; what would stop the run is found now, not after hours."""
-    from core.verbs.make import check_budget
+    from core.verbs.train import check_budget
 
     dataset = open_data(config.data.path)
     check_data(config, dataset, "set it in the file, or take other data")

@@ -38,11 +38,12 @@ STRIDES = 4
 """Parts of a sliding window, of which the last is scored, where nobody gives a stride."""
 PACKAGES = ("numpy", "torch", "mlx", "sentencepiece", "safetensors", "brotli", "tyro", "matplotlib", "rich")
 ROOT = Path(core.__file__).resolve().parent.parent
-READERS = (
-    "core/ablation/", "core/compare/", "core/verbs/ablate.py", "core/verbs/audit.py",
-    "core/verbs/look.py", "core/verbs/track.py",
-)  # fmt: skip
-"""How the names of files begin that ask for runs or read them: no run imports them (but its worker)."""
+READERS = ("core/ablation/", "core/compare/", "core/verbs/")
+"""How the names of files begin that ask for runs or read them: no run imports them, but for these."""
+IMPORTED = (
+    *("core/ablation/worker.py", "core/ablation/records.py"),
+    *("core/verbs/__init__.py", "core/verbs/common.py", "core/verbs/train.py"),
+)
 
 
 class Context(NamedTuple):
@@ -241,7 +242,7 @@ def code_version(root: Path = ROOT) -> str:
 
 def reads(name: str) -> bool:
     """Return whether a file of this checkout only asks for runs or reads them."""
-    return name.startswith(READERS) and name not in ("core/ablation/worker.py", "core/ablation/records.py")
+    return name.startswith(READERS) and name not in IMPORTED
 
 
 def same_start(ranks: Ranks, config: RunConfig, dataset: Dataset, **options: Any) -> None:

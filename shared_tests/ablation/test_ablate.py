@@ -121,7 +121,7 @@ def test_what_a_run_is_named_by_is_all_that_it_imports() -> None:
             seen.add(file)
             waiting.append(file)
     names = {str(path.relative_to(ROOT).as_posix()) for path in seen}
-    assert {"core/training/loop.py", "core/config.py", "core/scoring/accounting.py", "core/verbs/make.py"} <= names
+    assert {"core/training/loop.py", "core/config.py", "core/scoring/accounting.py", "core/verbs/train.py"} <= names
     assert {name for name in names if reads(name)} <= {"core/ablation/__init__.py"}
     assert not (ROOT / "core" / "ablation" / "__init__.py").read_text().count("import")
     assert all((ROOT / path).exists() or list(ROOT.glob(f"{path}*")) for path in READERS)

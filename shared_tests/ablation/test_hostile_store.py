@@ -29,7 +29,7 @@ PLAN = """
     [variants.wide]
     "model.dim" = 64
     """
-IMPORTS = ("core.cli", "core.verbs.ablate", "core.verbs.make", "matplotlib.figure")
+IMPORTS = ("core.cli", "core.verbs.ablate", "core.verbs.train", "matplotlib.figure")
 ABLATION = ("members.json", "lock", "looked.json", "report.html", "report.md", "difference.png", "curves.png")
 HOME = ("job.json", "machine.json", "failed.json", "lock", "worker.txt")
 RUN = ("config.json", "metrics.jsonl", "env.json")

@@ -114,6 +114,6 @@ def test_code_over_its_share_of_the_budget(capsys: Capture, monkeypatch: pytest.
 def test_export_fails_where_the_code_is_over(
     runs: tuple[Path, str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("core.verbs.make.packed_code", lambda: {"mlx": 1, "cuda": 140_001})
+    monkeypatch.setattr("core.verbs.export.packed_code", lambda: {"mlx": 1, "cuda": 140_001})
     value = call(capsys, "export", str(runs[0] / "b"), "--backend", "mlx", code=1)
     assert value["artifact"]["within"] and value["artifact"]["packed_code"] == 140_001

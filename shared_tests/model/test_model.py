@@ -14,7 +14,7 @@ from core import presets, rng
 from core.check.parity import perturbed
 from core.check.tolerances import P2_BFLOAT16, P2_FLOAT32, P2_FLOAT64, relative_rms
 from core.config import RunConfig
-from core.engine.protocol import Batch
+from core.data.batch import Batch
 from core.model import params
 from core.training import schedule
 from shared_tests.oracle import reference

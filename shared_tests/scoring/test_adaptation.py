@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from core.check import tolerances
-from core.engine.protocol import Batch, Engine, micro_batches
+from core.data.batch import Batch
+from core.engine.protocol import Engine, micro_batches
 from core.scoring.ledger import Ledger, LedgerError, Scored
 from core.scoring.plugins import Learner, Plugin, Temperature, log_softmax
 from core.scoring.score import score

@@ -20,9 +20,10 @@ from safetensors.numpy import save_file
 
 import core.training.loop
 from core.config import ConfigError, EvalConfig, RunConfig
+from core.data.batch import Batch
 from core.data.dataset import open_dataset
 from core.engine.heartbeat import Heartbeat
-from core.engine.protocol import Batch, Engine, EngineOptions, load_engine
+from core.engine.protocol import Engine, EngineOptions, load_engine
 from core.engine.ranks import Alone, Ranks, join, share
 from core.scoring.plugins import Temperature
 from core.scoring.score import score

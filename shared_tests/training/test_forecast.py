@@ -13,14 +13,16 @@ import pytest
 import core.forecast.probe
 import core.training.finish
 import core.training.loop
-import core.verbs.make
+import core.verbs.train
 from core import presets
 from core.cli import main
 from core.config import RunConfig
 from core.console import Console
+from core.data.batch import Batch
 from core.data.bundled import open_data
 from core.data.dataset import Dataset
-from core.engine.protocol import Arrays, Batch, Scoring, StepResult
+from core.engine.plan import StepPlan
+from core.engine.protocol import Arrays, Scoring, StepResult
 from core.engine.ranks import Alone
 from core.forecast.forecast import Forecast, Kind, forecast
 from core.forecast.probe import kinds, measure_memory, probe
@@ -29,7 +31,7 @@ from core.model.storage import Stored
 from core.training.finish import finish
 from core.training.loop import train
 from core.training.run import Run
-from core.training.schedule import StepPlan, lr_scale, progress_by_steps
+from core.training.schedule import lr_scale, progress_by_steps
 from shared_tests.support.killed import small_data
 
 PASS, SAMPLE, EXPORT = 0.25, 0.01, 0.125

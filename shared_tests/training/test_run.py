@@ -17,15 +17,16 @@ import core.training.loop
 import core.training.run
 from core import presets
 from core.config import RunConfig
+from core.data.batch import Batch
 from core.data.bundled import open_data
 from core.data.dataset import Dataset
-from core.engine.protocol import Arrays, Batch, StepResult
+from core.engine.plan import StepPlan
+from core.engine.protocol import Arrays, StepResult
 from core.engine.ranks import Alone
 from core.model.params import param_table, start_values
 from core.model.storage import Stored
 from core.training.loop import NonFiniteError, train, warm_up
 from core.training.run import METRICS, Run, RunError
-from core.training.schedule import StepPlan
 
 
 class Done:

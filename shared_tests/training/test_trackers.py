@@ -111,7 +111,7 @@ def test_a_run_and_its_resumption_are_copied_once(tmp_path: Path, capsys: pytest
     assert main(["train", "debug", *often, "--train.keep_every", "1", "--out", str(plain)]) == 0
     before = Run.open(plain)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("core.verbs.make.finish", _dies)
+        patch.setattr("core.verbs.train.finish", _dies)
         assert main(["train", "debug", *often, *both, "--out", str(out)]) == 130
     # As if the kill had come at step 5: the checkpoint of step 4 is the last, two more steps were copied already.
     assert len(events(out / "tensorboard")) > 20
