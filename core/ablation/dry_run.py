@@ -91,10 +91,10 @@ def _search_runs(searched: Searched, store: Store) -> list[tuple[str, str, int, 
     done = sum(store.status(place)[0] in ("done", "failed") for place in searched.places)
     trials = len(searched.trials) if searched.complete else search.trials + 1
     runs = trials * len(search.seeds)
-    made = [(f"{trials - 1} trials, start", plan.backends[0], runs, runs - done)]
+    rows = [(f"{trials - 1} trials, start", plan.backends[0], runs, runs - done)]
     if not searched.complete:
-        made += [(f"{FOUND}, not known yet", backend, len(plan.seeds), len(plan.seeds)) for backend in plan.backends]
-    return made
+        rows += [(f"{FOUND}, not known yet", backend, len(plan.seeds), len(plan.seeds)) for backend in plan.backends]
+    return rows
 
 
 def _starting(backend: str) -> float:
@@ -123,7 +123,7 @@ def _seconds(job: Job, say: Console) -> float:
 
 def _spread(store: Store, plan: Ablation, places: Sequence[Place]) -> tuple[float, str]:
     """Return the standard deviation of paired differences, and whether it was measured."""
-    found = [f.spread for f in assess(store.outcome(plan, list(places))) if f.spread]
-    if found:
-        return max(found), "as measured on the runs that are done"
+    spreads = [f.spread for f in assess(store.outcome(plan, list(places))) if f.spread]
+    if spreads:
+        return max(spreads), "as measured on the runs that are done"
     return ASSUMED, "assumed: no differences that vary are there yet"

@@ -25,14 +25,14 @@ def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
 
 def flat(value: dict[str, Any], where: str) -> dict[str, Any]:
     """Return {"model.dim": 64} for it or for {"model": {"dim": 64}}: TOML users write both; "none" means None."""
-    made: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, inner in value.items():
         section = isinstance(inner, dict) and "." not in key  # a table under a dotted key is that field's value
         for name, v in ({f"{key}.{n}": v for n, v in inner.items()} if section else {key: inner}).items():
-            if name in made:
+            if name in values:
                 raise ConfigError(f"{where}: {name}: is given twice")
-            made[name] = meant(name, v)
-    return made
+            values[name] = meant(name, v)
+    return values
 
 
 def meant(field: str, value: Any) -> Any:
