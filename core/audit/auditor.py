@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.audit.again import Asked, check_again
+from core.audit.changed_text import Asked, check_again
 from core.audit.claims import (
     Plan,
     check_configuration,
@@ -21,14 +21,16 @@ from core.audit.claims import (
     claimed_bytes,
     claimed_rule,
 )  # fmt: skip
+from core.audit.fingerprints import ROUNDING, Predictions
 from core.audit.predictions import check_isolated, check_once, check_predictions, check_set
-from core.audit.prints import ROUNDING, Predictions
 from core.audit.recount import predictions_of, recount, understood
 from core.audit.rules import Finding
 from core.audit.text.disjoint import check_disjoint
 from core.audit.text.rules import check_bytes, check_reversible
+from core.audit.watch.answer import DIED
 from core.audit.watch.evaluation import AGREE
-from core.audit.watch.isolation import DIED, Isolated, check_packages, notes_left, run_isolated
+from core.audit.watch.isolation import Isolated, run_isolated
+from core.audit.watch.verdicts import check_packages, notes_left
 from core.config import to_json
 from core.console import Console
 from core.data.bundled import open_data

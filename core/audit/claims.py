@@ -1,20 +1,17 @@
 """What is claimed of a run beside its predictions: bytes, times, seeds, one configuration (D1 to D3, D15 to D17)."""
 
-import lzma
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core.audit.code import packed_bytes
 from core.audit.rules import Finding
 from core.audit.seeds import beats
 from core.audit.watch.isolation import Isolated
 from core.config import RunConfig
 from core.data.dataset import Dataset
-from core.files import read_file
 from core.training.run import Run, config_digest
 
-MAX_SOURCE = 1 << 30
 LIMIT = 16_000_000
 """Bytes of code and compressed model (D1)."""
 SECONDS = 600.0
@@ -61,7 +58,7 @@ def check_size(plan: Plan, seen: Isolated, dataset: Dataset) -> Finding:
     tokenizer = str((data / dataset.manifest["tokenizer"]["file"]).resolve())
     artifact = plan.artifact.stat().st_size
     code = [file for file in seen.files if file.kind == "code"]
-    packed = packed_code([Path(file.path) for file in code])
+    packed = packed_bytes([Path(file.path) for file in code])
     rest = [file for file in seen.files if file.kind in ("input", "other") and file.read and file.path not in text]
     rest = [file for file in rest if Path(file.path) != plan.artifact.resolve()]
     raw, others = sum(file.size or 0 for file in code), sum(file.size or 0 for file in rest)
@@ -84,13 +81,6 @@ def check_size(plan: Plan, seen: Isolated, dataset: Dataset) -> Finding:
     if not code and artifact <= LIMIT:
         return Finding("D1", "NOT CHECKED", "the evaluation ended before its files were known", details)
     return Finding("D1", "PASS" if challenge <= LIMIT else "FAIL", evidence, details)
-
-
-def packed_code(files: Sequence[Path]) -> int:
-    """Return the bytes of source files as submissions pack them: one LZMA stream in base85."""
-    text = b"".join(read_file(file, MAX_SOURCE) for file in sorted(files, key=str) if file.is_file())
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-    return -(-len(lzma.compress(text, lzma.FORMAT_RAW, filters=filters)) * 5 // 4) if text else 0
 
 
 def check_training_time(plan: Plan) -> Finding:

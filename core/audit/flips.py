@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from core import rng
-from core.audit.prints import HARMLESS, RESHAPED, Effect, Predictions, Prints, compare, compare_end, found_by
+from core.audit.fingerprints import HARMLESS, RESHAPED, Effect, Predictions, Prints, compare, compare_end, found_by
 from core.audit.rules import Progress
 from core.config import RunConfig
 from core.data.dataset import Split

@@ -7,7 +7,9 @@ from typing import Any
 
 from core.audit.rules import Finding
 from core.audit.text.rules import check_official
-from core.audit.watch.isolation import DIED, Isolated, check_isolation
+from core.audit.watch.answer import DIED
+from core.audit.watch.isolation import Isolated
+from core.audit.watch.verdicts import check_isolation
 from core.data.dataset import Dataset
 
 

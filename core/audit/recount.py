@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from core.audit.prints import ROUNDING, Predictions, Prints, found_by
+from core.audit.fingerprints import ROUNDING, Predictions, Prints, found_by
 from core.audit.watch.isolation import Isolated
 from core.config import ConfigError, RunConfig
 from core.data.dataset import Dataset

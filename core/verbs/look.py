@@ -7,12 +7,13 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from core import presets
+from core.audit.code import packed_code
 from core.check.doctor import examine
 from core.compare.pair import By
 from core.compare.runs import compare, lines, table, write_comparison
 from core.config import RunConfig
 from core.data.bundled import open_data
-from core.export.budget import packed_code, predicted_bytes, with_tables
+from core.export.budget import predicted_bytes, with_tables
 from core.model.params import (
     FLOP_RULE,
     bytes_by_storage,

@@ -13,6 +13,7 @@ from tyro.conf import Positional
 
 from core import presets
 from core.audit.claims import SECONDS
+from core.audit.code import packed_code
 from core.config import ConfigError, RunConfig
 from core.console import Console, duration
 from core.data.bundled import open_data
@@ -22,7 +23,7 @@ from core.engine.memory import enough_memory
 from core.engine.protocol import DType, Engine, EngineOptions, choose_backend, load_engine
 from core.engine.ranks import Ranks, agree, join
 from core.export.artifact import check_limits
-from core.export.budget import packed_code, predicted_bytes
+from core.export.budget import predicted_bytes
 from core.forecast.forecast import Forecast, check_steps, forecast
 from core.forecast.probe import probe
 from core.model.engram import start_weights

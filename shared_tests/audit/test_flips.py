@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from core import rng
+from core.audit.fingerprints import ROUNDING, Predictions, compare
 from core.audit.flips import flip_test
 from core.audit.predictions import check_predictions
-from core.audit.prints import ROUNDING, Predictions, compare
-from core.audit.watch.isolation import DIED, Isolated
+from core.audit.watch.answer import DIED
+from core.audit.watch.isolation import Isolated
 from core.config import RunConfig
 from core.data.dataset import Split
 from shared_tests.support.harness import BACKENDS, engine, mini, working_weights

@@ -9,11 +9,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from core.ablation.report import wording
+from core.audit import code as audit_code
 from core.check.bench import BenchReport
 from core.cli import main
 from core.compare.picture import _curve, _difference
 from core.compare.runs import compare
-from core.export import budget
 from core.model.params import FLOP_RULE
 from core.training.generate import PROMPTS, told
 from core.training.report import MARGIN, whole_ticks
@@ -101,13 +101,13 @@ def test_doctor_says_what_it_did_not_check(capsys: Capture, monkeypatch: pytest.
 
 def test_code_over_its_share_of_the_budget(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes are those of test_audit.py's audit; info and export fail where the code takes more than is reserved."""
-    packed = max(budget.packed_code().values())
+    packed = max(audit_code.packed_code().values())
     value = call(capsys, "info", "debug", "--export.code-bytes", str(packed))
     assert value["within_budget"] and max(value["packed_code"].values()) == packed
     assert main(["info", "debug", "--export.code-bytes", str(packed - 7)]) == 1
     assert f"packed: OVER by 7: the {packed - 7:,} of export.code_bytes" in capsys.readouterr().out
-    names = {path.name for path in budget.imported(*budget.EVALUATION, *budget.ENGINES["cuda"])}
-    assert {"witness.py", "evaluation.py", "ledger.py", "engine.py", "cross_entropy.py"} <= names
+    names = {path.name for path in audit_code.imported(*audit_code.EVALUATION, *audit_code.ENGINES["cuda"])}
+    assert {"watched_process.py", "evaluation.py", "ledger.py", "engine.py", "cross_entropy.py"} <= names
     assert not {"train.py", "cli.py", "report.py", "blas.py"} & names
 
 

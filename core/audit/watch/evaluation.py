@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from core.audit.fingerprints import ROUNDING, Prints
 from core.audit.flips import PASSES, flip_test
-from core.audit.prints import ROUNDING, Prints
 from core.config import ConfigError, RunConfig, from_json
 from core.console import Console
 from core.data.dataset import Dataset, Split, open_dataset

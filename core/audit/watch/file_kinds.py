@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from core.audit.watch.owners import ROOT, is_library, is_systems, package_folders, package_verdict
-from core.audit.watch.traced import Opening
+from core.audit.watch.strace import Opening
 
 Kind = Literal["code", "python", "package", "system", "input", "audit", "other"]
 Seer = Literal["hook", "system"]

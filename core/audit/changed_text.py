@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from core.audit.fingerprints import HARMLESS, Predictions, checksums
 from core.audit.flips import PASSES
-from core.audit.prints import HARMLESS, Predictions, checksums
 from core.config import RunConfig
 from core.data.dataset import Dataset
 from core.data.shards import shard_record, write_shard
