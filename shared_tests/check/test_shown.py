@@ -15,7 +15,7 @@ from core.cli import main
 from core.compare.picture import _curve, _difference
 from core.compare.runs import compare
 from core.model.params import FLOP_RULE
-from core.training.generate import PROMPTS, told
+from core.training.generate import PROMPTS, sample_lines
 from core.training.report import MARGIN, whole_ticks
 from core.training.run import Run
 from shared_tests.check.test_cli import Capture, call, refuse
@@ -45,7 +45,7 @@ def test_the_console_leaves_the_hash_to_the_log(runs: tuple[Path, str]) -> None:
 def test_samples_are_shown_with_their_prompts(runs: tuple[Path, str]) -> None:
     folder, said = runs
     texts = Run.open(folder / "a").last("samples")
-    (first, _), (second, the) = told(texts)
+    (first, _), (second, the) = sample_lines(texts)
     assert PROMPTS == ("", "The") and (first, second) == ("from nothing", "after 'The'") and the.startswith("The")
     assert "step 6  sample from nothing: " in said and "step 6  sample after 'The': The" in said
     report = (folder / "a" / "report.md").read_text()
