@@ -31,26 +31,26 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "doctor": Verb("core.verbs.look", "Doctor", "doctor", "check this machine: versions, devices, BLAS, both backends"),
-    "presets": Verb("core.verbs.look", "Presets", "list_presets", "list the named runs"),
-    "info": Verb("core.verbs.look", "Info", "info", "parameters, bytes against the budget, FLOPs of a preset", True),
+    "doctor": Verb("core.verbs.doctor", "Doctor", "doctor", "check this machine: versions, devices, both backends"),
+    "presets": Verb("core.verbs.presets", "Presets", "list_presets", "list the named runs"),
+    "info": Verb("core.verbs.info", "Info", "info", "parameters, bytes against the budget, FLOPs of a preset", True),
     "data sample": Verb("core.verbs.data", "Sample", "sample", "prepare the bundled text"),
     "data prepare": Verb("core.verbs.data", "Prepare", "prepare_text", "tokenise text files into shards"),
     "data fineweb": Verb("core.verbs.data", "Fineweb", "fetch", "download the challenge's published shards"),
     "data adopt": Verb("core.verbs.data", "Adopt", "adopt", "use a folder of downloaded official shards"),
-    "train": Verb("core.verbs.make", "Train", "train_run", "train a preset, score it, export it, report", True),
-    "eval": Verb("core.verbs.judge", "Eval", "evaluate", "score a run or an artifact on validation text"),
-    "sample": Verb("core.verbs.judge", "Sample", "write_text", "let a run or an artifact write text"),
+    "train": Verb("core.verbs.train", "Train", "train_run", "train a preset, score it, export it, report", True),
+    "eval": Verb("core.verbs.eval", "Eval", "evaluate", "score a run or an artifact on validation text"),
+    "sample": Verb("core.verbs.sample", "Sample", "write_text", "let a run or an artifact write text"),
     "audit": Verb("core.verbs.audit", "Audit", "audit_score", "does the score of a run or an artifact keep the rules?"),
-    "export": Verb("core.verbs.make", "Export", "export_run", "write a run's artifact, reload it, score it again"),
+    "export": Verb("core.verbs.export", "Export", "export_run", "write a run's artifact, reload it, score it again"),
     "ablate": Verb("core.verbs.ablate", "Ablate", "ablate", "variants of a preset: what helped, by how much, how sure"),
     "import-official": Verb(
-        "core.verbs.official", "Import", "import_official", "make a run of a checkpoint of the official scripts"
+        "core.verbs.import_official", "Import", "import_official", "make a run of a checkpoint of the official scripts"
     ),
     "track": Verb("core.verbs.track", "Track", "track", "copy recorded runs to TensorBoard or Weights & Biases"),
-    "compare": Verb("core.verbs.look", "Compare", "compare_runs", "runs: what differs, where curves part, speed"),
-    "parity": Verb("core.verbs.judge", "Parity", "parity", "hold both backends to each other", True),
-    "bench": Verb("core.verbs.judge", "Bench", "bench", "measure training speed", True),
+    "compare": Verb("core.verbs.compare", "Compare", "compare_runs", "runs: what differs, where curves part, speed"),
+    "parity": Verb("core.verbs.parity", "Parity", "parity", "hold both backends to each other", True),
+    "bench": Verb("core.verbs.bench", "Bench", "bench", "measure training speed", True),
 }
 
 

@@ -22,7 +22,7 @@ LATER = {
     "capsule_shift", "capsule_intra", "capsule_bands", "shared_blocks", "repeat_layers", "repeat_from",
     "bank", "bank_heads", "bank_capsules", "bank_times", "bank_gate", "engram_orders", "engram_heads", "engram_buckets",
     "engram_dim", "engram_layer", "engram_keep", "hash_storage", "bigram_buckets", "bigram_dim", "smear", "lr_hash",
-    "attention_conv", "plugins", "save_minutes",
+    "attention_conv", "plugins", "save_minutes", "weight_decay_embed",
 }  # fmt: skip
 """Fields that came after the first files were written: a file without one of them means its default."""
 
@@ -100,7 +100,9 @@ class TrainConfig:
     muon_scale: Literal["ratio", "rms"] = "ratio"
     """Scale of the update: sqrt(max(1, rows / columns)), or 0.2 sqrt(max(rows, columns)) to match AdamW's RMS."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of the matrix group; the other groups are not decayed."""
+    """Decoupled weight decay of the matrix group."""
+    weight_decay_embed: float = 0.0
+    """Decoupled weight decay of the embedding group; vectors and hash tables are never decayed."""
     clip: float | None = 1.0
     """Largest global gradient norm; None: no clipping."""
     z_loss: float = 0.0
@@ -140,7 +142,8 @@ class TrainConfig:
         limits = {"steps": MOST_STEPS, "batch": MOST_ROWS, "micro_batch": MOST_ROWS, "seq": MOST_TOKENS}
         require_limits("train", self, MOST_STEPS, **limits, seq_stages=MOST_TOKENS)
         check_tokens("train", self.batch, self.seq)
-        for name in ("lr_embed", "lr_matrix", "lr_vector", "lr_hash", "weight_decay", "z_loss"):
+        rates = ("lr_embed", "lr_matrix", "lr_vector", "lr_hash", "weight_decay", "weight_decay_embed")
+        for name in (*rates, "z_loss"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
         for name in ("steps", "batch", "seq", "log_every"):
@@ -306,12 +309,23 @@ class RunConfig:
             f"train.repeat_from={self.train.repeat_from}: expected a share below 1, and model.repeat_layers to repeat",
         )
         require(
-            self.eval.windows != "stateful"
-            or self.model.documents == "isolated"
-            or "attention" not in self.model.blocks[: self.model.layers],
+            self.eval.windows != "stateful" or self.model.documents == "isolated" or not self.model.mixes("attention"),
             "eval.windows=stateful with packed documents would keep the keys of every token of the text: "
             "take sliding ones",
         )
+
+
+def changed(config: Any, fields: dict[str, Any]) -> Any:
+    """Return a config dataclass with other values of some fields, which are named with dots: `train.steps`."""
+    own: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        part, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(part, {})[rest] = value
+        else:
+            own[part] = value
+    return dataclasses.replace(config, **own, **{part: changed(getattr(config, part), v) for part, v in inner.items()})
 
 
 def check_tokens(section: str, batch: int, seq: int) -> None:

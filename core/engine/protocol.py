@@ -13,9 +13,9 @@ import numpy as np
 
 from core.config import ConfigError, ModelConfig, RunConfig
 from core.data.batch import Batch
+from core.engine.plan import StepPlan
 from core.engine.ranks import Alone, Ranks
 from core.model.storage import Stored
-from core.training.schedule import StepPlan
 
 Arrays = dict[str, np.ndarray]
 DType = Literal["float32", "bfloat16", "float64"]

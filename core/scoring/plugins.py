@@ -15,10 +15,10 @@ import numpy as np
 from core.config import ConfigError
 from core.data.batch import Batch
 from core.data.dataset import Split
+from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays, Engine, StepResult
 from core.scoring.ledger import Ledger, LedgerError, Scored
 from core.scoring.windows import Windows
-from core.training.schedule import StepPlan
 
 Kind = Literal["temperature", "cache", "adaptation"]
 

@@ -15,11 +15,12 @@ from core.files import MAX_TEXT, read_file
 
 PACKAGES = ("numpy", "torch", "mlx", "sentencepiece", "safetensors", "brotli", "tyro", "matplotlib", "rich")
 ROOT = Path(core.__file__).resolve().parent.parent
-READERS = (
-    "core/ablation/", "core/compare/", "core/verbs/ablate.py", "core/verbs/audit.py",
-    "core/verbs/look.py", "core/verbs/track.py",
-)  # fmt: skip
-"""How the names of files begin that ask for runs or read them: no run imports them."""
+READERS = ("core/ablation/", "core/compare/", "core/verbs/")
+"""How the names of files begin that ask for runs or read them: no run imports them, but for these."""
+IMPORTED = (
+    "core/ablation/records.py",
+    *(f"core/verbs/{name}.py" for name in ("__init__", "ablation_worker", "common", "errors", "train")),
+)
 
 
 def versions() -> dict[str, str]:
@@ -59,7 +60,7 @@ def code_version(root: Path = ROOT) -> str:
 
 def reads(name: str) -> bool:
     """Return whether a file of this checkout only asks for runs or reads them."""
-    return name.startswith(READERS) and name != "core/ablation/records.py"  # which tells a worker what to run
+    return name.startswith(READERS) and name not in IMPORTED
 
 
 def environment(engine: Engine, dataset: Dataset, command: str, step: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from core.console import Console
 from core.engine.protocol import choose_backend
 from core.training.environment import ROOT
 from core.verbs.common import Context
-from core.verbs.make import Train, train_run
+from core.verbs.train import Train, train_run
 
 
 def time_runs(jobs: Sequence[Job], say: Console) -> dict[tuple[str, str], float]:

@@ -14,7 +14,7 @@ from core.console import Console
 from core.training.environment import code_version
 from core.verbs.common import Context
 from core.verbs.errors import is_users, message
-from core.verbs.make import Train, train_run
+from core.verbs.train import Train, train_run
 
 GONE = 75
 """Exit code of a worker whose parent is gone."""

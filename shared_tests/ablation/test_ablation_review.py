@@ -2,26 +2,26 @@
 
 import fcntl
 import json
-import sqlite3
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from core.ablation import folders, index
+from core.ablation import folders
 from core.ablation.plan import Ablation, read_plan
+from core.ablation.records import StoreError
 from core.ablation.report import live_table
 from core.ablation.runner import Progress, run_all
 from core.ablation.stats.added_seeds import looked
 from core.ablation.stats.findings import assess
 from core.ablation.stats.results import Start
-from core.ablation.store import Place, Store, StoreError
+from core.ablation.store import Place, Store
 from core.cli import main
 from core.console import Console
 from core.files import FileError
 from core.training.run import Run
-from shared_tests.ablation.test_ablation import DATA, PLAN, WORKER, places, write
+from shared_tests.support.ablation_runs import DATA, PLAN, WORKER, places, write
 from shared_tests.support.ablation_worker import whole_score
 from shared_tests.support.ablations import outcome
 from shared_tests.support.killed import small_data
@@ -113,39 +113,6 @@ def test_odd_files_of_one_run_stop_no_other(tmp_path: Path) -> None:
     metrics.mkdir()
     results = store.outcome(plan, where).results
     assert [r.status for r in results] == ["failed", "done"] and "is a folder" in str(results[0].message)
-
-
-def test_the_index_has_runs_that_failed_before_they_had_a_folder(tmp_path: Path) -> None:
-    """Made again, it says of them what it said before."""
-    plan, store = read_plan(write(tmp_path)), Store(tmp_path / "store")
-    place = places(store, plan)[0]
-    store.prepare(place, "code", DATA, "test")
-    store.fail(place, "no memory")
-    store.update(place, store.outcome(plan, [place]).results[0])
-    before = store.rows()
-    assert [row["message"] for row in before] == ["no memory"]
-    assert store.rebuild() == 1 and store.rows() == before
-
-
-@pytest.mark.parametrize("name", ["a?b", "a%20b", "a#b", "a@b:c"])
-def test_a_store_may_have_any_name(name: str, tmp_path: Path) -> None:
-    """Its index lies in it, also where its name has letters that mean something in an address."""
-    store = Store(tmp_path / name)
-    assert store.rows() == [] and (tmp_path / name / "index.sqlite").exists()
-
-
-def test_only_a_damaged_index_is_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that another program keeps locked is not damaged."""
-    monkeypatch.setattr(index, "PATIENCE", 0)
-    store = Store(tmp_path / "store")
-    assert store.rows() == []
-    with sqlite3.connect(tmp_path / "store" / "index.sqlite", isolation_level=None) as other:
-        other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StoreError, match="locked") as caught:
-            store.rows()
-        other.execute("ROLLBACK")
-    other.close()
-    assert "delete" not in str(caught.value) and "--rebuild" in str(caught.value)
 
 
 def test_a_killed_worker_is_said_to_be_killed(tmp_path: Path) -> None:

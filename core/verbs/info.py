@@ -1,16 +1,9 @@
-"""Verbs that only look: doctor, presets, info, compare."""
+"""Verb `skc info PRESET`: what a model consists of, in parameters, bytes, FLOPs and state."""
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from tyro.conf import Positional
-
-from core import presets
 from core.audit.code import packed_code
-from core.check.doctor import examine
-from core.compare.pair import By
-from core.compare.runs import compare, lines, table, write_comparison
 from core.config import RunConfig
 from core.data.bundled import open_data
 from core.export.budget import predicted_bytes, with_tables
@@ -18,78 +11,16 @@ from core.model.params import (
     FLOP_RULE,
     bytes_by_storage,
     count,
+    decoding_state,
     flops_per_token,
     param_table,
-    state_per_token,
-    state_size,
 )
 from core.verbs.common import Context, Outcome, PresetOptions, fit_tokens
 
 
 @dataclass(frozen=True)
-class Doctor:
-    """Options of `skc doctor`."""
-
-    json: bool = False
-    """Print one JSON object on stdout; everything else goes to stderr."""
-
-
-@dataclass(frozen=True)
-class Presets:
-    """Options of `skc presets`."""
-
-    json: bool = False
-    """Print one JSON object on stdout; everything else goes to stderr."""
-
-
-@dataclass(frozen=True)
 class Info(PresetOptions):
     """Options of `skc info`."""
-
-
-@dataclass(frozen=True)
-class Compare:
-    """Options of `skc compare`."""
-
-    runs: Positional[tuple[str, ...]]
-    """Run folders; the first is what the others are held against. Of a run trained elsewhere, config.json, env.json
-    and metrics.jsonl are enough."""
-    out: str = "runs/compare"
-    """Folder for compare.md and compare.png."""
-    by: By = "auto"
-    """What curves are aligned by: step, tokens, share of the schedule; auto: step if steps are alike, else tokens."""
-    json: bool = False
-    """Print one JSON object on stdout; everything else goes to stderr."""
-
-
-def doctor(options: Doctor, context: Context) -> Outcome:
-    """Check this machine."""
-    value = examine(context.say)
-    return Outcome(value.pop("ok"), value)
-
-
-def list_presets(options: Presets, context: Context) -> Outcome:
-    """Show every preset with its size."""
-    rows = []
-    for name, preset in presets.PRESETS.items():
-        model = preset.config.model
-        rows.append((name, count(model), predicted_bytes(model), preset.purpose))
-    context.say.table(("preset", "parameters", "artifact (predicted)", "purpose"), rows)
-    keys = ("name", "parameters", "bytes", "purpose")
-    return Outcome(True, {"presets": [dict(zip(keys, row, strict=True)) for row in rows]})
-
-
-def compare_runs(options: Compare, context: Context) -> Outcome:
-    """Hold runs against the first of them: data, settings, machine, where the curves part, scores, bytes, speed."""
-    found, runs = compare(list(options.runs), options.by)
-    context.say.table(*table(found))
-    context.say()
-    for line in lines(found):
-        context.say(line)
-    written = write_comparison(found, runs, Path(options.out))
-    for path in written:
-        context.say(f"wrote {path}")
-    return Outcome(True, {**found.to_json(), "files": [str(path) for path in written]})
 
 
 def info(options: Info, context: Context) -> Outcome:
@@ -106,7 +37,7 @@ def info(options: Info, context: Context) -> Outcome:
     packed = packed_code()
     code = max(packed.values())
     fits, room = total <= export.budget, code <= export.code_bytes
-    flops, state = flops_per_token(model, config.train.seq), state_per_token(model)
+    flops, state = flops_per_token(model, config.train.seq), decoding_state(model)
     say()
     say(f"parameters        {count(model):,}")
     for name, size in storage.items():
@@ -118,9 +49,9 @@ def info(options: Info, context: Context) -> Outcome:
     verdict = "within" if room else f"OVER by {code - export.code_bytes:,}:"
     say(f"code, as audited  {took} bytes packed: {verdict} the {export.code_bytes:,} of export.code_bytes")
     others = ", ".join(f"{name} {size:,}" for name, size in tables.items())
-    say(f"by table storage  {others} bytes ({model.table_storage} in use)")
+    say(f"by table storage  {others} bytes ({model.embedding.storage} in use)")
     say(f"FLOPs per token   {flops:,} at seq {config.train.seq} (docs/performance.md: how counted)")
-    say(f"decoding state    {state_size(model):,} floats, and {state:,} more per token")
+    say(f"decoding state    {state.fixed:,} floats, and {state.per_token:,} more per token")
     value = {
         "preset": config.preset,
         "parameters": count(model),
@@ -135,8 +66,8 @@ def info(options: Info, context: Context) -> Outcome:
         "flops_per_token": flops,
         "seq": config.train.seq,
         "flop_rule": FLOP_RULE,
-        "state_per_token": state,
-        "state_size": state_size(model),
+        "state_per_token": state.per_token,
+        "state_size": state.fixed,
         "table": {name: list(row.shape) for name, row in param_table(model).items()},
     }
     return Outcome(fits and room, value)
