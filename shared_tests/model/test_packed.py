@@ -8,7 +8,7 @@ import pytest
 from core.model.ngrams import keep_rows, start_weights
 from core.model.params import start_values
 from core.training import schedule
-from shared_tests.model.test_exchange import assert_same, export, rows_of
+from shared_tests.support.exchanged import assert_same, export, rows_of
 from shared_tests.support.harness import BACKENDS, batches, engine, mini, tokens
 
 pytestmark = pytest.mark.pair

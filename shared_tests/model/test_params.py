@@ -53,7 +53,7 @@ def test_every_preset_has_its_recorded_count(name: str) -> None:
 def test_baseline_is_the_official_model() -> None:
     config = presets.get("baseline").config
     assert count(config.model) == 17_059_912
-    assert abs(flops_per_token(config.model, 1024) - 130.5e6) < 0.1e6  # spec/challenge.md C
+    assert abs(flops_per_token(config.model, 1024) - 130.5e6) < 0.1e6  # docs/challenge.md, 5
 
 
 @pytest.mark.pair
