@@ -66,6 +66,10 @@ class Engram(Part):
             "bias": vector(1),
         }
 
+    def values(self, model: Model, seq: int, scores: bool) -> int:
+        """Return about how many numbers of one token the backward pass needs again."""
+        return 4 * (model.dim + self.dim)
+
     def mini(self, model: Model, dim: int) -> "Engram":
         """Return settings of tables of at most 211 rows, 2 wide, in one of the first two layers."""
         width = min(self.dim, 2 * self.orders * self.heads) or self.dim
