@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from core.model.table import Init, Model, Part, Rows, State, below, vector
+from core.model.table import Init, Model, Part, Rows, below, vector
 
 
 class Kind(NamedTuple):
@@ -50,11 +50,3 @@ class Layer(Part):
             "mlp_scale": vector(*shape, init=scale),
             **mix,
         }
-
-    def flops(self, model: Model, seq: int) -> int:
-        """Return the FLOPs of mixer and MLP beside their matrices."""
-        return self.mixer(model).flops(model, seq) + model.mlp.flops(model, seq)
-
-    def state(self, model: Model) -> State:
-        """Return the size of the mixer's decoding state."""
-        return self.mixer(model).state(model)
