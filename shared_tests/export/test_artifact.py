@@ -24,7 +24,7 @@ from core.model.params import param_table
 from core.model.smear import Smear
 from core.model.storage import STORAGES, Storage, Stored
 from core.presets import PRESETS
-from shared_tests.oracle import reference
+from shared_tests.reference import storage as reference
 from shared_tests.support.artifacts import (
     E4M3,
     LARGEST,

@@ -32,6 +32,7 @@ class Layer(Part):
             self.embed_mix = nn.Parameter(torch.zeros(shape))
 
     def norm(self, x_BTD, stage):
+        """Return what enters mixer and MLP: a deeper layer's share of the stream is smaller, if damping is on."""
         x_BTD = ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
         return x_BTD * (stage.layer + 1) ** -0.5 if self._config.depth_damping and stage.layer else x_BTD
 

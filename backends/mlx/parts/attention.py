@@ -37,6 +37,7 @@ class Attention(Part):
         q_BHTK = mx.swapaxes(self.q(x_BTD).reshape(split), 1, 2)
         k_BGTK = mx.swapaxes(self.k(x_BTD).reshape(split), 1, 2)
         v_BGTK = mx.swapaxes(self.v(x_BTD).reshape(split), 1, 2)
+        # Normalised queries and keys bound the scores; the gain learns how sharp they get.
         q_BHTK = ops.rope(ops.rms_norm(q_BHTK, config.norm_eps, exact), context.cos, context.sin)
         k_BGTK = ops.rope(ops.rms_norm(k_BGTK, config.norm_eps, exact), context.cos, context.sin)
         q_BHTK = q_BHTK * self.q_gain.astype(q_BHTK.dtype)[:, None, None]

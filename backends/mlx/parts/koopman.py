@@ -43,11 +43,13 @@ class Koopman(Part):
         kind, wide = x_BTD.dtype, context.wide
         values_BPC = mx.concatenate([state.tail, self.value(x_BTD)], axis=1)
         s_BTC = ops.short_conv(values_BPC, self.conv, context.history)
+        # float32 or wider: a decay near 1 is a long memory, and bfloat16 has no number between 0.996 and 1.
         decay_BTC, scale_BTC = ops.decay(self.decay(x_BTD).astype(wide) + self.decay_bias, self._exact)
         decay_BTC = mx.where(context.starts[..., None], 0.0, decay_BTC)
         drive_BTC = ops.hadamard(s_BTC, context.hadamard).astype(wide) * scale_BTC
         states_BTC = ops.scan(decay_BTC, drive_BTC, state.last, self._exact)
         h_BTC = states_BTC.astype(kind)
+        # The coupling acts on what is read, not on what is kept: so it needs no bound to be stable.
         h_BTC = h_BTC + ops.linear(h_BTC @ self.couple_in.astype(kind), self.couple_out)
         h_BTC = ops.rms_norm(ops.hadamard(h_BTC, context.hadamard), self._config.norm_eps, self._exact)
         return h_BTC * self.state_gain.astype(kind), s_BTC, KoopmanTape(values_BPC, states_BTC)

@@ -27,6 +27,7 @@ class SKC(Koopman):
         z_BTC, s_BTC, koopman = self.recur(x_BTD, context, state.koopman)
         write_BTR = self.write(x_BTD) + self.write_bias.astype(kind)
         y_BTC, capsules = self.capsules(write_BTR, self.read(x_BTD), s_BTC, context, state.capsules)
+        # The norm of nothing is nothing: in its first block a document reads no capsules.
         y_BTC = ops.rms_norm(y_BTC, self._config.norm_eps, self._exact).astype(kind)
         z_BTC = z_BTC + y_BTC * self.capsule_gain.astype(kind)
         return stream._replace(x=self.gated(x_BTD, z_BTC)), SKCTape(koopman, capsules)
