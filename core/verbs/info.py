@@ -9,11 +9,13 @@ from core.data.bundled import open_data
 from core.export.budget import predicted_bytes, with_tables
 from core.model.params import (
     FLOP_RULE,
+    Share,
     bytes_by_storage,
     count,
     decoding_state,
     flops_per_token,
     param_table,
+    shares,
 )
 from core.verbs.common import Context, Outcome, PresetOptions, fit_tokens
 
@@ -37,7 +39,12 @@ def info(options: Info, context: Context) -> Outcome:
     packed = packed_code()
     code = max(packed.values())
     fits, room = total <= export.budget, code <= export.code_bytes
+    parts = shares(model, config.train.seq)
     flops, state = flops_per_token(model, config.train.seq), decoding_state(model)
+    say()
+    say.table(
+        ("part", "parameters", "bytes", "FLOPs per token", "state", "per token"), [_row(*p) for p in parts.items()]
+    )
     say()
     say(f"parameters        {count(model):,}")
     for name, size in storage.items():
@@ -68,9 +75,15 @@ def info(options: Info, context: Context) -> Outcome:
         "flop_rule": FLOP_RULE,
         "state_per_token": state.per_token,
         "state_size": state.fixed,
+        "parts": {name: {**share._asdict(), "state": share.state._asdict()} for name, share in parts.items()},
         "table": {name: list(row.shape) for name, row in param_table(model).items()},
     }
     return Outcome(fits and room, value)
+
+
+def _row(part: str, share: Share) -> tuple[str | int, ...]:
+    """Return a part's share as a row of a table."""
+    return part, share.parameters, round(share.bytes), share.flops, *share.state
 
 
 def _grouped(config: RunConfig) -> list[tuple[str, str, int, int, str, str, str]]:

@@ -35,7 +35,7 @@ from shared_tests.support.harness import EVERYTHING, mini
 from shared_tests.support.hostile import put
 
 WHOLE = (10**9, 10**18, 2**40, 2**62, -(2**62), 10**4000, -1, 0)
-TEXTS = ("a" * 1_000_000, "a\0b", "a\ud800b", "\x1b[2Ja", "")
+TEXTS = ("a" * 100_000, "a\0b", "a\ud800b", "\x1b[2Ja", "")
 SECONDS, MEMORY = 10.0, 512 << 20
 """Of processor time and of memory that one case may take."""
 MOMENT = 0.1
@@ -62,7 +62,7 @@ def cases() -> Iterator[tuple[str, Any]]:
         values: list[Any] = []
         if get_origin(hint) is tuple:
             one = {int: 3, float: 0.5, str: "attention"}[kinds(hint).difference({type(...)}).pop()]
-            values += [[one] * 100_000, [10**18], [], [[]]]
+            values += [[one] * 20_000, [10**18], [], [[]]]
         elif int in kinds(hint):
             values += WHOLE
         elif float in kinds(hint):
