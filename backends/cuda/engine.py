@@ -20,11 +20,12 @@ from backends.cuda.staging import to_gpu
 from backends.cuda.update import Update
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
+from core.engine.optimizer_state import optimizer_slots
 from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays, EngineOptions, Scoring, State, StepResult, micro_batches
 from core.engine.ranks import buckets, owners
 from core.model.context import Constants
-from core.model.params import banks, check_arrays, optimizer_slots, param_table
+from core.model.params import banks, check_arrays, param_table
 from core.model.storage import Stored
 from core.model.tables import mixer_tables, rope_tables
 
@@ -357,7 +358,7 @@ class Engine:
         return self._fitting[seq]
 
     def _exported(self):
-        """Return what core.model.params.exported would, in banks: the averages where there are any."""
+        """Return what core.engine.optimizer_state.exported would, in banks: the averages where there are any."""
         masters, averages = self._params.whole, self._state.whole
         return Banked({(bank, ""): averages.get((bank, "ema"), masters[bank, ""]) for bank in self._banks})
 

@@ -16,11 +16,12 @@ from backends.mlx.distributed import reduce
 from backends.mlx.model import Model
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
+from core.engine.optimizer_state import averaged, exported, optimizer_slots
 from core.engine.plan import NUMBERS, StepPlan
 from core.engine.protocol import Arrays, EngineOptions, Scoring, State, StepResult, micro_batches
 from core.engine.ranks import buckets, updated_by
 from core.model.context import Constants
-from core.model.params import averaged, banks, check_arrays, exported, optimizer_slots, param_table
+from core.model.params import banks, check_arrays, param_table
 from core.model.storage import Stored
 from core.model.tables import mixer_tables, rope_tables
 

@@ -180,7 +180,7 @@ class Engine(Protocol):
     def weights(self) -> Arrays:
         """Return the weights that `nll`, `logits` and `activations` use, in table order.
 
-        They are the exported set (`core.model.params.exported`), in its stored form if `quantise`.
+        They are the exported set (`core.engine.optimizer_state.exported`), in its stored form if `quantise`.
         """
         ...
 

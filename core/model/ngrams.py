@@ -9,11 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from core.config import RunConfig
-from core.data.dataset import Split
 from core.model.config import ModelConfig
 from core.model.engram import MOST_BUCKETS
-from core.model.params import start_values
 
 MULTIPLIERS = (
     (314_159, 769_781, 1_085_353, 1_757_467),
@@ -25,8 +22,6 @@ BIGRAM_MULTIPLIER = 1_998_257
 """The multiplier of the hashed bigrams that are added to the embedding."""
 MOST_ID = 65_535
 """Largest token id that may be hashed."""
-COUNTED = 1 << 24
-"""Tokens of a training text whose n-grams decide which rows are kept."""
 PIECE = 1 << 20
 """Tokens that are hashed at once when a whole text is."""
 
@@ -102,14 +97,6 @@ def _hits(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
         hits += np.bincount(rows[rows >= 0], minlength=len(hits))
         history = ids[0, -config.engram.orders :]
     return hits
-
-
-def start_weights(config: RunConfig, train: Split) -> dict[str, np.ndarray]:
-    """Return the weights that a run starts from: the start values, pruned by the first COUNTED tokens of its text."""
-    weights = start_values(config.model, config.seed)
-    if not config.model.engram.keep:
-        return weights
-    return prune(config.model, weights, train.read(0, min(len(train), COUNTED)))
 
 
 def prune(config: ModelConfig, weights: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, np.ndarray]:

@@ -10,10 +10,11 @@ import numpy as np
 
 from core.checks import told
 from core.config import RunConfig
+from core.engine.optimizer_state import optimizer_slots
 from core.engine.protocol import Arrays, DType, Engine
 from core.files import FileError, parse_json
 from core.formats.tensors import read_tensors, write_tensors
-from core.model.params import check_arrays, optimizer_slots, param_table
+from core.model.params import check_arrays, param_table
 from core.model.upgrade import parameter
 from core.training.records import RunError
 

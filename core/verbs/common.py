@@ -16,10 +16,10 @@ from core.config import ConfigError, DataConfig, EvalConfig, ExportConfig, Model
 from core.console import Console
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, batch, identity
+from core.engine.optimizer_state import exported
 from core.engine.protocol import Arrays
 from core.engine.ranks import Ranks, check_same
 from core.export.artifact import read_artifact
-from core.model.params import exported
 from core.scoring.accounting import count_bytes
 from core.scoring.plugins import foreign
 from core.training.environment import code_version
