@@ -231,19 +231,18 @@ def test_rows_do_not_depend_on_their_neighbours(backend: str, name: str) -> None
         assert np.abs(alone[0] - together[row]).max() <= CAUSAL
 
 
+@pytest.mark.parametrize("name", [OPPOSITE, pytest.param(EVERYTHING, marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_torch_compile_sees_the_step_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_compile_sees_the_step_as_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph break would send the step back to Python on a GPU; nothing is compiled here."""
     import torch
 
-    config = mini(EVERYTHING)
+    config = mini(name)
     model = dataclasses.replace(config.model, repeat_layers=config.model.repeat_layers[:1])
     train = dataclasses.replace(config.train, batch=2, seq=12)
     config = dataclasses.replace(config, model=model, train=train)
     monkeypatch.setattr(module("cuda", "scan"), "CHUNK", 8)  # two chunks: every branch, in a third of the operations
     made: Any = engine("cuda", config, working_weights(config.model, 1.0), dtype="float32")
-    batch = batches(config, 1)[0]
-    tokens, targets = made._move(batch.tokens), made._move(batch.targets)
-    weights, tables = made._trained(made._params, False), made._constants(batch.tokens.shape[1])
-    found = torch._dynamo.explain(made._losses)(weights, tokens, targets, tables, True)
+    objective, arguments = made.trace(batches(config, 1)[0])
+    found = torch._dynamo.explain(objective)(*arguments)
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
