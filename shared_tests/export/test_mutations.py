@@ -1,4 +1,4 @@
-"""The mutation campaign: no bytes break a reader, and a reader that is broken is found. Budget: 60 s."""
+"""The mutation campaign: no bytes break a reader, and a reader that is broken is found. Budget: 20 s."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""No output sees the future: flip, prefix and random-token tests on every preset's mini. Budget: 200 s."""
+"""No output sees the future: flip, prefix and random-token tests on every preset's mini. Budget: 90 s."""
 
 import dataclasses
 import math

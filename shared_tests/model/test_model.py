@@ -1,4 +1,4 @@
-"""P2: logits and gradients of every preset's mini, backend against backend and against the oracle. Budget: 150 s.
+"""P2: logits and gradients of every preset's mini, backend against backend and against the oracle. Budget: 60 s.
 
 Two cases compile (one per backend): about a minute each on a cold machine.
 """

@@ -1,4 +1,4 @@
-"""P4: free-running loss curves over 50 steps, and what the engine's step promises. Budget: 120 s."""
+"""P4: free-running loss curves over 50 steps, and what the engine's step promises. Budget: 40 s."""
 
 import gc
 from pathlib import Path
