@@ -129,7 +129,7 @@ def transform_over_time(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def softmax_over_time(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routing that is normalised over the positions of the row."""
-    capsules = module(backend, "blocks.capsules").Capsules
+    capsules = module(backend, "parts.capsules").Capsules
     honest = capsules.route
 
     def leaky(self, logits, which, context):
@@ -141,14 +141,14 @@ def softmax_over_time(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pooled_sketch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean of the whole row, added to every position."""
-    koopman = module(backend, "blocks.koopman").Koopman
+    koopman = module(backend, "parts.koopman").Koopman
     honest = koopman.gated
     monkeypatch.setattr(koopman, "gated", lambda self, x, z: honest(self, x, z) + 0.1 * x.mean(1, keepdims=True))
 
 
 def length_of_the_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routing that is divided by the length of the row: no flip shows it, since flips keep the length."""
-    capsules = module(backend, "blocks.capsules").Capsules
+    capsules = module(backend, "parts.capsules").Capsules
     honest = capsules.route
     monkeypatch.setattr(capsules, "route", lambda self, x, w, c: honest(self, x, w, c) * (1 + x.shape[1]) ** -0.5)
 

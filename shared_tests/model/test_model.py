@@ -17,7 +17,8 @@ from core.config import changed
 from core.data.batch import Batch
 from core.model import params
 from core.training import schedule
-from shared_tests.oracle import reference
+from shared_tests import oracle
+from shared_tests.reference.storage import stored_weights
 from shared_tests.support.harness import (
     BACKENDS,
     EVERYTHING,
@@ -59,8 +60,8 @@ def test_logits_equal_the_oracle(name: str, backend: str) -> None:
     weights = working_weights(config.model, 1.0)
     tokens = batches(config, 1)[0].tokens
     got = engine(backend, config, weights, dtype="float64").logits(tokens)
-    used = reference.stored_weights(config.model, weights) if config.train.quantise == "always" else weights
-    assert relative_rms(got, reference.model(config.model, used, tokens)) <= P2_FLOAT64
+    used = stored_weights(config.model, weights) if config.train.quantise == "always" else weights
+    assert relative_rms(got, oracle.model(config.model, used, tokens)) <= P2_FLOAT64
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -69,7 +70,7 @@ def test_attention_alone_with_a_bank_equals_the_oracle(backend: str) -> None:
     config = dataclasses.replace(config, model=changed(config.model, {"bank.at": "both", "skc.block": 8}))
     weights, rows = working_weights(config.model, 1.0), batches(config, 1)[0].tokens
     got = engine(backend, config, weights, dtype="float64").logits(rows)
-    assert relative_rms(got, reference.model(config.model, weights, rows)) <= P2_FLOAT64
+    assert relative_rms(got, oracle.model(config.model, weights, rows)) <= P2_FLOAT64
 
 
 @pytest.mark.long

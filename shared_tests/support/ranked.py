@@ -33,6 +33,7 @@ from core.engine.ranks import (
     join,
     share,
 )
+from core.scoring.evaluation import Evaluation
 from core.scoring.plugins import Temperature
 from core.scoring.score import score
 from core.training.loop import train
@@ -157,11 +158,11 @@ def scores(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
         stride = 8 if windows in ("sliding", "documents") else None
         settings = EvalConfig(windows=windows, seq=24, stride=stride, batch=3)
         for drawn in (None, 7):
-            made = score(engine, dataset, settings, documents=drawn, seed=0, ranks=ranks)
+            made = score(engine, Evaluation(dataset.val, settings, drawn), ranks=ranks)
             found[f"{windows} {drawn}"] = made.to_json()
     settings = EvalConfig(seq=24, batch=3, plugins=("temperature", "shared_tests.support.plugin_examples:Adaptation"))
     for plugin in (Temperature(), Adaptation(24)):  # what learns, and what trains
-        made = score(engine, dataset, settings, documents=7, seed=0, ranks=ranks, plugins=[plugin])
+        made = score(engine, Evaluation(dataset.val, settings, 7, plugins=True), ranks=ranks, plugins=[plugin])
         found[type(plugin).__name__] = made.to_json()
     return found
 
