@@ -29,6 +29,7 @@ from shared_tests.support.harness import (
     mini,
     minis,
     module,
+    reader,
     shortened,
     tokens,
     working_weights,
@@ -59,7 +60,7 @@ def test_logits_equal_the_oracle(name: str, backend: str) -> None:
     config = mini(name)
     weights = working_weights(config.model, 1.0)
     tokens = batches(config, 1)[0].tokens
-    got = engine(backend, config, weights, dtype="float64").logits(tokens)
+    got = reader(backend, config, 1.0, dtype="float64").logits(tokens)
     used = stored_weights(config.model, weights) if config.train.quantise == "always" else weights
     assert relative_rms(got, oracle.model(config.model, used, tokens)) <= P2_FLOAT64
 
@@ -224,7 +225,7 @@ def test_rows_do_not_depend_on_their_neighbours(backend: str, name: str) -> None
     from core.check.tolerances import CAUSAL
 
     config = mini(name)
-    made = engine(backend, config, working_weights(config.model, 1.0), dtype="float64")
+    made = reader(backend, config, 1.0, dtype="float64")
     batch = Batch(*batches(config, 1)[0])
     together = made.logits(batch.tokens)
     for row in range(len(batch.tokens)):
