@@ -219,6 +219,12 @@ class Engine:
         objective, _, grads = self._gradient(weights, batch, slice(None), True)
         return objective.item(), {name: g.cpu().numpy() for name, g in grads.items()}
 
+    def trace(self, batch: Batch, quantise: bool = False) -> tuple[Callable, tuple]:
+        """Return the objective of a batch as a function and its arguments, for PyTorch's tracers; nothing has run."""
+        weights, tables = self._trained(self._params, quantise), self._constants(batch.tokens.shape[1])
+        rows = self._move(batch.tokens), self._move(batch.targets)
+        return self._losses, (weights, *rows, tables, True, self._begins(batch.tokens))
+
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return self.nll_later(tokens, targets, False)()
 
