@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from core.ablation.report import wording
-from core.check.bench import BenchReport
+from core.check.bench_report import BenchReport
 from core.cli import main
 from core.compare.picture import _curve, _difference
 from core.compare.runs import compare

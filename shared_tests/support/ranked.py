@@ -3,9 +3,11 @@
 `python -m shared_tests.support.ranked BACKEND FOLDER TASK ...`: rank 0 writes what a task returned to FOLDER/TASK.json.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -79,8 +81,11 @@ def cases(world: int) -> dict[str, RunConfig]:
     made = {}
     for name, preset, changes in (
         ("adamw", "ablate_float", {"matrix_rule": "adamw", "batch": 4}),
-        ("muon", "ablate_float", {"matrix_rule": "muon", "batch": 4, "average_from": 0.3}),
-        ("uneven", "ablate_float", {"matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3}),
+        (
+            "uneven",
+            "ablate_float",
+            {"matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3, "average_from": 0.3},
+        ),
         ("micro", "ablate", {"matrix_rule": "muon", "batch": 6, "micro_batch": 2}),
     ):
         config = mini(preset)
@@ -230,11 +235,12 @@ def together(backend: str, world: int, folder: Path, *tasks: str) -> dict[str, A
 
 
 def _ports(count: int) -> list[int]:
-    """Return free ports."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
+    """Return free ports, of those that a system gives to nobody who does not ask for them by number."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports += [port] if port not in ports else []
     return ports
 
 
