@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +22,15 @@ from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
 from core.engine.optimizer_state import optimizer_slots
 from core.engine.plan import StepPlan
-from core.engine.protocol import Arrays, EngineOptions, Scoring, State, StepResult, micro_batches
+from core.engine.protocol import (
+    Arrays,
+    EngineOptions,
+    Scoring,
+    State,
+    StepResult,
+    micro_batches,
+    named_matrices,
+)
 from core.engine.ranks import buckets, owners
 from core.model.context import Constants
 from core.model.params import banks, check_arrays, param_table
@@ -244,6 +252,20 @@ class Engine:
         record = {}
         self._read(tokens, record=record)
         return {name: value.to(self._wide).cpu().numpy() for name, value in record.items()}
+
+    @torch.no_grad()
+    def second_moments(self, tokens: np.ndarray, names: Sequence[str] | None = None) -> Arrays:
+        matrices = self._model.matrices()
+        names = named_matrices(names, [name for name in self._table if name in matrices])
+        try:
+            for name in names:
+                width = self._table[name].shape[1]
+                matrices[name]._moment = torch.zeros((width, width), dtype=self._wide, device=self._device)
+            self._read(tokens)
+            return {name: matrices[name]._moment.cpu().numpy() for name in names}
+        finally:
+            for name in names:
+                matrices[name]._moment = None
 
     def start(self, rows: int) -> State:
         return State(self._model.start(rows, self._device), np.zeros(rows, np.int64))

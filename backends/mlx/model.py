@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx import ops
-from backends.mlx.linear import Linear
+from backends.mlx.linear import Linear, Matrix
 from backends.mlx.parts.bank import Bank
 from backends.mlx.parts.bigram import Bigram
 from backends.mlx.parts.embedding import Embedding
@@ -46,6 +46,10 @@ class Model(nn.Module):
         """Return the module that a stage is a use of."""
         return self.blocks[stage.block] if stage.part == "layer" else getattr(self, stage.name)
 
+    def matrices(self):
+        """Return every weight that multiplies what comes in, by name, with the module that it is in."""
+        return {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, Matrix)}
+
     def norm(self, x_BTD):
         return ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
 
@@ -60,7 +64,7 @@ class Model(nn.Module):
         """Return logits before bias and softcap, as wide as they come."""
         x_BTD = self.norm(x_BTD)
         x_BTE = self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
-        return ops.linear(x_BTE, self.embed.weight)
+        return self.embed.product(x_BTE)
 
     def context(self, tokens_BT, constants, state, wide):
         """Return the Context of these rows."""

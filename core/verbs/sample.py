@@ -1,23 +1,12 @@
 """Verb `skc sample PATH`: a run or an artifact writes text."""
 
-import os
 from dataclasses import dataclass
 
 from tyro.conf import Positional
 
-from core.data.tokenizer import Tokenizer
 from core.engine.protocol import load_engine
 from core.training.generate import context_limit, read_as, sample
-from core.training.run import Run
-from core.verbs.common import (
-    Backend,
-    Context,
-    Outcome,
-    Subject,
-    check_tokenizer,
-    open_named,
-    open_subject,
-)
+from core.verbs.common import Backend, Context, Outcome, open_subject, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -49,14 +38,7 @@ class Sample:
 def write_text(options: Sample, context: Context) -> Outcome:
     """Let a model write."""
     subject = open_subject(options.path, options.data, options.step)
-    if subject.step is not None and options.data is None:
-        tokenizer = Tokenizer.load(str(Run.open(options.path).tokenizer_path))
-    elif options.data is None and (beside := _tokenizer_beside(options.path, subject)) is not None:
-        tokenizer = beside
-    else:
-        dataset = open_named(options.path, subject.config, options.data)
-        check_tokenizer(subject, dataset)
-        tokenizer = dataset.tokenizer
+    tokenizer = open_tokenizer(subject, options.path, options.data)
     engine = load_engine(options.backend, subject.config, subject.weights, quantise=subject.quantise)
     choices = (options.tokens, options.temperature, options.top_k, options.seed, context_limit(subject.config))
     read = read_as(tokenizer, options.prompt)
@@ -66,12 +48,3 @@ def write_text(options: Sample, context: Context) -> Outcome:
     context.say(text)
     value = {"path": options.path, "prompt": options.prompt, "read_as": read, "text": text}
     return Outcome(True, {**value, "backend": engine.backend})
-
-
-def _tokenizer_beside(artifact: str, subject: Subject) -> Tokenizer | None:
-    """Return the tokenizer that lies in the folder of an artifact, if there is one and it is the artifact's."""
-    path = os.path.join(os.path.dirname(artifact), "tokenizer.model")
-    if not os.path.lexists(path):
-        return None
-    tokenizer = Tokenizer.load(path)
-    return tokenizer if tokenizer.sha256 == subject.tokenizer_sha256 else None
