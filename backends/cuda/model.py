@@ -10,8 +10,10 @@ from backends.cuda.blocks import BLOCKS
 from backends.cuda.blocks.linear import Linear
 from backends.cuda.blocks.memory import Bank, Bigram, Engram
 from backends.cuda.blocks.mlp import MLP
-from core.model.config import TAPS
+from core.model import trunk
 from core.model.context import Context, ModelState
+from core.model.layer import KINDS
+from core.model.table import TAPS
 
 
 class Embedding(nn.Module):
@@ -22,16 +24,25 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.zeros(vocab, width))
 
 
+class Vectors(nn.Module):
+    """Parameters of these shapes, by name."""
+
+    def __init__(self, **shapes):
+        super().__init__()
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.zeros(shape)))
+
+
 class Layer(nn.Module):
     """A mixer and an MLP, each added to the stream through a scale per channel."""
 
     def __init__(self, config, index, exact):
         super().__init__()
         self._config, self._exact = config, exact
-        self._parallel = config.kinds[index] == "skc_parallel"
-        uses = sum(step.block == index for step in config.passes(True))
+        self._parallel = KINDS[config.kind(index)].parallel
+        uses = sum(step.block == index for step in trunk.layers(config, True))
         shape = (config.dim,) if uses == 1 else (uses, config.dim)
-        self.mixer = BLOCKS[config.kinds[index]](config, exact)
+        self.mixer = BLOCKS[config.kind(index)](config, exact)
         self.mixer_scale = nn.Parameter(torch.zeros(shape))
         self.mlp = MLP(config, exact)
         self.mlp_scale = nn.Parameter(torch.zeros(shape))
@@ -65,26 +76,26 @@ class Model(nn.Module):
         super().__init__()
         self._config, self._exact = config, exact
         self._attend = attend or ops.attention  # CUDA: the form that the engine chose
-        width = config.embed_dim or config.dim
+        width = config.embedding.dim or config.dim
         self.embed = Embedding(config.vocab, width)
-        if config.embed_dim is not None:
+        if config.embedding.dim is not None:
             self.embed_up = Linear(width, config.dim)
             self.embed_down = Linear(config.dim, width)
         self.blocks = nn.ModuleList([Layer(config, i, exact) for i in range(config.shared_blocks or config.layers)])
-        if config.smear:
-            self.smear = nn.Parameter(torch.zeros(config.dim))
-        if config.bigram_buckets:
+        if config.smear.on:
+            self.smear = Vectors(share=(config.dim,))
+        if config.bigram.buckets:
             self.bigram = Bigram(config)
-        if config.engram_orders:
+        if config.engram.orders:
             self.engram = Engram(config, exact)
-        if "middle" in config.banks:
+        if "middle" in config.bank.places:
             self.bank_middle = Bank(config, exact)
-        if "head" in config.banks:
+        if "head" in config.bank.places:
             self.bank_head = Bank(config, exact)
-        if config.skips:
-            self.skip_weights = nn.Parameter(torch.zeros(config.skips, config.dim))
-        if config.vocab_bias:
-            self.vocab_bias = nn.Parameter(torch.zeros(config.vocab))
+        if config.skips.count(config):
+            self.skips = Vectors(weight=(config.skips.count(config), config.dim))
+        if config.head.bias:
+            self.head = Vectors(bias=(config.vocab,))
 
     def norm(self, x_BTD):
         return ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
@@ -92,30 +103,30 @@ class Model(nn.Module):
     def embedding(self, tokens_BT, context, state, dtype):
         """Return the stream that enters the layers, the same before it was smeared, and the tokens' own vectors."""
         x_BTD = ops.embedding(tokens_BT, self.embed.weight).to(dtype)
-        x_BTD = self.embed_up(x_BTD) if self._config.embed_dim is not None else x_BTD
+        x_BTD = self.embed_up(x_BTD) if self._config.embedding.dim is not None else x_BTD
         values_BTD = plain_BTD = self.norm(x_BTD)
-        if self._config.bigram_buckets:
+        if self._config.bigram.buckets:
             plain_BTD = self.norm(x_BTD + self.bigram(context, dtype))
-        if not self._config.smear:
+        if not self._config.smear.on:
             return plain_BTD, plain_BTD, values_BTD
         last_B1D = state.smeared if state is not None and state.smeared is not None else plain_BTD[:, :1] * 0
         before_BTD = torch.cat([last_B1D, plain_BTD[:, :-1]], dim=1)
         same_BT1 = (context.history[:, TAPS - 2 : -1] == context.documents)[..., None]
-        share_D = ops.sigmoid(self.smear, self._exact).to(dtype)
+        share_D = ops.sigmoid(self.smear.share, self._exact).to(dtype)
         return plain_BTD + share_D * torch.where(same_BT1, before_BTD, 0.0), plain_BTD, values_BTD
 
-    def head(self, x_BTD):
+    def logits(self, x_BTD):
         """Return logits before bias and softcap, as wide as they come."""
         x_BTD = self.norm(x_BTD)
-        x_BTE = self.embed_down(x_BTD) if self._config.embed_dim is not None else x_BTD
+        x_BTE = self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
         return ops.linear(x_BTE, self.embed.weight)
 
     def cap(self, logits_BTV):
         """Return logits with bias and softcap, float32 or wider."""
         if logits_BTV.dtype == torch.bfloat16:
             logits_BTV = logits_BTV.float()
-        logits_BTV = logits_BTV + self.vocab_bias if self._config.vocab_bias else logits_BTV
-        cap = self._config.softcap
+        logits_BTV = logits_BTV + self.head.bias if self._config.head.bias else logits_BTV
+        cap = self._config.head.softcap
         return logits_BTV if cap is None else ops.softcap(logits_BTV, cap, self._exact)
 
     def context(self, tokens_BT, constants, state, wide, begins=None):
@@ -127,7 +138,7 @@ class Model(nn.Module):
         kept_BS = None if state is None else state.kept
         ids_BS = ids_BT if kept_BS is None else torch.cat([kept_BS, ids_BT], dim=1)
         keys, mask = ids_BS.shape[1], None
-        if "attention" in self._config.kinds and (isolated or keys > seq):
+        if self._config.mixes("attention") and (isolated or keys > seq):
             mask = ops.causal_mask(seq, keys, ids_BS) if begins is None else None
         if begins is not None:  # CUDA: some forms of attention take where documents begin instead
             mask = attention.Spans(begins, seq)
@@ -152,19 +163,19 @@ class Model(nn.Module):
         x_BTD = embedded_BTD
         record = {} if record is None else record
         record["embed"] = x_BTD
-        skips, half, steps, tapes = [], self._config.layers // 2, self._config.passes(repeat), []
+        skips, half, steps, tapes = [], self._config.layers // 2, trunk.layers(self._config, repeat), []
         mixers = (None,) * len(steps) if state is None else state.mixers
-        places = self._config.banks
+        places = self._config.bank.places
         banks: dict[str, Any] = dict(zip(places, (None,) * len(places) if state is None else state.banks, strict=True))
         for step, mixer in zip(steps, mixers, strict=True):
-            unet = self._config.unet_skips and not step.again
+            unet = self._config.skips.on and not step.again
             if step.layer == half and not step.again and "middle" in banks:
                 f_BTD = self.norm(x_BTD)
                 y_BTD, banks["middle"] = self.bank_middle(f_BTD, values_BTD, context, banks["middle"])
                 x_BTD = record["bank_middle"] = x_BTD + y_BTD
             if unet and step.layer >= half and skips:
-                x_BTD = x_BTD + self.skip_weights[step.layer - half].to(x_BTD.dtype) * skips.pop()
-            if self._config.engram_orders and step.layer == self._config.engram_layer and not step.again:
+                x_BTD = x_BTD + self.skips.weight[step.layer - half].to(x_BTD.dtype) * skips.pop()
+            if self._config.engram.orders and step.layer == self._config.engram.layer and not step.again:
                 x_BTD = record["engram"] = self.engram(x_BTD, context)
             x_BTD, tape = self.blocks[step.block](x_BTD, embedded_BTD, context, step, mixer)
             tapes.append(None if state is None else tape)  # only a chunk is committed: else memory for nothing
@@ -175,17 +186,18 @@ class Model(nn.Module):
             f_BTD = self.norm(x_BTD)
             y_BTD, banks["head"] = self.bank_head(f_BTD, values_BTD, context, banks["head"])
             x_BTD = record["bank_head"] = f_BTD + y_BTD
-        logits_BTV = self.head(x_BTD)
+        logits_BTV = self.logits(x_BTD)
         record["logits"] = logits_BTV = self.cap(logits_BTV) if capped else logits_BTV
         return logits_BTV, (state, context, tapes, banks, plain_BTD)
 
     def start(self, rows, device):
         """Return the state before the first token."""
-        attends = "attention" in self._config.kinds
+        attends = self._config.mixes("attention")
         kept = torch.zeros((rows, 0), dtype=torch.int32, device=device) if attends else None
         ids = torch.full((rows, self._config.reach), -1, dtype=torch.int32, device=device)
         config = self._config
-        return ModelState(0, kept, (None,) * len(config.passes(True)), (None,) * len(config.banks), ids, None)
+        mixers, banks = (None,) * len(trunk.layers(config, True)), (None,) * len(config.bank.places)
+        return ModelState(0, kept, mixers, banks, ids, None)
 
     def commit(self, tape, n, keep):
         """Return the state after the first n tokens of a chunk, n from 1 up, with the last `keep` keys of attention."""
@@ -195,7 +207,7 @@ class Model(nn.Module):
         if kept is not None:
             ids_BS = torch.cat([kept, context.documents[:, :n]], dim=1)
             kept = torch.where(ids_BS == ids_BS[:, -1:], 0, -1).to(torch.int32)[:, max(ids_BS.shape[1] - keep, 0) :]
-        steps = self._config.passes(True)
+        steps = trunk.layers(self._config, True)
         blocks: Any = self.blocks
         mixers = (blocks[s.block].mixer.commit(t, context, n) for s, t in zip(steps, tapes, strict=True))
         stores = (getattr(self, f"bank_{place}").capsules.commit(t, context, n) for place, t in banks.items())
@@ -203,5 +215,5 @@ class Model(nn.Module):
         end = ids_BX.shape[1] - context.documents.shape[1] + n
         last = slice(end - self._config.reach, end)
         ids = torch.where(documents_BX[:, last] == context.documents[:, n - 1 : n], ids_BX[:, last], -1)
-        smeared = plain_BTD[:, n - 1 : n] if self._config.smear else None
+        smeared = plain_BTD[:, n - 1 : n] if self._config.smear.on else None
         return ModelState(state.position + n, kept, tuple(mixers), tuple(stores), ids, smeared)

@@ -19,7 +19,7 @@ from core.ablation.records import Start
 from core.ablation.store import Place, Store
 from core.files import FileError, append_file, open_file, replace_file
 
-WORKER = (*PYTHON, "-m", "core.ablation.worker")
+WORKER = (*PYTHON, "-m", "core.verbs.ablation_worker")
 POLL = 0.2
 """Seconds between two looks at the workers."""
 ELSEWHERE = 2.0

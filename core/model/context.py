@@ -6,7 +6,7 @@ a store of capsules: H heads, N capsules, M blocks, Q tokens of a block.
 
 from typing import Any, NamedTuple
 
-from core.model.config import TAPS
+from core.model.table import TAPS
 
 
 class Constants(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from core.ablation.dry_run import described, dry_run
+from core.ablation.dry_run import described, dry_run, to_time
 from core.ablation.locks import alone
 from core.ablation.plan import Ablation, Job, read_plan
 from core.ablation.report import search_wording, wording
@@ -27,8 +27,10 @@ from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
 from core.files import read_text, replace_text
 from core.training import trackers
+from core.training.environment import code_version
 from core.training.run import Run, RunError
-from core.verbs.common import Context, Outcome, check_data, code_version
+from core.verbs.ablation_timing import time_runs
+from core.verbs.common import Context, Outcome, check_data
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def ablate(options: Ablate, context: Context) -> Outcome:
     if options.dry_run:
         searched = runs.search(train=False)
         plan = searched.confirming() if searched else plan
-        return Outcome(True, dry_run(plan, runs.store, runs.places(plan), searched, options.parallel, say))
+        places = runs.places(plan)
+        seconds = time_runs(to_time(plan, runs.store, places, searched), say)
+        return Outcome(True, dry_run(plan, runs.store, places, searched, seconds, options.parallel, say))
     trackers.check(options.track)
     places = runs.begin()
     searched = runs.search(train=True)

@@ -13,10 +13,10 @@ from core.ablation.plan import read_plan
 from core.ablation.records import read_job
 from core.ablation.store import Store
 from core.cli import main
+from core.training.environment import READERS, ROOT, code_version, reads
 from core.training.run import Run
-from core.verbs.common import READERS, ROOT, code_version, reads
+from shared_tests.support.command_line import events
 from shared_tests.support.killed import small_data
-from shared_tests.training.test_trackers import events
 
 PLAN = """
     name = "first"
@@ -85,7 +85,7 @@ def test_an_ablation_from_plan_to_report(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_run_refuses_other_code_than_its_ablations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever edits a file while an ablation runs gets runs that refuse, not runs that are not alike."""
-    from core.ablation import worker
+    from core.verbs import ablation_worker as worker
 
     plan = tmp_path / "first.toml"
     plan.write_text(textwrap.dedent(PLAN))
@@ -114,7 +114,7 @@ def _imported(path: Path) -> Iterator[Path]:
 
 def test_what_a_run_is_named_by_is_all_that_it_imports() -> None:
     """Files that are left out of the code's version are imported by no run: a change in them cannot change a score."""
-    begin = [ROOT / "core" / "ablation" / "worker.py", *(ROOT / "backends").rglob("*.py")]
+    begin = [ROOT / "core" / "verbs" / "ablation_worker.py", *(ROOT / "backends").rglob("*.py")]
     seen, waiting = set(begin), list(begin)
     while waiting:
         for file in set(_imported(waiting.pop())) - seen:

@@ -7,73 +7,27 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.ablation import runner
-from core.ablation.plan import Ablation, job_key, read_plan
+from core.ablation.plan import job_key, read_plan
 from core.ablation.records import StoreError, read_job
-from core.ablation.runner import Progress, run_all
+from core.ablation.runner import run_all
 from core.ablation.stats.findings import assess
 from core.ablation.stats.results import Start
-from core.ablation.store import Place, Store
+from core.ablation.store import Store
 from core.cli import main
 from core.config import ConfigError, DataConfig
 from core.files import FileError
+from core.training.environment import code_version
 from core.training.run import Run
-from core.verbs.common import code_version
+from shared_tests.support.ablation_runs import DATA, PLAN, go, places, taken, write
 from shared_tests.support.killed import small_data
-
-WORKER = (sys.executable, "-m", "shared_tests.support.ablation_worker")
-DATA = {"name": "test", "sha256": "0"}
-PLAN = """
-    name = "widths"
-    base = "debug"
-    seeds = [1, 2, 3, 4]
-    backends = ["cuda"]
-    [budget]
-    steps = 10
-    [settings]
-    "train.log_every" = 1
-    [variants.plain]
-    [variants.wide]
-    "model.dim" = 64
-    """
-
-
-def write(folder: Path, text: str = PLAN, name: str = "plan.toml") -> Path:
-    """Write an ablation file."""
-    path = folder / name
-    path.write_text(textwrap.dedent(text))
-    return path
-
-
-def places(store: Store, plan: Ablation, code: str = "code") -> list[Place]:
-    """Return where the runs of a plan are kept."""
-    return [store.place(job, code, DATA) for job in plan.jobs()]
-
-
-def go(store: Store, where: list[Place], parallel: int = 2, worker: Sequence[str] = WORKER) -> list[Progress]:
-    """Run the stand-in worker on all places and return what was shown."""
-    shown: list[Progress] = []
-    run_all(
-        store, where, parallel=parallel, threads=1, worker=worker, shown=shown.append,
-        started=lambda place: store.prepare(place, "code", DATA, "test"),
-        ended=lambda place: None,
-    )  # fmt: skip
-    return shown
-
-
-def taken(where: list[Place]) -> list[Counter[str]]:
-    """Return how often each step of each run was taken."""
-    return [Counter((place.home / "taken.txt").read_text().split()) for place in where]
-
 
 # The file.
 
@@ -252,7 +206,7 @@ import json, sys
 from pathlib import Path
 from core.ablation.plan import read_plan
 from core.ablation.store import Store
-from shared_tests.ablation.test_ablation import go, places
+from shared_tests.support.ablation_runs import go, places
 store = Store(sys.argv[2])
 go(store, places(store, read_plan(sys.argv[1])))
 """

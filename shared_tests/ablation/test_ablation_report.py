@@ -1,7 +1,5 @@
 """Reports of ablations: their figures are those of the statistics; whole, escaped, offline. Budget: 15 s."""
 
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +15,7 @@ from core.ablation.report.report import draw, write_report
 from core.ablation.stats.findings import assess
 from core.ablation.stats.results import Outcome
 from shared_tests.support.ablations import change, examples, outcome, unfinished
-
-VOID = {"meta", "br", "polyline", "polygon", "circle"}
-EVIL = '<script>alert("x")</script>&amp;'
-
-
-class Page(HTMLParser):
-    """Reads a page: its words, tables, classes, and whether every element is closed in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.tables: list[list[list[str]]] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID or tag in ("polygon", "circle"):
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-        if self.tables and self.open and self.open[-1] in ("td", "th"):
-            self.tables[-1][-1][-1] += data
+from shared_tests.support.report_page import EVIL, Page, inside, offline
 
 
 def written(made: Outcome, folder: Path) -> tuple[Page, str, list[Path]]:
@@ -76,18 +36,6 @@ class Reports:
         if name not in self.done:
             self.done[name] = written(self.made[name], self.folder / name)
         return self.done[name]
-
-
-def offline(text: str) -> bool:
-    """Return whether a page loads nothing and runs nothing."""
-    text = re.sub(r' src="data:image/png;base64,[A-Za-z0-9+/=]*"', "", text)  # a picture in the page itself
-    loads = {"src", "href", "srcset", "data", "action", "poster", "background", "xlink:href"}
-    page = Page(text)
-    return (
-        not any(loads & attributes.keys() or any(a.startswith("on") for a in attributes) for _, attributes in page.tags)
-        and not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
-        and not re.search(r"https?:|url\(|@import|//[a-z]", text)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -211,17 +159,6 @@ def test_one_variant_a_lost_reference_and_stale_pictures(cases: Reports, tmp_pat
     words = "".join(written(made, tmp_path / "out")[0].words)
     assert "nothing to compare" in words and not list((tmp_path / "out").glob("*.png"))
     assert "".join(written(unfinished(made), tmp_path / "out")[0].words)
-
-
-def inside(drawn: dict[str, charts.Picture]) -> None:
-    """Assert that every mark lies in its picture's frame, words with about the room that they take."""
-    for name, picture in drawn.items():
-        for mark in picture.marks:
-            reach = len(mark.words) * mark.width * 0.55 if mark.shape == "words" else 0.0
-            left = {"start": 0.0, "middle": reach / 2, "end": reach}[mark.anchor]
-            for x, y in mark.places:
-                assert x - left >= -1 and x - left + reach <= picture.width + 1, (name, mark)
-                assert 0 <= y <= picture.height, (name, mark)
 
 
 @pytest.mark.parametrize("width", [NARROW, 900])

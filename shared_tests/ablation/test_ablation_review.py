@@ -21,7 +21,7 @@ from core.cli import main
 from core.console import Console
 from core.files import FileError
 from core.training.run import Run
-from shared_tests.ablation.test_ablation import DATA, PLAN, WORKER, places, write
+from shared_tests.support.ablation_runs import DATA, PLAN, WORKER, places, write
 from shared_tests.support.ablation_worker import whole_score
 from shared_tests.support.ablations import outcome
 from shared_tests.support.killed import small_data

@@ -13,8 +13,8 @@ from core.ablation.plan import read_plan
 from core.ablation.runner import run_all
 from core.ablation.store import Store
 from core.data.dataset import identity, open_dataset
-from core.verbs.common import code_version
-from shared_tests.ablation.test_ablation import WORKER
+from core.training.environment import code_version
+from shared_tests.support.ablation_runs import WORKER
 from shared_tests.support.hostile import KINDS, Ran, Server, contents, copied, drawn, judge, plant
 from shared_tests.support.killed import small_data
 

@@ -24,7 +24,7 @@ from core.ablation.stats.results import Result
 from core.ablation.store import Place, Store
 from core.console import Console
 from core.training.run import Run
-from shared_tests.ablation.test_ablation import PLAN, places, write
+from shared_tests.support.ablation_runs import PLAN, places, write
 from shared_tests.support.killed import small_data
 
 LONG = "a-rather-long-name-of-a-variant+engram+bank"

@@ -9,39 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from core import presets
 from core.cli import VERBS, main
-from core.config import RunConfig
+from core.config import RunConfig, changed
 from core.engine.protocol import load_engine
 from core.model.params import count, param_table
 from core.training.run import Run
 from core.verbs.common import PresetOptions
-
-SHORT = ("--train.steps", "6", "--train.eval_every", "3", "--eval.documents", "2", "--backend", "cuda")
-Capture = pytest.CaptureFixture[str]
-
-
-def call(capsys: Capture, *argv: str, code: int = 0) -> dict[str, Any]:
-    """Run a verb with --json and return its one object."""
-    capsys.readouterr()
-    assert main([*argv, "--json"]) == code
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    return json.loads(out)
-
-
-def refuse(capsys: Capture, *argv: str) -> str:
-    """Run a verb that must refuse its input, and return the one line that it says."""
-    capsys.readouterr()
-    assert main(list(argv)) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("skc"), captured.err
-    assert "--------" not in captured.err and "─" not in captured.err, captured.err
-    return captured.err
+from shared_tests.support.command_line import SHORT, Capture, call, refuse
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +83,14 @@ def test_every_preset_builds_with_its_recorded_count(name: str, capsys: Capture)
 
 
 def test_info_says_by_how_much_a_model_is_over(capsys: Capture) -> None:
-    half = ("--model.matrix-storage", "float16", "--model.table-storage", "float16")
+    half = ("--model.matrix-storage", "float16", "--model.embedding.storage", "float16")
     value = call(capsys, "info", "baseline", *half, code=1)
     over = value["bytes_predicted"] + 140_000 - 16_000_000
     assert value["bytes_by_storage"] == {"float16": 2 * 17_059_912} and over > 0
     assert main(["info", "baseline", *half]) == 1
     assert f"{over + 16_000_000:,} of 16,000,000 bytes: OVER by {over:,}" in capsys.readouterr().out
-    value = call(capsys, "info", "debug", "--model.layers", "1", "--model.vocab_bias", "False")
-    smaller = dataclasses.replace(presets.get("debug").config.model, layers=1, vocab_bias=False)
+    value = call(capsys, "info", "debug", "--model.layers", "1", "--model.head.bias", "False")
+    smaller = changed(presets.get("debug").config.model, {"layers": 1, "head.bias": False})
     assert value["parameters"] == count(smaller)
 
 

@@ -3,13 +3,14 @@
 import ast
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 
 import core
 from core import config, presets
-from core.model.config import KINDS
+from core.model.layer import KINDS
 from shared_tests.support.harness import module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +42,20 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", sorted((ROOT / "core").rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_core_imports_no_framework(path: Path) -> None:
     assert not {name for name in imports(path) if name.split(".")[0] in FRAMEWORKS}
+
+
+def test_no_test_imports_a_test() -> None:
+    """What several tests use lies in support/: neither an import nor the program of a child names another test file."""
+    for path in (ROOT / "shared_tests").rglob("*.py"):
+        own = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        words = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        named = imports(path) | {name for text in words if isinstance(text, str) for name in TEST.findall(text)}
+        others = {name for name in named if TEST.fullmatch(name) and not f"{name}.".startswith(f"{own}.")}
+        assert not others, f"{path}: {others}: move what is shared to shared_tests/support"
+
+
+TEST = re.compile(r"shared_tests\.(?:\w+\.)*test_\w+(?:\.\w+)*")
+"""The name of a test file, or of something in it."""
 
 
 DOORS = {
@@ -120,10 +135,8 @@ def test_names_and_signatures_mirror(name: str) -> None:
 
 @pytest.mark.pair
 def test_every_kind_has_a_block_on_both_backends() -> None:
-    from core.model.params import MIXERS
-
     for backend in ("mlx", "cuda"):
-        assert set(module(backend, "blocks").BLOCKS) == set(KINDS) == set(MIXERS)
+        assert set(module(backend, "blocks").BLOCKS) == set(KINDS)
 
 
 @pytest.mark.pair
@@ -159,16 +172,12 @@ def test_every_setting_is_read() -> None:
         for path in (ROOT / folder).rglob("*.py")
         if path.name not in ("config.py", "model_config.py") and path.parent.name != "presets"
     )
-    # Read through ModelConfig's layer_store, bank_store, passes and kinds, which have tests of their own.
-    properties = {
-        "capsule_shift",
-        "capsule_intra",
-        "capsule_bands",
-        "capsule_times",
-        "bank_times",
-        "repeat_layers",
-        "blocks",
-    }
     for section in (config.ModelConfig, config.TrainConfig, config.EvalConfig, config.ExportConfig, config.DataConfig):
         for field in dataclasses.fields(section):
-            assert field.name in properties or f".{field.name}" in code or f'"{field.name}"' in code, field.name
+            # Read through ModelConfig's methods, which have tests of their own.
+            read = field.name in ("blocks", "repeat_layers")
+            assert read or f".{field.name}" in code or f'"{field.name}"' in code, field.name
+    for name, part in config.ModelConfig().parts.items():
+        own = (ROOT / "core" / "model" / f"{name}.py").read_text()
+        for field in dataclasses.fields(part):  # type: ignore[arg-type]
+            assert f".{name}.{field.name}" in code or f"self.{field.name}" in own, f"{name}.{field.name}"

@@ -18,7 +18,7 @@ from core.model.params import FLOP_RULE
 from core.training.generate import PROMPTS, told
 from core.training.report import MARGIN, whole_ticks
 from core.training.run import Run
-from shared_tests.check.test_cli import Capture, call, refuse
+from shared_tests.support.command_line import Capture, call, refuse
 from shared_tests.support.killed import small_data
 
 

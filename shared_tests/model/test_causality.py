@@ -68,7 +68,7 @@ def flip_leaks(logits: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, bos
 def documents_at_block_edges(seq: int, model: ModelConfig) -> np.ndarray:
     """Return rows whose documents begin at the first and last place of a block, in the middle, and twice in a row."""
     rows = tokens(f"edges/{seq}", 2, seq, model.vocab, model.bos, documents=False)
-    block = model.capsule_block
+    block = model.skc.block
     for places in ((block, 2 * block - 1, 2 * block), (0, 1, block + block // 2, 3 * block - 1)):
         row = 0 if places[0] else 1
         rows[row, [p for p in places if p < seq]] = model.bos
@@ -217,7 +217,7 @@ def plant_leak(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def last_loss(backend: str, config: RunConfig, enough: float = -math.inf) -> float:
     """Return the mean loss of the last 50 of STEPS steps on fresh uniform tokens, or of the first 25 below `enough`."""
     model = dataclasses.replace(config.model, vocab=VOCAB)
-    kinds = tuple(dict.fromkeys(model.kinds))
+    kinds = tuple(dict.fromkeys(map(model.kind, range(model.layers))))
     fewer: dict[str, Any] = {"layers": max(2, len(kinds)), "blocks": kinds}
     if config.preset == EVERYTHING:
         fewer = {"repeat_layers": model.repeat_layers[:1]}

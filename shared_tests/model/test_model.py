@@ -13,7 +13,7 @@ import pytest
 from core import presets, rng
 from core.check.parity import perturbed
 from core.check.tolerances import P2_BFLOAT16, P2_FLOAT32, P2_FLOAT64, relative_rms
-from core.config import RunConfig
+from core.config import changed
 from core.data.batch import Batch
 from core.model import params
 from core.training import schedule
@@ -31,36 +31,9 @@ from shared_tests.support.harness import (
     tokens,
     working_weights,
 )
+from shared_tests.support.twins import assert_same, by_group, outcome
 
 pytestmark = pytest.mark.pair
-
-
-def outcome(backend: str, config: RunConfig, scale: float, **options) -> dict[str, np.ndarray]:
-    """Return activations, logits, nll and gradients of one batch under names that both backends share."""
-    made = engine(backend, config, working_weights(config.model, scale), **options)
-    batch = batches(config, 1)[0]
-    out = {f"activation {name}": value for name, value in made.activations(batch.tokens).items()}
-    objective, grads = made.gradients(batch)
-    out |= {f"gradient {name}": value for name, value in grads.items()}
-    return out | {
-        "logits": made.logits(batch.tokens),
-        "nll": made.nll(batch.tokens, batch.targets),
-        "objective": np.array(objective),
-    }
-
-
-def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], limit: float) -> None:
-    assert list(ours) == list(theirs)
-    worst = max(ours, key=lambda name: relative_rms(ours[name], theirs[name]))
-    assert relative_rms(ours[worst], theirs[worst]) <= limit, worst
-
-
-def by_group(out: dict[str, np.ndarray], config: RunConfig) -> dict[str, np.ndarray]:
-    """Join the gradients of each optimizer group: a gain's few float32 gradients are sums that nearly cancel."""
-    joined = {name: value for name, value in out.items() if not name.startswith("gradient ")}
-    for group, names in params.by_group(config.model).items():
-        joined[f"gradients {group}"] = np.concatenate([out[f"gradient {name}"].ravel() for name in names])
-    return joined
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0], ids=["cold", "hot"])
@@ -92,7 +65,7 @@ def test_logits_equal_the_oracle(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_alone_with_a_bank_equals_the_oracle(backend: str) -> None:
     config = mini("tiny")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, bank="both", capsule_block=8))
+    config = dataclasses.replace(config, model=changed(config.model, {"bank.at": "both", "skc.block": 8}))
     weights, rows = working_weights(config.model, 1.0), batches(config, 1)[0].tokens
     got = engine(backend, config, weights, dtype="float64").logits(rows)
     assert relative_rms(got, reference.model(config.model, weights, rows)) <= P2_FLOAT64
@@ -138,7 +111,7 @@ def test_logits_stay_narrow_up_to_the_cross_entropy(backend: str, monkeypatch: p
     """A bias in float32 would widen them: twice their memory, and twice what the kernel reads and writes."""
     config, ops, seen = mini("ternary_74m"), module(backend, "ops"), []
     made, batch = engine(backend, config, dtype="bfloat16"), batches(config, 1)[0]
-    assert config.model.vocab_bias
+    assert config.model.head.bias
     costs = ops.cross_entropy
     monkeypatch.setattr(
         ops, "cross_entropy", lambda x, *given: seen.append((str(x.dtype), len(given))) or costs(x, *given)
@@ -189,11 +162,11 @@ def test_every_parameter_gets_a_gradient_within_two_steps(name: str, backend: st
 def test_one_layer_trains(name: str, seq: int) -> None:
     """The twins take the same steps where there is nothing to skip to, and parameters of 0 rows would be."""
     config = mini(name)
-    alone: dict[str, Any] = {"layers": 1, "shared_blocks": None, "repeat_layers": (), "engram_layer": 0}
-    alone["bank"] = "none" if config.model.bank == "none" else "head"
+    alone: dict[str, Any] = {"layers": 1, "shared_blocks": None, "repeat_layers": (), "engram.layer": 0}
+    alone["bank.at"] = "none" if config.model.bank.at == "none" else "head"
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, **alone),
+        model=changed(config.model, alone),
         train=dataclasses.replace(config.train, batch=2, seq=seq, repeat_from=0.0),
     )
     assert all(row.size for row in params.param_table(config.model).values())
@@ -231,13 +204,13 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(backend: str) -> 
     assert made.train_step(batch, schedule.plan(0, 0.5, config.train)).result().finite
     before = {**made.params(), **made.optimizer()}
     poisoned = dict(made.params())
-    poisoned["vocab_bias"] = np.full_like(poisoned["vocab_bias"], np.nan)
+    poisoned["head.bias"] = np.full_like(poisoned["head.bias"], np.nan)
     made.load_params(poisoned)
     result = made.train_step(batch, schedule.plan(1, 0.5, config.train)).result()
     assert not result.finite
     after = {**made.params(), **made.optimizer()}
     for key, value in before.items():
-        if key != "vocab_bias":
+        if key != "head.bias":
             assert np.array_equal(after[key], value), key
 
 

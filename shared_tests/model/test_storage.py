@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from core.check.tolerances import P2_FLOAT32, P2_FLOAT64, relative_rms
-from core.config import ModelConfig, RunConfig
+from core.config import ModelConfig, RunConfig, changed
 from core.model.params import exported, param_table
 from core.model.storage import LARGEST, SCALE_FLOOR, STORAGES, Storage, decode, group_counts, group_size, storage_class
 from core.training import schedule
-from shared_tests.model.test_model import assert_same, by_group, outcome
 from shared_tests.oracle import reference
 from shared_tests.support.harness import (
     BACKENDS,
@@ -27,6 +26,7 @@ from shared_tests.support.harness import (
     to_numpy,
     working_weights,
 )
+from shared_tests.support.twins import assert_same, by_group, outcome
 
 pytestmark = pytest.mark.pair
 QUANTISED: list[Storage] = [storage for storage in STORAGES if storage != "float16"]
@@ -143,8 +143,9 @@ def test_the_error_is_what_the_class_can_do(storage: Storage) -> None:
 def stored_mini(matrix: Storage, table: Storage, **changes: Any) -> RunConfig:
     """Return `ablate`'s mini with other storage and with widths that do not fill their groups."""
     config = mini("ablate")
-    model = dataclasses.replace(
-        config.model, matrix_storage=matrix, table_storage=table, mlp_hidden=189, embed_dim=20, **changes
+    model = changed(
+        config.model,
+        {"matrix_storage": matrix, "embedding.storage": table, "mlp.hidden": 189, "embedding.dim": 20, **changes},
     )
     return dataclasses.replace(config, model=model)
 

@@ -3,11 +3,12 @@
 import numpy as np
 
 from core.config import ModelConfig, TrainConfig
-from core.model import tables
-from core.model.config import Pass, Store
-from core.model.engram import BIGRAM_MULTIPLIER, MULTIPLIERS
+from core.model import tables, trunk
+from core.model.capsules import Store
+from core.model.ngrams import BIGRAM_MULTIPLIER, MULTIPLIERS
 from core.model.params import param_table
 from core.model.storage import KINDS, STORAGES, Storage, Stored
+from core.model.trunk import Stage
 from shared_tests.oracle.skc import ngrams, recall, remember, smear
 
 Array = np.ndarray
@@ -246,24 +247,24 @@ def model(config: ModelConfig, weights: dict[str, Array], tokens: Array) -> Arra
     eps, starts = config.norm_eps, document_starts(config, tokens)
     x, values = embedded_tokens(config, w, tokens, starts)
     embedded, skips, half = x, [], config.layers // 2
-    for p in config.passes(True):
-        skipping = config.unet_skips and not p.again
-        if "middle" in config.banks and p.layer == half and not p.again:
+    for p in trunk.layers(config, True):
+        skipping = config.skips.on and not p.again
+        if "middle" in config.bank.places and p.layer == half and not p.again:
             x = x + bank(config, part(w, "bank_middle."), rms_norm(x, eps, True), values, starts)
         if skipping and p.layer >= half and skips:
-            x = x + w["skip_weights"][p.layer - half] * skips.pop()
-        if config.engram_orders and p.layer == config.engram_layer and not p.again:
+            x = x + w["skips.weight"][p.layer - half] * skips.pop()
+        if config.engram.orders and p.layer == config.engram.layer and not p.again:
             x = x + engram(config, part(w, "engram."), x, tokens, starts)
         x = layer(config, pass_weights(w, p), p, x, embedded, tokens)
         if skipping and p.layer < half:
             skips.append(x)
-    if "head" in config.banks:
+    if "head" in config.bank.places:
         f = rms_norm(x, eps, True)
         x = f + bank(config, part(w, "bank_head."), f, values, starts)
     x = rms_norm(x, eps, True)
-    logits = linear(linear(x, w["embed_down.weight"]) if config.embed_dim else x, w["embed.weight"])
-    logits = logits + w["vocab_bias"] if config.vocab_bias else logits
-    return logits if config.softcap is None else softcap(logits, config.softcap, True)
+    logits = linear(linear(x, w["embed_down.weight"]) if config.embedding.dim else x, w["embed.weight"])
+    logits = logits + w["head.bias"] if config.head.bias else logits
+    return logits if config.head.softcap is None else softcap(logits, config.head.softcap, True)
 
 
 def document_starts(config: ModelConfig, tokens: Array) -> Array:
@@ -276,7 +277,7 @@ def part(w: dict[str, Array], prefix: str) -> dict[str, Array]:
     return {name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)}
 
 
-def pass_weights(w: dict[str, Array], p: Pass) -> dict[str, Array]:
+def pass_weights(w: dict[str, Array], p: Stage) -> dict[str, Array]:
     """Return the weights of a pass: its block's, and its own row of what has one row per pass."""
     own = part(w, f"blocks.{p.block}.")
     for name in ("mixer_scale", "mlp_scale", "stream_mix", "embed_mix"):
@@ -288,19 +289,19 @@ def pass_weights(w: dict[str, Array], p: Pass) -> dict[str, Array]:
 def embedded_tokens(config: ModelConfig, w: dict[str, Array], tokens: Array, starts: Array) -> tuple[Array, Array]:
     """Return the stream that enters the first layer, and the tokens' own vectors, which know nothing of neighbours."""
     x = w["embed.weight"][tokens]
-    x = linear(x, w["embed_up.weight"]) if config.embed_dim else x
+    x = linear(x, w["embed_up.weight"]) if config.embedding.dim else x
     values = rms_norm(x, config.norm_eps, True)
-    if config.bigram_buckets:
-        rows = ngrams(tokens, starts, [[BIGRAM_MULTIPLIER]], config.bigram_buckets)
+    if config.bigram.buckets:
+        rows = ngrams(tokens, starts, [[BIGRAM_MULTIPLIER]], config.bigram.buckets)
         x = x + linear(hashed_rows(w["bigram.table"], rows), w["bigram.value.weight"])
     x = rms_norm(x, config.norm_eps, True)
-    return smear(x, sigmoid(w["smear"], True), starts) if config.smear else x, values
+    return smear(x, sigmoid(w["smear.share"], True), starts) if config.smear.on else x, values
 
 
 def engram(config: ModelConfig, w: dict[str, Array], x: Array, tokens: Array, starts: Array) -> Array:
     """Return what EngramHash adds to the stream x (spec/causal_skc.md a4)."""
-    multipliers = [heads[: config.engram_heads] for heads in MULTIPLIERS[: config.engram_orders]]
-    memory = hashed_rows(w["table"], ngrams(tokens, starts, multipliers, config.engram_buckets))
+    multipliers = [heads[: config.engram.heads] for heads in MULTIPLIERS[: config.engram.orders]]
+    memory = hashed_rows(w["table"], ngrams(tokens, starts, multipliers, config.engram.buckets))
     key = rms_norm(linear(memory, w["key.weight"]), config.norm_eps, True)
     cosine = (rms_norm(x, config.norm_eps, True) * key).sum(-1, keepdims=True) / config.dim
     gate = sigmoid((0.1 + 3.9 * sigmoid(w["sharpness"], True)) * cosine + w["bias"], True)
@@ -311,13 +312,13 @@ def bank(config: ModelConfig, w: dict[str, Array], f: Array, values: Array, star
     """Return what the bank adds to the normalised stream f (spec/causal_skc.md a3)."""
     read = linear(f, w["route.weight"])
     write = read + w["write_bias"]
-    y = capsules(config.bank_store, config.norm_eps, part(w, "capsules."), write, read, values, starts)
+    y = capsules(config.bank.store(config), config.norm_eps, part(w, "capsules."), write, read, values, starts)
     return w["gate"] * rms_norm(y, config.norm_eps, True)
 
 
-def layer(config: ModelConfig, w: dict[str, Array], p: Pass, x: Array, embedded: Array, tokens: Array) -> Array:
+def layer(config: ModelConfig, w: dict[str, Array], p: Stage, x: Array, embedded: Array, tokens: Array) -> Array:
     """Return the stream after one pass through a layer."""
-    kind = config.kinds[p.layer]
+    kind = config.kind(p.layer)
     mixer = attention_mixer if kind == "attention" else recurrent_mixer
     damp = 1 / np.sqrt(p.layer + 1) if config.depth_damping else 1.0
     if config.residual_mix:
@@ -326,23 +327,27 @@ def layer(config: ModelConfig, w: dict[str, Array], p: Pass, x: Array, embedded:
     x = x + w["mixer_scale"] * output(config, w, "mixer.o", mixer(config, w, n, tokens))
     if kind != "skc_parallel":
         n = rms_norm(x, config.norm_eps, True) * damp
-    activation = {"relu2": relu2, "leaky_relu2": leaky_relu2}[config.activation]
+    activation = {"relu2": relu2, "leaky_relu2": leaky_relu2}[config.mlp.activation]
     return x + w["mlp_scale"] * output(config, w, "mlp.down", activation(linear(n, w["mlp.up.weight"]), True))
 
 
 def attention_mixer(config: ModelConfig, w: dict[str, Array], n: Array, tokens: Array) -> Array:
     """Return what enters the output projection of attention."""
     rows, seq, dim = n.shape
-    turn = tables.rope_tables(seq, config.rope_dims, config.rope_base)
+    turn = tables.rope_tables(seq, config.attention.rope_dims, config.attention.rope_base)
     documents = document_ids(tokens, config.bos) if config.documents == "isolated" else None
     mask = causal_mask(seq, seq, documents)
-    if config.attention_conv:
+    if config.attention.conv:
         ids = np.zeros_like(tokens) if documents is None else documents
         before = np.concatenate([np.zeros((rows, 3), int), ids], axis=1)
         n = short_conv(np.concatenate([np.zeros((rows, 3, dim)), n], axis=1), w["mixer.conv"], before)
 
     def heads(name: str) -> Array:
-        return linear(n, w[f"mixer.{name}.weight"]).reshape(rows, seq, -1, config.head_dim).transpose(0, 2, 1, 3)
+        return (
+            linear(n, w[f"mixer.{name}.weight"])
+            .reshape(rows, seq, -1, config.attention.width(config))
+            .transpose(0, 2, 1, 3)
+        )
 
     q, k = (rope(rms_norm(heads(name), config.norm_eps, True), *turn) for name in "qk")
     y = attention(q * w["mixer.q_gain"][:, None, None], k, heads("v"), mask, True)
@@ -352,7 +357,7 @@ def attention_mixer(config: ModelConfig, w: dict[str, Array], n: Array, tokens: 
 def recurrent_mixer(config: ModelConfig, w: dict[str, Array], n: Array, tokens: Array) -> Array:
     """Return what enters the output projection of a Koopman or an SKC mixer."""
     starts = document_starts(config, tokens)
-    transform = tables.hadamard(config.mixer_dim)
+    transform = tables.hadamard(config.koopman.dim)
     d, gain = decay(linear(n, w["mixer.decay.weight"]) + w["mixer.decay_bias"], True)
     value = linear(n, w["mixer.value.weight"])
     s, h = remember(value, w["mixer.conv"], d, gain, transform, starts)
@@ -361,7 +366,7 @@ def recurrent_mixer(config: ModelConfig, w: dict[str, Array], n: Array, tokens: 
     if "mixer.capsule_gain" in w:
         write = linear(n, w["mixer.write.weight"]) + w["mixer.write_bias"]
         read = linear(n, w["mixer.read.weight"])
-        y = capsules(config.layer_store, config.norm_eps, part(w, "mixer.capsules."), write, read, s, starts)
+        y = capsules(config.skc.store, config.norm_eps, part(w, "mixer.capsules."), write, read, s, starts)
         z = z + rms_norm(y, config.norm_eps, True) * w["mixer.capsule_gain"]
     return z * silu(linear(n, w["mixer.gate.weight"]), True)
 

@@ -15,8 +15,8 @@ from core.scoring.ledger import Ledger, LedgerError, Scored
 from core.scoring.plugins import Learner, Plugin, Temperature, log_softmax
 from core.scoring.score import score
 from core.training import schedule
-from shared_tests.scoring.test_scoring import VOCAB, make_dataset
 from shared_tests.support.harness import BACKENDS
+from shared_tests.support.known_scores import VOCAB, make_dataset
 from shared_tests.support.plugin_examples import (
     CUTS,
     LENGTHS,

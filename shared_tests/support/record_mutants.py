@@ -19,7 +19,6 @@ from core import presets
 from core.ablation.plan import Ablation, Job, read_plan
 from core.ablation.records import read_job, read_members, read_shown, starts
 from core.ablation.stats.results import read_result
-from core.cli import is_users, message
 from core.compare.runs import compare, lines, table
 from core.config import to_json
 from core.console import MESSAGE
@@ -28,6 +27,7 @@ from core.formats.toml import read_toml
 from core.scoring.ledger import Ledger
 from core.training.run import Run
 from core.verbs.common import check_data
+from core.verbs.errors import is_users, message
 from shared_tests.support.ablation_worker import whole_score
 from shared_tests.support.killed import small_data
 from shared_tests.support.mutants import Random, alter, edit, hostile, json_text
@@ -55,7 +55,7 @@ seeds = [7]
 [search.space]
 "train.lr_matrix" = { low = 0.003, high = 0.3, log = true }
 "train.matrix_rule" = { values = ["adamw", "muon"] }
-"model.mlp_hidden" = { low = 64, high = 128, step = 64 }
+"model.mlp.hidden" = { low = 64, high = 128, step = 64 }
 """
 PIECES = (
     *'[]{}=,."\'#\n\\ ', '"""', "'''", "[[", "]]", "inf", "nan", "-1", "0x" + "f" * 40, "1e400", "true", "none",

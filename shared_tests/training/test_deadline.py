@@ -20,8 +20,7 @@ from core.data import column
 from core.data.dataset import DataError, Dataset, open_dataset
 from core.training.finish import finish
 from core.training.run import Run
-from shared_tests.support.killed import small_data
-from shared_tests.training.test_forecast import debug_data
+from shared_tests.support.killed import debug_data, small_data
 
 
 def test_a_closed_split_refuses_every_read(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from core.engine.ranks import Stopped
 from core.training.loop import train
 from core.training.run import Run, RunError
 from core.training.writer import hold
-from shared_tests.check.test_cli import SHORT, call
+from shared_tests.support.command_line import SHORT, call
 from shared_tests.support.hostile import contents
-from shared_tests.training.test_run import BigramEngine, Done, config_of, go, start
+from shared_tests.support.numpy_runs import BigramEngine, Done, config_of, go, start
 
 
 @pytest.fixture(scope="module")

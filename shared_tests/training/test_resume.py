@@ -16,14 +16,13 @@ from core.check.tolerances import P4_FLOAT32, P4_FLOAT64, P5_BPB, relative_rms
 from core.cli import main
 from core.config import ConfigError, DataConfig, RunConfig
 from core.data.batch import Batch
-from core.data.dataset import Dataset, Prefetch, open_dataset
+from core.data.dataset import Dataset, Prefetch, identity, open_dataset
 from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays, Engine
 from core.export.artifact import read_artifact
 from core.training.loop import train
 from core.training.run import Run, RunError
 from core.training.schedule import plan, progress_by_steps
-from core.verbs.common import identity
 from shared_tests.support.harness import BACKENDS, engine
 from shared_tests.support.killed import everything, fingerprint, small_data, timeless
 
@@ -299,7 +298,7 @@ def begun(dataset: Dataset, tmp_path: Path) -> Run:
     [
         (("--seed", "4"), "other settings (seed: 1337 -> 4): choose another --out, or repeat them"),
         (("--model.layers", "1"), "(model.layers: 2 -> 1)"),
-        (("--model.activation", "leaky_relu2", "--train.lr_matrix", "1"), "train.lr_matrix: 0.003 -> 1.0)"),
+        (("--model.mlp.activation", "leaky_relu2", "--train.lr_matrix", "1"), "train.lr_matrix: 0.003 -> 1.0)"),
         (("--train.quantise", "late"), "(train.quantise: 'never' -> 'late')"),
         (("--data.path", "OTHER"), "other data than when it began (sha256: '"),
     ],

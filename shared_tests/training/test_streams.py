@@ -17,7 +17,7 @@ from core.cli import main
 from core.engine.memory import OutOfMemoryError, described, enough_memory, is_memory
 from core.files import read_json
 from core.presets import get
-from shared_tests.check.test_cli import Capture, call
+from shared_tests.support.command_line import Capture, call
 from shared_tests.support.killed import small_data
 
 SMALL = "--train.seq 16 --eval.seq 16 --backend mlx --data.path DATA"

@@ -16,27 +16,10 @@ from core.model.params import param_table
 from core.training import schedule
 from core.training.run import Run
 from shared_tests.support.harness import BACKENDS, batches, engine, mini, minis, module, working_weights
+from shared_tests.support.twins import STEPS, STORED, curve
 
 pytestmark = pytest.mark.pair
 LIMITS = {"float64": P4_FLOAT64, "float32": P4_FLOAT32}
-STEPS = 50
-
-
-def curve(backend: str, name: str, dtype: str, steps: int = STEPS) -> np.ndarray:
-    """Return the losses of a run over 7 batches that repeat, so that there is something to learn."""
-    config = mini(name)
-    made, data = engine(backend, config, dtype=dtype), batches(config, 7)
-    pending = []
-    for step in range(steps):
-        plan = schedule.plan(step, schedule.progress_by_steps(step, config.train), config.train)
-        pending.append(made.train_step(data[step % 7], plan))
-    results = [p.result() for p in pending]
-    assert all(r.finite for r in results)
-    return np.array([r.loss for r in results])
-
-
-STORED = [name for name in minis() if mini(name).train.quantise != "never"]
-"""Presets that train with stored weights: in float32 their free-running curves part, by nature."""
 
 
 @pytest.mark.parametrize("name", STORED)

@@ -5,8 +5,8 @@ import torch.nn as nn
 
 from backends.cuda import ops
 from backends.cuda.blocks.linear import Linear, Output
-from core.model.config import TAPS
 from core.model.context import AttentionState
+from core.model.table import TAPS
 
 
 class Attention(nn.Module):
@@ -16,24 +16,24 @@ class Attention(nn.Module):
     def __init__(self, config, exact):
         super().__init__()
         self._config, self._exact = config, exact
-        kv = config.kv_heads * config.head_dim
+        kv = config.attention.kv_heads * config.attention.width(config)
         self.q = Linear(config.dim, config.dim)
         self.k = Linear(config.dim, kv)
         self.v = Linear(config.dim, kv)
         self.o = Output(config.dim, config, exact)
-        if config.attention_conv:
+        if config.attention.conv:
             self.conv = nn.Parameter(torch.zeros(config.dim, TAPS))
-        self.q_gain = nn.Parameter(torch.zeros(config.heads))
+        self.q_gain = nn.Parameter(torch.zeros(config.attention.heads))
 
     def forward(self, x_BTD, context, state):
         config, exact = self._config, self._exact
         rows, seq, dim = x_BTD.shape
         tail_BPD = None
-        if config.attention_conv:
+        if config.attention.conv:
             zeros_BPD = torch.zeros((rows, TAPS - 1, dim), dtype=x_BTD.dtype, device=x_BTD.device)
             tail_BPD = torch.cat([zeros_BPD if state is None else state.tail, x_BTD], dim=1)
             x_BTD = ops.short_conv(tail_BPD, self.conv, context.history)
-        split = (rows, seq, -1, config.head_dim)
+        split = (rows, seq, -1, config.attention.width(config))
         q_BHTK = torch.swapaxes(self.q(x_BTD).reshape(split), 1, 2)
         k_BGTK = torch.swapaxes(self.k(x_BTD).reshape(split), 1, 2)
         v_BGTK = torch.swapaxes(self.v(x_BTD).reshape(split), 1, 2)

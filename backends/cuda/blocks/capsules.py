@@ -8,8 +8,9 @@ import torch
 import torch.nn as nn
 
 from backends.cuda import ops
-from core.model.config import COUPLING, FLOOR, TAPS
+from core.model.capsules import COUPLING, FLOOR
 from core.model.context import CapsuleState, CapsuleTape
+from core.model.table import TAPS
 
 
 class Capsules(nn.Module):

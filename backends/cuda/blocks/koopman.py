@@ -6,8 +6,9 @@ import torch.nn as nn
 
 from backends.cuda import ops
 from backends.cuda.blocks.linear import Linear, Output
-from core.model.config import COUPLING, TAPS
+from core.model.capsules import COUPLING
 from core.model.context import KoopmanState, KoopmanTape
+from core.model.table import TAPS
 
 
 class Koopman(nn.Module):
@@ -16,7 +17,7 @@ class Koopman(nn.Module):
     def __init__(self, config, exact):
         super().__init__()
         self._config, self._exact = config, exact
-        width = config.mixer_dim
+        width = config.koopman.dim
         self.value = Linear(config.dim, width)
         self.gate = Linear(config.dim, width)
         self.decay = Linear(config.dim, width)
@@ -33,7 +34,7 @@ class Koopman(nn.Module):
 
     def start(self, x_BTD, context):
         """Return the state before the first token."""
-        rows, width = x_BTD.shape[0], self._config.mixer_dim
+        rows, width = x_BTD.shape[0], self._config.koopman.dim
         tail_BPC = torch.zeros((rows, TAPS - 1, width), dtype=x_BTD.dtype, device=x_BTD.device)
         return KoopmanState(tail_BPC, torch.zeros((rows, width), dtype=context.wide, device=x_BTD.device))
 

@@ -13,9 +13,9 @@ class MLP(nn.Module):
 
     def __init__(self, config, exact):
         super().__init__()
-        self._activation, self._exact = ACTIVATIONS[config.activation], exact
-        self.up = Linear(config.dim, config.mlp_hidden)
-        self.down = Output(config.mlp_hidden, config, exact)
+        self._activation, self._exact = ACTIVATIONS[config.mlp.activation], exact
+        self.up = Linear(config.dim, config.mlp.hidden)
+        self.down = Output(config.mlp.hidden, config, exact)
 
     def forward(self, x_BTD):
         return self.down(self._activation(self.up(x_BTD), self._exact))

@@ -5,8 +5,8 @@ import mlx.nn as nn
 
 from backends.mlx import ops
 from backends.mlx.blocks.linear import Linear, Output
-from core.model.config import TAPS
 from core.model.context import AttentionState
+from core.model.table import TAPS
 
 
 class Attention(nn.Module):
@@ -16,24 +16,24 @@ class Attention(nn.Module):
     def __init__(self, config, exact):
         super().__init__()
         self._config, self._exact = config, exact
-        kv = config.kv_heads * config.head_dim
+        kv = config.attention.kv_heads * config.attention.width(config)
         self.q = Linear(config.dim, config.dim)
         self.k = Linear(config.dim, kv)
         self.v = Linear(config.dim, kv)
         self.o = Output(config.dim, config, exact)
-        if config.attention_conv:
+        if config.attention.conv:
             self.conv = mx.zeros((config.dim, TAPS))
-        self.q_gain = mx.zeros((config.heads,))
+        self.q_gain = mx.zeros((config.attention.heads,))
 
     def __call__(self, x_BTD, context, state):
         config, exact = self._config, self._exact
         rows, seq, dim = x_BTD.shape
         tail_BPD = None
-        if config.attention_conv:
+        if config.attention.conv:
             zeros_BPD = mx.zeros((rows, TAPS - 1, dim), dtype=x_BTD.dtype)
             tail_BPD = mx.concatenate([zeros_BPD if state is None else state.tail, x_BTD], axis=1)
             x_BTD = ops.short_conv(tail_BPD, self.conv, context.history)
-        split = (rows, seq, -1, config.head_dim)
+        split = (rows, seq, -1, config.attention.width(config))
         q_BHTK = mx.swapaxes(self.q(x_BTD).reshape(split), 1, 2)
         k_BGTK = mx.swapaxes(self.k(x_BTD).reshape(split), 1, 2)
         v_BGTK = mx.swapaxes(self.v(x_BTD).reshape(split), 1, 2)

@@ -8,8 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx import ops
-from core.model.config import COUPLING, FLOOR, TAPS
+from core.model.capsules import COUPLING, FLOOR
 from core.model.context import CapsuleState, CapsuleTape
+from core.model.table import TAPS
 
 
 class Capsules(nn.Module):

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from backends.mlx import ops
 from backends.mlx.blocks.capsules import Capsules
 from backends.mlx.blocks.linear import Linear
-from core.model.engram import BIGRAM_MULTIPLIER, multipliers_of
+from core.model.ngrams import BIGRAM_MULTIPLIER, multipliers_of
 
 
 class Bigram(nn.Module):
@@ -17,9 +17,9 @@ class Bigram(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self._buckets = config.bigram_buckets
-        self.table = mx.zeros((config.bigram_buckets, config.bigram_dim))
-        self.value = Linear(config.bigram_dim, config.dim)
+        self._buckets = config.bigram.buckets
+        self.table = mx.zeros((config.bigram.buckets, config.bigram.dim))
+        self.value = Linear(config.bigram.dim, config.dim)
 
     def __call__(self, context, dtype):
         ids, documents = context.last_ids(1)
@@ -33,18 +33,18 @@ class Engram(nn.Module):
     def __init__(self, config, exact):
         super().__init__()
         self._config, self._exact = config, exact
-        tables = config.engram_orders * config.engram_heads
-        width = config.engram_dim // tables
-        self.table = mx.zeros((tables * config.engram_buckets, width))
-        self.value = Linear(config.engram_dim, config.dim)
-        self.key = Linear(config.engram_dim, config.dim)
+        tables = config.engram.orders * config.engram.heads
+        width = config.engram.dim // tables
+        self.table = mx.zeros((tables * config.engram.buckets, width))
+        self.value = Linear(config.engram.dim, config.dim)
+        self.key = Linear(config.engram.dim, config.dim)
         self.sharpness = mx.zeros((1,))
         self.bias = mx.zeros((1,))
 
     def __call__(self, x_BTD, context):
         config, exact, kind = self._config, self._exact, x_BTD.dtype
-        ids, documents = context.last_ids(config.engram_orders)
-        rows_BTN = ops.ngram_buckets(ids, documents, multipliers_of(config), config.engram_buckets)
+        ids, documents = context.last_ids(config.engram.orders)
+        rows_BTN = ops.ngram_buckets(ids, documents, multipliers_of(config), config.engram.buckets)
         m_BTW = ops.hashed_rows(self.table, rows_BTN).astype(kind)
         x_norm_BTD = ops.rms_norm(x_BTD, config.norm_eps, exact).astype(context.wide)
         key_BTD = ops.rms_norm(self.key(m_BTW), config.norm_eps, exact).astype(context.wide)
@@ -61,10 +61,10 @@ class Bank(nn.Module):
     def __init__(self, config, exact):
         super().__init__()
         self._config, self._exact = config, exact
-        routes = config.bank_heads * config.bank_capsules
+        routes = config.bank.heads * config.bank.capsules
         self.route = Linear(config.dim, routes)
         self.write_bias = mx.zeros((routes,))
-        self.capsules = Capsules(config.bank_store, config.norm_eps, exact)
+        self.capsules = Capsules(config.bank.store(config), config.norm_eps, exact)
         self.gate = mx.zeros((config.dim,))
 
     def __call__(self, f_BTD, values_BTD, context, state):

@@ -14,12 +14,12 @@ class SKC(Koopman):
 
     def __init__(self, config, exact):
         super().__init__(config, exact)
-        routes = config.capsule_heads * config.capsules
+        routes = config.skc.heads * config.skc.capsules
         self.write = Linear(config.dim, routes)
         self.write_bias = mx.zeros((routes,))
         self.read = Linear(config.dim, routes)
-        self.capsules = Capsules(config.layer_store, config.norm_eps, exact)
-        self.capsule_gain = mx.zeros((config.mixer_dim,))
+        self.capsules = Capsules(config.skc.store, config.norm_eps, exact)
+        self.capsule_gain = mx.zeros((config.koopman.dim,))
 
     def __call__(self, x_BTD, context, state):
         kind, state = x_BTD.dtype, state or self.start(x_BTD, context)
