@@ -13,7 +13,7 @@ from core.config import ConfigError, RunConfig, from_json
 from core.engine.protocol import BACKENDS
 from core.files import FileError, read_json
 
-SCHEMA = 1
+STORE_SCHEMA = 1
 MOST_BYTES = 16 << 20
 """Of one of these files."""
 MOST_LETTERS = 4096
@@ -119,10 +119,10 @@ def read(file: Path) -> dict[str, Any]:
     except FileError as error:
         raise StoreError(f"{error}; move its folder away") from error
     schema = value.get("schema") if isinstance(value, dict) else None
-    if type(schema) is not int or schema != SCHEMA:
+    if type(schema) is not int or schema != STORE_SCHEMA:
         version = told(schema if isinstance(value, dict) else value)
         raise StoreError(
-            f"{file}: schema {version}, expected {SCHEMA}: written by another version; move its folder away"
+            f"{file}: schema {version}, expected {STORE_SCHEMA}: written by another version; move its folder away"
         )
     return value
 

@@ -17,8 +17,16 @@ from typing import BinaryIO, NamedTuple
 from core.ablation.folders import Stamps, finished, stamps_of
 from core.ablation.locks import alone, make
 from core.ablation.plan import Ablation, Job, job_key
-from core.ablation.records import SCHEMA, Start, StoreError, is_earlier, read_failure, read_members, starts
-from core.ablation.stats.results import Outcome, Result, Status, read_result
+from core.ablation.records import (
+    STORE_SCHEMA,
+    Start,
+    StoreError,
+    is_earlier,
+    read_failure,
+    read_members,
+    starts,
+)
+from core.ablation.stats.results import Result, Results, Status, read_result
 from core.config import to_json
 from core.files import FileError, append_file, locked, open_file, replace_file
 from core.training.run import RunError
@@ -38,7 +46,7 @@ class Place(NamedTuple):
         return self.folder.parent
 
 
-class Store:
+class RunStore:
     """One folder of runs."""
 
     def __init__(self, path: str | Path) -> None:
@@ -62,7 +70,7 @@ class Store:
         make(place.home)
         job = place.job
         value = {
-            "schema": SCHEMA, "key": place.key, "config": to_json(job.config), "backend": job.backend,
+            "schema": STORE_SCHEMA, "key": place.key, "config": to_json(job.config), "backend": job.backend,
             "dtype": job.dtype, "code": code, "data": data, "command": command,
         }  # fmt: skip
         replace_file(place.home / "job.json", json.dumps(value, indent=1).encode())
@@ -71,7 +79,7 @@ class Store:
         """Write which runs an ablation has."""
         folder = self.ablation_folder(plan)
         rows = [[p.job.variant, p.job.seed, p.job.backend, p.key] for p in places]
-        value = {"schema": SCHEMA, "ablation": plan.name, "file": os.path.abspath(plan.path), "runs": rows}
+        value = {"schema": STORE_SCHEMA, "ablation": plan.name, "file": os.path.abspath(plan.path), "runs": rows}
         with alone(folder):
             replace_file(folder / "members.json", json.dumps(value, indent=1).encode())
 
@@ -103,7 +111,7 @@ class Store:
         self._write_starts(place, [*before, last._replace(seconds=seconds, beside=beside)])
 
     def _write_starts(self, place: Place, history: list[Start]) -> None:
-        value = {"schema": SCHEMA, "starts": [one._asdict() for one in history]}
+        value = {"schema": STORE_SCHEMA, "starts": [one._asdict() for one in history]}
         replace_file(place.home / "machine.json", json.dumps(value, indent=1).encode())
 
     @contextmanager
@@ -138,11 +146,11 @@ class Store:
 
     def fail(self, place: Place, message: str) -> None:
         """Write down how a try ended."""
-        replace_file(place.home / "failed.json", json.dumps({"schema": SCHEMA, "message": message}).encode())
+        replace_file(place.home / "failed.json", json.dumps({"schema": STORE_SCHEMA, "message": message}).encode())
 
-    def outcome(self, plan: Ablation, places: list[Place]) -> Outcome:
+    def outcome(self, plan: Ablation, places: list[Place]) -> Results:
         """Read what all runs of an ablation gave so far; one whose folder is damaged counts as failed."""
-        return Outcome(plan, tuple(map(self._result, places)))
+        return Results(plan, tuple(map(self._result, places)))
 
     def _result(self, place: Place) -> Result:
         job = place.job

@@ -59,7 +59,8 @@ def _scaled(panels: np.ndarray, searched: Searched) -> Any:
         if start is not None:
             panel.axhline(start, color="black", linestyle="--", linewidth=1, label="Start")
         if panel.get_xscale() == "log":  # matplotlib's own labels overlap on a range of few decades
-            places = np.geomspace(*panel.get_xlim(), 7)[1:6:2]
+            left, right = panel.get_xlim()
+            places = np.geomspace(left, right, 7)[1:6:2]
             panel.set_xticks(places, [f"{place:.2g}" for place in places])
             panel.set_xticks([], minor=True)
     figure = panels[0].figure

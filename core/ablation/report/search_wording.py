@@ -12,7 +12,7 @@ from core.ablation.search.search import Searched, Trial
 from core.ablation.search.space import FOUND, Field, Search
 from core.ablation.stats.effects import Paired, paired
 from core.ablation.stats.findings import scored
-from core.ablation.stats.results import Outcome
+from core.ablation.stats.results import Results
 
 GAIN_HEAD = ("figure", "seeds", "start", "found", "difference", "95 % interval", "note")
 SELECTED = "selected"
@@ -47,7 +47,7 @@ class Gain(NamedTuple):
     """What to think of the figure."""
 
 
-def gains(searched: Searched, outcome: Outcome) -> list[Gain]:
+def gains(searched: Searched, outcome: Results) -> list[Gain]:
     """Return the search's own figure, then what the plan's seeds say of the same settings, a backend at a time."""
     best, start = searched.best, searched.start
     if best is None or best.bpb is None:
@@ -190,7 +190,7 @@ def repeat(plan: Ablation, searched: Searched | None) -> tuple[str, str]:
     return wording.as_toml(searched.plan) + as_toml(searched.search), f"{command} --search"
 
 
-def to_json(searched: Searched, outcome: Outcome) -> dict[str, Any]:
+def to_json(searched: Searched, outcome: Results) -> dict[str, Any]:
     """Return a search as plain JSON values."""
     best = searched.best
     return {

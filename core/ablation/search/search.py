@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from core.ablation.plan import Ablation, Job
 from core.ablation.search.space import FOUND, Field, Search
 from core.ablation.stats.results import Result, Status
-from core.ablation.store import Place, Store
+from core.ablation.store import Place, RunStore
 from core.config import RunConfig, flattened, to_json
 
 ATTEMPTS = 100
@@ -97,16 +97,16 @@ class Searched(NamedTuple):
 
 
 def run_search(
-    plan: Ablation, search: Search, store: Store, place: Callable[[Job], Place], check: Callable[[RunConfig], object],
-    train: Callable[[Sequence[Place]], object] | None, retry: bool = False,
+    plan: Ablation, search: Search, store: RunStore, place: Callable[[Job], Place],
+    check: Callable[[RunConfig], object], train: Callable[[Sequence[Place]], object] | None, retry: bool = False,
     after_round: Callable[[Searched], object] = lambda _: None,
 ) -> Searched:  # fmt: skip
     """Ask for trials, train what is not stored and tell the sampler, until all are there.
 
     `place` says where a run is kept, `check` raises ValueError for settings that cannot run (others are asked for
     then), `train` brings runs to their ends; None: nothing is trained, and the first round that is not done is the last
-    one. A failed trial stays failed, since what came after it was asked for knowing that, unless `retry`. `told` gets
-    what there is after every round that was trained. SearchError without optuna.
+    one. A failed trial stays failed, since what came after it was asked for knowing that, unless `retry`.
+    `after_round` gets what there is after every round that was trained. SearchError without optuna.
     """
     sampler = Sampler(search)
     searched = Searched(plan, search, (), ())

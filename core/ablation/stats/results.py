@@ -68,7 +68,7 @@ class Result(NamedTuple):
     """How many runs of its `skc ablate` ran side by side with it, itself among them, on average over its time."""
 
 
-class Outcome(NamedTuple):
+class Results(NamedTuple):
     """An ablation and what its runs gave so far."""
 
     plan: Ablation
