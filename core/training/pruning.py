@@ -1,4 +1,4 @@
-"""Which rows of EngramHash survive model.engram.keep: those that the training text reads most, before the first step."""
+"""Which rows of EngramHash survive model.engram.keep: those that the training text reads most before the first step."""
 
 import math
 
