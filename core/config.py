@@ -241,7 +241,8 @@ class EvalConfig:
     seed: int = 0
     """Seed of the draw of documents: not the run's, so that runs of other seeds are judged on the same text."""
     plugins: tuple[str, ...] = ()
-    """What else has a part in the score of the artifact: temperature, or package.module:Class (docs/legality.md)."""
+    """What else has a part in the score of the artifact: temperature, or package.module:Class (docs/legality.md); a
+    setting is eval.plugins.NAME.field (temperature: prior, the weight of no change, in targets)."""
 
     def __post_init__(self) -> None:
         require_limits("eval", self, 2**31 - 1, batch=MOST_ROWS, seq=MOST_TOKENS, stride=MOST_TOKENS)

@@ -10,12 +10,18 @@ from typing import Any
 from core import checks
 from core.config import ConfigError, RunConfig, flattened
 from core.model.upgrade import moved
+from core.scoring import choices
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
 
 
 def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
     """Set `model.bank.at` in a run's plain values; ConfigError for an unknown field, or one that [budget] decides."""
+    if field.startswith("eval.plugins."):
+        name = field.removeprefix("eval.plugins.")
+        field, value = "eval.plugins", choices.changed(values["eval"]["plugins"], name, value)
+    elif field == "eval.plugins" and isinstance(value, dict):
+        value = choices.of_table(value)
     known = [name for name in flattened(values) if "." in name]
     if field not in known:
         new = moved(field)

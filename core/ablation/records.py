@@ -95,10 +95,10 @@ def starts(home: Path) -> tuple[Start, ...]:
     """Return how a run was started, each time; nothing where that is not known: it only says how fair speeds are."""
     try:
         value = read_json(home / "machine.json", MOST_BYTES)
-        made = tuple(Start(**row) for row in value["starts"])
+        history = tuple(Start(**row) for row in value["starts"])
     except (OSError, FileError, KeyError, TypeError):
         return ()
-    return made if all(_is_start(start) for start in made) else ()
+    return history if all(_is_start(start) for start in history) else ()
 
 
 def read_shown(file: Path) -> set[str]:
@@ -120,8 +120,10 @@ def read(file: Path) -> dict[str, Any]:
         raise StoreError(f"{error}; move its folder away") from error
     schema = value.get("schema") if isinstance(value, dict) else None
     if type(schema) is not int or schema != SCHEMA:
-        found = told(schema if isinstance(value, dict) else value)
-        raise StoreError(f"{file}: schema {found}, expected {SCHEMA}: written by another version; move its folder away")
+        version = told(schema if isinstance(value, dict) else value)
+        raise StoreError(
+            f"{file}: schema {version}, expected {SCHEMA}: written by another version; move its folder away"
+        )
     return value
 
 

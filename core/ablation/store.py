@@ -102,8 +102,8 @@ class Store:
         *before, last = starts(place.home) or (Start(),)
         self._write_starts(place, [*before, last._replace(seconds=seconds, beside=beside)])
 
-    def _write_starts(self, place: Place, made: list[Start]) -> None:
-        value = {"schema": SCHEMA, "starts": [one._asdict() for one in made]}
+    def _write_starts(self, place: Place, history: list[Start]) -> None:
+        value = {"schema": SCHEMA, "starts": [one._asdict() for one in history]}
         replace_file(place.home / "machine.json", json.dumps(value, indent=1).encode())
 
     @contextmanager
@@ -148,8 +148,8 @@ class Store:
         job = place.job
         state, message = self.status(place)
         stamps = stamps_of(place.folder)
-        seen, result = self._read.get(place.folder, (None, None))
-        if state == "done" and result is not None and seen == stamps:  # another variant's name may ask for it now
+        before, result = self._read.get(place.folder, (None, None))
+        if state == "done" and result is not None and before == stamps:  # another variant's name may ask for it now
             return result._replace(variant=job.variant, seed=job.seed, backend=job.backend)
         try:
             result = read_result(job, place.folder, state, message)
