@@ -148,10 +148,11 @@ class Capsules(nn.Module):
         if not place:
             return self.state(stored_BHNK, zeros_BHNK, zeros_BHNK, zeros_BHNK[..., 0], key_BHN)
         fresh_B1 = tape.fresh[:, block, place - 1][:, None, None].astype(stored_BHNK.dtype)
-        same_BQ = tape.documents[:, block, :place] == context.documents[:, n - 1 : n]
-        w_BHQN = mx.where(same_BQ[:, None, :, None], tape.writes[:, block, :, :place], 0.0)
-        v_BHQK = tape.values[:, block, :, :place]
-        sums_BHNK = mx.swapaxes(w_BHQN * tape.template[:place], -1, -2) @ v_BHQK
+        same_BQ = tape.documents[:, block] == context.documents[:, n - 1 : n]
+        same_BQ = same_BQ & (mx.arange(self._store.block) < place)
+        w_BHQN = mx.where(same_BQ[:, None, :, None], tape.writes[:, block], 0.0)
+        v_BHQK = tape.values[:, block]
+        sums_BHNK = mx.swapaxes(w_BHQN * tape.template, -1, -2) @ v_BHQK
         plain_BHNK, mass_BHN = mx.swapaxes(w_BHQN, -1, -2) @ v_BHQK, mx.sum(w_BHQN, axis=2)
         if not block:
             mass_BHN = mass_BHN + before.mass * fresh_B1
