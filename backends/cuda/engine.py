@@ -19,7 +19,7 @@ from backends.cuda.model import Model
 from backends.cuda.staging import to_gpu
 from backends.cuda.update import Update
 from core.engine.fitting import fitting, note, usable
-from core.engine.protocol import Arrays, Batch, EngineOptions, Scoring, State, StepResult, micro_batches
+from core.engine.protocol import Arrays, Batch, EngineOptions, Scoring, State, StepResult, counts, micro_batches
 from core.engine.ranks import buckets, owners
 from core.model.context import Constants
 from core.model.params import banks, check_arrays, optimizer_slots, param_table
@@ -90,7 +90,7 @@ class Engine:
             self._model = Model(config.model, self._exact, attend)
         names = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
         check_arrays(weights, names, "weights for the torch model")
-        self._tables: dict[tuple[int, int], Constants] = {}
+        self._tables: dict[int, Constants] = {}
         self._mixing = [
             torch.tensor(table, dtype=self._wide, device=self._device) for table in mixer_tables(config.model)
         ]
@@ -238,21 +238,22 @@ class Engine:
         return {name: value.to(self._wide).cpu().numpy() for name, value in record.items()}
 
     def start(self, rows: int) -> State:
-        return State(self._model.start(rows, self._device), np.zeros(rows, np.int64))
+        return State(self._model.start(rows, self._device), np.zeros(rows, np.int64), np.zeros(rows, np.int64))
 
     @torch.no_grad()
     def chunk(self, state: State, tokens: np.ndarray) -> Tape:
-        constants = self._constants(tokens.shape[1], state.model.position)
+        constants = self._constants(tokens.shape[1], state.position)
         logits, tape = self._forward(self._scored(), self._move(tokens), constants, state=state.model)
         return Tape(state, tokens, logits, tape, self._exact)
 
     @torch.no_grad()
-    def commit(self, tape: Tape, n: int) -> State:
-        n = int(n)  # a numpy integer would end up in the state
-        if n == 0:
-            return tape.before
-        seen = tape.before.seen_after(tape.tokens, n, self._config)
-        return State(self._model.commit(tape.model, n, int(seen.max())), seen)
+    def commit(self, tape: Tape, n: int | np.ndarray) -> State:
+        before, n = tape.before, counts(tape.tokens, n)
+        if not n.any():
+            return before
+        seen = before.seen_after(tape.tokens, n, self._config)
+        model = self._model.commit(tape.model, torch.from_numpy(n).to(self._device), int(seen.max()))
+        return State(model, before.position + n, seen)
 
     def weights(self) -> Arrays:
         weights = self._scored()
@@ -390,16 +391,19 @@ class Engine:
         )  # a rank's last micro-batch may have fewer rows
         return max(losses, len(self._banks))
 
-    def _constants(self, seq, position=0):
-        """Return the tables of positions `position` to `position + seq`; those of rows from 0 on are kept."""
-        if (position, seq) in self._tables:
-            return self._tables[position, seq]
+    def _constants(self, seq, position=None):
+        """Return the tables of rows from `position` (B,) on; None: from 0, which are kept."""
+        if position is None and seq in self._tables:
+            return self._tables[seq]
         dims = self._config.rope_dims if "attention" in self._config.kinds else 0
-        tables = rope_tables(seq, dims, self._config.rope_base, position)
-        cos, sin = (torch.tensor(table, dtype=self._wide, device=self._device) for table in tables)
+        cos, sin = (
+            torch.tensor(table, dtype=self._wide, device=self._device)
+            for table in rope_tables(seq, dims, self._config.rope_base, position)
+        )
         made = Constants(cos, sin, *self._mixing)
-        if position == 0:
-            self._tables[position, seq] = made
+        if position is not None:
+            return made._replace(position=torch.from_numpy(position).to(self._device))
+        self._tables[seq] = made
         return made
 
     def _move(self, array):

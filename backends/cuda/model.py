@@ -131,12 +131,11 @@ class Model(nn.Module):
             mask = ops.causal_mask(seq, keys, ids_BS) if begins is None else None
         if begins is not None:  # CUDA: some forms of attention take where documents begin instead
             mask = attention.Spans(begins, seq)
-        position = 0 if state is None else state.position
-        cos, sin, hadamard, walsh = constants
+        cos, sin, hadamard, walsh, position = constants
         ids = tokens_BT if state is None else torch.cat([state.ids, tokens_BT], dim=1)
         if state is None:
             ids = torch.nn.functional.pad(ids, (self._config.reach, 0), value=-1)
-        tables = (hadamard, walsh, position, keys - seq, ids)
+        tables = (hadamard, walsh, position, ids)
         return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, attend=self._attend)
 
     def forward(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, begins=None):
@@ -185,23 +184,24 @@ class Model(nn.Module):
         kept = torch.zeros((rows, 0), dtype=torch.int32, device=device) if attends else None
         ids = torch.full((rows, self._config.reach), -1, dtype=torch.int32, device=device)
         config = self._config
-        return ModelState(0, kept, (None,) * len(config.passes(True)), (None,) * len(config.banks), ids, None)
+        return ModelState(kept, (None,) * len(config.passes(True)), (None,) * len(config.banks), ids, None)
 
-    def commit(self, tape, n, keep):
-        """Return the state after the first n tokens of a chunk, n from 1 up, with the last `keep` keys of attention."""
+    def commit(self, tape, n_B, keep):
+        """Return the state after the first n tokens of each row of a chunk, with the last `keep` keys of attention."""
         state, context, tapes, banks, plain_BTD = tape
-        context = context._replace(keep=keep)
         kept = state.kept
         if kept is not None:
-            ids_BS = torch.cat([kept, context.documents[:, :n]], dim=1)
-            kept = torch.where(ids_BS == ids_BS[:, -1:], 0, -1).to(torch.int32)[:, max(ids_BS.shape[1] - keep, 0) :]
+            ids_BS = torch.cat([kept, context.documents], dim=1)
+            index_BS = ops.span(n_B + kept.shape[1] - keep, keep)
+            context = context._replace(keep=torch.clamp(index_BS, min=0))
+            last_B1 = ops.pick(context.history, n_B + TAPS - 2)[:, None]
+            kept = torch.where((index_BS >= 0) & (ops.pick(ids_BS, context.keep) == last_B1), 0, -1).to(torch.int32)
         steps = self._config.passes(True)
         blocks: Any = self.blocks
-        mixers = (blocks[s.block].mixer.commit(t, context, n) for s, t in zip(steps, tapes, strict=True))
-        stores = (getattr(self, f"bank_{place}").capsules.commit(t, context, n) for place, t in banks.items())
+        mixers = (blocks[s.block].mixer.commit(t, context, n_B) for s, t in zip(steps, tapes, strict=True))
+        stores = (getattr(self, f"bank_{place}").capsules.commit(t, context, n_B) for place, t in banks.items())
         ids_BX, documents_BX = context.last_ids(self._config.reach)
-        end = ids_BX.shape[1] - context.documents.shape[1] + n
-        last = slice(end - self._config.reach, end)
-        ids = torch.where(documents_BX[:, last] == context.documents[:, n - 1 : n], ids_BX[:, last], -1)
-        smeared = plain_BTD[:, n - 1 : n] if self._config.smear else None
-        return ModelState(state.position + n, kept, tuple(mixers), tuple(stores), ids, smeared)
+        ids = ops.tail(ids_BX, documents_BX, n_B, self._config.reach, -1)
+        before = torch.zeros_like(plain_BTD[:, 0]) if state.smeared is None else state.smeared[:, 0]
+        smeared = ops.after(plain_BTD, n_B, before)[:, None] if self._config.smear else None
+        return ModelState(kept, tuple(mixers), tuple(stores), ids, smeared)

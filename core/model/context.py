@@ -12,10 +12,11 @@ from core.model.config import TAPS
 class Constants(NamedTuple):
     """Tables that the host makes: of the row's positions, and of the mixers."""
 
-    cos: Any  # (T, rope_dims / 2)
+    cos: Any  # (T, rope_dims / 2), or by row (B, 1, T, rope_dims / 2)
     sin: Any
     hadamard: Any  # (C, C), Sylvester order
     walsh: Any  # (Q, Q), sequency order, Q tokens per capsule block
+    position: Any = None  # (B,) int: tokens before the first of each row; None: the rows begin here
 
 
 class AttentionState(NamedTuple):
@@ -38,6 +39,7 @@ class KoopmanTape(NamedTuple):
 
     values: Any  # (B, TAPS - 1 + T, C)
     states: Any  # (B, T, C)
+    before: Any  # (B, C): the recurrence before the chunk
 
 
 class CapsuleState(NamedTuple):
@@ -54,7 +56,7 @@ class CapsuleTape(NamedTuple):
     """What the state after any token of a chunk is made of. M blocks, Q tokens in each."""
 
     before: CapsuleState
-    phase: int  # tokens of the first block that came before the chunk
+    phase: Any  # (B,): tokens of the first block that came before the chunk
     keys: Any  # (B, T, H, N), not shifted
     writes: Any  # (B, M, H, Q, N)
     values: Any  # (B, M, H, Q, K)
@@ -81,7 +83,6 @@ class SKCTape(NamedTuple):
 class ModelState(NamedTuple):
     """What the next token needs of those before it, all layers together."""
 
-    position: int  # tokens before it
     kept: Any  # (B, S) int32: 0 for a kept key of the current document, -1 for another's; None: no attention
     mixers: tuple  # one state per pass; None: nothing yet
     banks: tuple  # one state per place of the bank
@@ -100,11 +101,10 @@ class Context(NamedTuple):
     starts: Any  # (B, T) bool: where a document begins and recurrences start anew
     hadamard: Any
     walsh: Any
-    position: int  # tokens before the first
-    kept: int  # keys before the first
+    position: Any  # (B,): tokens before the first; None: the rows begin here
     ids: Any  # (B, P + T): tokens, with those before in front
     wide: Any  # type of recurrent states: float32 or wider
-    keep: int = 0  # keys to keep when the chunk is committed
+    keep: Any = None  # (B, S) int: the keys to keep when the chunk is committed
     attend: Any = None  # CUDA: the form of attention that was chosen at build; MLX has one
 
     def last_ids(self, before):
