@@ -191,7 +191,7 @@ class Engine(Protocol):
         ...
 
     def commit(self, tape: Any, n: int | np.ndarray) -> State:
-        """Return the state after the first `n` tokens of a chunk (0 or more): as many of every row, or (rows,) numbers."""
+        """Return the state after the first `n` tokens of a chunk, 0 or more: one number, or one for each row."""
         ...
 
     def weights(self) -> Arrays:

@@ -40,6 +40,9 @@ class Capsules(nn.Module):
         values_BTHK = values_BTC.astype(context.wide).reshape(rows, seq, store.heads, -1)
         v_BMHQK = self.blocks(values_BTHK, token_BP)
         documents_BMQ, fresh_BMQ = self.borders(context, token_BP)
+        if token_BP is not None:
+            inside_BMQ = ((token_BP >= 0) & (token_BP < seq)).reshape(documents_BMQ.shape)
+            w_BMHQN = mx.where(inside_BMQ[:, :, None, :, None], w_BMHQN, 0.0)
         # Written at the end of its block: what of it is in the document that is open then.
         live_BMHQN = mx.where((documents_BMQ == documents_BMQ[..., -1:])[:, :, None, :, None], w_BMHQN, 0.0)
         mass_BMHN = mx.sum(live_BMHQN, axis=3)
@@ -112,25 +115,26 @@ class Capsules(nn.Module):
         return None if phase_B is None else ops.span(-phase_B, -(-(seq + block - 1) // block) * block)
 
     def aligned(self, x, token_BP):
-        """Return what is at every place of the blocks (B, M * Q, ...): zeros where there is no token."""
+        """Return x (B, T, ...) at every place of the blocks (B, M * Q, ...), something of x where there is no token."""
         seq = x.shape[1]
-        if token_BP is None:
-            end = -seq % self._store.block
-            return mx.pad(x, [(0, 0), (0, end), *[(0, 0)] * (x.ndim - 2)]) if end else x
-        inside = ((token_BP >= 0) & (token_BP < seq)).reshape(*token_BP.shape, *(1,) * (x.ndim - 2))
-        return mx.where(inside, ops.pick(x, mx.clip(token_BP, 0, seq - 1)), 0)
+        if token_BP is not None:
+            return ops.pick(x, mx.clip(token_BP, 0, seq - 1))
+        end = -seq % self._store.block
+        return mx.pad(x, [(0, 0), (0, end), *[(0, 0)] * (x.ndim - 2)]) if end else x
 
     def blocks(self, x_BTHX, token_BP):
-        """Return (B, M, H, Q, X): whole blocks, with zeros for what came before the chunk and what is still to come."""
+        """Return (B, M, H, Q, X): whole blocks, of which places without a token are not to be looked at."""
         rows, _, heads, width = x_BTHX.shape
         return mx.swapaxes(self.aligned(x_BTHX, token_BP).reshape(rows, -1, self._store.block, heads, width), 2, 3)
 
     def borders(self, context, token_BP):
         """Return the document of every place (B, M, Q), and whether none has begun in its block up to there."""
-        shape = (context.documents.shape[0], -1, self._store.block)
-        starts_BT = context.starts.astype(mx.int32)
-        documents_BP, starts_BP = self.aligned(context.documents, token_BP), self.aligned(starts_BT, token_BP)
-        return documents_BP.reshape(shape), mx.cumsum(starts_BP.reshape(shape), axis=-1) == 0
+        documents_BP = self.aligned(context.documents, token_BP)
+        if token_BP is not None:
+            documents_BP = mx.where(token_BP < 0, 0, documents_BP)
+        documents_BMQ = documents_BP.reshape(documents_BP.shape[0], -1, self._store.block)
+        ends_BM1 = documents_BMQ[:, :, -1:]
+        return documents_BMQ, documents_BMQ == mx.concatenate([ends_BM1[:, :1] * 0, ends_BM1[:, :-1]], axis=1)
 
     def evolve(self, means_BMHNK, fresh_BM, state):
         """Return the capsules after every block: each forgets at its rate; a document that begins clears them all."""
