@@ -49,6 +49,13 @@ def require_limits(section: str, config: Any, largest: int, **limits: int) -> No
                 require(abs(one) <= most, f"{where}={whole(one)}: expected at most {most:,}")
 
 
+def require_least(section: str, config: Any, least: int, *names: str) -> None:
+    """Raise ConfigError for a field of `config`, among those named, that is below `least`."""
+    for name in names:
+        value, expected = getattr(config, name), f"at least {least}" if least else "a number from 0 up"
+        require(value >= least, f"{section}.{name}={value}: expected {expected}")
+
+
 def require_text(where: str, value: str) -> None:
     """Raise ConfigError for a name or path that is too long, or that no file and no terminal can have."""
     require(len(value) <= MOST_LETTERS, f"{where}: {len(value):,} letters, expected at most {MOST_LETTERS:,}")

@@ -306,12 +306,23 @@ class RunConfig:
             f"train.repeat_from={self.train.repeat_from}: expected a share below 1, and model.repeat_layers to repeat",
         )
         require(
-            self.eval.windows != "stateful"
-            or self.model.documents == "isolated"
-            or "attention" not in self.model.blocks[: self.model.layers],
+            self.eval.windows != "stateful" or self.model.documents == "isolated" or not self.model.mixes("attention"),
             "eval.windows=stateful with packed documents would keep the keys of every token of the text: "
             "take sliding ones",
         )
+
+
+def changed(config: Any, fields: dict[str, Any]) -> Any:
+    """Return a config dataclass with other values of some fields, which are named with dots: `train.steps`."""
+    own: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        part, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(part, {})[rest] = value
+        else:
+            own[part] = value
+    return dataclasses.replace(config, **own, **{part: changed(getattr(config, part), v) for part, v in inner.items()})
 
 
 def check_tokens(section: str, batch: int, seq: int) -> None:

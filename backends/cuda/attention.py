@@ -163,8 +163,11 @@ def gaps(
     """
     attend, takes_spans = (ops.attention, False) if form is None else form
     random = torch.Generator(device).manual_seed(0)
-    heads = (model.heads, model.kv_heads, model.kv_heads, model.heads)
-    draws = [torch.randn(rows, n, seq, model.head_dim, generator=random, device=device).to(dtype) for n in heads]
+    heads = (model.attention.heads, model.attention.kv_heads, model.attention.kv_heads, model.attention.heads)
+    draws = [
+        torch.randn(rows, n, seq, model.attention.width(model), generator=random, device=device).to(dtype)
+        for n in heads
+    ]
     wide = torch.promote_types(dtype, torch.float32)
     mask = ours = None
     if model.documents == "isolated":
@@ -226,7 +229,7 @@ def choose(model, dtype: str, exact: bool, device, seq: int, traced: bool = Fals
     ours = "torch scaled_dot_product_attention"
     if exact:
         return Choice(None, "attention: exact, composed")
-    if capability_of(device) is None or "attention" not in model.kinds:
+    if capability_of(device) is None or not model.mixes("attention"):
         return Choice(None, f"attention: {ours}")
     if dtype not in DTYPES:
         return Choice(None, f"attention: {ours} (kernels compute in {', '.join(DTYPES)}, not {dtype})")

@@ -141,7 +141,7 @@ def hadamard(x, matrix):
 
 
 def ngram_buckets(ids, documents, multipliers, buckets):
-    """Return core.model.engram.ngram_buckets on the device: rows of the stacked tables, -1 where nothing counts.
+    """Return core.model.ngrams.ngram_buckets on the device: rows of the stacked tables, -1 where nothing counts.
 
     ids and documents (B, P + T) int, of which P positions come before; multipliers[order][head]. Returns (B, T, tables)
     int32.

@@ -126,7 +126,7 @@ class Engine:
     def _costs(self, weights, tokens, targets, tables, repeat=True):
         """Return -log p(target) and the logsumexp of every position."""
         logits, _ = self._forward(weights, tokens, tables, repeat, capped=False)
-        return ops.cross_entropy(logits, targets, self._exact, self._config.softcap, weights.get("vocab_bias"))
+        return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
     def _losses(self, weights, tokens, targets, tables, repeat):
         nll, total = self._costs(weights, tokens, targets, tables, repeat)
@@ -368,8 +368,9 @@ class Engine:
         """Return the tables of rows from `position` (B,) on; None: from 0, which are kept."""
         if position is None and seq in self._tables:
             return self._tables[seq]
-        dims = self._config.rope_dims if "attention" in self._config.kinds else 0
-        cos, sin = (mx.array(table, self._wide) for table in rope_tables(seq, dims, self._config.rope_base, position))
+        dims = self._config.attention.rope_dims if self._config.mixes("attention") else 0
+        tables = rope_tables(seq, dims, self._config.attention.rope_base, position)
+        cos, sin = (mx.array(table, self._wide) for table in tables)
         made = Constants(cos, sin, *self._mixing)
         if position is not None:
             return made._replace(position=mx.array(position))

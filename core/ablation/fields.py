@@ -1,6 +1,7 @@
 """How an ablation file's keys, values and names of fields are read: every mistake is one line with file and key."""
 
 import dataclasses
+import functools
 import re
 import typing
 from collections.abc import Iterable
@@ -14,21 +15,31 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
 
 def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
     """Set `train.lr_matrix` in a run's plain values; ConfigError for an unknown field, or one that [budget] decides."""
-    part, _, name = field.partition(".")
-    known = [f"{p}.{n}" for p, v in values.items() if isinstance(v, dict) for n in v]
+    known = leaves(values)
     if field not in known:
         raise ConfigError(f"{where}: unknown field {field!r}; {closest(field, known, 'see: skc train PRESET --help')}")
     if field in ("train.steps", "train.seconds"):
         raise ConfigError(f"{where}: {field}: is what [budget] decides")
-    values[part][name] = value
+    *parts, name = field.split(".")
+    functools.reduce(dict.__getitem__, parts, values)[name] = value
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the fields of a run's plain values, named with dots: those in a section, or in a part of one."""
+    found = []
+    for name, value in values.items():
+        inner = isinstance(value, dict)
+        found += leaves(value, f"{prefix}{name}.") if inner else [prefix + name] if prefix else []
+    return found
 
 
 def flat(value: dict[str, Any], where: str) -> dict[str, Any]:
     """Return {"model.dim": 64} for it or for {"model": {"dim": 64}}: TOML users write both; "none" means None."""
     made: dict[str, Any] = {}
     for key, inner in value.items():
-        section = isinstance(inner, dict) and "." not in key  # a table under a dotted key is that field's value
-        for name, v in ({f"{key}.{n}": v for n, v in inner.items()} if section else {key: inner}).items():
+        part = "." not in key or dataclasses.is_dataclass(hint(key))
+        section = isinstance(inner, dict) and part  # else a table is that field's value
+        for name, v in (flat({f"{key}.{n}": v for n, v in inner.items()}, where) if section else {key: inner}).items():
             if name in made:
                 raise ConfigError(f"{where}: {name}: is given twice")
             made[name] = meant(name, v)
@@ -41,10 +52,11 @@ def meant(field: str, value: Any) -> Any:
 
 
 def hint(field: str) -> Any:
-    """Return the type of a field `section.name`; None for one that does not exist."""
-    part, _, name = field.partition(".")
-    kind = typing.get_type_hints(RunConfig).get(part)
-    return typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    """Return the type of a field, named with dots; None for one that does not exist."""
+    kind: Any = RunConfig
+    for name in field.split("."):
+        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    return kind
 
 
 def only(value: dict[str, Any], known: Iterable[str], where: str) -> None:

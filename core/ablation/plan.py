@@ -11,7 +11,7 @@ steps = 250                        # or tokens, or seconds of training
 "data.path" = "data/mine"
 [variants.plain]                   # a variant: a few settings; none: the base as it is
 [variants.engram]
-"model.engram_orders" = 2
+"model.engram.orders" = 2
 
 [search], what `--search` does, is read by core/ablation/search/space.py.
 """

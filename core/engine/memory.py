@@ -61,7 +61,7 @@ def pass_bytes(model: ModelConfig, rows: int, seq: int, training: bool) -> float
     Training keeps those of all layers for the way back.
     """
     layers = model.layers if training else 1
-    return 4.0 * rows * seq * (2 * model.vocab + layers * (8 * model.dim + 3 * model.mlp_hidden))
+    return 4.0 * rows * seq * (2 * model.vocab + layers * (8 * model.dim + 3 * model.mlp.hidden))
 
 
 def machine_bytes() -> float:

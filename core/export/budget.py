@@ -4,7 +4,6 @@ The figures stand for trained weights that are roughly Gaussian in each row; doc
 """
 
 import ast
-import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -12,7 +11,7 @@ from statistics import NormalDist
 
 from core import ROOT
 from core.audit import claims
-from core.config import ModelConfig
+from core.config import ModelConfig, changed
 from core.files import read_file
 from core.model.params import param_table
 from core.model.storage import BITS, LARGEST, Storage, group_size, scales_shape, storage_class
@@ -53,14 +52,14 @@ def predicted_bytes(model: ModelConfig) -> int:
     for name, row in table.items():
         scales = SCALE_BITS * math.prod(scales_shape(row.storage, row.shape) or (0,))
         part = math.prod(row.shape) * compressed_bits(row.storage, row.shape[-1]) + scales
-        kept = model.engram_keep if name == "engram.table" and model.engram_keep else (1.0,)
+        kept = model.engram.keep if name == "engram.table" and model.engram.keep else (1.0,)
         bits += part * sum(kept) / len(kept)  # a pruned row is all zeros, which compress to almost nothing
     return round(bits / 8) + HEADER + HEADER_PER_TENSOR * len(table)
 
 
 def with_tables(model: ModelConfig) -> dict[Storage, int]:
     """Return the predicted bytes for each storage in TABLES of the embedding and its projections."""
-    return {storage: predicted_bytes(dataclasses.replace(model, table_storage=storage)) for storage in TABLES}
+    return {storage: predicted_bytes(changed(model, {"embedding.storage": storage})) for storage in TABLES}
 
 
 @functools.cache

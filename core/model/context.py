@@ -6,7 +6,7 @@ a store of capsules: H heads, N capsules, M blocks, Q tokens of a block.
 
 from typing import Any, NamedTuple
 
-from core.model.config import TAPS
+from core.model.table import TAPS
 
 
 class Constants(NamedTuple):
@@ -80,20 +80,28 @@ class SKCTape(NamedTuple):
     capsules: Any  # CapsuleTape
 
 
+class Stream(NamedTuple):
+    """What one stage passes on to the next."""
+
+    x: Any  # (B, T, D): the residual stream; inside a layer what enters its mixer or MLP, and what that puts out
+    raw: Any  # (B, T, D): the tokens' own vectors
+    values: Any  # (B, T, D): the same, normalised
+    embedded: Any  # (B, T, D): what entered the first layer
+    skips: tuple = ()  # what layers put out that others will add
+
+
 class ModelState(NamedTuple):
-    """What the next token needs of those before it, all layers together."""
+    """What the next token needs of those before it, all stages together."""
 
     kept: Any  # (B, S) int32: 0 for a kept key of the current document, -1 for another's; None: no attention
-    mixers: tuple  # one state per pass; None: nothing yet
-    banks: tuple  # one state per place of the bank
     ids: Any  # (B, P): the last tokens, -1 where there is none in the current document; P: as far as n-grams reach
-    smeared: Any  # (B, 1, D): the last token's embedding, before it was mixed; None: nothing yet
+    parts: tuple  # one state per stage; None: nothing yet, or a part that keeps nothing
 
 
 class Context(NamedTuple):
     """What every layer of one forward pass shares."""
 
-    cos: Any  # (T, rope_dims / 2)
+    cos: Any  # (T, rope_dims / 2), or by row (B, 1, T, rope_dims / 2)
     sin: Any
     mask: Any  # which keys a query sees, or None: plain causal; CUDA: or where its document begins
     documents: Any  # (B, T) int32, 0: the document that was open before the first token
@@ -104,8 +112,14 @@ class Context(NamedTuple):
     position: Any  # (B,): tokens before the first; None: the rows begin here
     ids: Any  # (B, P + T): tokens, with those before in front
     wide: Any  # type of recurrent states: float32 or wider
-    keep: Any = None  # (B, S) int: the keys to keep when the chunk is committed
+    last: Any = None  # (B, 1) int: when the chunk is committed, the document of the last token that is kept
+    keep: Any = None  # (B, S) int: and which keys are
     attend: Any = None  # CUDA: the form of attention that was chosen at build; MLX has one
+
+    @property
+    def continues(self):
+        """Which tokens go on with the document of the token before them, (B, T) bool."""
+        return self.history[:, TAPS - 2 : -1] == self.documents
 
     def last_ids(self, before):
         """Return tokens and documents with `before` positions in front: (B, before + T) each."""

@@ -1,122 +1,84 @@
-"""Hashed n-grams: the multipliers, the rows that an n-gram reads, and which rows survive `model.engram_keep`.
+"""EngramHash: a gated memory of hashed n-grams (docs/model.md)."""
 
-The hash of the ids i_0 (oldest) .. i_n (newest) is sum_j i_j p^(n - j) mod buckets, by Horner's rule with p reduced
-first. It cannot tell apart ids that are equal mod buckets, under any multiplier: buckets >= vocab avoids that.
-"""
+from dataclasses import dataclass, replace
 
-import math
-from collections.abc import Sequence
+from core.checks import require, require_least
+from core.model.storage import Storage
+from core.model.table import Init, Model, Param, Part, Rows, matrix, vector
 
-import numpy as np
-
-from core.config import RunConfig
-from core.data.dataset import Split
-from core.model.config import MOST_BUCKETS, ModelConfig
-from core.model.params import start_values
-
-MULTIPLIERS = (
-    (314_159, 769_781, 1_085_353, 1_757_467),
-    (343_727, 1_222_229, 1_697_257, 1_998_923),
-    (221_083, 935_513, 1_574_341, 1_731_479),
-)
-"""[order][head]: bigrams, trigrams, 4-grams. shared_tests/model/test_engram.py says what they were chosen for."""
-BIGRAM_MULTIPLIER = 1_998_257
-"""The multiplier of the hashed bigrams that are added to the embedding."""
-MOST_ID = 65_535
-"""Largest token id that may be hashed."""
-COUNTED = 1 << 24
-"""Tokens of a training text whose n-grams decide which rows are kept."""
-PIECE = 1 << 20
-"""Tokens that are hashed at once when a whole text is."""
+MOST_HASHES = 4
+"""Hash functions that there are multipliers for, per n-gram order (core/model/ngrams.py)."""
+MOST_BUCKETS = 65_521
+"""Most buckets of a hashed table: the largest prime whose hashes stay below 2^32 (core/model/ngrams.py)."""
+MOST_HASHED = 65_536
+"""Largest vocabulary whose ids can be hashed so."""
 
 
-def ngram_buckets(
-    ids: np.ndarray, documents: np.ndarray, multipliers: Sequence[Sequence[int]], buckets: int
-) -> np.ndarray:
-    """Return the rows of the stacked tables that the n-grams ending at each position read, -1 where one does not count.
+@dataclass(frozen=True)
+class Engram(Part):
+    """Add rows of hashed n-gram tables to the stream, through a gate."""
 
-    ids and documents (B, P + T) int begin with the P = orders positions before (id -1: there is none);
-    multipliers[order][head] are those in use. Returns (B, T, orders * heads) int32: table t = order * heads + head owns
-    rows t * buckets to (t + 1) * buckets - 1. An n-gram counts if every position of it holds an id >= 0 and is in the
-    document of the newest. ValueError: shapes that do not fit, an id over MOST_ID, buckets outside 2 to MOST_BUCKETS.
-    Source: spec/original_skc.md 1.6, with the rule of C2 for what crosses an edge.
-    """
-    before = len(multipliers)
-    if ids.ndim != 2 or ids.shape != documents.shape or ids.shape[1] < before:
-        raise ValueError(f"ids {ids.shape} and documents {documents.shape}: expected both (rows, {before} + tokens)")
-    if not 2 <= buckets <= MOST_BUCKETS:
-        raise ValueError(f"buckets={buckets}: expected from 2 to {MOST_BUCKETS}")
-    if ids.size and ids.max() > MOST_ID:
-        raise ValueError(f"token id {ids.max()}: expected at most {MOST_ID}")
-    seq = ids.shape[1] - before
-    safe, here, counts = np.maximum(ids, 0).astype(np.uint32), documents[:, before:], ids[:, before:] >= 0
-    tables: list[np.ndarray] = []
-    for order, heads in enumerate(multipliers, 1):
-        oldest = slice(before - order, before - order + seq)
-        counts = counts & (ids[:, oldest] >= 0) & (documents[:, oldest] == here)
-        for multiplier in heads:
-            # h and p are at most buckets - 1 <= 65,520 and an id is at most 65,535, so that h p + id is at most
-            # 65,520^2 + 65,535 = 4,292,935,935 < 2^32 = 4,294,967,296: no uint32 ever wraps.
-            p, h = np.uint32(multiplier % buckets), np.zeros(here.shape, np.uint32)
-            for lag in range(order, -1, -1):
-                h = (h * p + safe[:, before - lag : before - lag + seq]) % np.uint32(buckets)
-            tables.append(np.where(counts, h.astype(np.int32) + len(tables) * buckets, -1).astype(np.int32))
-    return np.stack(tables, -1)
+    orders: int = 0
+    """EngramHash, a hashed n-gram memory: 0 none, 1 bigrams, 2 also trigrams, 3 also 4-grams."""
+    heads: int = 4
+    """Hash functions, each with a table of its own, per n-gram order."""
+    buckets: int = 3067
+    """Rows of each table; a prime spreads best."""
+    dim: int = 64
+    """Width of all tables together, divisible by their number."""
+    layer: int = 1
+    """Layer (from 0) on whose input the memory is added."""
+    keep: tuple[float, ...] = ()
+    """Share of the rows kept per n-gram order, those that the training text uses most; the others are zero, in
+    training, artifact and scoring alike. Empty: all."""
+    storage: Storage = "float16"
+    """How the tables, and that of hashed bigrams, are stored."""
 
+    def check(self, model: Model) -> None:
+        """Raise ConfigError for settings that cannot be built."""
+        orders, tables = self.orders, self.orders * self.heads
+        require_least("model.engram", self, 0, "orders", "layer")
+        require(orders <= 3, f"model.engram.orders={orders}: expected 0 to 3 (4-grams)")
+        good = 1 <= self.heads <= MOST_HASHES
+        require(good, f"model.engram.heads={self.heads}: expected from 1 to {MOST_HASHES}")
+        require(
+            orders == 0 or (self.dim >= tables and self.dim % tables == 0),
+            f"model.engram.dim={self.dim} is not divisible by the {tables} tables of "
+            f"model.engram.orders={orders} and model.engram.heads={self.heads}",
+        )
+        keep, most = self.keep, model.layers - 1
+        require(
+            len(keep) in (0, orders) and all(0 < share <= 1 for share in keep),
+            f"model.engram.keep={keep}: expected a share above 0 and at most 1 for each of {orders} n-gram orders",
+        )
+        if orders:
+            require_hashable("model.engram", self.buckets, model)
+            require(self.layer <= most, f"model.engram.layer={self.layer}: expected a layer from 0 to {most}")
 
-def multipliers_of(config: ModelConfig) -> list[tuple[int, ...]]:
-    """Return the multipliers of EngramHash that `config` uses, [order][head]."""
-    return [heads[: config.engram_heads] for heads in MULTIPLIERS[: config.engram_orders]]
+    def rows(self, model: Model) -> Rows:
+        """Return the parameters."""
+        tables = self.orders * self.heads
+        return {
+            "table": hashed((tables * self.buckets, self.dim // tables), self.storage),
+            "value.weight": matrix(model, model.dim, self.dim),
+            "key.weight": matrix(model, model.dim, self.dim),
+            "sharpness": vector(1, init=0.541),  # the gate's slope starts at 0.1 + 3.9 sigmoid(0.541) = 2.56
+            "bias": vector(1),
+        }
 
-
-def keep_rows(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    """Return which rows of `engram.table` stay under model.engram_keep, (tables * buckets,) bool.
-
-    Every table keeps the share of its order, rounded up: the rows that most n-grams of the training text `tokens` (N,)
-    int read, of equals the first. Without engram_keep all rows stay, and the text is not looked at.
-    """
-    orders, heads, buckets = config.engram_orders, config.engram_heads, config.engram_buckets
-    keep = np.ones(orders * heads * buckets, bool)
-    if not config.engram_keep:
-        return keep
-    keep[:] = False
-    hits = _hits(config, tokens)
-    for table in range(orders * heads):
-        # A share is a decimal number: 0.07 of 100 is 7 rows, though its double is a little over.
-        count = math.ceil(config.engram_keep[table // heads] * buckets - 1e-9)
-        first = table * buckets
-        keep[first + np.argsort(-hits[first : first + buckets], kind="stable")[:count]] = True
-    return keep
-
-
-def _hits(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    """Return how many n-grams of a text read each row of `engram.table`."""
-    multipliers, buckets = multipliers_of(config), config.engram_buckets
-    hits = np.zeros(sum(map(len, multipliers)) * buckets, np.int64)
-    history = np.full(config.engram_orders, -1, np.int64)
-    for start in range(0, len(tokens), PIECE):
-        ids = np.concatenate([history, tokens[start : start + PIECE]])[None]
-        documents = np.cumsum((ids == config.bos) & (config.documents == "isolated"), axis=1)
-        rows = ngram_buckets(ids, documents, multipliers, buckets)
-        hits += np.bincount(rows[rows >= 0], minlength=len(hits))
-        history = ids[0, -config.engram_orders :]
-    return hits
+    def mini(self, model: Model, dim: int) -> "Engram":
+        """Return settings of tables of at most 211 rows, 2 wide, in one of the first two layers."""
+        width = min(self.dim, 2 * self.orders * self.heads) or self.dim
+        return replace(self, buckets=min(self.buckets, 211), dim=width, layer=min(self.layer, 1))
 
 
-def start_weights(config: RunConfig, train: Split) -> dict[str, np.ndarray]:
-    """Return the weights that a run starts from: the start values, pruned by the first COUNTED tokens of its text."""
-    weights = start_values(config.model, config.seed)
-    if not config.model.engram_keep:
-        return weights
-    return prune(config.model, weights, train.read(0, min(len(train), COUNTED)))
+def hashed(shape: tuple[int, int], storage: Storage) -> Param:
+    """Return the row of a table of hashed n-grams."""
+    return Param(shape, Init("normal", 0.02), "hash", storage)
 
 
-def prune(config: ModelConfig, weights: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the weights with the rows of `engram.table` that `keep_rows` drops set to zero.
-
-    A changed array is a copy; without engram_keep none is changed.
-    """
-    if not config.engram_keep:
-        return dict(weights)
-    table = weights["engram.table"]
-    return weights | {"engram.table": np.where(keep_rows(config, tokens)[:, None], table, np.zeros_like(table))}
+def require_hashable(where: str, buckets: int, model: Model) -> None:
+    """Raise ConfigError unless the vocabulary's n-grams can be hashed into so many buckets."""
+    require(2 <= buckets <= MOST_BUCKETS, f"{where}.buckets={buckets}: expected from 2 to {MOST_BUCKETS}")
+    good = model.vocab <= MOST_HASHED
+    require(good, f"model.vocab={model.vocab}: n-gram memories hash token ids below {MOST_HASHED}")

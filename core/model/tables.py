@@ -38,6 +38,6 @@ def walsh(n: int) -> np.ndarray:
 
 def mixer_tables(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """Return what the recurrent mixers and capsules of a model use: hadamard, walsh (1 x 1 if none)."""
-    recurs = set(config.kinds) - {"attention"}
-    stores = recurs - {"koopman"} or config.banks
-    return hadamard(config.mixer_dim if recurs else 1), walsh(config.capsule_block if stores else 1)
+    stores = config.mixes("skc") or config.bank.places
+    recurs = config.mixes("koopman", "skc")
+    return hadamard(config.koopman.dim if recurs else 1), walsh(config.skc.block if stores else 1)

@@ -7,7 +7,6 @@ the dot products of a head do not mind the order of its channels. So the rows of
 half against half of each head, and nothing else does. docs/official.md has the proof in figures.
 """
 
-import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -22,6 +21,7 @@ from typing import Literal, NamedTuple, NoReturn
 import numpy as np
 
 from core.checks import ConfigError
+from core.config import changed
 from core.engine.protocol import EXTRAS, Arrays
 from core.files import FileError, open_input, read_bounded
 from core.formats.npy import NpyError, read_header
@@ -49,7 +49,7 @@ NAMES = {
     "stream_mix": "resid_mix", "embed_mix": "resid_mix",
 }  # fmt: skip
 """Our name of a block's parameter -> the official one; the two mixes are the rows of one official tensor."""
-TOP = {"embed.weight": "tok_emb.weight", "skip_weights": "skip_weights"}
+TOP = {"embed.weight": "tok_emb.weight", "skips.weight": "skip_weights"}
 TURNED = ("mixer.q.weight", "mixer.k.weight")
 WRAPPERS = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put in front of every name."""
@@ -234,11 +234,12 @@ def model_of(
     if keys % head or heads % (keys // head):
         fail(path, f"blocks.0.attn.c_k.weight: {keys} rows are no number of key heads that {heads} heads can share")
     layers = {match[1] for match in (re.match(r"blocks\.(\d{1,4})\.", name) for name in arrays) if match}
-    model = dataclasses.replace(
-        BASELINE.model, vocab=vocab, dim=dim, layers=len(layers), heads=heads, kv_heads=keys // head, mlp_hidden=hidden,
-        rope_dims=head, rope_base=rope_base, softcap=softcap, unet_skips=len(layers) > 1, bos=bos,
-        norm_eps=EPS[found.script] if norm_eps is None else norm_eps,
-    )  # fmt: skip
+    eps = EPS[found.script] if norm_eps is None else norm_eps
+    model = changed(BASELINE.model, {
+        "vocab": vocab, "dim": dim, "layers": len(layers), "bos": bos, "norm_eps": eps, "mlp.hidden": hidden,
+        "attention.heads": heads, "attention.kv_heads": keys // head, "attention.rope_dims": head,
+        "attention.rope_base": rope_base, "head.softcap": softcap, "skips.on": len(layers) > 1,
+    })  # fmt: skip
     try:
         check_arrays(arrays, _shapes(model), str(path))
     except ValueError as error:
@@ -279,7 +280,7 @@ def to_ours(found: Checkpoint, model: ModelConfig) -> Arrays:
         if name.endswith(("stream_mix", "embed_mix")):
             value = value[0 if name.endswith("stream_mix") else 1]
         if name.endswith(TURNED) and found.script == "train_gpt.py":
-            value = swap_halves(value, model.head_dim)
+            value = swap_halves(value, model.attention.width(model))
         weights[name] = np.ascontiguousarray(value)
     return weights
 

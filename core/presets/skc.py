@@ -2,20 +2,24 @@
 
 import dataclasses
 
-from core.config import EvalConfig, ModelConfig, RunConfig, TrainConfig
+from core.config import EvalConfig, ModelConfig, RunConfig, TrainConfig, changed
+from core.model.attention import Attention
+from core.model.bank import Bank
+from core.model.embedding import Embedding
+from core.model.engram import Engram
+from core.model.koopman import Koopman
+from core.model.mlp import MLP
+from core.model.smear import Smear
 from core.presets.transformers import ABLATE
 
-SKC_ABLATE = dataclasses.replace(
-    ABLATE,
-    model=dataclasses.replace(ABLATE.model, blocks=("koopman", "skc"), mixer_dim=256, mlp_hidden=880),
-)
+SKC_ABLATE = changed(ABLATE, {"model.blocks": ("koopman", "skc"), "model.mlp.hidden": 880})
 """`ablate` with other mixers: same stream, storage, optimizer and data, and as many parameters within 0.1 percent."""
 
 SKC_MAC = RunConfig(
     model=ModelConfig(
-        dim=128, layers=8, blocks=("koopman", "skc"), mlp_hidden=384, rope_dims=16, mixer_dim=128, bank="head",
-        engram_orders=2, engram_dim=64, hash_storage="int4/row", matrix_storage="ternary/128",
-        table_storage="int6/row", output_norm="plain",
+        dim=128, layers=8, blocks=("koopman", "skc"), matrix_storage="ternary/128", output_norm="plain",
+        embedding=Embedding(storage="int6/row"), engram=Engram(orders=2, dim=64, storage="int4/row"),
+        attention=Attention(rope_dims=16), koopman=Koopman(dim=128), mlp=MLP(hidden=384), bank=Bank(at="head"),
     ),
     train=TrainConfig(
         steps=300, batch=16, seq=256, matrix_rule="muon", lr_matrix=0.02, lr_vector=0.01, muon_momentum_steps=100,
@@ -23,12 +27,14 @@ SKC_MAC = RunConfig(
     ),
     eval=EvalConfig(seq=256, batch=16, train_documents=8),
 )  # fmt: skip
-"""Layers and memories that came out best in the study (docs/log.md). rope_dims is for attention put in by an option."""
+"""Layers and memories that came out best in the study (docs/log.md). attention is for layers put in by an option."""
 
 FULL = ModelConfig(
-    dim=768, layers=12, blocks=("koopman", "skc"), heads=12, kv_heads=4, mlp_hidden=2304, rope_dims=32, mixer_dim=512,
-    bank="head", engram_orders=3, engram_heads=4, engram_buckets=16_381, engram_dim=384, engram_keep=(0.5, 0.35, 0.25),
-    hash_storage="int4/row", smear=True, matrix_storage="ternary/128", table_storage="int6/row", output_norm="plain",
+    dim=768, layers=12, blocks=("koopman", "skc"), matrix_storage="ternary/128", output_norm="plain",
+    embedding=Embedding(storage="int6/row"), smear=Smear(on=True),
+    engram=Engram(orders=3, heads=4, buckets=16_381, dim=384, keep=(0.5, 0.35, 0.25), storage="int4/row"),
+    attention=Attention(heads=12, kv_heads=4, rope_dims=32), koopman=Koopman(dim=512), mlp=MLP(hidden=2304),
+    bank=Bank(at="head"),
 )  # fmt: skip
 """The whole family at 768 wide: Koopman and SKC layers, bank, packed EngramHash, smear."""
 
@@ -41,20 +47,22 @@ NODE = TrainConfig(
 
 SKC_600 = RunConfig(model=FULL, train=NODE, eval=EvalConfig(seq=1024))
 
+HYBRID = ("koopman", "skc", "koopman", "attention")
+
 SKC_8XH100 = RunConfig(
-    model=dataclasses.replace(
-        FULL, vocab=8192, embed_dim=256, layers=11, blocks=("koopman", "skc", "koopman", "attention"), mlp_hidden=2688,
-        engram_orders=2, engram_dim=128, engram_keep=(0.5, 0.35),
-    ),
+    model=changed(FULL, {
+        "vocab": 8192, "layers": 11, "blocks": HYBRID, "embedding.dim": 256, "mlp.hidden": 2688,
+        "engram.orders": 2, "engram.dim": 128, "engram.keep": (0.5, 0.35),
+    }),
     train=NODE,
     eval=EvalConfig(seq=1024),
 )  # fmt: skip
 
 SKC_PROXY = RunConfig(
-    model=dataclasses.replace(
-        FULL, dim=640, layers=8, blocks=("koopman", "skc", "koopman", "attention"), heads=10, kv_heads=5,
-        mlp_hidden=2560, engram_buckets=3067, engram_dim=192,
-    ),
+    model=changed(FULL, {
+        "dim": 640, "layers": 8, "blocks": HYBRID, "attention.heads": 10, "attention.kv_heads": 5,
+        "mlp.hidden": 2560, "engram.buckets": 3067, "engram.dim": 192,
+    }),
     train=dataclasses.replace(NODE, batch=128),
     eval=EvalConfig(seq=1024),
 )  # fmt: skip

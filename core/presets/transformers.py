@@ -1,47 +1,51 @@
 """Transformers: the smallest runs, the bases of ablations, the official baseline and the ternary record's shape."""
 
-import dataclasses
-
-from core.config import EvalConfig, ModelConfig, RunConfig, TrainConfig
+from core.config import EvalConfig, ModelConfig, RunConfig, TrainConfig, changed
+from core.model.attention import Attention
+from core.model.embedding import Embedding
+from core.model.head import Head
+from core.model.mlp import MLP
+from core.model.skips import Skips
 
 DEBUG = RunConfig(
-    model=ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, mlp_hidden=64, rope_dims=8, embed_dim=16, vocab_bias=True),
+    model=ModelConfig(
+        dim=32, layers=2, embedding=Embedding(dim=16), attention=Attention(heads=2, kv_heads=1, rope_dims=8),
+        mlp=MLP(hidden=64), head=Head(bias=True),
+    ),
     train=TrainConfig(
         steps=20, batch=4, seq=64, z_loss=1e-4, log_every=5, eval_every=10, sample_every=10, save_every=10
     ),
     eval=EvalConfig(seq=64, train_documents=2, documents=4),
-)
+)  # fmt: skip
 """Uses the options that no other small preset uses, so that every one of them is trained by some test."""
 
 TINY = RunConfig(
     model=ModelConfig(
-        dim=128, layers=4, heads=4, kv_heads=2, mlp_hidden=512, rope_dims=16, activation="leaky_relu2",
-        residual_mix=True, unet_skips=True, depth_damping=True,
+        dim=128, layers=4, residual_mix=True, depth_damping=True, skips=Skips(on=True),
+        attention=Attention(heads=4, kv_heads=2, rope_dims=16), mlp=MLP(hidden=512, activation="leaky_relu2"),
     ),
     train=TrainConfig(steps=400, batch=16, seq=256, eval_every=100, sample_every=100, save_every=100),
     eval=EvalConfig(seq=256, batch=16, train_documents=8),
 )  # fmt: skip
 
 ABLATE_FLOAT = RunConfig(
-    model=ModelConfig(dim=256, layers=4, heads=4, kv_heads=2, mlp_hidden=1024, rope_dims=64),
+    model=ModelConfig(dim=256, layers=4, attention=Attention(heads=4, kv_heads=2, rope_dims=64), mlp=MLP(hidden=1024)),
     train=TrainConfig(steps=1000, batch=8, seq=512, matrix_rule="muon", lr_matrix=0.02, muon_momentum_steps=100),
     eval=EvalConfig(seq=512),
 )
 
-ABLATE = dataclasses.replace(
-    ABLATE_FLOAT,
-    model=dataclasses.replace(
-        ABLATE_FLOAT.model, matrix_storage="ternary/128", table_storage="int6/row", output_norm="plain"
-    ),
-    train=dataclasses.replace(ABLATE_FLOAT.train, quantise="always"),
-)
+ABLATE = changed(ABLATE_FLOAT, {
+    "model.matrix_storage": "ternary/128", "model.embedding.storage": "int6/row", "model.output_norm": "plain",
+    "train.quantise": "always",
+})  # fmt: skip
 """Differs from `ablate_float` in what is stored only (and in the norm that ternary output projections need)."""
 
 TERNARY_74M = RunConfig(
     model=ModelConfig(
-        vocab=8192, dim=768, layers=10, heads=8, kv_heads=4, mlp_hidden=3072, rope_dims=96, rope_base=5000.0,
-        q_gain=2.25, embed_dim=240, vocab_bias=True, softcap=10.0, residual_mix=True, unet_skips=True,
-        documents="packed", matrix_storage="ternary/128", table_storage="int6/row", output_norm="plain",
+        vocab=8192, dim=768, layers=10, residual_mix=True, documents="packed", matrix_storage="ternary/128",
+        output_norm="plain", embedding=Embedding(dim=240, storage="int6/row"), skips=Skips(on=True),
+        attention=Attention(heads=8, kv_heads=4, rope_dims=96, rope_base=5000.0, q_gain=2.25), mlp=MLP(hidden=3072),
+        head=Head(bias=True, softcap=10.0),
     ),
     train=TrainConfig(
         steps=20_000, seconds=599.0, batch=512, seq=1024, micro_batch=64, lr_embed=0.02, lr_matrix=0.04, lr_vector=0.02,
@@ -57,9 +61,9 @@ Its embedding is 240 wide, the record's 254: so the artifact fits beside our cod
 
 BASELINE = RunConfig(
     model=ModelConfig(
-        dim=512, layers=9, heads=8, kv_heads=4, mlp_hidden=1024, rope_dims=64, residual_mix=True, unet_skips=True,
-        documents="packed", matrix_init="uniform", embed_std=0.005, matrix_storage="int8/row", table_storage="int8/row",
-        norm_eps=2.0**-23,
+        dim=512, layers=9, residual_mix=True, documents="packed", matrix_init="uniform", matrix_storage="int8/row",
+        norm_eps=2.0**-23, embedding=Embedding(std=0.005, storage="int8/row"), skips=Skips(on=True),
+        attention=Attention(heads=8, kv_heads=4, rope_dims=64), mlp=MLP(hidden=1024),
     ),
     train=TrainConfig(
         steps=20_000, seconds=600.0, batch=512, seq=1024, micro_batch=64, lr_embed=0.05, lr_matrix=0.04,

@@ -17,7 +17,7 @@ CHUNK = 512
 
 def context_limit(config: RunConfig) -> int | None:
     """Return how many tokens the model may look back on: attention no more than it was trained with, else all."""
-    return config.train.seq if "attention" in config.model.kinds else None
+    return config.train.seq if config.model.mixes("attention") else None
 
 
 def sample(

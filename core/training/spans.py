@@ -23,7 +23,7 @@ def rooms(split: Split, config: RunConfig, world: int) -> tuple[tuple[int, int, 
     Nothing where no form of attention asks where documents begin.
     """
     model, made = config.model, []
-    asked = model.documents == "isolated" and "attention" in model.kinds
+    asked = model.documents == "isolated" and model.mixes("attention")
     for seq in sorted(set(config.train.lengths)) if asked else ():
         of_step, most = config.train.rows_of(seq)
         counts = documents(split, seq, model.bos)

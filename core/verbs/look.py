@@ -17,10 +17,9 @@ from core.model.params import (
     FLOP_RULE,
     bytes_by_storage,
     count,
+    decoding_state,
     flops_per_token,
     param_table,
-    state_per_token,
-    state_size,
 )
 from core.verbs.common import Context, Outcome, PresetOptions, fit_tokens
 
@@ -105,7 +104,7 @@ def info(options: Info, context: Context) -> Outcome:
     packed = packed_code()
     code = max(packed.values())
     fits, room = total <= export.budget, code <= export.code_bytes
-    flops, state = flops_per_token(model, config.train.seq), state_per_token(model)
+    flops, state = flops_per_token(model, config.train.seq), decoding_state(model)
     say()
     say(f"parameters        {count(model):,}")
     for name, size in storage.items():
@@ -117,9 +116,9 @@ def info(options: Info, context: Context) -> Outcome:
     verdict = "within" if room else f"OVER by {code - export.code_bytes:,}:"
     say(f"code, as audited  {took} bytes packed: {verdict} the {export.code_bytes:,} of export.code_bytes")
     others = ", ".join(f"{name} {size:,}" for name, size in tables.items())
-    say(f"by table storage  {others} bytes ({model.table_storage} in use)")
+    say(f"by table storage  {others} bytes ({model.embedding.storage} in use)")
     say(f"FLOPs per token   {flops:,} at seq {config.train.seq} (docs/performance.md: how counted)")
-    say(f"decoding state    {state_size(model):,} floats, and {state:,} more per token")
+    say(f"decoding state    {state.fixed:,} floats, and {state.per_token:,} more per token")
     value = {
         "preset": config.preset,
         "parameters": count(model),
@@ -134,8 +133,8 @@ def info(options: Info, context: Context) -> Outcome:
         "flops_per_token": flops,
         "seq": config.train.seq,
         "flop_rule": FLOP_RULE,
-        "state_per_token": state,
-        "state_size": state_size(model),
+        "state_per_token": state.per_token,
+        "state_size": state.fixed,
         "table": {name: list(row.shape) for name, row in param_table(model).items()},
     }
     return Outcome(fits and room, value)

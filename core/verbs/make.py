@@ -25,7 +25,7 @@ from core.export.artifact import check_limits
 from core.export.budget import packed_code, predicted_bytes
 from core.forecast.forecast import Forecast, check_steps, forecast
 from core.forecast.probe import probe
-from core.model.engram import start_weights
+from core.model.ngrams import start_weights
 from core.model.params import count, exported
 from core.scoring.accounting import byte_note
 from core.scoring.plugins import foreign, load_plugins
@@ -240,7 +240,8 @@ def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> 
     say.note(f"configuration sha256 {config_digest(config)} (all that decides the weights, but the seed)")
     say(f"run {run.path}: {_purpose(config)}; {count(config.model):,} parameters, seed {config.seed}")
     model = config.model
-    say(f"stores matrices as {model.matrix_storage}, tables as {model.table_storage}; quantise {config.train.quantise}")
+    tables, quantise = model.embedding.storage, config.train.quantise
+    say(f"stores matrices as {model.matrix_storage}, tables as {tables}; quantise {quantise}")
     say(f"{engine.backend} on {_together(engine)}, {engine.dtype}; " + "; ".join(engine.notes))
     train_tokens, val_tokens = len(dataset.train), len(dataset.val)
     say(f"data {dataset.path}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate on")

@@ -36,7 +36,7 @@ class Import:
     """Run folder to make."""
     data: str = "sample"
     """Prepared folder with the tokenizer that the model was trained with; weights do not say which that was."""
-    rope_base: float = BASELINE.model.rope_base
+    rope_base: float = BASELINE.model.attention.rope_base
     """ROPE_BASE of the training."""
     softcap: float = 30.0
     """LOGIT_SOFTCAP of the training."""
@@ -64,9 +64,10 @@ def import_official(options: Import, context: Context) -> Outcome:
         context.command,
         f"configuration sha256 {config_digest(config)} (all that decides the weights, but the seed)",
         f"{options.file}: {found.kind} of {found.script}, {count(model):,} parameters: {model.layers} layers of "
-        f"{model.dim}, {model.heads} heads, {model.kv_heads} key heads, MLP {model.mlp_hidden}, "
+        f"{model.dim}, {model.attention.heads} heads, {model.attention.kv_heads} key heads, MLP {model.mlp.hidden}, "
         f"vocabulary {model.vocab}",
-        f"taken as given, for weights do not say it: rope_base {model.rope_base:g}, softcap {model.softcap:g}, "
+        f"taken as given, for weights do not say it: rope_base {model.attention.rope_base:g}, "
+        f"softcap {model.head.softcap:g}, "
         f"norm_eps {model.norm_eps:.3g}, seq {options.seq}, tokenizer {dataset.tokenizer.sha256[:12]} of "
         f"{dataset.path}",
         f"first window of the validation text: {loss:.4f} nats per token (all tokens alike: {uniform:.4f})",

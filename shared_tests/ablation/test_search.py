@@ -319,7 +319,9 @@ def test_the_report_has_the_search(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [NARROW, WIDE])
 def test_pictures_show_the_trials_inside_their_frame(width: int, tmp_path: Path) -> None:
     """Each trial's height is its figure; failed ones are crosses, far ones arrows, and nothing leaves the frame."""
-    text = PLAN + '"model.heads" = { values = [1, 2] }\n    "train.batch" = { low = 2, high = 64, log = true }\n'
+    text = (
+        PLAN + '"model.attention.heads" = { values = [1, 2] }\n    "train.batch" = { low = 2, high = 64, log = true }\n'
+    )
 
     def far_or_lost(config: RunConfig) -> float | None:
         found = smooth(config)

@@ -56,10 +56,12 @@ def test_a_mistake_gets_one_line(old: str, new: str, message: str, tmp_path: Pat
 
 def test_a_value_that_only_another_fields_value_allows_is_good(tmp_path: Path) -> None:
     """3 heads do not divide the start's 32 channels, but 48."""
-    plan = read(tmp_path, PLAN + '"model.heads" = { values = [2, 3] }\n')
+    plan = read(tmp_path, PLAN + '"model.attention.heads" = { values = [2, 3] }\n')
     made = Runs(tmp_path / "store").search(plan)
-    assert made.complete and all(t.settings["model.dim"] % t.settings["model.heads"] == 0 for t in made.trials)
-    assert any(t.settings["model.heads"] == 3 for t in made.trials)
+    assert made.complete and all(
+        t.settings["model.dim"] % t.settings["model.attention.heads"] == 0 for t in made.trials
+    )
+    assert any(t.settings["model.attention.heads"] == 3 for t in made.trials)
     nested = PLAN.replace(SPACE, "").replace('"model.dim" =', "model.dim =")
     space: Search | None = read(tmp_path, nested.replace("trials = 12", "trials = 8")).search
     assert space is not None and [field.name for field in space.space] == ["model.dim", "train.matrix_rule"]

@@ -15,7 +15,7 @@ import pytest
 
 from core import presets
 from core.cli import VERBS, main
-from core.config import RunConfig
+from core.config import RunConfig, changed
 from core.engine.protocol import load_engine
 from core.model.params import count, param_table
 from core.training.run import Run
@@ -105,14 +105,14 @@ def test_every_preset_builds_with_its_recorded_count(name: str, capsys: Capture)
 
 
 def test_info_says_by_how_much_a_model_is_over(capsys: Capture) -> None:
-    half = ("--model.matrix-storage", "float16", "--model.table-storage", "float16")
+    half = ("--model.matrix-storage", "float16", "--model.embedding.storage", "float16")
     value = call(capsys, "info", "baseline", *half, code=1)
     over = value["bytes_predicted"] + 140_000 - 16_000_000
     assert value["bytes_by_storage"] == {"float16": 2 * 17_059_912} and over > 0
     assert main(["info", "baseline", *half]) == 1
     assert f"{over + 16_000_000:,} of 16,000,000 bytes: OVER by {over:,}" in capsys.readouterr().out
-    value = call(capsys, "info", "debug", "--model.layers", "1", "--model.vocab_bias", "False")
-    smaller = dataclasses.replace(presets.get("debug").config.model, layers=1, vocab_bias=False)
+    value = call(capsys, "info", "debug", "--model.layers", "1", "--model.head.bias", "False")
+    smaller = changed(presets.get("debug").config.model, {"layers": 1, "head.bias": False})
     assert value["parameters"] == count(smaller)
 
 

@@ -30,10 +30,10 @@ def sample() -> None:
         ("train debug --model.dimm 3", "unknown option --model.dimm; did you mean --model.dim?"),
         ("train debug --model.dim wide", "Error parsing --model.dim: .*'wide'; expected INT"),
         ("train debug --train.steps", "Missing value for argument '--train.steps'"),
-        ("train debug --model.dim 31", "skc train: model.dim=31 is not divisible by model.heads=2"),
+        ("train debug --model.dim 31", "skc train: model.dim=31 is not divisible by model.attention.heads=2"),
         ("train debug --train.micro_batch 3", "train.batch=4 is not divisible by train.micro_batch=3"),
         ("train debug --train.steps 0", "train.steps=0: expected at least 1"),
-        ("train debug --model.activation gelu", "invalid choice 'gelu' .*relu2"),
+        ("train debug --model.mlp.activation gelu", "invalid choice 'gelu' .*relu2"),
         ("train debug --backend tpu", "invalid choice 'tpu' .*mlx"),
         ("train debug --eval.stride 8", "eval.stride=8 has no meaning with eval.windows=plain"),
         ("train debug --model.vocab 2048", "model.vocab=2048, but data.path=sample has 1024: leave out --model.vocab"),
@@ -44,8 +44,8 @@ def sample() -> None:
         ),
         ("train debug --train.repeat_from 0.5", "train.repeat_from=0.5: .* model.repeat_layers"),
         ("train debug --model.blocks koopmann", "unknown layer kind 'koopmann'; known kinds: attention, koopman, skc"),
-        ("train debug --model.blocks skc --model.mixer-dim 48", "model.mixer_dim=48: expected a power of two"),
-        ("train debug --model.engram-orders 2 --model.engram-dim 12", "model.engram_dim=12 is not divisible by the 8"),
+        ("train debug --model.blocks skc --model.koopman.dim 48", "model.koopman.dim=48: expected a power of two"),
+        ("train debug --model.engram.orders 2 --model.engram.dim 12", "model.engram.dim=12 is not divisible by the 8"),
         (
             "train debug --model.shared-blocks 1 --model.blocks skc attention",
             "of different kinds would share a block",
@@ -89,7 +89,7 @@ def test_a_model_that_no_artifact_can_hold_is_not_trained_in_vain(tmp_path: Path
     assert "model.layers=1025: expected at most 1,024" in refuse(
         capsys, "train", "debug", "--model.layers", "1025", "--out", out
     )
-    wide = ("--model.mlp-hidden", "700000", "--out", out)
+    wide = ("--model.mlp.hidden", "700000", "--out", out)
     assert "bytes before compression; an artifact holds at most" in refuse(capsys, "train", "debug", *wide)
     assert not Path(out).exists()
 

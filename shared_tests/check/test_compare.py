@@ -15,7 +15,7 @@ from shared_tests.check.test_cli import SHORT, call
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Three short runs: a base, the same with another seed, and a narrower model."""
     folder = tmp_path_factory.mktemp("compare")
-    changes = {"base": [], "seed": ["--seed", "7"], "narrow": ["--model.mlp_hidden", "32", "--train.lr_matrix", "1e-4"]}
+    changes = {"base": [], "seed": ["--seed", "7"], "narrow": ["--model.mlp.hidden", "32", "--train.lr_matrix", "1e-4"]}
     for name, extra in changes.items():
         assert main(["train", "debug", *SHORT, "--train.log_every", "1", *extra, "--out", str(folder / name)]) == 0
     return [folder / name for name in changes]
@@ -29,7 +29,7 @@ def test_figures_are_those_of_the_runs(runs: list[Path], capsys: pytest.CaptureF
         assert row["artifact_bytes"] == run.artifact_path.stat().st_size
         assert row["tokens_per_second"] == pytest.approx(6 * 4 * 64 / run.last("clock/seconds"))
     assert value["settings"][str(runs[1])] == ["seed: 1337 -> 7"]
-    assert [line.split(":")[0] for line in value["settings"][str(runs[2])]] == ["model.mlp_hidden", "train.lr_matrix"]
+    assert [line.split(":")[0] for line in value["settings"][str(runs[2])]] == ["model.mlp.hidden", "train.lr_matrix"]
     assert value["doubts"] == []
     for name in ("compare.md", "compare.png"):
         assert (tmp_path / "out" / name).stat().st_size > 500

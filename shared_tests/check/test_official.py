@@ -61,7 +61,7 @@ def loss(path: Path, name: str, backend: str, *, swap: bool = False, **settings:
     weights = to_ours(found, model)
     for key in weights:
         if swap and key.endswith(official.TURNED):
-            weights[key] = swap_halves(weights[key], model.head_dim)
+            weights[key] = swap_halves(weights[key], model.attention.width(model))
     config = dataclasses.replace(BASELINE, model=model)
     engine = load_engine(backend, config, weights, EngineOptions(dtype="float32", compile=False))
     return float(engine.nll(*RECIPE.tokens(name)).astype(np.float64).mean())
@@ -157,7 +157,7 @@ def test_a_run_folder_comes_out_that_the_other_verbs_take(
     assert run.environment()["imported"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert run.logged_configs() == {config_digest(run.config)}
     model = run.config.model
-    assert (run.config.preset, model.rope_base, model.norm_eps) == ("baseline", 5000.0, EPS["train_gpt.py"])
+    assert (run.config.preset, model.attention.rope_base, model.norm_eps) == ("baseline", 5000.0, EPS["train_gpt.py"])
     assert run.config.eval.seq == 64
     for backend in ("cuda", "mlx"):
         assert main(["eval", str(out), "--backend", backend, "--json"]) == 0
@@ -175,4 +175,4 @@ def test_one_layer_has_no_skips(data: str, tmp_path: Path) -> None:
     path = saved(tmp_path / "final_model.pt", small(1))
     assert main(["import-official", str(path), "--out", str(tmp_path / "run"), "--data", data, "--seq", "64"]) == 0
     model = Run.open(tmp_path / "run").config.model
-    assert model.layers == 1 and not model.unet_skips
+    assert model.layers == 1 and not model.skips.on

@@ -48,8 +48,10 @@ def _gaps(child: Child, name: str, model: ModelConfig, device: torch.device) -> 
 
 
 def _heads(model: ModelConfig, device: torch.device) -> list[torch.Tensor]:
-    counts = (model.heads, model.kv_heads, model.kv_heads)
-    draws = (torch.randn(ROWS, n, SEQ, model.head_dim, device=device, dtype=torch.bfloat16) for n in counts)
+    counts = (model.attention.heads, model.attention.kv_heads, model.attention.kv_heads)
+    draws = (
+        torch.randn(ROWS, n, SEQ, model.attention.width(model), device=device, dtype=torch.bfloat16) for n in counts
+    )
     return [x.requires_grad_() for x in draws]
 
 

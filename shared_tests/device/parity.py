@@ -19,7 +19,7 @@ from shared_tests.model import test_optim
 from shared_tests.model.test_model import by_group as joined
 from shared_tests.model.test_model import outcome
 from shared_tests.model.test_ops import OPS, fast_gaps, takes_exact
-from shared_tests.oracle import reference
+from shared_tests.reference import optim as reference
 from shared_tests.support.harness import batches, draw, engine, mini, working_weights
 from shared_tests.training.test_train import STORED, curve
 

@@ -24,13 +24,13 @@ class Layer(nn.Module):
 
     def __init__(self, m):
         super().__init__()
-        self.heads, self.shared = m.heads, m.kv_heads
-        wide = m.kv_heads * m.head_dim
+        self.heads, self.shared = m.attention.heads, m.attention.kv_heads
+        wide = m.attention.kv_heads * m.attention.width(m)
         self.q, self.k = nn.Linear(m.dim, m.dim, False), nn.Linear(m.dim, wide, False)
         self.v, self.o = nn.Linear(m.dim, wide, False), nn.Linear(m.dim, m.dim, False)
-        self.up, self.down = nn.Linear(m.dim, m.mlp_hidden, False), nn.Linear(m.mlp_hidden, m.dim, False)
+        self.up, self.down = nn.Linear(m.dim, m.mlp.hidden, False), nn.Linear(m.mlp.hidden, m.dim, False)
         self.mix = nn.Parameter(torch.stack([torch.ones(m.dim), torch.zeros(m.dim)]))
-        self.scales, self.gain = nn.Parameter(torch.ones(2, m.dim)), nn.Parameter(torch.full((m.heads,), 1.5))
+        self.scales, self.gain = nn.Parameter(torch.ones(2, m.dim)), nn.Parameter(torch.full((m.attention.heads,), 1.5))
 
     def forward(self, x, first, cos, sin):
         mix, scales = self.mix.to(x.dtype), self.scales.to(x.dtype)
@@ -63,7 +63,9 @@ class Plain(nn.Module):
         self.embed = nn.Embedding(m.vocab, m.dim)
         self.layers = nn.ModuleList([Layer(m) for _ in range(m.layers)])
         self.skips = nn.Parameter(torch.ones(m.layers // 2, m.dim))
-        angles = torch.outer(torch.arange(seq), m.rope_base ** -torch.linspace(0, 1, m.head_dim // 2))
+        angles = torch.outer(
+            torch.arange(seq), m.attention.rope_base ** -torch.linspace(0, 1, m.attention.width(m) // 2)
+        )
         self.register_buffer("cos", angles.cos().to(dtype))
         self.register_buffer("sin", angles.sin().to(dtype))
 
@@ -77,7 +79,9 @@ class Plain(nn.Module):
             if i < half:
                 kept.append(x)
         logits = F.linear(F.rms_norm(x, (self.m.dim,)), self.embed.weight.to(x.dtype)).float()
-        return F.cross_entropy((self.m.softcap * torch.tanh(logits / self.m.softcap)).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(
+            (self.m.head.softcap * torch.tanh(logits / self.m.head.softcap)).flatten(0, 1), targets.flatten()
+        )
 
 
 class PlainStep:

@@ -3,7 +3,6 @@
 `python -m shared_tests.export.test_artifact` writes the golden files again, after a deliberate change of the format.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -17,25 +16,27 @@ import numpy as np
 import pytest
 
 from core import rng
-from core.config import LATER, ModelConfig, to_json
+from core.config import LATER, ModelConfig, changed, to_json
 from core.export.artifact import MAX_HEADER, ArtifactError, read_artifact, write_artifact
 from core.export.codecs import compress, window_bits
 from core.files import replace_file
 from core.model.params import param_table
 from core.model.storage import STORAGES, Storage, Stored
 from core.presets import PRESETS
-from shared_tests.oracle import reference
+from shared_tests.reference import storage as reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SMALL = ModelConfig(
-    vocab=11, dim=8, layers=2, heads=2, kv_heads=1, mlp_hidden=66, rope_dims=2, embed_dim=5, vocab_bias=True,
-    unet_skips=True, residual_mix=True,
-)  # fmt: skip
+SMALL = changed(ModelConfig(), {
+    "vocab": 11, "dim": 8, "layers": 2, "attention.heads": 2, "attention.kv_heads": 1, "mlp.hidden": 66,
+    "attention.rope_dims": 2, "embedding.dim": 5, "head.bias": True, "skips.on": True, "residual_mix": True,
+})  # fmt: skip
 MODELS = {
-    "ternary": dataclasses.replace(SMALL, matrix_storage="ternary/64", table_storage="int6/row"),
-    "nibbles": dataclasses.replace(SMALL, matrix_storage="int4/128", table_storage="fp8/row", mlp_hidden=130, layers=1),
-    "bytes": dataclasses.replace(SMALL, matrix_storage="int8/64", table_storage="ternary/128", layers=1),
-    "rows": dataclasses.replace(SMALL, matrix_storage="int8/row", table_storage="float16", layers=1),
+    "ternary": changed(SMALL, {"matrix_storage": "ternary/64", "embedding.storage": "int6/row"}),
+    "nibbles": changed(
+        SMALL, {"matrix_storage": "int4/128", "embedding.storage": "fp8/row", "mlp.hidden": 130, "layers": 1}
+    ),
+    "bytes": changed(SMALL, {"matrix_storage": "int8/64", "embedding.storage": "ternary/128", "layers": 1}),
+    "rows": changed(SMALL, {"matrix_storage": "int8/row", "embedding.storage": "float16", "layers": 1}),
 }
 """Groups of 64 and 128 of which the last is cut short, whole rows, and every class of storage."""
 MODEL = MODELS["ternary"]
@@ -153,10 +154,10 @@ WIDTHS = [(storage, width) for storage in STORAGES for width in (64, 128, 189, 3
 
 @pytest.mark.parametrize("storage, width", [pair for pair in WIDTHS if pair[0] != "float16" or pair[1] == 64])
 def test_every_code_and_scale_decodes_exactly(storage: Storage, width: int, tmp_path: Path) -> None:
-    model = ModelConfig(
-        vocab=16, dim=width, layers=1, heads=1, kv_heads=1, mlp_hidden=16, rope_dims=0, bos=0,
-        matrix_storage=storage, table_storage=storage,
-    )  # fmt: skip
+    model = changed(ModelConfig(), {
+        "vocab": 16, "dim": width, "layers": 1, "attention.heads": 1, "attention.kv_heads": 1, "mlp.hidden": 16,
+        "attention.rope_dims": 0, "bos": 0, "matrix_storage": storage, "embedding.storage": storage,
+    })  # fmt: skip
     stored = full_range(model)
     write(tmp_path / "a.skc", model, stored)
     artifact = read_artifact(tmp_path / "a.skc")
@@ -174,7 +175,7 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
         backwards = {name: transposed(stored[name]) for name in reversed(stored)}
         write(tmp_path / "b.skc", model, backwards, provenance=dict(reversed(PROVENANCE.items())))
         assert (tmp_path / "b.skc").read_bytes() == (tmp_path / "a.skc").read_bytes()
-        whole_numbers = dataclasses.replace(model, softcap=30, rope_base=10_000)
+        whole_numbers = changed(model, {"head.softcap": 30, "attention.rope_base": 10_000})
         write(tmp_path / "c.skc", whole_numbers)
         assert (tmp_path / "c.skc").read_bytes() == (tmp_path / "a.skc").read_bytes()
         assert read_artifact(tmp_path / "c.skc").model == model
@@ -276,8 +277,17 @@ def test_layout_is_the_documented_one(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("storage", ["ternary/64", "int4/row", "int6/row"])
 def test_a_last_byte_may_be_part_full(storage: Storage, vocab: int, tmp_path: Path) -> None:
     """A table of 7 to a row: 14 to 42 values leave every possible number of places of the last byte free."""
-    model = dataclasses.replace(
-        SMALL, vocab=vocab, dim=7, heads=1, rope_dims=2, embed_dim=None, table_storage=storage, layers=1
+    model = changed(
+        SMALL,
+        {
+            "vocab": vocab,
+            "dim": 7,
+            "attention.heads": 1,
+            "attention.rope_dims": 2,
+            "embedding.dim": None,
+            "embedding.storage": storage,
+            "layers": 1,
+        },
     )
     stored = full_range(model)
     write(tmp_path / "a.skc", model, stored)

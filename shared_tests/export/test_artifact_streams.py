@@ -1,6 +1,5 @@
 """Streams of an artifact that no writer makes (brotli, codes, scales, padding) are refused by name. Budget: 10 s."""
 
-import dataclasses
 import hashlib
 import tracemalloc
 from pathlib import Path
@@ -10,6 +9,7 @@ import brotli
 import numpy as np
 import pytest
 
+from core.config import changed
 from core.export import codecs
 from core.export.artifact import read_artifact
 from shared_tests.export.test_artifact import MODELS, full_range, join, parts, payloads, write
@@ -154,8 +154,16 @@ def test_a_code_of_int6_beyond_the_largest(tmp_path: Path, refused: Refused) -> 
 )
 def test_padding_that_is_not_zero(tmp_path: Path, refused: Refused, stream: str, storage: Any) -> None:
     """A table of 3 x 7 = 21 codes: one trit, one nibble or one pair of bits in the last byte, the rest is padding."""
-    model = dataclasses.replace(
-        MODELS["rows"], vocab=3, dim=7, heads=1, kv_heads=1, embed_dim=None, table_storage=storage
+    model = changed(
+        MODELS["rows"],
+        {
+            "vocab": 3,
+            "dim": 7,
+            "attention.heads": 1,
+            "attention.kv_heads": 1,
+            "embedding.dim": None,
+            "embedding.storage": storage,
+        },
     )
     write(tmp_path / "made.skc", model, full_range(model))
     data = (tmp_path / "made.skc").read_bytes()

@@ -29,9 +29,9 @@ def gaussian(model: ModelConfig) -> dict[str, Stored]:
         values = noise.standard_normal(row.shape, np.float32) * np.float32(0.02)
         if len(row.shape) == 2:
             values *= np.exp(0.2 * noise.standard_normal((row.shape[0], 1), np.float32))
-        if name == "engram.table" and model.engram_keep:
-            tables = values.reshape(model.engram_orders, -1, values.shape[1])
-            for part, share in zip(tables, model.engram_keep, strict=True):
+        if name == "engram.table" and model.engram.keep:
+            tables = values.reshape(model.engram.orders, -1, values.shape[1])
+            for part, share in zip(tables, model.engram.keep, strict=True):
                 part[noise.random(len(part)) >= share] = 0.0
         out[name] = module("cuda", "storage").to_host(to_device("cuda", values, "float32"), row.storage)
     return out

@@ -68,7 +68,7 @@ def flip_leaks(logits: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, bos
 def documents_at_block_edges(seq: int, model: ModelConfig) -> np.ndarray:
     """Return rows whose documents begin at the first and last place of a block, in the middle, and twice in a row."""
     rows = tokens(f"edges/{seq}", 2, seq, model.vocab, model.bos, documents=False)
-    block = model.capsule_block
+    block = model.skc.block
     for places in ((block, 2 * block - 1, 2 * block), (0, 1, block + block // 2, 3 * block - 1)):
         row = 0 if places[0] else 1
         rows[row, [p for p in places if p < seq]] = model.bos
@@ -117,7 +117,7 @@ def transform_over_time(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def softmax_over_time(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routing that is normalised over the positions of the row."""
-    capsules = module(backend, "blocks.capsules").Capsules
+    capsules = module(backend, "parts.capsules").Capsules
     honest = capsules.route
 
     def leaky(self, logits, which, context):
@@ -129,14 +129,14 @@ def softmax_over_time(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pooled_sketch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean of the whole row, added to every position."""
-    koopman = module(backend, "blocks.koopman").Koopman
+    koopman = module(backend, "parts.koopman").Koopman
     honest = koopman.gated
     monkeypatch.setattr(koopman, "gated", lambda self, x, z: honest(self, x, z) + 0.1 * x.mean(1, keepdims=True))
 
 
 def length_of_the_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routing that is divided by the length of the row: no flip shows it, since flips keep the length."""
-    capsules = module(backend, "blocks.capsules").Capsules
+    capsules = module(backend, "parts.capsules").Capsules
     honest = capsules.route
     monkeypatch.setattr(capsules, "route", lambda self, x, w, c: honest(self, x, w, c) * (1 + x.shape[1]) ** -0.5)
 
@@ -217,7 +217,7 @@ def plant_leak(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def last_loss(backend: str, config: RunConfig, enough: float = -math.inf) -> float:
     """Return the mean loss of the last 50 of STEPS steps on fresh uniform tokens, or of the first 25 below `enough`."""
     model = dataclasses.replace(config.model, vocab=VOCAB)
-    kinds = tuple(dict.fromkeys(model.kinds))
+    kinds = tuple(dict.fromkeys(map(model.kind, range(model.layers))))
     fewer: dict[str, Any] = {"layers": max(2, len(kinds)), "blocks": kinds}
     if config.preset == EVERYTHING:
         fewer = {"repeat_layers": model.repeat_layers[:1]}

@@ -19,6 +19,7 @@ import pytest
 
 from core import rng
 from core.check.tolerances import P1_EXACT, P1_FAST, P2_BFLOAT16, relative_rms
+from core.config import changed
 from core.engine.protocol import Arrays
 from shared_tests.model.test_kernels import environment, found_by, load
 
@@ -231,7 +232,7 @@ def trace() -> str:
 
     builder.has_triton = torch.utils._triton.has_triton = lambda: True  # pyright: ignore[reportAttributeAccessIssue]
     config = mini("skc_8xh100")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_bias=True))
+    config = dataclasses.replace(config, model=changed(config.model, {"head.bias": True}))
     made: Any = engine("cuda", config, dtype="float32")
     ops.cross_entropy = lambda logits, targets, exact, cap=None, bias=None: cross_entropy(logits, targets, cap, bias)
     ops.scan = lambda decay, drive, start, exact: scan(decay, drive, start)

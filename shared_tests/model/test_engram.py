@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from core import rng
-from core.model import engram
-from core.model.config import MOST_BUCKETS, MOST_HASHES, ModelConfig
-from core.model.engram import BIGRAM_MULTIPLIER, MOST_ID, MULTIPLIERS, keep_rows, multipliers_of, ngram_buckets, prune
+from core.config import ModelConfig, changed
+from core.model import ngrams as hashing
+from core.model.engram import MOST_BUCKETS, MOST_HASHES
+from core.model.ngrams import BIGRAM_MULTIPLIER, MOST_ID, MULTIPLIERS, keep_rows, multipliers_of, ngram_buckets, prune
 from core.model.params import param_table
-from shared_tests.oracle.skc import ngrams
+from shared_tests.oracle import Text
+from shared_tests.oracle.engram import ngrams
 from shared_tests.support.harness import draw, tokens
 
 VOCABS = (1024, 2048, 4096, 8192)
@@ -57,14 +59,15 @@ def reached_by_pairs(multiplier: int, vocab: int, buckets: int) -> int:
     return int(np.minimum(np.diff(starts, append=starts[0] + buckets), vocab).sum())
 
 
-def config(**changes: Any) -> ModelConfig:
+def config(changes: dict[str, Any] | None = None) -> ModelConfig:
     """Return a tiny model with all memories."""
     small: dict[str, Any] = {
-        "vocab": 24, "dim": 8, "layers": 2, "heads": 2, "kv_heads": 1, "mlp_hidden": 12, "rope_dims": 4,
-        "engram_orders": 3, "engram_heads": 2, "engram_buckets": 31, "engram_dim": 12, "bigram_buckets": 29,
-        "bigram_dim": 4, "smear": True, "bank": "both", "bank_heads": 2, "bank_capsules": 3, "capsule_block": 4,
+        "vocab": 24, "dim": 8, "layers": 2, "attention.heads": 2, "attention.kv_heads": 1, "attention.rope_dims": 4,
+        "mlp.hidden": 12,
+        "engram.orders": 3, "engram.heads": 2, "engram.buckets": 31, "engram.dim": 12, "bigram.buckets": 29,
+        "bigram.dim": 4, "smear.on": True, "bank.at": "both", "bank.heads": 2, "bank.capsules": 3, "skc.block": 4,
     }  # fmt: skip
-    return ModelConfig(**small | changes)
+    return changed(ModelConfig(), small | (changes or {}))
 
 
 def weights(model: ModelConfig) -> dict[str, np.ndarray]:
@@ -231,7 +234,7 @@ def test_rows_equal_the_oracle_token_by_token(documents: str) -> None:
         padded = np.pad(ids, ((0, 0), (orders, 0)), constant_values=-1)
         within = np.cumsum(np.pad(starts, ((0, 0), (orders, 0))), 1)
         got = ngram_buckets(padded, within, multipliers, 97)
-        assert np.array_equal(got, ngrams(ids, starts, multipliers, 97))
+        assert np.array_equal(got, ngrams(Text(ids, starts), multipliers, 97))
         live = got[got >= 0]
         assert ((live >= 0) & (live < orders * 4 * 97)).all()
 
@@ -263,8 +266,8 @@ def test_a_gap_anywhere_in_an_ngram_silences_it() -> None:
 def counted(model: ModelConfig, text: np.ndarray) -> np.ndarray:
     """Return the hits of every row, one token after the other."""
     starts = (text == model.bos) & (model.documents == "isolated")
-    hits = np.zeros(model.engram_orders * model.engram_heads * model.engram_buckets, int)
-    for row in ngrams(text[None], starts[None], multipliers_of(model), model.engram_buckets).ravel():
+    hits = np.zeros(model.engram.orders * model.engram.heads * model.engram.buckets, int)
+    for row in ngrams(Text(text[None], starts[None]), multipliers_of(model), model.engram.buckets).ravel():
         hits[row] += row >= 0
     return hits
 
@@ -272,32 +275,32 @@ def counted(model: ModelConfig, text: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("documents", ["isolated", "packed"])
 def test_the_most_used_rows_of_every_table_are_kept(documents: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shares = (0.5, 0.2, 1.0)
-    model = config(engram_keep=shares, documents=documents)
+    model = config({"engram.keep": shares, "documents": documents})
     text = tokens("text", 1, 300, 24, 1)[0].astype(np.uint16)
     hits, kept = counted(model, text).reshape(6, 31), keep_rows(model, text).reshape(6, 31)
     for table, (own, mask) in enumerate(zip(hits, kept, strict=True)):
         order = sorted(range(31), key=lambda row: (-own[row], row))
         assert np.flatnonzero(mask).tolist() == sorted(order[: math.ceil(shares[table // 2] * 31)])
     for piece in (1, 2, 7, 299, 300):
-        monkeypatch.setattr(engram, "PIECE", piece)
-        assert np.array_equal(engram._hits(model, text), hits.ravel())
+        monkeypatch.setattr(hashing, "PIECE", piece)
+        assert np.array_equal(hashing._hits(model, text), hits.ravel())
 
 
 def test_documents_change_what_is_kept() -> None:
     text = tokens("text", 1, 300, 24, 1)[0]
-    isolated, packed = (counted(config(documents=rule), text) for rule in ("isolated", "packed"))
+    isolated, packed = (counted(config({"documents": rule}), text) for rule in ("isolated", "packed"))
     assert isolated.sum() < packed.sum() == 6 * 300 - 2 * (1 + 2 + 3)
 
 
 def test_of_equals_the_first_rows_stay_and_shares_are_decimal() -> None:
-    model = config(engram_orders=1, engram_buckets=100, engram_keep=(0.07,))
+    model = config({"engram.orders": 1, "engram.buckets": 100, "engram.keep": (0.07,)})
     for text in (np.empty(0, np.int64), np.array([5])):  # nothing is hit
         assert np.flatnonzero(keep_rows(model, text)).tolist() == [*range(7), *range(100, 107)]
-    assert 0.07 * 100 > 7 and keep_rows(config(engram_keep=(1e-9,) * 3), np.array([5, 6])).sum() == 6
+    assert 0.07 * 100 > 7 and keep_rows(config({"engram.keep": (1e-9,) * 3}), np.array([5, 6])).sum() == 6
 
 
 def test_pruning_zeroes_a_copy_of_the_other_rows() -> None:
-    model = config(engram_keep=(0.5, 0.2, 1.0))
+    model = config({"engram.keep": (0.5, 0.2, 1.0)})
     full = {name: value.astype(np.float32) for name, value in weights(model).items()}
     text = tokens("text", 1, 300, 24, 1)[0]
     before = {name: value.copy() for name, value in full.items()}
@@ -316,4 +319,4 @@ def test_without_a_share_nothing_is_pruned() -> None:
     same = prune(model, full, unread)
     assert list(same) == list(full) and all(same[name] is full[name] for name in full)
     assert keep_rows(model, unread).all() and keep_rows(model, unread).shape == (6 * 31,)
-    assert keep_rows(config(engram_orders=0), unread).shape == (0,)
+    assert keep_rows(config({"engram.orders": 0}), unread).shape == (0,)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from core.check.tolerances import P5_BPB
-from core.config import RunConfig
+from core.config import RunConfig, changed
 from core.engine.protocol import Engine
 from core.export.artifact import Artifact, read_artifact, write_artifact
 from core.model.params import averaged
@@ -83,10 +83,10 @@ def test_both_backends_write_the_same_bytes_for_the_same_weights(name: str, tmp_
 def wide(storage: Storage, width: int, hidden: int) -> RunConfig:
     """A mini of `ablate` whose matrices and table are stored in one way and have both widths as their inputs."""
     config = mini("ablate")
-    model = dataclasses.replace(
-        config.model, dim=width, layers=1, heads=1, kv_heads=1, mlp_hidden=hidden, embed_dim=hidden, rope_dims=2,
-        matrix_storage=storage, table_storage=storage,
-    )  # fmt: skip
+    model = changed(config.model, {
+        "dim": width, "layers": 1, "attention.heads": 1, "attention.kv_heads": 1, "mlp.hidden": hidden,
+        "embedding.dim": hidden, "attention.rope_dims": 2, "matrix_storage": storage, "embedding.storage": storage,
+    })  # fmt: skip
     settings = dataclasses.replace(
         config.train, batch=2, seq=16, average_from=0.1, average_decay=0.9, average_ternary=True, lr_matrix=0.02
     )

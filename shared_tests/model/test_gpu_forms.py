@@ -20,6 +20,8 @@ from backends.cuda.staging import SLOTS, Staging
 from core import rng
 from core.check.tolerances import P1_FAST, P2_BFLOAT16, P2_FLOAT32, P2_FLOAT64, relative_rms
 from core.checks import ConfigError
+from core.config import changed
+from core.model import trunk
 from core.training import generate, schedule
 from core.training.loop import Meter
 from shared_tests.support.harness import EVERYTHING, batches, engine, mini, tokens, working_weights
@@ -171,7 +173,7 @@ def test_engines_with_flash_attention_compute_the_same(name: str, monkeypatch: p
     found = results(made, name)
     for key, value in wanted.items():
         assert relative_rms(found[key], value) <= P2_FLOAT64, key
-    layers = sum(mini(name).model.kinds[step.layer] == "attention" for step in mini(name).model.passes(True))
+    layers = sum(mini(name).model.kind(step.layer) == "attention" for step in trunk.layers(mini(name).model, True))
     used = {key: fake.called[key] - tried[key] for key in tried}
     whole = 0 if isolated else 1  # a first chunk without documents is a whole row
     assert used == {"spans": 5 * layers * isolated, "rows": (5 + whole) * layers * (not isolated)}
@@ -230,7 +232,7 @@ class CuDNN:
 def test_cudnn_is_asked_for_whole_rows_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = mini(name)
     config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, seq=64), model=dataclasses.replace(config.model, softcap=None)
+        config, train=dataclasses.replace(config.train, seq=64), model=changed(config.model, {"head.softcap": None})
     )
     weights, text = working_weights(config.model, 1.0), SimpleNamespace(
         bos=BOS, encode=lambda text: np.arange(5, 5 + len(text)), decode=str

@@ -11,7 +11,8 @@ from core import rng
 from core.check.tolerances import CAUSAL, P2_FLOAT32
 from core.config import RunConfig
 from core.engine.protocol import Engine, step
-from core.model.params import state_per_token, state_size
+from core.model import trunk
+from core.model.params import decoding_state
 from shared_tests.support.harness import (
     BACKENDS,
     EVERYTHING,
@@ -136,19 +137,19 @@ def test_every_part_of_the_state_matters(name: str, backend: str) -> None:
         other = model.chunk(dataclasses.replace(state, model=changed), rows[:, 13:40]).logits()
         assert np.abs(other - after).max() > 1e-9
         count += 1
-    assert count >= len(config_of(name).model.passes(True))
+    assert count >= len(trunk.layers(config_of(name).model, True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_state_is_as_large_as_declared(name: str, backend: str) -> None:
     model, rows = made(name, backend)
-    config = config_of(name).model
+    size = decoding_state(config_of(name).model)
     state = model.start(1)
     for t in range(20):
         _, state = step(model, state, rows[2:, t])
         floats = sum(a.size for a in flat(state) if a.dtype.kind == "f")
-        assert floats == state_size(config) + (t + 1) * state_per_token(config)
+        assert floats == size.fixed + (t + 1) * size.per_token
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

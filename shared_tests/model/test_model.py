@@ -13,11 +13,12 @@ import pytest
 from core import presets, rng
 from core.check.parity import perturbed
 from core.check.tolerances import P2_BFLOAT16, P2_FLOAT32, P2_FLOAT64, relative_rms
-from core.config import RunConfig
+from core.config import RunConfig, changed
 from core.engine.protocol import Batch
 from core.model import params
 from core.training import schedule
-from shared_tests.oracle import reference
+from shared_tests import oracle
+from shared_tests.reference.storage import stored_weights
 from shared_tests.support.harness import (
     BACKENDS,
     EVERYTHING,
@@ -85,17 +86,17 @@ def test_logits_equal_the_oracle(name: str, backend: str) -> None:
     weights = working_weights(config.model, 1.0)
     tokens = batches(config, 1)[0].tokens
     got = engine(backend, config, weights, dtype="float64").logits(tokens)
-    used = reference.stored_weights(config.model, weights) if config.train.quantise == "always" else weights
-    assert relative_rms(got, reference.model(config.model, used, tokens)) <= P2_FLOAT64
+    used = stored_weights(config.model, weights) if config.train.quantise == "always" else weights
+    assert relative_rms(got, oracle.model(config.model, used, tokens)) <= P2_FLOAT64
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_alone_with_a_bank_equals_the_oracle(backend: str) -> None:
     config = mini("tiny")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, bank="both", capsule_block=8))
+    config = dataclasses.replace(config, model=changed(config.model, {"bank.at": "both", "skc.block": 8}))
     weights, rows = working_weights(config.model, 1.0), batches(config, 1)[0].tokens
     got = engine(backend, config, weights, dtype="float64").logits(rows)
-    assert relative_rms(got, reference.model(config.model, weights, rows)) <= P2_FLOAT64
+    assert relative_rms(got, oracle.model(config.model, weights, rows)) <= P2_FLOAT64
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
@@ -138,7 +139,7 @@ def test_logits_stay_narrow_up_to_the_cross_entropy(backend: str, monkeypatch: p
     """A bias in float32 would widen them: twice their memory, and twice what the kernel reads and writes."""
     config, ops, seen = mini("ternary_74m"), module(backend, "ops"), []
     made, batch = engine(backend, config, dtype="bfloat16"), batches(config, 1)[0]
-    assert config.model.vocab_bias
+    assert config.model.head.bias
     costs = ops.cross_entropy
     monkeypatch.setattr(
         ops, "cross_entropy", lambda x, *given: seen.append((str(x.dtype), len(given))) or costs(x, *given)
@@ -189,11 +190,11 @@ def test_every_parameter_gets_a_gradient_within_two_steps(name: str, backend: st
 def test_one_layer_trains(name: str, seq: int) -> None:
     """The twins take the same steps where there is nothing to skip to, and parameters of 0 rows would be."""
     config = mini(name)
-    alone: dict[str, Any] = {"layers": 1, "shared_blocks": None, "repeat_layers": (), "engram_layer": 0}
-    alone["bank"] = "none" if config.model.bank == "none" else "head"
+    alone: dict[str, Any] = {"layers": 1, "shared_blocks": None, "repeat_layers": (), "engram.layer": 0}
+    alone["bank.at"] = "none" if config.model.bank.at == "none" else "head"
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, **alone),
+        model=changed(config.model, alone),
         train=dataclasses.replace(config.train, batch=2, seq=seq, repeat_from=0.0),
     )
     assert all(row.size for row in params.param_table(config.model).values())
@@ -231,13 +232,13 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(backend: str) -> 
     assert made.train_step(batch, schedule.plan(0, 0.5, config.train)).result().finite
     before = {**made.params(), **made.optimizer()}
     poisoned = dict(made.params())
-    poisoned["vocab_bias"] = np.full_like(poisoned["vocab_bias"], np.nan)
+    poisoned["head.bias"] = np.full_like(poisoned["head.bias"], np.nan)
     made.load_params(poisoned)
     result = made.train_step(batch, schedule.plan(1, 0.5, config.train)).result()
     assert not result.finite
     after = {**made.params(), **made.optimizer()}
     for key, value in before.items():
-        if key != "vocab_bias":
+        if key != "head.bias":
             assert np.array_equal(after[key], value), key
 
 

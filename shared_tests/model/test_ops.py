@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from core.check.tolerances import P1_DIFFERENCE, P1_EXACT, P1_FAST, relative_rms
-from core.model.engram import MULTIPLIERS, ngram_buckets
+from core.model.ngrams import MULTIPLIERS, ngram_buckets
 from core.model.tables import hadamard, rope_tables
-from shared_tests.oracle import reference
+from shared_tests.reference import ops as reference
 from shared_tests.support.harness import BACKENDS, call, draw, gradients, module, rounded, tokens
 
 pytestmark = pytest.mark.pair

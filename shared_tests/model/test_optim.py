@@ -6,7 +6,7 @@ import pytest
 from core.check.tolerances import P3_FLOAT32, P3_FLOAT64, relative_rms
 from core.config import TrainConfig
 from core.training import schedule
-from shared_tests.oracle import reference
+from shared_tests.reference import optim as reference
 from shared_tests.support.harness import BACKENDS, call, draw, module, to_device, to_numpy
 
 pytestmark = pytest.mark.pair

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.model.engram import keep_rows, start_weights
+from core.model.ngrams import keep_rows, start_weights
 from core.model.params import start_values
 from core.training import schedule
 from shared_tests.model.test_exchange import assert_same, export, rows_of
@@ -35,8 +35,8 @@ def test_a_run_starts_from_the_rows_that_its_text_uses_most() -> None:
     before = whole.pop("engram.table")
     assert all(np.array_equal(weights[name], value) for name, value in whole.items())
     assert np.array_equal(table.any(axis=1), kept) and np.array_equal(table[kept], before[kept])
-    shares = kept.reshape(model.engram_orders, -1).mean(axis=1)
-    assert np.abs(shares - model.engram_keep).max() < 1 / model.engram_buckets
+    shares = kept.reshape(model.engram.orders, -1).mean(axis=1)
+    assert np.abs(shares - model.engram.keep).max() < 1 / model.engram.buckets
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

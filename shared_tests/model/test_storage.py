@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from core.check.tolerances import P2_FLOAT32, P2_FLOAT64, relative_rms
-from core.config import ModelConfig, RunConfig
+from core.config import ModelConfig, RunConfig, changed
 from core.model.params import exported, param_table
 from core.model.storage import LARGEST, SCALE_FLOOR, STORAGES, Storage, decode, group_counts, group_size, storage_class
 from core.training import schedule
+from shared_tests import oracle
 from shared_tests.model.test_model import assert_same, by_group, outcome
-from shared_tests.oracle import reference
+from shared_tests.reference import storage as reference
 from shared_tests.support.harness import (
     BACKENDS,
     batches,
@@ -143,8 +144,9 @@ def test_the_error_is_what_the_class_can_do(storage: Storage) -> None:
 def stored_mini(matrix: Storage, table: Storage, **changes: Any) -> RunConfig:
     """Return `ablate`'s mini with other storage and with widths that do not fill their groups."""
     config = mini("ablate")
-    model = dataclasses.replace(
-        config.model, matrix_storage=matrix, table_storage=table, mlp_hidden=189, embed_dim=20, **changes
+    model = changed(
+        config.model,
+        {"matrix_storage": matrix, "embedding.storage": table, "mlp.hidden": 189, "embedding.dim": 20, **changes},
     )
     return dataclasses.replace(config, model=model)
 
@@ -163,7 +165,7 @@ def test_models_of_every_class_agree_with_each_other_and_the_oracle(name: str) -
     ours, theirs = (outcome(b, config, 1.0, dtype="float64") for b in BACKENDS)
     assert_same(ours, theirs, P2_FLOAT64)
     batch, weights = batches(config, 1)[0], working_weights(config.model, 1.0)
-    expected = reference.model(config.model, reference.stored_weights(config.model, weights), batch.tokens)
+    expected = oracle.model(config.model, reference.stored_weights(config.model, weights), batch.tokens)
     assert relative_rms(ours["logits"], expected) <= P2_FLOAT64
     ours, theirs = (by_group(outcome(b, config, 1.0, dtype="float32"), config) for b in BACKENDS)
     assert_same(ours, theirs, P2_FLOAT32)

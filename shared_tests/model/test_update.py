@@ -58,7 +58,7 @@ def launches(config: RunConfig) -> dict[str, int]:
 def deeper(config: RunConfig, times: int) -> RunConfig:
     """Return a run with the same layers several times over, and averages."""
     model = config.model
-    blocks = tuple(model.kinds) * times
+    blocks = tuple(map(model.kind, range(model.layers))) * times
     model = dataclasses.replace(model, layers=len(blocks), blocks=blocks)
     return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, average_from=0.1))
 

@@ -13,8 +13,9 @@ import sentencepiece
 from backends.mlx.blas import load_fast_blas
 from core import presets, rng
 from core.check.parity import perturbed
-from core.config import ModelConfig, RunConfig
+from core.config import ModelConfig, RunConfig, changed
 from core.engine.protocol import Arrays, Batch, Engine, EngineOptions, load_engine
+from shared_tests.oracle import everything
 
 load_fast_blas()  # before anything imports MLX
 BACKENDS = ("mlx", "cuda")
@@ -145,7 +146,7 @@ def tiny_tokenizer(**options: Any) -> bytes:
 
 
 EVERYTHING = "everything"
-"""A model that no preset is: every layer kind, and every option that a preset leaves off."""
+"""A model that no preset is: all examples of the oracle's parts together."""
 
 
 OPPOSITE = "opposite"
@@ -168,23 +169,17 @@ def mini(name: str) -> RunConfig:
     if name == HYBRID:
         config = presets.get("skc_mac").config
         layers = ("koopman", "skc_parallel", "koopman", "attention")
-        model = dataclasses.replace(config.model, blocks=layers, bank="none", engram_orders=0)
+        model = changed(config.model, {"blocks": layers, "bank.at": "none", "engram.orders": 0})
         return presets.mini(dataclasses.replace(config, preset=HYBRID, model=model))
     config = presets.mini(presets.get("debug").config)
     if name == OPPOSITE:
-        model = dataclasses.replace(
-            config.model, layers=2, blocks=("skc", "koopman"), mixer_dim=16, capsules=4, capsule_block=8,
-            capsule_shift=False, capsule_bands=False, documents="packed",
-        )  # fmt: skip
+        model = changed(config.model, {
+            "layers": 2, "blocks": ("skc", "koopman"), "koopman.dim": 16, "skc.capsules": 4, "skc.block": 8,
+            "skc.shift": False, "skc.bands": False, "documents": "packed",
+        })  # fmt: skip
         return dataclasses.replace(config, preset=OPPOSITE, model=model)
     assert name == EVERYTHING, name
-    model = dataclasses.replace(
-        config.model, layers=5, blocks=("skc", "skc_parallel", "koopman", "attention"), shared_blocks=4,
-        repeat_layers=(1, 2, 3), mixer_dim=16, capsules=5, capsule_heads=2, capsule_block=8, capsule_intra=0.25,
-        mlp_hidden=48, residual_mix=True, unet_skips=True, depth_damping=True, output_norm="gain", attention_conv=True,
-        bank="both", bank_heads=2, bank_capsules=3, engram_orders=3, engram_heads=2, engram_buckets=101, engram_dim=12,
-        bigram_buckets=53, bigram_dim=6, smear=True,
-    )  # fmt: skip
+    model = changed(config.model, everything())
     # At rates of 0.003 so many parts at once are chaotic: rounding grows a hundredfold in ten steps (docs/log.md).
     rates: dict[str, Any] = dict.fromkeys(("lr_embed", "lr_matrix", "lr_vector", "lr_hash"), 1e-3)
     train = dataclasses.replace(config.train, repeat_from=0.5, **rates)

@@ -13,7 +13,7 @@ from typing import Any
 
 from backends.mlx.blas import load_fast_blas
 from core import presets
-from core.config import DataConfig, RunConfig
+from core.config import DataConfig, RunConfig, changed
 from core.data.bundled import BUNDLED
 from core.data.dataset import open_dataset
 from core.data.prepare import prepare
@@ -44,7 +44,17 @@ def everything(data: str, **changes: Any) -> RunConfig:
     the warm-down; steps 6 and 12 are kept.
     """
     base = presets.get("ablate").config
-    model = dataclasses.replace(base.model, dim=32, layers=1, heads=2, kv_heads=1, rope_dims=8, mlp_hidden=64)
+    model = changed(
+        base.model,
+        {
+            "dim": 32,
+            "layers": 1,
+            "attention.heads": 2,
+            "attention.kv_heads": 1,
+            "attention.rope_dims": 8,
+            "mlp.hidden": 64,
+        },
+    )
     fields: dict[str, Any] = {
         "steps": 16, "batch": 4, "seq": 32, "seq_stages": (8, 16), "seq_until": (0.25, 0.5), "warmdown": 0.6,
         "matrix_rule": "muon", "muon_iterations": 3, "muon_momentum_steps": 10,

@@ -16,7 +16,7 @@ from typing import Any, cast
 import brotli
 import numpy as np
 
-from core.config import ConfigError, ModelConfig, RunConfig, from_json
+from core.config import ConfigError, ModelConfig, RunConfig, changed, from_json
 from core.data.shards import write_shard
 from core.engine.protocol import Engine
 from core.export import codecs
@@ -24,17 +24,21 @@ from core.export.artifact import write_artifact
 from core.model.params import optimizer_slots, param_table, start_values
 from core.model.storage import STORAGES
 from core.training.run import Run
-from shared_tests.oracle.reference import stored_model
+from shared_tests.reference.storage import stored_model
 
 Random = random.Random
 SIZES: dict[str, Any] = {
-    "vocab": 7, "dim": 4, "layers": 1, "heads": 2, "kv_heads": 1, "mlp_hidden": 66, "rope_dims": 2, "vocab_bias": True,
+    "vocab": 7, "dim": 4, "layers": 1, "attention.heads": 2, "attention.kv_heads": 1, "attention.rope_dims": 2,
+    "mlp.hidden": 66, "head.bias": True,
 }  # fmt: skip
 MODELS = [
-    ModelConfig(**SIZES, matrix_storage="ternary/64", table_storage="int6/row"),
-    ModelConfig(**SIZES, matrix_storage="int4/64", table_storage="fp8/row", embed_dim=3),
-    ModelConfig(**SIZES, matrix_storage="int8/64", table_storage="float16"),
-    ModelConfig(**SIZES, matrix_storage="fp8/row", table_storage="ternary/128", embed_dim=5),
+    changed(ModelConfig(), SIZES | {"matrix_storage": matrix, "embedding.storage": table, "embedding.dim": width})
+    for matrix, table, width in (
+        ("ternary/64", "int6/row", None),
+        ("int4/64", "fp8/row", 3),
+        ("int8/64", "float16", None),
+        ("fp8/row", "ternary/128", 5),
+    )
 ]
 RUN = RunConfig(model=MODELS[0])
 HOSTILE: tuple[Any, ...] = (
@@ -215,7 +219,7 @@ def packed(raw: bytes, window: int) -> bytes:
 
 def other_model(rng: Random, header: dict[str, Any], streams: list[bytes]) -> list[bytes]:
     """Change a field of the model, and tensors and streams with it: a consistent file of another small model."""
-    field = rng.choice([*(name for name in SIZES if name != "vocab_bias"), "matrix_storage", "table_storage"])
+    field = rng.choice([*(name for name in SIZES if name != "head.bias"), "matrix_storage", "embedding.storage"])
     value = rng.choice(STORAGES) if "storage" in field else rng.choice((1, 2, 3, 4, 6, 8, 12, 64, 65, 1024))
     before = {entry["name"]: raw for entry, raw in zip(header["streams"], streams, strict=True)}
     sizes = set_model(header, field, value, 1 << 16)
@@ -229,7 +233,8 @@ def set_model(header: dict[str, Any], field: str, value: Any, most: int) -> dict
 
     Returns the bytes of each stream; checksums and payload sizes are left open.
     """
-    header["model"][field] = value
+    part, _, name = field.rpartition(".")
+    (header["model"][part] if part else header["model"])[name] = value
     try:
         table = param_table(from_json(ModelConfig, header["model"]))
     except ConfigError:
@@ -244,7 +249,7 @@ def set_model(header: dict[str, Any], field: str, value: Any, most: int) -> dict
 
 def bomb(rng: Random, header: dict[str, Any]) -> bytes:
     """Return a small file that is right in every way and holds a model of up to 96 MB, all codes alike."""
-    header["model"]["dim"], field = 64, rng.choice(("vocab", "mlp_hidden"))
+    header["model"]["dim"], field = 64, rng.choice(("vocab", "mlp.hidden"))
     for bits in range(20, 13, -1):
         if set_model(header, field, 1 << bits, 96 << 20):
             break

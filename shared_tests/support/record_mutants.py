@@ -55,7 +55,7 @@ seeds = [7]
 [search.space]
 "train.lr_matrix" = { low = 0.003, high = 0.3, log = true }
 "train.matrix_rule" = { values = ["adamw", "muon"] }
-"model.mlp_hidden" = { low = 64, high = 128, step = 64 }
+"model.mlp.hidden" = { low = 64, high = 128, step = 64 }
 """
 PIECES = (
     *'[]{}=,."\'#\n\\ ', '"""', "'''", "[[", "]]", "inf", "nan", "-1", "0x" + "f" * 40, "1e400", "true", "none",

@@ -13,7 +13,7 @@ import numpy as np
 
 from core import presets, rng
 from core.check.parity import perturbed
-from core.config import DataConfig, RunConfig
+from core.config import DataConfig, RunConfig, changed
 from core.data.bundled import BUNDLED
 from core.data.prepare import prepare
 from core.data.shards import open_shard, shard_record, write_shard
@@ -89,7 +89,7 @@ def small(data: str, name: str = "debug", **model: Any) -> RunConfig:
 
 def half_weights(config: RunConfig, wide: bool = False) -> dict[str, Stored]:
     """Return random float16 weights whose logits are not flat; the table of a `wide` model is drawn without care."""
-    base = dataclasses.replace(config.model, bigram_buckets=11) if wide else config.model
+    base = changed(config.model, {"bigram.buckets": 11}) if wide else config.model
     weights = perturbed(base, 0, 3.0)
     if wide:
         shape = param_table(config.model)["bigram.table"].shape

@@ -10,7 +10,7 @@ import torch
 
 from core import presets, rng
 from core.check.tolerances import P2_FLOAT64, relative_rms
-from core.config import RunConfig
+from core.config import RunConfig, changed
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, Split, batch
 from core.engine.fitting import fitting, halves, usable, values_per_token
@@ -55,7 +55,7 @@ def kept(config: RunConfig) -> float:
 def test_the_estimate_is_what_pytorch_keeps(name: str) -> None:
     """At full width, with fewer layers: what a layer keeps does not depend on how many there are."""
     config = presets.get(name).config
-    model = dataclasses.replace(config.model, layers=4, engram_buckets=101)
+    model = changed(config.model, {"layers": 4, "engram.buckets": 101})
     train = dataclasses.replace(config.train, batch=1, micro_batch=None, seq=64, quantise="never")
     config = dataclasses.replace(config, model=model, train=train)
     assert values_per_token(model, 64) == pytest.approx(kept(config), rel=0.15)

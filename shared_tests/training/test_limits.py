@@ -4,6 +4,7 @@ The cases are made of the fields of the dataclasses, and go in as config.json, a
 """
 
 import dataclasses
+import functools
 import json
 import resource
 import time
@@ -25,11 +26,13 @@ from core.config import (
     ModelConfig,
     RunConfig,
     TrainConfig,
+    changed,
     from_json,
     to_json,
 )
 from core.console import MESSAGE, one_line
 from core.export.artifact import read_artifact
+from core.model import trunk
 from core.model.params import MOST_VALUES, count, param_table, start_values
 from core.training.run import Run
 from core.verbs.common import open_subject
@@ -51,15 +54,19 @@ def kinds(hint: Any) -> set[Any]:
     return set().union(*map(kinds, get_args(hint))) if get_args(hint) else {hint}
 
 
-def fields(section: str) -> dict[str, Any]:
-    """Return the fields of a section and what they take."""
-    return typing.get_type_hints(SECTIONS[section])
+def fields(kind: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the fields of a section and of the parts in it, named with dots, and what they take."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        inner = dataclasses.is_dataclass(hint)
+        found |= fields(hint, f"{prefix}{name}.") if inner else {prefix + name: hint}
+    return found
 
 
 def cases() -> Iterator[tuple[str, str, Any]]:
     """Yield (section, field, value) for every field: numbers, texts and lists that no one means."""
     for section, kind in SECTIONS.items():
-        for name, hint in typing.get_type_hints(kind).items():
+        for name, hint in fields(kind).items():
             values: list[Any] = []
             if get_origin(hint) is tuple:
                 one = {int: 3, float: 0.5, str: "attention"}[kinds(hint).difference({type(...)}).pop()]
@@ -78,11 +85,12 @@ def cases() -> Iterator[tuple[str, str, Any]]:
 ALL = list(cases())
 
 
-def changed(config: RunConfig, case: tuple[str, str, Any]) -> dict[str, Any]:
+def edited(config: RunConfig, case: tuple[str, str, Any]) -> dict[str, Any]:
     """Return a configuration as JSON has it, with one field changed."""
     value = to_json(config)
     section, name, new = case
-    (value[section] if section else value)[name] = new
+    *parts, last = [part for part in (section, *name.split(".")) if part]
+    functools.reduce(dict.__getitem__, parts, value)[last] = new
     return json.loads(json.dumps(value))
 
 
@@ -117,7 +125,7 @@ def little_memory() -> Iterator[None]:
 def use(config: RunConfig) -> None:
     """Do what every verb does with a configuration before anything is trained or scored."""
     assert count(config.model) <= MOST_VALUES
-    assert config.train.tokens_per_step and config.train.lengths and config.model.passes(True)
+    assert config.train.tokens_per_step and config.train.lengths and trunk.layers(config.model, True)
 
 
 def test_config_json(tmp_path: Path) -> None:
@@ -125,7 +133,7 @@ def test_config_json(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", presets.get("debug").config, b"tokenizer")
     file, accepted = run.path / "config.json", 0
     for case in ALL:
-        file.write_text(json.dumps(changed(run.config, case)))
+        file.write_text(json.dumps(edited(run.config, case)))
         accepted += check(lambda: use(Run.open(run.path).config), case)
     assert 40 < accepted < len(ALL) / 4, "most are refused, and what is meant by someone works"
 
@@ -244,19 +252,25 @@ def test_sizes_at_their_limits_cost_little() -> None:
         ModelConfig(), layers=1024, blocks=("skc", "attention"), repeat_layers=tuple(range(1024))
     )
     assert not check(lambda: start_values(deep, 0), "deep")
-    deep = dataclasses.replace(deep, dim=16, heads=1, kv_heads=1, mlp_hidden=16, rope_dims=0, mixer_dim=16, capsules=1)
+    deep = changed(deep, {
+        "dim": 16, "attention.heads": 1, "attention.kv_heads": 1, "mlp.hidden": 16, "attention.rope_dims": 0,
+        "koopman.dim": 16, "skc.capsules": 1,
+    })  # fmt: skip
     began = time.process_time()
     assert len(param_table(deep)) > 15_000 and time.process_time() - began < 5
-    wide = dataclasses.replace(ModelConfig(), vocab=1 << 20, dim=1 << 20, mlp_hidden=1 << 20, heads=1, kv_heads=1)
+    wide = changed(
+        ModelConfig(),
+        {"vocab": 1 << 20, "dim": 1 << 20, "mlp.hidden": 1 << 20, "attention.heads": 1, "attention.kv_heads": 1},
+    )
     assert not check(lambda: start_values(wide, 0), "wide")
 
 
 def test_every_limit_is_checked_first() -> None:
     """A field that is too large is refused by its limit, not by what would be computed from it."""
     for section, name, value in ALL:
-        if section and isinstance(value, int) and value == 10**18 and int in kinds(fields(section)[name]):
+        if section and isinstance(value, int) and value == 10**18 and int in kinds(fields(SECTIONS[section])[name]):
             with pytest.raises(ConfigError, match=rf"^{section}\.{name}.*expected at most"):
-                from_json(SECTIONS[section], changed(RunConfig(), (section, name, value))[section], section)
+                from_json(SECTIONS[section], edited(RunConfig(), (section, name, value))[section], section)
 
 
 # What leaves the program.

@@ -68,13 +68,13 @@ def test_the_last_part_of_a_name_comes_first() -> None:
 
 
 def test_nothing_and_switches_may_be_spelled_as_people_do() -> None:
-    typed = "--train.eval-every none --train.clip=Off --model.unet_skips on --export.budget 5 --out none --json on"
+    typed = "--train.eval-every none --train.clip=Off --model.skips.on on --export.budget 5 --out none --json on"
     kept = "--export.budget 5 --out none --json on"  # --out takes text, and --json no value
     assert " ".join(spelled(typed.split(), KNOWN)) == (
-        f"--train.eval-every None --train.clip=None --model.unet_skips True {kept}"
+        f"--train.eval-every None --train.clip=None --model.skips.on True {kept}"
     )
     assert given(typed.split(), KNOWN) == [
-        "--train.eval_every", "--train.clip", "--model.unet_skips", "--export.budget", "--out", "--json"
+        "--train.eval_every", "--train.clip", "--model.skips.on", "--export.budget", "--out", "--json"
     ]  # fmt: skip
 
 

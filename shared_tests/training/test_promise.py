@@ -10,7 +10,7 @@ import pytest
 
 import core.training.finish
 from core import presets
-from core.config import RunConfig
+from core.config import RunConfig, changed
 from core.console import Console
 from core.data.bundled import open_data
 from core.data.dataset import Dataset
@@ -33,8 +33,17 @@ def dataset() -> Dataset:
 def small(**changes: Any) -> RunConfig:
     """Return `ablate` made small, with widths that do not fill their groups, for a few steps of real text."""
     base = presets.get("ablate").config
-    model = dataclasses.replace(
-        base.model, dim=48, layers=2, heads=2, kv_heads=1, rope_dims=8, mlp_hidden=189, **changes.pop("model", {})
+    model = changed(
+        base.model,
+        {
+            "dim": 48,
+            "layers": 2,
+            "attention.heads": 2,
+            "attention.kv_heads": 1,
+            "attention.rope_dims": 8,
+            "mlp.hidden": 189,
+            **changes.pop("model", {}),
+        },
     )
     train = dataclasses.replace(
         base.train, steps=6, batch=4, seq=64, eval_every=None, save_every=3, muon_momentum_steps=0, **changes
@@ -60,7 +69,7 @@ STORED: dict[str, dict[str, Any]] = {
     "averaged": {"average_from": 0.3, "average_decay": 0.5},
     "all averaged": {"average_from": 0.3, "average_decay": 0.5, "average_ternary": True},
     "late": {"quantise": "late", "quantise_below": 0.9},
-    "int4 and fp8": {"model": {"matrix_storage": "int4/64", "table_storage": "fp8/row", "output_norm": "gain"}},
+    "int4 and fp8": {"model": {"matrix_storage": "int4/64", "embedding.storage": "fp8/row", "output_norm": "gain"}},
 }
 
 

@@ -297,7 +297,7 @@ def begun(dataset: Dataset, tmp_path: Path) -> Run:
     [
         (("--seed", "4"), "other settings (seed: 1337 -> 4): choose another --out, or repeat them"),
         (("--model.layers", "1"), "(model.layers: 2 -> 1)"),
-        (("--model.activation", "leaky_relu2", "--train.lr_matrix", "1"), "train.lr_matrix: 0.003 -> 1.0)"),
+        (("--model.mlp.activation", "leaky_relu2", "--train.lr_matrix", "1"), "train.lr_matrix: 0.003 -> 1.0)"),
         (("--train.quantise", "late"), "(train.quantise: 'never' -> 'late')"),
         (("--data.path", "OTHER"), "other data than when it began (sha256: '"),
     ],

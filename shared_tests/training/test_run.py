@@ -78,11 +78,11 @@ class BigramEngine:
         p /= len(targets)
         grad = p.T @ embed[tokens]
         np.add.at(grad, tokens, p @ embed)
-        return loss, {"embed.weight": grad, "vocab_bias": p.sum(axis=0)}
+        return loss, {"embed.weight": grad, "head.bias": p.sum(axis=0)}
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         embed = self.values["embed.weight"]
-        return embed[tokens] @ embed.T + self.values["vocab_bias"]
+        return embed[tokens] @ embed.T + self.values["head.bias"]
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         logits = self.logits(tokens).astype(np.float64)

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 import core.training.run
 from core import presets, rng
-from core.config import ConfigError, DataConfig, to_json
+from core.config import ConfigError, DataConfig, changed, to_json
 from core.data.bundled import open_data
 from core.data.dataset import Dataset
 from core.training.checkpoint import digest
@@ -164,7 +164,7 @@ def test_the_digest_of_settings() -> None:
     other = [
         dataclasses.replace(config, train=dataclasses.replace(config.train, lr_matrix=0.5)),
         dataclasses.replace(config, train=dataclasses.replace(config.train, lr_hash=0.5)),
-        dataclasses.replace(config, model=dataclasses.replace(config.model, smear=True)),
+        dataclasses.replace(config, model=changed(config.model, {"smear.on": True})),
     ]
     assert len({digest, *map(config_digest, other)}) == 4
     with pytest.MonkeyPatch.context() as patch:  # what a version without the field would have written

@@ -4,6 +4,7 @@ The run folders are the source. A search has no database of its own: each start 
 what is stored, round by round, which leads to the same trials, so that a killed search goes on where it was.
 """
 
+import functools
 import json
 import math
 import warnings
@@ -164,8 +165,7 @@ def _ended(trial: Trial, results: Sequence[Result]) -> Trial:
 def _start(plan: Ablation, search: Search) -> dict[str, Any]:
     """Return the start's values of the searched fields, as a file would have them."""
     config = json.loads(json.dumps(to_json(plan.config(search.variant, search.seeds[0]))))
-    names = [field.name.split(".") for field in search.space]
-    return {f"{part}.{name}": config[part][name] for part, name in names}
+    return {f.name: functools.reduce(dict.__getitem__, f.name.split("."), config) for f in search.space}
 
 
 class Sampler:

@@ -8,7 +8,7 @@ round = 4                          # trials that are asked for together; default
 sampler_seed = 0                   # of the draw; default: 0
 [search.space]
 "train.lr_matrix" = { low = 0.003, high = 0.3, log = true }
-"model.engram_dim" = { low = 16, high = 64, step = 16 }
+"model.engram.dim" = { low = 16, high = 64, step = 16 }
 "train.matrix_rule" = { values = ["adamw", "muon"] }
 """
 

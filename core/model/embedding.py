@@ -1,0 +1,37 @@
+"""The embedding: a vector per token, which the tied head reads too; it may be factored."""
+
+from dataclasses import dataclass, replace
+
+from core.checks import require, require_least
+from core.model.storage import Storage
+from core.model.table import Init, Model, Param, Part, Rows, matrix
+
+
+@dataclass(frozen=True)
+class Embedding(Part):
+    """Give every token a vector."""
+
+    dim: int | None = None
+    """Width of a factored tied embedding, with projections to and from the stream's width; None: not factored."""
+    std: float = 0.02
+    """Standard deviation of the start values."""
+    storage: Storage = "float16"
+    """How the embedding and its projections are stored."""
+
+    def check(self, model: Model) -> None:
+        """Raise ConfigError for settings that cannot be built."""
+        require(self.dim is None or self.dim >= 1, f"model.embedding.dim={self.dim}: expected at least 1")
+        require_least("model.embedding", self, 0, "std")
+
+    def rows(self, model: Model) -> Rows:
+        """Return the parameters, by their whole names."""
+        width, stored = self.dim or model.dim, self.storage
+        rows = {"embed.weight": Param((model.vocab, width), Init("normal", self.std), "embed", stored)}
+        if self.dim is not None:
+            rows["embed_up.weight"] = matrix(model, model.dim, width, storage=stored)
+            rows["embed_down.weight"] = matrix(model, width, model.dim, storage=stored)
+        return rows
+
+    def mini(self, model: Model, dim: int) -> "Embedding":
+        """Return settings of the same width, measured by the stream's."""
+        return replace(self, dim=None if self.dim is None else max(1, self.dim * dim // model.dim))

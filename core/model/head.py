@@ -1,0 +1,25 @@
+"""The head: logits by the embedding's own vectors, with an optional bias, softly capped."""
+
+from dataclasses import dataclass
+
+from core.checks import require
+from core.model.table import Model, Part, Rows, vector
+
+
+@dataclass(frozen=True)
+class Head(Part):
+    """Give every entry of the vocabulary a logit."""
+
+    bias: bool = False
+    """Add a learned bias per vocabulary entry to the logits."""
+    softcap: float | None = 30.0
+    """Logits become softcap * tanh(logits / softcap); None: no cap."""
+
+    def check(self, model: Model) -> None:
+        """Raise ConfigError for settings that cannot be built."""
+        good = self.softcap is None or self.softcap > 0
+        require(good, f"model.head.softcap={self.softcap}: expected a positive number")
+
+    def rows(self, model: Model) -> Rows:
+        """Return the parameters beside the embedding's, which the head shares."""
+        return {"bias": vector(model.vocab)} if self.bias else {}

@@ -1,0 +1,60 @@
+"""A layer: a mixer and an MLP, each added to the stream through a scale per channel."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from core.model.table import Init, Model, Part, Rows, State, below, vector
+
+
+class Kind(NamedTuple):
+    """A kind of layer."""
+
+    mixer: str
+    """The part that mixes positions."""
+    parallel: bool = False
+    """Whether the MLP stands beside the mixer instead of behind it."""
+
+
+KINDS = {
+    "attention": Kind("attention"),
+    "koopman": Kind("koopman"),
+    "skc": Kind("skc"),
+    "skc_parallel": Kind("skc", parallel=True),
+}
+
+
+@dataclass(frozen=True)
+class Layer(Part):
+    """One block of weights, which one or several layers use."""
+
+    block: int
+    """Which one."""
+
+    def mixer(self, model: Model) -> Part:
+        """Return the part that mixes positions: layers that share a block are of one kind."""
+        return getattr(model, KINDS[model.kind(self.block)].mixer)
+
+    def rows(self, model: Model) -> Rows:
+        """Return the parameters; what belongs to a pass through the block has one row per pass if there are several."""
+        first, again = model.uses_of(self.block)
+        passes = first + again
+        shape = (model.dim,) if passes == 1 else (passes, model.dim)
+        # A repeat's scales start at 0: switched on in the middle of a run, it changes nothing at first; one that never
+        # was switched on changes nothing at all, so that scoring may always run the whole depth.
+        scale = 1.0 if passes == 1 else Init("rows", 1.0, first)
+        mix = {"stream_mix": vector(*shape, init=1.0), "embed_mix": vector(*shape)} if model.residual_mix else {}
+        return {
+            **below("mixer", self.mixer(model).rows(model)),
+            "mixer_scale": vector(*shape, init=scale),
+            **below("mlp", model.mlp.rows(model)),
+            "mlp_scale": vector(*shape, init=scale),
+            **mix,
+        }
+
+    def flops(self, model: Model, seq: int) -> int:
+        """Return the FLOPs of mixer and MLP beside their matrices."""
+        return self.mixer(model).flops(model, seq) + model.mlp.flops(model, seq)
+
+    def state(self, model: Model) -> State:
+        """Return the size of the mixer's decoding state."""
+        return self.mixer(model).state(model)

@@ -1,0 +1,29 @@
+"""The MLP that follows every mixer, or stands beside it."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from core.checks import require_least
+from core.model.table import Model, Part, Rows, matrix, output
+
+
+@dataclass(frozen=True)
+class MLP(Part):
+    """Change every position by itself: down(activation(up(x)))."""
+
+    hidden: int = 1024
+    """Hidden width."""
+    activation: Literal["relu2", "leaky_relu2"] = "relu2"
+    """relu(x)^2, or LeakyReLU(0.5)(x)^2."""
+
+    def check(self, model: Model) -> None:
+        """Raise ConfigError for settings that cannot be built."""
+        require_least("model.mlp", self, 1, "hidden")
+
+    def rows(self, model: Model) -> Rows:
+        """Return the parameters of one layer."""
+        return {"up.weight": matrix(model, self.hidden, model.dim), **output(model, "down", self.hidden)}
+
+    def mini(self, model: Model, dim: int) -> "MLP":
+        """Return settings of the same width, measured by the stream's."""
+        return replace(self, hidden=max(1, self.hidden * dim // model.dim))
