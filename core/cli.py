@@ -6,7 +6,6 @@
 import contextlib
 import dataclasses
 import difflib
-import errno
 import importlib
 import io
 import os
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from core.console import Console, one_line
+from core.verbs.errors import UsageError, is_users, message
 
 
 class Verb(NamedTuple):
@@ -31,46 +31,27 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "doctor": Verb("core.verbs.look", "Doctor", "doctor", "check this machine: versions, devices, BLAS, both backends"),
-    "presets": Verb("core.verbs.look", "Presets", "list_presets", "list the named runs"),
-    "info": Verb("core.verbs.look", "Info", "info", "parameters, bytes against the budget, FLOPs of a preset", True),
+    "doctor": Verb("core.verbs.doctor", "Doctor", "doctor", "check this machine: versions, devices, both backends"),
+    "presets": Verb("core.verbs.presets", "Presets", "list_presets", "list the named runs"),
+    "info": Verb("core.verbs.info", "Info", "info", "parameters, bytes against the budget, FLOPs of a preset", True),
     "data sample": Verb("core.verbs.data", "Sample", "sample", "prepare the bundled text"),
     "data prepare": Verb("core.verbs.data", "Prepare", "prepare_text", "tokenise text files into shards"),
     "data fineweb": Verb("core.verbs.data", "Fineweb", "fetch", "download the challenge's published shards"),
     "data adopt": Verb("core.verbs.data", "Adopt", "adopt", "use a folder of downloaded official shards"),
-    "train": Verb("core.verbs.make", "Train", "train_run", "train a preset, score it, export it, report", True),
-    "eval": Verb("core.verbs.judge", "Eval", "evaluate", "score a run or an artifact on validation text"),
-    "sample": Verb("core.verbs.judge", "Sample", "write_text", "let a run or an artifact write text"),
+    "train": Verb("core.verbs.train", "Train", "train_run", "train a preset, score it, export it, report", True),
+    "eval": Verb("core.verbs.eval", "Eval", "evaluate", "score a run or an artifact on validation text"),
+    "sample": Verb("core.verbs.sample", "Sample", "write_text", "let a run or an artifact write text"),
     "audit": Verb("core.verbs.audit", "Audit", "audit_score", "does the score of a run or an artifact keep the rules?"),
-    "export": Verb("core.verbs.make", "Export", "export_run", "write a run's artifact, reload it, score it again"),
+    "export": Verb("core.verbs.export", "Export", "export_run", "write a run's artifact, reload it, score it again"),
     "ablate": Verb("core.verbs.ablate", "Ablate", "ablate", "variants of a preset: what helped, by how much, how sure"),
     "import-official": Verb(
-        "core.verbs.official", "Import", "import_official", "make a run of a checkpoint of the official scripts"
+        "core.verbs.import_official", "Import", "import_official", "make a run of a checkpoint of the official scripts"
     ),
     "track": Verb("core.verbs.track", "Track", "track", "copy recorded runs to TensorBoard or Weights & Biases"),
-    "compare": Verb("core.verbs.look", "Compare", "compare_runs", "runs: what differs, where curves part, speed"),
-    "parity": Verb("core.verbs.judge", "Parity", "parity", "hold both backends to each other", True),
-    "bench": Verb("core.verbs.judge", "Bench", "bench", "measure training speed", True),
+    "compare": Verb("core.verbs.compare", "Compare", "compare_runs", "runs: what differs, where curves part, speed"),
+    "parity": Verb("core.verbs.parity", "Parity", "parity", "hold both backends to each other", True),
+    "bench": Verb("core.verbs.bench", "Bench", "bench", "measure training speed", True),
 }
-USER_ERRNO = (
-    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EROFS,
-    errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG,
-)  # fmt: skip
-FILE_ERRNO = (
-    errno.EIO, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.EBUSY, errno.EINVAL, errno.ENOTEMPTY, errno.ESTALE,
-    errno.ENXIO, errno.ENODEV, errno.ETXTBSY,
-)  # fmt: skip
-"""The same where the error names a file."""
-NO_SPACE = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some of your quota",
-    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
-}
-"""Errors of a full disk, and what to do about each."""
-
-
-class UsageError(ValueError):
-    """The command line cannot be read."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,30 +151,6 @@ def _complain(name: str, error: Exception) -> None:
     print(f"{name}: {f'rank {rank}: ' if rank else ''}{message(error)}", file=sys.stderr)
 
 
-def is_users(error: Exception) -> bool:
-    """Whether the user can do something about it: our own typed errors, and files that cannot be opened or written."""
-    if isinstance(error, OSError):
-        return error.errno in USER_ERRNO or (error.filename is not None and error.errno in FILE_ERRNO)
-    if isinstance(error, MemoryError | RuntimeError):
-        from core.engine.memory import is_memory
-
-        return is_memory(error)
-    return type(error).__module__.startswith("core.") or type(error) is UsageError
-
-
-def message(error: Exception) -> str:
-    """Return what to tell the user, in one line."""
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        hint = f"; {NO_SPACE[error.errno]}, what was saved before is intact" if error.errno in NO_SPACE else ""
-        return one_line(f"{where}{error.strerror}{hint}")
-    if isinstance(error, MemoryError | RuntimeError):
-        from core.engine.memory import described
-
-        return described(error)
-    return one_line(error)
-
-
 def _help(verbs: dict[str, Verb]) -> str:
     width = max(map(len, verbs))
     lines = [f"  {name.ljust(width)}  {verb.purpose}" for name, verb in verbs.items()]
@@ -279,13 +236,13 @@ def condense(box: str) -> str:
     drawn = bool(lines) and lines[0].startswith("╭")  # elsewhere than on a UTF-8 stdout, tyro draws with minus signs
     lines = [line for line in lines[1 if drawn else 2 :] if line and line[0] != "╰"]
     ends = [i for i, line in enumerate(lines) if set(line) <= {"─", "-"}] or [len(lines)]
-    message = one_line(" ".join(lines[: ends[0]]))
-    message = re.sub(r"^Error parsing \w+: (?=\w+[.=])", "", message).split(". Got errors: ")[0]
+    words = one_line(" ".join(lines[: ends[0]]))
+    words = re.sub(r"^Error parsing \w+: (?=\w+[.=])", "", words).split(". Got errors: ")[0]
     rest = " ".join(lines[ends[0] :])
     near = re.search(r"Perhaps you meant:.*?(--[\w.]+)", rest)
     kind = re.search(r"Argument helptext:\W+--[\w.]+ (\S+)", rest)
     hint = f"; did you mean {near.group(1)}?" if near else f"; expected {kind.group(1)}" if kind else ""
-    return message + hint
+    return words + hint
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ LATER = {
     "capsule_shift", "capsule_intra", "capsule_bands", "shared_blocks", "repeat_layers", "repeat_from",
     "bank", "bank_heads", "bank_capsules", "bank_times", "bank_gate", "engram_orders", "engram_heads", "engram_buckets",
     "engram_dim", "engram_layer", "engram_keep", "hash_storage", "bigram_buckets", "bigram_dim", "smear", "lr_hash",
-    "attention_conv", "plugins", "save_minutes",
+    "attention_conv", "plugins", "save_minutes", "weight_decay_embed",
 }  # fmt: skip
 """Fields that came after the first files were written: a file without one of them means its default."""
 
@@ -100,7 +100,9 @@ class TrainConfig:
     muon_scale: Literal["ratio", "rms"] = "ratio"
     """Scale of the update: sqrt(max(1, rows / columns)), or 0.2 sqrt(max(rows, columns)) to match AdamW's RMS."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of the matrix group; the other groups are not decayed."""
+    """Decoupled weight decay of the matrix group."""
+    weight_decay_embed: float = 0.0
+    """Decoupled weight decay of the embedding group; vectors and hash tables are never decayed."""
     clip: float | None = 1.0
     """Largest global gradient norm; None: no clipping."""
     z_loss: float = 0.0
@@ -140,7 +142,8 @@ class TrainConfig:
         limits = {"steps": MOST_STEPS, "batch": MOST_ROWS, "micro_batch": MOST_ROWS, "seq": MOST_TOKENS}
         require_limits("train", self, MOST_STEPS, **limits, seq_stages=MOST_TOKENS)
         check_tokens("train", self.batch, self.seq)
-        for name in ("lr_embed", "lr_matrix", "lr_vector", "lr_hash", "weight_decay", "z_loss"):
+        rates = ("lr_embed", "lr_matrix", "lr_vector", "lr_hash", "weight_decay", "weight_decay_embed")
+        for name in (*rates, "z_loss"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
         for name in ("steps", "batch", "seq", "log_every"):

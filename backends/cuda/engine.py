@@ -18,14 +18,15 @@ from backends.cuda.distributed import Reducer
 from backends.cuda.model import Model
 from backends.cuda.staging import to_gpu
 from backends.cuda.update import Update
+from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
-from core.engine.protocol import Arrays, Batch, EngineOptions, Scoring, State, StepResult, counts, micro_batches
+from core.engine.plan import StepPlan
+from core.engine.protocol import Arrays, EngineOptions, Scoring, State, StepResult, counts, micro_batches
 from core.engine.ranks import buckets, owners
 from core.model.context import Constants
 from core.model.params import banks, check_arrays, optimizer_slots, param_table
 from core.model.storage import Stored
 from core.model.tables import mixer_tables, rope_tables
-from core.training.schedule import StepPlan
 
 IN_FLIGHT = 2
 PASS, AHEAD = 65_536, 32

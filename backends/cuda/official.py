@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import torch
 
-from core.official.checkpoint import MAX_TENSORS, MAX_VALUES, OfficialError, fail, shown
+from core.official.refusal import MAX_TENSORS, MAX_VALUES, OfficialError, fail, shown
 
 MAX_PICKLE = 1 << 20
 MAX_TUPLES = 1 << 14

@@ -70,14 +70,14 @@ def muon(param, grad, m, lr, decay, momentum, settings, dtype=None):
 def rule(train, group, param, grad, slots, hyper, dtype=None):
     """Return (param, slots) after one update by the rule of a group: of a stack of matrices, for Muon, or of anything.
 
-    `slots` holds the optimizer state by slot, `hyper` core.training.schedule.NUMBERS by name; `dtype` is
+    `slots` holds the optimizer state by slot, `hyper` core.engine.plan.NUMBERS by name; `dtype` is
     that of newton_schulz.
     """
-    decay = hyper["weight_decay"] if group == "matrix" else 0.0
+    rate, decay = hyper[f"lr_{group}"], hyper[f"decay_{group}"]
     if group == "matrix" and train.matrix_rule == "muon":
-        param, m = muon(param, grad, slots["m"], hyper["lr_matrix"], decay, hyper["momentum"], train, dtype)
+        param, m = muon(param, grad, slots["m"], rate, decay, hyper["momentum"], train, dtype)
         return param, {"m": m}
-    rates = hyper[f"lr_{group}"], decay, hyper["bias1"], hyper["bias2"]
+    rates = rate, decay, hyper["bias1"], hyper["bias2"]
     param, m, v = adamw(param, grad, slots["m"], slots["v"], *rates, train.beta1, train.beta2, train.eps)
     return param, {"m": m, "v": v}
 

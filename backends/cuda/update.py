@@ -8,8 +8,8 @@ import torch
 
 from backends.cuda import optim
 from backends.cuda.banks import joined
+from core.engine.plan import NUMBERS
 from core.engine.ranks import updated_by
-from core.training.schedule import NUMBERS
 
 
 class Update:

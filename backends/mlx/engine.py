@@ -14,14 +14,15 @@ from backends.mlx import ops, optim, storage
 from backends.mlx.blas import load_fast_blas
 from backends.mlx.distributed import reduce
 from backends.mlx.model import Model
+from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
-from core.engine.protocol import Arrays, Batch, EngineOptions, Scoring, State, StepResult, counts, micro_batches
+from core.engine.plan import NUMBERS, StepPlan
+from core.engine.protocol import Arrays, EngineOptions, Scoring, State, StepResult, counts, micro_batches
 from core.engine.ranks import buckets, updated_by
 from core.model.context import Constants
 from core.model.params import averaged, banks, check_arrays, exported, optimizer_slots, param_table
 from core.model.storage import Stored
 from core.model.tables import mixer_tables, rope_tables
-from core.training.schedule import NUMBERS, StepPlan
 
 IN_FLIGHT = 2
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float64": mx.float64}

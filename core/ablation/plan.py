@@ -13,18 +13,20 @@ steps = 250                        # or tokens, or seconds of training
 [variants.engram]
 "model.engram.orders" = 2
 
-[search], what `--search` does, is read by core/ablation/search/space.py.
+[search], what `--search` does: core/ablation/search/space.py.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from core import presets
 from core.ablation.fields import closest, flat, named, only, put, seeds, typed
-from core.ablation.search.space import FOUND, TRIAL, Search, read_search
+from core.ablation.search.space import FOUND, TRIAL, Field, Search, read_field
 from core.checks import told
 from core.config import MOST_STEPS, ConfigError, RunConfig, from_json, to_json
 from core.engine.protocol import BACKENDS
@@ -33,11 +35,19 @@ from core.formats.toml import read_toml
 KEYS = (
     "name", "purpose", "base", "seeds", "backends", "dtype", "reference", "budget", "settings", "variants", "search",
 )  # fmt: skip
+SEARCH_KEYS = ("trials", "seeds", "variant", "round", "sampler_seed", "space")
+SECTIONS = ("model", "train")
+"""What a search may change: other sections say what is measured, and their best value would only measure less."""
 BUDGETS = ("steps", "tokens", "seconds")
 MOST_AMOUNT = 10**11
 MOST_VARIANTS = 256
 MOST_RUNS = 4096
 """Runs of one ablation: every report reads all of them."""
+MOST_TRIALS = 10_000
+MOST_CHECKS = 5_000
+"""Settings of a search that are tried out before anything runs: a second or two."""
+ROUND = 4
+"""Trials that are asked for together, where the file does not say."""
 
 
 class Job(NamedTuple):
@@ -97,6 +107,12 @@ class Ablation(NamedTuple):
             return dataclasses.replace(config, train=train)
         except ConfigError as error:
             raise ConfigError(f"{where}: {str(error).replace('config.', '', 1)}") from error
+
+    def of_trials(self, search: Search, trials: dict[str, dict[str, Any]]) -> "Ablation":
+        """Return the ablation of a search's trials: name -> settings that differ from the variant it starts from."""
+        start = self.variants[search.variant]
+        changed = {name: {**start, **settings} for name, settings in trials.items()}
+        return self._replace(seeds=search.seeds, backends=self.backends[:1], variants=changed, search=None)
 
 
 def read_plan(path: str | Path) -> Ablation:
@@ -188,3 +204,79 @@ def _budget(value: dict[str, Any], where: str) -> tuple[str, float]:
         expected = f"expected a positive {'whole ' if whole else ''}number"
         raise ConfigError(f"{where}: budget.{kind}: {told(amount)}: {expected} of at most {MOST_AMOUNT:,}")
     return kind, amount
+
+
+def read_search(value: dict[str, Any], plan: Ablation, where: str) -> Search:
+    """Read [search] of a plan that is checked; ConfigError names the file and what is wrong."""
+    only(value, SEARCH_KEYS, where)
+    variant = typed(value, "variant", str, where, plan.reference)
+    if variant not in plan.variants:
+        raise ConfigError(f"{where}: variant: {variant!r} is not a variant; known: {', '.join(plan.variants)}")
+    trials = _count(typed(value, "trials", int, where), f"{where}: trials", 1, MOST_TRIALS)
+    own = seeds(typed(value, "seeds", list, where), where)
+    common = sorted(set(own) & set(plan.seeds))
+    if common:
+        raise ConfigError(
+            f"{where}: seeds: {', '.join(map(str, common))} also among the ablation's seeds: the best of many trials "
+            "looks better on its own seeds than it is, so that it is judged on others; choose other seeds here"
+        )
+    space = typed(value, "space", dict, where)
+    fields = tuple(_fields(flat(space, f"{where}.space"), plan, variant, f"{where}.space"))
+    if not fields:
+        raise ConfigError(
+            f'{where}.space: empty; add at least one field, as in "train.lr_matrix" = {{low=..., high=...}}'
+        )
+    sizes = [field.size for field in fields]
+    if None not in sizes and math.prod(size or 0 for size in sizes) < trials:
+        most = math.prod(size or 0 for size in sizes)
+        raise ConfigError(f"{where}: trials: {trials}: the space has only {most} settings; make it {most} or fewer")
+    _check_ends(fields, plan, variant, f"{where}.space")
+    return Search(
+        trials,
+        own,
+        variant,
+        _count(typed(value, "round", int, where, ROUND), f"{where}: round", 1, MOST_TRIALS),
+        _count(typed(value, "sampler_seed", int, where, 0), f"{where}: sampler_seed", 0, 2**31 - 1),
+        fields,
+    )
+
+
+def _fields(space: dict[str, Any], plan: Ablation, variant: str, where: str) -> Iterator[Field]:
+    start = to_json(plan.config(variant, plan.seeds[0]))
+    for name, value in space.items():
+        put(start, name, None, where)
+        if name.partition(".")[0] not in SECTIONS:
+            allowed = " and ".join(f"{section}.*" for section in SECTIONS)
+            raise ConfigError(f"{where}: {name}: says what is measured, not what is trained; only {allowed}")
+        yield read_field(name, value, f"{where}: {name}")
+
+
+def _check_ends(fields: tuple[Field, ...], plan: Ablation, variant: str, where: str) -> None:
+    """Raise ConfigError for a value that no run could have: not with the start, not with one other field changed."""
+
+    checks = 0
+
+    def refused(**changes: Any) -> str | None:
+        nonlocal checks
+        checks += 1
+        if checks > MOST_CHECKS:
+            raise ConfigError(f"{where}: too many values to check, most of which no run can have; give fewer")
+        start = plan.variants[variant]
+        try:
+            plan._replace(variants={"x": {**start, **changes}}).config("x", plan.seeds[0])
+        except ConfigError as error:
+            return str(error).removeprefix(f"{plan.path}: variants.x: ")
+        return None
+
+    for field in fields:
+        for value in field.ends:
+            error = refused(**{field.name: value})
+            others = ((other.name, end) for other in fields if other is not field for end in other.some)
+            if error and all(refused(**{field.name: value, name: end}) for name, end in others):
+                raise ConfigError(f"{where}: {error if field.name in error else f'{field.name} = {value!r}: {error}'}")
+
+
+def _count(value: int, where: str, least: int, most: int) -> int:
+    if not least <= value <= most:
+        raise ConfigError(f"{where}: {value}: expected a whole number from {least:,} to {most:,}")
+    return value

@@ -21,30 +21,17 @@ MOST = 1e12
 
 
 class StoreError(ValueError):
-    """The store cannot be used: the message names the file or the database and what is wrong with it."""
+    """The store cannot be used: the message names the file and what is wrong with it."""
 
 
 class JobFile(NamedTuple):
     """What job.json says: what was asked for of a run."""
 
-    key: str
     config: RunConfig
     backend: Literal["mlx", "cuda"]
     dtype: str | None
     code: str
-    data: dict[str, str]
     command: str
-    settings: dict[str, Any]
-    """The configuration as the file has it."""
-
-
-class Member(NamedTuple):
-    """A run of an ablation, as members.json has it."""
-
-    variant: str
-    seed: int
-    backend: str
-    key: str
 
 
 class Start(NamedTuple):
@@ -72,23 +59,17 @@ def read_job(home: Path) -> JobFile:
         raise StoreError(f"{home / 'run'}: is not a run of this version ({error}); move it away") from error
     dtype = value.get("dtype")
     return JobFile(
-        key=_word(value, "key", file),
         config=config,
         backend=_field(value, "backend", file, lambda v: v in tuple(BACKENDS), " or ".join(BACKENDS)),
         dtype=None if dtype is None else _word(value, "dtype", file),
         code=_word(value, "code", file),
-        data=_field(value, "data", file, _words, "texts by name"),
         command=_field(value, "command", file, lambda v: isinstance(v, str), "text"),
-        settings=value["config"],
     )
 
 
-def read_members(file: Path) -> tuple[str, str, list[Member]]:
-    """Return members.json of an ablation: its name, the file that describes it, its runs."""
-    value = read(file)
-    rows = _field(value, "runs", file, lambda v: isinstance(v, list) and all(map(_is_member, v)), "a list of runs")
-    name, described = _word(value, "ablation", file), _field(value, "file", file, _short, "a path")
-    return name, described, [Member(*row) for row in rows]
+def read_members(file: Path) -> str:
+    """Return which file describes an ablation, by its members.json."""
+    return _field(read(file), "file", file, _short, "a path")
 
 
 def read_failure(home: Path) -> str:
@@ -145,15 +126,6 @@ def _word(value: dict[str, Any], name: str, file: Path) -> str:
 
 def _short(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= MOST_LETTERS
-
-
-def _words(value: Any) -> bool:
-    return isinstance(value, dict) and len(value) <= 100 and all(map(_short, (*value, *value.values())))
-
-
-def _is_member(row: Any) -> bool:
-    good = isinstance(row, list) and len(row) == 4 and all(_short(row[i]) for i in (0, 2, 3))
-    return good and type(row[1]) is int and 0 <= row[1] < 2**31
 
 
 def _is_start(start: Start) -> bool:

@@ -6,9 +6,11 @@ import platform
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean
 from typing import IO, NamedTuple
 
 from core import PYTHON
@@ -17,7 +19,7 @@ from core.ablation.records import Start
 from core.ablation.store import Place, Store
 from core.files import FileError, append_file, open_file, replace_file
 
-WORKER = (*PYTHON, "-m", "core.ablation.worker")
+WORKER = (*PYTHON, "-m", "core.verbs.ablation_worker")
 POLL = 0.2
 """Seconds between two looks at the workers."""
 ELSEWHERE = 2.0
@@ -67,24 +69,6 @@ class Progress(NamedTuple):
     """Not begun, in order; the rest are trained by other processes."""
 
 
-class Beside:
-    """Counts how many runs ran side by side with each run, look by look."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, tuple[int, int]] = {}
-
-    def look(self, running: Collection[Running]) -> None:
-        """Count what runs now."""
-        for made in running:
-            looks, runs = self._seen.get(made.place.key, (0, 0))
-            self._seen[made.place.key] = looks + 1, runs + len(running)
-
-    def end(self, store: Store, made: Running) -> None:
-        """Write down what was counted of a run that has ended."""
-        looks, runs = self._seen.pop(made.place.key, (1, 1))
-        store.end(made.place, round(time.monotonic() - made.began, 3), round(runs / looks, 3))
-
-
 def run_all(
     store: Store,
     places: Sequence[Place],
@@ -103,54 +87,101 @@ def run_all(
     `shown` is called a few times a second. An exception (Ctrl-C) ends the workers; their checkpoints stay.
     """
     slots = [Slot(i, devices[i % len(devices)] if devices else None) for i in range(parallel)]
-    waiting, elsewhere, running = list(places), [], {}
-    done = failed = 0
-    beside = Beside()
-    looked = time.monotonic()
-
-    def close(place: Place) -> None:
-        nonlocal done, failed
-        state = store.status(place)[0]
-        done, failed = done + (state == "done"), failed + (state == "failed")
-        ended(place)
-
+    workers = _Workers(store, places, slots, threads, worker, started, ended)
     try:
-        while waiting or elsewhere or running:
-            for slot in [s for s in slots if s not in running]:
-                while waiting and slot not in running:
-                    place = waiting.pop(0)
-                    made = _start(store, place, Start(HOST, slot.device, threads, parallel), worker, started)
-                    if made is not None:
-                        running[slot] = made
-                    elif store.status(place)[0] == "done":
-                        close(place)
-                    else:
-                        elsewhere.append((place, time.time()))
-            beside.look(running.values())
-            for slot, made in list(running.items()):
-                if made.process.poll() is not None:
-                    del running[slot]
-                    beside.end(store, made)
-                    _finish(store, made)
-                    close(made.place)
-            if elsewhere and time.monotonic() - looked > ELSEWHERE:
-                looked = time.monotonic()
-                for place, since in [(p, t) for p, t in elsewhere if not store.busy(p)]:
-                    elsewhere.remove((place, since))
-                    if store.status(place)[0] == "done" or store.failed_since(place, since):
-                        close(place)
-                    else:  # whoever held it was killed, or only looked
-                        waiting.append(place)
-            under_way = tuple(made.place for made in running.values())
-            shown(Progress(under_way, done, failed, len(places), tuple(waiting)))
+        while workers.busy:
+            workers.start()
+            workers.collect()
+            workers.look_elsewhere()
+            shown(workers.progress())
             time.sleep(POLL)
     finally:
-        for made in running.values():
-            made.process.terminate()
-        for made in running.values():
-            made.process.wait()
-            beside.end(store, made)
-            made.close()
+        workers.stop()
+
+
+class _Workers:
+    """The workers under way, the runs that wait for one, and those that other processes train."""
+
+    def __init__(
+        self, store: Store, places: Sequence[Place], slots: list[Slot], threads: int | None, worker: Sequence[str],
+        started: Callable[[Place], None], ended: Callable[[Place], None],
+    ) -> None:  # fmt: skip
+        self._store, self._slots, self._threads, self._worker = store, slots, threads, worker
+        self._started, self._ended = started, ended
+        self._total, self._waiting = len(places), list(places)
+        self._elsewhere: list[tuple[Place, float]] = []
+        """(run, time of time.time since when another process is known to have it)."""
+        self._running: dict[Slot, Running] = {}
+        self._looked = time.monotonic()
+        self._counts: Counter[str] = Counter()
+        """Runs that have ended, by status."""
+        self._company: dict[str, list[int]] = {}
+        """Key of a run -> how many ran side by side at each look since it began, itself among them."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a run has not ended yet."""
+        return bool(self._waiting or self._elsewhere or self._running)
+
+    def start(self) -> None:
+        """Start a waiting run in every free slot."""
+        for slot in [slot for slot in self._slots if slot not in self._running]:
+            while self._waiting and slot not in self._running:
+                place = self._waiting.pop(0)
+                how = Start(HOST, slot.device, self._threads, len(self._slots))
+                running = _start(self._store, place, how, self._worker, self._started)
+                if running is not None:
+                    self._running[slot] = running
+                elif self._store.status(place)[0] == "done":
+                    self._end(place)
+                else:
+                    self._elsewhere.append((place, time.time()))
+
+    def collect(self) -> None:
+        """Count who runs side by side, and close the workers that have ended."""
+        for running in self._running.values():
+            self._company.setdefault(running.place.key, []).append(len(self._running))
+        for slot, running in list(self._running.items()):
+            if running.process.poll() is not None:
+                del self._running[slot]
+                self._record(running)
+                _finish(self._store, running)
+                self._end(running.place)
+
+    def look_elsewhere(self) -> None:
+        """Take back now and then the runs that no other process trains any more."""
+        if not self._elsewhere or time.monotonic() - self._looked <= ELSEWHERE:
+            return
+        self._looked = time.monotonic()
+        for place, since in [(p, t) for p, t in self._elsewhere if not self._store.busy(p)]:
+            self._elsewhere.remove((place, since))
+            if self._store.status(place)[0] == "done" or self._store.failed_since(place, since):
+                self._end(place)
+            else:  # whoever held it was killed, or only looked
+                self._waiting.append(place)
+
+    def progress(self) -> Progress:
+        """Return where things stand."""
+        running = tuple(running.place for running in self._running.values())
+        return Progress(running, self._counts["done"], self._counts["failed"], self._total, tuple(self._waiting))
+
+    def stop(self) -> None:
+        """End the workers that are still under way."""
+        for running in self._running.values():
+            running.process.terminate()
+        for running in self._running.values():
+            running.process.wait()
+            self._record(running)
+            running.close()
+
+    def _record(self, running: Running) -> None:
+        """Write down how long a worker took and how many runs ran beside it, on average."""
+        company = self._company.pop(running.place.key, [1])
+        self._store.end(running.place, round(time.monotonic() - running.began, 3), round(fmean(company), 3))
+
+    def _end(self, place: Place) -> None:
+        self._counts[self._store.status(place)[0]] += 1
+        self._ended(place)
 
 
 def _start(
@@ -170,7 +201,7 @@ def _start(
         started(place)
         store.begin(place, how)
         (place.home / "failed.json").unlink(missing_ok=True)
-        variables = {name: value for name, value in os.environ.items() if name != "PGPASSWORD"}  # the index's only
+        variables = dict(os.environ)
         if how.threads is not None:
             variables |= {f"{library}_THREADS": str(how.threads) for library in LIBRARIES}
         if how.device is not None:

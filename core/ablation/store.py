@@ -1,25 +1,23 @@
-"""Where the runs of ablations are kept, and an index of them in a database that can be made again from the folders.
+"""Where the runs of ablations are kept: folders, which are the only record.
 
 STORE/runs/KEY/run/       a run folder
 STORE/runs/KEY/           job.json: what was asked for; failed.json: how the last try ended, if badly; worker.txt: what
                           it said; lock: held by whoever trains it; machine.json: where it ran, each time it was started
 STORE/ablations/NAME/     members.json (which runs an ablation has), report.html and its pictures
 STORE/*/*/lock            of an ablation: held by whoever writes there
-STORE/index.sqlite        the index: SQLite with a write-ahead log, or any database that SQLAlchemy knows
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from core.ablation.folders import Stamps, finished, stamps_of
-from core.ablation.index import COLUMNS, Index, StoreError, sqlite_address
 from core.ablation.locks import alone, make
 from core.ablation.plan import Ablation, Job, job_key
-from core.ablation.records import SCHEMA, Start, read_failure, read_job, read_members, starts
+from core.ablation.records import SCHEMA, Start, StoreError, read_failure, read_members, starts
 from core.ablation.stats.results import Outcome, Result, Status, read_result
 from core.config import to_json
 from core.files import FileError, append_file, locked, open_file, replace_file
@@ -41,22 +39,14 @@ class Place(NamedTuple):
 
 
 class Store:
-    """One folder of runs and its index."""
+    """One folder of runs."""
 
-    def __init__(self, path: str | Path, database: str | None = None) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise StoreError(f"{path}: is a file, expected a folder of ablations; choose another --store")
-        self._index = Index(database) if database else None
-        self._late: dict[str, Callable[[], None]] = {}
         self._read: dict[Path, tuple[Stamps, Result]] = {}
         """Finished runs that were read, since a long run's metrics take a tenth of a second."""
-
-    @property
-    def index(self) -> Index:
-        """The database of the index."""
-        self._index = self._index or Index(sqlite_address(self.path / "index.sqlite"))
-        return self._index
 
     def place(self, job: Job, code: str, data: dict[str, str]) -> Place:
         """Return where a job is kept."""
@@ -92,7 +82,7 @@ class Store:
         """
         file = self.ablation_folder(plan) / "members.json"
         if file.exists():
-            _, before, _ = read_members(file)
+            before = read_members(file)
             if os.path.exists(before) and not os.path.samefile(before, plan.path):
                 raise StoreError(
                     f"{plan.path}: name: {plan.name!r} is that of {before} in {self.path}: give it another name"
@@ -165,77 +155,3 @@ class Store:
         if state == "done":
             self._read[place.folder] = stamps, result
         return result
-
-    # The index.
-
-    def update(self, place: Place, result: Result) -> None:
-        """Enter one run into the index; after a StoreError `settle` tries again."""
-        row = _row(place.folder, result)
-        self._enter(place.key, lambda: self.index.put(row))
-
-    def enter_members(self, plan: Ablation, places: list[Place]) -> None:
-        """Enter an ablation's list of runs into the index, in place of an earlier one; a StoreError as above."""
-        rows = [_member(plan.name, p.job.variant, p.job.seed, p.job.backend, p.key) for p in places]
-        self._enter("members", lambda: self.index.put_members(plan.name, rows))
-
-    def _enter(self, name: str, act: Callable[[], None]) -> None:
-        self._late[name] = act
-        act()
-        del self._late[name]
-
-    def settle(self) -> None:
-        """Enter what could not be entered; StoreError if that fails again."""
-        for name, act in list(self._late.items()):
-            self._enter(name, act)
-
-    def rebuild(self) -> int:
-        """Make the index again from the folders and return how many runs it has; StoreError names a damaged file."""
-        found: dict[str, list[dict[str, Any]]] = {}
-
-        def read() -> dict[str, list[dict[str, Any]]]:
-            found["runs"] = [self._read_row(folder) for folder in self._folders()]
-            files = sorted(self.path.glob("ablations/*/members.json"))
-            found["members"] = [row for file in files for row in _member_rows(file)]
-            return found
-
-        self.index.rebuild(read)
-        return len(found["runs"])
-
-    def _folders(self) -> list[Path]:
-        """Return all run folders, with those that a run failed before it made them."""
-        found = [file for name in ("run", "failed.json") for file in (self.path / "runs").glob(f"*/{name}")]
-        return sorted({file.with_name("run") for file in found})
-
-    def rows(self, table: str = "runs") -> list[dict[str, Any]]:
-        """Return a table of the index, `runs` or `members`."""
-        return self.index.rows(table)
-
-    def _read_row(self, folder: Path) -> dict[str, Any]:
-        home = folder.parent
-        made = read_job(home)
-        if made.key != home.name:
-            raise StoreError(
-                f"{home / 'job.json'}: key {made.key!r}, but its folder has another name: a copy; move it away"
-            )
-        job = Job("", made.config.seed, made.backend, made.config, made.dtype)
-        return _row(folder, self._result(Place(job, made.key, folder)))
-
-
-def _row(folder: Path, result: Result) -> dict[str, Any]:
-    """Return a run as a row of the index."""
-    job = read_job(folder.parent)
-    made: dict[str, Any] = {name: getattr(result, name, None) for name in COLUMNS}
-    made |= {"key": job.key, "preset": job.config.preset, "seed": job.config.seed, "code": job.code}
-    made |= {"dtype": result.dtype or job.dtype, "data": json.dumps(job.data), "config": json.dumps(job.settings)}
-    return made | {"folder": f"runs/{job.key}/run"}
-
-
-def _member(ablation: str, variant: str, seed: int, backend: str, key: str) -> dict[str, Any]:
-    return {"ablation": ablation, "variant": variant, "seed": seed, "backend": backend, "key": key}
-
-
-def _member_rows(file: Path) -> list[dict[str, Any]]:
-    name, _, members = read_members(file)
-    if name != file.parent.name:
-        raise StoreError(f"{file}: of {name!r}, but its folder has another name: a copy; move it away")
-    return [_member(name, *member) for member in members]

@@ -1,4 +1,4 @@
-"""The rules of the challenge that software can check (spec/challenge.md D), and what a check says of one."""
+"""The rules of the challenge that software can check (docs/challenge.md, 6), and what a check says of one."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple

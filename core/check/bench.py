@@ -392,7 +392,8 @@ class _Worker:
 def _serve(variant: str, config: RunConfig, ranks: int, lines: IO[str]) -> None:
     """Answer the parent's lines: build and warm up, run steps, time updates, report statistics."""
     from core import rng
-    from core.engine.protocol import Batch, load_engine
+    from core.data.batch import Batch
+    from core.engine.protocol import load_engine
     from core.training import schedule
 
     backend, fast_blas = VARIANTS[variant]

@@ -14,16 +14,14 @@ from core import presets
 from core.check.parity import run_parity
 from core.console import Console
 from core.engine.protocol import BACKENDS, EXTRAS, available_backends, load_engine
-from core.verbs.common import versions
-
-ROOT = Path(core.__file__).resolve().parent.parent
+from core.training.environment import ROOT, versions
 
 
 def examine(say: Console) -> dict[str, Any]:
     """Look at everything, say it line by line, and return it; `ok` is False if something that is installed fails."""
-    found, installed = versions(), available_backends()
-    say(", ".join(f"{name} {version}" for name, version in found.items()))
-    value: dict[str, Any] = {"versions": found, "paths": _paths(say), "backends": {}}
+    packages, installed = versions(), available_backends()
+    say(", ".join(f"{name} {version}" for name, version in packages.items()))
+    value: dict[str, Any] = {"versions": packages, "paths": _paths(say), "backends": {}}
     compiler = "g++" if shutil.which("g++") else None
     say(f"C++ compiler: {compiler or 'none: compiled steps run eagerly where they need one'}")
     value["compiler"] = compiler

@@ -1,4 +1,4 @@
-"""The one table of limits (design section 5). Loosening an entry is a commit of its own, with the measured value.
+"""The one table of limits. Loosening an entry is a commit of its own, with the measured value.
 
 Relative RMS is |a - b| / |b| over all values; where |b| is 0, a must be 0 too.
 """

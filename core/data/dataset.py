@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from core import rng
+from core.data.batch import Batch
 from core.data.column import Column
 from core.data.manifest import MANIFEST, read_manifest
 from core.data.shards import DataError as DataError
 from core.data.shards import open_shard as open_shard
 from core.data.shards import write_shard as write_shard
 from core.data.tokenizer import Tokenizer
-from core.engine.protocol import Batch
 from core.files import FileError, note_input, open_input
 from core.formats.npy import NpyError, read_header
 

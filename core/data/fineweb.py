@@ -1,37 +1,116 @@
-"""The published FineWeb shards of the challenge: downloaded, checked, and made a folder that `open_dataset` opens.
+"""The published FineWeb shards of the challenge: fetched, checked, and made a folder that `open_dataset` opens.
 
-A source (spec/challenge.md A.4) holds PREFIX/manifest.json, PREFIX/datasets/fineweb10B_VARIANT/fineweb_{train,val}_
-%06d.bin and PREFIX/tokenizers/. What it says is input from outside. Each file is put into the folder once it has been
-checked, and noted in its source.json, so that a killed download goes on; the manifest comes last.
+A source holds PREFIX/manifest.json, PREFIX/datasets/fineweb10B_VARIANT/fineweb_{train,val}_%06d.bin and
+PREFIX/tokenizers/. What it says is input from outside. huggingface_hub downloads, retries and resumes.
 """
 
-import json
+import errno
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.data.adopt import adopt_shards
-from core.data.hub import Remote, Source, check_file
-from core.data.listing import listed_files, read_listing, top_folder
-from core.data.making import PART, making
-from core.data.manifest import COUNT, MANIFEST, NAME, TEXT, check, read_manifest
+from core.data.corpus import library
+from core.data.making import find_manifest, making
+from core.data.manifest import COUNT, MANIFEST, MAX_MANIFEST, MAX_SHARDS, TEXT, Leaf, check
 from core.data.prepare import Progress
 from core.data.published import TRAIN_SHARDS
-from core.data.shards import DataError, open_shard
+from core.data.shards import DataError, file_sha256, open_shard
 from core.data.tokenizer import Tokenizer
-from core.files import FileError, place_file, read_json, replace_file
+from core.files import FileError, new_file, open_file, place_file, read_json
 
 REPO = "willdepueoai/parameter-golf"
+ELSEWHERE = "others publish some: kevclark/parameter-golf (sp4096, sp8192), sproos/parameter-golf-tokenizers (sp8192)"
 SPARE = 1 << 26
 """Bytes of disk that a download leaves free."""
-STATE = "source.json"
-"""What a download has brought so far."""
-FILES = (NAME, {"size": COUNT, "sha256": TEXT})
-MADE = {"train_shards": {"taken": COUNT, "published": COUNT}, "manifest_sha256": TEXT, "files": FILES}
-BEGUN = {"origin": {}, "files": FILES}
+STAGING = "source"
+"""Where files lie until they are checked, in the part of the data folder."""
+OWN_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of this machine's disk; every other one is the network's or the hub's."""
+SHARDS = Leaf(f"a number from 1 to {MAX_SHARDS}", lambda value: type(value) is int and 1 <= value <= MAX_SHARDS)
+PATH = Leaf(
+    "a relative path without '..'",
+    lambda value: isinstance(value, str) and len(value) <= 300 and re.fullmatch(r"[\w./ -]+", value) is not None
+    and not {"", ".", ".."} & set(value.split("/")),  # an absolute path begins with ""
+)  # fmt: skip
+LISTS = {"datasets": [{"name": TEXT}], "tokenizers": [{"name": TEXT}]}
+DATASET = {"tokenizer_name": TEXT, "stats": {"files_train": SHARDS, "files_val": SHARDS, "tokens_val?": COUNT}}
+MADE = {"train_shards": {"taken": COUNT, "published": COUNT}, "manifest_sha256": TEXT}
+
+
+class Remote(NamedTuple):
+    """One file of a source: its size, and its SHA-256 where the source knows it."""
+
+    size: int
+    sha256: str | None
+
+
+class Folder:
+    """A folder of this machine that is laid out like a dataset repository."""
+
+    revision: str | None = None
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.name = folder, f"folder {os.path.basename(os.path.abspath(folder))}"
+        if not os.path.isdir(folder):
+            raise DataError(f"{folder}: no such folder")
+
+    def find(self, paths: Iterable[str]) -> dict[str, Remote]:
+        """Return those of `paths` that exist."""
+        places = {path: os.path.join(self.folder, path) for path in paths}
+        return {
+            path: Remote(os.path.getsize(place), file_sha256(place))
+            for path, place in places.items() if os.path.isfile(place)
+        }  # fmt: skip
+
+    def fetch(self, paths: Iterable[str], into: Path) -> None:
+        """Copy files below the folder `into`: a link would change with whatever is done to the original."""
+        for path in paths:
+            (into / path).parent.mkdir(parents=True, exist_ok=True)
+            with open_file(os.path.join(self.folder, path)) as original, new_file(into / path) as copy:
+                shutil.copyfileobj(original, copy, 1 << 20)
+
+
+class Hub:
+    """A dataset repository of the Hugging Face hub at the commit that `revision` (branch, tag, commit) names now."""
+
+    def __init__(self, repo: str, revision: str = "main") -> None:
+        self._library = library("huggingface_hub", f"{repo}: downloading")
+        self.name, self.revision = repo, revision
+        with self._blamed():
+            self.revision = self._library.HfApi().dataset_info(repo, revision=revision).sha
+        self._commit = {"repo_id": repo, "repo_type": "dataset", "revision": self.revision}
+
+    def find(self, paths: Iterable[str]) -> dict[str, Remote]:
+        """Return those of `paths` that exist."""
+        with self._blamed():
+            tree = {entry.path: entry for entry in self._library.HfApi().list_repo_tree(recursive=True, **self._commit)}
+        files = {path: tree[path] for path in paths if hasattr(tree.get(path), "size")}  # a folder has none
+        return {path: Remote(file.size, file.lfs.sha256 if file.lfs else None) for path, file in files.items()}
+
+    def fetch(self, paths: Iterable[str], into: Path) -> None:
+        """Download files below the folder `into`; what an earlier start has brought there is taken up."""
+        with self._blamed("; what is complete is kept, the same command goes on"):
+            self._library.snapshot_download(allow_patterns=list(paths), local_dir=into, **self._commit)
+
+    @contextmanager
+    def _blamed(self, cure: str = "") -> Iterator[None]:
+        """Raise DataError for whatever goes wrong outside: the library raises errors of its own, httpx and hf_xet."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in OWN_ERRNO:
+                raise
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            reason = next((line for line in lines if not line.startswith("(Request ID")), lines[0])[:300]
+            raise DataError(f"{self.name} at {self.revision}: {reason}{cure}") from error
+
+
+Source = Folder | Hub
 
 
 def fetch_fineweb(
@@ -41,10 +120,9 @@ def fetch_fineweb(
     variant: str = "sp1024",
     prefix: str | None = None,
     train_shards: int | None = None,
-    name: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Download all of validation and the first `train_shards` shards of training; return the manifest of `out`.
+    """Fetch all of validation and the first `train_shards` shards of training; return the manifest of `out`.
 
     `train_shards` None: the challenge's 80, or all if there are fewer. `out` may hold fewer shards of the same source:
     they are kept, if they are sound. `prefix` None: `datasets`, or the folder itself where a local one has its manifest
@@ -57,39 +135,36 @@ def fetch_fineweb(
         )
     if train_shards is not None and train_shards < 1:
         raise DataError(f"train_shards={train_shards}: expected at least 1")
-    prefix = top_folder(source, prefix)
-    listing = read_listing(source, prefix, variant)
-    wanted = min(TRAIN_SHARDS, listing.train) if train_shards is None else train_shards
-    if wanted > listing.train:
-        raise DataError(f"train_shards={wanted}: {source.name} has {listing.train} of {variant}; ask for fewer")
-    origin = {
-        "repo": source.name,
-        "revision": source.revision,
-        "prefix": prefix,
-        "variant": variant,
-        "manifest_sha256": listing.sha256,
-    }
-    existing = _existing(out, origin, wanted)
-    files = listed_files(source, prefix, variant, listing, wanted)
-    with making(out, lambda: _busy(out)) as part:
-        recorded = _files(existing) | _begun(out, origin)
-        fetched = _fetch(source, files, part, out, recorded, origin, progress or _silent)
-        if existing is None or fetched or existing["made_from"]["train_shards"]["taken"] != wanted:
+    before = find_manifest(out)
+    if before is not None:
+        check(os.path.join(out, MANIFEST), "made_from", before.get("made_from"), MADE)
+    with making(out, lambda: _busy(out), keep=STAGING) as part:
+        prefix = _top(source, prefix)
+        listing = read_listing(source, prefix, variant, part)
+        stats = listing["stats"]
+        wanted = min(TRAIN_SHARDS, stats["files_train"]) if train_shards is None else train_shards
+        if wanted > stats["files_train"]:
+            raise DataError(f"train_shards={wanted}: {source.name} has {stats['files_train']} of {variant}; ask fewer")
+        origin = {
+            "repo": source.name, "revision": source.revision, "prefix": prefix, "variant": variant,
+            "manifest_sha256": listing["sha256"],
+        }  # fmt: skip
+        if before is not None:
+            _same_source(out, before["made_from"], origin)
+        paths = _paths(prefix, variant, listing, wanted)
+        for stray in {file.name for file in Path(out).glob("fineweb_*.bin")} - paths.keys():
+            raise DataError(f"{out}: holds {stray}, which was not asked for; ask for as many shards, or delete it")
+        fetched = _fetch(source, paths, part / STAGING, out)
+        taken = {"taken": wanted, "published": stats["files_train"]}
+        if before is None or fetched or before["made_from"]["train_shards"] != taken:
             model = os.path.join(out, "tokenizer.model")
-            _check_tokenizer(model, variant, source.name)
-            made_from = origin | {
-                "train_shards": {"taken": wanted, "published": listing.train},
-                "val_tokens_listed": listing.val_tokens,
-                "files": {local: {"file": files[local].path, **record} for local, record in sorted(recorded.items())},
-            }
-            title = name or f"fineweb10B_{variant}"
-            existing = adopt_shards(out, model, name=title, made_from=made_from, again=True, progress=progress)
-        Path(out, STATE).unlink(missing_ok=True)
-        return existing
-
-
-def _busy(out: str) -> None:
-    raise DataError(f"{out}: another download is writing to it; wait for it, or stop it")
+            if f"sp{Tokenizer.load(model).vocab}" != variant:
+                raise DataError(f"{source.name}: the tokenizer of {variant} has other pieces; it mixes two variants")
+            made_from = origin | {"train_shards": taken, "val_tokens_listed": stats.get("tokens_val")}
+            name = f"fineweb10B_{variant}"
+            before = adopt_shards(out, model, name=name, made_from=made_from, again=True, progress=progress)
+        shutil.rmtree(part / STAGING, ignore_errors=True)
+        return before
 
 
 def notes(manifest: dict[str, Any]) -> list[str]:
@@ -106,117 +181,105 @@ def notes(manifest: dict[str, Any]) -> list[str]:
     return [text, f"WARNING: the source's manifest says {listed:,} validation tokens, its shards hold {held:,}"]
 
 
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
+def _busy(out: str) -> None:
+    raise DataError(f"{out}: another process is writing to it; wait for it, or stop it")
 
 
-def _existing(out: str, origin: dict[str, Any], wanted: int) -> dict[str, Any] | None:
-    """Return the manifest of a folder that is there already; DataError unless it is of this source and no larger."""
-    if not os.path.lexists(out):
-        return None
-    if not os.path.isdir(out):
-        raise DataError(f"{out}: is no folder; choose another --out")
-    there = set(os.listdir(out)) - {PART}
-    if not there or (MANIFEST not in there and STATE in there):
-        return None
+def _join(prefix: str, path: str) -> str:
+    return f"{prefix}/{path}" if prefix else path
+
+
+def _top(source: Source, prefix: str | None) -> str:
+    """Return the folder of everything: None is `datasets`, or "" where a local folder has its manifest at the top."""
+    if prefix is None:
+        top = isinstance(source, Folder) and not source.find(["datasets/manifest.json"])
+        return "" if top else "datasets"
+    if prefix.strip("/"):
+        check("skc data fineweb", "--prefix", prefix.strip("/"), PATH)
+    return prefix.strip("/")
+
+
+def read_listing(source: Source, prefix: str, variant: str, scratch: Path) -> dict[str, Any]:
+    """Return what the source's manifest says of a variant: stats, model (a path below the prefix), sha256 (its own).
+
+    DataError if it is no manifest, has no such variant, or names an odd path.
+    """
+    path = _join(prefix, "manifest.json")
+    where, remote = f"{source.name}: {path}", source.find([path]).get(path)
+    if remote is None:
+        raise DataError(f"{where}: not there; give the source's --repo and --prefix, or --from a folder laid out so")
+    if remote.size > MAX_MANIFEST:
+        raise DataError(f"{where}: {remote.size} bytes, expected at most {MAX_MANIFEST}; this is no manifest")
+    source.fetch([path], scratch)
     try:
-        manifest = read_manifest(out)
-        made = manifest.get("made_from") or {}
-        check(os.path.join(out, MANIFEST), "made_from", made, MADE)
-    except DataError as error:
-        raise DataError(f"{out}: exists and holds no downloaded data of this kind; choose another folder") from error
-    _same_source(out, made, origin)
-    held = made["train_shards"]["taken"]
-    if held > wanted:
-        raise DataError(f"{out}: holds {held} training shards, {wanted} were asked for; choose another folder for them")
-    return manifest
+        manifest = read_json(scratch / path, MAX_MANIFEST)
+    except FileError as error:
+        raise DataError(f"{source.name}: {error}"[:300]) from error
+    check(where, "", manifest, LISTS)
+    dataset = _named(manifest["datasets"], f"fineweb10B_{variant}", f"{where}: datasets")
+    check(f"{where}: {dataset['name']}", "", dataset, DATASET)
+    tokenizer = _named(manifest["tokenizers"], dataset["tokenizer_name"], f"{where}: tokenizers")
+    check(f"{where}: {tokenizer['name'][:80]!a}", "", tokenizer, {"model_path": PATH})
+    return {"stats": dataset["stats"], "model": tokenizer["model_path"], "sha256": file_sha256(str(scratch / path))}
 
 
-def _files(manifest: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Return the name of each downloaded file -> its size and hash, as a finished folder's manifest says."""
-    files = manifest["made_from"]["files"] if manifest else {}
-    return {local: {"size": record["size"], "sha256": record["sha256"]} for local, record in files.items()}
+def _named(entries: list[dict[str, Any]], name: str, where: str) -> dict[str, Any]:
+    """Return the entry of a name; DataError lists the names that there are."""
+    names = [entry["name"] for entry in entries]
+    if name not in names:
+        raise DataError(f"{where}: no {ascii(name)[:80]}; it has {ascii(names)[1:-1][:300]}; {ELSEWHERE}")
+    return entries[names.index(name)]
 
 
-def _begun(out: str, origin: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the same of a download that was begun; DataError if it was of another source."""
-    state = os.path.join(out, STATE)
-    try:
-        before = read_json(state)
-        check(state, "", before, BEGUN)
-    except FileNotFoundError:
-        return {}
-    except (FileError, DataError) as error:
-        raise DataError(f"{state}: damaged; delete {out} to begin anew") from error
-    _same_source(out, before["origin"], origin)
-    return before["files"]
+def _paths(prefix: str, variant: str, listing: dict[str, Any], train: int) -> dict[str, str]:
+    """Return the name that each wanted file gets here -> its path at the source."""
+    folder = _join(prefix, f"datasets/fineweb10B_{variant}")
+    counts = {"val": listing["stats"]["files_val"], "train": train}
+    names = [f"fineweb_{split}_{i:06d}.bin" for split, count in counts.items() for i in range(count)]
+    return {"tokenizer.model": _join(prefix, listing["model"]), **{name: f"{folder}/{name}" for name in names}}
 
 
-def _same_source(where: Any, before: Mapping[str, Any], origin: dict[str, Any]) -> None:
-    """Raise DataError if files of two sources would come together."""
+def _same_source(out: str, before: dict[str, Any], origin: dict[str, Any]) -> None:
+    """Raise DataError if a finished folder came from another source."""
     for key, value in origin.items():
         if before.get(key) != value:
             raise DataError(
-                f"{where}: holds files of another source ({key}: {str(before.get(key))[:80]}, now {str(value)[:80]}); "
+                f"{out}: holds files of another source ({key}: {str(before.get(key))[:80]}, now {str(value)[:80]}); "
                 "give the same source and --revision, choose another --out, or delete it"
             )
 
 
-def _fetch(
-    source: Source,
-    files: dict[str, Remote],
-    part: Path,
-    out: str,
-    recorded: dict[str, dict[str, Any]],
-    origin: dict[str, Any],
-    progress: Progress,
-) -> int:
-    """Bring every file into `out`, checked, recording each; return how many were fetched."""
-    scratch = part / "fetching"
-    for local in recorded:
-        if local not in files:
-            raise DataError(f"{out}: holds {local}, which was not asked for; ask for as many shards, or delete it")
-    needed = [local for local in files if not _kept(out, local, files[local], recorded.get(local), source)]
-    size, free = sum(files[local].size for local in needed), shutil.disk_usage(part).free
+def _fetch(source: Source, paths: dict[str, str], staging: Path, out: str) -> int:
+    """Bring every file into `out` that is not there as the source has it, checked; return how many those were."""
+    remote = source.find(paths.values())
+    missing = [path for path in paths.values() if path not in remote]
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise DataError(
+            f"{source.name}: {missing[0]}{more}: the manifest lists it, but it is not published; take another variant "
+            f"or repository; {ELSEWHERE}"
+        )
+    needed = {name: path for name, path in paths.items() if _fault(Path(out, name), remote[path])}
+    size, free = sum(remote[path].size for path in needed.values()), shutil.disk_usage(out).free
     if needed and size + SPARE > free:
         raise DataError(f"{out}: {size:,} bytes to fetch, {free:,} free on its disk; free some space, or take less")
-    total = sum(remote.size for remote in files.values())
-    done = total - size
-    for local in needed:
-        progress("downloading", done, total)
-        try:
-            scratch.mkdir()
-            place = source.fetch(files[local].path, scratch)
-            sha256 = check_file(place, files[local], source.name)
-            if local.endswith(".bin"):
-                open_shard(str(place))
-            place_file(place, os.path.join(out, local))
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        recorded[local] = {"size": files[local].size, "sha256": sha256}
-        replace_file(os.path.join(out, STATE), json.dumps({"origin": origin, "files": recorded}).encode())
-        done += files[local].size
-    progress("downloading", total, total)
+    source.fetch(needed.values(), staging)
+    for name, path in needed.items():
+        if fault := _fault(staging / path, remote[path]):
+            (staging / path).unlink(missing_ok=True)
+            raise DataError(f"{path}: {fault}: damaged on its way; the same command fetches it again")
+        if name.endswith(".bin"):
+            open_shard(str(staging / path))
+        place_file(staging / path, Path(out, name))
     return len(needed)
 
 
-def _kept(out: str, local: str, remote: Remote, record: dict[str, Any] | None, source: Source) -> bool:
-    """Return whether a file is there, complete and sound; DataError if the source has another one by now."""
-    if record is None:
-        return False
-    if remote.size != record["size"] or remote.sha256 not in (None, record["sha256"]):
-        raise DataError(
-            f"{remote.path}: {source.name} has another file by now ({remote.size} bytes, it had {record['size']}), and "
-            f"files of two sources do not go together; delete {out}, or choose another --out"
-        )
-    try:
-        check_file(Path(out, local), remote._replace(sha256=record["sha256"]), source.name)
-    except (DataError, FileError, FileNotFoundError):
-        return False
-    return True
-
-
-def _check_tokenizer(path: str, variant: str, source: str) -> None:
-    vocab = Tokenizer.load(path).vocab
-    if f"sp{vocab}" != variant:
-        raise DataError(f"{source}: the tokenizer of {variant} has {vocab} pieces; the source mixes two variants")
+def _fault(file: Path, remote: Remote) -> str | None:
+    """Return in what a file differs from the source's; None: in nothing."""
+    if not file.is_file():
+        return "not there"
+    if (size := file.stat().st_size) != remote.size:
+        return f"size: {size} bytes, the source says {remote.size}"
+    if remote.sha256 is not None and (sha256 := file_sha256(str(file))) != remote.sha256:
+        return f"sha256: {sha256[:12]}, the source says {remote.sha256[:12]}"
+    return None

@@ -70,22 +70,23 @@ def damage(out: str) -> str | None:
 
 
 @contextmanager
-def making(out: str, waiting: Callable[[], None]) -> Iterator[Path]:
+def making(out: str, waiting: Callable[[], None], keep: str = "") -> Iterator[Path]:
     """Hold the folder `out`, made if it is not there, and yield an empty one in it, which is gone in the end.
 
-    Where another process holds it, `waiting` is called and the block begins when that one is done.
+    Where another process holds it, `waiting` is called and the block begins when that one is done. What has the name
+    `keep` in the yielded folder stays where a block failed, and lies there when the next one begins.
     """
     fresh = not os.path.lexists(out)
     os.makedirs(out, exist_ok=True)
     part = Path(out, PART)
     lock = _hold(part, waiting)
     try:
-        for name in os.listdir(part):  # of a process that was killed
-            if name != LOCK:
-                _remove(part / name)
+        _clear(part, keep)  # of what a process left that was killed
         yield part
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        _clear(part, keep)
+        if not (part / keep).exists() or not keep:
+            shutil.rmtree(part, ignore_errors=True)
         if fresh and not os.listdir(out):
             os.rmdir(out)
         lock.close()
@@ -110,11 +111,12 @@ def _hold(part: Path, waiting: Callable[[], None]) -> Any:
         lock.close()
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _clear(part: Path, keep: str) -> None:
+    for name in set(os.listdir(part)) - {LOCK, keep}:
+        if (part / name).is_dir() and not (part / name).is_symlink():
+            shutil.rmtree(part / name)
+        else:
+            (part / name).unlink(missing_ok=True)
 
 
 def install(part: Path, out: str, manifest: dict[str, Any], before: dict[str, Any] | None) -> None:

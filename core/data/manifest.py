@@ -73,13 +73,16 @@ def read_manifest(path: str) -> dict[str, Any]:
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if type(schema) is not int or schema != SCHEMA:
         raise DataError(f"{file}: schema: expected {SCHEMA}, got {_shown(schema)}; prepare the data again")
-    check(file, "", manifest, WHOLE)
+    try:
+        check(file, "", manifest, WHOLE)
+    except DataError as error:
+        raise DataError(f"{error}; prepare the data again") from error
     return manifest
 
 
 def check(file: str, where: str, value: Any, kind: Any) -> None:
-    """Raise DataError, naming the field, unless `value` is of a kind: a Leaf, an object of kinds by key, a list of
-    one kind, or an object of one kind by keys of another (a pair).
+    """Raise DataError, naming the field, unless `value` is of a kind: a Leaf, an object of kinds by key, or a list
+    of one kind.
     """
     if isinstance(kind, Leaf):
         if not kind.fits(value):
@@ -91,11 +94,6 @@ def check(file: str, where: str, value: Any, kind: Any) -> None:
             name = key.rstrip("?")
             if name == key or value.get(name) is not None:
                 check(file, f"{where}.{name}" if where else name, value.get(name), inner)
-    elif isinstance(kind, tuple):
-        if not isinstance(value, dict) or len(value) > MAX_SHARDS or not all(map(kind[0].fits, value)):
-            _fail(file, where, f"an object whose keys are each {kind[0].what}", value)
-        for key, inner in value.items():
-            check(file, f"{where}.{key}", inner, kind[1])
     else:
         if not isinstance(value, list) or len(value) > MAX_SHARDS:
             _fail(file, where, f"a list of at most {MAX_SHARDS:,}", value)
@@ -104,7 +102,7 @@ def check(file: str, where: str, value: Any, kind: Any) -> None:
 
 
 def _fail(file: str, where: str, what: str, value: Any) -> None:
-    raise DataError(f"{file}: {where}: expected {what}, got {_shown(value)}; prepare the data again")
+    raise DataError(f"{file}: {where}: expected {what}, got {_shown(value)}")
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The published validation text, known by its constants (spec/challenge.md 0 and D): checked, never trusted."""
+"""The published validation text, known by its constants (docs/challenge.md, 4): checked, never trusted."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The official shard format (spec/challenge.md A.4), and documents streamed into it.
+"""The official shard format (docs/challenge.md, 3), and documents streamed into it.
 
 256 little-endian int32 (magic 20240520, version 1, token count, the rest ignored), then `count` uint16 tokens.
 """

@@ -120,7 +120,7 @@ class Tokenizer:
 
     @functools.cached_property
     def table(self) -> ByteTable:
-        """The byte table of the official scripts (spec/challenge.md A.5)."""
+        """The byte table of the official scripts (docs/challenge.md, 2)."""
         processor = self._processor
         base = np.zeros(self.vocab, np.int32)
         leading = np.zeros(self.vocab, bool)
@@ -163,7 +163,7 @@ def trained_identity(text: str) -> bytes:
 def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
     """Train a BPE model with the official settings and return its bytes; TokenizerError if the text does not allow it.
 
-    The settings are those of the published tokenizers (spec/challenge.md A.5). All of `texts` is held in memory.
+    The settings are those of the published tokenizers (docs/challenge.md, 2). All of `texts` is held in memory.
     """
     if not 0 < vocab <= MAX_VOCAB:
         raise TokenizerError(f"vocab={vocab}: expected from 1 to {MAX_VOCAB}")

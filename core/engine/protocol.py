@@ -12,9 +12,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from core.config import ConfigError, ModelConfig, RunConfig
+from core.data.batch import Batch
+from core.engine.plan import StepPlan
 from core.engine.ranks import Alone, Ranks
 from core.model.storage import Stored
-from core.training.schedule import StepPlan
 
 Arrays = dict[str, np.ndarray]
 DType = Literal["float32", "bfloat16", "float64"]
@@ -34,15 +35,6 @@ class Scoring:
     def rows(self, batch: int, seq: int) -> int:
         """Return the windows of `seq` tokens in a pass, if eval.batch is `batch`."""
         return max(batch, self.tokens // seq)
-
-
-class Batch(NamedTuple):
-    """Rows of consecutive tokens and, for each, the token that follows it."""
-
-    tokens: np.ndarray  # (rows, seq) int32
-    targets: np.ndarray  # (rows, seq) int32
-    total: int = 0
-    """Rows of the step on all ranks together; 0: these."""
 
 
 def micro_batches(batch: Batch, most: int, world: int) -> tuple[list[slice], list[float], float]:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.config import RunConfig, TrainConfig, require
+from core.engine.plan import StepPlan
 from core.training.loop import Due, done, due, progress_of
-from core.training.schedule import StepPlan, lr_scale, plan
+from core.training.schedule import lr_scale, plan
 
 MOST_WALKED = 200_000
 """Most steps of a run that is gone through step by step: seconds of time, 150 MB."""
@@ -241,30 +242,13 @@ def forecast(
     """
     settings = config.train
     course = walk(settings, costs)
-    last, follows = course.due[-1], course.due
-    saves = sum(d.save for d in follows) + (not last.save)
-    writes = sum(d.write for d in follows) + (not last.write)
-    evaluations = sum(d.evaluate for d in follows)
-    kept = sum(d.save for d in follows) // settings.keep_every if settings.keep_every else 0
-    scoring, again = costs.scoring.seconds(cold=True), costs.scoring.seconds()
-    works = [
-        ("building", 1, build),
-        ("compiling", 1, costs.warm_up),
-        ("validation estimate", evaluations, evaluations * costs.estimate.seconds()),
-        ("samples", writes, writes * costs.samples),
-        ("checkpoint", saves, saves * costs.checkpoint),
-        ("scoring, weights in memory", 1, scoring),
-        ("export", 1, costs.export),
-        ("scoring, artifact", 1, again),
-    ]
-    judged = scoring
-    if costs.plugins is not None:
-        judged = costs.plugins.seconds(cold=True)
-        works.append(("scoring, plug-ins", 1, judged))
-    allowed = config.export.budget - config.export.code_bytes
+    works = _works(costs, course.due, build)
+    kept = sum(d.save for d in course.due) // settings.keep_every if settings.keep_every else 0
     disk = (2 + kept) * costs.checkpoint_bytes + artifact_bytes  # one in place, and the next one while it is written
-    asked = course.seconds if settings.seconds is None else settings.seconds
+    allowed = config.export.budget - config.export.code_bytes
     note = "on 8xH100" if official else "on 8xH100, which this is not: for information"
+    asked = course.seconds if settings.seconds is None else settings.seconds
+    judged = (costs.plugins or costs.scoring).seconds(cold=True)
     limits = [
         Limit("artifact, predicted", artifact_bytes, allowed, "bytes", True, "what export.budget leaves beside code"),
         Limit(f"memory of the {costs.memory_of}", costs.memory, costs.memory_limit, "bytes", True),
@@ -296,3 +280,21 @@ def forecast(
         allowed_bytes=allowed,
         limits=limits,
     )
+
+
+def _works(costs: Costs, follows: list[Due], build: float) -> list[tuple[str, int, float]]:
+    """Return what takes time beside training steps: name, times, seconds together."""
+    saves = sum(d.save for d in follows) + (not follows[-1].save)
+    writes = sum(d.write for d in follows) + (not follows[-1].write)
+    evaluations = sum(d.evaluate for d in follows)
+    works = [
+        ("building", 1, build),
+        ("compiling", 1, costs.warm_up),
+        ("validation estimate", evaluations, evaluations * costs.estimate.seconds()),
+        ("samples", writes, writes * costs.samples),
+        ("checkpoint", saves, saves * costs.checkpoint),
+        ("scoring, weights in memory", 1, costs.scoring.seconds(cold=True)),
+        ("export", 1, costs.export),
+        ("scoring, artifact", 1, costs.scoring.seconds()),
+    ]
+    return works if costs.plugins is None else [*works, ("scoring, plug-ins", 1, costs.plugins.seconds(cold=True))]

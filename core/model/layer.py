@@ -55,6 +55,10 @@ class Layer(Part):
         """Return the FLOPs of mixer and MLP beside their matrices."""
         return self.mixer(model).flops(model, seq) + model.mlp.flops(model, seq)
 
+    def values(self, model: Model, seq: int, scores: bool) -> int:
+        """Return about how many numbers of one token the backward pass needs again."""
+        return self.mixer(model).values(model, seq, scores) + model.mlp.values(model, seq, scores)
+
     def state(self, model: Model) -> State:
         """Return the size of the mixer's decoding state."""
         return self.mixer(model).state(model)

@@ -1,4 +1,4 @@
-"""Checkpoints of the two official scripts (openai/parameter-golf): how they are read safely, and what they are here.
+"""Reads checkpoints of the two official scripts (openai/parameter-golf) safely, and turns them into our weights.
 
 train_gpt.py (CUDA) writes final_model.pt and final_model.int8.ptz, train_gpt_mlx.py an .npz. Their GPT is our
 `baseline` under other names, except that train_gpt.py turns RoPE by minus the angle: (x1 cos + x2 sin,
@@ -16,7 +16,7 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -27,18 +27,13 @@ from core.files import FileError, open_input, read_bounded
 from core.formats.npy import NpyError, read_header
 from core.model.config import ModelConfig
 from core.model.params import check_arrays, param_table
+from core.official.refusal import MAX_BYTES, MAX_TENSORS, MAX_VALUES, OfficialError, fail, shown
 from core.presets.transformers import BASELINE
 
-MAX_BYTES = 1 << 28
-"""Of the file, and of what it inflates to."""
-MAX_VALUES = 1 << 26
-MAX_TENSORS = 2048
 MAX_ENTRIES = 2 * MAX_TENSORS
 """Files in a zip archive."""
 BFLOAT16 = ("|V2", "<V2")
 """What bfloat16 is called in an .npz of MLX."""
-MOST_SHOWN = 80
-"""Characters of a hostile name that an error shows."""
 Script = Literal["train_gpt.py", "train_gpt_mlx.py"]
 EPS: dict[Script, float] = {"train_gpt.py": float(np.finfo(np.float32).eps), "train_gpt_mlx.py": 1e-6}
 """Epsilon of the RMS norms; train_gpt.py leaves it to torch, which takes float32's (docs/official.md)."""
@@ -55,11 +50,7 @@ WRAPPERS = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put in front of every name."""
 
 
-class OfficialError(ValueError):
-    """A file is not an official checkpoint that can be imported: the message names the file and what is wrong."""
-
-
-class Checkpoint(NamedTuple):
+class OfficialCheckpoint(NamedTuple):
     """What an official checkpoint holds."""
 
     script: Script
@@ -73,20 +64,7 @@ class Checkpoint(NamedTuple):
     """Bytes of the file."""
 
 
-def fail(path: str | Path, problem: str) -> NoReturn:
-    """Raise OfficialError."""
-    raise OfficialError(f"{path}: {problem}")
-
-
-def shown(value: object) -> str:
-    """Return something out of a hostile file fit for one line of a terminal."""
-    try:
-        return ascii(value)[:MOST_SHOWN]
-    except RecursionError:
-        return f"a {type(value).__name__}"
-
-
-def read_official(path: str | Path) -> Checkpoint:
+def read_official(path: str | Path) -> OfficialCheckpoint:
     """Read an official checkpoint; OfficialError says what is wrong with it, ConfigError that PyTorch is needed.
 
     Nothing in the file is executed, and time and memory (a few times MAX_BYTES) are bounded whatever the bytes say.
@@ -116,7 +94,7 @@ def read_official(path: str | Path) -> Checkpoint:
         fail(path, "not an official checkpoint; give final_model.pt, final_model.int8.ptz, or the .npz of the MLX one")
     arrays = _unwrapped(arrays)
     _check(path, arrays)
-    return Checkpoint(script, kind, arrays, hashlib.sha256(data).hexdigest(), len(data))
+    return OfficialCheckpoint(script, kind, arrays, hashlib.sha256(data).hexdigest(), len(data))
 
 
 def _read(path: str | Path) -> bytes:
@@ -197,9 +175,9 @@ def _npy(path: str | Path, name: str, part: bytes) -> np.ndarray:
 
 
 def _unwrapped(arrays: Arrays) -> Arrays:
-    """Return the arrays without what wrappers put in front of all names."""
-    found = next((w for w in WRAPPERS if arrays and all(name.startswith(w) for name in arrays)), None)
-    return arrays if found is None else _unwrapped({name[len(found) :]: value for name, value in arrays.items()})
+    """Return the arrays under their own names, without the prefix that a wrapper put in front of all of them."""
+    wrapper = next((w for w in WRAPPERS if arrays and all(name.startswith(w) for name in arrays)), None)
+    return arrays if wrapper is None else _unwrapped({name[len(wrapper) :]: value for name, value in arrays.items()})
 
 
 def _check(path: str | Path, arrays: Arrays) -> None:
@@ -215,13 +193,19 @@ def _check(path: str | Path, arrays: Arrays) -> None:
 
 
 def model_of(
-    path: str | Path, found: Checkpoint, *, rope_base: float, softcap: float, norm_eps: float | None, bos: int
+    path: str | Path,
+    checkpoint: OfficialCheckpoint,
+    *,
+    rope_base: float,
+    softcap: float,
+    norm_eps: float | None,
+    bos: int,
 ) -> ModelConfig:
     """Return the model that a checkpoint's shapes say; OfficialError names what is missing, extra or misshapen.
 
     What shapes do not say is given: `rope_base`, `softcap`, the tokenizer's `bos`, and `norm_eps` (None: EPS).
     """
-    arrays = found.arrays
+    arrays = checkpoint.arrays
     if "lm_head.weight" in arrays:
         fail(path, "lm_head.weight: trained with TIE_EMBEDDINGS=0; only models whose head is the embedding are read")
     vocab, dim = _shape(path, arrays, "tok_emb.weight", 2)
@@ -234,7 +218,7 @@ def model_of(
     if keys % head or heads % (keys // head):
         fail(path, f"blocks.0.attn.c_k.weight: {keys} rows are no number of key heads that {heads} heads can share")
     layers = {match[1] for match in (re.match(r"blocks\.(\d{1,4})\.", name) for name in arrays) if match}
-    eps = EPS[found.script] if norm_eps is None else norm_eps
+    eps = EPS[checkpoint.script] if norm_eps is None else norm_eps
     model = changed(BASELINE.model, {
         "vocab": vocab, "dim": dim, "layers": len(layers), "bos": bos, "norm_eps": eps, "mlp.hidden": hidden,
         "attention.heads": heads, "attention.kv_heads": keys // head, "attention.rope_dims": head,
@@ -272,14 +256,14 @@ def official_name(name: str) -> str:
     return f"blocks.{index}.{NAMES[rest]}"
 
 
-def to_ours(found: Checkpoint, model: ModelConfig) -> Arrays:
+def to_ours(checkpoint: OfficialCheckpoint, model: ModelConfig) -> Arrays:
     """Return a checkpoint's weights under our names, in table order, q and k in our sense of RoPE."""
     weights = {}
     for name in param_table(model):
-        value = found.arrays[official_name(name)]
+        value = checkpoint.arrays[official_name(name)]
         if name.endswith(("stream_mix", "embed_mix")):
             value = value[0 if name.endswith("stream_mix") else 1]
-        if name.endswith(TURNED) and found.script == "train_gpt.py":
+        if name.endswith(TURNED) and checkpoint.script == "train_gpt.py":
             value = swap_halves(value, model.attention.width(model))
         weights[name] = np.ascontiguousarray(value)
     return weights

@@ -78,7 +78,7 @@ def byte_note(tokenizer: Tokenizer, val: Mapping[str, Any]) -> str | None:
 
 
 def _table_bytes(split: Split, tokenizer: Tokenizer, begins: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
-    """Return bytes by the official table (spec/challenge.md A.5) per range, or None where the table does not hold."""
+    """Return bytes by the official table (docs/challenge.md, 2) per range, or None where the table does not hold."""
     if tokenizer.table_fault is not None or split.unknown_tokens:
         return None
     counted = np.zeros(len(begins), np.int64)

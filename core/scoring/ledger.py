@@ -1,4 +1,4 @@
-"""The ledger: what every target cost, written once, before anything may learn from it (spec/challenge.md D)."""
+"""The ledger: what every target cost, written once, before anything may learn from it (docs/challenge.md, D9)."""
 
 from collections.abc import Iterator
 from dataclasses import InitVar, dataclass

@@ -13,11 +13,12 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 import numpy as np
 
 from core.config import ConfigError
+from core.data.batch import Batch
 from core.data.dataset import Split
-from core.engine.protocol import Arrays, Batch, Engine, StepResult
+from core.engine.plan import StepPlan
+from core.engine.protocol import Arrays, Engine, StepResult
 from core.scoring.ledger import Ledger, LedgerError, Scored
 from core.scoring.windows import Windows
-from core.training.schedule import StepPlan
 
 Kind = Literal["temperature", "cache", "adaptation"]
 

@@ -15,8 +15,9 @@ import numpy as np
 from core import rng
 from core.config import ConfigError, RunConfig, TrainConfig
 from core.console import duration
+from core.data.batch import Batch
 from core.data.dataset import Dataset, Prefetch, batch
-from core.engine.protocol import Batch, Engine, Pending
+from core.engine.protocol import Engine, Pending
 from core.engine.ranks import Ranks, Stopped, agree, share
 from core.files import MAX_TEXT
 from core.scoring.accounting import bits_per_byte, training_bytes

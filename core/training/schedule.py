@@ -1,44 +1,7 @@
 """The step plan: every number that changes during a run, as a pure function of step and progress."""
 
-from dataclasses import dataclass
-
 from core.config import TrainConfig
-
-NUMBERS = (
-    "lr_embed", "lr_matrix", "lr_vector", "lr_hash", "weight_decay", "momentum", "bias1", "bias2", "average",
-)  # fmt: skip
-"""The fields of a StepPlan that an engine hands to its device, in this order."""
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What one optimizer step uses; an engine computes none of it."""
-
-    step: int
-    seq: int
-    """Tokens per row."""
-    lr_embed: float
-    lr_matrix: float
-    lr_vector: float
-    lr_hash: float
-    weight_decay: float
-    momentum: float
-    """Muon's momentum."""
-    bias1: float
-    """1 - beta1^(step + 1)."""
-    bias2: float
-    """1 - beta2^(step + 1)."""
-    average: float
-    """Decay of the running average of the weights; 0: the average is the weights."""
-    quantise: bool
-    """Whether the forward pass uses the stored form of the weights."""
-    repeat: bool
-    """Whether layers that are to be repeated are."""
-
-    @property
-    def numbers(self) -> tuple[float, ...]:
-        """The values of NUMBERS."""
-        return tuple(getattr(self, name) for name in NUMBERS)
+from core.engine.plan import StepPlan
 
 
 def progress_by_steps(step: int, config: TrainConfig) -> float:
@@ -99,7 +62,10 @@ def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
         lr_matrix=config.lr_matrix * scale,
         lr_vector=config.lr_vector * scale,
         lr_hash=config.lr_hash * scale,
-        weight_decay=config.weight_decay,
+        decay_embed=config.weight_decay_embed,
+        decay_matrix=config.weight_decay,
+        decay_vector=0.0,
+        decay_hash=0.0,
         momentum=momentum(step, config),
         bias1=1.0 - config.beta1 ** (step + 1),
         bias2=1.0 - config.beta2 ** (step + 1),

@@ -1,34 +1,36 @@
 """Verb `skc ablate FILE.toml`: variants of a preset, several seeds, and what can be believed of their differences."""
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
-from core.ablation.dry import described, dry_run
+from core.ablation.dry_run import described, dry_run, to_time
 from core.ablation.locks import alone
 from core.ablation.plan import Ablation, Job, read_plan
-from core.ablation.report import search_telling, telling
-from core.ablation.report.live import Live
+from core.ablation.report import search_wording, wording
+from core.ablation.report.live_table import Live
 from core.ablation.report.report import write_report
 from core.ablation.runner import run_all
 from core.ablation.search.search import Searched, load_optuna, run_search
+from core.ablation.stats.added_seeds import looked
 from core.ablation.stats.effects import Effect
-from core.ablation.stats.findings import assess
-from core.ablation.stats.looks import looked
+from core.ablation.stats.findings import Findings, assess
 from core.ablation.stats.results import Outcome as Results
-from core.ablation.store import Place, Store, StoreError
+from core.ablation.store import Place, Store
 from core.config import ConfigError, RunConfig
 from core.console import Console, one_line
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
 from core.files import read_text, replace_text
 from core.training import trackers
+from core.training.environment import code_version
 from core.training.run import Run, RunError
-from core.verbs.common import Context, Outcome, check_data, code_version
+from core.verbs.ablation_timing import time_runs
+from core.verbs.common import Context, Outcome, check_data
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,6 @@ class Ablate:
     """CUDA devices that parallel runs are spread over, for example 0 1 2 3; none: as CUDA_VISIBLE_DEVICES says."""
     threads: int | None = None
     """CPU threads of each run; None: as the libraries choose."""
-    database: str | None = None
-    """Where the index is: sqlite:///FILE or postgresql+psycopg://...; None: index.sqlite in the store."""
-    rebuild: bool = False
-    """Make the index again from the run folders first."""
     track: tuple[trackers.Name, ...] = ()
     """Copy every run, when it has ended, to tensorboard, wandb or both, in the ablation's folder."""
     json: bool = False
@@ -74,11 +72,36 @@ class Ablate:
 
 def ablate(options: Ablate, context: Context) -> Outcome:
     """Run what is not done yet, then judge and report; not ok if a run failed."""
-    say, plan = context.say, read_plan(options.file)
-    search = plan.search if options.search else None
-    if options.search and search is None:
+    say, plan = context.say, _read_plan(options, context.say)
+    runs = _Runs(options, plan, say)
+    if options.dry_run:
+        searched = runs.search(train=False)
+        plan = searched.confirming() if searched else plan
+        places = runs.places(plan)
+        seconds = time_runs(to_time(plan, runs.store, places, searched), say)
+        return Outcome(True, dry_run(plan, runs.store, places, searched, seconds, options.parallel, say))
+    trackers.check(options.track)
+    places = runs.begin()
+    searched = runs.search(train=True)
+    if searched:
+        plan = searched.confirming()
+        places = runs.places(plan)
+        runs.store.write_members(plan, [*places, *searched.places])
+    runs.train(places)
+    results = runs.store.outcome(plan, places)
+    folder = runs.store.ablation_folder(plan)
+    with alone(folder):  # another `skc ablate` of this file may have ended now too
+        results = results._replace(added=looked(folder, places))
+        files = write_report(results, folder, searched)
+    return _summary(results, searched, files, say)
+
+
+def _read_plan(options: Ablate, say: Console) -> Ablation:
+    """Read the file, with what the command line says in its place; ConfigError for a search that it lacks."""
+    plan = read_plan(options.file)
+    if options.search and plan.search is None:
         raise ConfigError(f"{options.file}: --search needs a table [search], which says what to try: docs/ablations.md")
-    if search is not None:
+    if options.search:
         load_optuna()  # now, not after hours
     elif plan.search is not None:
         say(f"{options.file}: [search] is left alone: add --search to try its settings")
@@ -87,88 +110,89 @@ def ablate(options: Ablate, context: Context) -> Outcome:
     if len(options.devices) > options.parallel:
         left = " ".join(options.devices[options.parallel :])
         say(f"careful: with --parallel {options.parallel} nothing runs on --devices {left}; raise --parallel")
-    store = Store(options.store, options.database)
-    data = {name: identity(_fit(plan.config(name, plan.seeds[0]))) for name in plan.variants}
-    code = code_version()
+    return plan
 
-    def text(variant: str) -> dict[str, str]:  # a search does not change it
-        return data[variant if search is None or variant in data else search.variant]
 
-    def place(job: Job) -> Place:
-        return store.place(job, code, text(job.variant))
+class _Runs:
+    """The runs of one `skc ablate`: where they are kept, how they are trained, and what is said when one ends."""
 
-    places = [place(job) for job in plan.jobs()]
-    if options.rebuild:
-        say(f"the index of {store.path} was made again: {store.rebuild()} runs")
-    if options.dry_run:
-        known = search and run_search(plan, search, store, place, _fit, None)
-        if known:
-            plan = known.confirming()
-            places = [place(job) for job in plan.jobs()]
-        return Outcome(True, dry_run(plan, store, places, known, options.parallel, say))
-    trackers.check(options.track)
-    store.check_name(plan)
-    _enter(store, plan, places)
-    states = [store.status(place)[0] for place in places]
-    say(f"{plan.name}: {described(plan)}; {states.count('done')} of {len(places)} runs are done already")
-    live = Live(say, options.parallel)
+    def __init__(self, options: Ablate, plan: Ablation, say: Console) -> None:
+        self.store = Store(options.store)
+        self._options, self._plan, self._say = options, plan, say
+        self._texts = {name: identity(_fit(plan.config(name, plan.seeds[0]))) for name in plan.variants}
+        self._code = code_version()
+        self._live = Live(say, options.parallel)
 
-    def indexed(act: Callable[[], None]) -> bool:
-        """Do something to the index; the runs go on without it, since it can be made again."""
-        try:
-            act()
-        except StoreError as error:
-            say(f"careful: {error}")
-            return False
-        return True
+    def place(self, job: Job) -> Place:
+        """Return where a run is kept."""
+        return self.store.place(job, self._code, self._text(job.variant))
 
-    def started(place: Place) -> None:
-        live.started(place)
-        store.prepare(place, code, text(place.job.variant), _command(place, options))
+    def places(self, plan: Ablation) -> list[Place]:
+        """Return where the runs of a plan are kept."""
+        return [self.place(job) for job in plan.jobs()]
 
-    def ended(place: Place) -> None:
-        result = store.outcome(plan, [place]).results[0]
-        live.ended(place, result)
-        live.close()
-        indexed(lambda: store.update(place, result))
-        _copy(options, store.ablation_folder(plan), plan.name, place, say)
-        if result.status == "failed":
-            say(f"FAILED: {place.job.variant}, seed {place.job.seed}, {place.job.backend}: {result.message}")
-        elif result.bpb is not None:
-            say(f"{place.job.variant}, seed {place.job.seed}, {place.job.backend}: {result.bpb:.4f} bits per byte")
+    def _text(self, variant: str) -> dict[str, str]:
+        """Return which text a variant reads; a trial reads that of the variant whose settings it starts from."""
+        search = self._plan.search
+        return self._texts[search.variant if search and variant not in self._texts else variant]
 
-    def train(wanted: Sequence[Place]) -> None:
+    def begin(self) -> list[Place]:
+        """Write down which runs the plan has, say how many are done, and return where they are kept."""
+        store, plan, places = self.store, self._plan, self.places(self._plan)
+        store.check_name(plan)
+        store.write_members(plan, places)
+        states = [store.status(place)[0] for place in places]
+        self._say(f"{plan.name}: {described(plan)}; {states.count('done')} of {len(places)} runs are done already")
+        return places
+
+    def search(self, train: bool) -> Searched | None:
+        """Try settings, or only look up what is stored of a search unless `train`; None without --search."""
+        if not self._options.search or self._plan.search is None:
+            return None
+        work = self.train if train else None
+        retry = self._options.retry
+        return run_search(self._plan, self._plan.search, self.store, self.place, _fit, work, retry, self._tried)
+
+    def _tried(self, so_far: Searched) -> None:
+        """Write down and say what a round of trials gave."""
+        self.store.write_members(self._plan, [*self.places(self._plan), *so_far.places])
+        trials = f"{len(so_far.trials) - 1} of {so_far.search.trials} trials"
+        self._say(f"search, {trials}: {search_wording.leading(so_far)}")
+
+    def train(self, places: Sequence[Place]) -> None:
+        """Bring runs to their ends."""
+        options = self._options
         try:
             run_all(
-                store, wanted, parallel=options.parallel, devices=options.devices, threads=options.threads,
-                started=started, ended=ended, shown=live,
+                self.store, places, parallel=options.parallel, devices=options.devices, threads=options.threads,
+                started=self._started, ended=self._ended, shown=self._live,
             )  # fmt: skip
         finally:
-            live.close()
+            self._live.close()
 
-    def told(so_far: Searched) -> None:
-        indexed(lambda: _enter(store, plan, [*places, *so_far.places]))
-        say(f"search, {len(so_far.trials) - 1} of {so_far.search.trials} trials: {search_telling.leading(so_far)}")
+    def _started(self, place: Place) -> None:
+        job = place.job
+        command = shlex.join(["skc", "ablate", self._options.file])
+        self._live.started(place)
+        self.store.prepare(
+            place, self._code, self._text(job.variant), f"{command}  # variant {job.variant}, seed {job.seed}"
+        )
 
-    searched = search and run_search(plan, search, store, place, _fit, train, options.retry, told)
-    if searched:
-        plan = searched.confirming()
-        places = [place(job) for job in plan.jobs()]
-        everything = [*places, *searched.places]
-        indexed(lambda: _enter(store, plan, everything))
-    train(places)
-    outcome = store.outcome(plan, places)
-    folder = store.ablation_folder(plan)
-    with alone(folder):  # another `skc ablate` of this file may have ended now too
-        outcome = outcome._replace(added=looked(folder, places))
-        files = write_report(outcome, folder, searched)
-    found = _told(outcome, searched, files, say)
-    return found if indexed(store.settle) else found._replace(ok=False)
+    def _ended(self, place: Place) -> None:
+        result = self.store.outcome(self._plan, [place]).results[0]
+        self._live.ended(place, result)
+        self._live.close()
+        _copy(self._options.track, self.store.ablation_folder(self._plan), self._plan.name, place, self._say)
+        name = f"{result.variant}, seed {result.seed}, {result.backend}"
+        if result.status == "failed":
+            self._say(f"FAILED: {name}: {result.message}")
+        elif result.bpb is not None:
+            self._say(f"{name}: {result.bpb:.4f} bits per byte")
 
 
 def _fit(config: RunConfig) -> Dataset:
     """Return a run's data; what would stop the run is found now, not after hours."""
-    from core.verbs.make import check_budget
+    from core.verbs.train import check_budget
 
     dataset = open_data(config.data.path)
     check_data(config, dataset, "set it in the file, or take other data")
@@ -176,15 +200,9 @@ def _fit(config: RunConfig) -> Dataset:
     return dataset
 
 
-def _enter(store: Store, plan: Ablation, places: list[Place]) -> None:
-    """Write down which runs an ablation has."""
-    store.write_members(plan, places)
-    store.enter_members(plan, places)
-
-
-def _copy(options: Ablate, folder: Path, group: str, place: Place, say: Console) -> None:
+def _copy(kinds: Sequence[trackers.Name], folder: Path, group: str, place: Place, say: Console) -> None:
     """Give trackers what an ended run recorded, unless they have it from an earlier start."""
-    if not options.track or not (place.folder / "config.json").exists():
+    if not kinds or not (place.folder / "config.json").exists():
         return
     job = place.job
     name = f"{job.variant}-{job.seed}-{job.backend}"
@@ -192,7 +210,7 @@ def _copy(options: Ablate, folder: Path, group: str, place: Place, say: Console)
     try:
         run = Run.open(place.folder)
         with alone(to):  # another `skc ablate` may find the same run ended
-            left = [kind for kind in options.track if not _has(to, kind, run)]
+            left = [kind for kind in kinds if not _has(to, kind, run)]
             copies = trackers.start(left, to, job.config, _silent, name, group)
             copies.rows(run.metrics() if left else [])
             copies.close()
@@ -214,64 +232,64 @@ def _has(folder: Path, kind: str, run: Run) -> bool:
 
 def _state(run: Run) -> str:
     """Return what changes when a run records more."""
-    found = run.metrics_path.stat()
-    return f"{found.st_size} bytes, {found.st_mtime_ns}"
+    status = run.metrics_path.stat()
+    return f"{status.st_size} bytes, {status.st_mtime_ns}"
 
 
 def _silent(_: str) -> None:
     """Say nothing: one line for every run and tracker would be too many."""
 
 
-def _command(place: Place, options: Ablate) -> str:
-    job = place.job
-    return f"{shlex.join(['skc', 'ablate', options.file])}  # variant {job.variant}, seed {job.seed}"
-
-
-def _told(outcome: Results, searched: Searched | None, files: list[Path], say: Console) -> Outcome:
-    """Say what was found, a table for each backend."""
-    value: dict[str, Any] = {"name": outcome.plan.name, "backends": {}}
-    for found in assess(outcome):
-        effects = {effect.variant: effect for effect in found.ends}
-        rows = []
-        for summary in found.summaries:
-            bpb = "-" if summary.bpb is None else f"{summary.bpb:.4f}"
-            spread = "" if summary.spread is None else f" ± {summary.spread:.4f}"
-            size = "-" if summary.bytes is None else f"{summary.bytes:,.0f}"
-            speed = "-" if summary.tokens_per_second is None else f"{summary.tokens_per_second:,.0f}"
-            effect = effects.get(summary.variant)
-            change, verdict = _effect(effect) if effect else ("", "held against")
-            rows.append((summary.variant, summary.n, f"{bpb}{spread}", change, verdict, size, speed))
+def _summary(results: Results, searched: Searched | None, files: list[Path], say: Console) -> Outcome:
+    """Say what the runs show: a table for each backend, the search, the files."""
+    value: dict[str, Any] = {"name": results.plan.name, "backends": {}}
+    for tables in assess(results):
         say()
-        say(f"{outcome.plan.name} on {found.backend}")
-        say.table(("variant", "n", "bits per byte", "difference", "verdict", "bytes", "tokens/s"), rows)
-        for doubt in found.doubts:
+        say(f"{results.plan.name} on {tables.backend}")
+        say.table(("variant", "n", "bits per byte", "difference", "verdict", "bytes", "tokens/s"), _rows(tables))
+        for doubt in tables.doubts:
             say(f"careful: {doubt}")
-        value["backends"][found.backend] = {
-            "variants": [summary._asdict() for summary in found.summaries],
-            "effects": [{**e._asdict(), "paired": e.paired and e.paired._asdict()} for e in found.ends],
-            "doubts": list(found.doubts),
+        value["backends"][tables.backend] = {
+            "variants": [summary._asdict() for summary in tables.summaries],
+            "effects": [{**e._asdict(), "paired": e.paired and e.paired._asdict()} for e in tables.ends],
+            "doubts": list(tables.doubts),
         }
     if searched:
-        value["search"] = search_telling.to_json(searched, outcome)
-        gains = search_telling.gains(searched, outcome)
+        value["search"] = search_wording.to_json(searched, results)
+        gains = search_wording.gains(searched, results)
         say()
-        say(f"search: {search_telling.summary(searched)}")
+        say(f"search: {search_wording.summary(searched)}")
         if gains:
-            say.table(search_telling.GAIN_HEAD, search_telling.gain_rows(gains))
+            say.table(search_wording.GAIN_HEAD, search_wording.gain_rows(gains))
         if searched.failed:
             say("failed trials stay failed at the next start; --retry trains them again")
     for file in files:
         say(f"wrote {file}")
-    failed = [f"{r.variant}, seed {r.seed}, {r.backend}: {r.message}" for r in outcome.results if r.status == "failed"]
-    whole = all(r.status == "done" for r in outcome.results)  # another process may be trying a failed one again
+    failed = [f"{r.variant}, seed {r.seed}, {r.backend}: {r.message}" for r in results.results if r.status == "failed"]
+    whole = all(r.status == "done" for r in results.results)  # another process may be trying a failed one again
     good = whole and (searched is None or searched.best is not None)
     return Outcome(good, {**value, "failed": failed, "files": [str(file) for file in files]})
 
 
+def _rows(tables: Findings) -> list[tuple[object, ...]]:
+    """Return one backend's table for the console."""
+    effects = {effect.variant: effect for effect in tables.ends}
+    rows = []
+    for summary in tables.summaries:
+        bpb = "-" if summary.bpb is None else f"{summary.bpb:.4f}"
+        spread = "" if summary.spread is None else f" ± {summary.spread:.4f}"
+        size = "-" if summary.bytes is None else f"{summary.bytes:,.0f}"
+        speed = "-" if summary.tokens_per_second is None else f"{summary.tokens_per_second:,.0f}"
+        effect = effects.get(summary.variant)
+        change, verdict = _effect(effect) if effect else ("", "held against")
+        rows.append((summary.variant, summary.n, f"{bpb}{spread}", change, verdict, size, speed))
+    return rows
+
+
 def _effect(effect: Effect) -> tuple[str, str]:
     """Return a difference with its interval, and the verdict."""
-    found = effect.paired
-    if found is None:
+    test = effect.paired
+    if test is None:
         return "-", effect.verdict
-    interval = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
-    return f"{found.mean:+.4f}{interval}", telling.verdict(effect)
+    interval = "" if test.low is None else f" [{test.low:+.4f}, {test.high:+.4f}]"
+    return f"{test.mean:+.4f}{interval}", wording.verdict(effect)

@@ -1,34 +1,28 @@
-"""What the verbs share: options of a preset, how a run or an artifact is opened, what a machine is."""
+"""What the verbs share: options of a preset, and how a run, an artifact or a text is opened and checked."""
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shlex
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from tyro.conf import FlagConversionOff, Suppress
 
-import core
 from core.config import ConfigError, DataConfig, EvalConfig, ExportConfig, ModelConfig, RunConfig, TrainConfig, to_json
 from core.console import Console
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, batch, identity
-from core.engine.protocol import Arrays, Engine
+from core.engine.protocol import Arrays
 from core.engine.ranks import Ranks, check_same
 from core.export.artifact import read_artifact
-from core.files import MAX_TEXT, read_file
 from core.model.params import exported
 from core.scoring.accounting import count_bytes
 from core.scoring.plugins import foreign
+from core.training.environment import code_version
 from core.training.run import Run, RunError
 
 Backend = Literal["auto", "mlx", "cuda", "torch"]
@@ -36,13 +30,6 @@ TOKENS = ("vocab", "bos")
 """Fields of a model that say which tokenizer it reads."""
 STRIDES = 4
 """Parts of a sliding window, of which the last is scored, where nobody gives a stride."""
-PACKAGES = ("numpy", "torch", "mlx", "sentencepiece", "safetensors", "brotli", "tyro", "matplotlib", "rich")
-ROOT = Path(core.__file__).resolve().parent.parent
-READERS = (
-    "core/ablation/", "core/compare/", "core/verbs/ablate.py", "core/verbs/audit.py",
-    "core/verbs/look.py", "core/verbs/track.py",
-)  # fmt: skip
-"""How the names of files begin that ask for runs or read them: no run imports them (but its worker)."""
 
 
 class Context(NamedTuple):
@@ -204,68 +191,9 @@ def check_data(config: RunConfig, dataset: Dataset, cure: str) -> None:
     count_bytes(dataset, np.zeros(1, np.int64), np.array([len(dataset.val) - 1]), None)
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that are installed, by name."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> tuple[str | None, bool | None]:
-    """Return (commit, whether files differ from it) of this checkout; None where git or the checkout is missing."""
-    if shutil.which("git") is None or not (ROOT / ".git").exists():
-        return None, None
-    answers = []
-    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"]):
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=30)
-        if done.returncode:
-            return None, None
-        answers.append(done.stdout.strip())
-    return answers[0], bool(answers[1])
-
-
-def code_version(root: Path = ROOT) -> str:
-    """Return a hash of the Python files that may decide what a run computes: of all that are not READERS."""
-    state = hashlib.sha256()
-    for folder in ("core", "backends"):
-        for path in sorted((root / folder).rglob("*.py")):
-            if reads(path.relative_to(root).as_posix()):
-                continue
-            state.update(str(path.relative_to(root)).encode() + b"\0" + read_file(path, MAX_TEXT) + b"\0")
-    return state.hexdigest()
-
-
-def reads(name: str) -> bool:
-    """Return whether a file of this checkout only asks for runs or reads them."""
-    return name.startswith(READERS) and name not in ("core/ablation/worker.py", "core/ablation/records.py")
-
-
 def same_start(ranks: Ranks, config: RunConfig, dataset: Dataset, **options: Any) -> None:
     """Raise ConfigError, on every rank, unless all ranks were started alike: options, settings, code and data."""
     if ranks.world == 1:
         return
     kinds = {"options": options, "configuration": to_json(config), "data": identity(dataset)}
     check_same(ranks, {**{name: json.dumps(value) for name, value in kinds.items()}, "code": code_version()})
-
-
-def environment(engine: Engine, dataset: Dataset, command: str, step: int) -> dict[str, Any]:
-    """Return what env.json says about this start of a run at `step`."""
-    head, dirty = commit()
-    return {
-        "command": command,
-        "commit": head,
-        "dirty": dirty,
-        "step": step,
-        "backend": engine.backend,
-        "device": engine.device,
-        "ranks": engine.ranks.world,
-        "dtype": engine.dtype,
-        "notes": list(engine.notes),
-        "platform": platform.platform(),
-        "versions": versions(),
-        "data": identity(dataset),
-    }

@@ -10,7 +10,6 @@ from core.data import fineweb, published
 from core.data.adopt import adopt_shards
 from core.data.bundled import prepare_sample, sample_folder
 from core.data.corpus import Format
-from core.data.hub import Folder, Hub
 from core.data.prepare import Progress as StageProgress
 from core.data.prepare import prepare
 from core.data.tokenizer import Tokenizer
@@ -129,7 +128,7 @@ def adopt(options: Adopt, context: Context) -> Outcome:
 
 def fetch(options: Fineweb, context: Context) -> Outcome:
     """Download published shards."""
-    source = Hub(options.repo, options.revision) if options.source is None else Folder(options.source)
+    source = fineweb.Hub(options.repo, options.revision) if options.source is None else fineweb.Folder(options.source)
     out = options.out or f"data/fineweb10B_{options.variant}"
     made = fineweb.fetch_fineweb(
         source,
@@ -142,8 +141,7 @@ def fetch(options: Fineweb, context: Context) -> Outcome:
     outcome = _told(made, out, context)
     for note in fineweb.notes(made):
         context.say(note)
-    made_from = {key: value for key, value in made["made_from"].items() if key != "files"}
-    return Outcome(True, outcome.value | {"made_from": made_from})
+    return Outcome(True, outcome.value | {"made_from": made["made_from"]})
 
 
 def _stages(context: Context) -> StageProgress:

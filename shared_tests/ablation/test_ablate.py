@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from core.ablation.plan import read_plan
+from core.ablation.records import read_job
 from core.ablation.store import Store
 from core.cli import main
-from core.verbs.common import READERS, ROOT, code_version, reads
+from core.training.environment import READERS, ROOT, code_version, reads
+from core.training.run import Run
+from shared_tests.support.command_line import events
 from shared_tests.support.killed import small_data
-from shared_tests.training.test_trackers import events
 
 PLAN = """
     name = "first"
@@ -60,8 +62,7 @@ def test_an_ablation_from_plan_to_report(tmp_path: Path, capsys: pytest.CaptureF
     assert effect["variant"] == "wide" and effect["paired"]["n"] == 2
     folder = Path(store) / "ablations" / "first"
     assert {"report.html", "report.md", "members.json"} <= {path.name for path in folder.iterdir()}
-    rows = Store(store).rows()
-    assert [row["status"] for row in rows] == ["done"] * 4 and {row["code"] for row in rows} == {code_version()}
+    assert {read_job(path.parent).code for path in Path(store).glob("runs/*/job.json")} == {code_version()}
 
     places = sorted(Path(store).glob("runs/*/run/metrics.jsonl"))
     before = {path: path.stat().st_mtime_ns for path in places}
@@ -70,7 +71,8 @@ def test_an_ablation_from_plan_to_report(tmp_path: Path, capsys: pytest.CaptureF
     tracked = {path.name: events(path / "tensorboard") for path in (folder / "tracked").iterdir()}
     assert tracked.keys() == {"plain-1-cuda", "plain-2-cuda", "wide-1-cuda", "wide-2-cuda"}
     ends = [v for rows in tracked.values() for _, name, v, _ in rows if name == "final/artifact/score/bpb"]
-    assert sorted(ends) == pytest.approx(sorted(row["bpb"] for row in Store(store).rows()), rel=1e-6)
+    scores = [Run.open(path.parent).last("final/artifact")["score"]["bpb"] for path in places]
+    assert len(scores) == 4 and sorted(ends) == pytest.approx(sorted(scores), rel=1e-6)
     assert {path: path.stat().st_mtime_ns for path in places} == before, "a run was repeated"
     assert again["backends"] == found["backends"]
 
@@ -83,7 +85,7 @@ def test_an_ablation_from_plan_to_report(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_run_refuses_other_code_than_its_ablations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever edits a file while an ablation runs gets runs that refuse, not runs that are not alike."""
-    from core.ablation import worker
+    from core.verbs import ablation_worker as worker
 
     plan = tmp_path / "first.toml"
     plan.write_text(textwrap.dedent(PLAN))
@@ -112,14 +114,14 @@ def _imported(path: Path) -> Iterator[Path]:
 
 def test_what_a_run_is_named_by_is_all_that_it_imports() -> None:
     """Files that are left out of the code's version are imported by no run: a change in them cannot change a score."""
-    begin = [ROOT / "core" / "ablation" / "worker.py", *(ROOT / "backends").rglob("*.py")]
+    begin = [ROOT / "core" / "verbs" / "ablation_worker.py", *(ROOT / "backends").rglob("*.py")]
     seen, waiting = set(begin), list(begin)
     while waiting:
         for file in set(_imported(waiting.pop())) - seen:
             seen.add(file)
             waiting.append(file)
     names = {str(path.relative_to(ROOT).as_posix()) for path in seen}
-    assert {"core/training/loop.py", "core/config.py", "core/scoring/accounting.py", "core/verbs/make.py"} <= names
+    assert {"core/training/loop.py", "core/config.py", "core/scoring/accounting.py", "core/verbs/train.py"} <= names
     assert {name for name in names if reads(name)} <= {"core/ablation/__init__.py"}
     assert not (ROOT / "core" / "ablation" / "__init__.py").read_text().count("import")
     assert all((ROOT / path).exists() or list(ROOT.glob(f"{path}*")) for path in READERS)

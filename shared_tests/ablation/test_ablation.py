@@ -3,75 +3,31 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.ablation import runner
-from core.ablation.plan import Ablation, job_key, read_plan
-from core.ablation.runner import Progress, run_all
+from core.ablation.plan import job_key, read_plan
+from core.ablation.records import StoreError, read_job
+from core.ablation.runner import run_all
 from core.ablation.stats.findings import assess
 from core.ablation.stats.results import Start
-from core.ablation.store import Place, Store, StoreError
+from core.ablation.store import Store
 from core.cli import main
 from core.config import ConfigError, DataConfig
 from core.files import FileError
+from core.training.environment import code_version
 from core.training.run import Run
-from core.verbs.common import code_version
+from shared_tests.support.ablation_runs import DATA, PLAN, go, places, taken, write
 from shared_tests.support.killed import small_data
-
-WORKER = (sys.executable, "-m", "shared_tests.support.ablation_worker")
-DATA = {"name": "test", "sha256": "0"}
-PLAN = """
-    name = "widths"
-    base = "debug"
-    seeds = [1, 2, 3, 4]
-    backends = ["cuda"]
-    [budget]
-    steps = 10
-    [settings]
-    "train.log_every" = 1
-    [variants.plain]
-    [variants.wide]
-    "model.dim" = 64
-    """
-
-
-def write(folder: Path, text: str = PLAN, name: str = "plan.toml") -> Path:
-    """Write an ablation file."""
-    path = folder / name
-    path.write_text(textwrap.dedent(text))
-    return path
-
-
-def places(store: Store, plan: Ablation, code: str = "code") -> list[Place]:
-    """Return where the runs of a plan are kept."""
-    return [store.place(job, code, DATA) for job in plan.jobs()]
-
-
-def go(store: Store, where: list[Place], parallel: int = 2, worker: Sequence[str] = WORKER) -> list[Progress]:
-    """Run the stand-in worker on all places and return what was shown."""
-    shown: list[Progress] = []
-    run_all(
-        store, where, parallel=parallel, threads=1, worker=worker, shown=shown.append,
-        started=lambda place: store.prepare(place, "code", DATA, "test"),
-        ended=lambda place: store.update(place, store.outcome(None, [place]).results[0]),  # type: ignore[arg-type]
-    )  # fmt: skip
-    return shown
-
-
-def taken(where: list[Place]) -> list[Counter[str]]:
-    """Return how often each step of each run was taken."""
-    return [Counter((place.home / "taken.txt").read_text().split()) for place in where]
-
 
 # The file.
 
@@ -194,11 +150,6 @@ def test_a_result_says_what_it_was_measured_on(tmp_path: Path) -> None:
     assert store.outcome(plan, where).results[1][-3:] == (f"{runner.HOST}, then other", 2, 2.75)
     (where[1].home / "machine.json").write_text("{")
     assert store.outcome(plan, where).results[1].beside is None
-    store.update(where[0], first)
-    (row,) = (row for row in store.rows() if row["key"] == where[0].key)
-    assert [row[name] for name in ("targets", "documents", "device", "dtype", "host", "threads")] == [
-        5_000, 9, "H100, then A100", "float32", runner.HOST, 1,
-    ]  # fmt: skip
 
 
 DAMAGING = """
@@ -234,7 +185,6 @@ def test_a_damaged_run_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixt
         result = store.outcome(plan, where).results[0]
         assert result.status == "failed" and "final/artifact" in str(result.message)
     assert Counter(r.status for r in store.outcome(plan, where).results) == {"done": 3, "failed": 3}
-    assert store.rebuild() == 6 and Counter(row["status"] for row in store.rows()) == {"done": 3, "failed": 3}
     (where[1].home / "failed.json").write_text("{")
     (where[1].folder / "metrics.jsonl").write_text("")
     assert "failed.json: not JSON" in str(store.outcome(plan, where).results[1].message)
@@ -256,7 +206,7 @@ import json, sys
 from pathlib import Path
 from core.ablation.plan import read_plan
 from core.ablation.store import Store
-from shared_tests.ablation.test_ablation import go, places
+from shared_tests.support.ablation_runs import go, places
 store = Store(sys.argv[2])
 go(store, places(store, read_plan(sys.argv[1])))
 """
@@ -289,7 +239,6 @@ def test_kill_in_the_middle_of_eight_runs(tmp_path: Path) -> None:
     for steps in taken(where):
         repeated = [step for step, times in steps.items() if times > 1]
         assert set(steps) == set(map(str, range(10))) and len(repeated) <= 1, "at most the step that was under way"
-    assert [row["status"] for row in store.rows()] == ["done"] * 8
 
 
 def test_two_processes_on_one_store(tmp_path: Path) -> None:
@@ -299,25 +248,22 @@ def test_two_processes_on_one_store(tmp_path: Path) -> None:
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     where = places(store, read_plan(path))
     assert taken(where) == [Counter(map(str, range(10)))] * 8
-    assert len(store.rows()) == 8
 
 
-# The index.
-
-
-def test_the_index_can_be_made_again(tmp_path: Path) -> None:
-    """Deleted, it comes back from the folders as it was; it is a view of them, never a source."""
-    plan, store = read_plan(write(tmp_path)), Store(tmp_path / "store")
+def test_stores_of_two_machines_are_merged_by_copying_their_runs(tmp_path: Path) -> None:
+    """Each trains half of the seeds; with both halves in one folder nothing is left to train."""
+    plan = read_plan(write(tmp_path))
+    for name in ("one", "two"):
+        store = Store(tmp_path / name)
+        half = [place for place in places(store, plan) if (place.job.seed > 2) == (name == "two")]
+        go(store, half, parallel=4)
+    shutil.copytree(tmp_path / "two" / "runs", tmp_path / "one" / "runs", dirs_exist_ok=True)
+    store = Store(tmp_path / "one")
     where = places(store, plan)
-    go(store, where, parallel=4)
-    store.write_members(plan, where)
-    store.enter_members(plan, where)
-    before = {table: sorted(map(str, store.rows(table))) for table in ("runs", "members")}
-    assert len(before["runs"]) == len(before["members"]) == 8
-    for file in store.path.glob("index.sqlite*"):
-        file.unlink()
-    assert store.rebuild() == 8
-    assert {table: sorted(map(str, store.rows(table))) for table in ("runs", "members")} == before
+    assert [store.status(place)[0] for place in where] == ["done"] * 8
+    go(store, where)
+    assert taken(where) == [Counter(map(str, range(10)))] * 8, "a run was trained twice"
+    assert [r.bpb is not None for r in store.outcome(plan, where).results] == [True] * 8
 
 
 def test_a_name_belongs_to_one_file(tmp_path: Path) -> None:
@@ -331,31 +277,24 @@ def test_a_name_belongs_to_one_file(tmp_path: Path) -> None:
 
 
 def test_a_damaged_store_is_named(tmp_path: Path) -> None:
-    """A newer version's job, a damaged index, a file in the way, a database that nobody knows."""
+    """A newer version's job, one that is none, a file in the way."""
     plan, store = read_plan(write(tmp_path)), Store(tmp_path / "store")
     place = places(store, plan)[0]
     store.prepare(place, "code", DATA, "test")
-    place.folder.mkdir()
-    store.rebuild()
+    assert read_job(place.home).config == place.job.config
     job = place.home / "job.json"
     value: dict[str, Any] = json.loads(job.read_text())
     job.write_text(json.dumps({**value, "schema": 2}))
     with pytest.raises(StoreError, match="job.json: schema 2, expected 1: written by another version"):
-        store.rebuild()
+        read_job(place.home)
     job.write_text(json.dumps({**value, "config": {**value["config"], "newer": 1}}))
     with pytest.raises(StoreError, match="newer: unknown key.*move it away"):
-        store.rebuild()
+        read_job(place.home)
     job.write_text("{")
     with pytest.raises(StoreError, match="job.json: not JSON"):
-        store.rebuild()
-    for file in store.path.glob("index.sqlite*"):
-        file.write_bytes(b"not a database" * 100)
-    with pytest.raises(StoreError, match="index.sqlite.*the runs are intact"):
-        store.rows()
+        read_job(place.home)
     with pytest.raises(StoreError, match="is a file"):
         Store(job)
-    with pytest.raises(StoreError, match="--database nothing:"):
-        Store(tmp_path / "s", "nothing:///x").rows()
 
 
 def test_a_half_written_line_is_left_out(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Reports of ablations: their figures are those of the statistics; whole, escaped, offline. Budget: 15 s."""
 
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -10,52 +8,14 @@ import pytest
 import scipy.stats
 
 from core.ablation.plan import read_plan
-from core.ablation.report import charts, telling
+from core.ablation.report import charts, wording
 from core.ablation.report.page import NARROW
 from core.ablation.report.pictures import learning
 from core.ablation.report.report import draw, write_report
 from core.ablation.stats.findings import assess
 from core.ablation.stats.results import Outcome
 from shared_tests.support.ablations import change, examples, outcome, unfinished
-
-VOID = {"meta", "br", "polyline", "polygon", "circle"}
-EVIL = '<script>alert("x")</script>&amp;'
-
-
-class Page(HTMLParser):
-    """Reads a page: its words, tables, classes, and whether every element is closed in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.tables: list[list[list[str]]] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID or tag in ("polygon", "circle"):
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-        if self.tables and self.open and self.open[-1] in ("td", "th"):
-            self.tables[-1][-1][-1] += data
+from shared_tests.support.report_page import EVIL, Page, inside, offline
 
 
 def written(made: Outcome, folder: Path) -> tuple[Page, str, list[Path]]:
@@ -76,17 +36,6 @@ class Reports:
         if name not in self.done:
             self.done[name] = written(self.made[name], self.folder / name)
         return self.done[name]
-
-
-def offline(text: str) -> bool:
-    """Return whether a page loads nothing and runs nothing."""
-    loads = {"src", "href", "srcset", "data", "action", "poster", "background", "xlink:href"}
-    page = Page(text)
-    return (
-        not any(loads & attributes.keys() or any(a.startswith("on") for a in attributes) for _, attributes in page.tags)
-        and not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
-        and not re.search(r"https?:|url\(|@import|//[a-z]", text)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +79,7 @@ def test_every_figure_of_the_table_is_that_of_the_statistics(cases: Reports, tmp
     page, text, files = cases("twelve")
     assert "&lt; 0.0001</td>" in text and "< 0.0001</td>" not in text
     head, *rows = page.tables[0]
-    assert tuple(head) == telling.HEAD and len(rows) == 12
+    assert tuple(head) == wording.HEAD and len(rows) == 12
     base = {r.seed: r for r in made.of("plain")}
     chances = {}
     for cells in rows[1:]:
@@ -141,7 +90,7 @@ def test_every_figure_of_the_table_is_that_of_the_statistics(cases: Reports, tmp
         figures = np.array([r.bpb for r in runs])
         assert row["difference"].replace("−", "-") == f"{gap:+.4f}"
         assert row["95 % interval"].replace("−", "-") == f"{interval.low:+.4f} to {interval.high:+.4f}"
-        assert row["p"] == telling.chance(float(test.pvalue))
+        assert row["p"] == wording.chance(float(test.pvalue))
         assert row["bits per byte"] == f"{figures.mean():.4f} ± {figures.std(ddof=1):.4f}"
         assert row["seeds"] == str(len(runs)) == ("4" if cells[0] == "skc" else "5")
         assert row["bytes"] == f"{runs[0].bytes:,}" and row["parameters"] == f"{runs[0].parameters:,}"
@@ -150,7 +99,7 @@ def test_every_figure_of_the_table_is_that_of_the_statistics(cases: Reports, tmp
     highest = 0.0
     for i, (p, shown, verdict) in enumerate(sorted(chances.values())):
         highest = max(highest, min(1.0, (11 - i) * p))
-        assert shown == telling.chance(highest)
+        assert shown == wording.chance(highest)
         assert (verdict in ("better", "worse")) == (highest < 0.05) and ("inside noise" in verdict) == (p >= 0.05)
     assert chances["skc"][2] == "inside noise (4 of 5; 1 failed)"
     gaps = [float(row[3].replace("−", "-")) for row in rows[1:]]
@@ -196,9 +145,9 @@ def test_failed_runs_changes_and_the_way_to_repeat_it_are_there(cases: Reports, 
     assert "train.warmup: 0.02 -> 0.14" in words and "59 done, 1 failed" in words
     assert "It was koopman & <b>she</b> said so." in words
     again = tmp_path / "parts.toml"
-    again.write_text(telling.as_toml(made.plan), encoding="utf-8")
+    again.write_text(wording.as_toml(made.plan), encoding="utf-8")
     assert read_plan(again)._replace(path="") == made.plan._replace(path="")
-    assert telling.as_toml(made.plan) in words and "skc ablate parts.toml" in words
+    assert wording.as_toml(made.plan) in words and "skc ablate parts.toml" in words
 
 
 def test_one_variant_a_lost_reference_and_stale_pictures(cases: Reports, tmp_path: Path) -> None:
@@ -210,17 +159,6 @@ def test_one_variant_a_lost_reference_and_stale_pictures(cases: Reports, tmp_pat
     words = "".join(written(made, tmp_path / "out")[0].words)
     assert "nothing to compare" in words and not list((tmp_path / "out").glob("*.png"))
     assert "".join(written(unfinished(made), tmp_path / "out")[0].words)
-
-
-def inside(drawn: dict[str, charts.Picture]) -> None:
-    """Assert that every mark lies in its picture's frame, words with about the room that they take."""
-    for name, picture in drawn.items():
-        for mark in picture.marks:
-            reach = len(mark.words) * mark.width * 0.55 if mark.shape == "words" else 0.0
-            left = {"start": 0.0, "middle": reach / 2, "end": reach}[mark.anchor]
-            for x, y in mark.places:
-                assert x - left >= -1 and x - left + reach <= picture.width + 1, (name, mark)
-                assert 0 <= y <= picture.height, (name, mark)
 
 
 @pytest.mark.parametrize("width", [NARROW, 900])

@@ -2,26 +2,26 @@
 
 import fcntl
 import json
-import sqlite3
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from core.ablation import folders, index
+from core.ablation import folders
 from core.ablation.plan import Ablation, read_plan
-from core.ablation.report import live
+from core.ablation.records import StoreError
+from core.ablation.report import live_table
 from core.ablation.runner import Progress, run_all
+from core.ablation.stats.added_seeds import looked
 from core.ablation.stats.findings import assess
-from core.ablation.stats.looks import looked
 from core.ablation.stats.results import Start
-from core.ablation.store import Place, Store, StoreError
+from core.ablation.store import Place, Store
 from core.cli import main
 from core.console import Console
 from core.files import FileError
 from core.training.run import Run
-from shared_tests.ablation.test_ablation import DATA, PLAN, WORKER, places, write
+from shared_tests.support.ablation_runs import DATA, PLAN, WORKER, places, write
 from shared_tests.support.ablation_worker import whole_score
 from shared_tests.support.ablations import outcome
 from shared_tests.support.killed import small_data
@@ -115,39 +115,6 @@ def test_odd_files_of_one_run_stop_no_other(tmp_path: Path) -> None:
     assert [r.status for r in results] == ["failed", "done"] and "is a folder" in str(results[0].message)
 
 
-def test_the_index_has_runs_that_failed_before_they_had_a_folder(tmp_path: Path) -> None:
-    """Made again, it says of them what it said before."""
-    plan, store = read_plan(write(tmp_path)), Store(tmp_path / "store")
-    place = places(store, plan)[0]
-    store.prepare(place, "code", DATA, "test")
-    store.fail(place, "no memory")
-    store.update(place, store.outcome(plan, [place]).results[0])
-    before = store.rows()
-    assert [row["message"] for row in before] == ["no memory"]
-    assert store.rebuild() == 1 and store.rows() == before
-
-
-@pytest.mark.parametrize("name", ["a?b", "a%20b", "a#b", "a@b:c"])
-def test_a_store_may_have_any_name(name: str, tmp_path: Path) -> None:
-    """Its index lies in it, also where its name has letters that mean something in an address."""
-    store = Store(tmp_path / name)
-    assert store.rows() == [] and (tmp_path / name / "index.sqlite").exists()
-
-
-def test_only_a_damaged_index_is_to_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that another program keeps locked is not damaged."""
-    monkeypatch.setattr(index, "PATIENCE", 0)
-    store = Store(tmp_path / "store")
-    assert store.rows() == []
-    with sqlite3.connect(tmp_path / "store" / "index.sqlite", isolation_level=None) as other:
-        other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(StoreError, match="locked") as caught:
-            store.rows()
-        other.execute("ROLLBACK")
-    other.close()
-    assert "delete" not in str(caught.value) and "--rebuild" in str(caught.value)
-
-
 def test_a_killed_worker_is_said_to_be_killed(tmp_path: Path) -> None:
     """The last line of a run that was killed is about its progress, not about why it ended."""
     store = Store(tmp_path / "store")
@@ -199,18 +166,18 @@ def test_the_live_table_reads_the_end_only(tmp_path: Path, monkeypatch: pytest.M
     original = json.loads
     monkeypatch.setattr(json, "loads", lambda text, **how: read.append(len(text)) or original(text, **how))
     for tail in (100, *range(540, 620), 1 << 15, 1 << 20):
-        monkeypatch.setattr(live, "TAIL", tail)
-        assert live._last_row(metrics)["step"] == 2999
+        monkeypatch.setattr(live_table, "TAIL", tail)
+        assert live_table._last_row(metrics)["step"] == 2999
     assert len(read) == 83, "one line is parsed, not all"
     for text in ("", "\n", '{"step": 1, "val/bpb": 2.0}\n', '{"step": 1, "train/loss": 3'):
         metrics.write_text(text)
         with pytest.raises(KeyError):
-            live._last_row(metrics)
+            live_table._last_row(metrics)
 
 
 def test_waiting_for_another_process_is_said() -> None:
     """Runs that are neither here nor done are those of another process, for which this one waits."""
-    shown = live.Live(Console(), 1)
+    shown = live_table.Live(Console(), 1)
     assert shown._head(Progress((), 1, 1, 5), {}) == "1 of 5 runs done, 1 failed, 3 under way in another process"
     assert shown._head(Progress((), 4, 1, 5), {}) == "4 of 5 runs done, 1 failed"
 
@@ -220,7 +187,7 @@ def test_seeds_that_came_after_a_report_are_named(tmp_path: Path, monkeypatch: p
     plan, store = read_plan(write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1, 2]"))), Store(tmp_path / "store")
     where, folder = places(store, plan), tmp_path
     assert looked(folder, where[:2]) == () == looked(folder, where), "no run is finished: there was nothing to see"
-    monkeypatch.setattr("core.ablation.stats.looks.finished", lambda _: True)
+    monkeypatch.setattr("core.ablation.stats.added_seeds.finished", lambda _: True)
     assert looked(folder, where[:2]) == () == looked(folder, where[:2])
     assert looked(folder, where) == (2,) == looked(folder, where), "also in every later report"
     other = read_plan(write(tmp_path, PLAN.replace("steps = 10", "steps = 11")))

@@ -13,8 +13,8 @@ from core.ablation.plan import read_plan
 from core.ablation.runner import run_all
 from core.ablation.store import Store
 from core.data.dataset import identity, open_dataset
-from core.verbs.common import code_version
-from shared_tests.ablation.test_ablation import WORKER
+from core.training.environment import code_version
+from shared_tests.support.ablation_runs import WORKER
 from shared_tests.support.hostile import KINDS, Ran, Server, contents, copied, drawn, judge, plant
 from shared_tests.support.killed import small_data
 
@@ -29,9 +29,7 @@ PLAN = """
     [variants.wide]
     "model.dim" = 64
     """
-IMPORTS = ("core.cli", "core.verbs.ablate", "core.verbs.make", "sqlalchemy", "matplotlib.figure")
-REPORT, REBUILD = (), ("--rebuild",)
-STORE = ("index.sqlite", "index.sqlite-wal", "index.sqlite-shm", "index.sqlite-journal")
+IMPORTS = ("core.cli", "core.verbs.ablate", "core.verbs.train", "matplotlib.figure")
 ABLATION = ("members.json", "lock", "looked.json", "report.html", "report.md", "difference.png", "curves.png")
 HOME = ("job.json", "machine.json", "failed.json", "lock", "worker.txt")
 RUN = ("config.json", "metrics.jsonl", "env.json")
@@ -58,30 +56,27 @@ class Made:
         self.home = f"store/runs/{places[0].key}"
         self.copy = folder / "copy"  # where the ablation was made, or its name would be taken by another file
         self.whole.rename(self.copy)
-        done = self.run(self.copy, REPORT)
+        done = self.run(self.copy)
         assert done.code == 0 and "2 of 2 runs are done already" in done.out, done
         self.copy.rename(self.whole)
 
-    def run(self, where: Path, how: tuple[str, ...]) -> Ran:
+    def run(self, where: Path) -> Ran:
         """Run `skc ablate` on a copy."""
-        command = ["ablate", "parts.toml", "--store", "store", "--data", self.data, "--threads", "1", *how]
+        command = ["ablate", "parts.toml", "--store", "store", "--data", self.data, "--threads", "1"]
         return self.server.run(command, where)
 
-    def cases(self) -> list[tuple[str, str, tuple[str, ...]]]:
-        """Return (file, kind of what lies there, options) of everything that is tried."""
-        read = ("members.json", "job.json", "machine.json", "failed.json", *RUN)
-        files = ["parts.toml", *(f"store/{name}" for name in STORE)]
-        files += [f"store/ablations/parts/{name}" for name in ABLATION]
+    def cases(self) -> list[tuple[str, str]]:
+        """Return (file, kind of what lies there) of everything that is tried."""
+        files = ["parts.toml", *(f"store/ablations/parts/{name}" for name in ABLATION)]
         files += [f"{self.home}/{name}" for name in (*HOME, *(f"run/{name}" for name in RUN))]
-        ways = {file: (REBUILD, REPORT) if file.endswith(read) else (REPORT,) for file in files}
-        return [(file, kind, how) for file in files for how in ways[file] for kind in KINDS]
+        return [(file, kind) for file in files for kind in KINDS]
 
-    def attempt(self, file: str, kind: str, how: tuple[str, ...]) -> None:
+    def attempt(self, file: str, kind: str) -> None:
         """Try one case in a fresh copy; AssertionError says what was wrong."""
         where, strangers = copied(self.whole, self.copy), self.folder / "strangers"
         plant(kind, where / file, strangers)
         before = contents(strangers)
-        ran = self.run(where, how)
+        ran = self.run(where)
         judge(ran, (0, 1, 2))
         for line in (ran.out + ran.err).splitlines():
             assert line.isprintable() and len(line) <= LINE, f"{line[:1000]!r}"
@@ -95,7 +90,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     found.server.close()
 
 
-def check(made: Made, cases: list[tuple[str, str, tuple[str, ...]]]) -> None:
+def check(made: Made, cases: list[tuple[str, str]]) -> None:
     """Try cases; all that fail are named."""
     wrong = []
     for case in cases:
@@ -106,7 +101,7 @@ def check(made: Made, cases: list[tuple[str, str, tuple[str, ...]]]) -> None:
     assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
 
 
-def trains(case: tuple[str, str, tuple[str, ...]]) -> bool:
+def trains(case: tuple[str, str]) -> bool:
     """Whether a run may be trained again: what it was finished by is gone, which takes seconds."""
     return "/run/" in case[0] and not case[0].endswith("env.json")
 
@@ -122,13 +117,13 @@ def test_a_link_in_the_place_of_a_folder(made: Made) -> None:
     (where / "store/ablations/parts").rename(strangers)
     (where / "store/ablations/parts").symlink_to(strangers)
     before = contents(strangers)
-    ran = made.run(where, REPORT)
+    ran = made.run(where)
     judge(ran, (2,))
     assert "parts: is a link, expected a folder" in ran.err and contents(strangers) == before
 
 
 @pytest.mark.long
 def test_every_odd_file_in_a_store(made: Made) -> None:
-    """Every file, every kind, every way of looking at it; of those that train a run again, some."""
+    """Every file and every kind; of those that train a run again, some."""
     cases = made.cases()
     check(made, [case for case in cases if not trains(case)] + drawn([c for c in cases if trains(c)], 30, "trained"))

@@ -17,14 +17,14 @@ import pyte
 import pytest
 
 from core.ablation.plan import read_plan
-from core.ablation.report import live
-from core.ablation.report.live import Live
+from core.ablation.report import live_table
+from core.ablation.report.live_table import Live
 from core.ablation.runner import Progress
 from core.ablation.stats.results import Result
 from core.ablation.store import Place, Store
 from core.console import Console
 from core.training.run import Run
-from shared_tests.ablation.test_ablation import PLAN, places, write
+from shared_tests.support.ablation_runs import PLAN, places, write
 from shared_tests.support.killed import small_data
 
 LONG = "a-rather-long-name-of-a-variant+engram+bank"
@@ -134,7 +134,7 @@ def test_ctrl_c_waits_until_a_table_is_drawn() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     drawn = []
     try:
-        with pytest.raises(KeyboardInterrupt), live._whole():
+        with pytest.raises(KeyboardInterrupt), live_table._whole():
             os.kill(os.getpid(), signal.SIGINT)
             drawn.append("half")
             drawn.append("whole")
@@ -157,7 +157,7 @@ class Watched:
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch, parallel: int, plan: str = PLAN) -> None:
         self.clock = Clock()
-        patch.setattr(live, "time", self.clock)
+        patch.setattr(live_table, "time", self.clock)
         self.store = Store(folder / "store")
         self.plan = read_plan(write(folder, plan))
         self.places = places(self.store, self.plan)

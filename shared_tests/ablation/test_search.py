@@ -11,114 +11,31 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from core.ablation.plan import Ablation, Job, read_plan
-from core.ablation.report import charts, search_telling
+from core.ablation.plan import read_plan
+from core.ablation.report import charts, search_wording
 from core.ablation.report.page import NARROW, WIDE
 from core.ablation.report.report import write_report
 from core.ablation.report.search_pictures import draw
-from core.ablation.search.search import Sampler, Searched, run_search
-from core.ablation.store import Place, Store
+from core.ablation.search.search import Sampler, Searched
 from core.cli import main
 from core.config import RunConfig
-from core.training.run import Run
-from shared_tests.ablation.test_ablation import DATA, go, taken
-from shared_tests.ablation.test_ablation_report import EVIL, Page, inside, offline
-from shared_tests.support.ablation_worker import whole_score
+from shared_tests.support.ablation_runs import go, taken
 from shared_tests.support.killed import small_data
-
-PLAN = """
-    name = "rates"
-    base = "debug"
-    seeds = [1, 2, 3, 4]
-    backends = ["cuda"]
-    [budget]
-    steps = 10
-    [settings]
-    "train.log_every" = 1
-    [variants.plain]
-    [search]
-    trials = 12
-    seeds = [100, 101]
-    [search.space]
-    "train.lr_matrix" = { low = 1e-4, high = 1.0, log = true }
-    "model.dim" = { low = 16, high = 64, step = 16 }
-    "train.matrix_rule" = { values = ["adamw", "muon"] }
-    """
-
-
-def smooth(config: RunConfig) -> float | None:
-    """Return bits per byte: best at a rate of 0.01, wider is better, diverges above 0.3."""
-    if config.train.lr_matrix > 0.3:
-        return None
-    rate = math.log10(config.train.lr_matrix / 0.01)
-    return 2.0 + 0.05 * rate**2 - config.model.dim / 1000 + config.seed / 10_000
+from shared_tests.support.report_page import EVIL, Page, inside, offline
+from shared_tests.support.searches import PLAN, Runs, read, smooth
 
 
 def luck(config: RunConfig) -> float:
     """Return bits per byte that no setting changes: noise alone."""
     key = [config.seed, int(1e6 * config.train.lr_matrix), config.model.dim, config.train.matrix_rule == "muon"]
     return 2.0 + 0.05 * np.random.default_rng(key).normal()
-
-
-class Runs:
-    """A store, and runs that are made in it at once and counted."""
-
-    def __init__(self, folder: Path, bpb: Callable[[RunConfig], float | None] = smooth, message: str = "") -> None:
-        self.store, self.bpb, self.made = Store(folder), bpb, Counter[str]()
-        self.message = message or "the loss (nan) is not finite"
-
-    def place(self, job: Job) -> Place:
-        """Return where a job is kept."""
-        return self.store.place(job, "code", DATA)
-
-    def train(self, places: Sequence[Place]) -> None:
-        """Bring runs to their ends, the last one first: what ends first must not matter."""
-        for place in reversed(places):
-            if self.store.status(place)[0] != "done":
-                (place.home / "failed.json").unlink(missing_ok=True)
-                self.store.prepare(place, "code", DATA, "test")
-                self.make(place)
-
-    def make(self, place: Place) -> None:
-        """Make a run, or fail it."""
-        self.made[place.key] += 1
-        config, bpb = place.job.config, self.bpb(place.job.config)
-        run = Run.create(place.folder, config, b"tokenizer")
-        if bpb is None:
-            return self.store.fail(place, self.message)
-        for step in (5, 10):
-            run.log(step, {"train/loss": 3.0, "train/bpb": bpb, "clock/seconds": 0.1 * step})
-        run.log(10, {"final/artifact": {"score": whole_score(bpb), "bytes": 1000 + config.model.dim}})
-
-    def run_all(self, store: Store, places: Sequence[Place], *, started: Any, ended: Any, **_: Any) -> None:
-        """Stand in for core.ablation.runner.run_all."""
-        for place in places:
-            if store.status(place)[0] != "done":
-                (place.home / "failed.json").unlink(missing_ok=True)
-                started(place)
-                self.make(place)
-            ended(place)
-
-    def search(self, plan: Ablation, train: Any = True, **options: Any) -> Searched:
-        """Search, training where `train`."""
-        assert plan.search is not None
-        by = self.train if train is True else train or None
-        return run_search(plan, plan.search, self.store, self.place, lambda _: None, by, **options)
-
-
-def read(folder: Path, text: str = PLAN, name: str = "rates.toml") -> Ablation:
-    """Write and read an ablation file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(textwrap.dedent(text))
-    return read_plan(folder / name)
 
 
 def settings(made: Searched) -> list[dict[str, Any]]:
@@ -176,7 +93,7 @@ def test_a_failed_trial_stays_failed_until_it_is_tried_again(tmp_path: Path) -> 
     # A search of which every trial fails has no variant `found`, and says so.
     runs = Runs(tmp_path / "none", lambda _: None)
     none = runs.search(plan)
-    assert none.best is None and none.confirming() == plan and "None gave a figure" in search_telling.summary(none)
+    assert none.best is None and none.confirming() == plan and "None gave a figure" in search_wording.summary(none)
 
 
 def test_failures_are_learned_from(tmp_path: Path) -> None:
@@ -228,8 +145,8 @@ START = """
 import sys
 from pathlib import Path
 from core.ablation.plan import read_plan
-from shared_tests.ablation.test_ablation import go
-from shared_tests.ablation.test_search import Runs
+from shared_tests.support.ablation_runs import go
+from shared_tests.support.searches import Runs
 runs = Runs(Path(sys.argv[2]))
 runs.search(read_plan(sys.argv[1]), lambda places: go(runs.store, places))
 """
@@ -268,7 +185,7 @@ def test_luck_is_selected_but_not_confirmed(tmp_path: Path) -> None:
     assert not {p.key for p in places} & {p.key for p in made.places}, "no run has a part in both"
     runs.train(places)
     outcome = runs.store.outcome(last, places)
-    selected, confirmed = search_telling.gains(made, outcome)
+    selected, confirmed = search_wording.gains(made, outcome)
     assert made.best is not None and selected.found == made.best.bpb and "too good" in selected.note
     assert (selected.figure, selected.seeds, selected.test) == ("selected", (100, 101), None)
     assert (confirmed.figure, confirmed.seeds) == ("confirmed", (1, 2, 3, 4))
@@ -298,9 +215,9 @@ def test_the_report_has_the_search(tmp_path: Path) -> None:
     assert offline(html) and len(html) < 1_000_000 and "<script>" not in text
     assert f"but {EVIL}" in words and f"failed: {EVIL}" in words
     assert {"search.png", "search-fields.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
-    both = next(t for t in page.tables if tuple(t[0]) == search_telling.GAIN_HEAD)
+    both = next(t for t in page.tables if tuple(t[0]) == search_wording.GAIN_HEAD)
     assert [row[0] for row in both[1:]] == ["selected", "confirmed"] and "too good" in both[1][-1]
-    head, start, *rows = next(t for t in page.tables if tuple(t[0]) == search_telling.head(made))
+    head, start, *rows = next(t for t in page.tables if tuple(t[0]) == search_wording.head(made))
     assert head[1:4] == ["train.lr_matrix", "model.dim", "train.matrix_rule"] and start[0] == "start"
     assert len(rows) == 12 and [r[-2] for r in rows[: len(made.ranks)]] == list(map(str, range(1, len(made.ranks) + 1)))
     for row in rows:
@@ -309,7 +226,7 @@ def test_the_report_has_the_search(tmp_path: Path) -> None:
         assert row[-3] == ("–" if trial.bpb is None else f"{trial.bpb:.4f}")
         assert f"| `{row[0]}` | {row[1]} | {row[2]} | {row[3]} | {row[4]} | {row[5]} |" in text
     again = tmp_path / "again.toml"
-    again.write_text(search_telling.repeat(plan, made)[0])
+    again.write_text(search_wording.repeat(plan, made)[0])
     assert read_plan(again)._replace(path="") == plan._replace(path="")
     assert "skc ablate rates.toml --search" in text and "skc ablate rates.toml --search" in "".join(page.words)
     write_report(runs.store.outcome(plan, [runs.place(job) for job in plan.jobs()]), tmp_path / "out")

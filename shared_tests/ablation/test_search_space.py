@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from core.ablation.report import search_telling
+from core.ablation.report import search_wording
 from core.ablation.search.search import Sampler, Trial, run_search
 from core.ablation.search.space import Search
 from core.config import ConfigError, RunConfig
-from shared_tests.ablation.test_search import PLAN, Runs, read
+from shared_tests.support.searches import PLAN, Runs, read
 
 SPACE = '"train.lr_matrix" = { low = 1e-4, high = 1.0, log = true }'
 
@@ -73,7 +73,7 @@ def test_useless_suggestions_cost_nothing(tmp_path: Path) -> None:
     plan = read(tmp_path, text.replace("trials = 12", "trials = 8"))
     made = Runs(tmp_path / "store").search(plan)
     assert len(made.trials) == 1 + 7 and made.complete, "8 settings, one of which is the start"
-    assert "tried before" in made.short and made.short in search_telling.summary(made)
+    assert "tried before" in made.short and made.short in search_wording.summary(made)
 
     def narrow(config: RunConfig) -> None:
         if config.model.dim > 32:

@@ -11,7 +11,8 @@ from core import presets
 from core.check import bench
 from core.cli import main
 from core.config import ConfigError, RunConfig
-from core.engine.protocol import Batch, EngineOptions, load_engine
+from core.data.batch import Batch
+from core.engine.protocol import EngineOptions, load_engine
 from core.engine.ranks import buckets, updated_by
 from core.training import schedule
 from shared_tests.support.harness import BACKENDS, batches, engine, mini, to_numpy, working_weights

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,28 +19,7 @@ from core.engine.protocol import load_engine
 from core.model.params import count, param_table
 from core.training.run import Run
 from core.verbs.common import PresetOptions
-
-SHORT = ("--train.steps", "6", "--train.eval_every", "3", "--eval.documents", "2", "--backend", "cuda")
-Capture = pytest.CaptureFixture[str]
-
-
-def call(capsys: Capture, *argv: str, code: int = 0) -> dict[str, Any]:
-    """Run a verb with --json and return its one object."""
-    capsys.readouterr()
-    assert main([*argv, "--json"]) == code
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    return json.loads(out)
-
-
-def refuse(capsys: Capture, *argv: str) -> str:
-    """Run a verb that must refuse its input, and return the one line that it says."""
-    capsys.readouterr()
-    assert main(list(argv)) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("skc"), captured.err
-    assert "--------" not in captured.err and "─" not in captured.err, captured.err
-    return captured.err
+from shared_tests.support.command_line import SHORT, Capture, call, refuse
 
 
 @pytest.fixture(scope="module")

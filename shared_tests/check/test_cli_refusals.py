@@ -10,7 +10,7 @@ import pytest
 
 from core.cli import condense, main
 from core.data.bundled import open_data
-from shared_tests.check.test_cli import Capture, refuse
+from shared_tests.support.command_line import Capture, refuse
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,7 +70,7 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(options: object, context: object) -> None:
         raise ValueError("operands could not be broadcast")
 
-    monkeypatch.setattr("core.verbs.look.list_presets", bug)
+    monkeypatch.setattr("core.verbs.presets.list_presets", bug)
     with pytest.raises(ValueError, match="broadcast"):
         main(["presets"])
 
@@ -79,7 +79,7 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Captu
     def stop(options: object, context: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("core.verbs.look.list_presets", stop)
+    monkeypatch.setattr("core.verbs.presets.list_presets", stop)
     assert main(["presets"]) == 130
     assert capsys.readouterr().err.startswith("skc presets: interrupted; ")
 

@@ -8,7 +8,7 @@ import pytest
 from core.cli import main
 from core.compare.runs import compare, lines, write_comparison
 from core.training.run import Run, RunError
-from shared_tests.check.test_cli import SHORT, call
+from shared_tests.support.command_line import SHORT, call
 
 
 @pytest.fixture(scope="module")

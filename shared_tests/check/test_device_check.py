@@ -22,7 +22,7 @@ from shared_tests.device.driver import Driver
 from shared_tests.device.plan import PLANS, Item
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKED = ("tyro", "brotli", "sqlalchemy", "optuna", "hypothesis", "xdist", "pyarrow", "zstandard", "mlx")
+BLOCKED = ("tyro", "brotli", "optuna", "hypothesis", "xdist", "pyarrow", "zstandard", "mlx")
 """What a bare machine with PyTorch lacks."""
 COMMAND = [sys.executable, "-m", "shared_tests.check.test_device_check"]
 

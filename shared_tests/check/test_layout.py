@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,20 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", sorted((ROOT / "core").rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_core_imports_no_framework(path: Path) -> None:
     assert not {name for name in imports(path) if name.split(".")[0] in FRAMEWORKS}
+
+
+def test_no_test_imports_a_test() -> None:
+    """What several tests use lies in support/: neither an import nor the program of a child names another test file."""
+    for path in (ROOT / "shared_tests").rglob("*.py"):
+        own = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        words = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        named = imports(path) | {name for text in words if isinstance(text, str) for name in TEST.findall(text)}
+        others = {name for name in named if TEST.fullmatch(name) and not f"{name}.".startswith(f"{own}.")}
+        assert not others, f"{path}: {others}: move what is shared to shared_tests/support"
+
+
+TEST = re.compile(r"shared_tests\.(?:\w+\.)*test_\w+(?:\.\w+)*")
+"""The name of a test file, or of something in it."""
 
 
 DOORS = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from core.ablation.report import telling
+from core.ablation.report import wording
 from core.check.bench import BenchReport
 from core.cli import main
 from core.compare.picture import _curve, _difference
@@ -18,7 +18,7 @@ from core.model.params import FLOP_RULE
 from core.training.generate import PROMPTS, told
 from core.training.report import MARGIN, whole_ticks
 from core.training.run import Run
-from shared_tests.check.test_cli import Capture, call, refuse
+from shared_tests.support.command_line import Capture, call, refuse
 from shared_tests.support.killed import small_data
 
 
@@ -77,7 +77,7 @@ def test_ticks_are_whole_and_nothing_lies_on_the_axis() -> None:
 
 
 def test_the_verdict_comes_second() -> None:
-    assert all(head[:2] == ("variant", "verdict") for head in (telling.HEAD, telling.PLACE_HEAD, telling.SIZE_HEAD))
+    assert all(head[:2] == ("variant", "verdict") for head in (wording.HEAD, wording.PLACE_HEAD, wording.SIZE_HEAD))
 
 
 def test_compare_names_the_folder_that_is_not_there(capsys: Capture) -> None:
@@ -114,6 +114,6 @@ def test_code_over_its_share_of_the_budget(capsys: Capture, monkeypatch: pytest.
 def test_export_fails_where_the_code_is_over(
     runs: tuple[Path, str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("core.verbs.make.packed_code", lambda: {"mlx": 1, "cuda": 140_001})
+    monkeypatch.setattr("core.verbs.export.packed_code", lambda: {"mlx": 1, "cuda": 140_001})
     value = call(capsys, "export", str(runs[0] / "b"), "--backend", "mlx", code=1)
     assert value["artifact"]["within"] and value["artifact"]["packed_code"] == 140_001

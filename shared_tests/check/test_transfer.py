@@ -18,7 +18,7 @@ from core.compare.pair import _same_batches, _verdict, rounding
 from core.compare.picture import noise_band
 from core.compare.runs import compare, lines, write_comparison
 from core.training.run import Run, RunError
-from shared_tests.check.test_cli import SHORT, call
+from shared_tests.support.command_line import SHORT, call
 
 SMALL = (
     *SHORT,

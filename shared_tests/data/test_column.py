@@ -13,24 +13,13 @@ import numpy as np
 import pytest
 
 from core.data import column
-from core.data.bundled import BUNDLED
 from core.data.column import DataError
 from core.data.dataset import Split
 from core.data.shards import _header, file_sha256, open_shard, write_shard
-from core.data.tokenizer import Tokenizer
 from core.formats.npy import NpyError, read_header
+from shared_tests.support.column_files import TOKENIZER, shards
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKENIZER = Tokenizer.load(str(BUNDLED / "tokenizer.model"))
-
-
-def shards(folder: Path, count: int, each: int) -> Split:
-    """Write shards whose stream is 0, 1, 2 ... modulo 1000."""
-    paths = [str(folder / f"{i:06d}.bin") for i in range(count)]
-    for i, path in enumerate(paths):
-        tokens = (np.arange(i * each, (i + 1) * each) % 1000).astype("<u2")
-        Path(path).write_bytes(_header(each) + tokens.tobytes())
-    return Split([open_shard(path) for path in paths], TOKENIZER, "text")
 
 
 MANY = """
@@ -38,7 +27,7 @@ import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from pathlib import Path
 import numpy as np
-from shared_tests.data.test_column import shards
+from shared_tests.support.column_files import shards
 split = shards(Path(sys.argv[1]), 1500, 7)
 starts = np.random.default_rng(0).integers(0, len(split) - 20, 3000)
 assert (split.gather(starts, 20) == (starts[:, None] + np.arange(20)) % 1000).all()

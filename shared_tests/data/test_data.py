@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import core.data.dataset
 import core.data.prepare
+from core.data.batch import Batch
 from core.data.bundled import BUNDLED
 from core.data.dataset import DataError, Prefetch, Split, batch, open_shard, write_shard
 from core.data.tokenizer import Tokenizer
-from core.engine.protocol import Batch
 
 TOKENIZER = Tokenizer.load(str(BUNDLED / "tokenizer.model"))
 BOS = TOKENIZER.bos

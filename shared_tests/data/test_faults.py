@@ -10,7 +10,6 @@ from core.check.tolerances import P2_FLOAT32, P2_FLOAT64, P3_FLOAT32, P4_FLOAT32
 from core.model.tables import rope_tables
 from core.training import schedule
 from shared_tests import oracle
-from shared_tests.model.test_model import by_group, outcome
 from shared_tests.reference import ops as reference
 from shared_tests.support.harness import (
     BACKENDS,
@@ -23,6 +22,7 @@ from shared_tests.support.harness import (
     tokens,
     working_weights,
 )
+from shared_tests.support.twins import by_group, outcome
 
 pytestmark = pytest.mark.pair
 Plant = Callable[[Any], Callable]
@@ -112,7 +112,7 @@ def test_p1_catches_a_mask_aligned_top_left() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_p3_catches_a_missing_bias_correction(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shared_tests.model.test_optim import twenty_updates
+    from shared_tests.support.optimizer_cases import twenty_updates
 
     expected = twenty_updates(BACKENDS[1 - BACKENDS.index(backend)], "float32")
     optim = module(backend, "optim")

@@ -15,13 +15,12 @@ from core.engine.protocol import Arrays
 from core.model.params import by_group
 from core.training import schedule
 from shared_tests.device.child import Child
-from shared_tests.model import test_optim
-from shared_tests.model.test_model import by_group as joined
-from shared_tests.model.test_model import outcome
-from shared_tests.model.test_ops import OPS, fast_gaps, takes_exact
 from shared_tests.reference import optim as reference
+from shared_tests.support import optimizer_cases
 from shared_tests.support.harness import batches, draw, engine, mini, working_weights
-from shared_tests.training.test_train import STORED, curve
+from shared_tests.support.op_cases import OPS, fast_gaps, takes_exact
+from shared_tests.support.twins import STORED, curve, outcome
+from shared_tests.support.twins import by_group as joined
 
 SIZES = (7, 130)
 NARROW = ("relu2", "leaky_relu2", "silu", "rms_norm", "attention", "cross_entropy")
@@ -44,11 +43,11 @@ def ops(child: Child) -> None:
                         limit = P1_FAST if dtype == "float32" else P2_BFLOAT16
                         child.check(f"P1 {op}, {dtype}, {what}", max(gaps[what] for gaps in found), limit)
     with child.part("P3 AdamW"):
-        settings = test_optim.SETTINGS
+        settings = optimizer_cases.SETTINGS
         oracle = reference.adamw(draw("param", 7, 5), [draw(f"grad/{s}", 7, 5) for s in range(20)], **settings)
-        found = test_optim.twenty_updates(child.backend, "float32")
+        found = optimizer_cases.twenty_updates(child.backend, "float32")
         child.check("P3 AdamW, 20 updates", max(map(relative_rms, found, oracle)), P3_FLOAT32)
-    for name, settings in test_optim.MUON.items():
+    for name, settings in optimizer_cases.MUON.items():
         with child.part(f"P3 Muon, {name}"):
             child.check(f"P3 Muon, {name}, 20 updates", _muon(child.backend, settings), P3_FLOAT32)
     if child.backend == "cuda" and child.only_gpu("kernels by their tests' cases"):
@@ -58,10 +57,10 @@ def ops(child: Child) -> None:
 def _muon(backend: str, settings: object) -> float:
     """Return the largest gap of 20 updates from the oracle, over the tests' shapes."""
     worst = 0.0
-    for shape in test_optim.SHAPES:
-        found = test_optim.twenty_of_muon(backend, "float32", shape, settings)  # type: ignore[arg-type]
+    for shape in optimizer_cases.SHAPES:
+        found = optimizer_cases.twenty_of_muon(backend, "float32", shape, settings)  # type: ignore[arg-type]
         for i, start in enumerate(draw("param", 3, *shape)):
-            grads = [test_optim.grads_at(step, shape)[i] for step in range(20)]
+            grads = [optimizer_cases.grads_at(step, shape)[i] for step in range(20)]
             oracle = reference.muon(start, grads, 0.02, 0.1, 0.9, settings)  # type: ignore[arg-type]
             worst = max(worst, *(relative_rms(part[i], wanted) for part, wanted in zip(found, oracle, strict=True)))
     return worst
@@ -72,22 +71,22 @@ def _kernels(child: Child) -> None:
     import torch
 
     from backends.cuda.kernels import cross_entropy, scan
-    from shared_tests.model import test_cross_entropy, test_kernels
+    from shared_tests.support import cross_entropy_cases, scan_cases
 
     torch.set_default_device(None)
     torch.use_deterministic_algorithms(True)
     with child.part("scan kernel"):
-        for dtype, limit in test_kernels.LIMITS.items():
-            cases = [case for case in test_kernels.CASES if case.dtype == dtype and case.rows]
-            found = (test_kernels.gaps(case, test_kernels.outcome(scan.scan, case, "cuda")) for case in cases)
+        for dtype, limit in scan_cases.LIMITS.items():
+            cases = [case for case in scan_cases.CASES if case.dtype == dtype and case.rows]
+            found = (scan_cases.gaps(case, scan_cases.outcome(scan.scan, case, "cuda")) for case in cases)
             child.check(f"scan kernel, {len(cases)} cases, {dtype}", max(max(g.values()) for g in found), limit)
     with child.part("cross-entropy kernel"):
         shares = []
-        for case in test_cross_entropy.CASES:
-            arrays = {f"{case}/{k}": x for k, x in test_cross_entropy.outcome(cross_entropy, case, "cuda").items()}
-            gaps = test_cross_entropy.Run(arrays, {}).gaps(case, case)
+        for case in cross_entropy_cases.CASES:
+            arrays = {f"{case}/{k}": x for k, x in cross_entropy_cases.outcome(cross_entropy, case, "cuda").items()}
+            gaps = cross_entropy_cases.Run(arrays, {}).gaps(case, case)
             shares += [gap / case.limit(output) for output, gap in gaps.items()]
-        child.check(f"cross-entropy kernel, {len(test_cross_entropy.CASES)} cases, share of limit", max(shares), 1.0)
+        child.check(f"cross-entropy kernel, {len(cross_entropy_cases.CASES)} cases, share of limit", max(shares), 1.0)
 
 
 def models(child: Child) -> None:

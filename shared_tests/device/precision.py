@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from core.config import RunConfig
+from core.data.batch import Batch
 from core.data.bundled import prepare_sample
 from core.data.dataset import batch as batch_at
 from core.data.dataset import open_dataset
-from core.engine.protocol import Arrays, Batch, DType, EngineOptions, load_engine
+from core.engine.protocol import Arrays, DType, EngineOptions, load_engine
 from core.model.params import start_values
 from core.presets import get
 from core.training import schedule

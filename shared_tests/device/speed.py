@@ -12,7 +12,9 @@ import numpy as np
 from core import presets, rng
 from core.check.bench import RANKS, rank_of
 from core.config import RunConfig
-from core.engine.protocol import Arrays, Batch, Engine, EngineOptions, load_engine
+from core.data.batch import Batch
+from core.engine.plan import StepPlan
+from core.engine.protocol import Arrays, Engine, EngineOptions, load_engine
 from core.model.params import flops_per_token, param_table
 from core.training import schedule
 from shared_tests.device.ceilings import SQUARE
@@ -104,7 +106,7 @@ def drawn(config: RunConfig) -> Arrays:
     }
 
 
-def plan_of(config: RunConfig) -> schedule.StepPlan:
+def plan_of(config: RunConfig) -> StepPlan:
     """Return the plan of the step that is timed."""
     return schedule.plan(0, 0.5, config.train)
 

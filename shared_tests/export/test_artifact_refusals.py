@@ -3,7 +3,6 @@
 import hashlib
 import json
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,13 @@ import pytest
 from core.export import artifact, codecs
 from core.export.artifact import MAX_FILE, MAX_HEADER, PREFIX, ArtifactError, read_artifact
 from core.model.storage import STORAGES
-from shared_tests.export.test_artifact import TOKENIZER, join, parts, write
-
-Refused = Callable[[bytes, str], None]
+from shared_tests.support.artifacts import TOKENIZER, Refused, join, parts, refusing, write
 
 
 @pytest.fixture
 def good(tmp_path: Path) -> bytes:
     write(tmp_path / "good.skc")
     return (tmp_path / "good.skc").read_bytes()
-
-
-def refusing(path: Path) -> Refused:
-    """Return a function that writes a file at `path` and asserts that reading it is refused in a field's name."""
-
-    def check(data: bytes, field: str) -> None:
-        path.write_bytes(data)
-        with pytest.raises(ArtifactError) as caught:
-            read_artifact(path)
-        message = str(caught.value)
-        assert message.startswith(f"{path}: {field}"), message
-        assert message.isprintable() and len(message) < 500
-
-    return check
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ import pytest
 from core.config import changed
 from core.export import codecs
 from core.export.artifact import read_artifact
-from shared_tests.export.test_artifact import MODELS, full_range, join, parts, payloads, write
-from shared_tests.export.test_artifact_refusals import Refused, refusing
+from shared_tests.support.artifacts import MODELS, Refused, full_range, join, parts, payloads, refusing, write
 
 
 @pytest.fixture

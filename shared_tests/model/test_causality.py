@@ -11,7 +11,7 @@ import pytest
 from core import presets
 from core.check.tolerances import CAUSAL
 from core.config import ModelConfig, RunConfig
-from core.engine.protocol import Batch
+from core.data.batch import Batch
 from core.model.tables import walsh
 from core.training import schedule
 from shared_tests.support.harness import (

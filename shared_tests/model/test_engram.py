@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from core import rng
-from core.config import ModelConfig, changed
-from core.model import ngrams as hashing
-from core.model.engram import MOST_BUCKETS, MOST_HASHES
-from core.model.ngrams import BIGRAM_MULTIPLIER, MOST_ID, MULTIPLIERS, keep_rows, multipliers_of, ngram_buckets, prune
-from core.model.params import param_table
+from core.config import ModelConfig
+from core.model.ngrams import BIGRAM_MULTIPLIER, MOST_BUCKETS, MOST_HASHES, MOST_ID, MULTIPLIERS, ngram_buckets
+from core.training import pruning
+from core.training.pruning import keep_rows, prune
 from shared_tests.oracle import Text
 from shared_tests.oracle.engram import ngrams
-from shared_tests.support.harness import draw, tokens
+from shared_tests.support.engram_examples import config, weights
+from shared_tests.support.harness import tokens
 
 VOCABS = (1024, 2048, 4096, 8192)
 SIZES = (1021, 2048, 3067, 3072, 4093, 4096, 8191, 8192, 16381, 16384, 20_000, 32_749, 32_768, MOST_BUCKETS)
@@ -57,21 +57,6 @@ def reached_by_pairs(multiplier: int, vocab: int, buckets: int) -> int:
     """Return how many buckets the pairs of a vocabulary reach: every older id starts an arc of `vocab` buckets."""
     starts = np.unique(np.arange(vocab) * (multiplier % buckets) % buckets)
     return int(np.minimum(np.diff(starts, append=starts[0] + buckets), vocab).sum())
-
-
-def config(changes: dict[str, Any] | None = None) -> ModelConfig:
-    """Return a tiny model with all memories."""
-    small: dict[str, Any] = {
-        "vocab": 24, "dim": 8, "layers": 2, "attention.heads": 2, "attention.kv_heads": 1, "attention.rope_dims": 4,
-        "mlp.hidden": 12,
-        "engram.orders": 3, "engram.heads": 2, "engram.buckets": 31, "engram.dim": 12, "bigram.buckets": 29,
-        "bigram.dim": 4, "smear.on": True, "bank.at": "both", "bank.heads": 2, "bank.capsules": 3, "skc.block": 4,
-    }  # fmt: skip
-    return changed(ModelConfig(), small | (changes or {}))
-
-
-def weights(model: ModelConfig) -> dict[str, np.ndarray]:
-    return {name: 0.5 * draw(name, *row.shape) for name, row in param_table(model).items()}
 
 
 # Hashes
@@ -267,7 +252,7 @@ def counted(model: ModelConfig, text: np.ndarray) -> np.ndarray:
     """Return the hits of every row, one token after the other."""
     starts = (text == model.bos) & (model.documents == "isolated")
     hits = np.zeros(model.engram.orders * model.engram.heads * model.engram.buckets, int)
-    for row in ngrams(Text(text[None], starts[None]), multipliers_of(model), model.engram.buckets).ravel():
+    for row in ngrams(Text(text[None], starts[None]), model.engram.multipliers, model.engram.buckets).ravel():
         hits[row] += row >= 0
     return hits
 
@@ -282,8 +267,8 @@ def test_the_most_used_rows_of_every_table_are_kept(documents: str, monkeypatch:
         order = sorted(range(31), key=lambda row: (-own[row], row))
         assert np.flatnonzero(mask).tolist() == sorted(order[: math.ceil(shares[table // 2] * 31)])
     for piece in (1, 2, 7, 299, 300):
-        monkeypatch.setattr(hashing, "PIECE", piece)
-        assert np.array_equal(hashing._hits(model, text), hits.ravel())
+        monkeypatch.setattr(pruning, "PIECE", piece)
+        assert np.array_equal(pruning._hits(model, text), hits.ravel())
 
 
 def test_documents_change_what_is_kept() -> None:

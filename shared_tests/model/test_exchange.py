@@ -9,12 +9,12 @@ import pytest
 from core.check.tolerances import P5_BPB
 from core.config import RunConfig, changed
 from core.engine.protocol import Engine
-from core.export.artifact import Artifact, read_artifact, write_artifact
 from core.model.params import averaged
 from core.model.storage import STORAGES, Storage
 from core.scoring.accounting import bits_per_byte
 from core.training import schedule
-from shared_tests.support.harness import BACKENDS, batches, engine, mini, minis, tokens, working_weights
+from shared_tests.support.exchanged import assert_same, export, rows_of
+from shared_tests.support.harness import BACKENDS, batches, engine, mini, minis, working_weights
 
 pytestmark = pytest.mark.pair
 ALWAYS = [name for name in minis() if mini(name).train.quantise == "always"]
@@ -26,24 +26,6 @@ def train(made: Engine, config: RunConfig, steps: int = 5) -> Engine:
     for step, batch in enumerate(batches(config, steps)):
         made.train_step(batch, schedule.plan(step, 0.5, config.train)).result()
     return made
-
-
-def export(made: Engine, config: RunConfig, path: Path) -> Artifact:
-    """Write what an engine stores and read it again."""
-    words = {"tokenizer_sha256": "0" * 64, "provenance": {"preset": config.preset}}
-    write_artifact(path, config.model, made.quantised(), **words)
-    return read_artifact(path)
-
-
-def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], what: str) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert (value.dtype, value.tobytes()) == (theirs[name].dtype, theirs[name].tobytes()), f"{what}: {name}"
-
-
-def rows_of(config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
-    rows = tokens("score", 8, 65, config.model.vocab, config.model.bos)
-    return rows[:, :-1], rows[:, 1:]
 
 
 def bpb(nats: np.ndarray) -> float:

@@ -13,8 +13,8 @@ import pytest
 from core import presets, rng
 from core.check.parity import perturbed
 from core.check.tolerances import P2_BFLOAT16, P2_FLOAT32, P2_FLOAT64, relative_rms
-from core.config import RunConfig, changed
-from core.engine.protocol import Batch
+from core.config import changed
+from core.data.batch import Batch
 from core.model import params
 from core.training import schedule
 from shared_tests import oracle
@@ -32,36 +32,9 @@ from shared_tests.support.harness import (
     tokens,
     working_weights,
 )
+from shared_tests.support.twins import assert_same, by_group, outcome
 
 pytestmark = pytest.mark.pair
-
-
-def outcome(backend: str, config: RunConfig, scale: float, **options) -> dict[str, np.ndarray]:
-    """Return activations, logits, nll and gradients of one batch under names that both backends share."""
-    made = engine(backend, config, working_weights(config.model, scale), **options)
-    batch = batches(config, 1)[0]
-    out = {f"activation {name}": value for name, value in made.activations(batch.tokens).items()}
-    objective, grads = made.gradients(batch)
-    out |= {f"gradient {name}": value for name, value in grads.items()}
-    return out | {
-        "logits": made.logits(batch.tokens),
-        "nll": made.nll(batch.tokens, batch.targets),
-        "objective": np.array(objective),
-    }
-
-
-def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], limit: float) -> None:
-    assert list(ours) == list(theirs)
-    worst = max(ours, key=lambda name: relative_rms(ours[name], theirs[name]))
-    assert relative_rms(ours[worst], theirs[worst]) <= limit, worst
-
-
-def by_group(out: dict[str, np.ndarray], config: RunConfig) -> dict[str, np.ndarray]:
-    """Join the gradients of each optimizer group: a gain's few float32 gradients are sums that nearly cancel."""
-    joined = {name: value for name, value in out.items() if not name.startswith("gradient ")}
-    for group, names in params.by_group(config.model).items():
-        joined[f"gradients {group}"] = np.concatenate([out[f"gradient {name}"].ravel() for name in names])
-    return joined
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0], ids=["cold", "hot"])

@@ -7,8 +7,8 @@ import numpy as np
 from core.config import ModelConfig, changed
 from core.model.ngrams import BIGRAM_MULTIPLIER, MULTIPLIERS
 from shared_tests import oracle
-from shared_tests.model.test_engram import config, weights
 from shared_tests.oracle import Stream, text_of
+from shared_tests.support.engram_examples import config, weights
 from shared_tests.support.harness import draw, tokens
 
 

@@ -15,7 +15,6 @@ from core.model.params import exported, param_table
 from core.model.storage import LARGEST, SCALE_FLOOR, STORAGES, Storage, decode, group_counts, group_size, storage_class
 from core.training import schedule
 from shared_tests import oracle
-from shared_tests.model.test_model import assert_same, by_group, outcome
 from shared_tests.reference import storage as reference
 from shared_tests.support.harness import (
     BACKENDS,
@@ -28,6 +27,7 @@ from shared_tests.support.harness import (
     to_numpy,
     working_weights,
 )
+from shared_tests.support.twins import assert_same, by_group, outcome
 
 pytestmark = pytest.mark.pair
 QUANTISED: list[Storage] = [storage for storage in STORAGES if storage != "float16"]

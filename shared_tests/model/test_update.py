@@ -18,7 +18,8 @@ from backends.cuda import banks, optim, storage
 from core import presets
 from core.check.tolerances import relative_rms
 from core.config import ModelConfig, RunConfig, TrainConfig
-from core.engine.protocol import Batch
+from core.data.batch import Batch
+from core.engine.plan import NUMBERS
 from core.model import params
 from core.model.storage import KINDS, Storage, storage_class
 from core.training import schedule
@@ -45,7 +46,7 @@ def launches(config: RunConfig) -> dict[str, int]:
     made: Any = engine("cuda", config, weights, dtype="float32")
     held, state = (own.map(lambda whole: whole.to("meta")) for own in (made._params, made._state))
     grads = {name: torch.empty_like(value) for name, value in held.items()}
-    numbers = [torch.zeros(shape, device="meta") for shape in ((), (len(schedule.NUMBERS),), ())]
+    numbers = [torch.zeros(shape, device="meta") for shape in ((), (len(NUMBERS),), ())]
     found = {}
     with Launches() as counted:
         made._finish(held, state, grads, *numbers)
@@ -120,7 +121,7 @@ def test_an_update_is_a_graph_for_every_bank_and_another_micro_batch_is_none(
         plan, loss = schedule.plan(0, 0.5, train), torch.ones(())
         seen = []
         for step, count in enumerate((1.0, 8.0, 2.5)):
-            hyper = made._numbers(dataclasses.replace(plan, step=step, lr_matrix=0.01 * (step + 1)).numbers)
+            hyper = made._numbers([value * (step + 1) for value in dataclasses.replace(plan, decay_embed=0.1).numbers])
             made._finish(made._params, made._state, grads, loss, hyper, made._numbers(count))
             seen.append(made.stats()["traces"])
         assert seen == [len(params.banks(mini(name).model)) + 1] * 3

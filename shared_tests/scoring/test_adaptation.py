@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from core.check import tolerances
-from core.engine.protocol import Batch, Engine, micro_batches
+from core.data.batch import Batch
+from core.engine.protocol import Engine, micro_batches
 from core.scoring.ledger import Ledger, LedgerError, Scored
 from core.scoring.plugins import Learner, Plugin, Temperature, log_softmax
 from core.scoring.score import score
 from core.training import schedule
-from shared_tests.scoring.test_scoring import VOCAB, make_dataset
 from shared_tests.support.harness import BACKENDS
+from shared_tests.support.known_scores import VOCAB, make_dataset
 from shared_tests.support.plugin_examples import (
     CUTS,
     LENGTHS,

@@ -13,8 +13,8 @@ from core.data.bundled import BUNDLED
 from core.data.dataset import DataError, open_dataset
 from core.scoring.accounting import byte_note
 from core.scoring.score import score
-from shared_tests.scoring.test_scoring import BigramEngine
 from shared_tests.support.killed import small_data
+from shared_tests.support.known_scores import BigramEngine
 
 MODEL = str(BUNDLED / "tokenizer.model")
 SHORT = ("--train.steps", "1", "--train.batch", "2", "--train.seq", "8", "--eval.seq", "8", "--backend", "cuda")

@@ -18,7 +18,7 @@ from core.scoring import session
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Plugin, Temperature
 from core.scoring.score import score_text
-from shared_tests.scoring.test_scoring import VOCAB, make_dataset
+from shared_tests.support.known_scores import VOCAB, make_dataset
 from shared_tests.support.plugin_examples import (
     CUTS,
     LENGTHS,

@@ -21,8 +21,8 @@ from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Plugin, ScoredText, Temperature, View, load_plugins, log_softmax
 from core.scoring.score import score_text
 from core.scoring.windows import Windows, cut
-from shared_tests.check.test_cli import Capture, call
-from shared_tests.scoring.test_scoring import VOCAB, make_dataset
+from shared_tests.support.command_line import Capture, call
+from shared_tests.support.known_scores import VOCAB, make_dataset
 from shared_tests.support.plugin_examples import (
     SHORT,
     Adaptation,

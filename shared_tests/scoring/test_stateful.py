@@ -10,8 +10,8 @@ from core.config import ConfigError, EvalConfig
 from core.engine.protocol import Engine
 from core.scoring.ledger import Ledger
 from core.scoring.score import score
-from shared_tests.scoring.test_scoring import make_dataset
 from shared_tests.support.harness import BACKENDS, HYBRID, engine, mini, working_weights
+from shared_tests.support.known_scores import make_dataset
 
 pytestmark = pytest.mark.pair
 LENGTHS = [5, 40, 1, 17, 16, 2, 33, 90, 3, 1]

@@ -1,4 +1,4 @@
-"""A stand-in for core.ablation.worker that trains nothing: `python -m shared_tests.support.ablation_worker FOLDER`.
+"""A stand-in for core.verbs.ablation_worker: it trains nothing. `python -m shared_tests.support.ablation_worker FOLDER`
 
 It makes a real run folder, step by step, with a checkpoint counter, and notes every step it takes in FOLDER/taken.txt,
 so that a test can see that no step is lost and none is taken twice. Seed 13 fails.

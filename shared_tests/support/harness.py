@@ -14,7 +14,8 @@ from backends.mlx.blas import load_fast_blas
 from core import presets, rng
 from core.check.parity import perturbed
 from core.config import ModelConfig, RunConfig, changed
-from core.engine.protocol import Arrays, Batch, Engine, EngineOptions, load_engine
+from core.data.batch import Batch
+from core.engine.protocol import Arrays, Engine, EngineOptions, load_engine
 from shared_tests.oracle import everything
 
 load_fast_blas()  # before anything imports MLX

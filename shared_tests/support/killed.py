@@ -171,3 +171,9 @@ def arm(place: str, count: int, target: str) -> None:
         os.fsync = before(os.fsync, lambda handle: handle in handles)
     elif place == "rename":
         os.replace = before(os.replace, lambda source, end: str(end) == target)
+
+
+def debug_data(tmp_path: Path) -> list[str]:
+    """Return options of a short run of real steps."""
+    data = small_data(tmp_path / "text", 60)
+    return ["--data.path", data, "--backend", "cuda", "--out", str(tmp_path / "run"), "--train.steps", "6"]

@@ -19,9 +19,9 @@ from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
 from core.scoring.score import Score, score, score_text
 from core.scoring.windows import Windows
 from core.training import schedule
-from shared_tests.scoring.test_scoring import BOS, VOCAB, FakeSplit, make_dataset
 from shared_tests.support.harness import engine, mini, working_weights
 from shared_tests.support.killed import fix_threads
+from shared_tests.support.known_scores import BOS, VOCAB, FakeSplit, make_dataset
 from shared_tests.support.zoo import HonestCache
 
 TRAIN = TrainConfig(

@@ -1,14 +1,19 @@
 """A small source of published shards, for the tests of core/data/fineweb.py: the layout of the hub, in a folder."""
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
+import pytest
 
 from core.data.bundled import BUNDLED
 from core.data.dataset import write_shard
-from core.data.hub import Folder
+from core.data.fineweb import Folder
 from core.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(str(BUNDLED / "tokenizer.model"))
@@ -50,19 +55,44 @@ def layout(root: Path, train: int = 3, shift: int = 0) -> str:
     return str(root)
 
 
-class Watched(Folder):
-    """A folder that notes what is fetched, and does something on the way with the file of a name."""
+class FakeHub:
+    """What core/data/fineweb.py calls of huggingface_hub, for one repository that lies in a folder.
 
-    def __init__(self, folder: str, meddle: dict[str, Any] | None = None, revision: str | None = None) -> None:
-        super().__init__(folder)
-        self.fetched: list[str] = []
-        self.meddle, self.revision = meddle or {}, revision
+    `fetched` lists the names of downloaded files, manifests left out; a file named in `meddle` is spoilt on its way.
+    """
 
-    def fetch(self, path: str, scratch: Path) -> Path:
-        """Copy, note, meddle."""
-        file = super().fetch(path, scratch)
-        if not path.endswith("manifest.json"):
-            self.fetched.append(file.name)
-        if file.name in self.meddle:
-            self.meddle[file.name](file)
-        return file
+    def __init__(self, patch: pytest.MonkeyPatch, root: str) -> None:
+        self.folder, self.commit, self.fetched = Folder(root), "a" * 40, []
+        self.meddle: dict[str, Callable[[Path], Any]] = {}
+        patch.setattr(huggingface_hub, "HfApi", lambda: self)
+        patch.setattr(huggingface_hub, "snapshot_download", self.download)
+
+    def dataset_info(self, repo: str, revision: str) -> SimpleNamespace:
+        """Return the commit of `main`."""
+        assert revision == "main"
+        return SimpleNamespace(sha=self.commit)
+
+    def list_repo_tree(self, repo_id: str, **options: Any) -> list[SimpleNamespace]:
+        """Return folders and files; of shards the SHA-256, as the hub keeps them in LFS."""
+        assert options == {"recursive": True, "repo_type": "dataset", "revision": self.commit}
+        entries = []
+        for place in Path(self.folder.folder).rglob("*"):
+            entry = SimpleNamespace(path=str(place.relative_to(self.folder.folder)))
+            if place.is_file():
+                sha256 = hashlib.sha256(place.read_bytes()).hexdigest()
+                entry.size, entry.lfs = place.stat().st_size, None
+                if place.suffix == ".bin":
+                    entry.lfs = SimpleNamespace(sha256=sha256)
+            entries.append(entry)
+        return entries
+
+    def download(self, repo_id: str, *, allow_patterns: list[str], local_dir: Path, **options: Any) -> None:
+        """Copy the files that are there."""
+        assert options == {"repo_type": "dataset", "revision": self.commit}
+        for path in allow_patterns:
+            place = Path(local_dir, path)
+            self.folder.fetch([path], Path(local_dir))
+            if place.name != "manifest.json":
+                self.fetched.append(place.name.replace("fineweb_1024_bpe.model", "tokenizer.model"))
+            if place.name in self.meddle:
+                self.meddle[place.name](place)

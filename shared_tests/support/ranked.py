@@ -18,20 +18,35 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+import core.engine.ranks
 import core.training.loop
 from core.config import ConfigError, EvalConfig, RunConfig
+from core.data.batch import Batch
 from core.data.dataset import open_dataset
 from core.engine.heartbeat import Heartbeat
-from core.engine.protocol import Batch, Engine, EngineOptions, load_engine
-from core.engine.ranks import Alone, Ranks, join, share
+from core.engine.protocol import Engine, EngineOptions, load_engine
+from core.engine.ranks import (
+    Alone,
+    Ranks,
+    join,
+    share,
+)
 from core.scoring.plugins import Temperature
 from core.scoring.score import score
 from core.training.loop import train
 from core.training.run import Follower, Run
 from core.training.schedule import plan, progress_by_steps
 from core.verbs.common import same_start
+from shared_tests.support.harness import mini
 from shared_tests.support.killed import everything
 from shared_tests.support.plugin_examples import Adaptation
+
+
+class Seat(Alone):
+    """One of several ranks that does not talk."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
 
 
 def curves(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -59,7 +74,6 @@ def cases(world: int) -> dict[str, RunConfig]:
 
     Four ranks, which here share two cores, do the two that differ most.
     """
-    from shared_tests.support.harness import mini
 
     made = {}
     for name, preset, changes in (

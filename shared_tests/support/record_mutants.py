@@ -19,7 +19,6 @@ from core import presets
 from core.ablation.plan import Ablation, Job, read_plan
 from core.ablation.records import read_job, read_members, read_shown, starts
 from core.ablation.stats.results import read_result
-from core.cli import is_users, message
 from core.compare.runs import compare, lines, table
 from core.config import to_json
 from core.console import MESSAGE
@@ -28,6 +27,7 @@ from core.formats.toml import read_toml
 from core.scoring.ledger import Ledger
 from core.training.run import Run
 from core.verbs.common import check_data
+from core.verbs.errors import is_users, message
 from shared_tests.support.ablation_worker import whole_score
 from shared_tests.support.killed import small_data
 from shared_tests.support.mutants import Random, alter, edit, hostile, json_text

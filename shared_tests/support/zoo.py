@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from core.config import TrainConfig
+from core.data.batch import Batch
 from core.data.column import Column
 from core.data.shards import open_shard
-from core.engine.protocol import Arrays, Batch
+from core.engine.protocol import Arrays
 from core.files import open_input
 from core.scoring.ledger import Scored
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax

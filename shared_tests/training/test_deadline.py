@@ -12,7 +12,7 @@ import pytest
 import core.forecast.probe
 import core.training.finish
 import core.training.loop
-import core.verbs.make
+import core.verbs.train
 from core.audit.claims import Plan, check_training_time
 from core.cli import main
 from core.config import RunConfig
@@ -20,8 +20,7 @@ from core.data import column
 from core.data.dataset import DataError, Dataset, open_dataset
 from core.training.finish import finish
 from core.training.run import Run
-from shared_tests.support.killed import small_data
-from shared_tests.training.test_forecast import debug_data
+from shared_tests.support.killed import debug_data, small_data
 
 
 def test_a_closed_split_refuses_every_read(tmp_path: Path) -> None:
@@ -56,7 +55,7 @@ def test_training_data_is_closed_when_training_ends(
         seen["error"] = str(error.value)
         return finish(run, engine, dataset, *rest)
 
-    monkeypatch.setattr(core.verbs.make, "finish", spying)
+    monkeypatch.setattr(core.verbs.train, "finish", spying)
     assert main(["train", "debug", *debug_data(tmp_path)]) == 0
     assert "is closed: training ended at" in seen["error"]
     run = Run.open(tmp_path / "run")

@@ -13,14 +13,16 @@ import pytest
 import core.forecast.probe
 import core.training.finish
 import core.training.loop
-import core.verbs.make
+import core.verbs.train
 from core import presets
 from core.cli import main
 from core.config import RunConfig
 from core.console import Console
+from core.data.batch import Batch
 from core.data.bundled import open_data
 from core.data.dataset import Dataset
-from core.engine.protocol import Arrays, Batch, Scoring, StepResult
+from core.engine.plan import StepPlan
+from core.engine.protocol import Arrays, Scoring, StepResult
 from core.engine.ranks import Alone
 from core.forecast.forecast import Forecast, Kind, forecast
 from core.forecast.probe import kinds, measure_memory, probe
@@ -29,8 +31,8 @@ from core.model.storage import Stored
 from core.training.finish import finish
 from core.training.loop import train
 from core.training.run import Run
-from core.training.schedule import StepPlan, lr_scale, progress_by_steps
-from shared_tests.support.killed import small_data
+from core.training.schedule import lr_scale, progress_by_steps
+from shared_tests.support.killed import debug_data
 
 PASS, SAMPLE, EXPORT = 0.25, 0.01, 0.125
 """Seconds of the fake engine: a forward pass of scoring, a token of a sample, rounding the weights."""
@@ -301,12 +303,6 @@ def test_memory_of_processes_is_that_of_their_machine(device: Device) -> None:
     assert found.used == 6e9 and found.of == "machine (processes)"  # 1 + 2 on one machine, 6 on the other
     engine.stats = lambda: {"peak_bytes": 1e9, "limit_bytes": 8e9}
     assert measure_memory(engine)[:2] == (6e9, "fullest device")
-
-
-def debug_data(tmp_path: Path) -> list[str]:
-    """Return options of a short run of real steps."""
-    data = small_data(tmp_path / "text", 60)
-    return ["--data.path", data, "--backend", "cuda", "--out", str(tmp_path / "run"), "--train.steps", "6"]
 
 
 def everything_under(folder: Path) -> dict[str, tuple[int, int]]:

@@ -14,8 +14,7 @@ import pytest
 from core.engine.heartbeat import Heartbeat, HeartbeatError, _accept
 from core.training.run import Run
 from shared_tests.support.killed import small_data
-from shared_tests.support.ranked import start
-from shared_tests.training.test_ranks import Seat
+from shared_tests.support.ranked import Seat, start
 
 LIMIT = 25.0
 """Seconds in which the others must have ended; a rank in these tests counts as dead after 4 s of silence."""

@@ -112,7 +112,7 @@ def test_the_example_of_a_ring_is_a_host_file() -> None:
 
 
 def test_baseline_has_the_official_settings() -> None:
-    """Optimizer, schedule and sizes of the official script's defaults (spec/challenge.md A.2, A.3, A.7)."""
+    """Optimizer, schedule and sizes of the official script's defaults (docs/challenge.md, 5)."""
     config = presets.get("baseline").config
     train = config.train
     assert train.tokens_per_step == 524_288 and (train.steps, train.seconds, train.seq) == (20_000, 600.0, 1024)

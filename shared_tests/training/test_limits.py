@@ -18,7 +18,7 @@ import pytest
 from core import presets
 from core.ablation.plan import read_plan
 from core.checks import ConfigError, told
-from core.cli import is_users, main, message
+from core.cli import main
 from core.config import (
     DataConfig,
     EvalConfig,
@@ -36,9 +36,10 @@ from core.model import trunk
 from core.model.params import MOST_VALUES, count, param_table, start_values
 from core.training.run import Run
 from core.verbs.common import open_subject
-from shared_tests.check.test_cli import Capture
-from shared_tests.export.test_artifact import join, parts
-from shared_tests.export.test_artifact import write as write_artifact
+from core.verbs.errors import is_users, message
+from shared_tests.support.artifacts import join, parts
+from shared_tests.support.artifacts import write as write_artifact
+from shared_tests.support.command_line import Capture
 
 SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig, "export": ExportConfig}
 WHOLE = (10**9, 10**18, 2**40, 2**62, -(2**62), 10**4000, -1, 0)

@@ -13,18 +13,17 @@ import pytest
 
 import core.training.loop
 from core.cli import main
+from core.data.batch import Batch
 from core.data.bundled import open_data
 from core.data.dataset import Dataset
-from core.engine.protocol import Batch
+from core.engine.plan import StepPlan
 from core.engine.ranks import Stopped
 from core.training.loop import train
 from core.training.run import Run, RunError
-from core.training.schedule import StepPlan
 from core.training.writer import hold
-from core.verbs import make
-from shared_tests.check.test_cli import SHORT, call
+from shared_tests.support.command_line import SHORT, call
 from shared_tests.support.hostile import contents
-from shared_tests.training.test_run import BigramEngine, Done, config_of, go, start
+from shared_tests.support.numpy_runs import BigramEngine, Done, config_of, go, start
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +164,7 @@ def test_a_finished_run_is_shown_and_scored_again_if_asked(
 def test_over_the_budget_ends_with_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(make, "check_budget", lambda config: None)
+    monkeypatch.setattr("core.verbs.train.check_budget", lambda config: None)
     command = [
         "train",
         "debug",

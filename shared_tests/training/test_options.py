@@ -18,8 +18,8 @@ from core.data.tokenizer import train_tokenizer
 from core.engine.protocol import choose_backend
 from core.options import given, meant, options_of, spelled
 from core.verbs.common import fit_tokens, judged
-from core.verbs.make import Train
-from shared_tests.check.test_cli import Capture, call, refuse
+from core.verbs.train import Train
+from shared_tests.support.command_line import Capture, call, refuse
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = options_of(Train)

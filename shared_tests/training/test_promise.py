@@ -13,13 +13,13 @@ from core import presets
 from core.config import RunConfig, changed
 from core.console import Console
 from core.data.bundled import open_data
-from core.data.dataset import Dataset
+from core.data.dataset import Dataset, identity
 from core.engine.protocol import load_engine
 from core.export.artifact import read_artifact
+from core.training.environment import environment
 from core.training.finish import PromiseError, finish
 from core.training.loop import train
 from core.training.run import Run
-from core.verbs.common import environment, identity
 from shared_tests.support.harness import engine
 
 pytestmark = pytest.mark.pair

@@ -15,7 +15,6 @@ import core.engine.ranks
 from core.check.tolerances import P4_FLOAT64
 from core.config import ConfigError
 from core.engine.ranks import (
-    Alone,
     agree,
     buckets,
     check_same,
@@ -31,20 +30,13 @@ from core.scoring.ledger import Ledger
 from core.training.run import Run
 from shared_tests.support.harness import BACKENDS, mini
 from shared_tests.support.killed import small_data
-from shared_tests.support.ranked import cases, start, together
+from shared_tests.support.ranked import Seat, cases, start, together
 
 pytestmark = pytest.mark.pair
 STATE = 1e-7
 """Weights and optimizer state after 50 steps: float64, absolute."""
 SCORES = 1e-9
 """Bits per byte: by how much a score may depend on the number of ranks."""
-
-
-class Seat(Alone):
-    """One of several ranks that does not talk."""
-
-    def __init__(self, rank: int, world: int) -> None:
-        self.rank, self.world = rank, world
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,14 @@ from core import presets, rng
 from core.check.tolerances import P4_FLOAT32, P4_FLOAT64, P5_BPB, relative_rms
 from core.cli import main
 from core.config import ConfigError, DataConfig, RunConfig
-from core.data.dataset import Dataset, Prefetch, open_dataset
-from core.engine.protocol import Arrays, Batch, Engine
+from core.data.batch import Batch
+from core.data.dataset import Dataset, Prefetch, identity, open_dataset
+from core.engine.plan import StepPlan
+from core.engine.protocol import Arrays, Engine
 from core.export.artifact import read_artifact
 from core.training.loop import train
 from core.training.run import Run, RunError
-from core.training.schedule import StepPlan, plan, progress_by_steps
-from core.verbs.common import identity
+from core.training.schedule import plan, progress_by_steps
 from shared_tests.support.harness import BACKENDS, engine
 from shared_tests.support.killed import everything, fingerprint, small_data, timeless
 

@@ -17,7 +17,7 @@ from core.data.bundled import open_data
 from core.data.dataset import Dataset
 from core.training.checkpoint import digest
 from core.training.run import Run, RunError, config_digest
-from shared_tests.training.test_run import config_of, go, start
+from shared_tests.support.numpy_runs import config_of, go, start
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from core.cli import main
 from core.engine.memory import OutOfMemoryError, described, enough_memory, is_memory
 from core.files import read_json
 from core.presets import get
-from shared_tests.check.test_cli import Capture, call
+from shared_tests.support.command_line import Capture, call
 from shared_tests.support.killed import small_data
 
 SMALL = "--train.seq 16 --eval.seq 16 --backend mlx --data.path DATA"
@@ -169,6 +169,6 @@ def test_what_the_machine_cannot_hold_is_exit_2(monkeypatch: pytest.MonkeyPatch,
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "a request of 1,152,921,505 GB failed" in line
     assert "4 rows of 16 tokens" in line and "lower --train.micro-batch (now 4 rows), --train.seq, or --eval.b" in line
-    monkeypatch.setattr("core.verbs.judge.sample", full)
+    monkeypatch.setattr("core.verbs.sample.sample", full)
     assert main(["sample", str(place / "r0"), "--backend", "mlx"]) == 2
     assert capsys.readouterr().err.startswith("skc sample: not enough memory: a request of")

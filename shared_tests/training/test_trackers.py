@@ -15,10 +15,10 @@ import pytest
 from core.cli import main
 from core.config import ConfigError, RunConfig
 from core.training import trackers
+from core.training.environment import ROOT
 from core.training.run import Run
 from core.training.trackers import Copies, TensorBoard, flat
-from core.verbs.common import ROOT
-from shared_tests.check.test_cli import SHORT, call
+from shared_tests.support.command_line import SHORT, call, events
 
 LINES = [
     {"step": 5, "train/loss": 3.5, "clock/seconds": 2.0, "progress/each": [0.1, 0.2]},
@@ -36,25 +36,6 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing leaves this machine, and no account of whoever tests is used."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-
-
-def events(folder: Path) -> list[tuple[int, str, float | str, float]]:
-    """Return (step, name, value, time) of every value in the event files of a folder, settings left out."""
-    from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]
-
-    found = []
-    for file in sorted(folder.glob("events.out.tfevents.*")):
-        data = memoryview(file.read_bytes())
-        while data:
-            size = struct.unpack("<Q", data[:8])[0]
-            event = Event.FromString(bytes(data[12 : 12 + size]))  # length, its checksum, event, its checksum
-            data = data[16 + size :]
-            for value in event.summary.value:
-                if value.tag.startswith("settings"):
-                    continue
-                text = value.tensor.string_val[0].decode() if value.tensor.string_val else value.simple_value
-                found.append((event.step, value.tag.removesuffix("/text_summary"), text, event.wall_time))
-    return found
 
 
 def sent(folder: Path) -> list[tuple[int, str, Any]]:
@@ -111,7 +92,7 @@ def test_a_run_and_its_resumption_are_copied_once(tmp_path: Path, capsys: pytest
     assert main(["train", "debug", *often, "--train.keep_every", "1", "--out", str(plain)]) == 0
     before = Run.open(plain)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("core.verbs.make.finish", _dies)
+        patch.setattr("core.verbs.train.finish", _dies)
         assert main(["train", "debug", *often, *both, "--out", str(out)]) == 130
     # As if the kill had come at step 5: the checkpoint of step 4 is the last, two more steps were copied already.
     assert len(events(out / "tensorboard")) > 20

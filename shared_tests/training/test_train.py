@@ -16,27 +16,10 @@ from core.model.params import param_table
 from core.training import schedule
 from core.training.run import Run
 from shared_tests.support.harness import BACKENDS, batches, engine, mini, minis, module, working_weights
+from shared_tests.support.twins import STEPS, STORED, curve
 
 pytestmark = pytest.mark.pair
 LIMITS = {"float64": P4_FLOAT64, "float32": P4_FLOAT32}
-STEPS = 50
-
-
-def curve(backend: str, name: str, dtype: str, steps: int = STEPS) -> np.ndarray:
-    """Return the losses of a run over 7 batches that repeat, so that there is something to learn."""
-    config = mini(name)
-    made, data = engine(backend, config, dtype=dtype), batches(config, 7)
-    pending = []
-    for step in range(steps):
-        plan = schedule.plan(step, schedule.progress_by_steps(step, config.train), config.train)
-        pending.append(made.train_step(data[step % 7], plan))
-    results = [p.result() for p in pending]
-    assert all(r.finite for r in results)
-    return np.array([r.loss for r in results])
-
-
-STORED = [name for name in minis() if mini(name).train.quantise != "never"]
-"""Presets that train with stored weights: in float32 their free-running curves part, by nature."""
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -58,18 +41,20 @@ def test_fifty_steps_agree(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_matrices_decay(backend: str) -> None:
+@pytest.mark.parametrize("decay_embed", [0.0, 0.25])
+def test_matrices_and_embeddings_decay_each_at_its_own_rate(backend: str, decay_embed: float) -> None:
     import dataclasses
 
-    config = mini("tiny")
-    train = dataclasses.replace(config.train, weight_decay=0.5, clip=1e-30)  # no gradient gets through: decay alone
+    config = mini("skc_mac")  # which has a group of hash tables
+    decays = {"weight_decay": 0.5, "weight_decay_embed": decay_embed}
+    train = dataclasses.replace(config.train, **decays, matrix_rule="adamw", clip=1e-30)  # no gradient gets through
     made = engine(backend, dataclasses.replace(config, train=train), dtype="float64")
     before = made.params()
     plan = schedule.plan(0, 0.5, train)
     made.train_step(batches(config, 1)[0], plan).result()
     for name, row in param_table(config.model).items():
-        factor = 1 - plan.lr_matrix * 0.5 if row.group == "matrix" else 1.0
-        assert np.allclose(made.params()[name], before[name] * factor, rtol=0, atol=1e-9), name
+        decay = {"matrix": plan.lr_matrix * 0.5, "embed": plan.lr_embed * decay_embed}.get(row.group, 0.0)
+        assert np.allclose(made.params()[name], before[name] * (1 - decay), rtol=0, atol=1e-9), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from core.ablation.report import charts, search_telling, telling
+from core.ablation.report import charts, search_wording, wording
 from core.ablation.report.charts import Picture
 from core.ablation.search.search import Searched
 from core.ablation.stats.findings import Findings
@@ -98,21 +98,21 @@ def page(
 
 
 def _facts(outcome: Outcome) -> str:
-    return f"<dl>{''.join(f'<div><dt>{a}</dt><dd>{escape(b)}</dd></div>' for a, b in telling.facts(outcome))}</dl>"
+    return f"<dl>{''.join(f'<div><dt>{a}</dt><dd>{escape(b)}</dd></div>' for a, b in wording.facts(outcome))}</dl>"
 
 
 def _backend(outcome: Outcome, found: Findings, drawn: tuple[Drawn, Drawn], name: str) -> list[str]:
     plan, parts = outcome.plan, []
     if found.ends and any(one.n for one in found.summaries):
         parts += [f"<h2>Answers{name}</h2>", _answers(found, plan.reference)]
-    power = telling.resolution(found, len(plan.seeds))
+    power = wording.resolution(found, len(plan.seeds))
     parts.append(f"<p>{escape(power)}</p>" if power else "")
     if found.doubts:
         lines = "".join(f"<li>{escape(doubt)}</li>" for doubt in found.doubts)
         parts.append(f'<div class="note"><h3>Read with care</h3><ul>{lines}</ul></div>')
     if not any(one.n for one in found.summaries):
         return parts
-    parts.append(f"<h2>Table{name}</h2>{_table('All variants', telling.HEAD, telling.table(found, plan.reference))}")
+    parts.append(f"<h2>Table{name}</h2>{_table('All variants', wording.HEAD, wording.table(found, plan.reference))}")
     about = "Bits per byte: mean ± standard deviation over seeds. A difference below 0 is better."
     parts.append(f'<p class="quiet">{about}</p>')
     held = f"Difference to {plan.reference} in bits per byte: mean, 95 % interval, a ring for each seed."
@@ -120,38 +120,38 @@ def _backend(outcome: Outcome, found: Findings, drawn: tuple[Drawn, Drawn], name
     if found.ends:
         parts.append(f"<h2>At equal steps, seconds and bytes{name}</h2>")
         for title, effects in (("Equal steps", found.steps), ("Equal seconds", found.seconds)):
-            end = telling.same_end(effects)
+            end = wording.same_end(effects)
             same = f"<p>All of these runs ended at {escape(end)}: the table above is this comparison.</p>"
-            shown = same if end else _table(title, telling.PLACE_HEAD, telling.places(effects))
+            shown = same if end else _table(title, wording.PLACE_HEAD, wording.places(effects))
             parts.append(f"<h3>{title}</h3>{shown}")
-        parts.append(f"<h3>Equal bytes</h3>{_table('Equal bytes', telling.SIZE_HEAD, telling.size_rows(found.sizes))}")
-    parts += _figure(f"Learning curves{name}", "curves step", drawn, telling.CURVES)
-    later = _figure("", "curves seconds", drawn, telling.CURVES)
+        parts.append(f"<h3>Equal bytes</h3>{_table('Equal bytes', wording.SIZE_HEAD, wording.size_rows(found.sizes))}")
+    parts += _figure(f"Learning curves{name}", "curves step", drawn, wording.CURVES)
+    later = _figure("", "curves seconds", drawn, wording.CURVES)
     parts.append(f"<details><summary>The same against seconds</summary>{''.join(later)}</details>" if later else "")
-    parts += _figure(f"Difference while training{name}", "gaps", drawn, telling.GAPS)
-    parts += _figure(f"Bytes against bits per byte{name}", "bytes", drawn, telling.BYTES)
+    parts += _figure(f"Difference while training{name}", "gaps", drawn, wording.GAPS)
+    parts += _figure(f"Bytes against bits per byte{name}", "bytes", drawn, wording.BYTES)
     return parts
 
 
 def _search(outcome: Outcome, searched: Searched, drawn: tuple[Drawn, Drawn]) -> list[str]:
-    parts = [f"<h2>Search</h2><p>{escape(search_telling.summary(searched))}</p>"]
-    gains = search_telling.gains(searched, outcome)
+    parts = [f"<h2>Search</h2><p>{escape(search_wording.summary(searched))}</p>"]
+    gains = search_wording.gains(searched, outcome)
     if gains:
-        parts.append(f'<p class="note">{escape(search_telling.WARNING)}</p>')
-        parts.append(_table("Selected and confirmed", search_telling.GAIN_HEAD, search_telling.gain_rows(gains)))
-    parts += _figure("", "search", drawn, search_telling.PROGRESS)
-    parts += _figure("", "search fields", drawn, search_telling.FIELDS)
-    table = _table("Trials", search_telling.head(searched), search_telling.rows(searched))
-    lines = "".join(f"<li>{escape(line)}</li>" for line in search_telling.method(searched))
+        parts.append(f'<p class="note">{escape(search_wording.WARNING)}</p>')
+        parts.append(_table("Selected and confirmed", search_wording.GAIN_HEAD, search_wording.gain_rows(gains)))
+    parts += _figure("", "search", drawn, search_wording.PROGRESS)
+    parts += _figure("", "search fields", drawn, search_wording.FIELDS)
+    table = _table("Trials", search_wording.head(searched), search_wording.rows(searched))
+    lines = "".join(f"<li>{escape(line)}</li>" for line in search_wording.method(searched))
     few = len(searched.trials) <= 12
     return [*parts, f"<details{' open' if few else ''}><summary>All trials</summary>{table}<ul>{lines}</ul></details>"]
 
 
 def _answers(found: Findings, reference: str) -> str:
     items = []
-    for one, sentence in telling.answers(found, reference):
+    for one, sentence in wording.answers(found, reference):
         kind = one.verdict if one.verdict in ("better", "worse") else "noise"
-        head = f"<strong>{escape(one.variant)}</strong> · <b class={kind}>{escape(telling.verdict(one))}</b>"
+        head = f"<strong>{escape(one.variant)}</strong> · <b class={kind}>{escape(wording.verdict(one))}</b>"
         items.append(f'<li class="{kind}">{head}<br>{escape(sentence[0].upper() + sentence[1:])}</li>')
     return f'<ul class="answers">{"".join(items)}</ul>'
 
@@ -178,7 +178,7 @@ def _figure(title: str, key: str, drawn: tuple[Drawn, Drawn], caption: str) -> l
 
 def _changes(outcome: Outcome) -> str:
     parts = []
-    for name, lines in telling.changes(outcome.plan).items():
+    for name, lines in wording.changes(outcome.plan).items():
         fields = "<br>".join(f"<code>{escape(line)}</code>" for line in lines)
         parts.append(f"<p><strong>{escape(name)}</strong><br>{fields}</p>")
     held = f'<p class="quiet">Against {escape(outcome.plan.reference)}: field: its value → the variant’s.</p>'
@@ -209,10 +209,10 @@ def _samples(outcome: Outcome) -> str:
 
 
 def _method() -> str:
-    return f"<h2>How it was computed</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in telling.METHOD)}</ul>"
+    return f"<h2>How it was computed</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in wording.METHOD)}</ul>"
 
 
 def _repeat(outcome: Outcome, searched: Searched | None) -> str:
-    file, command = search_telling.repeat(outcome.plan, searched)
+    file, command = search_wording.repeat(outcome.plan, searched)
     text = f"<pre><code>{escape(file)}</code></pre><pre><code>{escape(command)}</code></pre>"
     return f"<h2>To repeat it</h2><p>Save this as {escape(outcome.plan.name)}.toml:</p>{text}"

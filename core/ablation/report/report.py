@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.ablation.locks import make
-from core.ablation.report import charts, pictures, search_telling, telling
+from core.ablation.report import charts, pictures, search_wording, wording
 from core.ablation.report.page import NARROW, WIDE, Drawn, page
 from core.ablation.report.search_pictures import draw as draw_search
 from core.ablation.search.search import Searched
@@ -53,7 +53,7 @@ def _png(drawn: Drawn, key: str, path: Path) -> list[Path]:
 def draw(outcome: Outcome, found: Findings, width: int) -> Drawn:
     """Return the pictures of one backend that there is something to draw for."""
     reference, made = outcome.plan.reference, {}
-    effects = telling.ranked(found.ends)
+    effects = wording.ranked(found.ends)
     if any(one.paired for one in effects):
         made["difference"] = pictures.difference(effects, reference, width)
     order = [reference, *(one.variant for one in effects)]
@@ -94,54 +94,54 @@ def _markdown(
 ) -> str:
     plan = outcome.plan
     lines = [f"# {plan.name}", "", *([_plain(plan.purpose), ""] if plan.purpose else [])]
-    lines += ["; ".join(f"{name}: {_plain(value)}" for name, value in telling.facts(outcome)), ""]
+    lines += ["; ".join(f"{name}: {_plain(value)}" for name, value in wording.facts(outcome)), ""]
     if not any(one.n for tables in found for one in tables.summaries):
         lines += ["No run has finished yet. Nothing can be said so far.", ""]
     for tables, files in zip(found, images[:-1], strict=True):
         name = f" on {tables.backend}" if len(found) > 1 else ""
         if tables.ends and any(one.n for one in tables.summaries):
             lines += [f"## Answers{name}", ""]
-            for one, sentence in telling.answers(tables, plan.reference):
-                lines.append(f"* `{one.variant}`: **{telling.verdict(one)}**. {sentence[0].upper()}{sentence[1:]}")
+            for one, sentence in wording.answers(tables, plan.reference):
+                lines.append(f"* `{one.variant}`: **{wording.verdict(one)}**. {sentence[0].upper()}{sentence[1:]}")
             lines.append("")
-        power = telling.resolution(tables, len(plan.seeds))
+        power = wording.resolution(tables, len(plan.seeds))
         lines += [power, ""] if power else []
         if tables.doubts:
             lines += ["Read with care:", "", *(f"* {_plain(doubt)}" for doubt in tables.doubts), ""]
         if any(one.n for one in tables.summaries):
-            lines += [f"## Table{name}", "", *_table(telling.HEAD, telling.table(tables, plan.reference)), ""]
+            lines += [f"## Table{name}", "", *_table(wording.HEAD, wording.table(tables, plan.reference)), ""]
         lines += [text for path in files for text in (f"![{path.stem}]({path.name})", "")]
         if tables.ends and any(one.n for one in tables.summaries):
             for title, head, rows in (
-                ("equal steps", telling.PLACE_HEAD, telling.places(tables.steps)),
-                ("equal seconds", telling.PLACE_HEAD, telling.places(tables.seconds)),
-                ("equal bytes", telling.SIZE_HEAD, telling.size_rows(tables.sizes)),
+                ("equal steps", wording.PLACE_HEAD, wording.places(tables.steps)),
+                ("equal seconds", wording.PLACE_HEAD, wording.places(tables.seconds)),
+                ("equal bytes", wording.SIZE_HEAD, wording.size_rows(tables.sizes)),
             ):
                 lines += [f"## At {title}{name}", "", *_table(head, rows), ""]
     if searched:
         lines += _search(outcome, searched, images[-1])
     lines += ["## What each variant changes", ""]
-    for name, changed in telling.changes(plan).items():
+    for name, changed in wording.changes(plan).items():
         lines += [f"`{name}`:", "", *_code("\n".join(changed)), ""]
     failed = [run for run in outcome.results if run.status == "failed"]
     lines += ["## Failed runs", ""] if failed else []
     for run in failed:
         lines += [f"`{run.variant}`, seed {run.seed}, {run.backend}:", ""]
         lines += [*_code(run.message or "it left no message; see log.txt in its folder"), ""]
-    lines += ["## How it was computed", "", *(f"* {line}" for line in telling.METHOD), ""]
-    file, command = search_telling.repeat(plan, searched)
+    lines += ["## How it was computed", "", *(f"* {line}" for line in wording.METHOD), ""]
+    file, command = search_wording.repeat(plan, searched)
     lines += ["## To repeat it", "", f"Save this as {plan.name}.toml:", "", *_code(file), ""]
     return "\n".join([*lines, *_code(command), ""])
 
 
 def _search(outcome: Outcome, searched: Searched, images: Sequence[Path]) -> list[str]:
-    lines = ["## Search", "", _plain(search_telling.summary(searched)), ""]
-    gains = search_telling.gains(searched, outcome)
+    lines = ["## Search", "", _plain(search_wording.summary(searched)), ""]
+    gains = search_wording.gains(searched, outcome)
     if gains:
-        lines += [search_telling.WARNING, "", *_table(search_telling.GAIN_HEAD, search_telling.gain_rows(gains)), ""]
+        lines += [search_wording.WARNING, "", *_table(search_wording.GAIN_HEAD, search_wording.gain_rows(gains)), ""]
     lines += [text for path in images for text in (f"![{path.stem}]({path.name})", "")]
-    lines += ["### Trials", "", *_table(search_telling.head(searched), search_telling.rows(searched)), ""]
-    return [*lines, *(f"* {_plain(line)}" for line in search_telling.method(searched)), ""]
+    lines += ["### Trials", "", *_table(search_wording.head(searched), search_wording.rows(searched)), ""]
+    return [*lines, *(f"* {_plain(line)}" for line in search_wording.method(searched)), ""]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from core.ablation.report.charts import SIZE, Mark, Picture, Spot, label, number, short, ticks
-from core.ablation.report.search_telling import shown, title
+from core.ablation.report.search_wording import shown, title
 from core.ablation.search.search import Searched, Trial
 from core.ablation.search.space import Field
 

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from core.ablation.plan import Ablation, Job
-from core.ablation.search.space import FOUND, Field, Search, trial_plan
+from core.ablation.search.space import FOUND, Field, Search
 from core.ablation.stats.results import Result, Status
 from core.ablation.store import Place, Store
 from core.config import RunConfig, to_json
@@ -114,7 +114,7 @@ def run_search(
     had: set[str] = set()
 
     def fresh(settings: Mapping[str, Any]) -> bool:
-        config = trial_plan(plan, search, {"trial": dict(settings)}).config("trial", search.seeds[0])
+        config = plan.of_trials(search, {"trial": dict(settings)}).config("trial", search.seeds[0])
         check(config)
         digest = json.dumps(to_json(config))
         new = digest not in had
@@ -130,7 +130,7 @@ def run_search(
                 made = made._replace(short=sampler.useless)
                 break
             asked.append(Trial(len(made.trials) + len(asked), settings))
-        runs = trial_plan(plan, search, {trial.name: trial.settings for trial in asked})
+        runs = plan.of_trials(search, {trial.name: trial.settings for trial in asked})
         places = [place(job) for job in runs.jobs()]
         open_ = [p for p in places if retry or store.status(p)[0] != "failed"]
         trained = train is not None and any(store.status(p)[0] != "done" for p in open_)

@@ -12,35 +12,23 @@ sampler_seed = 0                   # of the draw; default: 0
 "train.matrix_rule" = { values = ["adamw", "muon"] }
 """
 
-import math
 import re
 import types
 import typing
-from collections.abc import Iterator
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from core.ablation.fields import flat, hint, meant, only, put, seeds, typed
+from core.ablation.fields import hint, meant, only, typed
 from core.checks import LARGEST, told
-from core.config import ConfigError, to_json
+from core.config import ConfigError
 
-if TYPE_CHECKING:
-    from core.ablation.plan import Ablation
-
-KEYS = ("trials", "seeds", "variant", "round", "sampler_seed", "space")
 FIELD_KEYS = ("low", "high", "log", "step", "values")
-SECTIONS = ("model", "train")
-"""What a search may change: other sections say what is measured, and their best value would only measure less."""
 FOUND = "found"
 """The variant that a search's best trial becomes."""
 TRIAL = re.compile(r"trial-\d+")
-MOST_TRIALS = 10_000
 MOST_VALUES = 256
 MOST_STEPS = 10**12
 """Most steps of a range."""
-MOST_CHECKS = 5_000
-"""Settings that are tried out before anything runs: a second or two."""
-ROUND = 4
 FEW = 64
 DIGITS = 4
 """Significant digits of a number drawn from a range: no more is meant, and last bits differ between machines."""
@@ -107,66 +95,15 @@ class Search(NamedTuple):
     space: tuple[Field, ...]
 
 
-def read_search(value: dict[str, Any], plan: "Ablation", where: str) -> Search:
-    """Read [search] of a plan that is checked; ConfigError names the file and what is wrong."""
-    only(value, KEYS, where)
-    variant = typed(value, "variant", str, where, plan.reference)
-    if variant not in plan.variants:
-        raise ConfigError(f"{where}: variant: {variant!r} is not a variant; known: {', '.join(plan.variants)}")
-    trials = _count(typed(value, "trials", int, where), f"{where}: trials", 1, MOST_TRIALS)
-    own = seeds(typed(value, "seeds", list, where), where)
-    common = sorted(set(own) & set(plan.seeds))
-    if common:
-        raise ConfigError(
-            f"{where}: seeds: {', '.join(map(str, common))} also among the ablation's seeds: the best of many trials "
-            "looks better on its own seeds than it is, so that it is judged on others; choose other seeds here"
-        )
-    space = typed(value, "space", dict, where)
-    fields = tuple(_fields(flat(space, f"{where}.space"), plan, variant, f"{where}.space"))
-    if not fields:
-        raise ConfigError(
-            f'{where}.space: empty; add at least one field, as in "train.lr_matrix" = {{low=..., high=...}}'
-        )
-    sizes = [field.size for field in fields]
-    if None not in sizes and math.prod(size or 0 for size in sizes) < trials:
-        most = math.prod(size or 0 for size in sizes)
-        raise ConfigError(f"{where}: trials: {trials}: the space has only {most} settings; make it {most} or fewer")
-    _check_ends(fields, plan, variant, f"{where}.space")
-    return Search(
-        trials,
-        own,
-        variant,
-        _count(typed(value, "round", int, where, ROUND), f"{where}: round", 1, MOST_TRIALS),
-        _count(typed(value, "sampler_seed", int, where, 0), f"{where}: sampler_seed", 0, 2**31 - 1),
-        fields,
-    )
-
-
-def trial_plan(plan: "Ablation", search: Search, trials: dict[str, dict[str, Any]]) -> "Ablation":
-    """Return the ablation whose variants are trials: name -> settings in which it differs from the start."""
-    start = plan.variants[search.variant]
-    changed = {name: {**start, **settings} for name, settings in trials.items()}
-    return plan._replace(seeds=search.seeds, backends=plan.backends[:1], variants=changed, search=None)
-
-
-def _fields(space: dict[str, Any], plan: "Ablation", variant: str, where: str) -> Iterator[Field]:
-    start = to_json(plan.config(variant, plan.seeds[0]))
-    for name, value in space.items():
-        put(start, name, None, where)
-        if name.partition(".")[0] not in SECTIONS:
-            raise ConfigError(f"{where}: {name}: says what is measured, not what is trained; only {_sections()}")
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: {name}: expected {{low=..., high=...}} or {{values=[...]}}, got {told(value)}")
-        only(value, FIELD_KEYS, f"{where}: {name}")
-        yield _values(name, value, where) if "values" in value else _range(name, value, f"{where}: {name}")
-
-
-def _sections() -> str:
-    return " and ".join(f"{name}.*" for name in SECTIONS)
+def read_field(name: str, value: Any, where: str) -> Field:
+    """Return what [search.space] says of one setting; ConfigError, which `where` begins."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: expected {{low=..., high=...}} or {{values=[...]}}, got {told(value)}")
+    only(value, FIELD_KEYS, where)
+    return _values(name, value, where) if "values" in value else _range(name, value, where)
 
 
 def _values(name: str, value: dict[str, Any], where: str) -> Field:
-    where = f"{where}: {name}"
     if len(value) > 1:
         raise ConfigError(f"{where}: values exclude low, high, log and step")
     values = [meant(name, v) for v in typed(value, "values", list, where)]
@@ -217,34 +154,3 @@ def _kind(name: str) -> Literal["float", "int"] | None:
 def _whole(low: float, high: float, step: float) -> bool:
     """Whether steps lead from low to high, in the decimals that people write."""
     return (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)) == 0
-
-
-def _check_ends(fields: tuple[Field, ...], plan: "Ablation", variant: str, where: str) -> None:
-    """Raise ConfigError for a value that no run could have: not with the start, not with one other field changed."""
-
-    checks = 0
-
-    def refused(**changes: Any) -> str | None:
-        nonlocal checks
-        checks += 1
-        if checks > MOST_CHECKS:
-            raise ConfigError(f"{where}: too many values to check, most of which no run can have; give fewer")
-        start = plan.variants[variant]
-        try:
-            plan._replace(variants={"x": {**start, **changes}}).config("x", plan.seeds[0])
-        except ConfigError as error:
-            return str(error).removeprefix(f"{plan.path}: variants.x: ")
-        return None
-
-    for field in fields:
-        for value in field.ends:
-            error = refused(**{field.name: value})
-            others = ((other.name, end) for other in fields if other is not field for end in other.some)
-            if error and all(refused(**{field.name: value, name: end}) for name, end in others):
-                raise ConfigError(f"{where}: {error if field.name in error else f'{field.name} = {value!r}: {error}'}")
-
-
-def _count(value: int, where: str, least: int, most: int) -> int:
-    if not least <= value <= most:
-        raise ConfigError(f"{where}: {value}: expected a whole number from {least:,} to {most:,}")
-    return value

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.ablation.stats.doubts import Pair, alike, company, missing, uneven, unlike
+from core.ablation.stats.caveats import Pair, alike, company, missing, uneven, unlike
 from core.ablation.stats.effects import Effect, effect, family, pooled_spread
 from core.ablation.stats.results import Outcome, Result
 

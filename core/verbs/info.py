@@ -1,15 +1,8 @@
-"""Verbs that only look: doctor, presets, info, compare."""
+"""Verb `skc info PRESET`: what a model consists of, in parameters, bytes, FLOPs and state."""
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from tyro.conf import Positional
-
-from core import presets
-from core.check.doctor import examine
-from core.compare.pair import By
-from core.compare.runs import compare, lines, table, write_comparison
 from core.config import RunConfig
 from core.data.bundled import open_data
 from core.export.budget import packed_code, predicted_bytes, with_tables
@@ -25,69 +18,8 @@ from core.verbs.common import Context, Outcome, PresetOptions, fit_tokens
 
 
 @dataclass(frozen=True)
-class Doctor:
-    """Options of `skc doctor`."""
-
-    json: bool = False
-    """Print one JSON object on stdout; everything else goes to stderr."""
-
-
-@dataclass(frozen=True)
-class Presets:
-    """Options of `skc presets`."""
-
-    json: bool = False
-    """Print one JSON object on stdout; everything else goes to stderr."""
-
-
-@dataclass(frozen=True)
 class Info(PresetOptions):
     """Options of `skc info`."""
-
-
-@dataclass(frozen=True)
-class Compare:
-    """Options of `skc compare`."""
-
-    runs: Positional[tuple[str, ...]]
-    """Run folders; the first is what the others are held against. Of a run trained elsewhere, config.json, env.json
-    and metrics.jsonl are enough."""
-    out: str = "runs/compare"
-    """Folder for compare.md and compare.png."""
-    by: By = "auto"
-    """What curves are aligned by: step, tokens, share of the schedule; auto: step if steps are alike, else tokens."""
-    json: bool = False
-    """Print one JSON object on stdout; everything else goes to stderr."""
-
-
-def doctor(options: Doctor, context: Context) -> Outcome:
-    """Check this machine."""
-    value = examine(context.say)
-    return Outcome(value.pop("ok"), value)
-
-
-def list_presets(options: Presets, context: Context) -> Outcome:
-    """Show every preset with its size."""
-    rows = []
-    for name, preset in presets.PRESETS.items():
-        model = preset.config.model
-        rows.append((name, count(model), predicted_bytes(model), preset.purpose))
-    context.say.table(("preset", "parameters", "artifact (predicted)", "purpose"), rows)
-    keys = ("name", "parameters", "bytes", "purpose")
-    return Outcome(True, {"presets": [dict(zip(keys, row, strict=True)) for row in rows]})
-
-
-def compare_runs(options: Compare, context: Context) -> Outcome:
-    """Hold runs against the first of them: data, settings, machine, where the curves part, scores, bytes, speed."""
-    found, runs = compare(list(options.runs), options.by)
-    context.say.table(*table(found))
-    context.say()
-    for line in lines(found):
-        context.say(line)
-    written = write_comparison(found, runs, Path(options.out))
-    for path in written:
-        context.say(f"wrote {path}")
-    return Outcome(True, {**found.to_json(), "files": [str(path) for path in written]})
 
 
 def info(options: Info, context: Context) -> Outcome:

@@ -1,31 +1,23 @@
-"""Verbs that measure: eval, sample, parity, bench."""
+"""Verb `skc eval PATH`: a run or an artifact is scored on validation text."""
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
-from core import presets
-from core.check.bench import run_bench
-from core.check.parity import run_parity
 from core.config import EvalConfig, RunConfig, from_json, to_json
-from core.data.tokenizer import Tokenizer
 from core.engine.heartbeat import Heartbeat
 from core.engine.memory import enough_memory
 from core.engine.protocol import DType, EngineOptions, choose_backend, load_engine
 from core.engine.ranks import Ranks, agree, join, share_arrays
 from core.scoring.accounting import byte_note
 from core.training.finish import describe, final_score
-from core.training.generate import context_limit, read_as, sample
-from core.training.run import Run
 from core.verbs.common import (
     Backend,
     Context,
     Outcome,
-    PresetOptions,
     Subject,
     check_tokenizer,
     judged,
@@ -72,62 +64,6 @@ class Eval:
         return dataclasses.replace(judged(base, self, self.path), documents=documents)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Options of `skc sample`."""
-
-    path: Positional[str]
-    """Run folder or artifact."""
-    prompt: str = ""
-    """Text to go on from; empty: the start of a document."""
-    tokens: int = 128
-    """Most tokens to write."""
-    temperature: float = 0.8
-    """0: always the likeliest token."""
-    top_k: int | None = 40
-    """Candidates per token; None: all."""
-    seed: int = 0
-    """Seed of the draws."""
-    data: str | None = None
-    """Where a bare artifact's tokenizer is: a prepared folder; None: sample."""
-    step: int | None = None
-    """Step of a checkpoint that train.keep_every kept; None: the last one."""
-    backend: Backend = "auto"
-    """auto: MLX on a Mac, PyTorch elsewhere, as installed."""
-    json: bool = False
-    """Print one JSON object on stdout; everything else goes to stderr."""
-
-
-@dataclass(frozen=True)
-class Parity(PresetOptions):
-    """Options of `skc parity`."""
-
-    steps: int = 10
-    """Training steps to compare."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Compute type of both backends."""
-    mini: bool = False
-    """Shrink the preset: same options, dim <= 64, at most 4 layers."""
-
-
-@dataclass(frozen=True)
-class Bench(PresetOptions):
-    """Options of `skc bench`."""
-
-    against: str | None = None
-    """Another preset, timed in the same rounds on as many tokens a step: reports the ratio of their times."""
-    variants: tuple[str, ...] = ()
-    """cuda, cuda-compiled, mlx, mlx-reference-blas; none: what this machine can run."""
-    rounds: int = 5
-    """Interleaved rounds; the median is reported."""
-    seconds: float = 5.0
-    """Time that one round of one variant takes at least."""
-    threads: int = 1
-    """CPU threads of each variant."""
-    ranks: int = 1
-    """Time what one of so many ranks does of a step: its rows, its part of the update; nothing is sent."""
-
-
 def evaluate(options: Eval, context: Context) -> Outcome:
     """Score a run or an artifact; every rank that a launcher started scores its share."""
     ranks = join(choose_backend(options.backend))
@@ -170,61 +106,3 @@ def _evaluate(options: Eval, ranks: Ranks, context: Context) -> Outcome:
     value = {"path": options.path, "step": subject.step, "backend": engine.backend, "data": dataset.path}
     value["quantise"] = subject.quantise
     return Outcome(True, {**value, "score": found.to_json()})
-
-
-def write_text(options: Sample, context: Context) -> Outcome:
-    """Let a model write."""
-    subject = open_subject(options.path, options.data, options.step)
-    if subject.step is not None and options.data is None:
-        tokenizer = Tokenizer.load(str(Run.open(options.path).tokenizer_path))
-    elif options.data is None and (beside := _tokenizer_beside(options.path, subject)) is not None:
-        tokenizer = beside
-    else:
-        dataset = open_named(options.path, subject.config, options.data)
-        check_tokenizer(subject, dataset)
-        tokenizer = dataset.tokenizer
-    engine = load_engine(options.backend, subject.config, subject.weights, quantise=subject.quantise)
-    choices = (options.tokens, options.temperature, options.top_k, options.seed, context_limit(subject.config))
-    read = read_as(tokenizer, options.prompt)
-    if read != options.prompt:
-        context.say(f"the tokenizer normalises text: the model reads the prompt as {read!r}")
-    text = sample(engine, tokenizer, options.prompt, *choices)
-    context.say(text)
-    value = {"path": options.path, "prompt": options.prompt, "read_as": read, "text": text}
-    return Outcome(True, {**value, "backend": engine.backend})
-
-
-def _tokenizer_beside(artifact: str, subject: Subject) -> Tokenizer | None:
-    """Return the tokenizer that lies in the folder of an artifact, if there is one and it is the artifact's."""
-    path = os.path.join(os.path.dirname(artifact), "tokenizer.model")
-    if not os.path.lexists(path):
-        return None
-    tokenizer = Tokenizer.load(path)
-    return tokenizer if tokenizer.sha256 == subject.tokenizer_sha256 else None
-
-
-def parity(options: Parity, context: Context) -> Outcome:
-    """Compare the backends; not ok beyond tolerance."""
-    found = run_parity(
-        options.config(), steps=options.steps, dtype=options.dtype, mini=options.mini, report=context.say
-    )
-    for line in found.lines():
-        context.say(line)
-    return Outcome(found.ok, found.to_json())
-
-
-def bench(options: Bench, context: Context) -> Outcome:
-    """Measure training speed."""
-    found = run_bench(
-        options.config(),
-        against=None if options.against is None else presets.get(options.against).config,
-        variants=list(options.variants) or None,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        threads=options.threads,
-        ranks=options.ranks,
-        report=context.say,
-    )
-    for line in found.lines():
-        context.say(line)
-    return Outcome(True, found.to_json())

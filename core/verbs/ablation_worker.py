@@ -1,4 +1,4 @@
-"""One run of an ablation in a process of its own: `python -m core.ablation.worker FOLDER`; not for people.
+"""One run of an ablation in a process of its own: `python -m core.verbs.ablation_worker FOLDER`; not for people.
 
 It reads FOLDER/job.json, trains in FOLDER/run or goes on there, and ends when whoever started it is gone.
 """
@@ -10,10 +10,11 @@ import threading
 from pathlib import Path
 
 from core.ablation.records import JobFile, read_job
-from core.cli import is_users, message
 from core.console import Console
-from core.verbs.common import Context, code_version
-from core.verbs.make import Train, train_run
+from core.training.environment import code_version
+from core.verbs.common import Context
+from core.verbs.errors import is_users, message
+from core.verbs.train import Train, train_run
 
 GONE = 75
 """Exit code of a worker whose parent is gone."""

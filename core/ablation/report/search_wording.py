@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from core.ablation.plan import Ablation
-from core.ablation.report import telling
+from core.ablation.report import wording
 from core.ablation.report.charts import NONE, number
 from core.ablation.search.search import Searched, Trial
 from core.ablation.search.space import FOUND, Field, Search
@@ -189,8 +189,8 @@ def repeat(plan: Ablation, searched: Searched | None) -> tuple[str, str]:
     """Return (an ablation file, a command) that give the plan of a report again, with its search where it had one."""
     command = f"skc ablate {plan.name}.toml"
     if searched is None:
-        return telling.as_toml(plan), command
-    return telling.as_toml(searched.plan) + as_toml(searched.search), f"{command} --search"
+        return wording.as_toml(plan), command
+    return wording.as_toml(searched.plan) + as_toml(searched.search), f"{command} --search"
 
 
 def to_json(searched: Searched, outcome: Outcome) -> dict[str, Any]:

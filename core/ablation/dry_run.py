@@ -1,11 +1,6 @@
 """`skc ablate FILE.toml --dry-run`: runs, time by a probe of every variant, and what the seeds can resolve."""
 
-import importlib
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.ablation.plan import Ablation, Job
@@ -15,10 +10,8 @@ from core.ablation.stats.effects import resolvable
 from core.ablation.stats.findings import assess
 from core.ablation.store import Place, Store
 from core.console import Console, duration
-from core.engine.protocol import choose_backend
 from core.export.budget import predicted_bytes
 from core.model.params import count
-from core.verbs.common import ROOT, Context
 
 ASSUMED = 0.004
 """Standard deviation of paired differences in bits per byte that is assumed where no runs are there to measure it."""
@@ -34,41 +27,50 @@ def described(plan: Ablation) -> str:
     )
 
 
-def dry_run(
-    plan: Ablation, store: Store, places: Sequence[Place], searched: Searched | None, parallel: int, say: Console
-) -> dict[str, Any]:
-    """Print what would be run, how long it takes by a probe of every variant, and what the seeds can resolve.
+def to_time(plan: Ablation, store: Store, places: Sequence[Place], searched: Searched | None) -> list[Job]:
+    """Return a run of every variant and backend that has runs left to do: what it takes, the others take."""
+    left = [place.job for place in places if store.status(place)[0] != "done"]
+    if searched is not None:  # the probe of the variant that a search starts from stands for all of its trials
+        wanted = [(searched.search.variant, backend) for _, backend, _, todo in _search_runs(searched, store) if todo]
+        left += [p.job for p in places if (p.job.variant, p.job.backend) in wanted]
+    jobs: dict[tuple[str, str], Job] = {}
+    for job in left:
+        jobs.setdefault((job.variant, job.backend), job)
+    return list(jobs.values())
 
-    `searched` is what is there of a search; the probe of its variant stands for all of its trials.
+
+def dry_run(
+    plan: Ablation,
+    store: Store,
+    places: Sequence[Place],
+    searched: Searched | None,
+    seconds_of: Mapping[tuple[str, str], float],
+    parallel: int,
+    say: Console,
+) -> dict[str, Any]:
+    """Print what would be run, how long it takes, and what the seeds can resolve; return that.
+
+    `seconds_of`: (variant, backend) -> seconds of a run, for those of `to_time`. `searched` is what is there of a
+    search.
     """
     states = [store.status(place)[0] for place in places]
     rows, seconds = [], 0.0
-    starting = {backend: _starting(backend) for backend in plan.backends}
-    probed: dict[tuple[str, str], float] = {}
-
-    def each(job: Job) -> float:
-        of = job.variant, job.backend
-        if of not in probed:
-            probed[of] = starting[job.backend] + _seconds(job, say)
-        return probed[of]
-
     for name in plan.variants:
         for backend in plan.backends:
             both = zip(places, states, strict=True)
             mine = [(p, s) for p, s in both if (p.job.variant, p.job.backend) == (name, backend)]
             config = mine[0][0].job.config
             left = sum(state != "done" for _, state in mine)
-            took = each(mine[0][0].job) if left else None
-            seconds += left * (took or 0.0)
-            takes = "-" if took is None else duration(took)
+            each = seconds_of[name, backend] if left else None
+            seconds += left * (each or 0.0)
+            takes = "-" if each is None else duration(each)
             rows.append((name, backend, count(config.model), predicted_bytes(config.model), len(mine), left, takes))
     value: dict[str, Any] = {"name": plan.name, "runs": len(places), "to_do": len(places) - states.count("done")}
     if searched is not None:
         for name, backend, runs, left in _search_runs(searched, store):
-            job = next(p.job for p in places if (p.job.variant, p.job.backend) == (searched.search.variant, backend))
-            took = each(job) if left else None
-            seconds += left * (took or 0.0)
-            takes = "-" if took is None else f"about {duration(took)}"
+            each = seconds_of[searched.search.variant, backend] if left else None
+            seconds += left * (each or 0.0)
+            takes = "-" if each is None else f"about {duration(each)}"
             rows.append((name, backend, "-", "-", runs, left, takes))
             value |= {"runs": value["runs"] + runs, "to_do": value["to_do"] + left}
     say(f"{plan.name}: {described(plan)}; held against {plan.reference}")
@@ -91,39 +93,15 @@ def _search_runs(searched: Searched, store: Store) -> list[tuple[str, str, int, 
     done = sum(store.status(place)[0] in ("done", "failed") for place in searched.places)
     trials = len(searched.trials) if searched.complete else search.trials + 1
     runs = trials * len(search.seeds)
-    made = [(f"{trials - 1} trials, start", plan.backends[0], runs, runs - done)]
+    rows = [(f"{trials - 1} trials, start", plan.backends[0], runs, runs - done)]
     if not searched.complete:
-        made += [(f"{FOUND}, not known yet", backend, len(plan.seeds), len(plan.seeds)) for backend in plan.backends]
-    return made
-
-
-def _starting(backend: str) -> float:
-    """Return the seconds that a worker takes before it begins to build; this process has what it imports then."""
-    code = f"import core.ablation.worker, backends.{backend}.engine"
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    took = time.perf_counter() - began
-    choose_backend(backend)
-    if backend == "mlx":  # before anything imports MLX
-        importlib.import_module("backends.mlx.blas").load_fast_blas()
-    importlib.import_module(f"backends.{backend}.engine")
-    return took
-
-
-def _seconds(job: Job, say: Console) -> float:
-    """Return the seconds that a run takes from its start to its report, by `skc train --dry-run`."""
-    from core.verbs.make import Train, train_run
-
-    say(f"timing {job.variant} on {job.backend}")
-    quiet = Console()
-    quiet.mute()
-    options = replace(Train.of(job.config), backend=job.backend, dtype=job.dtype, dry_run=True)
-    return train_run(options, Context(quiet, "")).value["total"]
+        rows += [(f"{FOUND}, not known yet", backend, len(plan.seeds), len(plan.seeds)) for backend in plan.backends]
+    return rows
 
 
 def _spread(store: Store, plan: Ablation, places: Sequence[Place]) -> tuple[float, str]:
     """Return the standard deviation of paired differences, and whether it was measured."""
-    found = [f.spread for f in assess(store.outcome(plan, list(places))) if f.spread]
-    if found:
-        return max(found), "as measured on the runs that are done"
+    measured = [f.spread for f in assess(store.outcome(plan, list(places))) if f.spread]
+    if measured:
+        return max(measured), "as measured on the runs that are done"
     return ASSUMED, "assumed: no differences that vary are there yet"

@@ -16,11 +16,12 @@ from core.engine.protocol import Engine, choose_backend, load_engine
 from core.export.artifact import check_limits
 from core.files import place_file
 from core.model.params import count
-from core.official.checkpoint import Checkpoint, model_of, read_official, to_ours
+from core.official.checkpoint import OfficialCheckpoint, model_of, read_official, to_ours
 from core.presets.transformers import BASELINE
+from core.training.environment import environment
 from core.training.run import Run, RunError, config_digest
 from core.training.writer import hold
-from core.verbs.common import Backend, Context, Outcome, check_data, environment
+from core.verbs.common import Backend, Context, Outcome, check_data
 
 PART = ".import.part"
 """Folder in that of the run in which it is made."""
@@ -55,16 +56,16 @@ def import_official(options: Import, context: Context) -> Outcome:
     say, out = context.say, Path(options.out)
     if os.path.lexists(out) and (not out.is_dir() or set(os.listdir(out)) - {PART}):
         raise RunError(f"{out}: exists, and an import makes a folder of its own; choose another --out")
-    found = read_official(options.file)
-    config, dataset = _configured(options, found)
-    engine = load_engine(choose_backend(options.backend), config, to_ours(found, config.model))
+    checkpoint = read_official(options.file)
+    config, dataset = _configured(options, checkpoint)
+    engine = load_engine(choose_backend(options.backend), config, to_ours(checkpoint, config.model))
     loss, uniform = _first_loss(engine, dataset, options.seq), math.log(config.model.vocab)
     model = config.model
     lines = [
         context.command,
         f"configuration sha256 {config_digest(config)} (all that decides the weights, but the seed)",
-        f"{options.file}: {found.kind} of {found.script}, {count(model):,} parameters: {model.layers} layers of "
-        f"{model.dim}, {model.attention.heads} heads, {model.attention.kv_heads} key heads, MLP {model.mlp.hidden}, "
+        f"{options.file}: {checkpoint.kind} of {checkpoint.script}, {count(model):,} parameters: {model.layers} layers "
+        f"of {model.dim}, {model.attention.heads} heads, {model.attention.kv_heads} key heads, MLP {model.mlp.hidden}, "
         f"vocabulary {model.vocab}",
         f"taken as given, for weights do not say it: rope_base {model.attention.rope_base:g}, "
         f"softcap {model.head.softcap:g}, "
@@ -74,21 +75,22 @@ def import_official(options: Import, context: Context) -> Outcome:
     ]
     if not loss < uniform:
         lines.append("WARNING: no better than no model: was it trained with this tokenizer? Give its data with --data")
-    _write(out, config, engine, dataset, _environment(options, found, engine, dataset, context), lines)
+    _write(out, config, engine, dataset, _environment(options, checkpoint, engine, dataset, context), lines)
     for line in [*lines[2:], f"wrote {out}, a run for skc eval, sample, export, and after that audit"]:
         say(line)
     value = {
-        "run": str(out), "script": found.script, "kind": found.kind, "sha256": found.sha256, "parameters": count(model),
+        "run": str(out), "script": checkpoint.script, "kind": checkpoint.kind, "sha256": checkpoint.sha256,
+        "parameters": count(model),
         "model": dataclasses.asdict(model), "backend": engine.backend, "first_window": loss, "uniform": uniform,
     }  # fmt: skip
     return Outcome(True, value)
 
 
-def _configured(options: Import, found: Checkpoint) -> tuple[RunConfig, Dataset]:
+def _configured(options: Import, checkpoint: OfficialCheckpoint) -> tuple[RunConfig, Dataset]:
     """Return `baseline` with what the file and the options say, and the data, once they fit each other."""
     dataset = open_data(options.data)
     model = model_of(
-        options.file, found, rope_base=options.rope_base, softcap=options.softcap, norm_eps=options.norm_eps,
+        options.file, checkpoint, rope_base=options.rope_base, softcap=options.softcap, norm_eps=options.norm_eps,
         bos=dataset.tokenizer.bos,
     )  # fmt: skip
     if model.vocab != dataset.tokenizer.vocab:
@@ -109,11 +111,13 @@ def _configured(options: Import, found: Checkpoint) -> tuple[RunConfig, Dataset]
     return config, dataset
 
 
-def _environment(options: Import, found: Checkpoint, engine: Engine, dataset: Dataset, context: Context) -> dict:
+def _environment(
+    options: Import, checkpoint: OfficialCheckpoint, engine: Engine, dataset: Dataset, context: Context
+) -> dict:
     """Return env.json: this process, and the file that the weights are from."""
     source = {
-        "file": os.path.basename(options.file), "sha256": found.sha256, "bytes": found.size,
-        "script": found.script, "kind": found.kind,
+        "file": os.path.basename(options.file), "sha256": checkpoint.sha256, "bytes": checkpoint.size,
+        "script": checkpoint.script, "kind": checkpoint.kind,
     }  # fmt: skip
     note = "weights of an official checkpoint; its optimizer state is not known, and steps are counted from 0"
     env = environment(engine, dataset, context.command, 0)

@@ -1,0 +1,43 @@
+"""What one optimizer step uses: core/training/schedule.py plans it, an engine computes none of it."""
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Every number and switch of one step; the fields that are floats go to the device together (NUMBERS)."""
+
+    step: int
+    seq: int
+    """Tokens per row."""
+    lr_embed: float
+    lr_matrix: float
+    lr_vector: float
+    lr_hash: float
+    decay_embed: float
+    """Decoupled weight decay of a group, per unit of its learning rate."""
+    decay_matrix: float
+    decay_vector: float
+    decay_hash: float
+    momentum: float
+    """Muon's momentum."""
+    bias1: float
+    """1 - beta1^(step + 1)."""
+    bias2: float
+    """1 - beta2^(step + 1)."""
+    average: float
+    """Decay of the running average of the weights; 0: the average is the weights."""
+    quantise: bool
+    """Whether the forward pass uses the stored form of the weights."""
+    repeat: bool
+    """Whether layers that are to be repeated are."""
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The values of NUMBERS."""
+        return tuple(getattr(self, name) for name in NUMBERS)
+
+
+NUMBERS = tuple(field.name for field in dataclasses.fields(StepPlan) if field.type is float)
+"""What an engine hands to its device as one array, by name: compiled code takes new values without a compilation."""

@@ -1,0 +1,93 @@
+"""Verb `skc export RUN`: the artifact of a run is written, read back and scored again."""
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+from core.config import ConfigError, RunConfig
+from core.console import Console
+from core.data.dataset import identity
+from core.engine.protocol import EngineOptions, load_engine
+from core.export.budget import packed_code
+from core.model.params import exported
+from core.scoring.plugins import foreign
+from core.training.finish import finish
+from core.training.run import Run, RunError
+from core.training.writer import hold
+from core.verbs.common import (
+    Backend,
+    Context,
+    Outcome,
+    check_data,
+    open_named,
+)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Options of `skc export`."""
+
+    run: Positional[str]
+    """Run folder."""
+    step: int | None = None
+    """Step of a checkpoint that train.keep_every kept; None: the last one."""
+    data: str | None = None
+    """Where the run's data are now; None: where they were."""
+    backend: Backend = "auto"
+    """What scores the artifact."""
+    json: bool = False
+    """Print one JSON object on stdout; everything else goes to stderr."""
+
+
+def export_run(options: Export, context: Context) -> Outcome:
+    """Write the artifact of a run's checkpoint; not ok if it is over the budget.
+
+    That of an older step goes beside the run's own, whose results stay as they are.
+    """
+    with hold(Run.open(options.run).path):
+        return _export(options, context)
+
+
+def _export(options: Export, context: Context) -> Outcome:
+    run = Run.open(options.run)
+    run.check()
+    saved = run.checkpoint(options.step)
+    if saved is None:
+        raise RunError(
+            f"{run.path}: has no checkpoint yet; train it first: skc train {run.config.preset} --out {run.path}"
+        )
+    dataset = open_named(options.run, run.config, options.data)
+    check_data(run.config, dataset, "give the data that it was trained on with --data PATH")
+    if dataset.tokenizer.model != run.tokenizer():
+        raise ConfigError(f"{run.path}: its tokenizer.model is not that of {dataset.path}, which has changed since")
+    if run.environment().get("data") not in (None, identity(dataset)):
+        raise ConfigError(
+            f"{run.path}: {dataset.path} holds another text than it was trained on: give that with --data"
+        )
+    last = run.checkpoint() if options.step is not None else saved
+    path = None if last and last.step == saved.step else run.path / f"artifact-step-{saved.step}.skc"
+    weights = exported(run.config.model, run.config.train, saved.params, saved.optimizer)
+    dtype = "float64" if saved.dtype == "float64" else None  # codes come from the masters: they must not be rounded
+    engine = load_engine(options.backend, run.config, weights, EngineOptions(dtype=dtype), saved.quantise)
+    with run.open_log() as log, context.say.copied_to(log):
+        if strangers := foreign(run.config.eval.plugins):
+            again = f"{shlex.quote(str(path or run.artifact_path))} --plugins {shlex.join(run.config.eval.plugins)}"
+            run.config = dataclasses.replace(run.config, eval=dataclasses.replace(run.config.eval, plugins=()))
+            context.say(
+                f"config.json names plug-ins that are not ours ({', '.join(strangers)}): the artifact is scored "
+                f"without them; skc eval {again} scores it with them"
+            )
+        value = finish(run, engine, dataset, saved.step, context.say, path)
+        code = _say_code(run.config, context.say)
+    value["artifact"]["packed_code"] = code
+    return Outcome(value["artifact"]["within"] and code <= run.config.export.code_bytes, value)
+
+
+def _say_code(config: RunConfig, say: Console) -> int:
+    """Say how many bytes of code an audit would count, and return that."""
+    code, room = max(packed_code().values()), config.export.code_bytes
+    verdict = "within" if code <= room else f"OVER by {code - room:,}:"
+    say(f"code {code:,} bytes, packed as the audit counts it: {verdict} the {room:,} of export.code_bytes")
+    return code
