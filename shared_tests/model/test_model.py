@@ -29,6 +29,7 @@ from shared_tests.support.harness import (
     mini,
     minis,
     module,
+    shortened,
     tokens,
     working_weights,
 )
@@ -38,14 +39,14 @@ pytestmark = pytest.mark.pair
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0], ids=["cold", "hot"])
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("name", shortened(minis()))
 def test_the_twins_agree_in_float64(name: str, scale: float) -> None:
     ours, theirs = (outcome(b, mini(name), scale, dtype="float64") for b in BACKENDS)
     assert_same(ours, theirs, P2_FLOAT64)
 
 
-@pytest.mark.parametrize("scale", [1.0, 5.0], ids=["cold", "hot"])
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.long), 5.0], ids=["cold", "hot"])
+@pytest.mark.parametrize("name", shortened(minis()))
 def test_the_twins_agree_in_float32(name: str, scale: float) -> None:
     config = mini(name)
     ours, theirs = (by_group(outcome(b, config, scale, dtype="float32"), config) for b in BACKENDS)
@@ -53,7 +54,7 @@ def test_the_twins_agree_in_float32(name: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("name", shortened(minis()))
 def test_logits_equal_the_oracle(name: str, backend: str) -> None:
     config = mini(name)
     weights = working_weights(config.model, 1.0)
@@ -72,6 +73,7 @@ def test_attention_alone_with_a_bank_equals_the_oracle(backend: str) -> None:
     assert relative_rms(got, oracle.model(config.model, weights, rows)) <= P2_FLOAT64
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_the_real_size_runs_forward_once_and_agrees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = presets.get(name).config
@@ -94,7 +96,7 @@ def test_fast_and_exact_models_agree_in_float32(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("name", shortened(minis()))
 def test_bfloat16_computes_the_same_model_with_float32_masters(name: str, backend: str) -> None:
     config = mini(name)
     weights, batch = working_weights(config.model, 1.0), batches(config, 1)[0]
@@ -123,6 +125,7 @@ def test_logits_stay_narrow_up_to_the_cross_entropy(backend: str, monkeypatch: p
 
 
 # torch imports its compiler's parts under names it has itself deprecated.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("backend, name", [*((backend, "debug") for backend in BACKENDS), ("mlx", OPPOSITE)])
 def test_compiled_and_eager_agree(backend: str, name: str) -> None:
@@ -142,7 +145,7 @@ def test_compiled_and_eager_agree(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("name", shortened(minis()))
 def test_every_parameter_gets_a_gradient_within_two_steps(name: str, backend: str) -> None:
     config = mini(name)
     made, live = engine(backend, config, dtype="float32"), set()

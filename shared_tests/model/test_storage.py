@@ -300,6 +300,7 @@ def test_an_average_from_the_first_step_does_not_hold_start_values() -> None:
     assert schedule.plan(0, 0.02, train).average == 0 and schedule.plan(1, 0.04, train).average == train.average_decay
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_quantisers_give_the_same_bits(backend: str) -> None:

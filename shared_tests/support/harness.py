@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import pytest
 import sentencepiece
 
 from backends.mlx.blas import load_fast_blas
@@ -161,6 +162,15 @@ HYBRID = "hybrid"
 def minis() -> list[str]:
     """Return the names of all presets, EVERYTHING, OPPOSITE and HYBRID."""
     return [*presets.PRESETS, EVERYTHING, OPPOSITE, HYBRID]
+
+
+SIBLINGS = ("ablate_float", "ablate", "skc_ablate", "skc_600", "skc_proxy")
+"""Presets whose minis have no option that another mini lacks (test_minis.py): their cases wait for the long run."""
+
+
+def shortened(names: Iterable[str]) -> list[Any]:
+    """Return names of minis as parameters of a test; SIBLINGS are marked long."""
+    return [pytest.param(name, marks=pytest.mark.long) if name in SIBLINGS else name for name in names]
 
 
 def mini(name: str) -> RunConfig:
