@@ -256,6 +256,10 @@ class Engine:
         model = self._model.commit(tape.model, torch.from_numpy(n).to(self._device), int(seen.max()))
         return State(model, before.position + n, seen)
 
+    def forget(self, state: State, rows: np.ndarray) -> State:
+        model = self._model.forget(state.model, torch.from_numpy(rows).to(self._device))
+        return State(model, np.where(rows, 0, state.position), np.where(rows, 0, state.seen))
+
     def weights(self) -> Arrays:
         weights = self._scored()
         return {name: weights[name].cpu().numpy().copy() for name in self._table}

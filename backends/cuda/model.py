@@ -15,7 +15,7 @@ from backends.cuda.parts.head import Head
 from backends.cuda.parts.layer import Layer
 from backends.cuda.parts.skips import Skips
 from backends.cuda.parts.smear import Smear
-from core.model.context import Context, ModelState, Stream
+from core.model.context import Context, ModelState, Stream, each_array
 from core.model.table import TAPS
 
 PARTS = {"bank": Bank, "bigram": Bigram, "engram": Engram, "skips": Skips, "smear": Smear}
@@ -128,3 +128,12 @@ class Model(nn.Module):
         ids_BX, documents_BX = context.last_ids(self._config.reach)
         ids = ops.tail(ids_BX, documents_BX, n_B, self._config.reach, -1)
         return ModelState(kept, ids, tuple(parts))
+
+    def forget(self, state, rows_B):
+        """Return the state with nothing read in the rows that are marked: every part of it is empty when it is zero."""
+
+        def emptied(x):
+            empty = 0 if x.is_floating_point() else -1  # a token id, or the document of a key
+            return torch.where(rows_B.reshape(-1, *(1,) * (x.ndim - 1)), empty, x)
+
+        return each_array(state, emptied)

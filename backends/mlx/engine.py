@@ -284,6 +284,10 @@ class Engine:
         mx.eval([part for _, part in tree_flatten(model) if isinstance(part, mx.array)])  # MLX: else graphs would grow
         return State(model, before.position + n, seen)
 
+    def forget(self, state: State, rows: np.ndarray) -> State:
+        model = self._model.forget(state.model, mx.array(rows))
+        return State(model, np.where(rows, 0, state.position), np.where(rows, 0, state.seen))
+
     def weights(self) -> Arrays:
         weights = self._scored()
         return {name: np.array(weights[name]) for name in self._table}

@@ -13,7 +13,7 @@ from backends.mlx.parts.head import Head
 from backends.mlx.parts.layer import Layer
 from backends.mlx.parts.skips import Skips
 from backends.mlx.parts.smear import Smear
-from core.model.context import Context, ModelState, Stream
+from core.model.context import Context, ModelState, Stream, each_array
 from core.model.table import TAPS
 
 PARTS = {"bank": Bank, "bigram": Bigram, "engram": Engram, "skips": Skips, "smear": Smear}
@@ -120,3 +120,12 @@ class Model(nn.Module):
         ids_BX, documents_BX = context.last_ids(self._config.reach)
         ids = ops.tail(ids_BX, documents_BX, n_B, self._config.reach, -1)
         return ModelState(kept, ids, tuple(parts))
+
+    def forget(self, state, rows_B):
+        """Return the state with nothing read in the rows that are marked: every part of it is empty when it is zero."""
+
+        def emptied(x):
+            empty = 0 if mx.issubdtype(x.dtype, mx.floating) else -1  # a token id, or the document of a key
+            return mx.where(rows_B.reshape(-1, *(1,) * (x.ndim - 1)), empty, x)
+
+        return each_array(state, emptied)

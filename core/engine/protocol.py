@@ -186,6 +186,10 @@ class Engine(Protocol):
         """Return the state after the first `n` tokens of a chunk, 0 or more: one number, or one for each row."""
         ...
 
+    def forget(self, state: State, rows: np.ndarray) -> State:
+        """Return the state with nothing read yet in the rows that are marked, (rows,) bool: others may begin."""
+        ...
+
     def weights(self) -> Arrays:
         """Return the weights that `nll`, `logits` and `activations` use, in table order.
 

@@ -4,6 +4,7 @@ B rows, T positions, S kept keys, G key/value heads, K channels of a head, D wid
 a store of capsules: H heads, N capsules, M blocks, Q tokens of a block.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from core.model.table import TAPS
@@ -125,3 +126,11 @@ class Context(NamedTuple):
         """Return tokens and documents with `before` positions in front: (B, before + T) each."""
         extra = self.ids.shape[1] - self.documents.shape[1] - before
         return self.ids[:, extra:], self.history[:, TAPS - 1 - before :]
+
+
+def each_array(state: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a state with every array of it changed."""
+    if not isinstance(state, tuple):
+        return None if state is None else change(state)
+    parts = [each_array(part, change) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
