@@ -28,6 +28,7 @@ from core.engine.protocol import (
     Scoring,
     State,
     StepResult,
+    counts,
     micro_batches,
     named_matrices,
 )
@@ -100,7 +101,7 @@ class Engine:
             self._model = Model(config.model, self._exact, attend)
         names = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
         check_arrays(weights, names, "weights for the torch model")
-        self._tables: dict[tuple[int, int], Constants] = {}
+        self._tables: dict[int, Constants] = {}
         self._mixing = [
             torch.tensor(table, dtype=self._wide, device=self._device) for table in mixer_tables(config.model)
         ]
@@ -268,21 +269,26 @@ class Engine:
                 matrices[name]._moment = None
 
     def start(self, rows: int) -> State:
-        return State(self._model.start(rows, self._device), np.zeros(rows, np.int64))
+        return State(self._model.start(rows, self._device), np.zeros(rows, np.int64), np.zeros(rows, np.int64))
 
     @torch.no_grad()
     def chunk(self, state: State, tokens: np.ndarray) -> Tape:
-        constants = self._constants(tokens.shape[1], state.model.position)
+        constants = self._constants(tokens.shape[1], state.position)
         logits, tape = self._forward(self._scored(), self._move(tokens), constants, state=state.model)
         return Tape(state, tokens, logits, tape, self._exact)
 
     @torch.no_grad()
-    def commit(self, tape: Tape, n: int) -> State:
-        n = int(n)  # a numpy integer would end up in the state
-        if n == 0:
-            return tape.before
-        seen = tape.before.seen_after(tape.tokens, n, self._config)
-        return State(self._model.commit(tape.model, n, int(seen.max())), seen)
+    def commit(self, tape: Tape, n: int | np.ndarray) -> State:
+        before, n = tape.before, counts(tape.tokens, n)
+        if not n.any():
+            return before
+        seen = before.seen_after(tape.tokens, n, self._config)
+        model = self._model.commit(tape.model, torch.from_numpy(n).to(self._device), int(seen.max()))
+        return State(model, before.position + n, seen)
+
+    def forget(self, state: State, rows: np.ndarray) -> State:
+        model = self._model.forget(state.model, torch.from_numpy(rows).to(self._device))
+        return State(model, np.where(rows, 0, state.position), np.where(rows, 0, state.seen))
 
     def weights(self) -> Arrays:
         weights = self._scored()
@@ -420,16 +426,17 @@ class Engine:
         )  # a rank's last micro-batch may have fewer rows
         return max(losses, len(self._banks))
 
-    def _constants(self, seq, position=0):
-        """Return the tables of positions `position` to `position + seq`; those of rows from 0 on are kept."""
-        if (position, seq) in self._tables:
-            return self._tables[position, seq]
+    def _constants(self, seq, position=None):
+        """Return the tables of rows from `position` (B,) on; None: from 0, which are kept."""
+        if position is None and seq in self._tables:
+            return self._tables[seq]
         dims = self._config.attention.rope_dims if self._config.mixes("attention") else 0
         tables = rope_tables(seq, dims, self._config.attention.rope_base, position)
         cos, sin = (torch.tensor(table, dtype=self._wide, device=self._device) for table in tables)
         made = Constants(cos, sin, *self._mixing)
-        if position == 0:
-            self._tables[position, seq] = made
+        if position is not None:
+            return made._replace(position=torch.from_numpy(position).to(self._device))
+        self._tables[seq] = made
         return made
 
     def _move(self, array):

@@ -63,22 +63,31 @@ class State:
 
     model: Any
     """The backend's own arrays, on its device; their size depends on the text only where there is attention."""
+    position: np.ndarray
+    """(rows,) int64: tokens so far."""
     seen: np.ndarray
     """(rows,) int64: tokens of the open document so far."""
 
-    def seen_after(self, tokens: np.ndarray, n: int, config: ModelConfig) -> np.ndarray:
-        """Return `seen` after the first `n` of `tokens` (rows, seq); ValueError if there are not so many."""
-        if not 1 <= n <= tokens.shape[1]:
-            raise ValueError(f"commit {n} tokens of a chunk of {tokens.shape[1]}")
-        starts = tokens[:, :n] == config.bos
-        if config.documents == "packed":
-            starts = np.zeros_like(starts)
-        since = 1 + np.argmax(starts[:, ::-1], axis=1)
-        return np.where(starts.any(axis=1), since, self.seen + n)
+    def seen_after(self, tokens: np.ndarray, n: np.ndarray, config: ModelConfig) -> np.ndarray:
+        """Return `seen` after the first `n` (rows,) of `tokens` (rows, seq)."""
+        count = tokens.shape[1]
+        starts = (tokens == config.bos) & (np.arange(count) < n[:, None]) & (config.documents == "isolated")
+        last = count - 1 - np.argmax(starts[:, ::-1], axis=1)
+        return np.where(starts.any(axis=1), n - last, self.seen + n)
+
+
+def counts(tokens: np.ndarray, n: int | np.ndarray) -> np.ndarray:
+    """Return how many of `tokens` (rows, seq) each row keeps, (rows,) int64; ValueError if that cannot be."""
+    (rows, seq), given = tokens.shape, np.asarray(n, np.int64)
+    if given.shape not in ((), (rows,)) or given.min() < 0 or given.max() > seq:
+        raise ValueError(
+            f"commit {n} tokens of a chunk of {seq} in {rows} rows; expected 0 to {seq}, for all or for each"
+        )
+    return np.broadcast_to(given, (rows,)).copy()
 
 
 class Tape(Protocol):
-    """A chunk of tokens that was run from a state, of which any number of first tokens may be kept."""
+    """A chunk of tokens that was run from a state, of which each row may keep any number of first tokens."""
 
     def logits(self) -> np.ndarray:
         """Return the logits of every position, (rows, seq, vocab)."""
@@ -182,8 +191,12 @@ class Engine(Protocol):
         """Run (rows, seq) tokens on from `state`: what `logits` of the whole text would say, at these positions."""
         ...
 
-    def commit(self, tape: Any, n: int) -> State:
-        """Return the state after the first `n` tokens of a chunk (0: the state before it), in every row."""
+    def commit(self, tape: Any, n: int | np.ndarray) -> State:
+        """Return the state after the first `n` tokens of a chunk, 0 or more: one number, or one for each row."""
+        ...
+
+    def forget(self, state: State, rows: np.ndarray) -> State:
+        """Return the state with nothing read yet in the rows that are marked, (rows,) bool: others may begin."""
         ...
 
     def weights(self) -> Arrays:
