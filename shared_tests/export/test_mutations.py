@@ -111,7 +111,7 @@ RECORD_FAULTS = {
     "env": (core.training.records, "check_value", lambda *_: None),
     "plan": (toml, "decode", lambda path, data: data.decode()),
     "ledger": (core.scoring.ledger.Ledger, "_check", lambda *_: None),
-    "manifest": (core.data.manifest, "check", lambda *_: None),
+    "manifest": (core.data.manifest, "check_value", lambda *_: None),
     "lengths": (core.data.dataset, "read_header", by_numpy),
 }
 

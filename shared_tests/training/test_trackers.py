@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,20 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def sent(folder: Path) -> list[tuple[int, str, Any]]:
     """Return (step, name, value) of all that is in the files of W&B's offline runs, which are logs as LevelDB's are."""
+    from google.protobuf.message import DecodeError
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     found = []
     for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        for data in _records(file.read_bytes()):
-            record = Record.FromString(data)
+        records, deadline = [], time.monotonic() + 60
+        while not records or records[-1].WhichOneof("record_type") != "exit":  # W&B writes on after `finish`
+            assert time.monotonic() < deadline, f"{file} does not end"
+            time.sleep(0.05)
+            try:
+                records = [Record.FromString(data) for data in _records(file.read_bytes())]
+            except DecodeError:  # half of one is there
+                records = []
+        for record in records:
             items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
             step = record.history.step.num
             found += [(step, name, value) for name, value in items.items() if not name.startswith("_")]
