@@ -101,7 +101,7 @@ def _search_runs(searched: Searched, store: Store) -> list[tuple[str, str, int, 
 
 def _spread(store: Store, plan: Ablation, places: Sequence[Place]) -> tuple[float, str]:
     """Return the standard deviation of paired differences, and whether it was measured."""
-    measured = [f.spread for f in assess(store.outcome(plan, list(places))) if f.spread]
-    if measured:
-        return max(measured), "as measured on the runs that are done"
+    spreads = [f.spread for f in assess(store.outcome(plan, list(places))) if f.spread]
+    if spreads:
+        return max(spreads), "as measured on the runs that are done"
     return ASSUMED, "assumed: no differences that vary are there yet"

@@ -38,10 +38,10 @@ def _final(folder: Path) -> tuple[bool, str]:
 
 def stamps_of(folder: Path) -> Stamps:
     """Return what changes when one of the files changes that a result is read from."""
-    made: list[tuple[int, int, int] | None] = []
+    stamps: list[tuple[int, int, int] | None] = []
     for file in (*(folder / name for name in ("config.json", "metrics.jsonl", "env.json")), folder / "../machine.json"):
-        made.append(None)
+        stamps.append(None)
         with suppress(OSError):
-            found = file.stat()
-            made[-1] = found.st_ino, found.st_size, found.st_mtime_ns
-    return tuple(made)
+            status = file.stat()
+            stamps[-1] = status.st_ino, status.st_size, status.st_mtime_ns
+    return tuple(stamps)

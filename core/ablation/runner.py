@@ -240,5 +240,5 @@ def _last_line(path: Path) -> str:
             lines = file.read().decode(errors="replace").split("\n")
     except (OSError, FileError):
         return ""
-    said = [line.strip() for line in lines if line.strip()]
-    return said[-1][-LAST_WORDS:] if said else ""
+    texts = [line.strip() for line in lines if line.strip()]
+    return texts[-1][-LAST_WORDS:] if texts else ""

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 from core.ablation.folders import Stamps, finished, stamps_of
 from core.ablation.locks import alone, make
 from core.ablation.plan import Ablation, Job, job_key
-from core.ablation.records import SCHEMA, Start, StoreError, read_failure, read_members, starts
+from core.ablation.records import SCHEMA, Start, StoreError, is_earlier, read_failure, read_members, starts
 from core.ablation.stats.results import Outcome, Result, Status, read_result
 from core.config import to_json
 from core.files import FileError, append_file, locked, open_file, replace_file
@@ -82,11 +82,16 @@ class Store:
         """
         file = self.ablation_folder(plan) / "members.json"
         if file.exists():
-            before = read_members(file)
+            before, _ = read_members(file)
             if os.path.exists(before) and not os.path.samefile(before, plan.path):
                 raise StoreError(
                     f"{plan.path}: name: {plan.name!r} is that of {before} in {self.path}: give it another name"
                 )
+
+    def earlier(self, plan: Ablation) -> int:
+        """Return how many runs of an ablation are of a version before schema 3: they are read, not continued."""
+        file = self.ablation_folder(plan) / "members.json"
+        return sum(is_earlier(self.path / "runs" / key) for key in read_members(file)[1]) if file.exists() else 0
 
     def begin(self, place: Place, start: Start) -> None:
         """Write down where a run is started."""
@@ -97,8 +102,8 @@ class Store:
         *before, last = starts(place.home) or (Start(),)
         self._write_starts(place, [*before, last._replace(seconds=seconds, beside=beside)])
 
-    def _write_starts(self, place: Place, made: list[Start]) -> None:
-        value = {"schema": SCHEMA, "starts": [one._asdict() for one in made]}
+    def _write_starts(self, place: Place, history: list[Start]) -> None:
+        value = {"schema": SCHEMA, "starts": [one._asdict() for one in history]}
         replace_file(place.home / "machine.json", json.dumps(value, indent=1).encode())
 
     @contextmanager
@@ -143,8 +148,8 @@ class Store:
         job = place.job
         state, message = self.status(place)
         stamps = stamps_of(place.folder)
-        seen, result = self._read.get(place.folder, (None, None))
-        if state == "done" and result is not None and seen == stamps:  # another variant's name may ask for it now
+        before, result = self._read.get(place.folder, (None, None))
+        if state == "done" and result is not None and before == stamps:  # another variant's name may ask for it now
             return result._replace(variant=job.variant, seed=job.seed, backend=job.backend)
         try:
             result = read_result(job, place.folder, state, message)

@@ -26,8 +26,8 @@ from core.audit.rules import Progress
 from core.config import RunConfig
 from core.data.dataset import Split
 from core.engine.protocol import Engine
+from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
-from core.scoring.plugins import load_plugins
 from core.scoring.score import score_text
 
 TEXTS = 2
@@ -44,9 +44,7 @@ def predict(engine: Engine, text: Split, config: RunConfig, plugins: bool, place
     The whole distribution is kept of the targets at `places`.
     """
     ledger, prints = Ledger(len(text)), Fingerprints(len(text), places)
-    isolated, vocab = config.model.documents == "isolated", config.model.vocab
-    used = load_plugins(config.eval.plugins) if plugins else []
-    score_text(engine, text, config.eval, ledger, None, isolated, used, vocab, prints)
+    score_text(engine, Evaluation.of(text, config, plugins=plugins), ledger, watch=prints)
     return predictions_from(prints, ledger.entries, text, config)
 
 

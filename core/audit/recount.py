@@ -12,6 +12,7 @@ from core.audit.fingerprints import ROUNDING, Fingerprints, Predictions, predict
 from core.audit.watch.isolation import Isolated
 from core.config import ConfigError, RunConfig
 from core.data.dataset import Dataset
+from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.score import score_of
 
@@ -81,7 +82,7 @@ def recount(process: Isolated, dataset: Dataset, config: RunConfig, ledger: Path
     answer, score, differs = process.value["score"], None, ""
     if answer:
         try:
-            score = score_of(dataset, config.eval, book, plugins=bool(config.eval.plugins)).to_json()
+            score = score_of(Evaluation.of(dataset.val, config, plugins=True), book).to_json()
             differs = ", ".join(f"{k} {answer.get(k)} for {v}" for k, v in score.items() if answer.get(k) != v)
         except (LedgerError, ConfigError) as error:
             differs = str(error)

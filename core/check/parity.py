@@ -189,8 +189,8 @@ def _batches(config: RunConfig, steps: int) -> list[Batch]:
     dataset, vocab = open_data(config.data.path), config.model.vocab
     out = []
     for step in range(steps):
-        made = batch_at(dataset.train, step, config.train.batch, config.train.seq, config.seed)
-        out.append(made if vocab >= dataset.tokenizer.vocab else Batch(made.tokens % vocab, made.targets % vocab))
+        real = batch_at(dataset.train, step, config.train.batch, config.train.seq, config.seed)
+        out.append(real if vocab >= dataset.tokenizer.vocab else Batch(real.tokens % vocab, real.targets % vocab))
     return out
 
 

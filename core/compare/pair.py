@@ -1,4 +1,4 @@
-"""One run held against another for `skc compare`: what differs, where their curves part, and that in words."""
+"""One run compared with another for `skc compare`: data, settings, machine, curves, and that in words."""
 
 import hashlib
 import math
@@ -8,17 +8,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from core.compare.curves import ENOUGH, Curve, Finding, Windows, find, windows
+from core.compare.curves import CommonWindows, Curve, CurveGap, common_windows, measure_gap
 from core.config import RunConfig, differences
 from core.training.run import FREE, Run
 
 By = Literal["auto", "step", "tokens", "share"]
 DRIFT = 0.10
 """Nats by which free-running float32 twins of a ternary model drift after 50 steps (docs/log.md): grown rounding."""
-EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-LEAVE_OUT = ("command", "step", "earlier", "data")
-"""Fields of env.json that say nothing of the machine."""
-EVALUATION = ("windows", "seq", "stride", "train_documents", "seed")
+LAST_PLACE = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+LEAVE_OUT = ("command", "step", "earlier", "data", "notes", "versions")
+"""Fields of env.json that say nothing of the machine, or are taken apart."""
+ESTIMATES = ("windows", "seq", "stride", "train_documents", "seed")
 """Fields of `eval` that choose what the estimates during training score."""
 
 
@@ -37,8 +37,8 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What differs between the first run and one other, and where their curves part; lines read `first -> other`."""
+class RunPair:
+    """What differs between the first run and one other; lines read `first -> other`."""
 
     data: tuple[str, ...]
     decide: tuple[str, ...]
@@ -51,14 +51,12 @@ class Pair:
     unit: str
     same_batches: bool
     """Whether both saw the same rows at the same place, so that the noise of batches cancels."""
-    curves: Finding
-    verdict: str
-    """`nothing` in common, `same` to rounding, too `few` windows, `drift` (noise, or grown rounding), or `parted`."""
+    curves: CurveGap
     validation: tuple[Validation, ...]
     same_documents: bool
     notes: tuple[str, ...]
     """What the comparison leaves open."""
-    over: Windows
+    over: CommonWindows
     """Both curves over common windows; not in the JSON."""
 
     def to_json(self) -> dict[str, Any]:
@@ -74,18 +72,18 @@ def choose_axis(configs: list[RunConfig], by: By) -> str:
 
 def positions(run: Run, name: str, by: str) -> dict[float, dict[str, Any]]:
     """Return the lines of a run that hold the metric `name`, by place; RunError for a damaged record."""
-    train, found, last = run.config.train, {}, 0.0
+    train, lines, last = run.config.train, {}, 0.0
     for row in run.metrics():
         if name not in row or row["step"] < 1:
             continue
         share = row["step"] / train.steps if train.seconds is None else row.get("progress", row["step"] / train.steps)
         place = {"step": row["step"], "tokens": row["step"] * train.tokens_per_step, "share": share}[by]
         if place > last:
-            found[place], last = row, place
-    return found
+            lines[place], last = row, place
+    return lines
 
 
-def label(run: Run) -> str:
+def trained_on(run: Run) -> str:
     """Return where a run was trained, in a few words."""
     env = run.environment()
     ranks = f"{env['ranks']} x " if env.get("ranks", 1) != 1 else ""
@@ -93,8 +91,8 @@ def label(run: Run) -> str:
     return f"{backend}, {ranks}{device}, {dtype}"
 
 
-def hold(first: Run, other: Run, by: str) -> Pair:
-    """Hold `other` against `first`, aligned by what `choose_axis` chose."""
+def compare_pair(first: Run, other: Run, by: str) -> RunPair:
+    """Compare `other` with `first`, aligned by what `choose_axis` chose."""
     environments = first.environment(), other.environment()
     a, b = (_machine(env) for env in environments)
     data, notes = _data(first, other)
@@ -109,7 +107,7 @@ def hold(first: Run, other: Run, by: str) -> Pair:
         unit, metric = "bits per byte", "train/bpb"
         notes.append("nats per token of different vocabularies cannot be compared: curves are in bits per byte")
     lines = [positions(run, metric, by) for run in (first, other)]
-    over = windows(*(Curve([*p], [row[metric] for row in p.values()]) for p in lines), cut=by == "share")
+    over = common_windows(*(Curve([*p], [row[metric] for row in p.values()]) for p in lines), cut=by == "share")
     if by == "share":
         notes.append("lines of one run that cross a line of the other were taken as even")
     same_batches = not data and _same_batches(first.config, other.config, by)
@@ -118,12 +116,12 @@ def hold(first: Run, other: Run, by: str) -> Pair:
     notes += _schedules(lines, over, by)
     dtypes = [str(e.get("dtype")) for env in environments for e in (env, *env.get("earlier", []))]
     floor = rounding(dtypes, float(over.first.max(initial=0.0)), _tokens(first, over, by))
-    curves = find(over, floor)
+    curves = measure_gap(over, floor)
     val, same_documents = _validation(first, other, by), not data and _same_evaluation(first.config, other.config)
     machine = tuple(f"{k}: {a.get(k, '-')} -> {b.get(k, '-')}" for k in {**a, **b} if a.get(k) != b.get(k))
-    return Pair(
-        tuple(data), tuple(decide), tuple(free), machine, by, unit, same_batches, curves, _verdict(curves, unit), val,
-        same_documents, tuple(notes), over,
+    return RunPair(
+        tuple(data), tuple(decide), tuple(free), machine, by, unit, same_batches, curves, val, same_documents,
+        tuple(notes), over,
     )  # fmt: skip
 
 
@@ -134,25 +132,26 @@ def rounding(dtypes: Sequence[str], level: float, tokens: float) -> float:
     errs by about one unit, independently (measured in bfloat16: at most 0.3 of what this gives). An unknown type
     counts as float32.
     """
-    coarsest = max(EPS.get(dtype, EPS["float32"]) for dtype in dtypes)
-    own = level * coarsest / math.sqrt(max(tokens, 1.0)) if coarsest > EPS["float32"] else 0.0
-    return 8 * level * min(coarsest, EPS["float32"]) + own
+    single = LAST_PLACE["float32"]
+    coarsest = max(LAST_PLACE.get(dtype, single) for dtype in dtypes)
+    per_token = level * coarsest / math.sqrt(max(tokens, 1.0)) if coarsest > single else 0.0
+    return 8 * level * min(coarsest, single) + per_token
 
 
 def _machine(env: dict[str, Any]) -> dict[str, str]:
     """Return what env.json says of the machine, flat; starts on different machines are joined in their order."""
-    found: dict[str, list[str]] = {}
+    facts: dict[str, list[str]] = {}
     for start in (*env.get("earlier", []), env):
-        flat = {k: v for k, v in start.items() if k not in (*LEAVE_OUT, "notes", "versions")}
+        flat = {k: v for k, v in start.items() if k not in LEAVE_OUT}
         for note in start.get("notes", []):
             what, _, how = str(note).partition(": ")
             flat[what] = how
         flat |= {f"version of {k}": v for k, v in start.get("versions", {}).items()}
         flat["commit"] = str(flat.get("commit"))[:12]
         for name, value in flat.items():
-            if str(value) not in found.setdefault(name, []):
-                found[name].append(str(value))
-    return {name: " then ".join(values) for name, values in found.items()}
+            if str(value) not in facts.setdefault(name, []):
+                facts[name].append(str(value))
+    return {name: " then ".join(values) for name, values in facts.items()}
 
 
 def _data(first: Run, other: Run) -> tuple[list[str], list[str]]:
@@ -180,17 +179,17 @@ def _same_batches(a: RunConfig, b: RunConfig, by: str) -> bool:
 
 
 def _same_evaluation(a: RunConfig, b: RunConfig) -> bool:
-    return all(getattr(a.eval, name) == getattr(b.eval, name) for name in EVALUATION)
+    return all(getattr(a.eval, name) == getattr(b.eval, name) for name in ESTIMATES)
 
 
-def _tokens(run: Run, over: Windows, by: str) -> float:
+def _tokens(run: Run, over: CommonWindows, by: str) -> float:
     """Return about how many tokens the shortest window holds."""
     shortest = float(np.min(over.ends - over.starts, initial=np.inf)) if len(over.ends) else 1.0
     per_step = run.config.train.tokens_per_step
     return shortest * {"step": per_step, "tokens": 1, "share": per_step * run.config.train.steps}[by]
 
 
-def _schedules(lines: list[dict[float, dict[str, Any]]], over: Windows, by: str) -> list[str]:
+def _schedules(lines: list[dict[float, dict[str, Any]]], over: CommonWindows, by: str) -> list[str]:
     """Say so where the schedules are at different places when the common part ends."""
     if by == "share" or not len(over.ends):
         return []
@@ -206,12 +205,12 @@ def _schedules(lines: list[dict[float, dict[str, Any]]], over: Windows, by: str)
 
 def _validation(first: Run, other: Run, by: str) -> tuple[Validation, ...]:
     a, b = (positions(run, "val/bpb", by) for run in (first, other))
-    found = []
+    estimates = []
     for at in sorted(a.keys() & b.keys()):
         (x, dx), (y, dy) = ((row["val/bpb"], row.get("val/error")) for row in (a[at], b[at]))
         error = math.hypot(dx or 0.0, dy or 0.0) or None
-        found.append(Validation(at, x, dx, y, dy, y - x, error))
-    return tuple(found)
+        estimates.append(Validation(at, x, dx, y, dy, y - x, error))
+    return tuple(estimates)
 
 
 def where(place: float, by: str) -> str:
@@ -219,7 +218,7 @@ def where(place: float, by: str) -> str:
     return {"step": f"step {place:,.0f}", "tokens": f"{place:,.0f} tokens", "share": f"{100 * place:.3g} %"}[by]
 
 
-def words(pair: Pair) -> list[str]:
+def words(pair: RunPair) -> list[str]:
     """Return lines for people: differing data first, then settings, machine, curves, validation and what is open."""
     out = [f"DATA differ: {'; '.join(pair.data)}"] if pair.data else []
     out.append(f"settings that decide the weights: {'; '.join(pair.decide) or 'the same'}")
@@ -234,44 +233,27 @@ def words(pair: Pair) -> list[str]:
     return out + [f"note: {note}" for note in pair.notes]
 
 
-def _curves(pair: Pair) -> str:
-    """Return one sentence: how far the curves are the same, and what is seen after that."""
-    found, unit = pair.curves, pair.unit
-    if not found.windows:
+def _curves(pair: RunPair) -> str:
+    """Return one sentence: how long the curves are the same, and how far apart they end."""
+    gap, unit = pair.curves, pair.unit
+    if not gap.windows:
         return "no common windows"
-    until = where(found.same_until, pair.by)
-    within = "to the last bit" if found.same_within == 0 else f"to rounding (at most {found.same_within:.1g} {unit})"
-    same = f"the same {within} until {until}" if found.same_until else f"apart by more than {found.floor:.1g} at once"
-    if found.mean is None:
+    within = "to the last bit" if gap.same_within == 0 else f"to rounding (at most {gap.same_within:.1g} {unit})"
+    until = where(gap.same_until, pair.by)
+    same = f"the same {within} until {until}" if gap.same_until else f"apart by more than {gap.floor:.1g} at once"
+    if gap.end is None or gap.end_from is None:
         return f"{same}, where the common part ends"
-    if found.spread is None:
-        return (
-            f"{same}, then {found.mean:+.2g} {unit} on average; too few common windows after that "
-            f"({found.after}, {ENOUGH} are needed) to tell a parting from noise"
-        )
-    mean = f"mean difference {found.mean:+.4f} ± {found.spread:.4f} {unit}"
-    if found.parts_after is None or found.apart is None or found.between is None:
-        return f"{same}; after that drift within noise, no lasting parting shown: {mean}"
-    side = "above" if found.apart > 0 else "below"
-    low, high = (where(place, pair.by) for place in found.between)
-    size = f"{found.apart:+.4f} ± {found.apart_spread:.4f} {unit} on average, {found.at_end:+.4f} at the end"
-    text = (
-        f"{same}; {side} the first after {where(found.parts_after, pair.by)} ({low} to {high}): {size}, {found.shape}"
-    )
-    if pair.verdict == "parted":
-        return text
-    return f"{text}. Grown rounding alone can bring as much (up to {DRIFT:.2f} nats, docs/log.md): more seeds decide"
+    mean = f"{gap.end:+.4f}" + ("" if gap.end_spread is None else f" ± {gap.end_spread:.4f}")
+    text = f"{same}, then at most {gap.largest:.2g} apart; {mean} {unit} after {where(gap.end_from, pair.by)}"
+    return f"{text} ({_caution(pair)})"
 
 
-def _verdict(found: Finding, unit: str) -> str:
-    """Return the verdict of a Pair: parted only by more than grown rounding; float64's does not grow that far."""
-    if not found.windows:
-        return "nothing"
-    if found.mean is None:
-        return "same"
-    if found.spread is None:
-        return "few"
-    if found.apart is None or found.at_end is None:
-        return "drift"
-    grown = max(abs(found.apart), abs(found.at_end)) <= DRIFT and unit == "nats" and found.floor > 1e-12
-    return "drift" if grown else "parted"
+def _caution(pair: RunPair) -> str:
+    """Return how far the difference at the end can be believed."""
+    gap = pair.curves
+    if gap.end_spread is None:
+        return f"{gap.end_windows} windows: too few for an interval; seeds decide: skc ablate"
+    # float64 does not grow that far, and curves that were never the same did not part by rounding.
+    grown = gap.same_until > 0 and abs(gap.end or 0.0) <= DRIFT and pair.unit == "nats" and gap.floor > 1e-12
+    why = f"grown rounding alone can bring {DRIFT:.2f}" if grown else "one pair of runs is one draw"
+    return f"{gap.end_windows} windows, taken as independent; {why}; seeds decide: skc ablate"

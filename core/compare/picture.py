@@ -1,4 +1,4 @@
-"""The picture of `skc compare`: the curves, and below them what the others differ from the first by."""
+"""The picture of `skc compare`: the curves, and below them each run's difference from the first."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from core.compare.pair import Pair, label, positions
+from core.compare.pair import RunPair, positions, trained_on
 from core.files import new_file
 from core.training.report import MARGIN, whole_ticks
 from core.training.run import Run
@@ -17,8 +17,8 @@ SMOOTH = 25
 """The smoothed difference is a running mean over one in so many of its windows."""
 
 
-def draw(runs: list[Run], pairs: list[Pair], path: Path) -> None:
-    """Draw training curves and validation estimates above, differences with their noise and parting below."""
+def draw(runs: list[Run], pairs: list[RunPair], path: Path) -> None:
+    """Draw training curves and validation estimates above, differences with their mean at the end below."""
     from matplotlib.figure import Figure
 
     by = pairs[0].by
@@ -48,7 +48,7 @@ def draw(runs: list[Run], pairs: list[Pair], path: Path) -> None:
 
 def _curve(axes: Any, run: Run, by: str, name: str, colour: str) -> None:
     train, val = positions(run, name, by), positions(run, "val/bpb", by)
-    text = plain(f"{run.path.name[:60]} ({label(run)})")
+    text = plain(f"{run.path.name[:60]} ({trained_on(run)})")
     if train:
         means, ends = [row[name] for row in train.values()], np.array([*train], np.float64)
         middles = middle(np.append(0.0, ends[:-1]), ends)
@@ -67,9 +67,9 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _difference(axes: Any, pair: Pair, colour: str) -> float:
+def _difference(axes: Any, pair: RunPair, colour: str) -> float:
     """Draw one difference and return how far the picture has to reach; 0 where there is none."""
-    over, found = pair.over, pair.curves
+    over, gap = pair.over, pair.curves
     gaps, middles = over.second - over.first, middle(over.starts, over.ends)
     if not len(gaps):
         return 0.0
@@ -77,39 +77,21 @@ def _difference(axes: Any, pair: Pair, colour: str) -> float:
     axes.plot(middles, gaps, color=colour, linewidth=0.5, alpha=0.35)
     smooth = _running(gaps, size)
     axes.plot(_running(middles, size), smooth, color=colour, linewidth=1.6)
-    band = noise_band(pair, size)
-    if band is not None:
-        since = over.starts >= found.same_until
-        text = f"noise (means of {size} windows)" if size > 1 else "noise"
-        axes.fill_between(middles[since], -band, band, color=colour, alpha=0.15, linewidth=0, label=text)
-    if found.parts_after is not None and found.between is not None:
-        axes.axvspan(*found.between, color=colour, alpha=0.2, linewidth=0)
-        text = f"{'parts' if pair.verdict == 'parted' else 'drifts'} after {_short(found.parts_after, pair.by)}"
-        axes.axvline(found.parts_after, color=colour, linewidth=1.2, linestyle="--", label=text)
-    elif found.same_until:
-        text = f"rounding until {_short(found.same_until, pair.by)}"
-        axes.axvline(found.same_until, color=colour, linewidth=1.0, linestyle=":", label=text)
-    reach = [*np.abs(smooth), *np.quantile(np.abs(gaps), [0.98]), band or 0.0, found.floor]
-    return float(max(reach))
+    if gap.same_until:
+        text = f"rounding until {_short(gap.same_until, pair.by)}"
+        axes.axvline(gap.same_until, color=colour, linewidth=1.0, linestyle=":", label=text)
+    if gap.end is not None and gap.end_from is not None:
+        spread = gap.end_spread or 0.0
+        text = f"end: {gap.end:+.4f}" + (f" ± {spread:.4f}" if spread else "")
+        place = [gap.end_from, over.ends[-1]]
+        axes.plot(place, [gap.end] * 2, color=colour, linewidth=1.2, linestyle="--", label=text)
+        axes.fill_between(place, gap.end - spread, gap.end + spread, color=colour, alpha=0.15, linewidth=0)
+    return float(max([*np.abs(smooth), np.quantile(np.abs(gaps), 0.98), gap.floor]))
 
 
 def middle(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Return where the mean of a window is drawn: in the middle of the steps, tokens or share that it is of."""
     return (starts + ends) / 2
-
-
-def noise_band(pair: Pair, size: int) -> float | None:
-    """Return two standard deviations of a running mean of the differences beside the parting found, plus rounding."""
-    over, found = pair.over, pair.curves
-    rest = (over.second - over.first)[over.starts >= found.same_until]
-    starts = over.starts[over.starts >= found.same_until]
-    if found.spread is None:
-        return None
-    parts = (
-        [rest] if found.parts_after is None else [rest[starts < found.parts_after], rest[starts >= found.parts_after]]
-    )
-    noise = [_running(part - part.mean(), size) for part in parts if len(part) >= 2 * size]
-    return None if not noise else 2 * float(np.std(np.concatenate(noise))) + found.floor
 
 
 def _running(values: Sequence[float] | np.ndarray, size: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from core.compare.pair import By, Pair, choose_axis, hold, positions, words
+from core.compare.pair import By, RunPair, choose_axis, compare_pair, words
 from core.compare.picture import draw
 from core.config import differences
 from core.files import replace_text
@@ -13,7 +13,7 @@ from core.training.run import Run, RunError
 
 
 @dataclass(frozen=True)
-class Row:
+class RunFigures:
     """One run in figures; None where it has not come that far."""
 
     run: str
@@ -38,23 +38,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; every list is in the order of the runs, the first is what the others are held against."""
+    """What differs between runs; every list is in the order of the runs, and the others are compared with the first."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[RunFigures, ...]
     settings: dict[str, list[str]]
     """Run -> the fields in which it differs from the first."""
-    gaps: dict[str, float | None]
-    """Run -> largest difference of its training loss from the first run's, over the steps that both recorded."""
     doubts: tuple[str, ...]
-    """Why final figures may not be held against each other."""
-    pairs: dict[str, Pair]
-    """Run -> what differs from the first, and where the curves part."""
+    """Why final figures may not be compared."""
+    pairs: dict[str, RunPair]
+    """Run -> what differs from the first."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        rows, transfer = [asdict(row) for row in self.rows], {run: pair.to_json() for run, pair in self.pairs.items()}
-        own = {"rows": rows, "settings": self.settings, "gaps": self.gaps, "doubts": list(self.doubts)}
-        return {**own, "transfer": transfer}
+        rows, pairs = [asdict(row) for row in self.rows], {run: pair.to_json() for run, pair in self.pairs.items()}
+        return {"rows": rows, "settings": self.settings, "doubts": list(self.doubts), "pairs": pairs}
 
 
 def compare(paths: list[str], by: By = "auto") -> tuple[Comparison, list[Run]]:
@@ -68,22 +65,18 @@ def compare(paths: list[str], by: By = "auto") -> tuple[Comparison, list[Run]]:
     if len({run.path.resolve() for run in runs}) < len(runs):
         raise RunError(f"compare: a run is named twice in {', '.join(paths)}; name each once")
     rows = tuple(_row(run) for run in runs)
-    losses = [{step: r["train/loss"] for step, r in positions(run, "train/loss", "step").items()} for run in runs]
-    settings, gaps, pairs, axis = {}, {}, {}, choose_axis([run.config for run in runs], by)
-    for run, loss in zip(runs[1:], losses[1:], strict=True):
-        settings[str(run.path)] = differences(runs[0].config, run.config)
-        common = losses[0].keys() & loss.keys()
-        gaps[str(run.path)] = max((abs(losses[0][step] - loss[step]) for step in common), default=None)
-        pairs[str(run.path)] = hold(runs[0], run, axis)
-    return Comparison(rows, settings, gaps, tuple(_doubts(runs, rows)), pairs), runs
+    axis = choose_axis([run.config for run in runs], by)
+    settings = {str(run.path): differences(runs[0].config, run.config) for run in runs[1:]}
+    pairs = {str(run.path): compare_pair(runs[0], run, axis) for run in runs[1:]}
+    return Comparison(rows, settings, tuple(_doubts(runs, rows)), pairs), runs
 
 
-def _row(run: Run) -> Row:
+def _row(run: Run) -> RunFigures:
     env, final, stored = run.environment(), run.last("final/score") or {}, run.last("final/artifact") or {}
     lines = [row for row in run.metrics() if "train/loss" in row]
     steps = lines[-1]["step"] if lines else 0
     seconds = lines[-1]["clock/seconds"] if lines else None
-    return Row(
+    return RunFigures(
         run=str(run.path),
         preset=run.config.preset,
         seed=run.config.seed,
@@ -102,26 +95,26 @@ def _row(run: Run) -> Row:
     )
 
 
-def _doubts(runs: list[Run], rows: tuple[Row, ...]) -> list[str]:
-    found = []
+def _doubts(runs: list[Run], rows: tuple[RunFigures, ...]) -> list[str]:
+    doubts = []
     kinds = {"byte_rule": "byte rules", "targets": "numbers of scored tokens", "label": "kinds of figure"}
     for name, what in kinds.items():
         values = sorted({str(getattr(row, name)) for row in rows if row.bpb is not None})
         if len(values) > 1:
-            found.append(f"different {what}: {', '.join(values)}")
+            doubts.append(f"different {what}: {', '.join(values)}")
     if len({str(run.environment().get("data")) for run in runs}) > 1:
-        found.append("different data")
+        doubts.append("different data")
     unfinished = [row.run for row in rows if row.bpb is None]
     if unfinished:
-        found.append(f"not finished: {', '.join(unfinished)}")
-    return found
+        doubts.append(f"not finished: {', '.join(unfinished)}")
+    return doubts
 
 
-def table(found: Comparison) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+def table(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
     """Return (head, rows) for people."""
     head = ("run", "backend", "seed", "parameters", "steps", "bits per byte", "against the first", "bytes", "tokens/s")
-    first, rows = found.rows[0], []
-    for row in found.rows:
+    first, rows = comparison.rows[0], []
+    for row in comparison.rows:
         spread = f" ± {row.error:.4f}" if row.error else ""
         figure = "-" if row.bpb is None else f"{row.bpb:.4f}{spread} ({row.label})"
         change = "" if row is first or row.bpb is None or first.bpb is None else f"{row.bpb - first.bpb:+.4f}"
@@ -131,25 +124,23 @@ def table(found: Comparison) -> tuple[tuple[str, ...], list[tuple[object, ...]]]
     return head, rows
 
 
-def lines(found: Comparison) -> list[str]:
-    """Return what the table does not say: what differs, where the curves part, doubts."""
+def lines(comparison: Comparison) -> list[str]:
+    """Return what the table does not say: what differs from the first run, and doubts."""
     out = []
-    for run, pair in found.pairs.items():
-        gap = found.gaps[run]
-        apart = "no common step" if gap is None else f"training losses at most {gap:.2g} nats apart"
-        out += [f"{run} against {found.rows[0].run}: {apart}", *(f"  {line}" for line in words(pair))]
-    return out + [f"careful: {doubt}" for doubt in found.doubts]
+    for run, pair in comparison.pairs.items():
+        out += [f"{run} against {comparison.rows[0].run}:", *(f"  {line}" for line in words(pair))]
+    return out + [f"careful: {doubt}" for doubt in comparison.doubts]
 
 
-def write_comparison(found: Comparison, runs: list[Run], folder: Path) -> list[Path]:
+def write_comparison(comparison: Comparison, runs: list[Run], folder: Path) -> list[Path]:
     """Write compare.md and compare.png into `folder` and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     report, picture = folder / "compare.md", folder / "compare.png"
-    draw(runs, list(found.pairs.values()), picture)
-    head, rows = table(found)
+    draw(runs, list(comparison.pairs.values()), picture)
+    head, rows = table(comparison)
     text = ["# Comparison", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     text += [f"| {' | '.join(f'{c:,}' if isinstance(c, int) else str(c) for c in row)} |" for row in rows]
-    text += ["", "![curves above, differences from the first below](compare.png)", "", *_bullets(lines(found)), ""]
+    text += ["", "![curves above, differences from the first below](compare.png)", "", *_bullets(lines(comparison)), ""]
     replace_text(report, "\n".join(text))
     return [report, picture]
 

@@ -4,11 +4,7 @@ from dataclasses import dataclass
 
 from core import presets
 from core.check.bench import run_bench
-from core.verbs.common import (
-    Context,
-    Outcome,
-    PresetOptions,
-)
+from core.verbs.common import Context, Outcome, PresetOptions
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,7 @@ class Bench(PresetOptions):
 
 def bench(options: Bench, context: Context) -> Outcome:
     """Measure training speed."""
-    found = run_bench(
+    report = run_bench(
         options.config(),
         against=None if options.against is None else presets.get(options.against).config,
         variants=list(options.variants) or None,
@@ -41,6 +37,6 @@ def bench(options: Bench, context: Context) -> Outcome:
         ranks=options.ranks,
         report=context.say,
     )
-    for line in found.lines():
+    for line in report.lines():
         context.say(line)
-    return Outcome(True, found.to_json())
+    return Outcome(True, report.to_json())

@@ -27,12 +27,12 @@ class Compare:
 
 def compare_runs(options: Compare, context: Context) -> Outcome:
     """Hold runs against the first of them: data, settings, machine, where the curves part, scores, bytes, speed."""
-    found, runs = compare(list(options.runs), options.by)
-    context.say.table(*table(found))
+    comparison, runs = compare(list(options.runs), options.by)
+    context.say.table(*table(comparison))
     context.say()
-    for line in lines(found):
+    for line in lines(comparison):
         context.say(line)
-    written = write_comparison(found, runs, Path(options.out))
+    written = write_comparison(comparison, runs, Path(options.out))
     for path in written:
         context.say(f"wrote {path}")
-    return Outcome(True, {**found.to_json(), "files": [str(path) for path in written]})
+    return Outcome(True, {**comparison.to_json(), "files": [str(path) for path in written]})

@@ -25,9 +25,9 @@ class Parity(PresetOptions):
 
 def parity(options: Parity, context: Context) -> Outcome:
     """Compare the backends; not ok beyond tolerance."""
-    found = run_parity(
+    report = run_parity(
         options.config(), steps=options.steps, dtype=options.dtype, mini=options.mini, report=context.say
     )
-    for line in found.lines():
+    for line in report.lines():
         context.say(line)
-    return Outcome(found.ok, found.to_json())
+    return Outcome(report.ok, report.to_json())

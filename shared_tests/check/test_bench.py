@@ -9,6 +9,7 @@ import pytest
 
 from core import presets
 from core.check import bench
+from core.check.bench_worker import rank_of
 from core.cli import main
 from core.config import ConfigError, RunConfig
 from core.data.batch import Batch
@@ -64,7 +65,7 @@ class FakeWorker:
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeWorker]:
     """Put FakeWorker in place of processes, on a machine with both backends."""
     FakeWorker.asked, FakeWorker.configs, FakeWorker.closed = [], [], 0
-    monkeypatch.setattr(bench, "_Worker", FakeWorker)
+    monkeypatch.setattr(bench, "Worker", FakeWorker)
     monkeypatch.setattr(bench, "available_backends", lambda: ["mlx", "cuda"])
     return FakeWorker
 
@@ -210,7 +211,7 @@ def test_an_unknown_preset_to_compare_with_gets_one_line(capsys: pytest.CaptureF
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_rank_of_several_does_its_part_and_sends_nothing(backend: str) -> None:
     config = unusual(1)
-    ranks = bench.rank_of(2, backend)
+    ranks = rank_of(2, backend)
     options = EngineOptions(dtype="float32", compile=False)
     made = load_engine(backend, config, working_weights(config.model, 1.0), options, True, ranks)
     before, (batch,) = {**made.params(), **made.optimizer()}, batches(config, 1)

@@ -37,14 +37,12 @@ def test_figures_are_those_of_the_runs(runs: list[Path], capsys: pytest.CaptureF
     assert "seed: 1337 -> 7" in text and f"{value['rows'][1]['bpb'] - value['rows'][0]['bpb']:+.4f}" in text
 
 
-def test_gaps_are_the_largest_over_common_steps(runs: list[Path]) -> None:
-    found, opened = compare([str(path) for path in runs])
+def test_the_largest_difference_is_that_over_common_steps(runs: list[Path]) -> None:
+    comparison, opened = compare([str(path) for path in runs])
     losses = [{row["step"]: row["train/loss"] for row in run.metrics() if "train/loss" in row} for run in opened]
     for path, loss in zip(runs[1:], losses[1:], strict=True):
         assert loss.keys() == losses[0].keys() == set(range(1, 7))
-        assert found.gaps[str(path)] == max(abs(loss[step] - losses[0][step]) for step in loss)
-    other, _ = compare([str(runs[0]), str(runs[0].parent / "." / runs[1].name)])
-    assert list(other.gaps.values()) == [found.gaps[str(runs[1])]]
+        assert comparison.pairs[str(path)].curves.largest == max(abs(loss[step] - losses[0][step]) for step in loss)
 
 
 def test_what_may_not_be_compared_is_said(runs: list[Path], tmp_path: Path) -> None:
@@ -61,12 +59,12 @@ def test_what_may_not_be_compared_is_said(runs: list[Path], tmp_path: Path) -> N
     (unfinished / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows if "final/score" not in r))
     env = json.loads((raw / "env.json").read_text())
     (raw / "env.json").write_text(json.dumps({**env, "data": {"name": "other", "sha256": "0"}}))
-    found, opened = compare([str(runs[0]), str(raw), str(unfinished)])
-    words = " ".join(found.doubts)
+    comparison, opened = compare([str(runs[0]), str(raw), str(unfinished)])
+    words = " ".join(comparison.doubts)
     for expected in ("byte rules: raw, table", "numbers of scored tokens", "kinds of figure", "different data"):
         assert expected in words
-    assert f"not finished: {unfinished}" in words and sum("careful" in line for line in lines(found)) == 5
-    write_comparison(found, opened, tmp_path / "out")
+    assert f"not finished: {unfinished}" in words and sum("careful" in line for line in lines(comparison)) == 5
+    write_comparison(comparison, opened, tmp_path / "out")
 
 
 @pytest.mark.parametrize("given, message", [(1, "expected two or more"), (2, "named twice")])

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from core.ablation.report import wording
 from core.audit import code as audit_code
-from core.check.bench import BenchReport
+from core.check.bench_report import BenchReport
 from core.cli import main
 from core.compare.picture import _curve, _difference
 from core.compare.runs import compare

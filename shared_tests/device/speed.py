@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from core import presets, rng
-from core.check.bench import RANKS, rank_of
+from core.check.bench_worker import RANKS, rank_of
 from core.config import RunConfig
 from core.data.batch import Batch
 from core.engine.plan import StepPlan

@@ -114,13 +114,13 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     if not high > low:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    made: list[float] = []
+    places: list[float] = []
     for step in (power * 10, power * 5, power * 2, power, power / 2):  # from wide to narrow
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-        if len(made) >= 2 and last - first + 1 > most:
+        if len(places) >= 2 and last - first + 1 > most:
             break
-        made = [i * step for i in range(first, last + 1)]
-    return made
+        places = [i * step for i in range(first, last + 1)]
+    return places
 
 
 def label(value: float, step: float, sign: bool = False) -> str:

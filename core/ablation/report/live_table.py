@@ -88,13 +88,13 @@ class Live:
         if now - self._shown < every:
             return
         self._shown = now
-        seen = {place.key: self._look(place, now) for place in progress.running}
+        records = {place.key: self._look(place, now) for place in progress.running}
         if self._say.terminal:
             with _whole():
-                self._draw(progress, seen)
+                self._draw(progress, records)
         else:
-            places = "; ".join(" ".join(self._row(place, seen[place.key])) for place in progress.running)
-            self._say(f"{self._head(progress, seen)}{': ' if places else ''}{places}")
+            places = "; ".join(" ".join(self._row(place, records[place.key])) for place in progress.running)
+            self._say(f"{self._head(progress, records)}{': ' if places else ''}{places}")
 
     def close(self) -> None:
         """Take the table away."""
@@ -105,21 +105,21 @@ class Live:
 
     def _look(self, place: Place, now: float) -> Seen:
         """Return what a run has recorded, and note how fast it gets on."""
-        seen = _seen(place)
-        if place.key not in self._starts or seen.share > self._starts[place.key][1]:
-            here = now, seen.share
+        record = _seen(place)
+        if place.key not in self._starts or record.share > self._starts[place.key][1]:
+            here = now, record.share
             pace = self._paces.setdefault(place.key, Pace(here, here))
-            if seen.share > pace.last[1]:
+            if record.share > pace.last[1]:
                 self._paces[place.key] = pace._replace(last=here)
-        return seen
+        return record
 
-    def left(self, progress: Progress, seen: dict[str, Seen]) -> float | None:
+    def left(self, progress: Progress, records: dict[str, Seen]) -> float | None:
         """Return the seconds until all runs are done that are not another process's; None while nobody can know.
 
         Runs under way end one by one, and those that wait begin where one ends, in their order.
         """
         places = {place.key: place for place in progress.running}
-        under_way = {key: self._left(place, seen[key]) for key, place in places.items()}
+        under_way = {key: self._left(place, records[key]) for key, place in places.items()}
         wholes = {kind: fmean(took) for kind, took in self._took.items()}
         for key, (_, whole) in under_way.items():
             if whole is not None:
@@ -134,7 +134,7 @@ class Live:
             heapq.heappush(ends, heapq.heappop(ends) + wholes.get(_kind(place), usual))
         return max(ends)
 
-    def _left(self, place: Place, seen: Seen) -> tuple[float | None, float | None]:
+    def _left(self, place: Place, record: Seen) -> tuple[float | None, float | None]:
         """Return (seconds that a run has left, seconds that a whole one like it takes), as far as it is known."""
         began, share = self._starts.get(place.key, (time.monotonic(), 0.0))
         now, took, pace = time.monotonic(), self._took.get(_kind(place)), self._paces.get(place.key)
@@ -143,21 +143,21 @@ class Live:
         if took:  # what comes after the training counts too
             whole = fmean(took)
             return max(whole * (1 - share) - spent, training or 0.0), whole
-        if training is None and seen.share > share:  # by its own clock, which leaves out evaluations
-            training = seen.seconds * (1 - seen.share) / seen.share
+        if training is None and record.share > share:  # by its own clock, which leaves out evaluations
+            training = record.seconds * (1 - record.share) / record.share
         if training is None:
             return None, None
         return training, (spent + training) / (1 - share) if share < 1 else None
 
-    def _head(self, progress: Progress, seen: dict[str, Seen]) -> str:
+    def _head(self, progress: Progress, records: dict[str, Seen]) -> str:
         failed = f", {progress.failed} failed" if progress.failed else ""
         others = progress.total - progress.done - progress.failed - len(progress.running) - len(progress.waiting)
         elsewhere = f", {others} under way in another process" if others else ""  # which this one waits for
         text = f"{progress.done} of {progress.total} runs done{failed}{elsewhere}"
-        left = self.left(progress, seen)
+        left = self.left(progress, records)
         return text if left is None else f"{text}, about {duration(left)} left"
 
-    def _draw(self, progress: Progress, seen: dict[str, Seen]) -> None:
+    def _draw(self, progress: Progress, records: dict[str, Seen]) -> None:
         from rich.console import Console as Rich
         from rich.console import Group
         from rich.live import Live as RichLive
@@ -167,8 +167,8 @@ class Live:
             self._live = RichLive(console=Rich(file=self._say.stream), auto_refresh=False, transient=True)
             self._live.start()
         width = self._live.console.width
-        parts: list[Any] = [Text(self._head(progress, seen), no_wrap=True, overflow="ellipsis")]
-        rows = [self._row(place, seen[place.key]) for place in progress.running]
+        parts: list[Any] = [Text(self._head(progress, records), no_wrap=True, overflow="ellipsis")]
+        rows = [self._row(place, records[place.key]) for place in progress.running]
         if rows:
             parts.append(_table(("training", "seed", "backend", "step", "bits per byte", "left"), rows, width))
         if self._found:
@@ -183,13 +183,13 @@ class Live:
         ranked = sorted(groups.items(), key=lambda group: fmean(group[1]))
         return [(name, str(len(of)), f"{fmean(of):.4f}", f"{min(of):.4f}") for name, of in ranked]
 
-    def _row(self, place: Place, seen: Seen) -> tuple[str, ...]:
+    def _row(self, place: Place, record: Seen) -> tuple[str, ...]:
         """Return what is known of a run under way."""
         job, train = place.job, place.job.config.train
-        step = f"{seen.step}" if train.seconds else f"{seen.step}/{train.steps}"
-        left = self._left(place, seen)[0]
-        text = "scoring" if seen.share >= 1 else "-" if left is None else duration(left)
-        return job.variant, str(job.seed), job.backend, step, "-" if seen.bpb is None else f"{seen.bpb:.4f}", text
+        step = f"{record.step}" if train.seconds else f"{record.step}/{train.steps}"
+        left = self._left(place, record)[0]
+        text = "scoring" if record.share >= 1 else "-" if left is None else duration(left)
+        return job.variant, str(job.seed), job.backend, step, "-" if record.bpb is None else f"{record.bpb:.4f}", text
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], width: int) -> Any:
@@ -198,14 +198,14 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], width: int) -
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)]
     names = max(8, width - sum(widths[1:]) - 3 * len(widths) - 1)  # 3: what Rich puts between two columns
     for i, name in enumerate(head):
-        made.add_column(name, justify="right" if i else "left", no_wrap=True, max_width=widths[i] if i else names)
+        table.add_column(name, justify="right" if i else "left", no_wrap=True, max_width=widths[i] if i else names)
     for row in rows:
-        made.add_row(*map(Text, row))  # a name may look like markup
-    return made
+        table.add_row(*map(Text, row))  # a name may look like markup
+    return table
 
 
 def _kind(place: Place) -> tuple[str, str]:

@@ -1,7 +1,9 @@
 """report.html: one file without scripts or anything from elsewhere, for a screen, a phone, day and night."""
 
-from collections.abc import Sequence
+import base64
+from collections.abc import Mapping, Sequence
 from html import escape
+from types import MappingProxyType
 
 from core.ablation.report import charts, search_wording, wording
 from core.ablation.report.charts import Picture
@@ -54,6 +56,7 @@ tbody th{font-weight:600;background:var(--page);max-width:14rem;overflow:hidden;
 figure{margin:1rem 0}
 svg{display:block;max-width:100%;height:auto}
 svg text{font-family:inherit}
+.scroll img{display:block;height:24rem;width:auto}
 .narrow{display:none}
 pre{background:var(--box);border:1px solid var(--grid);border-radius:6px;padding:.6rem .75rem;overflow-x:auto;
 font-size:.8125rem;line-height:1.45;margin:.5rem 0}
@@ -72,20 +75,20 @@ Drawn = dict[str, Picture]
 
 
 def page(
-    outcome: Outcome, found: Sequence[Findings], drawn: Sequence[tuple[Drawn, Drawn]],
-    searched: Searched | None = None, tried: tuple[Drawn, Drawn] | None = None,
+    outcome: Outcome, findings: Sequence[Findings], drawn: Sequence[tuple[Drawn, Drawn]],
+    searched: Searched | None = None, tried: Mapping[str, bytes] = MappingProxyType({}),
 ) -> str:  # fmt: skip
-    """Return the whole page; `drawn` has the (wide, narrow) pictures of each backend, `tried` those of a search."""
+    """Return the whole page; `drawn` has each backend's (wide, narrow) pictures, `tried` a search's as PNG."""
     plan = outcome.plan
     parts = [f"<h1>{escape(plan.name)}</h1>", f"<p>{escape(plan.purpose)}</p>" if plan.purpose else "", _facts(outcome)]
-    if not any(one.n for tables in found for one in tables.summaries):
+    if not any(one.n for tables in findings for one in tables.summaries):
         total = len(outcome.results)
         parts.append(f'<p class="note">No run has finished yet: {total:,} are planned. Nothing can be said so far.</p>')
-    for tables, pictures in zip(found, drawn, strict=True):
-        name = f" on {tables.backend}" if len(found) > 1 else ""
+    for tables, pictures in zip(findings, drawn, strict=True):
+        name = f" on {tables.backend}" if len(findings) > 1 else ""
         parts += _backend(outcome, tables, pictures, name)
     if searched:
-        parts += _search(outcome, searched, tried or ({}, {}))
+        parts += _search(outcome, searched, tried)
     parts += [_changes(outcome), _failed(outcome), _samples(outcome), _method(), _repeat(outcome, searched)]
     head = (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -101,30 +104,30 @@ def _facts(outcome: Outcome) -> str:
     return f"<dl>{''.join(f'<div><dt>{a}</dt><dd>{escape(b)}</dd></div>' for a, b in wording.facts(outcome))}</dl>"
 
 
-def _backend(outcome: Outcome, found: Findings, drawn: tuple[Drawn, Drawn], name: str) -> list[str]:
+def _backend(outcome: Outcome, tables: Findings, drawn: tuple[Drawn, Drawn], name: str) -> list[str]:
     plan, parts = outcome.plan, []
-    if found.ends and any(one.n for one in found.summaries):
-        parts += [f"<h2>Answers{name}</h2>", _answers(found, plan.reference)]
-    power = wording.resolution(found, len(plan.seeds))
+    if tables.ends and any(one.n for one in tables.summaries):
+        parts += [f"<h2>Answers{name}</h2>", _answers(tables, plan.reference)]
+    power = wording.resolution(tables, len(plan.seeds))
     parts.append(f"<p>{escape(power)}</p>" if power else "")
-    if found.doubts:
-        lines = "".join(f"<li>{escape(doubt)}</li>" for doubt in found.doubts)
+    if tables.doubts:
+        lines = "".join(f"<li>{escape(doubt)}</li>" for doubt in tables.doubts)
         parts.append(f'<div class="note"><h3>Read with care</h3><ul>{lines}</ul></div>')
-    if not any(one.n for one in found.summaries):
+    if not any(one.n for one in tables.summaries):
         return parts
-    parts.append(f"<h2>Table{name}</h2>{_table('All variants', wording.HEAD, wording.table(found, plan.reference))}")
+    parts.append(f"<h2>Table{name}</h2>{_table('All variants', wording.HEAD, wording.table(tables, plan.reference))}")
     about = "Bits per byte: mean ± standard deviation over seeds. A difference below 0 is better."
     parts.append(f'<p class="quiet">{about}</p>')
-    held = f"Difference to {plan.reference} in bits per byte: mean, 95 % interval, a ring for each seed."
-    parts += _figure(f"Differences{name}", "difference", drawn, held)
-    if found.ends:
+    caption = f"Difference to {plan.reference} in bits per byte: mean, 95 % interval, a ring for each seed."
+    parts += _figure(f"Differences{name}", "difference", drawn, caption)
+    if tables.ends:
         parts.append(f"<h2>At equal steps, seconds and bytes{name}</h2>")
-        for title, effects in (("Equal steps", found.steps), ("Equal seconds", found.seconds)):
+        for title, effects in (("Equal steps", tables.steps), ("Equal seconds", tables.seconds)):
             end = wording.same_end(effects)
             same = f"<p>All of these runs ended at {escape(end)}: the table above is this comparison.</p>"
             shown = same if end else _table(title, wording.PLACE_HEAD, wording.places(effects))
             parts.append(f"<h3>{title}</h3>{shown}")
-        parts.append(f"<h3>Equal bytes</h3>{_table('Equal bytes', wording.SIZE_HEAD, wording.size_rows(found.sizes))}")
+        parts.append(f"<h3>Equal bytes</h3>{_table('Equal bytes', wording.SIZE_HEAD, wording.size_rows(tables.sizes))}")
     parts += _figure(f"Learning curves{name}", "curves step", drawn, wording.CURVES)
     later = _figure("", "curves seconds", drawn, wording.CURVES)
     parts.append(f"<details><summary>The same against seconds</summary>{''.join(later)}</details>" if later else "")
@@ -133,23 +136,23 @@ def _backend(outcome: Outcome, found: Findings, drawn: tuple[Drawn, Drawn], name
     return parts
 
 
-def _search(outcome: Outcome, searched: Searched, drawn: tuple[Drawn, Drawn]) -> list[str]:
+def _search(outcome: Outcome, searched: Searched, images: Mapping[str, bytes]) -> list[str]:
     parts = [f"<h2>Search</h2><p>{escape(search_wording.summary(searched))}</p>"]
     gains = search_wording.gains(searched, outcome)
     if gains:
         parts.append(f'<p class="note">{escape(search_wording.WARNING)}</p>')
         parts.append(_table("Selected and confirmed", search_wording.GAIN_HEAD, search_wording.gain_rows(gains)))
-    parts += _figure("", "search", drawn, search_wording.PROGRESS)
-    parts += _figure("", "search fields", drawn, search_wording.FIELDS)
+    captions = {"search": search_wording.PROGRESS, "search fields": search_wording.FIELDS}
+    parts += [_image(images[key], caption) for key, caption in captions.items() if key in images]
     table = _table("Trials", search_wording.head(searched), search_wording.rows(searched))
     lines = "".join(f"<li>{escape(line)}</li>" for line in search_wording.method(searched))
     few = len(searched.trials) <= 12
     return [*parts, f"<details{' open' if few else ''}><summary>All trials</summary>{table}<ul>{lines}</ul></details>"]
 
 
-def _answers(found: Findings, reference: str) -> str:
+def _answers(tables: Findings, reference: str) -> str:
     items = []
-    for one, sentence in wording.answers(found, reference):
+    for one, sentence in wording.answers(tables, reference):
         kind = one.verdict if one.verdict in ("better", "worse") else "noise"
         head = f"<strong>{escape(one.variant)}</strong> · <b class={kind}>{escape(wording.verdict(one))}</b>"
         items.append(f'<li class="{kind}">{head}<br>{escape(sentence[0].upper() + sentence[1:])}</li>')
@@ -176,13 +179,20 @@ def _figure(title: str, key: str, drawn: tuple[Drawn, Drawn], caption: str) -> l
     return [f"{head}<figure>{both}<figcaption>{escape(caption)}</figcaption></figure>"]
 
 
+def _image(png: bytes, caption: str) -> str:
+    """Return a figure with a PNG in it, which a narrow screen scrolls along."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    box = f'<div class="scroll" tabindex="0"><img src="{source}" alt="{escape(caption)}"/></div>'
+    return f"<figure>{box}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
 def _changes(outcome: Outcome) -> str:
     parts = []
     for name, lines in wording.changes(outcome.plan).items():
         fields = "<br>".join(f"<code>{escape(line)}</code>" for line in lines)
         parts.append(f"<p><strong>{escape(name)}</strong><br>{fields}</p>")
-    held = f'<p class="quiet">Against {escape(outcome.plan.reference)}: field: its value → the variant’s.</p>'
-    return f"<h2>What each variant changes</h2>{held}{''.join(parts)}" if parts else ""
+    note = f'<p class="quiet">Against {escape(outcome.plan.reference)}: field: its value → the variant’s.</p>'
+    return f"<h2>What each variant changes</h2>{note}{''.join(parts)}" if parts else ""
 
 
 def _failed(outcome: Outcome) -> str:
@@ -190,8 +200,8 @@ def _failed(outcome: Outcome) -> str:
     for run in outcome.results:
         if run.status == "failed":
             where = f"{escape(run.variant)}, seed {run.seed}, {escape(run.backend)}"
-            said = escape(run.message or "it left no message; see log.txt in its folder")
-            parts.append(f'<h3>{where}</h3><pre class="wrap"><code>{said}</code></pre>')
+            message = escape(run.message or "it left no message; see log.txt in its folder")
+            parts.append(f'<h3>{where}</h3><pre class="wrap"><code>{message}</code></pre>')
     return f"<h2>Failed runs</h2>{''.join(parts)}" if parts else ""
 
 

@@ -69,9 +69,9 @@ def difference(effects: Sequence[Effect], reference: str, width: int) -> Picture
             ends = (place(tick), y - 17), (place(tick), y + 17)
             marks.append(Mark("line", "grid" if tick else "muted", ends, 1 if tick else 1.5))
         marks += _effect(one, place, y, limit, colour)
-    held = f"against {reference}, mean and 95 % interval, a ring for each seed"
-    said = "; ".join(f"{e.variant} {e.paired.mean:+.4f}, {e.verdict}" for e in effects if e.paired)
-    return Picture(width, bottom + 8, tuple(marks), f"Differences in bits per byte {held}. {said}")
+    basis = f"against {reference}, mean and 95 % interval, a ring for each seed"
+    summary = "; ".join(f"{e.variant} {e.paired.mean:+.4f}, {e.verdict}" for e in effects if e.paired)
+    return Picture(width, bottom + 8, tuple(marks), f"Differences in bits per byte {basis}. {summary}")
 
 
 def _effect(one: Effect, place: Callable[[float], float], y: float, limit: float, colour: str) -> list[Mark]:
@@ -220,20 +220,20 @@ def sizes(points: Sequence[tuple[str, float, float, str]], width: int) -> Pictur
         room = names - len(end) * SIZE * LETTER
         marks.append(Mark("words", colour, ((right + 18, level + 4),), SIZE, short(name, room) + end))
     marks.sort(key=lambda m: m.shape in ("dot", "words"))
-    said = "; ".join(f"{name} {x:,.0f} bytes {y:.4f}" for name, x, y, _ in points)
-    return Picture(width, math.ceil(bottom) + 42, tuple(marks), f"Bits per byte against bytes of the artifact. {said}")
+    text = "; ".join(f"{name} {x:,.0f} bytes {y:.4f}" for name, x, y, _ in points)
+    return Picture(width, math.ceil(bottom) + 42, tuple(marks), f"Bits per byte against bytes of the artifact. {text}")
 
 
 def _apart(levels: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
     """Return sorted levels pushed at least `gap` apart, as near to their places as that and the box allow."""
-    made: list[float] = []
+    moved: list[float] = []
     for level in levels:
-        made.append(max(level, made[-1] + gap) if made else max(level, top))
+        moved.append(max(level, moved[-1] + gap) if moved else max(level, top))
     end = bottom
-    for i in reversed(range(len(made))):
-        made[i] = min(made[i], end)
-        end = made[i] - gap
-    return made
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], end)
+        end = moved[i] - gap
+    return moved
 
 
 def _longest(names: Sequence[str]) -> int:
@@ -256,14 +256,14 @@ def learning(outcome: Outcome, backend: str, field: str) -> tuple[str, list[Line
         parts = {name: {r.seed: _part(r, field, column, first) for r in of} for name, of in groups.items() if of}
         if plan.reference in parts and all(len(xs) >= least for of in parts.values() for xs, _ in of.values()):
             base = parts[plan.reference]
-            made = [_line(name, list(of.values()), None) for name, of in parts.items()]
+            lines = [_line(name, list(of.values()), None) for name, of in parts.items()]
             both = {name: [seed for seed in of if seed in base] for name, of in parts.items()}
             gaps = [
                 _line(name, [parts[name][s] for s in seeds], [base[s] for s in seeds])
                 for name, seeds in both.items()
                 if seeds
             ]
-            return basis, made, gaps
+            return basis, lines, gaps
     return "", [], []
 
 

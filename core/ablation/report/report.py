@@ -10,7 +10,7 @@ from core.ablation.report.search_pictures import draw as draw_search
 from core.ablation.search.search import Searched
 from core.ablation.stats.findings import Findings, assess
 from core.ablation.stats.results import Outcome
-from core.files import replace_text
+from core.files import replace_file, replace_text
 
 FILES = {"difference": "difference", "curves step": "curves", "gaps": "gaps", "bytes": "bytes"}
 """Picture -> its file; the page also has curves against seconds."""
@@ -23,21 +23,24 @@ def write_report(outcome: Outcome, folder: Path, searched: Searched | None = Non
     `searched` is the search that the outcome's variant `found` came from.
     """
     make(folder)
-    found = assess(outcome)
-    drawn = [(draw(outcome, tables, WIDE), draw(outcome, tables, NARROW)) for tables in found]
+    findings = assess(outcome)
+    drawn = [(draw(outcome, tables, WIDE), draw(outcome, tables, NARROW)) for tables in findings]
     images: list[list[Path]] = []
     for i, (wide, _) in enumerate(drawn):
         images.append([])
         for key, name in FILES.items():
-            path = folder / (f"{name}-{found[i].backend}.png" if i else f"{name}.png")
+            path = folder / (f"{name}-{findings[i].backend}.png" if i else f"{name}.png")
             images[-1] += _png(wide, key, path)
-    tried = searched and (draw_search(searched, WIDE), draw_search(searched, NARROW))
+    tried = draw_search(searched) if searched else {}
     images.append([])
     for key, name in SEARCH_FILES.items():
-        images[-1] += _png(tried[0] if tried else {}, key, folder / name)
+        (folder / name).unlink(missing_ok=True)  # that of an earlier report would now be wrong
+        if key in tried:
+            replace_file(folder / name, tried[key])
+            images[-1].append(folder / name)
     html, text = folder / "report.html", folder / "report.md"
-    replace_text(html, page(outcome, found, drawn, searched, tried))
-    replace_text(text, _markdown(outcome, found, images, searched))
+    replace_text(html, page(outcome, findings, drawn, searched, tried))
+    replace_text(text, _markdown(outcome, findings, images, searched))
     return [html, text, *(path for of in images for path in of)]
 
 
@@ -50,38 +53,38 @@ def _png(drawn: Drawn, key: str, path: Path) -> list[Path]:
     return [path]
 
 
-def draw(outcome: Outcome, found: Findings, width: int) -> Drawn:
+def draw(outcome: Outcome, tables: Findings, width: int) -> Drawn:
     """Return the pictures of one backend that there is something to draw for."""
-    reference, made = outcome.plan.reference, {}
-    effects = wording.ranked(found.ends)
+    reference, drawn = outcome.plan.reference, {}
+    effects = wording.ranked(tables.ends)
     if any(one.paired for one in effects):
-        made["difference"] = pictures.difference(effects, reference, width)
+        drawn["difference"] = pictures.difference(effects, reference, width)
     order = [reference, *(one.variant for one in effects)]
     for field, words in (("step", "step"), ("seconds", "seconds")):
-        basis, lines, gaps = pictures.learning(outcome, found.backend, field)
+        basis, lines, gaps = pictures.learning(outcome, tables.backend, field)
         lines.sort(key=lambda line: order.index(line.name))
         gaps.sort(key=lambda line: order.index(line.name))
         if lines:
-            made[f"curves {field}"] = pictures.curves(lines, f"{words} ({basis})", width)
+            drawn[f"curves {field}"] = pictures.curves(lines, f"{words} ({basis})", width)
         if field == "step" and len(gaps) > 1:
-            made["gaps"] = pictures.curves(gaps, f"{words} ({basis})", width)
-    points = _points(found, reference)
+            drawn["gaps"] = pictures.curves(gaps, f"{words} ({basis})", width)
+    points = _points(tables, reference)
     if points:
-        made["bytes"] = pictures.sizes(points, width)
-    return made
+        drawn["bytes"] = pictures.sizes(points, width)
+    return drawn
 
 
-def _points(found: Findings, reference: str) -> list[tuple[str, float, float, str]]:
+def _points(tables: Findings, reference: str) -> list[tuple[str, float, float, str]]:
     """Return (name, bytes, bits per byte, colour), the reference first.
 
     A variant stands at the reference's mean plus its paired difference: its own mean is over other seeds where some
     are missing, and seeds differ by more than variants do.
     """
-    summaries = {one.variant: one for one in found.summaries}
+    summaries = {one.variant: one for one in tables.summaries}
     base, points = summaries[reference], []
     if base.bpb is not None and base.bytes is not None:
         points.append((reference, base.bytes, base.bpb, "ink"))
-        for one in found.ends:
+        for one in tables.ends:
             size = summaries[one.variant].bytes
             if one.paired and size is not None:
                 colour = one.verdict if one.verdict in ("better", "worse") else "noise"
@@ -90,15 +93,15 @@ def _points(found: Findings, reference: str) -> list[tuple[str, float, float, st
 
 
 def _markdown(
-    outcome: Outcome, found: Sequence[Findings], images: Sequence[Sequence[Path]], searched: Searched | None
+    outcome: Outcome, findings: Sequence[Findings], images: Sequence[Sequence[Path]], searched: Searched | None
 ) -> str:
     plan = outcome.plan
     lines = [f"# {plan.name}", "", *([_plain(plan.purpose), ""] if plan.purpose else [])]
     lines += ["; ".join(f"{name}: {_plain(value)}" for name, value in wording.facts(outcome)), ""]
-    if not any(one.n for tables in found for one in tables.summaries):
+    if not any(one.n for tables in findings for one in tables.summaries):
         lines += ["No run has finished yet. Nothing can be said so far.", ""]
-    for tables, files in zip(found, images[:-1], strict=True):
-        name = f" on {tables.backend}" if len(found) > 1 else ""
+    for tables, files in zip(findings, images[:-1], strict=True):
+        name = f" on {tables.backend}" if len(findings) > 1 else ""
         if tables.ends and any(one.n for one in tables.summaries):
             lines += [f"## Answers{name}", ""]
             for one, sentence in wording.answers(tables, plan.reference):

@@ -1,7 +1,7 @@
 """A search in words and table cells: what report.html, report.md and the console say of it."""
 
 import json
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -24,11 +24,11 @@ WARNING = (
 )
 PROGRESS = (
     "Each trial’s mean over the search’s seeds; the line is the best so far. It can only fall, whether by better "
-    "settings or by luck."
+    "settings or by luck. Failed trials, and those far above the best, are left out."
 )
 FIELDS = (
-    "Bits per byte of every trial against one field at a time, all other fields differing too. Blue: the best one. "
-    "Ring: the start."
+    "Bits per byte of every trial against one field at a time, all other fields differing too. Darker: later trials. "
+    "Dashed: the start."
 )
 
 
@@ -54,28 +54,28 @@ def gains(searched: Searched, outcome: Outcome) -> list[Gain]:
         return []
     gap = None if start.bpb is None else best.bpb - start.bpb
     note = f"best of {len(searched.ranks)} on its own seeds: too good"
-    made = [Gain(SELECTED, searched.search.seeds, start.bpb, best.bpb, gap, None, note)]
+    rows = [Gain(SELECTED, searched.search.seeds, start.bpb, best.bpb, gap, None, note)]
     for backend in outcome.plan.backends:
         ours = {r.seed: r.bpb or 0.0 for r in scored(outcome, FOUND, backend)}
         base = {r.seed: r.bpb or 0.0 for r in scored(outcome, searched.search.variant, backend)}
         seeds = tuple(seed for seed in ours if seed in base)
         where = f" ({backend})" if len(outcome.plan.backends) > 1 else ""
         if not seeds:
-            made.append(Gain(CONFIRMED + where, (), None, None, None, None, "no seed has both yet"))
+            rows.append(Gain(CONFIRMED + where, (), None, None, None, None, "no seed has both yet"))
             continue
         test = paired([ours[seed] for seed in seeds], [base[seed] for seed in seeds])
         before, after = (fmean(of[seed] for seed in seeds) for of in (base, ours))
         note = "seeds without a part in the choice"
         if len(seeds) < len(outcome.plan.seeds):
             note += f"; early look, {len(seeds)} of {len(outcome.plan.seeds)}"
-        made.append(Gain(CONFIRMED + where, seeds, before, after, test.mean, test, note))
-    return made
+        rows.append(Gain(CONFIRMED + where, seeds, before, after, test.mean, test, note))
+    return rows
 
 
-def gain_rows(made: list[Gain]) -> list[tuple[str, ...]]:
+def gain_rows(gains: list[Gain]) -> list[tuple[str, ...]]:
     """Return the rows under GAIN_HEAD."""
     rows = []
-    for one in made:
+    for one in gains:
         interval = NONE
         if one.test is not None and one.test.low is not None:
             interval = f"{number(one.test.low, sign=True)} to {number(one.test.high, sign=True)}"
@@ -140,7 +140,7 @@ def rows(searched: Searched) -> list[tuple[str, ...]]:
     """Return the table of trials: the start, then the trials, best first, failed ones last."""
     ranks = searched.ranks
     last = len(ranks) + 1
-    made = []
+    lines = []
     for trial in sorted(searched.trials, key=lambda t: (t.number > 0, ranks.get(t.number, last), t.number)):
         cells = [shown(trial.settings[field.name]) for field in searched.search.space]
         note = {"done": "", "failed": f"failed: {trial.message}"}.get(trial.status, "not done")
@@ -149,20 +149,17 @@ def rows(searched: Searched) -> list[tuple[str, ...]]:
         elif ranks.get(trial.number) == 1:
             note = "selected: its figure is too good"
         rank = str(ranks.get(trial.number, NONE))
-        made.append((title(trial), *cells, number(trial.bpb), rank, note))
-    return made
+        lines.append((title(trial), *cells, number(trial.bpb), rank, note))
+    return lines
 
 
 def method(searched: Searched) -> list[str]:
     """Return how the search was made."""
     search = searched.search
-    try:
-        made = f"optuna {version('optuna')}"
-    except PackageNotFoundError:  # a report can be written again elsewhere
-        made = "optuna"
     return [
-        f"Trials were drawn by {made} (TPE, all fields together, sampler seed {search.sampler_seed}), "
-        f"{search.round} at a time, whatever ran side by side; a killed search asks for the same ones again.",
+        f"Trials were drawn by optuna {version('optuna')} (TPE, all fields together, sampler seed "
+        f"{search.sampler_seed}), {search.round} at a time, whatever ran side by side; a killed "
+        "search asks for the same ones again.",
         "A trial’s figure is the mean over the search’s seeds; it is only the ground on which one was chosen. A failed "
         "trial counts as infinitely bad, so that the search leaves where it failed.",
     ]

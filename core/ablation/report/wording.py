@@ -82,11 +82,11 @@ def ranked(effects: Sequence[Effect]) -> list[Effect]:
     return sorted(effects, key=lambda e: (e.paired is None, e.paired.mean if e.paired else 0.0))
 
 
-def table(found: Findings, reference: str) -> list[tuple[str, ...]]:
+def table(tables: Findings, reference: str) -> list[tuple[str, ...]]:
     """Return the rows under HEAD: the reference, then the variants, best first."""
-    by_name = {one.variant: one for one in found.summaries}
+    by_name = {one.variant: one for one in tables.summaries}
     rows = [_row(by_name[reference], None)]
-    return rows + [_row(by_name[one.variant], one) for one in ranked(found.ends)]
+    return rows + [_row(by_name[one.variant], one) for one in ranked(tables.ends)]
 
 
 def _row(of: Summary, one: Effect | None) -> tuple[str, ...]:
@@ -132,15 +132,16 @@ def size_rows(sizes: Sequence[Size]) -> list[tuple[str, ...]]:
     return rows
 
 
-def answers(found: Findings, reference: str) -> list[tuple[Effect, str]]:
+def answers(tables: Findings, reference: str) -> list[tuple[Effect, str]]:
     """Return one sentence a variant, best first: did it help, by how much, how sure, at what cost."""
-    by_name = {one.variant: one for one in found.summaries}
+    by_name = {one.variant: one for one in tables.summaries}
     return [
-        (one, f"{_answer(one, found)}{_cost(by_name[one.variant], by_name[reference])}.") for one in ranked(found.ends)
+        (one, f"{_answer(one, tables)}{_cost(by_name[one.variant], by_name[reference])}.")
+        for one in ranked(tables.ends)
     ]
 
 
-def _answer(one: Effect, found: Findings) -> str:
+def _answer(one: Effect, tables: Findings) -> str:
     test = one.paired
     if test is None:
         return "nothing to compare yet: no seed has a finished run of both"
@@ -153,11 +154,11 @@ def _answer(one: Effect, found: Findings) -> str:
     sure = f"95 % interval {interval(one)}, {test.n} seeds"
     if one.verdict == "inside noise":
         could = (
-            f"; {test.n} seeds could have resolved {number(resolvable(test.n, found.spread))}" if found.spread else ""
+            f"; {test.n} seeds could have resolved {number(resolvable(test.n, tables.spread))}" if tables.spread else ""
         )
         return f"{amount}, which is inside noise ({sure}){could}"
     if one.verdict.startswith("perhaps"):
-        among = f"among {len(found.ends)} variants that is not rare (Holm p {chance(one.holm)})"
+        among = f"among {len(tables.ends)} variants that is not rare (Holm p {chance(one.holm)})"
         return f"{amount} ({sure}): alone it would count, but {among}"
     return f"{amount} ({sure}, Holm p {chance(one.holm)})"
 
@@ -172,17 +173,17 @@ def _cost(of: Summary, base: Summary) -> str:
     return f"; {', '.join(parts)}" if parts else ""
 
 
-def resolution(found: Findings, planned: int) -> str:
+def resolution(tables: Findings, planned: int) -> str:
     """Return what the planned seeds can resolve, given how much paired differences vary; empty if nobody knows."""
-    if not found.spread:
+    if not tables.spread:
         return ""
-    known = f"Paired differences vary by {number(found.spread)} from seed to seed (pooled over the variants)."
+    known = f"Paired differences vary by {number(tables.spread)} from seed to seed (pooled over the variants)."
     if planned < 2:
         return f"{known} One seed resolves nothing."
-    least = resolvable(planned, found.spread)
+    least = resolvable(planned, tables.spread)
     return (
         f"{known} {planned} seeds resolve a true difference of {number(least)} bits per byte with a chance of 80 %; "
-        f"half of that would need {seeds_needed(least / 2, found.spread)} seeds."
+        f"half of that would need {seeds_needed(least / 2, tables.spread)} seeds."
     )
 
 
@@ -190,14 +191,14 @@ def facts(outcome: Outcome) -> list[tuple[str, str]]:
     """Return what was run, and how much of it is done."""
     plan = outcome.plan
     states = {name: sum(r.status == name for r in outcome.results) for name in ("done", "failed", "running", "waiting")}
-    told = ", ".join(f"{n:,} {name}" for name, n in states.items() if n) or "none"
+    counts = ", ".join(f"{n:,} {name}" for name, n in states.items() if n) or "none"
     return [
         ("base", plan.base),
         ("reference", plan.reference),
         ("budget of a run", f"{plan.budget[1]:,} {plan.budget[0]}"),
         ("seeds", ", ".join(map(str, plan.seeds))),
         ("backend", ", ".join(plan.backends) + (f", {plan.dtype}" if plan.dtype else "")),
-        ("runs", told),
+        ("runs", counts),
     ]
 
 

@@ -15,7 +15,7 @@ from core.ablation.plan import Ablation, Job
 from core.ablation.search.space import FOUND, Field, Search
 from core.ablation.stats.results import Result, Status
 from core.ablation.store import Place, Store
-from core.config import RunConfig, to_json
+from core.config import RunConfig, flattened, to_json
 
 ATTEMPTS = 100
 """Suggestions in a row that may be of no use (tried already, or refused) before a search ends early."""
@@ -99,7 +99,7 @@ class Searched(NamedTuple):
 def run_search(
     plan: Ablation, search: Search, store: Store, place: Callable[[Job], Place], check: Callable[[RunConfig], object],
     train: Callable[[Sequence[Place]], object] | None, retry: bool = False,
-    told: Callable[[Searched], object] = lambda _: None,
+    after_round: Callable[[Searched], object] = lambda _: None,
 ) -> Searched:  # fmt: skip
     """Ask for trials, train what is not stored and tell the sampler, until all are there.
 
@@ -109,7 +109,7 @@ def run_search(
     what there is after every round that was trained. SearchError without optuna.
     """
     sampler = Sampler(search)
-    made = Searched(plan, search, (), ())
+    searched = Searched(plan, search, (), ())
     had: set[str] = set()
 
     def fresh(settings: Mapping[str, Any]) -> bool:
@@ -121,14 +121,14 @@ def run_search(
         return new
 
     fresh({})
-    while len(made.trials) <= search.trials and not made.short:
-        asked = [] if made.trials else [Trial(0, _start(plan, search))]
-        for _ in range(min(search.round, search.trials + 1 - max(1, len(made.trials)))):
+    while len(searched.trials) <= search.trials and not searched.short:
+        asked = [] if searched.trials else [Trial(0, _start(plan, search))]
+        for _ in range(min(search.round, search.trials + 1 - max(1, len(searched.trials)))):
             settings = sampler.ask(fresh)
             if settings is None:
-                made = made._replace(short=sampler.useless)
+                searched = searched._replace(short=sampler.useless)
                 break
-            asked.append(Trial(len(made.trials) + len(asked), settings))
+            asked.append(Trial(len(searched.trials) + len(asked), settings))
         runs = plan.of_trials(search, {trial.name: trial.settings for trial in asked})
         places = [place(job) for job in runs.jobs()]
         open_ = [p for p in places if retry or store.status(p)[0] != "failed"]
@@ -137,15 +137,15 @@ def run_search(
             train(open_)
         results = store.outcome(runs, places).results
         done = [_ended(trial, [r for r in results if r.variant == trial.name]) for trial in asked]
-        made = made._replace(trials=(*made.trials, *done), places=(*made.places, *places))
+        searched = searched._replace(trials=(*searched.trials, *done), places=(*searched.places, *places))
         if trained:
-            told(made)
+            after_round(searched)
         if any(trial.status not in ("done", "failed") for trial in done):
             break
         if done and done[0].number == 0:
             sampler.start(done[0])
         sampler.tell([trial.bpb for trial in done if trial.number])
-    return made
+    return searched
 
 
 def _ended(trial: Trial, results: Sequence[Result]) -> Trial:
@@ -164,8 +164,7 @@ def _ended(trial: Trial, results: Sequence[Result]) -> Trial:
 def _start(plan: Ablation, search: Search) -> dict[str, Any]:
     """Return the start's values of the searched fields, as a file would have them."""
     config = json.loads(json.dumps(to_json(plan.config(search.variant, search.seeds[0]))))
-    names = [field.name.split(".") for field in search.space]
-    return {f"{part}.{name}": config[part][name] for part, name in names}
+    return {field.name: flattened(config)[field.name] for field in search.space}
 
 
 class Sampler:
@@ -205,8 +204,8 @@ class Sampler:
         drawn = {name: field.draw(trial.settings[name]) for name, field in self._space.items()}
         if trial.bpb is None or None in drawn.values():
             return
-        made = self._optuna.trial.create_trial(params=drawn, distributions=self._distributions, value=trial.bpb)
-        self._study.add_trial(made)
+        frozen = self._optuna.trial.create_trial(params=drawn, distributions=self._distributions, value=trial.bpb)
+        self._study.add_trial(frozen)
 
     def tell(self, figures: Sequence[float | None]) -> None:
         """Tell what all open trials gave, in the order in which they were asked for; None: it failed.

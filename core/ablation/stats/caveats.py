@@ -31,26 +31,26 @@ def _differs(pair: Pair, field: str) -> bool:
 
 def missing(outcome: Outcome, backend: str) -> list[str]:
     """Return which runs gave no figure, and why."""
-    found = []
+    caveats = []
     for status, words in (
         ("failed", "failed"), ("running", "still running"), ("waiting", "not started"),
     ):  # fmt: skip
         names = [f"{r.variant} seed {r.seed}" for r in outcome.results if (r.status, r.backend) == (status, backend)]
         if len(names) == sum(r.backend == backend for r in outcome.results):
-            found.append(f"{words}: all of {len(names)} runs")
+            caveats.append(f"{words}: all of {len(names)} runs")
         elif names:
-            found.append(f"{words}: {some(names)}; a seed counts only where variant and reference both have it")
+            caveats.append(f"{words}: {some(names)}; a seed counts only where variant and reference both have it")
     lost = [
         f"{r.variant} seed {r.seed}"
         for r in outcome.results
         if r.status == "done" and r.backend == backend and (r.bpb is None or not math.isfinite(r.bpb))
     ]
-    return found + ([f"finished without a finite score, left out: {some(lost)}"] if lost else [])
+    return caveats + ([f"finished without a finite score, left out: {some(lost)}"] if lost else [])
 
 
 def unlike(both: dict[str, list[Pair]]) -> list[str]:
     """Return which pairs are left out, since their figures are not of one kind."""
-    found = []
+    caveats = []
     for field, words in UNLIKE.items():
         for name, of in both.items():
             apart = [pair for pair in of if _differs(pair, field)]
@@ -58,33 +58,33 @@ def unlike(both: dict[str, list[Pair]]) -> list[str]:
                 values = sorted({getattr(r, field) for pair in apart for r in pair})
                 kinds = [f"{v:,}" if isinstance(v, int) else v for v in values]
                 seeds = ", ".join(str(a.seed) for a, _ in apart)
-                found.append(f"{name}: different {words} ({', '.join(kinds)}), seed {seeds} left out: not comparable")
-    return found
+                caveats.append(f"{name}: different {words} ({', '.join(kinds)}), seed {seeds} left out: not comparable")
+    return caveats
 
 
 def uneven(outcome: Outcome, pairs: dict[str, list[Pair]], runs: list[Result]) -> list[str]:
     """Return what makes figures that can be compared less fair than they look."""
-    found, kind = [], outcome.plan.budget[0]
+    caveats, kind = [], outcome.plan.budget[0]
     if outcome.added:
-        found.append(
+        caveats.append(
             f"seed {some(outcome.added)} came after a report on the other seeds: if what it said was the reason, "
             "p is too small and intervals are too narrow"
         )
     estimates = [r.error for r in runs if r.label == "estimate" and r.error]
     if any(r.label == "estimate" for r in runs):
         about = f", standard error about {fmean(estimates):.4f} each" if estimates else ""
-        found.append(
+        caveats.append(
             f"the figures are estimates over some documents{about}: "
             "the intervals are about seeds, not about which documents were drawn"
         )
     for name, of in pairs.items():
         if kind != "seconds" and any(a.steps != b.steps for a, b in of):
             steps = " against ".join(f"{fmean(r.steps or 0 for r in side):,.0f}" for side in zip(*of, strict=True))
-            found.append(f"{name}: {steps} steps of the reference")
+            caveats.append(f"{name}: {steps} steps of the reference")
         tokens = [[r.curve[-1].tokens for r in side if r.curve] for side in zip(*of, strict=True)]
         if kind == "steps" and all(tokens) and len(tokens) == 2 and fmean(tokens[0]) != fmean(tokens[1]):
-            found.append(f"{name}: as many steps, but {fmean(tokens[0]):,.0f} tokens against {fmean(tokens[1]):,.0f}")
-    return found
+            caveats.append(f"{name}: as many steps, but {fmean(tokens[0]):,.0f} tokens against {fmean(tokens[1]):,.0f}")
+    return caveats
 
 
 def company(name: str, of: list[Pair], kind: str) -> list[str]:
@@ -95,11 +95,11 @@ def company(name: str, of: list[Pair], kind: str) -> list[str]:
     timed = "tokens/s and seconds are not comparable"
     if kind == "seconds":
         timed = "with a budget in seconds, bits per byte are not comparable either"
-    found = []
+    caveats = []
     known = [(a.beside, b.beside) for a, b in of if a.beside is not None and b.beside is not None]
     if known and abs(fmean(a - b for a, b in known)) > COMPANY:
         ours, base = (fmean(side) for side in zip(*known, strict=True))
-        found.append(f"{name}: on average {ours:.1f} runs side by side against {base:.1f} of the reference: {timed}")
+        caveats.append(f"{name}: on average {ours:.1f} runs side by side against {base:.1f} of the reference: {timed}")
     for field, words in MACHINE.items():
         sure = "host" if field == "threads" else field  # None threads are known, where anything is
         apart = [
@@ -110,13 +110,13 @@ def company(name: str, of: list[Pair], kind: str) -> list[str]:
         if apart:
             kinds = dict.fromkeys(str(getattr(r, field) or "as the libraries chose") for pair in apart for r in pair)
             seeds = some([a.seed for a, _ in apart])
-            found.append(f"{name}: other {words} than the reference ({some([*kinds])}), seed {seeds}: {timed}")
+            caveats.append(f"{name}: other {words} than the reference ({some([*kinds])}), seed {seeds}: {timed}")
     types = [(a, b) for a, b in of if None not in (a.dtype, b.dtype) and a.dtype != b.dtype]
     if types:
         kinds = dict.fromkeys(str(r.dtype) for pair in types for r in pair)
         seeds = some([a.seed for a, _ in types])
-        found.append(f"{name}: computed in another type than the reference ({some([*kinds])}), seed {seeds}")
-    return found
+        caveats.append(f"{name}: computed in another type than the reference ({some([*kinds])}), seed {seeds}")
+    return caveats
 
 
 def some(names: Sequence[object], most: int = 6) -> str:

@@ -106,27 +106,27 @@ def holm(chances: Sequence[float | None]) -> list[float | None]:
     Source: S. Holm, A simple sequentially rejective multiple test procedure, 1979.
     """
     known = sorted((p, i) for i, p in enumerate(chances) if p is not None)
-    made: list[float | None] = [None] * len(chances)
+    adjusted: list[float | None] = [None] * len(chances)
     highest = 0.0
     for rank, (p, i) in enumerate(known):
         highest = max(highest, min(1.0, (len(chances) - rank) * p))
-        made[i] = highest
-    return made
+        adjusted[i] = highest
+    return adjusted
 
 
-def judge(found: Paired | None, adjusted: float | None) -> Verdict:
+def judge(test: Paired | None, adjusted: float | None) -> Verdict:
     """Return the verdict: `perhaps` where a difference stands alone but not among all that were looked at."""
-    if found is None:
+    if test is None:
         return "nothing to compare"
-    if found.p is None:
+    if test.p is None:
         return "one seed: no interval"
-    if found.low is None:
+    if test.low is None:
         return "equal differences: no interval"
-    if found.p >= LEVEL:
+    if test.p >= LEVEL:
         return "inside noise"
     if adjusted is not None and adjusted < LEVEL:
-        return "better" if found.mean < 0 else "worse"
-    return "perhaps better" if found.mean < 0 else "perhaps worse"
+        return "better" if test.mean < 0 else "worse"
+    return "perhaps better" if test.mean < 0 else "perhaps worse"
 
 
 def resolvable(n: int, spread: float, power: float = 0.8) -> float:
@@ -168,12 +168,12 @@ def seeds_needed(effect: float, spread: float, power: float = 0.8) -> int:
     return n
 
 
-def pooled_spread(found: Sequence[Paired | None]) -> float | None:
+def pooled_spread(tests: Sequence[Paired | None]) -> float | None:
     """Return the pooled standard deviation of paired differences, sqrt(sum (n-1) s^2 / sum (n-1)); None without any.
 
     Differences that do not vary are left out: they are ties of deterministic runs, not small noise.
     """
-    parts = [(one.n - 1, one.spread) for one in found if one is not None and one.spread]
+    parts = [(one.n - 1, one.spread) for one in tests if one is not None and one.spread]
     if not parts:
         return None
     return math.sqrt(sum(degrees * s * s for degrees, s in parts) / sum(degrees for degrees, _ in parts))
@@ -185,8 +185,8 @@ def effect(
 ) -> Effect:  # fmt: skip
     """Return what pairs of (seed, ours, reference) say; the verdict waits for `family`."""
     seeds, ours, reference = zip(*pairs, strict=True) if pairs else ((), (), ())
-    found = paired(ours, reference) if pairs else None
-    return Effect(variant, backend, basis, at, seeds, ours, reference, planned, found, None, judge(found, None), note)
+    test = paired(ours, reference) if pairs else None
+    return Effect(variant, backend, basis, at, seeds, ours, reference, planned, test, None, judge(test, None), note)
 
 
 def family(effects: Sequence[Effect]) -> tuple[Effect, ...]:

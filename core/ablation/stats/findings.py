@@ -122,8 +122,8 @@ def _lost(outcome: Outcome, name: str, backend: str) -> tuple[int, int]:
     for r in outcome.results:
         if r.backend == backend and r.variant in (name, outcome.plan.reference):
             states.setdefault(r.seed, set()).add(r.status)
-    failed = sum("failed" in found for found in states.values())
-    return sum(bool(found & {"waiting", "running"}) and "failed" not in found for found in states.values()), failed
+    failed = sum("failed" in kinds for kinds in states.values())
+    return sum(bool(kinds & {"waiting", "running"}) and "failed" not in kinds for kinds in states.values()), failed
 
 
 def _along(name: str, backend: str, pairs: list[Pair], planned: int, field: str, budget: str) -> Effect:
@@ -134,12 +134,12 @@ def _along(name: str, backend: str, pairs: list[Pair], planned: int, field: str,
     same = ends and max(ends) <= min(ends) * (1 + (0 if field == "step" else SAME_TIME))
     if same and (field == "step" or budget == "seconds"):
         return effect(name, backend, _bpb(pairs), planned, at=f"{_place(field, min(ends))}, the end")
-    found = _at(runs, field)
-    if found is None:
+    reading = _at(runs, field)
+    if reading is None:
         return effect(name, backend, [], planned, note="no curve that all of these runs have" if pairs else "")
-    basis, place, values = found
-    made = [(a.seed, values[2 * i], values[2 * i + 1]) for i, (a, _) in enumerate(pairs)]
-    return effect(name, backend, made, planned, basis, _place(field, place))
+    basis, place, values = reading
+    points = [(a.seed, values[2 * i], values[2 * i + 1]) for i, (a, _) in enumerate(pairs)]
+    return effect(name, backend, points, planned, basis, _place(field, place))
 
 
 def _place(field: str, value: float) -> str:
@@ -182,8 +182,8 @@ def _read_off(place: float, xs: list[float], ys: list[float]) -> float:
 def curve(run: Result, field: str, column: str) -> tuple[list[float], list[float]]:
     """Return (steps or seconds, bits per byte) of a run's finite points of `val_bpb` or `train_bpb`."""
     points = [(getattr(p, field), getattr(p, column)) for p in run.curve]
-    kept = [(float(x), float(y)) for x, y in points if y is not None and math.isfinite(y)]
-    return [x for x, _ in kept], [y for _, y in kept]
+    finite = [(float(x), float(y)) for x, y in points if y is not None and math.isfinite(y)]
+    return [x for x, _ in finite], [y for _, y in finite]
 
 
 def _gap(xs: list[float], place: float) -> float:
@@ -193,23 +193,23 @@ def _gap(xs: list[float], place: float) -> float:
 
 
 def _sizes(reference: str, backend: str, pairs: dict[str, list[Pair]], planned: int) -> tuple[Size, ...]:
-    made = []
+    sizes = []
     for name, of in pairs.items():
         sized = [p for p in of if p[0].bytes and p[1].bytes]
         if not sized:
-            made.append(Size(name, None, None, None, "no pair of finished artifacts"))
+            sizes.append(Size(name, None, None, None, "no pair of finished artifacts"))
             continue
         ours, base = fmean(float(a.bytes or 0) for a, _ in sized), fmean(float(b.bytes or 0) for _, b in sized)
         if abs(ours - base) <= SAME_SIZE * base:
-            made.append(
+            sizes.append(
                 Size(name, ours - base, None, effect(name, backend, _bpb(sized), planned), f"{reference}, as big")
             )
             continue
         change = fmean(a - b for _, a, b in _bpb(sized))
         equal, note = _rival(name, reference, backend, sized, ours, base, pairs, planned)
-        made.append(Size(name, ours - base, change / (ours - base) * 100_000, equal, note))
-    adjusted = iter(family([one.equal or effect(one.variant, backend, [], planned) for one in made]))
-    return tuple(one._replace(equal=e if one.equal else None) for one, e in zip(made, adjusted, strict=True))
+        sizes.append(Size(name, ours - base, change / (ours - base) * 100_000, equal, note))
+    adjusted = iter(family([one.equal or effect(one.variant, backend, [], planned) for one in sizes]))
+    return tuple(one._replace(equal=e if one.equal else None) for one, e in zip(sizes, adjusted, strict=True))
 
 
 def _rival(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 from core.ablation.plan import Ablation, Job
@@ -78,8 +79,8 @@ class Outcome(NamedTuple):
 
     def of(self, variant: str, backend: str | None = None) -> list[Result]:
         """Return the finished runs of a variant, by seed."""
-        found = [r for r in self.results if r.variant == variant and r.status == "done"]
-        return sorted((r for r in found if backend in (None, r.backend)), key=lambda r: r.seed)
+        runs = [r for r in self.results if r.variant == variant and r.status == "done"]
+        return sorted((r for r in runs if backend in (None, r.backend)), key=lambda r: r.seed)
 
 
 def read_result(job: Job, folder: Path, status: Status, message: str | None = None) -> Result:
@@ -93,22 +94,22 @@ def read_result(job: Job, folder: Path, status: Status, message: str | None = No
     curve = _curve(rows, run)
     trained = [p for p in curve if p.train_bpb is not None] or list(curve)
     last = trained[-1] if trained else None
-    made = _where(bare, env, folder)._replace(
+    result = _where(bare, env, folder)._replace(
         curve=curve, steps=last.step if last else 0, seconds=last.seconds if last else 0.0
     )
     if last and last.seconds:
-        made = made._replace(tokens_per_second=last.tokens / last.seconds)
-    found = final(rows)
-    if found is None or status != "done":
-        return made
-    score = found["score"]
+        result = result._replace(tokens_per_second=last.tokens / last.seconds)
+    artifact = final(rows)
+    if artifact is None or status != "done":
+        return result
+    score = artifact["score"]
     samples = next((r["samples"] for r in reversed(rows) if isinstance(r.get("samples"), list)), [])
     from core.model.params import count
 
-    return made._replace(
+    return result._replace(
         bpb=score["bpb"], error=score["error"], byte_rule=score["byte_rule"], label=score["label"],
         documents=score.get("documents"), total_documents=score.get("total_documents"), targets=score.get("targets"),
-        bytes=found["bytes"], parameters=count(run.config.model), samples=tuple(map(str, samples)),
+        bytes=artifact["bytes"], parameters=count(run.config.model), samples=tuple(map(str, samples)),
     )  # fmt: skip
 
 
@@ -150,8 +151,8 @@ def _beside(began: tuple[Start, ...]) -> float | None:
     known = [s.seconds for s in began if s.seconds]
     usual = sum(known) / len(known) if known else 1.0
     parts = [(s.seconds or usual, s.beside if s.beside is not None else s.parallel) for s in began]
-    kept = [(seconds, beside) for seconds, beside in parts if beside is not None]
-    return sum(seconds * beside for seconds, beside in kept) / sum(seconds for seconds, _ in kept) if kept else None
+    counted = [(seconds, beside) for seconds, beside in parts if beside is not None]
+    return fmean([b for _, b in counted], [seconds for seconds, _ in counted]) if counted else None
 
 
 def _curve(rows: list[dict[str, Any]], run: Run) -> tuple[Point, ...]:

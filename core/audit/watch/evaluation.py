@@ -13,12 +13,13 @@ from core.audit.fingerprints import ROUNDING, Fingerprints
 from core.audit.flips import PASSES, flip_test
 from core.config import ConfigError, RunConfig, from_json
 from core.console import Console
-from core.data.dataset import Dataset, Split, open_dataset
+from core.data.dataset import Dataset, open_dataset
 from core.engine.protocol import Engine, EngineOptions, load_engine
 from core.export.artifact import read_artifact
+from core.scoring.evaluation import Evaluation
 from core.scoring.key import evaluation_key
 from core.scoring.ledger import Ledger, LedgerError
-from core.scoring.plugins import View, load_plugins, plugin_kinds
+from core.scoring.plugins import View, plugin_kinds
 from core.scoring.score import score, score_sample
 
 SAMPLED = 16
@@ -139,15 +140,11 @@ def _score(
     watch = Distributions(SAMPLED / total, None if learns else PASSES, stop, prints)
     book = Ledger.open(path, len(dataset.val), key, anew=True)
     value: dict[str, Any] = {"resumed": book.writes, "broken": None, "score": None, "continued": None}
-    isolated = config.model.documents == "isolated"
+    evaluation = Evaluation.of(dataset.val, config, plugins=True)
     try:
         if book.writes and not learns:
-            value["continued"] = _rescored(engine, dataset.val, config, book)
-        done = score(
-            engine, dataset, settings, documents=None, seed=settings.seed, progress=say.progress("scoring"),
-            ledger=book, isolated=isolated, watch=watch, plugins=load_plugins(settings.plugins),
-        )  # fmt: skip
-        value["score"] = done.to_json()
+            value["continued"] = _rescored(engine, evaluation, book)
+        value["score"] = score(engine, evaluation, book, watch=watch, progress=say.progress("scoring")).to_json()
     except LastPassDone:
         pass
     except LedgerError as error:
@@ -166,13 +163,12 @@ def _score(
     return value
 
 
-def _rescored(engine: Engine, text: Split, config: RunConfig, book: Ledger) -> dict[str, Any]:
+def _rescored(engine: Engine, evaluation: Evaluation, book: Ledger) -> dict[str, Any]:
     """Score a sample of what an earlier start wrote again; LedgerError if the ledger holds something else.
 
     The draw is this process's: an edit of a share s of the passes stays unseen with a probability of (1 - s)^SAMPLED.
     """
-    dice, isolated = np.random.default_rng(secrets.randbits(128)), config.model.documents == "isolated"
-    sample = score_sample(engine, text, config.eval, book, isolated, SAMPLED, dice)
+    sample = score_sample(engine, evaluation, book, SAMPLED, np.random.default_rng(secrets.randbits(128)))
     both = (sample.entries["order"] > 0) & (book.entries["order"] > 0)
     gaps = np.where(both, np.abs(sample.entries["nats"] - book.entries["nats"]), 0.0)
     if gaps.max() > AGREE[engine.dtype]:
