@@ -28,7 +28,7 @@ def open_reader(path: str | None, config: RunConfig, backend: Backend) -> Reader
         raise ConfigError(f"--statistics are of trained weights, not of preset {config.preset}: name a run instead")
     subject = open_subject(path, None)
     if subject.config.model != config.model:
-        raise ConfigError(f"--statistics are of the model that {path} holds: leave out --model options")
+        raise ConfigError(f"--statistics are of the model that {path} holds: leave out other settings of it")
     dataset = open_named(path, config, None)
     check_tokenizer(subject, dataset)
     return Reader(load_engine(backend, config, subject.weights, quantise=subject.quantise), dataset, config)

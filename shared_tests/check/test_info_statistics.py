@@ -69,7 +69,7 @@ def test_what_has_no_statistics_is_refused(place: tuple[str, str], capsys: Captu
     artifact, data = place
     assert "not of preset debug: name a run instead" in refuse(capsys, "info", "debug", "--statistics")
     line = refuse(capsys, "info", artifact, "--data.path", data, "--statistics", "--model.layers", "1")
-    assert "leave out --model options" in line
+    assert "leave out other settings of it" in line
     assert "which is not here" in refuse(capsys, "info", artifact, "--data.path", str(tmp_path / "no"), "--statistics")
     assert "does not exist" in refuse(capsys, "info", str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
