@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 from tyro.conf import FlagConversionOff, Suppress
 
+from core import presets
 from core.config import ConfigError, DataConfig, EvalConfig, ExportConfig, ModelConfig, RunConfig, TrainConfig, to_json
 from core.console import Console
 from core.data.bundled import open_data
@@ -69,6 +70,11 @@ class PresetOptions:
     def of(cls, config: RunConfig) -> Self:
         """Return the options that stand for `config`."""
         return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)})
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Return the options that stand for preset `name`; ConfigError."""
+        return cls.of(presets.get(name).config)
 
     def config(self) -> RunConfig:
         """Return the run that the options describe."""
