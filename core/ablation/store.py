@@ -25,7 +25,7 @@ from core.training.run import RunError
 
 
 class Place(NamedTuple):
-    """A job and where it is kept."""
+    """A job and its folder."""
 
     job: Job
     key: str
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
     @property
     def home(self) -> Path:
-        """The folder of the run folder and of what belongs to it."""
+        """The folder that holds the run folder and the files beside it."""
         return self.folder.parent
 
 
@@ -49,7 +49,7 @@ class RunStore:
         """Finished runs that were read, since a long run's metrics take a tenth of a second."""
 
     def place(self, job: Job, code: str, data: dict[str, str]) -> Place:
-        """Return where a job is kept."""
+        """Return a job's place in the store."""
         key = job_key(job, code, data)
         return Place(job, key, self.path / "runs" / key / "run")
 
@@ -68,7 +68,7 @@ class RunStore:
         replace_file(place.home / "job.json", json.dumps(value, indent=1).encode())
 
     def write_members(self, plan: Ablation, places: list[Place]) -> None:
-        """Write which runs an ablation has."""
+        """Write members.json, the list of an ablation's runs."""
         folder = self.ablation_folder(plan)
         rows = [[p.job.variant, p.job.seed, p.job.backend, p.key] for p in places]
         value = {"schema": STORE_SCHEMA, "ablation": plan.name, "file": os.path.abspath(plan.path), "runs": rows}
@@ -89,11 +89,11 @@ class RunStore:
                 )
 
     def begin(self, place: Place, start: Start) -> None:
-        """Write down where a run is started."""
+        """Add a start to a run's machine.json."""
         self._write_starts(place, [*starts(place.home), start])
 
     def end(self, place: Place, seconds: float, beside: float) -> None:
-        """Write down how long the last start took and how many runs ran side by side then, on average, with it."""
+        """Complete a run's last start: how long it took, and how many runs ran side by side with it on average."""
         *before, last = starts(place.home) or (Start(),)
         self._write_starts(place, [*before, last._replace(seconds=seconds, beside=beside)])
 
@@ -109,7 +109,7 @@ class RunStore:
             yield file if locked(file) else None
 
     def busy(self, place: Place) -> bool:
-        """Whether some process trains a run now."""
+        """Return whether a process trains a run now."""
         try:
             with open_file(place.home / "lock") as file:  # shared: whoever only looks keeps nobody else from looking
                 return not locked(file, shared=True)
@@ -127,12 +127,12 @@ class RunStore:
         return "waiting", None
 
     def failed_since(self, place: Place, when: float) -> bool:
-        """Whether a run has failed since a time (of time.time)."""
+        """Return whether a run has failed since `when` (time.time)."""
         failed = place.home / "failed.json"
         return failed.exists() and failed.stat().st_mtime >= when
 
     def fail(self, place: Place, message: str) -> None:
-        """Write down how a try ended."""
+        """Write failed.json: why a try ended."""
         replace_file(place.home / "failed.json", json.dumps({"schema": STORE_SCHEMA, "message": message}).encode())
 
     def outcome(self, plan: Ablation, places: list[Place]) -> Results:
