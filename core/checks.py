@@ -31,11 +31,14 @@ def require(condition: bool, message: str) -> None:
 def require_limits(section: str, config: Any, largest: int, **limits: int) -> None:
     """Raise ConfigError for a field of `config` that asks for more time or memory than any run has a use for.
 
-    Whole numbers are at most `largest`, or what `limits` says of their field, other numbers finite. What is computed
-    from them afterwards is bounded by that, so that this check comes before all others.
+    Whole numbers are at most `largest`, or what `limits` says of their field, other numbers finite; the fields of a
+    section inside are checked too. What is computed from them afterwards is bounded by that, so that this check comes
+    before all others.
     """
     for f in dataclasses.fields(config):
-        value, where = getattr(config, f.name), f"{section}.{f.name}" if section else f.name
+        value, where = getattr(config, f.name), f"{section}.{f.name}"
+        if dataclasses.is_dataclass(value):
+            require_limits(where, value, largest, **limits)
         if isinstance(value, tuple):
             require(len(value) <= MOST_ENTRIES, f"{where}: {len(value):,} entries, expected at most {MOST_ENTRIES:,}")
         for one in value if isinstance(value, tuple) else (value,):

@@ -181,6 +181,7 @@ def _parse(name: str, arguments: list[str]) -> Any:
     import tyro
 
     from core import options
+    from core.scoring.choices import folded
 
     verb = VERBS[name]
     kind = getattr(importlib.import_module(verb.module), verb.options)
@@ -199,6 +200,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
     program = f"skc {name} PRESET" if verb.preset else f"skc {name}"
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     known = options.options_of(kind)
+    for option in [name for name in known if name.endswith("plugins")]:
+        arguments = folded(arguments, option, default.eval.plugins if default else ())
     messages = io.StringIO()
     try:
         with contextlib.nullcontext() if wants_help else _captured(messages):

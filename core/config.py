@@ -11,20 +11,14 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from core.checks import MOST_ENTRIES, closest, require_limits, told
+from core.checks import MOST_ENTRIES, closest, require_limits, require_text, told, whole
 from core.checks import ConfigError as ConfigError
 from core.checks import require as require
 from core.model.config import ModelConfig as ModelConfig
+from core.model.upgrade import model_settings, moved
 
-SCHEMA = 2
-LATER = {
-    "mixer_dim", "mixer_times", "capsules", "capsule_heads", "capsule_block", "capsule_times", "capsule_gain",
-    "capsule_shift", "capsule_intra", "capsule_bands", "shared_blocks", "repeat_layers", "repeat_from",
-    "bank", "bank_heads", "bank_capsules", "bank_times", "bank_gate", "engram_orders", "engram_heads", "engram_buckets",
-    "engram_dim", "engram_layer", "engram_keep", "hash_storage", "bigram_buckets", "bigram_dim", "smear", "lr_hash",
-    "attention_conv", "plugins", "save_minutes", "weight_decay_embed",
-}  # fmt: skip
-"""Fields that came after the first files were written: a file without one of them means its default."""
+SCHEMA = 3
+READS = (2, SCHEMA)
 
 
 MOST_STEPS = 10_000_000
@@ -247,7 +241,8 @@ class EvalConfig:
     seed: int = 0
     """Seed of the draw of documents: not the run's, so that runs of other seeds are judged on the same text."""
     plugins: tuple[str, ...] = ()
-    """What else has a part in the score of the artifact: temperature, or package.module:Class (docs/legality.md)."""
+    """What else has a part in the score of the artifact: temperature, or package.module:Class (docs/legality.md); a
+    setting is eval.plugins.NAME.field (temperature: prior, the weight of no change, in targets)."""
 
     def __post_init__(self) -> None:
         require_limits("eval", self, 2**31 - 1, batch=MOST_ROWS, seq=MOST_TOKENS, stride=MOST_TOKENS)
@@ -302,8 +297,8 @@ class RunConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
-        require_limits("", self, 2**31 - 1)
-        require(0 <= self.seed < 2**31, f"seed={self.seed}: expected from 0 to 2^31 - 1")
+        require_text("preset", self.preset)
+        require(0 <= self.seed < 2**31, f"seed={whole(self.seed)}: expected from 0 to 2^31 - 1")
         require(
             self.train.repeat_from < 1 and (self.train.repeat_from == 0 or bool(self.model.repeat_layers)),
             f"train.repeat_from={self.train.repeat_from}: expected a share below 1, and model.repeat_layers to repeat",
@@ -340,25 +335,56 @@ def to_json(config: Any) -> dict[str, Any]:
     return {"schema": SCHEMA, **plain} if isinstance(config, RunConfig) else plain
 
 
+def chosen(config: Any) -> dict[str, Any]:
+    """Return the settings of a config that are not at their defaults, nested as `to_json` has them.
+
+    Artifacts and digests are made of these, and `from_json` makes the config of them again: so a new setting changes
+    none of those that there are, and the default of a setting must never change.
+    """
+    return _unlike(to_json(config), to_json(type(config)()))
+
+
+def _unlike(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    unlike = {n: _unlike(v, defaults[n]) if isinstance(v, dict) else v for n, v in values.items() if v != defaults[n]}
+    return {name: value for name, value in unlike.items() if value != {}}
+
+
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted names: {"train.steps": 5} of {"train": {"steps": 5}}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
 def from_json(kind: type, values: Any, where: str = "config") -> Any:
-    """Rebuild dataclass `kind` from `to_json`'s values; ConfigError names an unknown or missing key or a wrong type."""
+    """Rebuild dataclass `kind` from `to_json`'s values; ConfigError names an unknown key or a wrong type.
+
+    A setting that is absent has its default: it came after the file was written.
+    """
     require(isinstance(values, dict), f"{where}: expected an object, got {type(values).__name__}")
     values = dict(values)
     if kind is RunConfig:
-        schema = values.pop("schema", None)
-        require(
-            schema == SCHEMA,
-            f"{where}: schema {told(schema)} was written by another version; this one reads {SCHEMA}: train again",
-        )
+        _upgrade(values, where)
     hints = typing.get_type_hints(kind)
     fields = [f.name for f in dataclasses.fields(kind)]
     for key in values:
         if key not in fields:
-            close = closest(str(key), fields)
+            close = moved(f"model.{key}" if kind is ModelConfig else "") or closest(str(key), fields)
             raise ConfigError(f"{where}.{key}: unknown key" + (f"; did you mean {close}?" if close else ""))
-    for name in fields:
-        require(name in values or name in LATER, f"{where}.{name}: missing")
     return kind(**{n: _coerce(hints[n], values[n], f"{where}.{n}") for n in fields if n in values})
+
+
+def _upgrade(values: dict[str, Any], where: str) -> None:
+    """Give a run's settings their names of today, and take their schema number away."""
+    schema, model = values.pop("schema", None), values.get("model")
+    require(
+        schema in READS,
+        f"{where}: schema {told(schema)} was written by another version; this one reads {READS[0]} and {SCHEMA}: "
+        "train again",
+    )
+    if schema == 2 and isinstance(model, dict):
+        values["model"] = model_settings(model, f"{where}.model")
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:

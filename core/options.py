@@ -7,6 +7,8 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from core.model.upgrade import moved
+
 NOTHING = ("none", "off", "null")
 SWITCHES = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
 
@@ -51,7 +53,8 @@ def unknown(arguments: Sequence[str], known: dict[str, Any]) -> str:
     """Return what to say of the first option that a verb does not have, or nothing."""
     for name, typed in _named(arguments):
         if name not in known and name.replace("--no_", "--", 1) not in known:
-            close = meant(name, list(known))
+            new = moved(name.removeprefix("--"))
+            close = [f"--{new}"] if f"--{new}" in known else meant(name, list(known))
             return f"unknown option {typed}" + (f"; did you mean {' or '.join(close)}?" if close else "")
     return ""
 

@@ -8,42 +8,44 @@ from collections.abc import Iterable
 from typing import Any
 
 from core import checks
-from core.config import ConfigError, RunConfig
+from core.config import ConfigError, RunConfig, flattened
+from core.model.upgrade import moved
+from core.scoring import choices
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
 
 
 def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
-    """Set `train.lr_matrix` in a run's plain values; ConfigError for an unknown field, or one that [budget] decides."""
-    known = leaves(values)
+    """Set `model.bank.at` in a run's plain values; ConfigError for an unknown field, or one that [budget] decides."""
+    if field.startswith("eval.plugins."):
+        name = field.removeprefix("eval.plugins.")
+        field, value = "eval.plugins", choices.changed(values["eval"]["plugins"], name, value)
+    elif field == "eval.plugins" and isinstance(value, dict):
+        value = choices.of_table(value)
+    known = [name for name in flattened(values) if "." in name]
     if field not in known:
-        raise ConfigError(f"{where}: unknown field {field!r}; {closest(field, known, 'see: skc train PRESET --help')}")
+        new = moved(field)
+        hint = f"did you mean {new}?" if new else closest(field, known, "see: skc train PRESET --help")
+        raise ConfigError(f"{where}: unknown field {field!r}; {hint}")
     if field in ("train.steps", "train.seconds"):
         raise ConfigError(f"{where}: {field}: is what [budget] decides")
-    *parts, name = field.split(".")
-    functools.reduce(dict.__getitem__, parts, values)[name] = value
+    *sections, name = field.split(".")
+    for section in sections:
+        values = values[section]
+    values[name] = value
 
 
-def leaves(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return the fields of a run's plain values, named with dots: those in a section, or in a part of one."""
-    found = []
-    for name, value in values.items():
-        inner = isinstance(value, dict)
-        found += leaves(value, f"{prefix}{name}.") if inner else [prefix + name] if prefix else []
-    return found
-
-
-def flat(value: dict[str, Any], where: str) -> dict[str, Any]:
+def flat(value: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
     """Return nested tables as dotted fields: {"model": {"dim": 64}} becomes {"model.dim": 64}; "none" becomes None."""
-    values: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for key, inner in value.items():
-        part = "." not in key or dataclasses.is_dataclass(hint(key))
-        section = isinstance(inner, dict) and part  # else a table is that field's value
-        for name, v in (flat({f"{key}.{n}": v for n, v in inner.items()}, where) if section else {key: inner}).items():
-            if name in values:
-                raise ConfigError(f"{where}: {name}: is given twice")
-            values[name] = meant(name, v)
-    return values
+        name = f"{prefix}{key}"
+        section = isinstance(inner, dict) and ("." not in name or dataclasses.is_dataclass(hint(name)))
+        for field, v in (flat(inner, where, f"{name}.") if section else {name: meant(name, inner)}).items():
+            if field in fields:
+                raise ConfigError(f"{where}: {field}: is given twice")
+            fields[field] = v
+    return fields
 
 
 def meant(field: str, value: Any) -> Any:
@@ -52,11 +54,14 @@ def meant(field: str, value: Any) -> Any:
 
 
 def hint(field: str) -> Any:
-    """Return the type of a field, named with dots; None for one that does not exist."""
+    """Return the type of a field such as `model.bank.at`, or of a section; None for one that does not exist."""
     kind: Any = RunConfig
     for name in field.split("."):
-        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+        kind = _hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
     return kind
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def only(value: dict[str, Any], known: Iterable[str], where: str) -> None:

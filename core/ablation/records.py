@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from core.checks import told
+from core.config import SCHEMA as CONFIG_SCHEMA
 from core.config import ConfigError, RunConfig, from_json
 from core.engine.protocol import BACKENDS
 from core.files import FileError, read_json
@@ -67,9 +68,19 @@ def read_job(home: Path) -> JobFile:
     )
 
 
-def read_members(file: Path) -> str:
-    """Return which file describes an ablation, by its members.json."""
-    return _field(read(file), "file", file, _short, "a path")
+def read_members(file: Path) -> tuple[str, list[str]]:
+    """Return which file describes an ablation, and the keys of its runs, by its members.json."""
+    value = read(file)
+    rows = _field(value, "runs", file, lambda v: isinstance(v, list) and all(map(_is_member, v)), "a list of runs")
+    return _field(value, "file", file, _short, "a path"), [row[3] for row in rows]
+
+
+def is_earlier(home: Path) -> bool:
+    """Return whether a run was asked for by a version whose settings had an earlier schema."""
+    try:
+        return read_json(home / "job.json", MOST_BYTES)["config"]["schema"] < CONFIG_SCHEMA
+    except (OSError, FileError, KeyError, TypeError):
+        return False
 
 
 def read_failure(home: Path) -> str:
@@ -128,6 +139,10 @@ def _word(value: dict[str, Any], name: str, file: Path) -> str:
 
 def _short(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= MOST_LETTERS
+
+
+def _is_member(row: Any) -> bool:
+    return isinstance(row, list) and len(row) == 4 and _short(row[3]) and row[3].isalnum()
 
 
 def _is_start(start: Start) -> bool:

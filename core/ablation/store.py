@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 from core.ablation.folders import Stamps, finished, stamps_of
 from core.ablation.locks import alone, make
 from core.ablation.plan import Ablation, Job, job_key
-from core.ablation.records import STORE_SCHEMA, Start, StoreError, read_failure, read_members, starts
+from core.ablation.records import STORE_SCHEMA, Start, StoreError, is_earlier, read_failure, read_members, starts
 from core.ablation.stats.results import Result, Results, Status, read_result
 from core.config import to_json
 from core.files import FileError, append_file, locked, open_file, replace_file
@@ -82,11 +82,16 @@ class RunStore:
         """
         file = self.ablation_folder(plan) / "members.json"
         if file.exists():
-            before = read_members(file)
+            before, _ = read_members(file)
             if os.path.exists(before) and not os.path.samefile(before, plan.path):
                 raise StoreError(
                     f"{plan.path}: name: {plan.name!r} is that of {before} in {self.path}: give it another name"
                 )
+
+    def earlier(self, plan: Ablation) -> int:
+        """Return how many runs of an ablation are of a version before schema 3: they are read, not continued."""
+        file = self.ablation_folder(plan) / "members.json"
+        return sum(is_earlier(self.path / "runs" / key) for key in read_members(file)[1]) if file.exists() else 0
 
     def begin(self, place: Place, start: Start) -> None:
         """Add a start to a run's machine.json."""

@@ -58,7 +58,7 @@ class Split:
         self._wrong: Exception | None = None
         self._ends = list(itertools.accumulate(map(len, self._shards)))
         self._begins = [0, *self._ends[:-1]]
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.name = name
         self._lengths, self._raw_bytes = document_bytes, raw_bytes
         self.unknown_tokens = unknown_tokens
@@ -144,7 +144,7 @@ class Split:
         stop = int(self.document_starts[count]) if count < len(self.document_starts) else len(self)
         lengths = None if self.document_bytes is None else self.document_bytes[:count]
         first = Split(
-            self._shards, self._tokenizer, self.name, document_bytes=lengths, unknown_tokens=self.unknown_tokens
+            self._shards, self.tokenizer, self.name, document_bytes=lengths, unknown_tokens=self.unknown_tokens
         )
         first._ends = [min(end, stop) for end in self._ends]
         return first
@@ -154,7 +154,7 @@ class Split:
         tokens = self.read(start, stop).astype("<u2")
         if place is not None:
             tokens[place] = token
-        return Split([tokens], self._tokenizer, self.name)
+        return Split([tokens], self.tokenizer, self.name)
 
     def _check_open(self) -> None:
         if self._closed is not None:
@@ -174,9 +174,9 @@ class Split:
             start, done, shard = start + count, done + count, shard + 1
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
-        if tokens.size and tokens.max() >= self._tokenizer.vocab:
+        if tokens.size and tokens.max() >= self.tokenizer.vocab:
             raise DataError(
-                f"{self.name}: token id {tokens.max()} is outside the vocabulary of {self._tokenizer.vocab}: "
+                f"{self.name}: token id {tokens.max()} is outside the vocabulary of {self.tokenizer.vocab}: "
                 "the shards were made with another tokenizer"
             )
         return tokens
@@ -184,7 +184,7 @@ class Split:
     @functools.cached_property
     def document_starts(self) -> np.ndarray:
         """(documents,) int64 positions of BOS; DataError if the stream does not start with one, or some are missing."""
-        bos = self._tokenizer.bos
+        bos = self.tokenizer.bos
         if not len(self) or self.read(0, 1)[0] != bos:
             raise DataError(
                 f"{self.name}: the stream does not start with BOS (id {bos}), so its documents are unknown; "

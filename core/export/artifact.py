@@ -1,4 +1,4 @@
-"""The artifact, schema 1: one file that holds a model, as docs/artifact.md says; its one writer and its one reader."""
+"""The artifact, schema 2: one file that holds a model, as docs/artifact.md says; its one writer and its one reader."""
 
 import hashlib
 import itertools
@@ -6,11 +6,12 @@ import json
 import math
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from core.config import LATER, ConfigError, ModelConfig, from_json, to_json
+from core.config import ConfigError, ModelConfig, chosen, from_json, to_json
 from core.engine.protocol import Arrays
 from core.export import codecs
 from core.files import FileError, open_input, replace_file
@@ -18,7 +19,7 @@ from core.model.params import Param, check_arrays, count, param_table
 from core.model.storage import Stored, decode
 
 MAGIC = b"SKCMODEL"
-SCHEMA = 1
+SCHEMA = 2
 PREFIX = len(MAGIC) + 4
 """Bytes in front of the header: magic, then the header's length as little-endian uint32."""
 MAX_FILE = 64 << 20
@@ -125,6 +126,16 @@ def read_artifact(path: str | Path) -> Artifact:
     return Artifact(model, stored, header["tokenizer_sha256"], header["provenance"], len(data))
 
 
+def unreadable(path: str | Path) -> str | None:
+    """Return why the artifact at `path` cannot be read; None where it can, or where there is none."""
+    try:
+        if os.path.lexists(path):
+            read_artifact(path)
+    except ArtifactError as error:
+        return str(error)
+    return None
+
+
 def _fail(path: str | Path, field: str, problem: str) -> NoReturn:
     raise ArtifactError(f"{path}: {field}: {problem}")
 
@@ -159,18 +170,12 @@ def _header(
     ]
     return {
         "schema": SCHEMA,
-        "model": _model(model),
+        "model": chosen(model),
         "tokenizer_sha256": tokenizer_sha256,
         "tensors": [[name, row.storage, list(row.shape)] for name, row in table.items()],
         "streams": streams,
         "provenance": provenance,
     }
-
-
-def _model(model: ModelConfig) -> dict[str, Any]:
-    """Return the model's fields; one that came after schema 1 is there if it is not at its default."""
-    values, defaults = to_json(model), to_json(ModelConfig())
-    return {name: value for name, value in values.items() if name not in LATER or value != defaults[name]}
 
 
 def _check_strings(path: str | Path, tokenizer_sha256: Any, provenance: Any) -> None:
@@ -194,6 +199,12 @@ def _printable(value: Any) -> str:
     return str(value).encode("unicode_escape").decode()[:200]
 
 
+def _run_of(path: str | Path) -> str:
+    """Return the run folder that an artifact lies in, or RUN where it lies in none."""
+    folder = Path(path).parent
+    return shlex.quote(str(folder)) if (folder / "config.json").is_file() else "RUN"
+
+
 def _is_sha256(value: Any) -> bool:
     return type(value) is str and re.fullmatch("[0-9a-f]{64}", value) is not None
 
@@ -210,7 +221,8 @@ def _parse(
     if type(header) is not dict or canonical != text:
         _fail(path, "header", "not a JSON object in canonical form (sorted keys, no spaces, no key twice)")
     if type(header.get("schema")) is not int or header["schema"] != SCHEMA:
-        _fail(path, "schema", f"{_printable(header.get('schema'))}; this reader knows {SCHEMA}: export it again")
+        again = f"write it again from its run: skc export {_run_of(path)}"
+        _fail(path, "schema", f"{_printable(header.get('schema'))}; this version reads {SCHEMA}: {again}")
     _check_strings(path, header.get("tokenizer_sha256"), header.get("provenance"))
     try:
         model = from_json(ModelConfig, header.get("model"), "model")

@@ -22,7 +22,7 @@ from core.engine.ranks import Ranks, agree
 from core.export import codecs
 from core.forecast.forecast import Costs, Kind, Passes
 from core.model.params import param_table
-from core.scoring.plugins import load_plugins
+from core.scoring.evaluation import Evaluation
 from core.scoring.score import alone, score
 from core.training.generate import samples
 from core.training.loop import Clock, agreed, prefetch, warm_up
@@ -142,7 +142,7 @@ class _EnoughError(Exception):
 
 def _time_scoring(engine: Engine, dataset: Dataset, config: RunConfig, documents: int | None, plugins: bool) -> Passes:
     """Time the first passes of a scoring, which every rank makes for itself; with plug-ins, rank 0 alone."""
-    ranks, settings = engine.ranks, config.eval
+    ranks = engine.ranks
 
     def begin(limit: int) -> list[tuple[float, int, int]]:
         marks, clock = [], Clock()
@@ -152,12 +152,8 @@ def _time_scoring(engine: Engine, dataset: Dataset, config: RunConfig, documents
             if len(marks) == limit:
                 raise _EnoughError
 
-        used = load_plugins(settings.plugins) if plugins else []
         with contextlib.suppress(_EnoughError):
-            score(
-                engine, dataset, settings, documents=documents, seed=settings.seed, progress=mark, plugins=used,
-                isolated=config.model.documents == "isolated",
-            )  # fmt: skip
+            score(engine, Evaluation.of(dataset.val, config, documents, plugins), progress=mark)
         marks[-1] = (clock.seconds, *marks[-1][1:])  # passes that were under way are done now
         return marks
 

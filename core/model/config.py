@@ -79,9 +79,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         many = MOST_LAYERS
-        require_limits("model", self, MOST_WIDE, layers=many, shared_blocks=many, repeat_layers=many)
-        for name, part in self.parts.items():
-            require_limits(f"model.{name}", part, MOST_WIDE, layer=many)
+        require_limits("model", self, MOST_WIDE, layers=many, shared_blocks=many, repeat_layers=many, layer=many)
         require_least("model", self, 1, "vocab", "dim", "layers")
         require_least("model", self, 0, "matrix_std")
         require(len(self.blocks) >= 1, "model.blocks is empty: name at least one layer kind")

@@ -78,15 +78,23 @@ class SKCTape(NamedTuple):
     capsules: Any  # CapsuleTape
 
 
+class Stream(NamedTuple):
+    """What one stage passes on to the next."""
+
+    x: Any  # (B, T, D): the residual stream; inside a layer what enters its mixer or MLP, and what that puts out
+    raw: Any  # (B, T, D): the tokens' own vectors
+    values: Any  # (B, T, D): the same, normalised
+    embedded: Any  # (B, T, D): what entered the first layer
+    skips: tuple = ()  # what layers put out that others will add
+
+
 class ModelState(NamedTuple):
-    """What the next token needs of those before it, all layers together."""
+    """What the next token needs of those before it, all stages together."""
 
     position: int  # tokens before it
     kept: Any  # (B, S) int32: 0 for a kept key of the current document, -1 for another's; None: no attention
-    mixers: tuple  # one state per pass; None: nothing yet
-    banks: tuple  # one state per place of the bank
     ids: Any  # (B, P): the last tokens, -1 where there is none in the current document; P: as far as n-grams reach
-    smeared: Any  # (B, 1, D): the last token's embedding, before it was mixed; None: nothing yet
+    parts: tuple  # one state per stage; None: nothing yet, or a part that keeps nothing
 
 
 class Context(NamedTuple):
@@ -106,6 +114,11 @@ class Context(NamedTuple):
     wide: Any  # type of recurrent states: float32 or wider
     keep: int = 0  # keys to keep when the chunk is committed
     attend: Any = None  # CUDA: the form of attention that was chosen at build; MLX has one
+
+    @property
+    def continues(self):
+        """Which tokens go on with the document of the token before them, (B, T) bool."""
+        return self.history[:, TAPS - 2 : -1] == self.documents
 
     def last_ids(self, before):
         """Return tokens and documents with `before` positions in front: (B, before + T) each."""

@@ -30,27 +30,25 @@ class Bytes(NamedTuple):
     """UTF-8 bytes of the original text, where known."""
 
 
-def count_bytes(dataset: Dataset, begins: np.ndarray, ends: np.ndarray, documents: np.ndarray | None) -> Bytes:
-    """Count the bytes of validation targets begin + 1 .. end of each range, by the table if it holds, else raw.
+def count_bytes(split: Split, begins: np.ndarray, ends: np.ndarray, documents: np.ndarray | None) -> Bytes:
+    """Count the bytes of the targets begin + 1 .. end of each range, by the table if it holds, else raw.
 
     `documents` are the documents that the ranges are; None: one range, all of them. The table does not hold where the
     tokenizer spells text in pieces that it does not charge by their own bytes (`Tokenizer.table_fault`), or the text
     has unknown tokens. ConfigError if neither rule can be used.
     """
-    raw = dataset.val.document_bytes
+    raw, tokenizer = split.document_bytes, split.tokenizer
     if raw is not None:
         raw = np.array([np.sum(raw)]) if documents is None else np.asarray(raw)[documents]
-    table = _table_bytes(dataset.val, dataset.tokenizer, begins, ends)
+    table = _table_bytes(split, begins, ends)
     counted = raw if table is None else table
     if counted is None:
         raise ConfigError(
-            f"data {dataset.name}: bits per byte is undefined: {dataset.tokenizer.table_fault or UNKNOWN}, and the raw "
+            f"{split.name}: bits per byte is undefined: {tokenizer.table_fault or UNKNOWN}, and the raw "
             "bytes of its text were not recorded; prepare it again with `skc data prepare`"
         )
     if counted.sum() <= 0:
-        raise ConfigError(
-            f"data {dataset.name}: the validation text has no bytes; prepare it again from non-empty text"
-        )
+        raise ConfigError(f"{split.name}: the text has no bytes; prepare it again from non-empty text")
     return Bytes("raw" if table is None else "table", counted, raw)
 
 
@@ -77,8 +75,9 @@ def byte_note(tokenizer: Tokenizer, val: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _table_bytes(split: Split, tokenizer: Tokenizer, begins: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
+def _table_bytes(split: Split, begins: np.ndarray, ends: np.ndarray) -> np.ndarray | None:
     """Return bytes by the official table (docs/challenge.md, 2) per range, or None where the table does not hold."""
+    tokenizer = split.tokenizer
     if tokenizer.table_fault is not None or split.unknown_tokens:
         return None
     counted = np.zeros(len(begins), np.int64)

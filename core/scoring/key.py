@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from core.config import RunConfig, to_json
+from core.config import RunConfig, chosen, to_json
 from core.data.dataset import Dataset, identity
 from core.engine.protocol import Engine
 
@@ -20,7 +20,7 @@ def evaluation_key(engine: Engine, dataset: Dataset, config: RunConfig, plugins:
     value = {
         "weights": weights.hexdigest(),
         "data": identity(dataset),
-        "model": to_json(config.model),
+        "model": chosen(config.model),
         "eval": {name: setting for name, setting in settings.items() if name not in free},
         "engine": [engine.backend, engine.dtype],
     }

@@ -8,15 +8,18 @@ after they are in the ledger. What it does with that is audited (`skc audit`), n
 import difflib
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 
-from core.config import ConfigError
+from core.checks import LARGEST
+from core.config import ConfigError, from_json, require, to_json
 from core.data.batch import Batch
 from core.data.dataset import Split
 from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays, Engine, StepResult
+from core.scoring.choices import parsed
 from core.scoring.ledger import Ledger, LedgerError, Scored
 from core.scoring.windows import Windows
 
@@ -119,6 +122,8 @@ class Plugin:
     """What every plug-in is; each of its methods may be replaced. One object serves one scoring pass."""
 
     kind: ClassVar[Kind] = "cache"
+    Settings: ClassVar[type | None] = None
+    """A frozen dataclass whose fields have defaults: the class is made with one. None: it is made with nothing."""
 
     def start(self, vocab: int, learner: Learner | None) -> None:
         """Begin a scoring pass; the weights are there for kind `adaptation` only."""
@@ -147,17 +152,27 @@ class Temperature(Plugin):
 
     Log-probabilities are multiplied by b = 1 / temperature and normalised again. The cost of a scored target is convex
     in b: its slope is the expected log-probability less the target's, its curvature the variance. Newton's method on
-    the sum over all scored targets so far, each measured at the b that was in use, with PRIOR targets in favour of 1.
+    the sum over all scored targets so far, each measured at the b that was in use, with a prior in favour of 1.
     """
 
+    @dataclass(frozen=True)
+    class Settings:
+        """What a run may choose."""
+
+        prior: float = 256.0
+        """Weight of b = 1, in targets of curvature 1."""
+
+        def __post_init__(self) -> None:
+            good = 0 < self.prior <= LARGEST
+            require(good, f"eval.plugins.temperature.prior={self.prior}: expected a number above 0")
+
     kind = "temperature"
-    PRIOR = 256.0
-    """Weight of b = 1, in targets of curvature 1."""
     SAMPLE = 256
     """Targets of one pass that are looked at."""
 
-    def __init__(self) -> None:
-        self._pull, self._curvature = self.PRIOR, self.PRIOR
+    def __init__(self, settings: Settings | None = None) -> None:
+        prior = (settings or self.Settings()).prior
+        self._pull, self._curvature = prior, prior
         self._seen: np.ndarray | None = None
 
     @property
@@ -198,19 +213,28 @@ PLUGINS: dict[str, type[Plugin]] = {"temperature": Temperature}
 """Plug-ins by the name that eval.plugins knows them by; others are named as package.module:Class."""
 
 
-def load_plugins(names: Sequence[str]) -> list[Plugin]:
-    """Make the plug-ins of eval.plugins; ConfigError for one that is not there."""
-    return [_find(name)() for name in names]
+def load_plugins(choices: Sequence[str]) -> list[Plugin]:
+    """Make the plug-ins of eval.plugins; ConfigError for one that is not there, or a setting that it does not have."""
+    plugins = []
+    for name, given in map(parsed, choices):
+        kind, where = _find(name), f"eval.plugins.{name}"
+        if kind.Settings is None:
+            require(not given, f"{where} has no settings, but {', '.join(given)} was given")
+            plugins.append(kind())
+        else:
+            settings = from_json(kind.Settings, {**to_json(kind.Settings()), **given}, where)
+            plugins.append(kind(settings))  # type: ignore[call-arg]
+    return plugins
 
 
-def plugin_kinds(names: Sequence[str]) -> dict[str, Kind]:
-    """Return name -> kind of the plug-ins of eval.plugins, none of which is made; ConfigError for an unknown one."""
-    return {name: _find(name).kind for name in names}
+def plugin_kinds(choices: Sequence[str]) -> dict[str, Kind]:
+    """Return choice -> kind of the plug-ins of eval.plugins, none of which is made; ConfigError for an unknown one."""
+    return {choice: _find(parsed(choice)[0]).kind for choice in choices}
 
 
-def foreign(names: Sequence[str]) -> list[str]:
+def foreign(choices: Sequence[str]) -> list[str]:
     """Return the plug-ins that are not ours: importing them runs code that a file or a command line names."""
-    return [name for name in names if name not in PLUGINS]
+    return [choice for choice in choices if parsed(choice)[0] not in PLUGINS]
 
 
 def _find(name: str) -> type[Plugin]:

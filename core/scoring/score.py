@@ -1,22 +1,22 @@
 """Scoring, the only path: windows go through the engine, nats into the ledger, and bits per byte comes from that."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from core import rng
 from core.config import ConfigError, EvalConfig
-from core.data.dataset import Dataset, Split
 from core.engine.ranks import Alone, Ranks, only_rank_0
 from core.scoring.accounting import Bytes, bits_per_byte, count_bytes, ratio_error
+from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
-from core.scoring.plugins import Plugin
-from core.scoring.session import Session, Watch
+from core.scoring.plugins import Plugin, load_plugins
+from core.scoring.session import Progress, Session, Watch
 from core.scoring.stateful import score_streams
-from core.scoring.windows import Windows, cut, document_ranges, document_windows, sliding
+from core.scoring.windows import Windows
 
 FEWEST = 256
 """Rows of a pass at least, where eval.batch has as many: a shorter text is scored in the same shape."""
@@ -71,69 +71,50 @@ class Score:
 
 def score(
     engine: Scorer,
-    dataset: Dataset,
-    config: EvalConfig,
-    *,
-    documents: int | None,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    evaluation: Evaluation,
     ledger: Ledger | None = None,
-    isolated: bool = True,
-    plugins: Sequence[Plugin] = (),
+    *,
+    plugins: Sequence[Plugin] | None = None,
     watch: Watch | None = None,
+    progress: Progress | None = None,
     ranks: Ranks | None = None,
 ) -> Score:
-    """Score the validation text: all of it as `config` says, or `documents` documents drawn by `seed` as an estimate.
+    """Score a text as `evaluation` says; an estimate stays one even if the draw takes all documents.
 
-    An estimate scores each drawn document by itself (windows inside documents, whatever `config.windows` says), and
-    stays an estimate even if the draw takes them all. Windows that are already in `ledger` are not scored again, so a
-    killed evaluation goes on. `isolated`: whether the model's documents are; windows with carry then begin anew with
-    each document, else the text is one stream. `plugins` are those of config.plugins, made for this pass. `progress`
-    gets (windows done, windows in all). Each of `ranks` scores its share and all return the same; with plug-ins, which
-    learn in the order of the text, rank 0 works alone. ConfigError if there is nothing to score or no byte rule
-    applies; DataError if all documents are asked for and a shard is not what its checksum says; LedgerError if the
-    engine's numbers are not finite, a rule is broken, or `ledger` is of another text.
+    Windows that are already in `ledger` are not scored again, so a killed evaluation goes on. `plugins`: made for this
+    pass; None: those that `evaluation` names. `progress` gets (windows done, windows in all). Each of `ranks` scores
+    its share and all return the same; with plug-ins, which learn in the order of the text, rank 0 works alone.
+    ConfigError if there is nothing to score or no byte rule applies; DataError if all documents are asked for and a
+    shard is not what its checksum says; LedgerError if the engine's numbers are not finite, a rule is broken, or
+    `ledger` is of another text.
     """
     ranks = ranks or Alone()
-    if plugins and ranks.world > 1:
-        choices = {"documents": documents, "seed": seed, "progress": progress, "ledger": ledger, "isolated": isolated}
-        choices |= {"plugins": plugins, "watch": watch}
-        found = only_rank_0(ranks, lambda: alone(engine, lambda: score(engine, dataset, config, **choices).to_json()))
-        return Score(**{k: v for k, v in found.items() if k not in ("label", "plugins")}, plugins=config.plugins)
-    split = dataset.val
-    if documents is None:
+    if evaluation.plugins and ranks.world > 1:
+        act = functools.partial(score, engine, evaluation, ledger, plugins=plugins, watch=watch, progress=progress)
+        found = only_rank_0(ranks, lambda: alone(engine, lambda: act().to_json()))
+        names = tuple(found["plugins"])
+        return Score(**{k: v for k, v in found.items() if k not in ("label", "plugins")}, plugins=names)
+    split = evaluation.split
+    if evaluation.documents is None:
         split.verify()  # a score is of the text that was prepared, an estimate may be of less
     if len(split) < 2:
-        raise ConfigError(f"data {dataset.name}: {len(split)} validation tokens; scoring needs at least 2")
-    total = len(split.document_starts)
-    drawn = None if documents is None else rng.choose(seed, "eval/documents", total, min(documents, total))
-    begins, ends, _ = _select(split, config, drawn)
-    counted = count_bytes(dataset, begins, ends, drawn)  # first, so that a missing byte rule costs no forward pass
+        raise ConfigError(f"{split.name}: {len(split)} tokens; scoring needs at least 2")
+    counted = count_bytes(split, *evaluation.ranges(), evaluation.drawn)  # first: without a rule no pass is worth it
     ledger = Ledger(len(split)) if ledger is None else ledger
     if ledger.tokens != len(split):
         raise LedgerError(f"the ledger is for {ledger.tokens} tokens, the text has {len(split)}: start a new one")
-    vocab = dataset.tokenizer.vocab
-    score_text(engine, split, config, ledger, drawn, isolated, plugins, vocab, watch, progress, ranks)
-    return score_of(dataset, config, ledger, drawn, plugins=bool(plugins), counted=counted)
+    score_text(engine, evaluation, ledger, plugins=plugins, watch=watch, progress=progress, ranks=ranks)
+    return score_of(evaluation, ledger, counted)
 
 
-def score_of(
-    dataset: Dataset,
-    config: EvalConfig,
-    ledger: Ledger,
-    drawn: np.ndarray | None = None,
-    *,
-    plugins: bool,
-    counted: Bytes | None = None,
-) -> Score:
-    """Return what the validation text, or its documents `drawn`, cost by what is in a ledger.
+def score_of(evaluation: Evaluation, ledger: Ledger, counted: Bytes | None = None) -> Score:
+    """Return what the text of an evaluation cost by what is in a ledger; `counted`: its bytes, if they are known.
 
-    `plugins`: those of config.plugins had a part; `counted`: the bytes, if they are known. LedgerError for a target
-    that is not scored, ConfigError if no byte rule applies.
+    LedgerError for a target that is not scored, ConfigError if no byte rule applies.
     """
-    begins, ends, _ = _select(dataset.val, config, drawn)
-    total = len(dataset.val.document_starts)
-    counted = counted or count_bytes(dataset, begins, ends, drawn)
+    begins, ends = evaluation.ranges()
+    drawn, total = evaluation.drawn, len(evaluation.split.document_starts)
+    counted = counted or count_bytes(evaluation.split, begins, ends, drawn)
     nats = np.array([ledger.total(a + 1, b + 1) for a, b in zip(begins.tolist(), ends.tolist(), strict=True)])
     targets, all_nats, all_bytes = int((ends - begins).sum()), float(nats.sum()), int(counted.counted.sum())
     raw_bytes = 0 if counted.raw is None else int(counted.raw.sum())
@@ -150,8 +131,8 @@ def score_of(
         full=drawn is None,
         error=None if error is None else bits_per_byte(error, 1),
         bpb_raw=bits_per_byte(all_nats, raw_bytes) if raw_bytes else None,
-        windows=described(config, ledger.entries["order"], drawn is not None, plugins),
-        plugins=config.plugins if plugins else (),
+        windows=described(evaluation, ledger.entries["order"]),
+        plugins=evaluation.config.plugins if evaluation.plugins else (),
     )
 
 
@@ -166,59 +147,47 @@ def alone(engine: Any, act: Callable[[], Any]) -> Any:
 
 def score_text(
     engine: Scorer,
-    split: Split,
-    config: EvalConfig,
+    evaluation: Evaluation,
     ledger: Ledger,
-    drawn: np.ndarray | None = None,
-    isolated: bool = True,
-    plugins: Sequence[Plugin] = (),
-    vocab: int = 0,
+    *,
+    plugins: Sequence[Plugin] | None = None,
     watch: Watch | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     ranks: Ranks | None = None,
 ) -> None:
-    """Bring every target of `split`, or of the documents `drawn`, into `ledger`: the one scoring path.
+    """Bring every target of an evaluation into `ledger`: the one scoring path.
 
     The arguments are those of `score`, which makes a figure of what is in the ledger then.
     """
-    check_plugins(config, plugins)
-    session = Session(engine, split, config, ledger, plugins, vocab, watch, ranks)
+    if plugins is None:
+        plugins = load_plugins(evaluation.config.plugins) if evaluation.plugins else ()
+    check_plugins(evaluation.config, plugins)
+    session, rows = Session(engine, evaluation, ledger, plugins, watch, ranks), evaluation.rows()
     try:
-        if config.windows == "stateful":
-            score_streams(session, _streams(split, drawn, isolated), progress)
+        if evaluation.carries:
+            score_streams(session, rows, progress)
         else:
-            _run(session, session.order(_select(split, config, drawn)[2], 1, len(split) - 1), progress)
+            _score_windows(session, session.order(rows, 1, len(evaluation.split) - 1), progress)
     finally:
         session.close()
 
 
 def score_sample(
-    engine: Scorer,
-    split: Split,
-    config: EvalConfig,
-    book: Ledger,
-    isolated: bool,
-    passes: int,
-    dice: np.random.Generator,
+    engine: Scorer, evaluation: Evaluation, book: Ledger, passes: int, dice: np.random.Generator
 ) -> Ledger:
     """Return a ledger with a sample of the targets that are in `book`, scored again without plug-ins.
 
     The sample is of windows, enough for `passes` forward passes, or with carry of streams of about as much text.
     """
-    sample = Ledger(len(split))
-    session = Session(engine, split, config, sample)
-    written = book.written(np.arange(1, len(split)))
-    if config.windows == "stateful":
-        streams = [(a, b) for a, b in _streams(split, None, isolated) if written[a:b].all()]
-        if not isolated:  # one stream, of which the beginning is there
-            streams = [(0, 1 + int(np.flatnonzero(written)[-1]))]
-        streams = [streams[i] for i in dice.permutation(len(streams))]
-        size = np.cumsum([b - a for a, b in streams])
-        score_streams(session, streams[: 1 + int((size < passes * config.batch * config.seq).sum())], None)
-    else:
-        cuts = _select(split, config, None)[2]
-        done = dice.permutation(np.flatnonzero(written[cuts.start + cuts.length - 1]))
-        _run(session, cuts.take(np.sort(done[: passes * config.batch])), None)
+    sample = Ledger(len(evaluation.split))
+    session, rows = Session(engine, evaluation, sample), evaluation.rows()
+    if evaluation.carries and not evaluation.isolated:  # one stream, of which the beginning is there
+        rows = rows._replace(length=1 + np.flatnonzero(book.entries["order"])[-1:])
+    drawn = dice.permutation(np.flatnonzero(book.written(rows.start + rows.length)))
+    wanted = passes * evaluation.config.batch
+    drawn = drawn[: 1 + int((np.cumsum(evaluation.passes(rows)[drawn]) < wanted).sum())]
+    run = score_streams if evaluation.carries else _score_windows
+    run(session, rows.take(np.sort(drawn)), None)
     return sample
 
 
@@ -232,53 +201,27 @@ def check_plugins(config: EvalConfig, plugins: Sequence[Plugin]) -> None:
             )
 
 
-def _stride(config: EvalConfig) -> int:
-    return config.stride or config.seq
-
-
-def described(config: EvalConfig, order: np.ndarray, drawn: bool = False, plugins: bool = True) -> str:
+def described(evaluation: Evaluation, order: np.ndarray) -> str:
     """Return in words how a text was cut, and that plug-ins changed the order if `order`, of its ledger, says so.
 
     Windows with carry take the longest document first, as they always do; plug-ins have no say in that.
     """
-    if config.windows == "stateful":
+    config, drawn = evaluation.config, evaluation.drawn is not None
+    if evaluation.carries:
         return f"stateful seq={config.seq}"
-    moved = plugins and not drawn and bool((np.diff(order) < 0).any())
-    how = f"{'documents' if drawn else config.windows} seq={config.seq} stride={_stride(config)}"
+    moved = evaluation.plugins and not drawn and bool((np.diff(order) < 0).any())
+    how = f"{'documents' if drawn else config.windows} seq={config.seq} stride={evaluation.stride}"
     return f"{how}, documents in the order of plug-ins" if moved else how
 
 
-def _streams(split: Split, drawn: np.ndarray | None, isolated: bool) -> list[tuple[int, int]]:
-    """Return the input ranges that are scored with carry."""
-    if drawn is None and not isolated:
-        return [(0, len(split) - 1)]
-    begins, ends = document_ranges(len(split), split.document_starts)
-    chosen = range(len(begins)) if drawn is None else drawn.tolist()
-    return [(int(begins[i]), int(ends[i])) for i in chosen if ends[i] > begins[i]]
-
-
-def _select(split: Split, config: EvalConfig, drawn: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, Windows]:
-    """Return (begins, ends) of the input ranges that are scored and summed, and the windows that cover them."""
-    starts = split.document_starts
-    if drawn is not None:
-        begins, ends = (side[drawn] for side in document_ranges(len(split), starts))
-        return begins, ends, cut(begins, ends, config.seq, _stride(config))
-    whole = np.zeros(1, np.int64), np.array([len(split) - 1], np.int64)
-    if config.windows == "documents":
-        return *whole, document_windows(len(split), starts, config.seq, _stride(config))
-    return *whole, sliding(len(split), config.seq, _stride(config))
-
-
-def _run(session: Session, cuts: Windows, progress: Callable[[int, int], None] | None) -> None:
+def _score_windows(session: Session, windows: Windows, progress: Progress | None) -> None:
     """Score every window that has to be."""
-    total = len(cuts.start)
+    total = len(windows.start)
     session.rows = size = min(session.rows, max(total, FEWEST))  # not memory for windows that are not there
     session.often = total >= OFTEN * size  # however many are left, and whoever makes them: each pass gives the same
-    todo = cuts.take(session.todo(cuts.start + cuts.length))
-    skipped = total - len(todo.start)
-    for i in session.turns(range(0, len(todo.start), size)):
-        part = todo.take(slice(i, i + size))
+    skipped = total - int(session.todo(windows.start + windows.length).sum())
+    for number, turn in session.turns(windows, size):
         if not session.skip(1):
-            session.windows(part)
+            session.windows(turn)
         if progress is not None:
-            progress(skipped + i + len(part.start), total)
+            progress(skipped + number * size + len(turn.start), total)

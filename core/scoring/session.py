@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from core.config import EvalConfig
-from core.data.dataset import Split
 from core.engine.protocol import Scoring
 from core.engine.ranks import Alone, Ranks
 from core.files import parse_json, sweep
 from core.formats.tensors import read_tensors, write_tensors
+from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import ROUNDING, Ledger, LedgerError
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
 from core.scoring.windows import Windows
@@ -22,10 +21,10 @@ EXCHANGE = 8
 """Forward passes of each rank between two exchanges of what they gave."""
 SNAPSHOT_EVERY = 30.0
 """Seconds between two copies of what the plug-ins have learned."""
-
-
 MAX_SNAPSHOT = 8 << 30
 """Bytes of such a copy."""
+Progress = Callable[[int, int], None]
+"""Gets (windows done, windows in all)."""
 
 
 class Watch(Protocol):
@@ -50,26 +49,25 @@ class Session:
     def __init__(
         self,
         engine: Any,
-        split: Split,
-        config: EvalConfig,
+        evaluation: Evaluation,
         ledger: Ledger,
         plugins: Sequence[Plugin] = (),
-        vocab: int = 0,
         watch: Watch | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks, self._held = ranks or Alone(), []
-        self.engine, self.split, self.config, self.ledger = engine, split, config, ledger
+        self.engine, self.evaluation, self.ledger = engine, evaluation, ledger
+        self.split, self.config = evaluation.split, evaluation.config
         self.plugins, self._watch = list(plugins), watch
         judged = plugins or watch is not None  # by passes of eval.batch; nor is every scorer an engine
         scoring = Scoring() if judged else getattr(engine, "scoring", Scoring())
-        self.rows, self._most, self._under_way = scoring.rows(config.batch, config.seq), scoring.ahead, []
+        self.rows, self._most, self._under_way = scoring.rows(self.config.batch, self.config.seq), scoring.ahead, []
         self.often = False
-        self.learner = Learner(engine, split, ledger)
+        self.learner = Learner(engine, self.split, ledger)
         self._before = ledger.writes
         self._number = self._done = 0
         for plugin in self.plugins:
-            plugin.start(vocab, self.learner if plugin.kind == "adaptation" else None)
+            plugin.start(self.split.tokenizer.vocab, self.learner if plugin.kind == "adaptation" else None)
         self._state_path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
         self._saved = time.monotonic()
         if self._state_path is not None:  # the ledger is ours alone, and so is what lies beside it
@@ -81,16 +79,17 @@ class Session:
             self._held = [(written + 1, ledger.entries["nats"][written])] if self._ranks.rank == 0 else []
             self.exchange()
 
-    def turns(self, passes: range) -> Iterator[int]:
-        """Yield this rank's share of the passes: every world-th; what they gave goes to all ranks from time to time.
+    def turns(self, rows: Windows, size: int) -> Iterator[tuple[int, Windows]]:
+        """Yield (number, rows) of this rank's share of the turns: every world-th.
 
-        A pass is the same whichever rank makes it, so that a score does not depend on how many there are.
+        What they gave goes to all ranks from time to time. With plug-ins every turn counts, also what the ledger holds.
         """
+        turns = self.evaluation.turns(rows, size, None if self.plugins else self.ledger)
         world = self._ranks.world
-        for number, begin in enumerate(passes):
+        for number, turn in enumerate(turns):
             if number % world == self._ranks.rank:
-                yield begin
-            if (number + 1) % (EXCHANGE * world) == 0 or number + 1 == len(passes):
+                yield number, turn
+            if (number + 1) % (EXCHANGE * world) == 0 or number + 1 == len(turns):
                 self.exchange()
 
     def exchange(self) -> None:

@@ -1,13 +1,13 @@
 """Scoring with carry: a stream goes through the engine window by window, and the state goes on from one to the next."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import numpy as np
 
 from core.scoring.plugins import View
-from core.scoring.session import Session
+from core.scoring.session import Progress, Session
+from core.scoring.windows import Windows
 
 
 class Carrier(Protocol):
@@ -26,35 +26,31 @@ class Carrier(Protocol):
         ...
 
 
-def score_streams(
-    session: Session, streams: list[tuple[int, int]], progress: Callable[[int, int], None] | None
-) -> None:
-    """Score the input ranges [begin, end) of `streams`, each from an empty state on, in windows of `seq` tokens.
+def score_streams(session: Session, streams: Windows, progress: Progress | None) -> None:
+    """Score streams, longest first, each from an empty state on, in windows of `seq` tokens.
 
     `batch` streams of like length go side by side; a row that has ended is filled with zeros and not looked at. A
     stream with targets that are not in the ledger is run from its start, since its state is not kept; only those are
     written.
     """
     seq, batch, engine = session.config.seq, session.config.batch, cast(Carrier, session.engine)
-    lengths = np.array([end - begin for begin, end in streams], np.int64)
-    total = int((-(-lengths // seq)).sum())
-    todo = [i for i in np.argsort(-lengths, kind="stable").tolist() if _open(session, *streams[i])]
-    done = total - int((-(-lengths[todo] // seq)).sum())
-    for at in session.turns(range(0, len(todo), batch)):
-        group = [streams[i] for i in todo[at : at + batch]]
-        longest = group[0][1] - group[0][0]
+    passes = session.evaluation.passes
+    total = int(passes(streams).sum())
+    done = 0 if session.plugins else int(passes(streams)[session.ledger.written(streams.start + streams.length)].sum())
+    for _, group in session.turns(streams, batch):
+        longest = int(group.length[0])
         if session.skip(-(-longest // seq)):
-            done += sum(-(-(end - begin) // seq) for begin, end in group)
+            done += int(passes(group).sum())
             continue
-        state = engine.start(len(group))
+        state = engine.start(len(group.start))
         for offset in range(0, longest, seq):
             width = min(seq, longest - offset)
-            tokens = np.zeros((len(group), width), np.int32)
+            tokens = np.zeros((len(group.start), width), np.int32)
             targets, kept = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
             positions = np.zeros(tokens.shape, np.int64)
-            for row, (begin, end) in enumerate(group):
+            for row, (begin, all_) in enumerate(zip(group.start.tolist(), group.length.tolist(), strict=True)):
                 first = begin + offset
-                length = max(0, min(width, end - first))
+                length = max(0, min(width, all_ - offset))
                 if length:
                     text = session.split.read(first, first + length + 1)
                     tokens[row, :length], targets[row, :length] = text[:-1], text[1:]
@@ -67,8 +63,3 @@ def score_streams(
                 state = engine.commit(tape, width)
             if progress is not None:
                 progress(done, total)
-
-
-def _open(session: Session, begin: int, end: int) -> bool:
-    """Return whether a stream has targets that must be scored."""
-    return bool(session.todo(np.arange(begin + 1, end + 1)).any())

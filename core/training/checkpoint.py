@@ -14,9 +14,11 @@ from core.engine.protocol import Arrays, DType, Engine
 from core.files import FileError, parse_json
 from core.formats.tensors import read_tensors, write_tensors
 from core.model.params import check_arrays, optimizer_slots, param_table
+from core.model.upgrade import parameter
 from core.training.records import RunError
 
-SCHEMA = 2
+SCHEMA = 3
+READS = (2, SCHEMA)
 SLACK = 1 << 16
 """Bytes that a checkpoint may have beside its arrays, and 512 more for each of them: its header."""
 
@@ -63,7 +65,8 @@ def read_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
     sides: dict[str, Arrays] = {"param": {}, "optim": {}}
     for key, value in arrays.items():
         side, _, name = key.partition("/")
-        if side not in sides:
+        name = parameter(side, name) if state["schema"] == 2 else name
+        if side not in sides or name in sides[side]:
             raise RunError(f"{path}: {key}: unknown tensor")
         _check_type(path, key, value)
         sides[side][name] = value
@@ -83,7 +86,7 @@ def _check_state(path: Path, state: object) -> None:
     if not isinstance(state, dict):
         raise RunError(f"{path}: skc: expected an object, got {type(state).__name__}")
     found, seconds = state.get("step"), state.get("seconds", -1.0)
-    if type(state.get("schema")) is not int or state["schema"] != SCHEMA or type(found) is not int or found < 0:
+    if type(state.get("schema")) is not int or state["schema"] not in READS or type(found) is not int or found < 0:
         raise RunError(
             f"{path}: skc: schema {told(state.get('schema'))}, step {told(found)}: not a checkpoint of this version; "
             "delete it to train from the start"

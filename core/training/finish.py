@@ -11,12 +11,13 @@ from core.data.dataset import Dataset
 from core.engine.protocol import Arrays, Engine
 from core.engine.ranks import only_rank_0, share_arrays
 from core.export.artifact import read_artifact, write_artifact
+from core.scoring.evaluation import Evaluation
 from core.scoring.key import evaluation_key
 from core.scoring.ledger import Ledger
 from core.scoring.plugins import load_plugins
 from core.scoring.score import Score, score
 from core.training.loop import write_samples
-from core.training.report import write_report
+from core.training.report import write_run_report
 from core.training.run import Run
 
 
@@ -84,7 +85,7 @@ def finish(
             left.unlink()
     shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
     texts = shown[-1] if shown else write_samples(run, engine, dataset, step, say)
-    written = [run.artifact_path, *write_report(run)]
+    written = [run.artifact_path, *write_run_report(run)]
     for file in written:
         say(f"wrote {file}")
     return {**value, "samples": texts, "files": [str(file) for file in written]}
@@ -121,21 +122,16 @@ def final_score(
     With `ledger` a killed evaluation goes on from that file, which is deleted at the end unless `keep`: a kept file is
     the user's and LedgerError says so if it is of another evaluation, another one is replaced.
     """
-    settings, isolated = config.eval, config.model.documents == "isolated"
-    used = load_plugins(settings.plugins) if plugins else []
+    evaluation = Evaluation.of(dataset.val, config, config.eval.documents, plugins)
+    used = load_plugins(config.eval.plugins) if plugins else ()  # first: a wrong name must not open a ledger
     book = None
     if ledger is not None:
-        key = evaluation_key(engine, dataset, config, bool(used))
+        key = evaluation_key(engine, dataset, config, evaluation.plugins)
         book = Ledger.open(ledger, len(dataset.val), key, anew=not keep)
     if book is not None and book.writes:
         say(f"{label} goes on from {ledger}: {book.writes} forward passes are in it")
-    report = say.progress(label)
-    drawn, seed = settings.documents, settings.seed
     try:
-        found = score(
-            engine, dataset, settings, documents=drawn, seed=seed, progress=report, ledger=book, isolated=isolated,
-            plugins=used, ranks=engine.ranks,
-        )  # fmt: skip
+        found = score(engine, evaluation, book, plugins=used, progress=say.progress(label), ranks=engine.ranks)
     except BaseException:
         if book is not None:
             book.close()

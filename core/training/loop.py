@@ -21,8 +21,9 @@ from core.engine.protocol import Engine, Pending
 from core.engine.ranks import Ranks, Stopped, agree, share
 from core.files import MAX_TEXT
 from core.scoring.accounting import bits_per_byte, training_bytes
+from core.scoring.evaluation import Evaluation
 from core.scoring.score import score
-from core.training.generate import samples, told
+from core.training.generate import sample_lines, samples
 from core.training.run import Run
 from core.training.schedule import plan, progress_by_steps
 
@@ -300,12 +301,8 @@ class Meter:
 
 def _estimate(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -> None:
     """Estimate the validation score on a few documents and record it."""
-    config = run.config
-    settings, isolated = config.eval, config.model.documents == "isolated"
-    found = score(
-        engine, dataset, settings, documents=settings.train_documents, seed=settings.seed, isolated=isolated,
-        ranks=engine.ranks,
-    )  # fmt: skip
+    evaluation = Evaluation.of(dataset.val, run.config, run.config.eval.train_documents)
+    found = score(engine, evaluation, ranks=engine.ranks)
     run.log(step, {"val/bpb": found.bpb} | ({} if found.error is None else {"val/error": found.error}))
     spread = f" ± {found.error:.4f}" if found.error else ""  # no error where the draw took all documents
     say(
@@ -318,7 +315,7 @@ def write_samples(run: Run, engine: Engine, dataset: Dataset, step: int, say: Sa
     """Let the model write its samples, show them and record them."""
     texts = samples(engine, dataset.tokenizer, run.config)
     run.log(step, {"samples": texts})
-    for prompt, text in told(texts):
+    for prompt, text in sample_lines(texts):
         say(f"step {step}  sample {prompt}: {text}")
     return texts
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
-from core.config import LATER, ConfigError, RunConfig, differences, from_json, to_json
+from core.config import ConfigError, RunConfig, chosen, differences, flattened, from_json, to_json
 from core.engine.protocol import Engine
 from core.engine.ranks import Ranks, agree, share_arrays
 from core.files import (
@@ -149,11 +149,14 @@ class Run:
             return io.TextIOWrapper(append_file(self.log_path), encoding="utf-8", errors="backslashreplace")
 
     def logged_configs(self) -> set[str]:
-        """Return the `config_digest` of every start of the run, out of log.txt."""
+        """Return the `config_digest` of every start of the run, out of log.txt.
+
+        Before schema 3 a log had a digest of another kind, "configuration sha256", which is left alone.
+        """
         if not self.log_path.exists():
             return set()
         with of_a_run():
-            return set(re.findall("configuration sha256 ([0-9a-f]{64})", read_text(self.log_path)))
+            return set(re.findall("settings sha256 ([0-9a-f]{64})", read_text(self.log_path)))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; one that a kill cut short is left out; RunError names a bad one."""
@@ -307,17 +310,11 @@ def _share(ranks: Ranks, saved: Checkpoint | None) -> Checkpoint | None:
 
 
 def config_digest(config: RunConfig) -> str:
-    """Return the sha256 of all settings but the seed, those that do not decide the weights, and the data's place.
-
-    A field that came later counts where it is not at its default, so that runs keep their digest.
+    """Return the sha256 of the settings that are not at their defaults, without the seed, what does not decide the
+    weights, and the data's place.
     """
-    value, defaults = to_json(config), to_json(RunConfig())
-    kept = {
-        f"{part}.{name}": setting
-        for part, settings in value.items() if isinstance(settings, dict)
-        for name, setting in settings.items() if name not in LATER or setting != defaults[part][name]
-    }  # fmt: skip
-    kept = {name: setting for name, setting in kept.items() if not name.startswith((*FREE, "data."))}
+    settings = flattened(chosen(config))
+    kept = {name: value for name, value in settings.items() if not name.startswith(("seed", *FREE, "data."))}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

@@ -140,6 +140,8 @@ class _Runs:
         """Write down which runs the plan has, say how many are done, and return where they are kept."""
         store, plan, places = self.store, self._plan, self.places(self._plan)
         store.check_name(plan)
+        if earlier := store.earlier(plan):
+            self._say(f"{earlier} runs in {store.path} were made by an earlier version: they are read, not continued")
         store.write_members(plan, places)
         states = [store.status(place)[0] for place in places]
         self._say(f"{plan.name}: {described(plan)}; {states.count('done')} of {len(places)} runs are done already")

@@ -188,7 +188,7 @@ def check_data(config: RunConfig, dataset: Dataset, cure: str) -> None:
     batch(dataset.train, 0, 1, config.train.seq, config.seed)
     if len(dataset.val) < 2 or not len(dataset.val.document_starts):
         raise ConfigError(f"data {dataset.name}: its validation text has no document; prepare it again")
-    count_bytes(dataset, np.zeros(1, np.int64), np.array([len(dataset.val) - 1]), None)
+    count_bytes(dataset.val, np.zeros(1, np.int64), np.array([len(dataset.val) - 1]), None)
 
 
 def same_start(ranks: Ranks, config: RunConfig, dataset: Dataset, **options: Any) -> None:

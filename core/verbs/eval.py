@@ -12,8 +12,10 @@ from core.engine.heartbeat import Heartbeat
 from core.engine.memory import enough_memory
 from core.engine.protocol import DType, EngineOptions, choose_backend, load_engine
 from core.engine.ranks import Ranks, agree, join, share_arrays
+from core.export.artifact import unreadable
 from core.scoring.accounting import byte_note
 from core.training.finish import describe, final_score
+from core.training.run import Run
 from core.verbs.common import (
     Backend,
     Context,
@@ -46,7 +48,8 @@ class Eval:
     batch: int | None = None
     """Windows per forward pass."""
     plugins: tuple[str, ...] | None = None
-    """What else has a part in the score: temperature, or package.module:Class (docs/legality.md)."""
+    """What else has a part in the score: temperature, or package.module:Class (docs/legality.md); --plugins.NAME.field
+    gives a setting (temperature: prior)."""
     ledger: str | None = None
     """Keep the cost of every target in this file, and go on from it if an evaluation was killed."""
     step: int | None = None
@@ -98,6 +101,8 @@ def _evaluate(options: Eval, ranks: Ranks, context: Context) -> Outcome:
     context.say(f"{subject.what} ({used}) on {engine.backend}, {engine.device}, {engine.dtype}; data {dataset.path}")
     if note := byte_note(dataset.tokenizer, dataset.manifest["splits"]["val"]):
         context.say(note)
+    if not ranks.rank and subject.step is not None and (why := unreadable(Run.open(options.path).artifact_path)):
+        context.say(f"careful: {why}")
     ledger = None if options.ledger is None or ranks.rank else Path(options.ledger)
     rows, seq = config.eval.batch, config.eval.seq
     with enough_memory(config.model, rows, seq, f"--batch (now {rows:,} windows) or --seq", training=False):

@@ -63,7 +63,7 @@ def import_official(options: Import, context: Context) -> Outcome:
     model = config.model
     lines = [
         context.command,
-        f"configuration sha256 {config_digest(config)} (all that decides the weights, but the seed)",
+        f"settings sha256 {config_digest(config)} (all that decides the weights, but the seed)",
         f"{options.file}: {checkpoint.kind} of {checkpoint.script}, {count(model):,} parameters: {model.layers} layers "
         f"of {model.dim}, {model.attention.heads} heads, {model.attention.kv_heads} key heads, MLP {model.mlp.hidden}, "
         f"vocabulary {model.vocab}",

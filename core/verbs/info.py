@@ -3,9 +3,10 @@
 import re
 from dataclasses import dataclass
 
+from core.audit.code import packed_code
 from core.config import RunConfig
 from core.data.bundled import open_data
-from core.export.budget import packed_code, predicted_bytes, with_tables
+from core.export.budget import predicted_bytes, with_tables
 from core.model.params import (
     FLOP_RULE,
     bytes_by_storage,

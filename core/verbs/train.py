@@ -216,7 +216,7 @@ def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> 
     """Say what is about to run, and how."""
     config, say = run.config, context.say
     say(f"{context.command}")
-    say.note(f"configuration sha256 {config_digest(config)} (all that decides the weights, but the seed)")
+    say.note(f"settings sha256 {config_digest(config)} (all that decides the weights, but the seed)")
     say(f"run {run.path}: {_purpose(config)}; {count(config.model):,} parameters, seed {config.seed}")
     model = config.model
     tables, quantise = model.embedding.storage, config.train.quantise

@@ -41,6 +41,23 @@ def call(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int,
     return code, json.loads(said.out) if said.out else {}, said.err
 
 
+def test_a_run_is_trained_and_one_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The real worker, once to its end and once into a loss that is not finite; the report is written all the same."""
+    plan, store = tmp_path / "first.toml", tmp_path / "store"
+    text = textwrap.dedent(PLAN).replace("[1, 2]", "[1]")
+    plan.write_text(text.partition("[variants.wide]")[0] + '[variants.broken]\n"train.lr_vector" = 1e30\n')
+    command = ["ablate", str(plan), "--data", small_data(tmp_path), "--store", str(store), "--threads", "1"]
+    code, found, said = call([*command, "--parallel", "2"], capsys)
+    assert code == 1, said
+    assert [failure.startswith("broken, seed 1, cuda: ") and "finite" in failure for failure in found["failed"]] == [
+        True
+    ]
+    assert [row["n"] for row in found["backends"]["cuda"]["variants"]] == [1, 0]
+    folder = store / "ablations" / "first"
+    assert {"report.html", "report.md", "members.json"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.long
 def test_an_ablation_from_plan_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Plan, run, report; again nothing is trained; a new variant trains its own runs only; one that fails is named."""
     data, store = small_data(tmp_path), str(tmp_path / "store")

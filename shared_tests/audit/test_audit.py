@@ -21,13 +21,14 @@ import numpy as np
 import pytest
 
 from core.audit import auditor
+from core.audit.code import packed_code
 from core.audit.rules import RULES
 from core.cli import main
 from core.data.dataset import open_dataset
 from core.engine.protocol import load_engine
 from core.export.artifact import read_artifact
-from core.export.budget import packed_code
 from core.files import locked
+from core.scoring.evaluation import Evaluation
 from core.scoring.key import evaluation_key
 from core.scoring.ledger import Ledger
 from core.scoring.score import score
@@ -146,7 +147,7 @@ def test_a_killed_audit_goes_on(trained: Path, tmp_path: Path) -> None:
     options = ["--windows", "sliding", "--stride", "8", "--batch", "1"]
     command = [sys.executable, "-m", "core.cli", "audit", str(run), *MLX, *options]
     process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    ledger, deadline = run / "audit" / "ledger", time.monotonic() + 60
+    ledger, deadline = run / "audit" / "ledger", time.monotonic() + 240
     while time.monotonic() < deadline and not (ledger.exists() and ledger.stat().st_size > 5000):
         assert process.poll() is None
         time.sleep(0.002)
@@ -161,7 +162,7 @@ def test_a_killed_audit_goes_on(trained: Path, tmp_path: Path) -> None:
     config = Run.open(run).config
     evaluation = dataclasses.replace(config.eval, windows="sliding", stride=8, batch=4, documents=None)
     artifact = load_engine("mlx", config, read_artifact(run / "artifact.skc").weights)
-    whole = score(artifact, open_dataset(config.data.path), evaluation, documents=None, seed=0)
+    whole = score(artifact, Evaluation(open_dataset(config.data.path).val, evaluation))
     assert abs(value["score"]["bpb"] - whole.bpb) < 1e-6 and value["score"]["targets"] == whole.targets
 
 

@@ -35,7 +35,7 @@ def claimed(place: Place, folder: Path, score: dict[str, Any], seed: int = 1337,
     settings = dataclasses.replace(config.eval, **({"seq": SEQ, "batch": BATCH} | evaluation))
     config = dataclasses.replace(config, eval=settings, seed=seed)
     path = zoo_data.claimed_run(folder, config, zoo_data.half_weights(config), score)
-    Run.open(path).log_path.write_text(f"configuration sha256 {config_digest(config)}\n")
+    Run.open(path).log_path.write_text(f"settings sha256 {config_digest(config)}\n")
     Run.open(path).env_path.write_text(json.dumps({"backend": "numpy", "dtype": "float32"}))
     return Place(place.data, path)
 

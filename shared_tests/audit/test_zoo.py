@@ -1,7 +1,7 @@
-"""Cheats that the auditor must catch by the rule that they break, and honest near-misses. Budget: 100 s.
+"""Cheats that the auditor must catch by the rule that they break, and honest near-misses. Budget: 60 s.
 
-Every case is a whole `skc audit`, in two to four processes with a framework in them. What needs none of these is in
-test_zoo_predictions.py.
+Every case is a whole `skc audit`, in two to four processes with a framework in them: six of them here, all with
+`scripts/test --long`. What needs no process of its own is in test_zoo_predictions.py and test_audit_texts.py, by rule.
 """
 
 import json
@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from core.audit.rules import RULES
-from core.audit.watch import isolation, places
-from core.audit.watch.traced import STRACE
+from core.audit.watch import answer, file_kinds, verdicts
+from core.audit.watch.strace import STRACE
 from core.cli import main
 from core.data.dataset import open_dataset
 from shared_tests.support import zoo, zoo_data
@@ -81,6 +81,15 @@ def named(*plugins: str) -> list[str]:
     return ["--plugins", *(name if name == "temperature" else f"shared_tests.support.zoo:{name}" for name in plugins)]
 
 
+SHORT = ("Bypass", "Oracle", "Starter", "Neighbour", "stateful cache")
+"""Animals that the short run audits whole, beside the table: what is predicted, read, started and looked into."""
+
+
+def whole(name: str) -> Any:
+    """Return an animal as a parameter of a test; others than SHORT are marked long."""
+    return pytest.param(name, marks=() if name in SHORT else pytest.mark.long)
+
+
 CHEATS = {
     "Borrower": ("mlx", {"D9": "were not scored so"}),
     "Bypass": ("cuda", {"D7": "that is no rounding.*scored again in a fresh process with"}),
@@ -95,7 +104,7 @@ CHEATS = {
 """Plug-in -> backend, and what breaks with the words that say so: these rules and no other."""
 
 
-@pytest.mark.parametrize("name", CHEATS)
+@pytest.mark.parametrize("name", map(whole, CHEATS))
 def test_a_cheat_fails_by_its_rule(audit: Audit, name: str) -> None:
     backend, broken = CHEATS[name]
     seen = audit(*named(name), backend=backend)
@@ -113,7 +122,7 @@ FILES = {
 """Cheats by files and processes, as above."""
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", map(whole, FILES))
 def test_what_is_read_past_the_opener_is_named(
     audit: Audit, place: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -121,8 +130,8 @@ def test_what_is_read_past_the_opener_is_named(
     for path in (table, system):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(1000))
-    monkeypatch.setattr(places, "SYSTEM", (*places.SYSTEM, os.path.realpath(system.parent)))
-    monkeypatch.setattr(isolation, "SYSTEM", places.SYSTEM)
+    monkeypatch.setattr(file_kinds, "SYSTEM", (*file_kinds.SYSTEM, os.path.realpath(system.parent)))
+    monkeypatch.setattr(verdicts, "SYSTEM", file_kinds.SYSTEM)
     zoo_data.write_place(tmp_path / "place", DATA=place.data, AUDITOR=os.getpid(), SYSTEM=str(system))
     seen = audit("--tokens", "700", *named(name))
     assert seen.failed.keys() == FILES[name].keys(), seen.failed
@@ -130,6 +139,7 @@ def test_what_is_read_past_the_opener_is_named(
         assert re.search(words, seen.failed[rule]), seen.failed[rule]
 
 
+@pytest.mark.long
 def test_a_file_that_one_process_leaves_for_the_next_is_named(audit: Audit, place: Zoo) -> None:
     try:
         seen = audit("--tokens", "700", *named("Stash"))
@@ -138,12 +148,14 @@ def test_a_file_that_one_process_leaves_for_the_next_is_named(audit: Audit, plac
     assert "may have left for this process: " in seen.failed["D4"], seen.failed
 
 
+@pytest.mark.long
 def test_a_text_in_the_environment_does_not_arrive(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKC_ZOO_TEXT", "a text")
     seen = audit("--tokens", "700", *named("Variable"))
     assert seen.value["error"]["kind"] == "builtins.KeyError" and not seen.value["evaluation"]
 
 
+@pytest.mark.long
 def test_a_compiled_module_beside_its_source_is_not_read(audit: Audit, tmp_path: Path) -> None:
     source = tmp_path / "place" / "zoo_compiled.py"
     source.write_text("VALUE = 'a cheat'")
@@ -155,15 +167,17 @@ def test_a_compiled_module_beside_its_source_is_not_read(audit: Audit, tmp_path:
     assert any(f["path"] == os.path.realpath(source) for f in seen.value["isolation"]["files"])
 
 
+@pytest.mark.long
 def test_a_copy_that_never_ends_keeps_no_audit_waiting(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "GRACE", 0.1)
+    monkeypatch.setattr(answer, "GRACE", 0.1)
     seen = audit("--tokens", "700", *named("Forker"))
     assert not seen.failed and seen.value["error"] is None
 
 
+@pytest.mark.long
 def test_a_killed_evaluation_breaks_no_rule_by_its_death(audit: Audit) -> None:
     seen = audit(*named("Killed"))
-    assert seen.value["error"]["kind"] == isolation.DIED
+    assert seen.value["error"]["kind"] == answer.DIED
     assert not seen.failed.keys() & {"D4", "D18"}, seen.failed
 
 
@@ -176,7 +190,7 @@ HONEST = {
 """Others are in test_zoo_predictions.py."""
 
 
-@pytest.mark.parametrize("name", HONEST)
+@pytest.mark.parametrize("name", map(whole, HONEST))
 def test_an_honest_near_miss_breaks_nothing(audit: Audit, name: str) -> None:
     seen = audit(*HONEST[name])
     assert not seen.failed and seen.value["error"] is None
@@ -187,6 +201,7 @@ def test_an_honest_near_miss_breaks_nothing(audit: Audit, name: str) -> None:
     assert versions == 17 if name == "plain training" else versions == 1 or "training" in name
 
 
+@pytest.mark.long
 def test_recurrent_layers_with_a_cache_break_nothing(audit: Audit, place: Zoo) -> None:
     config = zoo_data.small(place.data, "skc_mac")
     stored = engine("mlx", config, working_weights(config.model, 2.0)).quantised()
@@ -196,6 +211,7 @@ def test_recurrent_layers_with_a_cache_break_nothing(audit: Audit, place: Zoo) -
     assert seen.value["evaluation"]["flips"]["noticed"] > 100 and not seen.value["evaluation"]["flips"]["wrong"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("watch", ["all", "no strace"])
 def test_a_native_open_is_seen_or_reads_nothing(audit: Audit, tmp_path: Path, watch: str) -> None:
     if watch == "no strace":
@@ -212,6 +228,7 @@ def test_a_native_open_is_seen_or_reads_nothing(audit: Audit, tmp_path: Path, wa
         assert d4["verdict"] == ("PASS" if "covered" in force else "NOT CHECKED"), d4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["documents", "passages"])
 def test_validation_text_in_training(audit: Audit, place: Zoo, tmp_path: Path, way: str) -> None:
     train, val = zoo_data.novels("train", 30, 1500), zoo_data.novels("val", 8, 4000)
@@ -229,6 +246,7 @@ def test_validation_text_in_training(audit: Audit, place: Zoo, tmp_path: Path, w
     assert (figures["copied_passages"] > figures["passages"] // 2) == (way == "passages")
 
 
+@pytest.mark.long
 def test_unknown_tokens_at_no_bytes(audit: Audit, place: Zoo, tmp_path: Path) -> None:
     data = str(shutil.copytree(place.data, tmp_path / "data"))
 
@@ -266,6 +284,7 @@ def test_a_table_beside_the_artifact_counts(audit: Audit, place: Zoo) -> None:
     assert seen.failed.keys() == {"D1"} and "table.bin 16,000,000" in seen.failed["D1"]
 
 
+@pytest.mark.long
 def test_an_oversize_artifact(audit: Audit, place: Zoo) -> None:
     config = zoo_data.small(place.data, bigram_buckets=65_521, bigram_dim=168)
     path = place.folder / "wide.skc"

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from core.audit import auditor
-from core.audit.again import SURE, draw_passes, guesses, token_chances
+from core.audit.changed_text import SURE, draw_passes, guesses, token_chances
 from core.audit.flips import PASSES
 from core.audit.rules import RULES
 from core.audit.watch import evaluation
 from core.data.dataset import open_dataset
+from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 from core.scoring.plugins import load_plugins
 from core.scoring.score import score_text
@@ -179,7 +180,7 @@ def killed(place: Place, out: Path, share: float, plugins: tuple[str, ...] = (),
     honest = Ledger(len(dataset.val))
     used = load_plugins(plan.config.eval.plugins)
     vocab = plan.config.model.vocab
-    score_text(Tiny(vocab), dataset.val, plan.config.eval, honest, None, True, used, vocab)
+    score_text(Tiny(vocab), Evaluation(dataset.val, plan.config.eval, plugins=True), honest, plugins=used)
     out.mkdir(exist_ok=True)
     book = Ledger.open(out / "ledger", len(dataset.val), value["key"])
     for number in range(1, int(honest.entries["order"].max()) // 2):

@@ -74,7 +74,7 @@ def compiles(child: Child) -> None:
     child.figure("quick had ended", "quick" in runs and records.state(runs["quick"]) == "done", "")
 
 
-def item(name: str, cap: float = 20.0, **more: Any) -> Item:
+def item(name: str, cap: float = 90.0, **more: Any) -> Item:
     return Item(name, f"test.{name}", cap, **more)
 
 
@@ -84,7 +84,7 @@ PLAN = (
 )  # fmt: skip
 
 
-def drive(folder: Path, *items: Item, budget: float = 60.0, command: list[str] = COMMAND) -> tuple[int, list[str]]:
+def drive(folder: Path, *items: Item, budget: float = 600.0, command: list[str] = COMMAND) -> tuple[int, list[str]]:
     """Run items and return the exit code and what was said."""
     said: list[str] = []
     return Driver("a check", items, command, folder, budget, False, said.append).run(), said
@@ -95,8 +95,8 @@ def found(folder: Path) -> dict[str, list[records.Line]]:
 
 
 def gone(pid: int) -> bool:
-    """Return whether a process has ended, within two seconds."""
-    for _ in range(100):
+    """Return whether a process has ended, within a minute."""
+    for _ in range(3000):
         try:
             os.kill(pid, 0)
             if Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z":
@@ -128,21 +128,21 @@ def test_items_run_in_order_and_the_report_says_what_is_wrong(tmp_path: Path) ->
 
 def test_an_item_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     began = time.monotonic()
-    code, _ = drive(tmp_path, item("hang", cap=1.5), item("quick"))
+    code, _ = drive(tmp_path, item("hang", cap=5.0), item("quick"))
     runs = found(tmp_path)
-    assert code == 1 and time.monotonic() - began < 15
-    assert runs["hang"][-1]["state"] == "capped" and runs["hang"][-1]["text"] == "capped after 1.5 s"
+    assert code == 1 and time.monotonic() - began < 120
+    assert runs["hang"][-1]["state"] == "capped" and runs["hang"][-1]["text"] == "capped after 5 s"
     assert any(line.get("value") == 7 for line in runs["hang"]), "what it had measured is kept"
     assert records.state(runs["quick"]) == "done"
     assert all(gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
 
 def test_what_no_longer_fits_the_budget_is_not_started(tmp_path: Path) -> None:
-    code, said = drive(tmp_path, item("quick", cap=5), item("beyond", cap=100), budget=20)
+    code, said = drive(tmp_path, item("quick"), item("beyond", cap=1000), budget=500)
     assert code == 1 and "beyond" not in found(tmp_path) and said[-1].startswith("not started, ")
-    code, said = drive(tmp_path, item("quick", cap=5), item("beyond", cap=100, optional=True), budget=20)
+    code, said = drive(tmp_path, item("quick"), item("beyond", cap=1000, optional=True), budget=500)
     assert code == 0 and said[-1].startswith("not started, "), "what is optional need not be reached"
-    code, said = drive(tmp_path, item("quick", cap=5), item("crash", cap=5), budget=20)
+    code, said = drive(tmp_path, item("quick"), item("crash"), budget=500)
     assert said[0].startswith("1 items have a result"), "a second call skips what has one"
 
 
@@ -170,7 +170,7 @@ def test_a_killed_check_goes_on_where_it_was(tmp_path: Path) -> None:
     with (tmp_path / records.FILE).open("ab") as file:
         file.write(b'{"item": "slow", "what": "cut of')
     (tmp_path / "go").touch()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "1 items have a result" in done.stdout
     lines = records.read(tmp_path)
     assert sum(line.get("what") == "runs" for line in lines) == 1, "what has a result was not run again"
@@ -260,7 +260,7 @@ def test_without_an_accelerator_it_is_one_line_and_exit_2(name: str, device: str
         pytest.skip("here is one")
     command = [sys.executable, str(ROOT / "scripts" / name), "--only", "environment", "--out", str(tmp_path)]
     hidden = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=hidden)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=hidden)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"there is no {device} here: nothing was checked (--device cpu tries the script without)\n"
 
@@ -372,7 +372,7 @@ if __name__ == "__main__":
     die_with_the_driver()
     if sys.argv[1] == "drive":
         plan = (item("quick"), item("slow"))
-        sys.exit(Driver("a check", plan, COMMAND, Path(sys.argv[2]), 60.0, False, print).run())
+        sys.exit(Driver("a check", plan, COMMAND, Path(sys.argv[2]), 600.0, False, print).run())
     work, arguments = sys.argv[1], sys.argv[1:]
     if work == "as":  # another item's work under a name
         work, arguments = sys.argv[2], sys.argv[3:]

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import core
 from core import config, presets
 from core.model.layer import KINDS
+from core.model.table import Part
 from shared_tests.support.harness import module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +62,7 @@ TEST = re.compile(r"shared_tests\.(?:\w+\.)*test_\w+(?:\.\w+)*")
 
 DOORS = {
     "core/files.py": "the doors",
-    "core/audit/watch/witness.py": "watched before anything is imported; its files lie in the auditor's own folder",
+    "core/audit/watch/watched_process.py": "watched before any import; its files lie in the auditor's own folder",
 }
 """Files of core that may open others by themselves, and why."""
 PAST_THE_DOORS = {
@@ -111,6 +113,11 @@ def test_backends_holds_nothing_executable() -> None:
     assert all(isinstance(node, ast.Expr) for node in tree.body)
 
 
+def stems(folder: str) -> set[str]:
+    """Return the names of a folder's Python files, without `__init__`."""
+    return {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+
+
 def public(thing: object) -> dict[str, object]:
     """Return the classes and functions that a module defines itself, in order of definition."""
     own = {n: v for n, v in vars(thing).items() if getattr(v, "__module__", None) == thing.__name__}  # type: ignore[attr-defined]
@@ -121,8 +128,8 @@ def public(thing: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("ops", "scan", "optim", "storage", "model", "engine", "blocks"),
-        *(f"blocks.{name}" for name in ("linear", "attention", "koopman", "capsules", "skc", "memory", "mlp")),
+        *("ops", "scan", "optim", "storage", "linear", "model", "engine", "parts"),
+        *(f"parts.{name}" for name in sorted(stems("backends/mlx/parts"))),
     ],
 )
 def test_names_and_signatures_mirror(name: str) -> None:
@@ -133,10 +140,20 @@ def test_names_and_signatures_mirror(name: str) -> None:
             assert list(inspect.signature(value).parameters) == list(inspect.signature(theirs[key]).parameters), key  # type: ignore[arg-type]
 
 
+def test_a_part_has_a_file_of_its_name_in_the_spec_both_backends_and_the_oracle() -> None:
+    def has_rows(name: str) -> bool:
+        own = public(importlib.import_module(f"core.model.{name}")).values()
+        return any(hasattr(value, "rows") and value is not Part for value in own)
+
+    spec = {name for name in stems("core/model") if has_rows(name)}
+    assert spec == stems("backends/mlx/parts") == stems("backends/cuda/parts") == stems("shared_tests/oracle")
+
+
 @pytest.mark.pair
-def test_every_kind_has_a_block_on_both_backends() -> None:
-    for backend in ("mlx", "cuda"):
-        assert set(module(backend, "blocks").BLOCKS) == set(KINDS)
+@pytest.mark.parametrize("backend", ["mlx", "cuda"])
+def test_every_kind_of_layer_has_a_mixer(backend: str) -> None:
+    mixers = module(backend, "parts.layer").MIXERS
+    assert set(mixers) == {kind.mixer for kind in KINDS.values()}
 
 
 @pytest.mark.pair
@@ -170,7 +187,7 @@ def test_every_setting_is_read() -> None:
         path.read_text()
         for folder in ("core", "backends/cuda")
         for path in (ROOT / folder).rglob("*.py")
-        if path.name not in ("config.py", "model_config.py") and path.parent.name != "presets"
+        if path.name != "config.py" and path.parent.name != "presets"
     )
     for section in (config.ModelConfig, config.TrainConfig, config.EvalConfig, config.ExportConfig, config.DataConfig):
         for field in dataclasses.fields(section):

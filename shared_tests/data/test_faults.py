@@ -9,7 +9,8 @@ import pytest
 from core.check.tolerances import P2_FLOAT32, P2_FLOAT64, P3_FLOAT32, P4_FLOAT32, relative_rms
 from core.model.tables import rope_tables
 from core.training import schedule
-from shared_tests.oracle import reference
+from shared_tests import oracle
+from shared_tests.reference import ops as reference
 from shared_tests.support.harness import (
     BACKENDS,
     batches,
@@ -92,7 +93,7 @@ def test_p2_catches(op: str, plant: Plant, backend: str, monkeypatch: pytest.Mon
     faulty = plant(ops)
     monkeypatch.setattr(ops, op, faulty)
     if op == "leaky_relu2":  # bound by name when the block is imported
-        monkeypatch.setitem(module(backend, "blocks.mlp").ACTIVATIONS, op, faulty)
+        monkeypatch.setitem(module(backend, "parts.mlp").ACTIVATIONS, op, faulty)
     for scale, expected in zip((1.0, 5.0), honest, strict=True):
         got = by_group(outcome(backend, config, scale, dtype="float32"), config)
         if max(relative_rms(got[name], expected[name]) for name in expected) > P2_FLOAT32:
@@ -165,4 +166,4 @@ def test_the_oracle_catches_a_fault_that_both_twins_share(backend: str, monkeypa
     rows = tokens("shared fault", 2, 20, config.model.vocab, config.model.bos)
     monkeypatch.setattr(module(backend, "ops"), "rope", wrong_rope_sense(module(backend, "ops")))
     got = engine(backend, config, weights, dtype="float64").logits(rows)
-    assert relative_rms(got, reference.model(config.model, weights, rows)) > P2_FLOAT64
+    assert relative_rms(got, oracle.model(config.model, weights, rows)) > P2_FLOAT64

@@ -15,7 +15,7 @@ from core.engine.protocol import Arrays
 from core.model.params import by_group
 from core.training import schedule
 from shared_tests.device.child import Child
-from shared_tests.oracle import reference
+from shared_tests.reference import optim as reference
 from shared_tests.support import optimizer_cases
 from shared_tests.support.harness import batches, draw, engine, mini, working_weights
 from shared_tests.support.op_cases import OPS, fast_gaps, takes_exact

@@ -3,6 +3,7 @@
 `python -m shared_tests.export.test_artifact` writes the golden files again, after a deliberate change of the format.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,14 +16,15 @@ import brotli
 import numpy as np
 import pytest
 
-from core.config import LATER, ModelConfig, changed, to_json
+from core.config import ModelConfig, changed, chosen
 from core.export.artifact import MAX_HEADER, ArtifactError, read_artifact
 from core.export.codecs import compress, window_bits
 from core.files import replace_file
 from core.model.params import param_table
+from core.model.smear import Smear
 from core.model.storage import STORAGES, Storage, Stored
 from core.presets import PRESETS
-from shared_tests.oracle import reference
+from shared_tests.reference import storage as reference
 from shared_tests.support.artifacts import (
     E4M3,
     LARGEST,
@@ -40,11 +42,11 @@ from shared_tests.support.artifacts import (
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_SHA256 = {
-    "artifact_v1": "b62d9dd9d806028effa86da3961cc0004457ed1b36c34e45c7b1ee63810b7070",
-    "artifact_v1_nibbles": "c2a6ea4948f201034e9d7f3411f9fde7b5bdab5f3939bb7f2b15b27ee947951d",
-    "artifact_v1_bytes": "81b231193072ab0710349888ea7cbfa468421f497d928fc7ca3d0246497d1464",
+    "artifact_v2": "a292e7d752e408751e34a822cc958762da4cf52b61926dd42f02bd55bc572225",
+    "artifact_v2_nibbles": "8a77a2dd006dc79c245a4720f9cd8c8c02dde2ea236811428aa614300ada512c",
+    "artifact_v2_bytes": "9660585077121a72dbfa2d433ecb4e2e2ab6f1ed3dc0100be6dd854a393deb2c",
 }
-GOLDEN_MODELS = {"artifact_v1": "ternary", "artifact_v1_nibbles": "nibbles", "artifact_v1_bytes": "bytes"}
+GOLDEN_MODELS = {"artifact_v2": "ternary", "artifact_v2_nibbles": "nibbles", "artifact_v2_bytes": "bytes"}
 
 
 def assert_same(ours: dict[str, Stored], theirs: dict[str, Stored]) -> None:
@@ -178,12 +180,8 @@ def test_layout_is_the_documented_one(name: str, tmp_path: Path) -> None:
     assert {key: brotli.decompress(part) for key, part in packed.items()} == expected
     assert list(packed) == list(expected)
     assert header == {
-        "schema": 1,
-        "model": {
-            key: json.loads(json.dumps(value))
-            for key, value in to_json(model).items()
-            if key not in LATER or getattr(model, key) != getattr(ModelConfig(), key)
-        },
+        "schema": 2,
+        "model": json.loads(json.dumps(chosen(model))),
         "tokenizer_sha256": TOKENIZER,
         "tensors": [[key, row.storage, list(row.shape)] for key, row in param_table(model).items()],
         "streams": [
@@ -199,6 +197,34 @@ def test_layout_is_the_documented_one(name: str, tmp_path: Path) -> None:
         "provenance": PROVENANCE,
     }
     assert join(header, payload) == data
+
+
+def test_the_header_holds_exactly_what_is_not_at_its_default(tmp_path: Path) -> None:
+    write(tmp_path / "a.skc")
+    assert parts((tmp_path / "a.skc").read_bytes())[0]["model"] == {
+        "vocab": 11, "dim": 8, "layers": 2, "residual_mix": True, "matrix_storage": "ternary/64",
+        "attention": {"heads": 2, "kv_heads": 1, "rope_dims": 2}, "embedding": {"dim": 5, "storage": "int6/row"},
+        "head": {"bias": True}, "mlp": {"hidden": 66}, "skips": {"on": True},
+    }  # fmt: skip
+
+
+def test_a_new_setting_changes_no_header() -> None:
+    """Neither in a part nor beside the parts, as long as it is at its default."""
+
+    @dataclasses.dataclass(frozen=True)
+    class LaterSmear(Smear):
+        strength: int = 5
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(ModelConfig):
+        lanes: int = 1
+        smear: LaterSmear = dataclasses.field(default_factory=LaterSmear)
+
+    model = MODELS["ternary"]
+    fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name != "smear"}
+    assert chosen(Later(**fields)) == chosen(model)
+    assert chosen(Later(**fields, lanes=2)) == {**chosen(model), "lanes": 2}
+    assert chosen(Later(**fields, smear=LaterSmear(strength=6)))["smear"] == {"strength": 6}
 
 
 @pytest.mark.parametrize("vocab", range(2, 7))
@@ -325,6 +351,6 @@ def test_replace_file_keeps_the_old_one(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for golden, chosen in GOLDEN_MODELS.items():
-        write(GOLDEN / f"{golden}.skc", MODELS[chosen])
+    for golden, model in GOLDEN_MODELS.items():
+        write(GOLDEN / f"{golden}.skc", MODELS[model])
         print(f'    "{golden}": "{hashlib.sha256((GOLDEN / f"{golden}.skc").read_bytes()).hexdigest()}",')

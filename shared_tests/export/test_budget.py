@@ -46,7 +46,10 @@ def written(model: ModelConfig) -> tuple[int, int]:
         return size, 12 + int.from_bytes(path.read_bytes()[8:12], "little")
 
 
-@pytest.mark.parametrize("name", ["ablate", "ternary_74m", "baseline", "skc_ablate", "skc_600", "skc_8xh100"])
+FULL = [pytest.param(name, marks=pytest.mark.long) for name in ("ternary_74m", "baseline", "skc_600", "skc_8xh100")]
+
+
+@pytest.mark.parametrize("name", ["ablate", "skc_ablate", *FULL])
 def test_the_prediction_is_within_two_percent(name: str) -> None:
     config = presets.get(name).config
     size, _ = written(config.model)
@@ -73,6 +76,7 @@ def test_tables_are_compared_as_the_issue_asks() -> None:
     assert costs["int6/row"] == predicted_bytes(model) < costs["fp8/row"] < costs["int8/row"] < 15_860_000
 
 
+@pytest.mark.long
 def test_the_ternary_record_fits_even_if_nothing_can_be_compressed() -> None:
     """Trained tables may have any entropy: the preset's storage is chosen so that it does not matter."""
     config = presets.get("ternary_74m").config

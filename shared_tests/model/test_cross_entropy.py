@@ -57,6 +57,7 @@ def test_the_kernels_equal_the_ops_on_a_gpu(tmp_path: Path) -> None:
             assert gap <= case.limit(output), (case, output, gap)
 
 
+@pytest.mark.long
 def test_the_kernels_compile_for_an_h100_and_into_one_graph() -> None:
     """Interpreted code need not compile. Triton and the ptxas in its wheel can do it without a GPU."""
     command = [sys.executable, "-W", "ignore", "-m", "shared_tests.support.cross_entropy_cases"]

@@ -16,7 +16,8 @@ from core.config import ModelConfig
 from core.model import ngrams as hashing
 from core.model.engram import MOST_BUCKETS, MOST_HASHES
 from core.model.ngrams import BIGRAM_MULTIPLIER, MOST_ID, MULTIPLIERS, keep_rows, multipliers_of, ngram_buckets, prune
-from shared_tests.oracle.skc import ngrams
+from shared_tests.oracle import Text
+from shared_tests.oracle.engram import ngrams
 from shared_tests.support.engram_examples import config, weights
 from shared_tests.support.harness import tokens
 
@@ -218,7 +219,7 @@ def test_rows_equal_the_oracle_token_by_token(documents: str) -> None:
         padded = np.pad(ids, ((0, 0), (orders, 0)), constant_values=-1)
         within = np.cumsum(np.pad(starts, ((0, 0), (orders, 0))), 1)
         got = ngram_buckets(padded, within, multipliers, 97)
-        assert np.array_equal(got, ngrams(ids, starts, multipliers, 97))
+        assert np.array_equal(got, ngrams(Text(ids, starts), multipliers, 97))
         live = got[got >= 0]
         assert ((live >= 0) & (live < orders * 4 * 97)).all()
 
@@ -251,7 +252,7 @@ def counted(model: ModelConfig, text: np.ndarray) -> np.ndarray:
     """Return the hits of every row, one token after the other."""
     starts = (text == model.bos) & (model.documents == "isolated")
     hits = np.zeros(model.engram.orders * model.engram.heads * model.engram.buckets, int)
-    for row in ngrams(text[None], starts[None], multipliers_of(model), model.engram.buckets).ravel():
+    for row in ngrams(Text(text[None], starts[None]), multipliers_of(model), model.engram.buckets).ravel():
         hits[row] += row >= 0
     return hits
 

@@ -14,7 +14,7 @@ from core.model.storage import STORAGES, Storage
 from core.scoring.accounting import bits_per_byte
 from core.training import schedule
 from shared_tests.support.exchanged import assert_same, export, rows_of
-from shared_tests.support.harness import BACKENDS, batches, engine, mini, minis, working_weights
+from shared_tests.support.harness import BACKENDS, batches, engine, mini, minis, shortened, working_weights
 
 pytestmark = pytest.mark.pair
 ALWAYS = [name for name in minis() if mini(name).train.quantise == "always"]
@@ -33,7 +33,7 @@ def bpb(nats: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("first, second", [BACKENDS, BACKENDS[::-1]])
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("name", shortened(minis()))
 def test_an_artifact_of_one_backend_scores_the_same_on_the_other(
     name: str, first: str, second: str, tmp_path: Path
 ) -> None:
@@ -53,7 +53,7 @@ def test_an_artifact_of_one_backend_scores_the_same_on_the_other(
         assert bpb(trained.nll(*rows_of(config))) == scores[0]
 
 
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("name", shortened(minis()))
 def test_both_backends_write_the_same_bytes_for_the_same_weights(name: str, tmp_path: Path) -> None:
     config = mini(name)
     weights = train(engine("mlx", config, dtype="float32"), config).params()

@@ -68,6 +68,7 @@ def test_the_kernels_equal_the_oracle_on_a_gpu(tmp_path: Path) -> None:
         assert max(gaps(FAULTY, native.of(fault)).values()) > 1000 * LIMITS[FAULTY.dtype], fault
 
 
+@pytest.mark.long
 def test_the_kernels_compile_for_an_h100() -> None:
     """Interpreted code need not compile. Triton and the ptxas in its wheel can do it without a GPU."""
     command = [sys.executable, "-m", "shared_tests.support.scan_cases"]

@@ -17,7 +17,8 @@ from core.config import changed
 from core.data.batch import Batch
 from core.model import params
 from core.training import schedule
-from shared_tests.oracle import reference
+from shared_tests import oracle
+from shared_tests.reference.storage import stored_weights
 from shared_tests.support.harness import (
     BACKENDS,
     EVERYTHING,
@@ -28,6 +29,7 @@ from shared_tests.support.harness import (
     mini,
     minis,
     module,
+    shortened,
     tokens,
     working_weights,
 )
@@ -37,14 +39,14 @@ pytestmark = pytest.mark.pair
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0], ids=["cold", "hot"])
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("name", shortened(minis()))
 def test_the_twins_agree_in_float64(name: str, scale: float) -> None:
     ours, theirs = (outcome(b, mini(name), scale, dtype="float64") for b in BACKENDS)
     assert_same(ours, theirs, P2_FLOAT64)
 
 
-@pytest.mark.parametrize("scale", [1.0, 5.0], ids=["cold", "hot"])
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.long), 5.0], ids=["cold", "hot"])
+@pytest.mark.parametrize("name", shortened(minis()))
 def test_the_twins_agree_in_float32(name: str, scale: float) -> None:
     config = mini(name)
     ours, theirs = (by_group(outcome(b, config, scale, dtype="float32"), config) for b in BACKENDS)
@@ -52,14 +54,14 @@ def test_the_twins_agree_in_float32(name: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("name", shortened(minis()))
 def test_logits_equal_the_oracle(name: str, backend: str) -> None:
     config = mini(name)
     weights = working_weights(config.model, 1.0)
     tokens = batches(config, 1)[0].tokens
     got = engine(backend, config, weights, dtype="float64").logits(tokens)
-    used = reference.stored_weights(config.model, weights) if config.train.quantise == "always" else weights
-    assert relative_rms(got, reference.model(config.model, used, tokens)) <= P2_FLOAT64
+    used = stored_weights(config.model, weights) if config.train.quantise == "always" else weights
+    assert relative_rms(got, oracle.model(config.model, used, tokens)) <= P2_FLOAT64
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,9 +70,10 @@ def test_attention_alone_with_a_bank_equals_the_oracle(backend: str) -> None:
     config = dataclasses.replace(config, model=changed(config.model, {"bank.at": "both", "skc.block": 8}))
     weights, rows = working_weights(config.model, 1.0), batches(config, 1)[0].tokens
     got = engine(backend, config, weights, dtype="float64").logits(rows)
-    assert relative_rms(got, reference.model(config.model, weights, rows)) <= P2_FLOAT64
+    assert relative_rms(got, oracle.model(config.model, weights, rows)) <= P2_FLOAT64
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_the_real_size_runs_forward_once_and_agrees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = presets.get(name).config
@@ -93,7 +96,7 @@ def test_fast_and_exact_models_agree_in_float32(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("name", shortened(minis()))
 def test_bfloat16_computes_the_same_model_with_float32_masters(name: str, backend: str) -> None:
     config = mini(name)
     weights, batch = working_weights(config.model, 1.0), batches(config, 1)[0]
@@ -122,6 +125,7 @@ def test_logits_stay_narrow_up_to_the_cross_entropy(backend: str, monkeypatch: p
 
 
 # torch imports its compiler's parts under names it has itself deprecated.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("backend, name", [*((backend, "debug") for backend in BACKENDS), ("mlx", OPPOSITE)])
 def test_compiled_and_eager_agree(backend: str, name: str) -> None:
@@ -141,7 +145,7 @@ def test_compiled_and_eager_agree(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("name", shortened(minis()))
 def test_every_parameter_gets_a_gradient_within_two_steps(name: str, backend: str) -> None:
     config = mini(name)
     made, live = engine(backend, config, dtype="float32"), set()

@@ -7,7 +7,7 @@ import pytest
 
 from core.check.tolerances import P1_DIFFERENCE, P1_EXACT, P1_FAST, relative_rms
 from core.model.ngrams import ngram_buckets
-from shared_tests.oracle import reference
+from shared_tests.reference import ops as reference
 from shared_tests.support.harness import BACKENDS, call, draw, gradients, module
 from shared_tests.support.op_cases import OPS, cases, fast_gaps, takes_exact
 

@@ -6,7 +6,7 @@ import pytest
 from core.check.tolerances import P3_FLOAT32, P3_FLOAT64, relative_rms
 from core.config import TrainConfig
 from core.training import schedule
-from shared_tests.oracle import reference
+from shared_tests.reference import optim as reference
 from shared_tests.support.harness import BACKENDS, call, draw, module
 from shared_tests.support.optimizer_cases import MUON, SETTINGS, SHAPES, grads_at, twenty_of_muon, twenty_updates
 

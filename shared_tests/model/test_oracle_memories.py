@@ -6,13 +6,20 @@ import numpy as np
 
 from core.config import ModelConfig, changed
 from core.model.ngrams import BIGRAM_MULTIPLIER, MULTIPLIERS
-from shared_tests.oracle import reference
+from shared_tests import oracle
+from shared_tests.oracle import Stream, text_of
 from shared_tests.support.engram_examples import config, weights
 from shared_tests.support.harness import draw, tokens
 
 
 def logits(model: ModelConfig, ids: np.ndarray, **changes: np.ndarray) -> np.ndarray:
-    return reference.model(model, weights(model) | changes, ids)
+    return oracle.model(model, weights(model) | changes, ids)
+
+
+def added(name: str, model: ModelConfig, w: dict[str, np.ndarray], stream: Stream, ids: np.ndarray) -> np.ndarray:
+    """Return what a part of the oracle adds to the stream."""
+    stage = next(stage for stage in model.stages(True) if stage.part == name)
+    return oracle.PARTS[name](model, w, stream, stage, text_of(model, ids)).x - stream.x
 
 
 def test_every_memory_of_the_oracle_has_a_neutral_setting() -> None:
@@ -67,19 +74,23 @@ def test_the_oracles_embedding_by_hand() -> None:
     }
     isolated = packed | {2: unit(vectors[1])}
     for rule, plain, before in (("isolated", isolated, (None, 0, None, 2, 3)), ("packed", packed, (None, 0, 1, 2, 3))):
-        starts = reference.document_starts(dataclasses.replace(model, documents=rule), ids)
-        stream, values = reference.embedded_tokens(model, w, ids, starts)
+        text = text_of(dataclasses.replace(model, documents=rule), ids)
+        stream = oracle.PARTS["embedding"](model, w, text)
+        values = stream.values
+        for stage in model.stages(True)[:2]:
+            part = oracle.below(w, f"{stage.name}.")
+            stream = oracle.PARTS[stage.part](model, part, stream, stage, text)
         for t, last in enumerate(before):
             expected = plain[t] + (0 if last is None else share * plain[last])
-            assert np.allclose(stream[0, t], expected, rtol=0, atol=1e-12), (rule, t)
+            assert np.allclose(stream.x[0, t], expected, rtol=0, atol=1e-12), (rule, t)
             assert np.allclose(values[0, t], unit(vectors[ids[0, t]]), rtol=0, atol=1e-12)
 
 
 def test_the_oracles_engram_by_hand() -> None:
     model = config({"engram.orders": 2, "engram.heads": 1, "engram.dim": 6})
     w, ids = weights(model), np.array([[4, 5, 6, 1, 7]])
-    own, x = reference.part(w, "engram."), draw("stream", 1, 5, 8)
-    got = reference.engram(model, own, x, ids, reference.document_starts(model, ids))
+    own, x = oracle.below(w, "engram."), draw("stream", 1, 5, 8)
+    got = added("engram", model, own, Stream(x, x, x, x), ids)
     none = np.zeros(3)
     (p,), (q,) = (heads[:1] for heads in MULTIPLIERS[:2])
     table = own["table"]
@@ -103,8 +114,10 @@ def test_the_oracles_bank_reads_what_followed_contexts_like_this() -> None:
     """Inside its first block a read is a sum over the document: (read key of t . write key of j - 1) times vector j."""
     model = config({"skc.block": 64, "bank.heads": 1})
     w, ids = weights(model), np.array([[4, 5, 6, 1, 7, 8, 9]])
-    own, f, values = reference.part(w, "bank_head."), draw("f", 1, 7, 8), draw("values", 1, 7, 8)
-    got = reference.bank(model, own, f, values, reference.document_starts(model, ids))
+    own, f, values = oracle.below(w, "bank_middle."), draw("f", 1, 7, 8), draw("values", 1, 7, 8)
+    f /= np.sqrt((f**2).mean(-1, keepdims=True) + model.norm_eps)
+    got = added("bank", model, own, Stream(f, f, values, f), ids)
+    f /= np.sqrt((f**2).mean(-1, keepdims=True) + model.norm_eps)  # as the bank normalises what it reads
 
     def keys(bias: np.ndarray | float, temperature: float) -> np.ndarray:
         route = f[0] @ own["route.weight"].T + bias

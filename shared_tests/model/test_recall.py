@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 def test_recall_needs_the_shifted_write_key() -> None:
     """One layer, one seed, fewer and smaller steps, PyTorch; the whole comparison is scripts/recall without options.
 

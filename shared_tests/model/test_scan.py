@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from core.check.tolerances import P1_EXACT, P1_FAST, relative_rms
-from shared_tests.oracle import reference
+from shared_tests.reference import ops as reference
 from shared_tests.support.harness import BACKENDS, call, draw, gradients, module, to_device
 
 pytestmark = pytest.mark.pair

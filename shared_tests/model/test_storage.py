@@ -14,7 +14,8 @@ from core.config import ModelConfig, RunConfig, changed
 from core.model.params import exported, param_table
 from core.model.storage import LARGEST, SCALE_FLOOR, STORAGES, Storage, decode, group_counts, group_size, storage_class
 from core.training import schedule
-from shared_tests.oracle import reference
+from shared_tests import oracle
+from shared_tests.reference import storage as reference
 from shared_tests.support.harness import (
     BACKENDS,
     batches,
@@ -164,7 +165,7 @@ def test_models_of_every_class_agree_with_each_other_and_the_oracle(name: str) -
     ours, theirs = (outcome(b, config, 1.0, dtype="float64") for b in BACKENDS)
     assert_same(ours, theirs, P2_FLOAT64)
     batch, weights = batches(config, 1)[0], working_weights(config.model, 1.0)
-    expected = reference.model(config.model, reference.stored_weights(config.model, weights), batch.tokens)
+    expected = oracle.model(config.model, reference.stored_weights(config.model, weights), batch.tokens)
     assert relative_rms(ours["logits"], expected) <= P2_FLOAT64
     ours, theirs = (by_group(outcome(b, config, 1.0, dtype="float32"), config) for b in BACKENDS)
     assert_same(ours, theirs, P2_FLOAT32)
@@ -299,6 +300,7 @@ def test_an_average_from_the_first_step_does_not_hold_start_values() -> None:
     assert schedule.plan(0, 0.02, train).average == 0 and schedule.plan(1, 0.04, train).average == train.average_decay
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_quantisers_give_the_same_bits(backend: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from core.model.params import averaged
 from core.training import schedule
-from shared_tests.support.harness import BACKENDS, batches, engine, mini, minis, module, to_device
+from shared_tests.support.harness import BACKENDS, batches, engine, mini, minis, module, shortened, to_device
 
 pytestmark = pytest.mark.pair
 
@@ -59,7 +59,7 @@ def test_what_lies_otherwise_is_seen(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", minis())
+@pytest.mark.parametrize("name", shortened(minis()))
 def test_weights_lie_row_after_row(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When an engine is built, has trained and has loaded, whatever the rules, the averages and the files give it."""
     config = mini(name)

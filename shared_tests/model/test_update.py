@@ -87,6 +87,7 @@ FULL_SIZE = {"baseline": (101, 6, 363, 72), "ternary_74m": (115, 8, 463, 128), "
 """Preset -> parameters, banks, launches of an update and of the quantisers: what docs/performance.md says."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_launches_at_full_size(name: str) -> None:
     config = presets.get(name).config
@@ -164,6 +165,7 @@ def hard_weights(storage: str) -> torch.Tensor:
     return torch.tensor(weight)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_compiled_quantisers_keep_every_bit() -> None:
     """Of every class and grouping that is not one of the others' code, in one graph, with ties."""

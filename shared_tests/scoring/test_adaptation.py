@@ -11,6 +11,7 @@ import pytest
 from core.check import tolerances
 from core.data.batch import Batch
 from core.engine.protocol import Engine, micro_batches
+from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError, Scored
 from core.scoring.plugins import Learner, Plugin, Temperature, log_softmax
 from core.scoring.score import score
@@ -105,7 +106,7 @@ def test_the_engine_gets_its_weights_back(backend: str, end: str) -> None:
 
         plugins: list[Plugin] = [Adaptation(quantise=not model.quantise)]
         try:
-            score(model, dataset, config(), documents=None, seed=0, progress=progress, plugins=plugins)
+            score(model, Evaluation(dataset.val, config(), plugins=True), progress=progress, plugins=plugins)
             assert end == "ends"
         except Killed:
             assert end == "raises"

@@ -12,6 +12,7 @@ from core.config import EvalConfig
 from core.data.bundled import BUNDLED
 from core.data.dataset import DataError, open_dataset
 from core.scoring.accounting import byte_note
+from core.scoring.evaluation import Evaluation
 from core.scoring.score import score
 from shared_tests.support.killed import small_data
 from shared_tests.support.known_scores import BigramEngine
@@ -76,7 +77,7 @@ def test_a_score_is_of_the_text_that_was_prepared(tmp_path: Path) -> None:
     """A token that was changed in the middle of a shard, size kept: never a score; an estimate does not read it all."""
     data = small_data(tmp_path, 60)
     settings = EvalConfig(seq=16, batch=4)
-    whole = score(BigramEngine(), open_dataset(data), settings, documents=None, seed=0)
+    whole = score(BigramEngine(), Evaluation(open_dataset(data).val, settings))
     assert whole.full
     path = Path(data, "val_000000.bin")
     shard, stamp = bytearray(path.read_bytes()), os.stat(path)
@@ -84,5 +85,5 @@ def test_a_score_is_of_the_text_that_was_prepared(tmp_path: Path) -> None:
     path.write_bytes(shard)
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     with pytest.raises(DataError, match=r"val_000000\.bin: sha256: not what the manifest says"):
-        score(BigramEngine(), open_dataset(data), settings, documents=None, seed=0)
-    assert not score(BigramEngine(), open_dataset(data), settings, documents=1, seed=0).full
+        score(BigramEngine(), Evaluation(open_dataset(data).val, settings))
+    assert not score(BigramEngine(), Evaluation(open_dataset(data).val, settings, 1)).full

@@ -15,10 +15,11 @@ import pytest
 
 from core.engine.protocol import Arrays
 from core.scoring import session
+from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Plugin, Temperature
 from core.scoring.score import score_text
-from shared_tests.support.known_scores import VOCAB, make_dataset
+from shared_tests.support.known_scores import make_dataset
 from shared_tests.support.plugin_examples import (
     CUTS,
     LENGTHS,
@@ -58,10 +59,8 @@ class Lives:
         plugins = [Dies(learn), Temperature(), cache, *([adaptation] if with_weights else [])]
         book = Ledger.open(self.path, len(self.dataset.val), "key")
         try:
-            score_text(
-                fresh("cuda", self.run), self.dataset.val, self.settings, book, None, True, plugins, VOCAB, None,
-                progress,
-            )  # fmt: skip
+            evaluation = Evaluation(self.dataset.val, self.settings, plugins=True)
+            score_text(fresh("cuda", self.run), evaluation, book, plugins=plugins, progress=progress)
         finally:
             book.close()
             self.passes, self.updates = cache.passes, adaptation.steps
@@ -153,7 +152,7 @@ def test_the_stored_form_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.M
             model = fresh("cuda", base)
             assert not model.quantise
             try:
-                score_text(model, dataset.val, settings, book, None, True, plugins, VOCAB)
+                score_text(model, Evaluation(dataset.val, settings, plugins=True), book, plugins=plugins)
             except Killed:
                 assert (kill, life) == (3, 0)
             assert not model.quantise, "the engine is as it was"
@@ -182,7 +181,7 @@ def test_a_process_is_killed_three_times(tmp_path: Path, monkeypatch: pytest.Mon
         with_cache = Counted()
         book = Ledger.open(place, len(dataset.val), "key")
         plugins: list[Plugin] = [Plugin(), with_cache, Adaptation()]
-        score_text(fresh("mlx", small("debug")), dataset.val, config(), book, None, True, plugins, VOCAB)
+        score_text(fresh("mlx", small("debug")), Evaluation(dataset.val, config(), plugins=True), book, plugins=plugins)
         book.close()
         entries.append(book.entries.tobytes())
         passes.append(with_cache.passes)
@@ -198,7 +197,7 @@ def test_a_copy_of_other_plugins_is_refused(tmp_path: Path, monkeypatch: pytest.
     def go_on(*plugins: Plugin) -> None:
         book = Ledger.open(path, len(dataset.val), "key")
         try:
-            score_text(model, dataset.val, config(batch=2), book, None, True, list(plugins), VOCAB)
+            score_text(model, Evaluation(dataset.val, config(batch=2), plugins=True), book, plugins=list(plugins))
         finally:
             book.close()
 
@@ -227,7 +226,7 @@ def test_a_repeated_pass_tells_what_was_written(tmp_path: Path) -> None:
     for k, start in ((1.0, [Dies(3)]), (1.00001, [Plugin()])):
         book, costs = Ledger.open(path, len(dataset.val), "key"), Costs()
         try:
-            score_text(Markov(k), dataset.val, config(batch=2), book, None, True, [costs, *start], VOCAB)
+            score_text(Markov(k), Evaluation(dataset.val, config(batch=2), plugins=True), book, plugins=[costs, *start])
         except Killed:
             assert k == 1.0
         book.close()
@@ -235,5 +234,5 @@ def test_a_repeated_pass_tells_what_was_written(tmp_path: Path) -> None:
     assert len(told[0]) == 96 and (told[1] == book.entries["nats"]).all() and (told[1][:96] == told[0]).all()
     book = Ledger.open(path, len(dataset.val), "key")
     with pytest.raises(LedgerError, match="target .*: repeating write 1 gives .*: this evaluation cannot go on"):
-        score_text(Markov(1.1), dataset.val, config(batch=2), book, None, True, [Plugin()], VOCAB)
+        score_text(Markov(1.1), Evaluation(dataset.val, config(batch=2), plugins=True), book, plugins=[Plugin()])
     book.close()

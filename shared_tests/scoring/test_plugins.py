@@ -17,6 +17,7 @@ from core.config import ConfigError
 from core.data.bundled import open_data
 from core.engine.protocol import EngineOptions, load_engine
 from core.export.artifact import write_artifact
+from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Plugin, ScoredText, Temperature, View, load_plugins, log_softmax
 from core.scoring.score import score_text
@@ -176,7 +177,9 @@ def test_predictions_must_be_a_distribution_of_finite_costs(change: Any, message
     dataset = make_dataset(SHORT)
     book = Ledger(len(dataset.val))
     with pytest.raises(LedgerError, match=message) as refused:
-        score_text(Markov(), dataset.val, config(), book, None, True, [Plugin(), Predicts(change)], VOCAB)
+        score_text(
+            Markov(), Evaluation(dataset.val, config(), plugins=True), book, plugins=[Plugin(), Predicts(change)]
+        )
     assert refused.value.rule == "D8" and book.writes == 0
 
 

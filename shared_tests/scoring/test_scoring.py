@@ -15,6 +15,7 @@ from core.config import ConfigError, EvalConfig
 from core.engine.protocol import Scoring
 from core.scoring import score as scoring
 from core.scoring.accounting import bits_per_byte
+from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Temperature
 from core.scoring.score import Score, score, score_text
@@ -61,10 +62,8 @@ def test_every_cut_scores_every_target_once(changes: dict[str, Any]) -> None:
     expected = BigramEngine().nll(tokens[:-1], tokens[1:])
     ledger = Ledger(len(tokens))
     seen: list[tuple[int, int]] = []
-    result = score(
-        BigramEngine(), dataset, config(**changes), documents=None, seed=0, ledger=ledger,
-        progress=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
+    evaluation = Evaluation(dataset.val, config(**changes))
+    result = score(BigramEngine(), evaluation, ledger, progress=lambda done, total: seen.append((done, total)))
     np.testing.assert_array_equal(ledger.entries["nats"], expected)
     assert set(ledger.entries["version"]) == {0}
     assert (np.diff(ledger.entries["order"]) >= 0).all(), "single left-to-right pass"
@@ -86,7 +85,7 @@ def test_context_is_what_the_windows_promise() -> None:
         "documents": {"windows": "documents", "stride": 4},
     }.items():
         ledgers[name] = Ledger(len(tokens))
-        score(ContextEngine(), dataset, config(**changes), documents=None, seed=0, ledger=ledgers[name])
+        score(ContextEngine(), Evaluation(dataset.val, config(**changes)), ledgers[name])
     np.testing.assert_array_equal(ledgers["plain"].entries, ledgers["same"].entries)
 
     def expected(target: int, begin: int) -> float:
@@ -107,7 +106,7 @@ def test_batch_size_does_not_matter(changes: dict[str, Any]) -> None:
     results = []
     for batch in (1, 3, 64):
         engine = ContextEngine()
-        results.append(score(engine, make_dataset(LENGTHS), config(batch=batch, **changes), documents=None, seed=0))
+        results.append(score(engine, Evaluation(make_dataset(LENGTHS).val, config(batch=batch, **changes))))
         assert engine.shapes == {(batch, 16)}, "one static shape"
     assert results[0] == results[1] == results[2]
 
@@ -117,7 +116,7 @@ def test_padding_is_not_scored() -> None:
         def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
             return np.where(targets == 0, np.nan, super().nll(tokens, targets))
 
-    assert score(PaddingIsPoison(), make_dataset(LENGTHS), config(), documents=None, seed=0).full
+    assert score(PaddingIsPoison(), Evaluation(make_dataset(LENGTHS).val, config())).full
 
 
 def test_bad_engines_are_refused() -> None:
@@ -132,27 +131,27 @@ def test_bad_engines_are_refused() -> None:
             return super().nll(tokens, targets).ravel()
 
     with pytest.raises(LedgerError, match="nan nats"):
-        score(NaN(), dataset, config(), documents=None, seed=0)
+        score(NaN(), Evaluation(dataset.val, config()))
     with pytest.raises(LedgerError, match="shape"):
-        score(Flat(), dataset, config(), documents=None, seed=0)
+        score(Flat(), Evaluation(dataset.val, config()))
 
 
 def test_killed_evaluation_goes_on(tmp_path: Path) -> None:
     dataset, settings = make_dataset(LENGTHS), config(windows="sliding", stride=4)
     whole = ContextEngine()
-    expected = score(whole, dataset, settings, documents=None, seed=0)
+    expected = score(whole, Evaluation(dataset.val, settings))
     ledger = Ledger.open(tmp_path / "ledger", len(dataset.val), "key")
     windows = sliding(len(dataset.val), 16, 4)
     for i in range(0, 5):
-        Session(ContextEngine(), dataset.val, settings, ledger).windows(windows.take(slice(4 * i, 4 * i + 4)))
+        Session(ContextEngine(), Evaluation(dataset.val, settings), ledger).windows(
+            windows.take(slice(4 * i, 4 * i + 4))
+        )
     assert np.flatnonzero(ledger.entries["order"]).tolist() == list(range(92))
     ledger.close()
     rest = ContextEngine()
     done: list[int] = []
     opened = Ledger.open(tmp_path / "ledger", len(dataset.val), "key")
-    again = score(
-        rest, dataset, settings, documents=None, seed=0, ledger=opened, progress=lambda n, total: done.append(n)
-    )
+    again = score(rest, Evaluation(dataset.val, settings), opened, progress=lambda n, total: done.append(n))
     opened.close()
     assert again == expected and rest.calls == whole.calls - 5 and done[0] == 24
 
@@ -160,15 +159,17 @@ def test_killed_evaluation_goes_on(tmp_path: Path) -> None:
 def test_wrong_ledger_is_refused() -> None:
     dataset = make_dataset(LENGTHS)
     with pytest.raises(LedgerError, match="start a new one"):
-        score(BigramEngine(), dataset, config(), documents=None, seed=0, ledger=Ledger(len(dataset.val) + 1))
+        score(BigramEngine(), Evaluation(dataset.val, config()), Ledger(len(dataset.val) + 1))
     other = Ledger(len(dataset.val))
-    Session(BigramEngine(), dataset.val, config(), other).windows(sliding(len(dataset.val), 10, 10).take(slice(0, 4)))
+    Session(BigramEngine(), Evaluation(dataset.val, config()), other).windows(
+        sliding(len(dataset.val), 10, 10).take(slice(0, 4))
+    )
     with pytest.raises(LedgerError, match="already scored"):
-        score(BigramEngine(), dataset, config(), documents=None, seed=0, ledger=other)
+        score(BigramEngine(), Evaluation(dataset.val, config()), other)
     ends = Ledger(len(dataset.val))
     ends.write(np.array([16]), np.array([1.0]), 0)
     with pytest.raises(LedgerError, match="target 1 is not scored"):
-        score(BigramEngine(), dataset, config(), documents=None, seed=0, ledger=ends)
+        score(BigramEngine(), Evaluation(dataset.val, config()), ends)
 
 
 def table_bytes(dataset: Any, begin: int, end: int) -> int:
@@ -185,7 +186,7 @@ def test_byte_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.scoring.accounting.CHUNK", 13)
 
     def run(**changes: Any) -> Score:
-        return score(BigramEngine(), make_dataset(LENGTHS, **changes), config(), documents=None, seed=0)
+        return score(BigramEngine(), Evaluation(make_dataset(LENGTHS, **changes).val, config()))
 
     table, raw = table_bytes(make_dataset(LENGTHS), 0, sum(LENGTHS) - 1), sum(3 * n + 1 for n in LENGTHS)
     both = run()
@@ -205,17 +206,17 @@ def test_byte_rules(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_tokens_are_found_where_they_are_not_recorded() -> None:
     dataset = make_dataset(LENGTHS, unknown=None)
     dataset.val.tokens[70] = UNKNOWN
-    assert score(BigramEngine(), dataset, config(), documents=None, seed=0).byte_rule == "raw"
+    assert score(BigramEngine(), Evaluation(dataset.val, config())).byte_rule == "raw"
 
 
 def test_nothing_to_score() -> None:
     for lengths, message in (([1], "at least 2"), ([1, 1], "no bytes")):
         with pytest.raises(ConfigError, match=message):
-            score(BigramEngine(), make_dataset(lengths, raw=False), config(), documents=None, seed=0)
+            score(BigramEngine(), Evaluation(make_dataset(lengths, raw=False).val, config()))
 
 
 def test_score_as_json() -> None:
-    result = score(BigramEngine(), make_dataset(LENGTHS), config(), documents=4, seed=0)
+    result = score(BigramEngine(), Evaluation(make_dataset(LENGTHS).val, config(), 4))
     plain_values = result.to_json()
     assert json.loads(json.dumps(plain_values)) == plain_values
     assert plain_values.pop("label") == "estimate"
@@ -228,7 +229,7 @@ def test_estimate_is_the_drawn_documents_by_themselves() -> None:
     for seed in range(5):
         drawn = rng.choose(seed, "eval/documents", len(LENGTHS), 4)
         engine = ContextEngine()
-        result = score(engine, dataset, config(stride=None), documents=4, seed=seed)
+        result = score(engine, Evaluation(dataset.val, config(stride=None, seed=seed), 4))
         nats, counts = [], []
         for d in drawn:
             text = dataset.val.tokens[starts[d] : starts[d + 1] + 1]
@@ -246,13 +247,13 @@ def test_estimate_is_the_drawn_documents_by_themselves() -> None:
 
 def test_estimate_of_all_documents_is_still_an_estimate() -> None:
     dataset = make_dataset(LENGTHS)
-    whole = score(ContextEngine(), dataset, config(windows="documents"), documents=None, seed=0)
+    whole = score(ContextEngine(), Evaluation(dataset.val, config(windows="documents")))
     for documents in (10, 99):
-        result = score(ContextEngine(), dataset, config(windows="plain"), documents=documents, seed=0)
+        result = score(ContextEngine(), Evaluation(dataset.val, config(windows="plain"), documents))
         assert (result.label, result.full, result.error, result.documents) == ("estimate", False, 0.0, 10)
         assert (result.bytes, result.targets) == (whole.bytes, whole.targets)
         assert result.bpb == pytest.approx(whole.bpb, rel=1e-14)
-    one = score(BigramEngine(), make_dataset([30, 30]), config(), documents=1, seed=0)
+    one = score(BigramEngine(), Evaluation(make_dataset([30, 30]).val, config(), 1))
     assert one.error is None and one.label == "estimate"
 
 
@@ -287,7 +288,7 @@ def test_passes_under_way_give_the_same_ledger(monkeypatch: pytest.MonkeyPatch) 
     dataset, entries = make_dataset(LENGTHS * 5), []
     for engine in (ContextEngine(), Late(3), Late(1000)):
         ledger = Ledger(len(dataset.val))
-        score(engine, dataset, config(), documents=None, seed=0, ledger=ledger)
+        score(engine, Evaluation(dataset.val, config()), ledger)
         entries.append(ledger.entries)
         assert ledger.complete() and engine.shapes == {(8, 16) if isinstance(engine, Late) else (4, 16)}
         if isinstance(engine, Late):
@@ -299,7 +300,7 @@ def test_passes_under_way_give_the_same_ledger(monkeypatch: pytest.MonkeyPatch) 
         assert (np.diff(later["order"]) >= 0).all(), "entered in the order of the text"
     monkeypatch.setattr(scoring, "OFTEN", 2)
     many = Late(3)
-    score(many, dataset, config(), documents=None, seed=0)
+    score(many, Evaluation(dataset.val, config()))
     assert many.often == {True}
 
 
@@ -312,11 +313,11 @@ def test_what_was_under_way_is_entered_when_an_evaluation_is_broken_off() -> Non
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score(engine, dataset, config(), documents=None, seed=0, ledger=ledger, progress=stop)
+        score(engine, Evaluation(dataset.val, config()), ledger, progress=stop)
     assert ledger.writes == 4 and int((ledger.entries["order"] > 0).sum()) == 4 * 8 * 16
-    score(engine, dataset, config(), documents=None, seed=0, ledger=ledger)
+    score(engine, Evaluation(dataset.val, config()), ledger)
     whole = Ledger(len(dataset.val))
-    score(ContextEngine(), dataset, config(), documents=None, seed=0, ledger=whole)
+    score(ContextEngine(), Evaluation(dataset.val, config()), whole)
     np.testing.assert_array_equal(ledger.entries["nats"], whole.entries["nats"])
 
 
@@ -328,7 +329,7 @@ def test_nothing_is_under_way_where_somebody_looks(judged: str) -> None:
     given: dict[str, Any] = {"watch": watch} if judged == "watch" else {"plugins": [Temperature()]}
     settings = config(plugins=("temperature",)) if judged == "plugins" else config()
     ledger = Ledger(len(dataset.val))
-    score(engine, dataset, settings, documents=None, seed=0, ledger=ledger, **given)
+    score(engine, Evaluation(dataset.val, settings, plugins=bool(settings.plugins)), ledger, **given)
     assert ledger.complete() and not engine.started
     assert ledger.writes == -(-(len(dataset.val) - 1) // 64), "passes of 4 windows of 16"
 
@@ -345,6 +346,6 @@ def test_ranks_exchange_what_was_under_way() -> None:
         return SimpleNamespace(rank=rank, world=2, address="-", gather=gather)
 
     for rank in (0, 1):
-        score_text(Late(1000), dataset.val, config(), Ledger(len(dataset.val)), ranks=ranks(rank))
+        score_text(Late(1000), Evaluation(dataset.val, config()), Ledger(len(dataset.val)), ranks=ranks(rank))
     positions = np.concatenate([row for rank in sent for row in rank[::2]])
     assert np.array_equal(np.sort(positions), np.arange(1, len(dataset.val))), "every target, once"

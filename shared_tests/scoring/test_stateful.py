@@ -8,6 +8,7 @@ import pytest
 
 from core.config import ConfigError, EvalConfig
 from core.engine.protocol import Engine
+from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 from core.scoring.score import score
 from shared_tests.support.harness import BACKENDS, HYBRID, engine, mini, working_weights
@@ -44,10 +45,10 @@ def test_every_target_sees_its_whole_document(backend: str) -> None:
     wanted = whole_documents(model, dataset)
     for batch, seq in ((4, 16), (1, 16), (3, 7), (16, 128)):
         ledger = Ledger(len(dataset.val))
-        found = score(model, dataset, config(batch=batch, seq=seq), documents=None, seed=0, ledger=ledger)
+        found = score(model, Evaluation(dataset.val, config(batch=batch, seq=seq)), ledger)
         assert np.abs(ledger.entries["nats"] - wanted).max() <= 1e-11
         assert found.full and found.windows == f"stateful seq={seq}" and abs(found.nats - wanted.sum()) < 1e-9
-    plain = score(model, dataset, config(windows="plain"), documents=None, seed=0)
+    plain = score(model, Evaluation(dataset.val, config(windows="plain")))
     assert abs(plain.nats - found.nats) > 1e-3, "the carry must matter"
 
 
@@ -57,7 +58,7 @@ def test_packed_text_is_one_stream(backend: str) -> None:
     text = dataset.val.read(0, len(dataset.val))[None]
     wanted = model.nll(text[:, :-1], text[:, 1:])[0]
     ledger = Ledger(len(dataset.val))
-    score(model, dataset, config(), documents=None, seed=0, ledger=ledger, isolated=False)
+    score(model, Evaluation(dataset.val, config(), isolated=False), ledger)
     assert np.abs(ledger.entries["nats"] - wanted).max() <= 1e-11
 
 
@@ -65,8 +66,8 @@ def test_packed_text_is_one_stream(backend: str) -> None:
 def test_an_estimate_is_its_documents_part_of_the_score(backend: str) -> None:
     dataset, model = make_dataset(LENGTHS), made(backend)
     full, some = Ledger(len(dataset.val)), Ledger(len(dataset.val))
-    score(model, dataset, config(), documents=None, seed=0, ledger=full)
-    found = score(model, dataset, config(), documents=5, seed=3, ledger=some)
+    score(model, Evaluation(dataset.val, config()), full)
+    found = score(model, Evaluation(dataset.val, config(seed=3), 5), some)
     written = some.entries["order"] > 0
     assert 0 < written.sum() < len(written) and not found.full and found.documents == 5
     assert np.abs(some.entries["nats"][written] - full.entries["nats"][written]).max() <= 1e-11
@@ -79,7 +80,7 @@ class Killed(Exception):
 def test_a_killed_score_goes_on_to_the_same_numbers() -> None:
     dataset, model = make_dataset(LENGTHS), made("cuda")
     whole = Ledger(len(dataset.val))
-    expected = score(model, dataset, config(), documents=None, seed=0, ledger=whole)
+    expected = score(model, Evaluation(dataset.val, config()), whole)
     ledger, seen = Ledger(len(dataset.val)), []
 
     def kill(done: int, total: int) -> None:
@@ -88,11 +89,11 @@ def test_a_killed_score_goes_on_to_the_same_numbers() -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        score(model, dataset, config(), documents=None, seed=0, ledger=ledger, progress=kill)
+        score(model, Evaluation(dataset.val, config()), ledger, progress=kill)
     before = int((ledger.entries["order"] > 0).sum())
     assert 0 < before < len(ledger.entries)
     seen.clear()
-    found = score(model, dataset, config(), documents=None, seed=0, ledger=ledger, progress=lambda *at: seen.append(at))
+    found = score(model, Evaluation(dataset.val, config()), ledger, progress=lambda *at: seen.append(at))
     assert np.abs(ledger.entries["nats"] - whole.entries["nats"]).max() <= 1e-11
     assert abs(found.bpb - expected.bpb) < 1e-12 and seen[-1][0] == seen[-1][1]
 

@@ -15,7 +15,7 @@ from core.config import ModelConfig, changed
 from core.export.artifact import ArtifactError, read_artifact, write_artifact
 from core.model.params import param_table
 from core.model.storage import Stored
-from shared_tests.oracle import reference
+from shared_tests.reference import storage as reference
 
 SMALL = changed(ModelConfig(), {
     "vocab": 11, "dim": 8, "layers": 2, "attention.heads": 2, "attention.kv_heads": 1, "mlp.hidden": 66,

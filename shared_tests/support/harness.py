@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import pytest
 import sentencepiece
 
 from backends.mlx.blas import load_fast_blas
@@ -16,6 +17,7 @@ from core.check.parity import perturbed
 from core.config import ModelConfig, RunConfig, changed
 from core.data.batch import Batch
 from core.engine.protocol import Arrays, Engine, EngineOptions, load_engine
+from shared_tests.oracle import everything
 
 load_fast_blas()  # before anything imports MLX
 BACKENDS = ("mlx", "cuda")
@@ -146,7 +148,7 @@ def tiny_tokenizer(**options: Any) -> bytes:
 
 
 EVERYTHING = "everything"
-"""A model that no preset is: every layer kind, and every option that a preset leaves off."""
+"""A model that no preset is: all examples of the oracle's parts together."""
 
 
 OPPOSITE = "opposite"
@@ -160,6 +162,15 @@ HYBRID = "hybrid"
 def minis() -> list[str]:
     """Return the names of all presets, EVERYTHING, OPPOSITE and HYBRID."""
     return [*presets.PRESETS, EVERYTHING, OPPOSITE, HYBRID]
+
+
+SIBLINGS = ("ablate_float", "ablate", "skc_ablate", "skc_600", "skc_proxy")
+"""Presets whose minis have no option that another mini lacks (test_minis.py): their cases wait for the long run."""
+
+
+def shortened(names: Iterable[str]) -> list[Any]:
+    """Return names of minis as parameters of a test; SIBLINGS are marked long."""
+    return [pytest.param(name, marks=pytest.mark.long) if name in SIBLINGS else name for name in names]
 
 
 def mini(name: str) -> RunConfig:
@@ -179,14 +190,7 @@ def mini(name: str) -> RunConfig:
         })  # fmt: skip
         return dataclasses.replace(config, preset=OPPOSITE, model=model)
     assert name == EVERYTHING, name
-    model = changed(config.model, {
-        "layers": 5, "blocks": ("skc", "skc_parallel", "koopman", "attention"), "shared_blocks": 4,
-        "repeat_layers": (1, 2, 3), "koopman.dim": 16, "skc.capsules": 5, "skc.heads": 2, "skc.block": 8,
-        "skc.intra": 0.25, "mlp.hidden": 48, "residual_mix": True, "skips.on": True, "depth_damping": True,
-        "output_norm": "gain", "attention.conv": True, "bank.at": "both", "bank.heads": 2, "bank.capsules": 3,
-        "engram.orders": 3, "engram.heads": 2, "engram.buckets": 101, "engram.dim": 12, "bigram.buckets": 53,
-        "bigram.dim": 6, "smear.on": True,
-    })  # fmt: skip
+    model = changed(config.model, everything())
     # At rates of 0.003 so many parts at once are chaotic: rounding grows a hundredfold in ten steps (docs/log.md).
     rates: dict[str, Any] = dict.fromkeys(("lr_embed", "lr_matrix", "lr_vector", "lr_hash"), 1e-3)
     train = dataclasses.replace(config.train, repeat_from=0.5, **rates)

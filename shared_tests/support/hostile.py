@@ -138,6 +138,14 @@ def plant(kind: str, path: Path, strangers: Path) -> None:
     KINDS[kind](path, strangers)
 
 
+def put(values: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """Return nested settings with one of them changed, which is named with dots."""
+    first, _, rest = name.partition(".")
+    section = values.get(first)
+    inside: dict[str, Any] = section if isinstance(section, dict) else {}
+    return values | {first: put(inside, rest, value) if rest else value}
+
+
 def drawn(cases: Sequence[Any], count: int, name: str) -> list[Any]:
     """Return `count` of the cases, always the same ones."""
     return [cases[i] for i in rng.choose(0, name, len(cases), min(count, len(cases))).tolist()]

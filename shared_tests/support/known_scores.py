@@ -14,8 +14,12 @@ BOS, UNKNOWN, VOCAB = 1, 3, 50
 class FakeSplit:
     """A stream in memory."""
 
-    def __init__(self, tokens: np.ndarray, document_bytes: np.ndarray | None, unknown_tokens: int | None) -> None:
-        self.tokens = tokens.astype(np.int32)
+    name = "fake/val"
+
+    def __init__(
+        self, tokens: np.ndarray, document_bytes: np.ndarray | None, unknown_tokens: int | None, tokenizer: Any
+    ) -> None:
+        self.tokens, self.tokenizer = tokens.astype(np.int32), tokenizer
         self.document_starts = np.flatnonzero(tokens == BOS).astype(np.int64)
         self.document_bytes = document_bytes
         self.unknown_tokens = unknown_tokens
@@ -42,7 +46,7 @@ def make_dataset(
     fault = None if byte_pieces else "no byte pieces"
     tokenizer = SimpleNamespace(table=table, table_fault=fault, bos=BOS, unknown=UNKNOWN, vocab=VOCAB)
     document_bytes = np.array([3 * n + 1 for n in lengths], np.int64) if raw else None
-    split = FakeSplit(np.concatenate(parts), document_bytes, unknown)
+    split = FakeSplit(np.concatenate(parts), document_bytes, unknown, tokenizer)
     return SimpleNamespace(name="fake", tokenizer=tokenizer, val=split)
 
 

@@ -24,7 +24,7 @@ from core.export.artifact import write_artifact
 from core.model.params import optimizer_slots, param_table, start_values
 from core.model.storage import STORAGES
 from core.training.run import Run
-from shared_tests.oracle.reference import stored_model
+from shared_tests.reference.storage import stored_model
 
 Random = random.Random
 SIZES: dict[str, Any] = {

@@ -36,7 +36,7 @@ from core.data.shards import DataError, open_shard
 from core.export.artifact import ArtifactError, read_artifact, write_artifact
 from core.model.params import optimizer_slots, param_table
 from core.training.run import Run, RunError
-from shared_tests.oracle.reference import LARGEST
+from shared_tests.reference.storage import LARGEST
 from shared_tests.support import mutants, record_mutants
 
 MEMORY = 256 << 20

@@ -37,16 +37,17 @@ class BigramEngine:
     ranks = Alone()
 
     def __init__(
-        self, config: RunConfig, bad_step: int | None = None, stop_step: int | None = None, pause: float = 0.0
+        self, config: RunConfig, bad_step: int | None = None, stop_step: int | None = None, hang_step: int | None = None
     ):
-        self.config, self.bad_step, self.stop_step, self.pause = config, bad_step, stop_step, pause
+        self.config, self.bad_step, self.stop_step, self.hang_step = config, bad_step, stop_step, hang_step
         self.values = start_values(config.model, config.seed)
         self.state = {f"{n}.{slot}": np.zeros_like(w) for n, w in self.values.items() for slot in ("m", "v")}
         self.started: list[int] = []
 
     def train_step(self, batch: Batch, plan: StepPlan) -> Done:
-        time.sleep(self.pause)
         self.started.append(plan.step)
+        if plan.step == self.hang_step and len(self.started) > 1:  # until somebody kills the process
+            time.sleep(600)
         if plan.step == self.stop_step and len(self.started) > 1:  # not in the warm-up
             raise KeyboardInterrupt
         if plan.step == self.bad_step and len(self.started) > 1:

@@ -7,7 +7,7 @@ import numpy as np
 from core.check.tolerances import relative_rms
 from core.model.ngrams import MULTIPLIERS
 from core.model.tables import hadamard, rope_tables
-from shared_tests.oracle import reference
+from shared_tests.reference import ops as reference
 from shared_tests.support.harness import call, draw, gradients, module, rounded, tokens
 
 

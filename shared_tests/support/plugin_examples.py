@@ -14,6 +14,7 @@ from core import rng
 from core.config import EvalConfig, RunConfig, TrainConfig
 from core.engine.protocol import Arrays, Engine
 from core.scoring import session
+from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
 from core.scoring.score import Score, score, score_text
@@ -144,7 +145,7 @@ class Markov:
         for u in drawn:
             tokens.append(min(int(np.searchsorted(edges[tokens[-1]], u)), VOCAB - 1))
         dataset = make_dataset([5], raw=False)
-        dataset.val = FakeSplit(np.array(tokens), None, 0)
+        dataset.val = FakeSplit(np.array(tokens), None, 0, dataset.tokenizer)
         return dataset
 
 
@@ -167,7 +168,7 @@ def config(**changes: Any) -> EvalConfig:
 def run(engine: Any, dataset: Any, plugins: list[Plugin], **changes: Any) -> tuple[Score, np.ndarray]:
     """Return the score and the entries of its ledger."""
     book = Ledger(len(dataset.val))
-    found = score(engine, dataset, config(**changes), documents=None, seed=0, ledger=book, plugins=plugins)
+    found = score(engine, Evaluation(dataset.val, config(**changes), plugins=bool(plugins)), book, plugins=plugins)
     return found, book.entries
 
 
@@ -218,6 +219,6 @@ def child(path: str, place: str, count: str) -> None:
 
     os.replace = renamed
     score_text(
-        fresh("mlx", small("debug")), dataset.val, settings, book, None, True, [Visits(), HonestCache(), Adaptation()],
-        VOCAB, None, lambda done, total: visit("progress"),
+        fresh("mlx", small("debug")), Evaluation(dataset.val, settings, plugins=True), book,
+        plugins=[Visits(), HonestCache(), Adaptation()], progress=lambda done, total: visit("progress"),
     )  # fmt: skip

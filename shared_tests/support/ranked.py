@@ -3,9 +3,11 @@
 `python -m shared_tests.support.ranked BACKEND FOLDER TASK ...`: rank 0 writes what a task returned to FOLDER/TASK.json.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -31,6 +33,7 @@ from core.engine.ranks import (
     join,
     share,
 )
+from core.scoring.evaluation import Evaluation
 from core.scoring.plugins import Temperature
 from core.scoring.score import score
 from core.training.loop import train
@@ -78,8 +81,11 @@ def cases(world: int) -> dict[str, RunConfig]:
     made = {}
     for name, preset, changes in (
         ("adamw", "ablate_float", {"matrix_rule": "adamw", "batch": 4}),
-        ("muon", "ablate_float", {"matrix_rule": "muon", "batch": 4, "average_from": 0.3}),
-        ("uneven", "ablate_float", {"matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3}),
+        (
+            "uneven",
+            "ablate_float",
+            {"matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3, "average_from": 0.3},
+        ),
         ("micro", "ablate", {"matrix_rule": "muon", "batch": 6, "micro_batch": 2}),
     ):
         config = mini(preset)
@@ -152,11 +158,11 @@ def scores(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
         stride = 8 if windows in ("sliding", "documents") else None
         settings = EvalConfig(windows=windows, seq=24, stride=stride, batch=3)
         for drawn in (None, 7):
-            made = score(engine, dataset, settings, documents=drawn, seed=0, ranks=ranks)
+            made = score(engine, Evaluation(dataset.val, settings, drawn), ranks=ranks)
             found[f"{windows} {drawn}"] = made.to_json()
     settings = EvalConfig(seq=24, batch=3, plugins=("temperature", "shared_tests.support.plugin_examples:Adaptation"))
     for plugin in (Temperature(), Adaptation(24)):  # what learns, and what trains
-        made = score(engine, dataset, settings, documents=7, seed=0, ranks=ranks, plugins=[plugin])
+        made = score(engine, Evaluation(dataset.val, settings, 7, plugins=True), ranks=ranks, plugins=[plugin])
         found[type(plugin).__name__] = made.to_json()
     return found
 
@@ -229,11 +235,12 @@ def together(backend: str, world: int, folder: Path, *tasks: str) -> dict[str, A
 
 
 def _ports(count: int) -> list[int]:
-    """Return free ports."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
+    """Return free ports, of those that a system gives to nobody who does not ask for them by number."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports += [port] if port not in ports else []
     return ports
 
 

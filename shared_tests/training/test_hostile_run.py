@@ -96,8 +96,8 @@ def play(place: Place, verb: str, file: str, kind: str) -> int:
 
 def test_a_draw_of_all_cases(place: Place) -> None:
     cases = {verb: [case for case in QUICK if case[0] == verb] for verb in FILES if verb != "audit"}
-    codes = [play(place, *case) for verb, some in cases.items() for case in drawn(some, 4, f"hostile/run/{verb}")]
-    assert {0, 2} == set(codes) and codes.count(2) > 10, "a draw without refusals, or with nothing else, proves little"
+    codes = [play(place, *case) for verb, some in cases.items() for case in drawn(some, 2, f"hostile/run/{verb}")]
+    assert {0, 2} == set(codes) and codes.count(2) > 5, "a draw without refusals, or with nothing else, proves little"
 
 
 @pytest.mark.parametrize("verb, name", [("train", "state"), ("track", "tensorboard"), ("audit", "audit")])

@@ -40,6 +40,7 @@ def test_kills_inside_a_save(folder: Path) -> None:
     assert Run.open(path).kept() == [6, 12]
 
 
+@pytest.mark.long
 def test_kills_at_any_time(folder: Path) -> None:
     said: list[str] = []
     found = campaign("mlx", 3, 1, folder / "campaign", said.append)

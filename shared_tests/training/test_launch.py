@@ -60,14 +60,26 @@ def test_a_wrong_command_line_starts_nothing(script: str, arguments: list[str], 
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.pair
-def test_one_node_plans_then_trains_with_two_ranks(tmp_path: Path) -> None:
-    """The plan comes first and stops what cannot be; then both ranks train, and rank 0 writes the run."""
+def one_node_options(tmp_path: Path) -> list[str]:
+    """Return the options of a short run."""
     data = small_data(tmp_path / "text", 60)
-    options = ["debug", "--data.path", data, "--train.steps", "4", "--eval.documents", "2", "--json"]
+    return ["debug", "--data.path", data, "--train.steps", "4", "--eval.documents", "2", "--json"]
+
+
+@pytest.mark.pair
+def test_one_node_stops_at_a_plan_that_cannot_be(tmp_path: Path) -> None:
+    """The plan comes first, and nothing is trained."""
+    options = one_node_options(tmp_path)
     refused = launch("one_node", *options, "--out", "over", "--export.budget", "160000", cwd=tmp_path, NPROC="2")
     assert refused.returncode == 1 and "one_node: the plan failed, or passes a limit" in refused.stderr
     assert not json.loads(refused.stdout)["ok"] and not (tmp_path / "over").exists()
+
+
+@pytest.mark.long
+@pytest.mark.pair
+def test_one_node_plans_then_trains_with_two_ranks(tmp_path: Path) -> None:
+    """Both ranks train, and rank 0 writes the run."""
+    options = one_node_options(tmp_path)
     found = launch("one_node", "-n", "2", *options, "--out", "run", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     plan, result = map(json.loads, found.stdout.splitlines())

@@ -3,8 +3,9 @@
 The cases are made of the fields of the dataclasses, and go in as config.json, artifact header, TOML and command line.
 """
 
+import contextlib
 import dataclasses
-import functools
+import itertools
 import json
 import resource
 import time
@@ -19,33 +20,26 @@ from core import presets
 from core.ablation.plan import read_plan
 from core.checks import ConfigError, told
 from core.cli import main
-from core.config import (
-    DataConfig,
-    EvalConfig,
-    ExportConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-    changed,
-    from_json,
-    to_json,
-)
+from core.config import EvalConfig, ModelConfig, RunConfig, changed, flattened, from_json, to_json
 from core.console import MESSAGE, one_line
-from core.export.artifact import read_artifact
+from core.export.artifact import ArtifactError, read_artifact, write_artifact
 from core.model import trunk
 from core.model.params import MOST_VALUES, count, param_table, start_values
 from core.training.run import Run
 from core.verbs.common import open_subject
 from core.verbs.errors import is_users, message
+from shared_tests.reference import storage as reference
 from shared_tests.support.artifacts import join, parts
-from shared_tests.support.artifacts import write as write_artifact
 from shared_tests.support.command_line import Capture
+from shared_tests.support.harness import EVERYTHING, mini
+from shared_tests.support.hostile import put
 
-SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "eval": EvalConfig, "export": ExportConfig}
 WHOLE = (10**9, 10**18, 2**40, 2**62, -(2**62), 10**4000, -1, 0)
 TEXTS = ("a" * 1_000_000, "a\0b", "a\ud800b", "\x1b[2Ja", "")
 SECONDS, MEMORY = 10.0, 512 << 20
 """Of processor time and of memory that one case may take."""
+MOMENT = 0.1
+"""Seconds of processor time in which a header with one number that is too large is refused."""
 
 
 def kinds(hint: Any) -> set[Any]:
@@ -55,44 +49,35 @@ def kinds(hint: Any) -> set[Any]:
     return set().union(*map(kinds, get_args(hint))) if get_args(hint) else {hint}
 
 
-def fields(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the fields of a section and of the parts in it, named with dots, and what they take."""
-    found: dict[str, Any] = {}
+def fields(kind: Any = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the name of every setting, with dots, and what it takes."""
     for name, hint in typing.get_type_hints(kind).items():
-        inner = dataclasses.is_dataclass(hint)
-        found |= fields(hint, f"{prefix}{name}.") if inner else {prefix + name: hint}
-    return found
+        inside = dataclasses.is_dataclass(hint)
+        yield from fields(hint, f"{prefix}{name}.") if inside else [(f"{prefix}{name}", hint)]
 
 
-def cases() -> Iterator[tuple[str, str, Any]]:
-    """Yield (section, field, value) for every field: numbers, texts and lists that no one means."""
-    for section, kind in SECTIONS.items():
-        for name, hint in fields(kind).items():
-            values: list[Any] = []
-            if get_origin(hint) is tuple:
-                one = {int: 3, float: 0.5, str: "attention"}[kinds(hint).difference({type(...)}).pop()]
-                values += [[one] * 100_000, [10**18], [], [[]]]
-            elif int in kinds(hint):
-                values += WHOLE
-            elif float in kinds(hint):
-                values += [*WHOLE, 1e308, -1e308, 5e-324]
-            elif str in kinds(hint):
-                values += TEXTS
-            yield from ((section, name, value) for value in values)
-    yield from (("", "seed", value) for value in WHOLE)
-    yield from (("", "preset", value) for value in TEXTS)
+def cases() -> Iterator[tuple[str, Any]]:
+    """Yield (setting, value) for every setting: numbers, texts and lists that no one means."""
+    for name, hint in fields():
+        values: list[Any] = []
+        if get_origin(hint) is tuple:
+            one = {int: 3, float: 0.5, str: "attention"}[kinds(hint).difference({type(...)}).pop()]
+            values += [[one] * 100_000, [10**18], [], [[]]]
+        elif int in kinds(hint):
+            values += WHOLE
+        elif float in kinds(hint):
+            values += [*WHOLE, 1e308, -1e308, 5e-324]
+        elif str in kinds(hint):
+            values += TEXTS
+        yield from ((name, value) for value in values)
 
 
 ALL = list(cases())
 
 
-def edited(config: RunConfig, case: tuple[str, str, Any]) -> dict[str, Any]:
-    """Return a configuration as JSON has it, with one field changed."""
-    value = to_json(config)
-    section, name, new = case
-    *parts, last = [part for part in (section, *name.split(".")) if part]
-    functools.reduce(dict.__getitem__, parts, value)[last] = new
-    return json.loads(json.dumps(value))
+def edited(config: RunConfig, case: tuple[str, Any]) -> dict[str, Any]:
+    """Return a configuration as JSON has it, with one setting changed."""
+    return json.loads(json.dumps(put(to_json(config), *case)))
 
 
 def check(act: Callable[[], object], case: object) -> bool:
@@ -139,18 +124,69 @@ def test_config_json(tmp_path: Path) -> None:
     assert 40 < accepted < len(ALL) / 4, "most are refused, and what is meant by someone works"
 
 
-def test_an_artifact(tmp_path: Path) -> None:
-    """Every field of a model, as an artifact's header says it."""
-    write_artifact(tmp_path / "good.skc")
-    header, payload = parts((tmp_path / "good.skc").read_bytes())
-    bad = tmp_path / "bad.skc"
-    for section, name, value in ALL:
-        if section == "model" and not (isinstance(value, str) and "\ud800" in value):
-            bad.write_bytes(join(header | {"model": header["model"] | {name: value}}, payload))
+@pytest.fixture(scope="module", params=["debug", EVERYTHING])
+def header(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], bytes]:
+    """The header and the streams of an artifact: of a plain model, and of one with everything on."""
+    path, model = tmp_path_factory.mktemp("good") / "good.skc", mini(request.param).model
+    stored = reference.stored_model(model, start_values(model, 0))
+    write_artifact(path, model, stored, tokenizer_sha256="0" * 64, provenance={"train_seq": 16})
+    return parts(path.read_bytes())
+
+
+MODEL = [(name.removeprefix("model."), value) for name, value in ALL if name.startswith("model.")]
+COUNTS = [name.removeprefix("model.") for name, hint in fields() if name.startswith("model.") and int in kinds(hint)]
+"""The settings of a model, with values that no one means, and those that are whole numbers or lists of them."""
+
+
+def test_an_artifact(header: tuple[dict[str, Any], bytes], tmp_path: Path) -> None:
+    """Every setting of a model, as an artifact's header says it."""
+    bad, (good, payload) = tmp_path / "bad.skc", header
+    for name, value in MODEL:
+        if not (isinstance(value, str) and "\ud800" in value):
+            bad.write_bytes(join(good | {"model": put(good["model"], name, value)}, payload))
             check(lambda: read_artifact(bad), (name, value))
-    seq = 2**62
-    bad.write_bytes(join(header | {"provenance": header["provenance"] | {"train_seq": seq}}, payload))
+    bad.write_bytes(join(good | {"provenance": good["provenance"] | {"train_seq": 2**62}}, payload))
     assert open_subject(str(bad), None).config.train.seq == EvalConfig.seq
+
+
+def test_a_header_of_huge_numbers_is_refused_in_moments(header: tuple[dict[str, Any], bytes], tmp_path: Path) -> None:
+    """Whatever else a header switches on: its numbers are bounded before anything is made of them."""
+    bad, (good, payload) = tmp_path / "bad.skc", header
+    for name in COUNTS:
+        for value in (2**40, 2**62, 10**4000):
+            at = [value] if isinstance(at_default(name), tuple) else value
+            bad.write_bytes(join(good | {"model": put(good["model"], name, at)}, payload))
+            began = time.process_time()
+            with pytest.raises(ArtifactError, match=rf"model\.{name}.*expected at most"):
+                read_artifact(bad)
+            assert time.process_time() - began < MOMENT, name
+
+
+def at_default(name: str) -> Any:
+    """Return the default of a model's setting."""
+    return flattened(to_json(ModelConfig()))[name]
+
+
+def test_two_numbers_at_their_limits_cost_little(header: tuple[dict[str, Any], bytes], tmp_path: Path) -> None:
+    """What each would be allowed alone; most models of both are refused for their size or their tensors."""
+    bad, (good, payload) = tmp_path / "bad.skc", header
+    refused = []
+    largest = {name: limit for name in COUNTS if (limit := allowed(good["model"], name))}
+    assert len(largest) > 15
+    for one, other in itertools.combinations(largest, 2):
+        model = put(put(good["model"], one, largest[one]), other, largest[other])
+        bad.write_bytes(join(good | {"model": model}, payload))
+        refused.append(not check(lambda: read_artifact(bad), (one, other)))
+    assert sum(refused) > 100
+
+
+def allowed(model: dict[str, Any], name: str) -> int | None:
+    """Return the largest power of two that a number of a model may be, the others being as they are."""
+    for exponent in range(20, 1, -1):
+        with contextlib.suppress(ConfigError):
+            from_json(ModelConfig, put(model, name, 2**exponent), "model")
+            return 2**exponent
+    return None
 
 
 def toml(value: Any) -> str:
@@ -169,9 +205,9 @@ def test_toml(tmp_path: Path) -> None:
         return check(lambda: read_plan(file).jobs(), (str(changes)[:80], rest[:80]))
 
     assert plan({})
-    for section, name, value in ALL:
-        if section and name not in ("steps", "seconds"):
-            plan({}, f'[settings]\n"{section}.{name}" = {toml(value)}\n[variants.plain]\n')
+    for name, value in ALL:
+        if "." in name and name not in ("train.steps", "train.seconds"):
+            plan({}, f'[settings]\n"{name}" = {toml(value)}\n[variants.plain]\n')
     for value in WHOLE:
         for changes in (
             {"[budget]\nsteps": str(value)},
@@ -223,15 +259,10 @@ def test_toml_as_people_write_it(tmp_path: Path) -> None:
 
 def test_the_command_line(capsys: Capture) -> None:
     """The same through options: one field of each section, in full, and one number for every field."""
-    tried = [("model", "layers", value) for value in WHOLE] + [("data", "path", value) for value in TEXTS[2:]]
-    tried += [
-        ("train", "batch", 2**62),
-        ("train", "seq_stages", 2**40),
-        ("eval", "seq", 2**40),
-        ("eval", "batch", 2**40),
-    ]
-    for section, name, value in tried:
-        code, took = main(["info", "debug", f"--{section}.{name}", str(value)]), time.process_time()
+    tried = [("model.layers", value) for value in WHOLE] + [("data.path", value) for value in TEXTS[2:]]
+    tried += [("train.batch", 2**62), ("train.seq_stages", 2**40), ("eval.seq", 2**40), ("eval.batch", 2**40)]
+    for name, value in tried:
+        code, took = main(["info", "debug", f"--{name}", str(value)]), time.process_time()
         said = capsys.readouterr().err
         assert time.process_time() - took <= SECONDS
         if code:
@@ -267,11 +298,12 @@ def test_sizes_at_their_limits_cost_little() -> None:
 
 
 def test_every_limit_is_checked_first() -> None:
-    """A field that is too large is refused by its limit, not by what would be computed from it."""
-    for section, name, value in ALL:
-        if section and isinstance(value, int) and value == 10**18 and int in kinds(fields(SECTIONS[section])[name]):
-            with pytest.raises(ConfigError, match=rf"^{section}\.{name}.*expected at most"):
-                from_json(SECTIONS[section], edited(RunConfig(), (section, name, value))[section], section)
+    """A number that is too large is refused by its limit, not by what would be computed from it."""
+    for name, hint in fields():
+        if "." in name and int in kinds(hint):
+            value = [10**18] if get_origin(hint) is tuple else 10**18
+            with pytest.raises(ConfigError, match=rf"^{name}.*expected at most"):
+                from_json(RunConfig, edited(RunConfig(), (name, value)))
 
 
 # What leaves the program.

@@ -50,7 +50,7 @@ def test_a_second_writer_touches_nothing(dataset: Dataset, tmp_path: Path) -> No
 
 def test_a_killed_writer_holds_nothing(tmp_path: Path) -> None:
     program = "import os, sys; from core.training.writer import hold\nwith hold(sys.argv[1]): os.kill(os.getpid(), 9)"
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "run")], timeout=60)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "run")], timeout=300)
     assert done.returncode == -signal.SIGKILL and (tmp_path / "run" / "lock").exists()
     with hold(tmp_path / "run"):
         pass

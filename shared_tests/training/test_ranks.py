@@ -105,7 +105,7 @@ def test_the_command_line_with_two_ranks(data: str, tmp_path: Path) -> None:
     command = ["-m", "core.cli", "train", "debug", "--backend", "mlx", "--data.path", data, "--out", out, "--json"]
     command += ["--train.steps", "4", "--train.batch", "3", "--eval.documents", "None"]
     processes = start("mlx", 2, command, tmp_path)
-    assert [process.wait(timeout=120) for process in processes] == [0, 0], (tmp_path / "rank-0").read_text()
+    assert [process.wait(timeout=300) for process in processes] == [0, 0], (tmp_path / "rank-0").read_text()
     trained = json.loads((tmp_path / "rank-0").read_text().splitlines()[-1])
     assert (tmp_path / "rank-1").read_text() == "" and trained["step"] == 4
     assert json.loads((tmp_path / "run" / "env.json").read_text())["ranks"] == 2
@@ -113,10 +113,10 @@ def test_the_command_line_with_two_ranks(data: str, tmp_path: Path) -> None:
     evaluate = ["-m", "core.cli", "eval", out, "--backend", "mlx", "--json"]
     book = tmp_path / "cost.ledger"
     processes = start("mlx", 2, [*evaluate, "--ledger", str(book)], tmp_path)
-    assert [process.wait(timeout=120) for process in processes] == [0, 0], (tmp_path / "rank-0").read_text()
+    assert [process.wait(timeout=300) for process in processes] == [0, 0], (tmp_path / "rank-0").read_text()
     scored = json.loads((tmp_path / "rank-0").read_text().splitlines()[-1])["score"]
     assert (tmp_path / "rank-1").read_text() == "" and Ledger.read(book).complete()
-    alone = subprocess.run([sys.executable, *evaluate], capture_output=True, text=True, timeout=120)
+    alone = subprocess.run([sys.executable, *evaluate], capture_output=True, text=True, timeout=300)
     expected = json.loads(alone.stdout)["score"]
     assert abs(scored["bpb"] - expected["bpb"]) < SCORES and abs(trained["score"]["bpb"] - expected["bpb"]) < SCORES
 
@@ -137,6 +137,7 @@ def test_a_run_of_two_goes_on_with_one(both: Any, tmp_path: Path) -> None:
     assert apart(one[0] / "run.safetensors", folder / "run.safetensors") < STATE
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("both", ["cuda"], indirect=True)
 def test_three_and_four_ranks(both: Any, data: str, tmp_path: Path) -> None:
     """Three score, four train, and four go on with a run of two."""

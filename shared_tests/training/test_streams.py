@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shell(place: Path, command: str) -> subprocess.CompletedProcess[bytes]:
     """Run a shell's command in `place`, where `skc` is the program and DATA the data."""
     script = f'skc() {{ "{sys.executable}" -m core.cli "$@"; }}; {command.replace("DATA", str(place / "data"))}'
-    return subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, timeout=200)
+    return subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, timeout=300)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,7 @@ def test_the_log_keeps_what_the_screen_cannot_show(place: Path) -> None:
     done = shell(place, command)
     assert done.returncode == 0 and b" ? 0.0" in done.stdout
     log = (place / "r4" / "log.txt").read_text("utf-8")
-    assert (
-        " ± 0.0" in log and log.encode("ascii", "replace") in done.stdout.replace(b"skc train", b"skc train", 1) or log
-    )
+    assert " ± 0.0" in log
 
 
 def test_closed_streams_leave_a_whole_run(place: Path) -> None:

@@ -15,14 +15,23 @@ from core.engine.protocol import Engine
 from core.model.params import param_table
 from core.training import schedule
 from core.training.run import Run
-from shared_tests.support.harness import BACKENDS, batches, engine, mini, minis, module, working_weights
+from shared_tests.support.harness import BACKENDS, OPPOSITE, batches, engine, mini, minis, module, working_weights
 from shared_tests.support.twins import STEPS, STORED, curve
 
 pytestmark = pytest.mark.pair
 LIMITS = {"float64": P4_FLOAT64, "float32": P4_FLOAT32}
 
 
-@pytest.mark.parametrize("name", STORED)
+QUICK = ("debug", "baseline", "ternary_74m", OPPOSITE)
+"""Both optimizer rules, stored weights, attention and recurrent layers, documents that end and that do not."""
+
+
+def quick(name: str, *more: str) -> Any:
+    """Return a case as a parameter; minis other than QUICK are marked long."""
+    return pytest.param(name, *more, marks=() if name in QUICK else pytest.mark.long)
+
+
+@pytest.mark.parametrize("name", map(quick, STORED))
 def test_fifty_steps_from_common_weights_agree(name: str) -> None:
     config = mini(name)
     engines = [engine(b, config, dtype="float32") for b in BACKENDS]
@@ -33,7 +42,9 @@ def test_fifty_steps_from_common_weights_agree(name: str) -> None:
     assert ours[-7:].mean() < ours[:7].mean() - 0.1, "the run must have learned something"
 
 
-@pytest.mark.parametrize("name, dtype", [(n, d) for n in minis() for d in LIMITS if d == "float64" or n not in STORED])
+@pytest.mark.parametrize(
+    "name, dtype", [quick(n, d) for n in minis() for d in LIMITS if d == "float64" or n not in STORED]
+)
 def test_fifty_steps_agree(name: str, dtype: str) -> None:
     ours, theirs = (curve(b, name, dtype) for b in BACKENDS)
     assert np.abs(ours - theirs).max() <= LIMITS[dtype]

@@ -15,7 +15,7 @@ from core.ablation.plan import Ablation, Job
 from core.ablation.search.space import FOUND, Field, Search
 from core.ablation.stats.results import Result, Status
 from core.ablation.store import Place, RunStore
-from core.config import RunConfig, to_json
+from core.config import RunConfig, flattened, to_json
 
 ATTEMPTS = 100
 """Suggestions in a row that may be of no use (tried already, or refused) before a search ends early."""
@@ -164,8 +164,7 @@ def _ended(trial: Trial, results: Sequence[Result]) -> Trial:
 def _start(plan: Ablation, search: Search) -> dict[str, Any]:
     """Return the start's values of the searched fields, as a file would have them."""
     config = json.loads(json.dumps(to_json(plan.config(search.variant, search.seeds[0]))))
-    names = [field.name.split(".") for field in search.space]
-    return {f"{part}.{name}": config[part][name] for part, name in names}
+    return {field.name: flattened(config)[field.name] for field in search.space}
 
 
 class Sampler:

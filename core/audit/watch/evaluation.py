@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from core.audit.fingerprints import ROUNDING, Fingerprints
 from core.audit.flips import PASSES, flip_test
-from core.audit.prints import ROUNDING, Prints
 from core.config import ConfigError, RunConfig, from_json
 from core.console import Console
-from core.data.dataset import Dataset, Split, open_dataset
+from core.data.dataset import Dataset, open_dataset
 from core.engine.protocol import Engine, EngineOptions, load_engine
 from core.export.artifact import read_artifact
+from core.scoring.evaluation import Evaluation
 from core.scoring.key import evaluation_key
 from core.scoring.ledger import Ledger, LedgerError
-from core.scoring.plugins import View, load_plugins, plugin_kinds
+from core.scoring.plugins import View, plugin_kinds
 from core.scoring.score import score, score_sample
 
 SAMPLED = 16
@@ -29,14 +30,14 @@ AGREE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 5e-2}
 """How far the cost that is written may be from that distribution's, in nats: two ways to compute the same logits."""
 
 
-class Stopped(Exception):
+class LastPassDone(Exception):
     """The last forward pass that was asked for is done."""
 
 
 class Distributions:
     """Looks at the distributions that were scored, on some of the passes, and keeps what identifies predictions."""
 
-    def __init__(self, share: float, passes: int | None, stop: int | None, prints: Prints) -> None:
+    def __init__(self, share: float, passes: int | None, stop: int | None, prints: Fingerprints) -> None:
         self._share, self._passes, self._stop, self.prints = share, passes, stop, prints
         self.seconds = 0.0
         self.passes = self.positions = 0
@@ -48,7 +49,7 @@ class Distributions:
     def wants(self, number: int) -> bool:
         """Take the first `passes` (None: all) for the prints, and a random share of all, which nobody can know."""
         if self._stop is not None and number > self._stop:
-            raise Stopped
+            raise LastPassDone
         self._printed = self._passes is None or number <= self._passes
         self._summed = number == 1 or secrets.randbelow(1 << 20) < self._share * (1 << 20)
         return self._printed or self._summed
@@ -63,16 +64,16 @@ class Distributions:
         self.seconds += time.monotonic() - began
 
     def _add(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
-        kept = logprobs[view.kept]
-        highest = kept.max(-1, keepdims=True)
-        total = np.log(np.exp(kept - highest).sum(-1, dtype=np.float64)) + highest[:, 0]
-        of_target = -np.take_along_axis(kept, targets[view.kept][:, None].astype(np.int64), -1)[:, 0]
+        rows = logprobs[view.kept]
+        highest = rows.max(-1, keepdims=True)
+        total = np.log(np.exp(rows - highest).sum(-1, dtype=np.float64)) + highest[:, 0]
+        of_target = -np.take_along_axis(rows, targets[view.kept][:, None].astype(np.int64), -1)[:, 0]
         worst = int(np.argmax(np.abs(np.nan_to_num(total, nan=np.inf))))
         if abs(total[worst]) >= self.sum or not np.isfinite(total[worst]):
             self.sum, self.worst = float(abs(total[worst])), float(total[worst])
         self.cost = max(self.cost, float(np.abs(nats[view.kept] - of_target).max()))
         self.passes += 1
-        self.positions += len(kept)
+        self.positions += len(rows)
 
 
 def audited(
@@ -99,19 +100,19 @@ def audited(
     None: all; `flips`: 0 leaves the flip test out.
     """
     say = Console(as_json=True)
-    found = read_artifact(artifact)
-    settings = dataclasses.replace(from_json(RunConfig, config), model=found.model)
+    model_file = read_artifact(artifact)
+    settings = dataclasses.replace(from_json(RunConfig, config), model=model_file.model)
     whole = open_dataset(data, train=False)
     dataset = whole if documents is None else dataclasses.replace(whole, val=whole.val.documents(documents))
-    if dataset.tokenizer.sha256 != found.tokenizer_sha256:
+    if dataset.tokenizer.sha256 != model_file.tokenizer_sha256:
         raise ConfigError(f"{artifact} was made with another tokenizer than {data}: give its data with --data PATH")
     options = EngineOptions(dtype=dtype)  # type: ignore[arg-type]
-    engine = load_engine(backend, settings, found.weights, options)
+    engine = load_engine(backend, settings, model_file.weights, options)
     value: dict[str, Any] = {"backend": engine.backend, "device": engine.device, "dtype": engine.dtype}
     value["plugins"] = plugin_kinds(settings.eval.plugins)
     value["prepared"] = time.monotonic() - started
     key = hashlib.sha256(f"{secret} {evaluation_key(engine, dataset, settings, plugins=True)}".encode()).hexdigest()
-    prints = Prints(len(dataset.val), places)
+    prints = Fingerprints(len(dataset.val), places)
     value |= _score(engine, dataset, settings, Path(ledger), key, prints, stop, say)
     prints.save(Path(predictions))
     value["clock"] = time.monotonic() - started
@@ -129,7 +130,7 @@ def _score(
     config: RunConfig,
     path: Path,
     key: str,
-    prints: Prints,
+    prints: Fingerprints,
     stop: int | None,
     say: Console,
 ) -> dict[str, Any]:
@@ -139,16 +140,12 @@ def _score(
     watch = Distributions(SAMPLED / total, None if learns else PASSES, stop, prints)
     book = Ledger.open(path, len(dataset.val), key, anew=True)
     value: dict[str, Any] = {"resumed": book.writes, "broken": None, "score": None, "continued": None}
-    isolated = config.model.documents == "isolated"
+    evaluation = Evaluation.of(dataset.val, config, plugins=True)
     try:
         if book.writes and not learns:
-            value["continued"] = _rescored(engine, dataset.val, config, book)
-        done = score(
-            engine, dataset, settings, documents=None, seed=settings.seed, progress=say.progress("scoring"),
-            ledger=book, isolated=isolated, watch=watch, plugins=load_plugins(settings.plugins),
-        )  # fmt: skip
-        value["score"] = done.to_json()
-    except Stopped:
+            value["continued"] = _rescored(engine, evaluation, book)
+        value["score"] = score(engine, evaluation, book, watch=watch, progress=say.progress("scoring")).to_json()
+    except LastPassDone:
         pass
     except LedgerError as error:
         if error.rule is None:
@@ -166,13 +163,12 @@ def _score(
     return value
 
 
-def _rescored(engine: Engine, text: Split, config: RunConfig, book: Ledger) -> dict[str, Any]:
+def _rescored(engine: Engine, evaluation: Evaluation, book: Ledger) -> dict[str, Any]:
     """Score a sample of what an earlier start wrote again; LedgerError if the ledger holds something else.
 
     The draw is this process's: an edit of a share s of the passes stays unseen with a probability of (1 - s)^SAMPLED.
     """
-    dice, isolated = np.random.default_rng(secrets.randbits(128)), config.model.documents == "isolated"
-    sample = score_sample(engine, text, config.eval, book, isolated, SAMPLED, dice)
+    sample = score_sample(engine, evaluation, book, SAMPLED, np.random.default_rng(secrets.randbits(128)))
     both = (sample.entries["order"] > 0) & (book.entries["order"] > 0)
     gaps = np.where(both, np.abs(sample.entries["nats"] - book.entries["nats"]), 0.0)
     if gaps.max() > AGREE[engine.dtype]:

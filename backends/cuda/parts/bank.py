@@ -1,0 +1,35 @@
+"""The bank: a store of token vectors, each under the routing of the token before it (docs/model.md)."""
+
+import torch
+import torch.nn as nn
+
+from backends.cuda import ops
+from backends.cuda.linear import Linear
+from backends.cuda.parts import Part
+from backends.cuda.parts.capsules import Capsules
+
+
+class Bank(Part):
+    """Read what followed contexts like this one. Letters: B rows, T positions, D width, R routing logits."""
+
+    def __init__(self, config, exact):
+        super().__init__()
+        self._config, self._exact = config, exact
+        routes = config.bank.heads * config.bank.capsules
+        self.route = Linear(config.dim, routes)
+        self.write_bias = nn.Parameter(torch.zeros(routes))
+        self.capsules = Capsules(config.bank.store(config), config.norm_eps, exact)
+        self.gate = nn.Parameter(torch.zeros(config.dim))
+
+    def forward(self, stream, context, stage, state):
+        f_BTD = ops.rms_norm(stream.x, self._config.norm_eps, self._exact)
+        kind, route_BTR = f_BTD.dtype, self.route(f_BTD)  # one router: what was written under is what is asked for
+        write_BTR = route_BTR + self.write_bias.to(kind)
+        y_BTD, tape = self.capsules(write_BTR, route_BTR, stream.values, context, state)
+        y_BTD = self.gate.to(kind) * ops.rms_norm(y_BTD, self._config.norm_eps, self._exact).to(kind)
+        # In front of the head the stream is normalised, so that the gate weighs the same whatever its size has become.
+        return stream._replace(x=(f_BTD if stage.name == "bank_head" else stream.x) + y_BTD), tape
+
+    def commit(self, tape, context, n):
+        """Return the state after the first n tokens of a chunk, n from 1 up."""
+        return self.capsules.commit(tape, context, n)

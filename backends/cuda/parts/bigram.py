@@ -1,0 +1,26 @@
+"""Hashed bigrams: a row of a table for every pair of tokens, added to the embedding (docs/model.md)."""
+
+import torch
+import torch.nn as nn
+
+from backends.cuda import ops
+from backends.cuda.linear import Linear
+from backends.cuda.parts import Part
+from core.model.ngrams import BIGRAM_MULTIPLIER
+
+
+class Bigram(Part):
+    """Add a row of a hashed table of bigrams to every token's embedding. Letters: B rows, T positions, D width."""
+
+    def __init__(self, config, exact):
+        super().__init__()
+        self._config, self._exact = config, exact
+        self.table = nn.Parameter(torch.zeros(config.bigram.buckets, config.bigram.dim))
+        self.value = Linear(config.bigram.dim, config.dim)
+
+    def forward(self, stream, context, stage, state):
+        ids, documents = context.last_ids(1)
+        rows_BT1 = ops.ngram_buckets(ids, documents, [(BIGRAM_MULTIPLIER,)], self._config.bigram.buckets)
+        added_BTD = self.value(ops.hashed_rows(self.table, rows_BT1).to(stream.x.dtype))
+        x_BTD = ops.rms_norm(stream.raw + added_BTD, self._config.norm_eps, self._exact)
+        return stream._replace(x=x_BTD, embedded=x_BTD), None

@@ -1,0 +1,165 @@
+"""A store of capsules: in every block of tokens each capsule gathers the values that are routed to it, and tokens read
+what the blocks before theirs have stored (docs/model.md).
+
+Blocks are counted from the start of the row, or of the carried state: no position depends on the length of the row.
+"""
+
+import torch
+import torch.nn as nn
+
+from backends.cuda import ops
+from core.model.capsules import COUPLING, FLOOR
+from core.model.context import CapsuleState, CapsuleTape
+
+
+class Capsules(nn.Module):
+    """Letters: B rows, T positions, C channels in H heads of K, N capsules per head, M blocks of Q positions."""
+
+    def __init__(self, store, eps, exact):
+        super().__init__()
+        self._store, self._eps, self._exact = store, eps, exact
+        heads, count, block = store.heads, store.capsules, store.block
+        self.temperature = nn.Parameter(torch.zeros(2, heads))
+        if store.bands:
+            self.bands = nn.Parameter(torch.zeros(block, count))
+        self.rate = nn.Parameter(torch.zeros(heads, count))
+        self.couple_in = nn.Parameter(torch.zeros(heads, COUPLING, count))
+        self.couple_out = nn.Parameter(torch.zeros(heads, count, COUPLING))
+
+    def forward(self, write_BTR, read_BTR, values_BTC, context, state):
+        """Return what every token reads (B, T, C), and the tape; R = H * N routing logits."""
+        store = self._store
+        rows, seq, width = values_BTC.shape
+        state = state or self.start(values_BTC, context)
+        keys_BTHN, reads_BTHN = self.route(write_BTR, 0, context), self.route(read_BTR, 1, context)
+        writes_BTHN = self.shifted(keys_BTHN, context, state) if store.shift else keys_BTHN
+        phase = context.position % store.block
+        template_QN = self.template(context)
+        w_BMHQN, q_BMHQN = self.blocks(writes_BTHN, phase), self.blocks(reads_BTHN, phase)
+        values_BTHK = values_BTC.to(context.wide).reshape(rows, seq, store.heads, -1)
+        v_BMHQK = self.blocks(values_BTHK, phase)
+        documents_BMQ, fresh_BMQ = self.borders(context, phase)
+        # Written at the end of its block: what of it is in the document that is open then.
+        live_BMHQN = torch.where((documents_BMQ == documents_BMQ[..., -1:])[:, :, None, :, None], w_BMHQN, 0.0)
+        mass_BMHN = torch.sum(live_BMHQN, dim=3)
+        sums_BMHNK = torch.swapaxes(live_BMHQN * template_QN, -1, -2) @ v_BMHQK
+        if phase:
+            kept_B = fresh_BMQ[:, 0, -1].to(context.wide)
+            mass_BMHN = add_first(mass_BMHN, state.mass * kept_B[:, None, None])
+            sums_BMHNK = add_first(sums_BMHNK, state.sums * kept_B[:, None, None, None])
+        stored_BMHNK = self.evolve(sums_BMHNK / (mass_BMHN + FLOOR)[..., None], fresh_BMQ[..., -1], state)
+        before_BMHNK = torch.cat([state.stored[:, None], stored_BMHNK[:, :-1]], dim=1)
+        fresh_BMHQ1 = fresh_BMQ[:, :, None, :, None]
+        coupled_BMHQN = torch.where(fresh_BMHQ1, q_BMHQN + q_BMHQN @ self.coupling(), 0.0)
+        y_BMHQK = coupled_BMHQN @ before_BMHNK
+        if store.intra:
+            seen_XQQ = ops.causal_mask(store.block, store.block, documents_BMQ.reshape(-1, store.block))
+            seen_BMQQ = seen_XQQ.reshape(*documents_BMQ.shape, store.block)
+            scores_BMHQQ = torch.where(seen_BMQQ[:, :, None], q_BMHQN @ torch.swapaxes(w_BMHQN, -1, -2), 0.0)
+            inside_BMHQK = scores_BMHQQ @ v_BMHQK
+            if phase:
+                first_BHQN = torch.where(fresh_BMHQ1[:, 0], q_BMHQN[:, 0], 0.0)
+                inside_BMHQK = add_first(inside_BMHQK, first_BHQN @ state.plain)
+            y_BMHQK = y_BMHQK + store.intra * inside_BMHQK
+        y_BTC = torch.swapaxes(y_BMHQK, 2, 3).reshape(rows, -1, width)[:, phase : phase + seq]
+        tape = CapsuleTape(
+            state, phase, keys_BTHN, w_BMHQN, v_BMHQK, template_QN, stored_BMHNK, documents_BMQ, fresh_BMQ
+        )
+        return y_BTC, tape
+
+    def start(self, values_BTC, context):
+        """Return the state before the first token."""
+        heads, count = self._store.heads, self._store.capsules
+        rows, width = values_BTC.shape[0], values_BTC.shape[-1] // heads
+        zeros = torch.zeros((rows, heads, count, width), dtype=context.wide, device=values_BTC.device)
+        return self.state(zeros, zeros, zeros, zeros[..., 0], zeros[..., 0])
+
+    def state(self, stored_BHNK, sums_BHNK, plain_BHNK, mass_BHN, key_BHN):
+        """Return the state without what these options never read."""
+        plain_BHNK = plain_BHNK if self._store.intra else None
+        return CapsuleState(stored_BHNK, sums_BHNK, plain_BHNK, mass_BHN, key_BHN if self._store.shift else None)
+
+    def route(self, logits_BTR, which, context):
+        """Return the share of each capsule: a softmax of normalised, so bounded, logits, in float32."""
+        store = self._store
+        rows, seq, _ = logits_BTR.shape
+        logits_BTHN = logits_BTR.to(context.wide).reshape(rows, seq, store.heads, store.capsules)
+        logits_BTHN = ops.rms_norm(logits_BTHN, self._eps, self._exact)
+        return ops.softmax(logits_BTHN * self.temperature[which][:, None], self._exact)
+
+    def shifted(self, keys_BTHN, context, state):
+        """Return for every token the key of the one before it in its document, else 0."""
+        before_BTHN = torch.cat([state.key[:, None], keys_BTHN[:, :-1]], dim=1)
+        return torch.where(context.continues[..., None, None], before_BTHN, 0.0)
+
+    def template(self, context):
+        """Return the weight of every place in a block, per capsule: the inverse Walsh transform of its bands."""
+        store = self._store
+        if store.bands:
+            return torch.swapaxes(context.walsh, 0, 1) @ self.bands
+        shape = (store.block, store.capsules)
+        return torch.ones(shape, dtype=context.wide, device=context.documents.device)
+
+    def blocks(self, x_BTHX, phase):
+        """Return (B, M, H, Q, X): whole blocks, with zeros for what came before the chunk and what is still to come."""
+        rows, seq, heads, width = x_BTHX.shape
+        block = self._store.block
+        end = -(phase + seq) % block
+        if phase or end:
+            x_BTHX = torch.nn.functional.pad(x_BTHX, (0, 0, 0, 0, phase, end))
+        return torch.swapaxes(x_BTHX.reshape(rows, -1, block, heads, width), 2, 3)
+
+    def borders(self, context, phase):
+        """Return the document of every place (B, M, Q), and whether none has begun in its block up to there."""
+        block, (rows, seq) = self._store.block, context.documents.shape
+        end = -(phase + seq) % block
+        parts = [context.documents[:, :1] * 0] * phase + [context.documents] + [context.documents[:, -1:]] * end
+        documents_BMQ = torch.cat(parts, dim=1).reshape(rows, -1, block)
+        starts_BT = torch.nn.functional.pad(context.starts.to(torch.int32), (phase, end))
+        return documents_BMQ, torch.cumsum(starts_BT.reshape(rows, -1, block), dim=-1) == 0
+
+    def evolve(self, means_BMHNK, fresh_BM, state):
+        """Return the capsules after every block: each forgets at its rate; a document that begins clears them all."""
+        forget_HN = ops.sigmoid(-self.rate, self._exact)
+        decay_BMHN = torch.where(fresh_BM[..., None, None], forget_HN, 0.0)
+        decay_BMHNK = torch.broadcast_to(decay_BMHN[..., None], means_BMHNK.shape)
+        drive_BMHNK = (1 - forget_HN)[..., None] * means_BMHNK
+        flat = (*means_BMHNK.shape[:2], -1)
+        start_BX = state.stored.reshape(flat[0], -1)
+        stored_BMX = ops.scan(decay_BMHNK.reshape(flat), drive_BMHNK.reshape(flat), start_BX, self._exact)
+        return stored_BMX.reshape(means_BMHNK.shape)
+
+    def coupling(self):
+        """Return M (H, N, N): a capsule also shows what the others hold; its Frobenius norm is at most 1.
+
+        Applied to the reads, q (c + M c) = (q + q M) c, it never touches the channels.
+        """
+        coupling_HNN = self.couple_out @ self.couple_in
+        norm_H11 = torch.sqrt(torch.sum(torch.square(coupling_HNN), dim=(-2, -1), keepdim=True))
+        return coupling_HNN / torch.clamp(norm_H11, min=1.0)
+
+    def commit(self, tape, context, n):
+        """Return the state after the first n tokens of a chunk, n from 1 up."""
+        before = tape.before
+        block, place = divmod(tape.phase + n, self._store.block)
+        stored_BHNK = tape.stored[:, block - 1] if block else before.stored
+        key_BHN, zeros_BHNK = tape.keys[:, n - 1], torch.zeros_like(stored_BHNK)
+        if not place:
+            return self.state(stored_BHNK, zeros_BHNK, zeros_BHNK, zeros_BHNK[..., 0], key_BHN)
+        fresh_B1 = tape.fresh[:, block, place - 1][:, None, None].to(stored_BHNK.dtype)
+        same_BQ = tape.documents[:, block, :place] == context.documents[:, n - 1 : n]
+        w_BHQN = torch.where(same_BQ[:, None, :, None], tape.writes[:, block, :, :place], 0.0)
+        v_BHQK = tape.values[:, block, :, :place]
+        sums_BHNK = torch.swapaxes(w_BHQN * tape.template[:place], -1, -2) @ v_BHQK
+        plain_BHNK, mass_BHN = torch.swapaxes(w_BHQN, -1, -2) @ v_BHQK, torch.sum(w_BHQN, dim=2)
+        if not block:
+            mass_BHN = mass_BHN + before.mass * fresh_B1
+            sums_BHNK = sums_BHNK + before.sums * fresh_B1[..., None]
+            if before.plain is not None:
+                plain_BHNK = plain_BHNK + before.plain * fresh_B1[..., None]
+        return self.state(stored_BHNK * fresh_B1[..., None], sums_BHNK, plain_BHNK, mass_BHN, key_BHN)
+
+
+def add_first(x, more):
+    """Return x with `more` added to its first block."""
+    return torch.cat([x[:, :1] + more[:, None], x[:, 1:]], dim=1)

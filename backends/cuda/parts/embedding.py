@@ -1,0 +1,17 @@
+"""The embedding: a vector per token, which the tied head reads too."""
+
+import torch
+import torch.nn as nn
+
+from backends.cuda import ops
+
+
+class Embedding(nn.Module):
+    """Give every token a vector."""
+
+    def __init__(self, vocab, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(vocab, width))
+
+    def forward(self, tokens_BT):
+        return ops.embedding(tokens_BT, self.weight)

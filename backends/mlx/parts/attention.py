@@ -1,0 +1,58 @@
+"""Layer kind `attention`: causal, grouped-query, with normalised queries and keys, a gain per head, partial RoPE."""
+
+import mlx.core as mx
+
+from backends.mlx import ops
+from backends.mlx.linear import Linear, Output
+from backends.mlx.parts import Part
+from core.model.context import AttentionState
+from core.model.table import TAPS
+
+
+class Attention(Part):
+    """Mix positions by attention. Letters: B rows, T positions, D width, H heads, G key/value heads, K channels,
+    S positions of the state and T."""
+
+    def __init__(self, config, exact):
+        super().__init__()
+        self._config, self._exact, attention = config, exact, config.attention
+        kv = attention.kv_heads * attention.width(config)
+        self.q = Linear(config.dim, config.dim)
+        self.k = Linear(config.dim, kv)
+        self.v = Linear(config.dim, kv)
+        self.o = Output(config.dim, config, exact)
+        if attention.conv:
+            self.conv = mx.zeros((config.dim, TAPS))
+        self.q_gain = mx.zeros((attention.heads,))
+
+    def __call__(self, stream, context, stage, state):
+        config, exact, x_BTD = self._config, self._exact, stream.x
+        rows, seq, dim = x_BTD.shape
+        tail_BPD = None
+        if config.attention.conv:
+            zeros_BPD = mx.zeros((rows, TAPS - 1, dim), dtype=x_BTD.dtype)
+            tail_BPD = mx.concatenate([zeros_BPD if state is None else state.tail, x_BTD], axis=1)
+            x_BTD = ops.short_conv(tail_BPD, self.conv, context.history)
+        split = (rows, seq, -1, config.attention.width(config))
+        q_BHTK = mx.swapaxes(self.q(x_BTD).reshape(split), 1, 2)
+        k_BGTK = mx.swapaxes(self.k(x_BTD).reshape(split), 1, 2)
+        v_BGTK = mx.swapaxes(self.v(x_BTD).reshape(split), 1, 2)
+        # Normalised queries and keys bound the scores; the gain learns how sharp they get.
+        q_BHTK = ops.rope(ops.rms_norm(q_BHTK, config.norm_eps, exact), context.cos, context.sin)
+        k_BGTK = ops.rope(ops.rms_norm(k_BGTK, config.norm_eps, exact), context.cos, context.sin)
+        q_BHTK = q_BHTK * self.q_gain.astype(q_BHTK.dtype)[:, None, None]
+        if state is not None:
+            k_BGTK, v_BGTK = mx.concatenate([state.k, k_BGTK], axis=2), mx.concatenate([state.v, v_BGTK], axis=2)
+        y_BHTK = ops.attention(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)
+        y_BTD = self.o(mx.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim))
+        return stream._replace(x=y_BTD), AttentionState(k_BGTK, v_BGTK, tail_BPD)
+
+    def commit(self, tape, context, n):
+        """Return the state after the first n tokens of a chunk, n from 1 up: the last of it that context.keep says."""
+        end = context.kept + n
+        begin = end - min(context.keep, end)
+        tail_BPD = None
+        if tape.tail is not None:
+            same_BP = context.history[:, n : n + TAPS - 1] == context.documents[:, n - 1 : n]
+            tail_BPD = mx.where(same_BP[..., None], tape.tail[:, n : n + TAPS - 1], 0.0)
+        return AttentionState(tape.k[:, :, begin:end], tape.v[:, :, begin:end], tail_BPD)

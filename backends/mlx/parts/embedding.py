@@ -1,0 +1,17 @@
+"""The embedding: a vector per token, which the tied head reads too."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from backends.mlx import ops
+
+
+class Embedding(nn.Module):
+    """Give every token a vector."""
+
+    def __init__(self, vocab, width):
+        super().__init__()
+        self.weight = mx.zeros((vocab, width))
+
+    def __call__(self, tokens_BT):
+        return ops.embedding(tokens_BT, self.weight)

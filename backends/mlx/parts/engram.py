@@ -1,0 +1,38 @@
+"""EngramHash: rows of hashed n-gram tables, added to the stream through a gate (docs/model.md)."""
+
+import mlx.core as mx
+
+from backends.mlx import ops
+from backends.mlx.linear import Linear
+from backends.mlx.parts import Part
+from core.model.ngrams import multipliers_of
+
+
+class Engram(Part):
+    """Add rows of hashed n-gram tables to the stream, through a gate that compares them with it. Letters: B rows,
+    T positions, D width, W width of all tables together, N tables."""
+
+    def __init__(self, config, exact):
+        super().__init__()
+        self._config, self._exact, engram = config, exact, config.engram
+        tables = engram.orders * engram.heads
+        width = engram.dim // tables
+        self.table = mx.zeros((tables * engram.buckets, width))
+        self.value = Linear(engram.dim, config.dim)
+        self.key = Linear(engram.dim, config.dim)
+        self.sharpness = mx.zeros((1,))
+        self.bias = mx.zeros((1,))
+
+    def __call__(self, stream, context, stage, state):
+        config, exact, x_BTD = self._config, self._exact, stream.x
+        kind = x_BTD.dtype
+        ids, documents = context.last_ids(config.engram.orders)
+        rows_BTN = ops.ngram_buckets(ids, documents, multipliers_of(config), config.engram.buckets)
+        m_BTW = ops.hashed_rows(self.table, rows_BTN).astype(kind)
+        # The gate is a mean of D products: in bfloat16 it would be good to two digits.
+        x_norm_BTD = ops.rms_norm(x_BTD, config.norm_eps, exact).astype(context.wide)
+        key_BTD = ops.rms_norm(self.key(m_BTW), config.norm_eps, exact).astype(context.wide)
+        alike_BT1 = mx.mean(x_norm_BTD * key_BTD, axis=-1, keepdims=True)
+        sharpness = 0.1 + 3.9 * ops.sigmoid(self.sharpness, exact)  # from 0.1 to 4: it never turns the gate round
+        gate_BT1 = ops.sigmoid(sharpness * alike_BT1 + self.bias, exact)
+        return stream._replace(x=x_BTD + gate_BT1.astype(kind) * self.value(m_BTW)), None

@@ -1,0 +1,55 @@
+"""A layer: a mixer and an MLP, each added to the stream through a scale per channel."""
+
+import mlx.core as mx
+
+from backends.mlx import ops
+from backends.mlx.parts import Part
+from backends.mlx.parts.attention import Attention
+from backends.mlx.parts.koopman import Koopman
+from backends.mlx.parts.mlp import MLP
+from backends.mlx.parts.skc import SKC
+from core.model.layer import KINDS
+
+MIXERS = {"attention": Attention, "koopman": Koopman, "skc": SKC}
+
+
+class Layer(Part):
+    """One block of weights, which one or several layers use. Letters: B rows, T positions, D width."""
+
+    def __init__(self, config, block, exact):
+        super().__init__()
+        self._config, self._exact = config, exact
+        kind, passes = KINDS[config.kind(block)], sum(config.uses_of(block))
+        shape = (config.dim,) if passes == 1 else (passes, config.dim)
+        self._parallel = kind.parallel
+        self.mixer = MIXERS[kind.mixer](config, exact)
+        self.mixer_scale = mx.zeros(shape)
+        self.mlp = MLP(config, exact)
+        self.mlp_scale = mx.zeros(shape)
+        if config.residual_mix:
+            self.stream_mix = mx.zeros(shape)
+            self.embed_mix = mx.zeros(shape)
+
+    def norm(self, x_BTD, stage):
+        """Return what enters mixer and MLP: a deeper layer's share of the stream is smaller, if damping is on."""
+        x_BTD = ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
+        return x_BTD * (stage.layer + 1) ** -0.5 if self._config.depth_damping and stage.layer else x_BTD
+
+    def __call__(self, stream, context, stage, state):
+        x_BTD = stream.x
+
+        def scale_D(weight):
+            return (weight if weight.ndim == 1 else weight[stage.row]).astype(x_BTD.dtype)
+
+        if self._config.residual_mix:
+            x_BTD = scale_D(self.stream_mix) * x_BTD + scale_D(self.embed_mix) * stream.embedded
+        n_BTD = self.norm(x_BTD, stage)
+        stream, tape = self.mixer(stream._replace(x=n_BTD), context, stage, state)
+        x_BTD = x_BTD + scale_D(self.mixer_scale) * stream.x
+        n_BTD = n_BTD if self._parallel else self.norm(x_BTD, stage)
+        stream, _ = self.mlp(stream._replace(x=n_BTD), context, stage, None)
+        return stream._replace(x=x_BTD + scale_D(self.mlp_scale) * stream.x), tape
+
+    def commit(self, tape, context, n):
+        """Return the state after the first n tokens of a chunk, n from 1 up."""
+        return self.mixer.commit(tape, context, n)

@@ -1,0 +1,20 @@
+"""U-net skips: what the first half of the layers put out is added again in the second half."""
+
+import mlx.core as mx
+
+from backends.mlx.parts import Part
+
+
+class Skips(Part):
+    """Push what a layer put out, or add what was pushed last. Letters: B rows, T positions, D width."""
+
+    def __init__(self, config, exact):
+        super().__init__()
+        self.weight = mx.zeros((config.skips.count(config), config.dim))
+
+    def __call__(self, stream, context, stage, state):
+        if stage.row < 0:
+            return stream._replace(skips=(*stream.skips, stream.x)), None
+        *skips, last_BTD = stream.skips
+        x_BTD = stream.x + self.weight[stage.row].astype(last_BTD.dtype) * last_BTD
+        return stream._replace(x=x_BTD, skips=tuple(skips)), None

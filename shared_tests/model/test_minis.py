@@ -1,0 +1,35 @@
+"""What the short run may leave out: minis that have no option of their own. Budget: 1 s."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from shared_tests.support.harness import SIBLINGS, mini, minis
+
+
+def options(settings: Any, name: str = "") -> set[tuple[str, Any]]:
+    """Return what settings choose: words and switches as they are, of numbers and lists only whether there are any."""
+    found: set[tuple[str, Any]] = set()
+    for field in dataclasses.fields(settings):
+        value, full = getattr(settings, field.name), f"{name}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            found |= options(value, full)
+        elif isinstance(value, tuple) and all(isinstance(part, str) for part in value):
+            found |= {(full, part) for part in value}
+        else:
+            found.add((full, value if value is None or isinstance(value, bool | str) else bool(value)))
+    return found
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_a_sibling_has_no_option_of_its_own(name: str) -> None:
+    others = [mini(other) for other in minis() if other not in SIBLINGS]
+    for side in ("model", "train"):
+        known = set().union(*(options(getattr(other, side)) for other in others))
+        assert not options(getattr(mini(name), side)) - known
+
+
+def test_an_option_that_only_one_mini_has_is_seen() -> None:
+    plain, other = mini("tiny").model, dataclasses.replace(mini("tiny").model, documents="packed", q_gain=0.0)
+    assert {option for option, _ in options(other) - options(plain)} == {".documents", ".q_gain"}

@@ -1,0 +1,39 @@
+"""A layer by hand."""
+
+import numpy as np
+
+from core.config import ModelConfig
+from core.model.layer import KINDS
+from core.model.trunk import Stage
+from shared_tests.oracle import Array, Stream, Text, Weights, below
+from shared_tests.oracle.attention import attention
+from shared_tests.oracle.koopman import koopman
+from shared_tests.oracle.mlp import mlp
+from shared_tests.oracle.skc import skc
+from shared_tests.reference.ops import rms_norm
+
+EXAMPLE = {
+    "layers": 5, "shared_blocks": 4, "repeat_layers": (1, 2, 3), "residual_mix": True, "depth_damping": True,
+    "output_norm": "gain",
+}  # fmt: skip
+MIXERS = {"attention": attention, "koopman": koopman, "skc": skc}
+
+
+def layer(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, text: Text) -> Stream:
+    """Return the stream after one pass through a layer."""
+    kind, x = KINDS[config.kind(stage.layer)], stream.x
+    damp = 1 / np.sqrt(stage.layer + 1) if config.depth_damping else 1.0
+
+    def own(name: str) -> Array:
+        """Return a vector: its row of this pass, if there is one for each."""
+        return w[name] if w[name].ndim == 1 else w[name][stage.row]
+
+    if config.residual_mix:
+        x = own("stream_mix") * x + own("embed_mix") * stream.embedded
+    n = rms_norm(x, config.norm_eps, True) * damp
+    stream = MIXERS[kind.mixer](config, below(w, "mixer."), stream._replace(x=n), stage, text)
+    x = x + own("mixer_scale") * stream.x
+    if not kind.parallel:
+        n = rms_norm(x, config.norm_eps, True) * damp
+    stream = mlp(config, below(w, "mlp."), stream._replace(x=n), stage, text)
+    return stream._replace(x=x + own("mlp_scale") * stream.x)

@@ -1,0 +1,1 @@
+"""What the backends' pieces are held to, in numpy: ops, storage classes, optimizer rules. The model is the oracle's."""

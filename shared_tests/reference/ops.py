@@ -1,0 +1,125 @@
+"""Every op of the backends in numpy float64, by another road where there is one: it decides if the twins disagree."""
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def exp(x: Array, exact: bool) -> Array:
+    return np.exp(x)
+
+
+def softmax(x: Array, exact: bool) -> Array:
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def logsumexp(x: Array, exact: bool) -> Array:
+    top = x.max(-1, keepdims=True)
+    return top[..., 0] + np.log(np.exp(x - top).sum(-1))
+
+
+def embedding(tokens: Array, weight: Array) -> Array:
+    return weight[tokens]
+
+
+def linear(x: Array, weight: Array) -> Array:
+    return np.einsum("...i,oi->...o", x, weight)
+
+
+def rms_norm(x: Array, eps: float, exact: bool) -> Array:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+
+
+def rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Turn each pair (x_i, x_{i + half}) as a complex number by +angle: another road to the same rotation."""
+    half = cos.shape[-1]
+    turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * (cos + 1j * sin)
+    return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], -1)
+
+
+def document_ids(tokens: Array, bos: int) -> Array:
+    return np.cumsum(tokens == bos, axis=-1)
+
+
+def causal_mask(queries: int, keys: int, documents: Array | None) -> Array:
+    mask = np.zeros((queries, keys), bool)
+    for i in range(queries):
+        mask[i, : keys - queries + i + 1] = True
+    if documents is None:
+        return mask
+    return (mask & (documents[:, keys - queries :, None] == documents[:, None, :]))[:, None]
+
+
+def attention(q: Array, k: Array, v: Array, mask: Array | None, exact: bool) -> Array:
+    rows, heads, queries, width = q.shape
+    mask = causal_mask(queries, k.shape[2], None) if mask is None else mask
+    mask = np.broadcast_to(mask if mask.ndim == 4 else mask[None, None], (rows, 1, queries, k.shape[2]))
+    out = np.empty_like(q)
+    for head in range(heads):
+        shared = head * k.shape[1] // heads
+        scores = np.einsum("btk,bsk->bts", q[:, head], k[:, shared]) / np.sqrt(width)
+        out[:, head] = softmax(np.where(mask[:, 0], scores, -np.inf), exact) @ v[:, shared]
+    return out
+
+
+def relu2(x: Array, exact: bool) -> Array:
+    return np.where(x > 0, x, 0) ** 2
+
+
+def leaky_relu2(x: Array, exact: bool) -> Array:
+    return np.where(x > 0, x, 0.5 * x) ** 2
+
+
+def sigmoid(x: Array, exact: bool) -> Array:
+    return np.exp(-np.logaddexp(0, -x))
+
+
+def silu(x: Array, exact: bool) -> Array:
+    return x * sigmoid(x, exact)
+
+
+def decay(x: Array, exact: bool) -> tuple[Array, Array]:
+    """Return d = sigmoid(-x) and sqrt(1 - d^2 + 1e-6), with 1 - d^2 = (1 - d) (1 + d) and 1 - d = sigmoid(x)."""
+    d = sigmoid(-x, exact)
+    return d, np.sqrt(sigmoid(x, exact) * (1 + d) + 1e-6)
+
+
+def hadamard(x: Array, matrix: Array) -> Array:
+    return x @ matrix
+
+
+def hashed_rows(table: Array, rows: Array) -> Array:
+    """Return rows of `table` side by side, zeros where the index is -1: (B, T, N) -> (B, T, N * width)."""
+    out = np.zeros((*rows.shape, table.shape[1]))
+    for at in zip(*np.nonzero(rows >= 0), strict=True):
+        out[at] = table[rows[at]]
+    return out.reshape(*rows.shape[:2], -1)
+
+
+def short_conv(x: Array, weight: Array, documents: Array) -> Array:
+    history = weight.shape[1] - 1
+    out = np.zeros((x.shape[0], x.shape[1] - history, x.shape[2]))
+    for t in range(out.shape[1]):
+        now = history + t
+        for tap in range(history + 1):
+            same = documents[:, now - tap] == documents[:, now]
+            out[:, t] += np.where(same[:, None], weight[:, tap] * x[:, now - tap], 0)
+    return out
+
+
+def scan(decay: Array, drive: Array, start: Array, exact: bool) -> Array:
+    out, state = np.empty_like(drive), start
+    for t in range(drive.shape[1]):
+        state = decay[:, t] * state + drive[:, t]
+        out[:, t] = state
+    return out
+
+
+def softcap(x: Array, cap: float, exact: bool) -> Array:
+    return cap * np.tanh(x / cap)
+
+
+def cross_entropy(logits: Array, targets: Array, exact: bool) -> tuple[Array, Array]:
+    total = logsumexp(logits, exact)
+    return total - np.take_along_axis(logits, targets[..., None], -1)[..., 0], total
