@@ -28,7 +28,7 @@ def described(plan: Ablation) -> str:
 
 
 def to_time(plan: Ablation, store: RunStore, places: Sequence[Place], searched: Searched | None) -> list[Job]:
-    """Return a run of every variant and backend that has runs left to do: what it takes, the others take."""
+    """Return one run of every variant and backend with runs left to do, to be timed for all of them."""
     left = [place.job for place in places if store.status(place)[0] != "done"]
     if searched is not None:  # the probe of the variant that a search starts from stands for all of its trials
         wanted = [(searched.search.variant, backend) for _, backend, _, todo in _search_runs(searched, store) if todo]
@@ -88,7 +88,7 @@ def dry_run(
 
 
 def _search_runs(searched: Searched, store: RunStore) -> list[tuple[str, str, int, int]]:
-    """Return (name, backend, runs, those to do) of a search's trials, and of its variant while nobody knows it."""
+    """Return (name, backend, runs, runs to do) of a search's trials, and of `found` until the search is complete."""
     plan, search = searched.plan, searched.search
     done = sum(store.status(place)[0] in ("done", "failed") for place in searched.places)
     trials = len(searched.trials) if searched.complete else search.trials + 1

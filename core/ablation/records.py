@@ -22,7 +22,7 @@ MOST = 1e12
 
 
 class StoreError(ValueError):
-    """The store cannot be used: the message names the file and what is wrong with it."""
+    """A file of the store cannot be used: the message names it and says what is wrong."""
 
 
 class JobFile(NamedTuple):
@@ -92,7 +92,7 @@ def read_failure(home: Path) -> str:
 
 
 def starts(home: Path) -> tuple[Start, ...]:
-    """Return how a run was started, each time; nothing where that is not known: it only says how fair speeds are."""
+    """Return every start of a run; empty if machine.json cannot be read, since no score depends on it."""
     try:
         value = read_json(home / "machine.json", MOST_BYTES)
         history = tuple(Start(**row) for row in value["starts"])

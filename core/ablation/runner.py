@@ -1,4 +1,4 @@
-"""Runs the jobs of an ablation, several at a time, each in a process of its own; what is done is never done again."""
+"""Runs the jobs of an ablation, several at a time, each in a process of its own; finished runs are never repeated."""
 
 import hashlib
 import os
@@ -51,7 +51,7 @@ class Running(NamedTuple):
     """Of time.monotonic."""
 
     def close(self) -> None:
-        """Let go of what an ended worker used."""
+        """Close the files of an ended worker, which releases its lock."""
         if self.process.stdin is not None:
             self.process.stdin.close()
         self.output.close()
@@ -81,7 +81,7 @@ def run_all(
     ended: Callable[[Place], None],
     shown: Callable[[RunnerProgress], None],
 ) -> None:
-    """Bring every place to its end: done, or failed once. Runs that other processes train are waited for.
+    """Train every run until it is done or has failed once; wait for runs that other processes train.
 
     `started` gets each run before its worker begins (it writes job.json), `ended` when it has ended or was found done;
     `shown` is called a few times a second. An exception (Ctrl-C) ends the workers; their checkpoints stay.

@@ -1,4 +1,4 @@
-"""What is seen while an ablation runs: a table that moves on a terminal, elsewhere a line now and then."""
+"""Shows an ablation under way: a table that is redrawn on a terminal, elsewhere a line now and then."""
 
 import heapq
 import os
@@ -39,7 +39,7 @@ class Recorded(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How fast a run gets on, by the clock on the wall: evaluations count too, and its start does not."""
+    """How fast a run trains by wall time, evaluations included, its start-up left out."""
 
     first: tuple[float, float]
     """(time of time.monotonic, share of its training) when it was first seen here to train."""
@@ -47,7 +47,7 @@ class Pace(NamedTuple):
     """The same when it was last seen to have got on."""
 
     def left(self, now: float) -> float | None:
-        """Return the seconds to the end of its training; None while it was seen at one place only."""
+        """Return the seconds to the end of the training; None until two records of it were read."""
         (began, start), (then, share) = self
         return max(0.0, (1 - share) * (then - began) / (share - start) - (now - then)) if share > start else None
 
@@ -114,7 +114,7 @@ class Live:
         return record
 
     def left(self, progress: RunnerProgress, records: dict[str, Recorded]) -> float | None:
-        """Return the seconds until all runs are done that are not another process's; None while nobody can know.
+        """Return the seconds until this process's runs are done; None as long as no run shows a pace.
 
         Runs under way end one by one, and those that wait begin where one ends, in their order.
         """
@@ -135,7 +135,7 @@ class Live:
         return max(ends)
 
     def _left(self, place: Place, record: Recorded) -> tuple[float | None, float | None]:
-        """Return (seconds that a run has left, seconds that a whole one like it takes), as far as it is known."""
+        """Return (seconds left of a run, seconds of a whole run of its variant); None for what is not known."""
         began, share = self._starts.get(place.key, (time.monotonic(), 0.0))
         now, took, pace = time.monotonic(), self._took.get(_kind(place)), self._paces.get(place.key)
         spent = now - began
@@ -193,7 +193,7 @@ class Live:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], width: int) -> Any:
-    """Return a table of Rich's, in which only the names of the first column are cut where the terminal is narrow."""
+    """Return a rich table; on a narrow terminal only the names in the first column are cut."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

@@ -180,7 +180,7 @@ def _figure(title: str, key: str, drawn: tuple[Drawn, Drawn], caption: str) -> l
 
 
 def _image(png: bytes, caption: str) -> str:
-    """Return a figure with a PNG in it, which a narrow screen scrolls along."""
+    """Return a figure with an embedded PNG, which scrolls sideways on a narrow screen."""
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     box = f'<div class="scroll" tabindex="0"><img src="{source}" alt="{escape(caption)}"/></div>'
     return f"<figure>{box}<figcaption>{escape(caption)}</figcaption></figure>"

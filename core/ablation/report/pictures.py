@@ -105,7 +105,7 @@ def _limit(effects: Sequence[VariantEffect]) -> float:
 
 
 def _near(sizes: Sequence[float]) -> float:
-    """Return the largest size that is not far from the others; 0 of none.
+    """Return the largest size that is not far from the others; 0 if there are none.
 
     Far are those of the highest quarter (one at least) from the first on that is over 5 times the one before it.
     """
@@ -276,7 +276,7 @@ def _part(run: Result, field: str, column: str, first: float) -> tuple[np.ndarra
 
 
 def _line(name: str, parts: Sequence[Part], less: Sequence[Part] | None) -> Line:
-    """Return mean, lowest and highest of several curves, each less its own other curve where there are such."""
+    """Return mean, lowest and highest of several curves; with `less`, of their differences from those."""
     every = [*parts, *(less or [])]
     grid = parts[0][0]
     if any(len(xs) != len(grid) or (xs != grid).any() for xs, _ in every):

@@ -18,7 +18,7 @@ SEARCH_FILES = {"search": "search.png", "search fields": "search-fields.png"}
 
 
 def write_report(outcome: Results, folder: Path, searched: Searched | None = None) -> list[Path]:
-    """Write report.html, report.md and the pictures that there is something to draw for; return their paths.
+    """Write report.html, report.md and their pictures, and return all paths.
 
     `searched` is the search that the outcome's variant `found` came from.
     """
@@ -45,7 +45,7 @@ def write_report(outcome: Results, folder: Path, searched: Searched | None = Non
 
 
 def _png(drawn: Drawn, key: str, path: Path) -> list[Path]:
-    """Write a picture, or remove that of an earlier report, which would now be wrong."""
+    """Write a picture, or remove an earlier report's if there is nothing to draw now."""
     if key not in drawn:
         path.unlink(missing_ok=True)
         return []
@@ -54,7 +54,7 @@ def _png(drawn: Drawn, key: str, path: Path) -> list[Path]:
 
 
 def draw(outcome: Results, tables: Findings, width: int) -> Drawn:
-    """Return the pictures of one backend that there is something to draw for."""
+    """Return the pictures of one backend; those without data are left out."""
     reference, drawn = outcome.plan.reference, {}
     effects = wording.ranked(tables.ends)
     if any(one.paired for one in effects):

@@ -27,10 +27,10 @@ def draw(searched: Searched) -> dict[str, bytes]:
         warnings.simplefilter("ignore")  # it calls its plots experimental, and one trial alone gives an axis no width
         pyplot.switch_backend("agg")  # or a Mac opens windows
         for name, figure in plots(searched).items():
-            image = io.BytesIO()
-            figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
             pyplot.close(figure)
-            images[name] = image.getvalue()
+            images[name] = buffer.getvalue()
     return images
 
 

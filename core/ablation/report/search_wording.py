@@ -48,7 +48,7 @@ class Gain(NamedTuple):
 
 
 def gains(searched: Searched, outcome: Results) -> list[Gain]:
-    """Return the search's own figure, then what the plan's seeds say of the same settings, a backend at a time."""
+    """Return how far the best trial leads the start: on the search's seeds, then on the plan's for each backend."""
     best, start = searched.best, searched.start
     if best is None or best.bpb is None:
         return []
@@ -125,7 +125,7 @@ def settings(trial: Trial) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as people read it."""
+    """Return a value as a person would write it."""
     if isinstance(value, list):
         return " ".join(map(shown, value)) or "none"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
@@ -183,7 +183,7 @@ def _range(field: Field) -> str:
 
 
 def repeat(plan: Ablation, searched: Searched | None) -> tuple[str, str]:
-    """Return (an ablation file, a command) that give the plan of a report again, with its search where it had one."""
+    """Return (text of an ablation file, command) that repeat a report's plan, with its search if it had one."""
     command = f"skc ablate {plan.name}.toml"
     if searched is None:
         return wording.as_toml(plan), command

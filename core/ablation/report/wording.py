@@ -59,7 +59,7 @@ METHOD = (
 
 
 def chance(value: float | None) -> str:
-    """Return a p value as people read it."""
+    """Return a p value as a person would write it."""
     if value is None:
         return NONE
     return "< 0.0001" if value < 0.0001 else f"{value:.4f}" if value < 0.01 else f"{value:.2f}"
@@ -114,7 +114,7 @@ def places(effects: Sequence[VariantEffect]) -> list[tuple[str, ...]]:
 
 
 def same_end(effects: Sequence[VariantEffect]) -> str:
-    """Return the place where all pairs ended together, empty if some did not: then the main table says it all."""
+    """Return where all pairs ended together, so that the main table is this comparison; empty if some did not."""
     ends = {one.at for one in effects if one.paired}
     both = len(ends) == 1 and all(one.basis == "artifact" for one in effects)
     return ends.pop().removesuffix(", the end") if both else ""
@@ -174,7 +174,7 @@ def _cost(of: VariantSummary, base: VariantSummary) -> str:
 
 
 def resolution(tables: Findings, planned: int) -> str:
-    """Return what the planned seeds can resolve, given how much paired differences vary; empty if nobody knows."""
+    """Return a sentence on what the planned seeds can resolve; empty as long as the spread is not known."""
     if not tables.spread:
         return ""
     known = f"Paired differences vary by {number(tables.spread)} from seed to seed (pooled over the variants)."

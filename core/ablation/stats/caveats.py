@@ -30,7 +30,7 @@ def _differs(pair: SeedPair, field: str) -> bool:
 
 
 def missing(outcome: Results, backend: str) -> list[str]:
-    """Return which runs gave no figure, and why."""
+    """Return sentences on the runs that gave no figure, and why."""
     caveats = []
     for status, words in (
         ("failed", "failed"), ("running", "still running"), ("waiting", "not started"),
@@ -49,7 +49,7 @@ def missing(outcome: Results, backend: str) -> list[str]:
 
 
 def unlike(both: dict[str, list[SeedPair]]) -> list[str]:
-    """Return which pairs are left out, since their figures are not of one kind."""
+    """Return a sentence for each variant whose pairs are left out, since their figures are not of one kind."""
     caveats = []
     for field, words in UNLIKE.items():
         for name, of in both.items():
@@ -63,7 +63,7 @@ def unlike(both: dict[str, list[SeedPair]]) -> list[str]:
 
 
 def uneven(outcome: Results, pairs: dict[str, list[SeedPair]], runs: list[Result]) -> list[str]:
-    """Return what makes figures that can be compared less fair than they look."""
+    """Return sentences on what makes a comparison less fair than it looks."""
     caveats, kind = [], outcome.plan.budget[0]
     if outcome.added:
         caveats.append(
@@ -88,7 +88,7 @@ def uneven(outcome: Results, pairs: dict[str, list[SeedPair]], runs: list[Result
 
 
 def company(name: str, of: list[SeedPair], kind: str) -> list[str]:
-    """Return in what a variant's runs were measured under other conditions than the reference's.
+    """Return sentences on how the conditions of a variant's runs differ from the reference's.
 
     `kind` is that of the budget. What is not known of a run counts as alike.
     """

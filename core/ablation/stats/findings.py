@@ -31,7 +31,7 @@ class VariantSummary(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What bytes a variant costs, and how it does at its size; `equal` is None where nothing of that size exists."""
+    """The bytes that a variant costs, and how it compares at equal size; `equal` is None if nothing has that size."""
 
     variant: str
     bytes: float | None
@@ -216,7 +216,7 @@ def _rival(
     name: str, reference: str, backend: str, sized: list[SeedPair], ours: float, base: float,
     pairs: dict[str, list[SeedPair]], planned: int,
 ) -> tuple[VariantEffect | None, str]:  # fmt: skip
-    """Return a variant against the best that the reference and one other variant make of its bytes.
+    """Compare a variant with the best score that the reference and one other variant reach at its size.
 
     That is the straight line, seed by seed, from the reference to a variant at least as far away in size; where bytes
     did not help that other variant, it is the reference itself, which a bigger budget also holds.
