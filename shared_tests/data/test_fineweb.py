@@ -117,7 +117,11 @@ def fail(file: Path) -> None:
     raise ConnectionError("the network is gone\n(Request ID: 5)")
 
 
-MEDDLED = {cut: "train_000001.bin: size: ", flip: "train_000001.bin: sha256: ", fail: "at aaaa.*the network is gone; "}
+MEDDLED: dict[Any, str] = {
+    cut: "train_000001.bin: size: ",
+    flip: "train_000001.bin: sha256: ",
+    fail: "at aaaa.*the network is gone; ",
+}
 
 
 @pytest.mark.parametrize("meddle", [cut, flip, fail, die])
