@@ -162,7 +162,7 @@ class Engine(Protocol):
         ...
 
     def activations(self, tokens: np.ndarray) -> Arrays:
-        """Return the residual stream after the embedding and after every layer, and the logits, by name."""
+        """Return the residual stream after the embedding and after every stage, and the logits, by name."""
         ...
 
     def start(self, rows: int) -> State:

@@ -50,3 +50,7 @@ class Layer(Part):
             "mlp_scale": vector(*shape, init=scale),
             **mix,
         }
+
+    def values(self, model: Model, seq: int, scores: bool) -> int:
+        """Return about how many numbers of one token the backward pass needs again."""
+        return self.mixer(model).values(model, seq, scores) + model.mlp.values(model, seq, scores)

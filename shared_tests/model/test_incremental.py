@@ -165,23 +165,20 @@ def flat(state: Any) -> list[np.ndarray]:
 def nudged(state: Any) -> list[Any]:
     """Return copies of a model's state in which one of its arrays is moved a little, or its last token another one."""
     out = []
-    for field in ("mixers", "banks"):
-        parts = getattr(state, field)
-        for i, part in enumerate(parts):
-            for changed in _nudge(part):
-                out.append(state._replace(**{field: (*parts[:i], changed, *parts[i + 1 :])}))
-    if state.smeared is not None:
-        out.append(state._replace(smeared=state.smeared + 0.1))
+    for i, part in enumerate(state.parts):
+        out += [state._replace(parts=(*state.parts[:i], changed, *state.parts[i + 1 :])) for changed in _nudge(part)]
     if state.ids.shape[1]:
         out.append(state._replace(ids=abs(state.ids - 1)))
     return out
 
 
 def _nudge(part: Any) -> list[Any]:
-    out = []
-    for field, value in zip(part._fields, part, strict=True):
-        if isinstance(value, tuple):
-            out += [part._replace(**{field: changed}) for changed in _nudge(value)]
-        elif value is not None:
-            out.append(part._replace(**{field: value + 0.1}))
-    return out
+    """Return copies of a part's state in which one of its arrays is moved a little."""
+    if not isinstance(part, tuple):
+        return [] if part is None else [part + 0.1]
+    fields: Any = part
+    return [
+        fields._replace(**{name: changed})
+        for name, value in zip(fields._fields, part, strict=True)
+        for changed in _nudge(value)
+    ]
