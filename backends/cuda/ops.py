@@ -47,6 +47,12 @@ def linear(x, weight):
     return F.linear(x, weight.to(x.dtype))
 
 
+def second_moment(x, dtype):
+    """Return the sum of a a^T over all rows a of x, (C, C), computed in `dtype`."""
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    return rows.T @ rows
+
+
 def rms_norm(x, eps, exact):
     """Return x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 for bfloat16 input."""
     if not exact:
@@ -189,6 +195,37 @@ def short_conv(x, weight, documents):
         part = slice(taps - 1 - i, taps - 1 - i + seq)
         y = y + weight[:, i] * torch.where((documents[:, part] == here)[..., None], x[:, part], 0.0)
     return y
+
+
+def span(first, size):
+    """Return first[b] + 0, 1, ... of every row b: (B,) int -> (B, size) int."""
+    return first[:, None] + torch.arange(size, device=first.device)
+
+
+def pick(x, index):
+    """Return x[b, index[b, j]] of every row b: (B, T, ...) and (B, J) int -> (B, J, ...), or (B,) int -> (B, ...)."""
+    rows = torch.arange(x.shape[0], device=x.device)
+    return x[rows if index.ndim == 1 else rows[:, None], index]
+
+
+def after(x, n, before):
+    """Return what the first n positions of each row end with: x[b, n[b] - 1], or before[b] where n[b] is 0.
+
+    x (B, T, ...), n (B,) int, before (B, ...).
+    """
+    some = (n > 0).reshape(-1, *(1,) * (before.ndim - 1))
+    return torch.where(some, pick(x, torch.clamp(n - 1, min=0)), before)
+
+
+def tail(x, documents, n, size, empty):
+    """Return x at the last `size` positions of each row, when n of T are kept; `empty` outside of the last's document.
+
+    x (B, size + T, ...) and documents (B, size + T) int begin with the positions before; n (B,) int.
+    """
+    index = span(n, size)
+    ids, picked = pick(documents, index), pick(x, index)
+    same = (ids == ids[:, -1:]).reshape(*ids.shape, *(1,) * (x.ndim - 2))
+    return torch.where(same, picked, empty)
 
 
 def scan(decay, drive, start, exact):

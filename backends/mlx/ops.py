@@ -48,6 +48,12 @@ def linear(x, weight):
     return x @ weight.astype(x.dtype).T
 
 
+def second_moment(x, dtype):
+    """Return the sum of a a^T over all rows a of x, (C, C), computed in `dtype`."""
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    return rows.T @ rows
+
+
 def rms_norm(x, eps, exact):
     """Return x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 for bfloat16 input."""
     if not exact:
@@ -186,6 +192,37 @@ def short_conv(x, weight, documents):
         part = slice(taps - 1 - i, taps - 1 - i + seq)
         y = y + weight[:, i] * mx.where((documents[:, part] == here)[..., None], x[:, part], mx.array(0.0, x.dtype))
     return y
+
+
+def span(first, size):
+    """Return first[b] + 0, 1, ... of every row b: (B,) int -> (B, size) int."""
+    return first[:, None] + mx.arange(size)
+
+
+def pick(x, index):
+    """Return x[b, index[b, j]] of every row b: (B, T, ...) and (B, J) int -> (B, J, ...), or (B,) int -> (B, ...)."""
+    rows = mx.arange(x.shape[0])
+    return x[rows if index.ndim == 1 else rows[:, None], index]
+
+
+def after(x, n, before):
+    """Return what the first n positions of each row end with: x[b, n[b] - 1], or before[b] where n[b] is 0.
+
+    x (B, T, ...), n (B,) int, before (B, ...).
+    """
+    some = (n > 0).reshape(-1, *(1,) * (before.ndim - 1))
+    return mx.where(some, pick(x, mx.maximum(n - 1, 0)), before)
+
+
+def tail(x, documents, n, size, empty):
+    """Return x at the last `size` positions of each row, when n of T are kept; `empty` outside of the last's document.
+
+    x (B, size + T, ...) and documents (B, size + T) int begin with the positions before; n (B,) int.
+    """
+    index = span(n, size)
+    ids, picked = pick(documents, index), pick(x, index)
+    same = (ids == ids[:, -1:]).reshape(*ids.shape, *(1,) * (x.ndim - 2))
+    return mx.where(same, picked, empty)
 
 
 def scan(decay, drive, start, exact):

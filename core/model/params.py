@@ -12,9 +12,9 @@ import numpy as np
 
 from core import rng
 from core.checks import require
-from core.config import ModelConfig, TrainConfig
+from core.config import ModelConfig
 from core.model.layer import Layer
-from core.model.storage import Storage, raw_bits, storage_class
+from core.model.storage import Storage, raw_bits
 from core.model.table import GROUPS, Group, Param, Part, State, below
 
 MOST_VALUES = 1 << 28
@@ -59,33 +59,6 @@ def _start(row: Param, seed: int, name: str) -> np.ndarray:
         share = np.arange(row.shape[-1]) / max(row.shape[-1] - 1, 1)
         values[:] = np.log(np.expm1(1.0 / (scale * (until / scale) ** share)))
     return values
-
-
-def optimizer_slots(config: ModelConfig, train: TrainConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every optimizer state, `<param>.<slot>`: m and v of AdamW, m alone of Muon; ema: average."""
-    slots, averages = {}, averaged(config, train)
-    for name, row in param_table(config).items():
-        muon = row.group == "matrix" and train.matrix_rule == "muon"
-        kept = ("m",) if muon else ("m", "v")
-        slots |= {f"{name}.{slot}": row.shape for slot in (*kept, *(("ema",) if name in averages else ()))}
-    return slots
-
-
-def averaged(config: ModelConfig, train: TrainConfig) -> tuple[str, ...]:
-    """Return the parameters whose running average is scored and stored in place of the weight."""
-    if train.average_from is None:
-        return ()
-    rows = param_table(config).items()
-    return tuple(name for name, row in rows if train.average_ternary or storage_class(row.storage) != "ternary")
-
-
-def exported(config: ModelConfig, train: TrainConfig, params: dict, state: dict) -> dict:
-    """Return the one set of weights that is scored and stored: averages where the run keeps them, else the weights.
-
-    `params` and `state` are keyed by name; their values may be arrays of any library.
-    """
-    averages = averaged(config, train)
-    return {name: state[f"{name}.ema"] if name in averages else value for name, value in params.items()}
 
 
 class Bank(NamedTuple):

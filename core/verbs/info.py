@@ -1,8 +1,14 @@
-"""Verb `skc info PRESET`: what a model consists of, in parameters, bytes, FLOPs and state."""
+"""Verb `skc info PRESET`, or of a run or an artifact: what a model consists of, and what its matrices get to read."""
 
+import dataclasses
+import os
 import re
 from dataclasses import dataclass
+from typing import Self
 
+from tyro.conf import Suppress
+
+from core import presets
 from core.audit.code import packed_code
 from core.config import RunConfig
 from core.data.bundled import open_data
@@ -17,18 +23,35 @@ from core.model.params import (
     param_table,
     shares,
 )
-from core.verbs.common import Context, Outcome, PresetOptions, fit_tokens
+from core.verbs.common import Backend, Context, Outcome, PresetOptions, fit_tokens, open_subject
+from core.verbs.info_statistics import open_reader, statistics
 
 
 @dataclass(frozen=True)
 class Info(PresetOptions):
     """Options of `skc info`."""
 
+    path: Suppress[str | None] = None
+    """The run or artifact, if it is one and no preset."""
+    statistics: bool = False
+    """Of a run or artifact: second moments of what enters each matrix, from some training text (trace, largest and mean
+    diagonal of the sum of a a^T)."""
+    backend: Backend = "auto"
+    """What computes the statistics."""
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Return the options that stand for a preset, or for what a run or an artifact was trained with."""
+        if name in presets.PRESETS or not os.path.lexists(name):
+            return super().named(name)
+        return dataclasses.replace(cls.of(open_subject(name, None).config), path=name)
+
 
 def info(options: Info, context: Context) -> Outcome:
     """Show what a model consists of; not ok if it, or the code, does not fit the budget."""
     config, say = options.config(), context.say
-    if "--data.path" in options.given:
+    reader = open_reader(options.path, config, options.backend) if options.statistics else None  # what is wrong, first
+    if "--data.path" in options.given and options.path is None:
         config, changed = fit_tokens(config, open_data(config.data.path, train=False), options.given)
         for line in changed:
             say(line)
@@ -78,6 +101,8 @@ def info(options: Info, context: Context) -> Outcome:
         "parts": {name: {**share._asdict(), "state": share.state._asdict()} for name, share in parts.items()},
         "table": {name: list(row.shape) for name, row in param_table(model).items()},
     }
+    if reader is not None:
+        value["statistics"] = statistics(reader, context)
     return Outcome(fits and room, value)
 
 

@@ -1,4 +1,4 @@
-"""Every verb on `debug`, and one line with exit code 2 for wrong input. Budget: 60 s."""
+"""Every verb on `debug`, and one line with exit code 2 for wrong input. Budget: 40 s."""
 
 import dataclasses
 import json

@@ -11,6 +11,6 @@ import torch.nn as nn
 class Part(nn.Module):
     """A part that keeps nothing of what it has read."""
 
-    def commit(self, tape, context, n):
-        """Return the state after the first n tokens of a chunk, n from 1 up."""
+    def commit(self, tape, context, n_B):
+        """Return the state after the first n tokens of each row of a chunk."""
         return None
