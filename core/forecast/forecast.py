@@ -171,16 +171,16 @@ def phases(config: RunConfig, course: Course) -> list[Phase]:
         labels.append(["averaging" if now.average else None for now in plans])
     if config.model.repeat_layers:
         labels.append(["repeated layers" if now.repeat else None for now in plans])
-    found = []
+    phases = []
     times = [*course.began, course.seconds]
     for row in labels:
         begin = 0
         for name, group in itertools.groupby(row):
             end = begin + len(list(group))
             if name is not None:
-                found.append(Phase(name, (begin, end), (times[begin], times[end])))
+                phases.append(Phase(name, (begin, end), (times[begin], times[end])))
             begin = end
-    return found
+    return phases
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,8 @@ def forecast(
     settings = config.train
     course = walk(settings, costs)
     works = _works(costs, course.due, build)
-    kept = sum(d.save for d in course.due) // settings.keep_every if settings.keep_every else 0
-    disk = (2 + kept) * costs.checkpoint_bytes + artifact_bytes  # one in place, and the next one while it is written
+    copies = sum(d.save for d in course.due) // settings.keep_every if settings.keep_every else 0
+    disk = (2 + copies) * costs.checkpoint_bytes + artifact_bytes  # one in place, and the next one while it is written
     allowed = config.export.budget - config.export.code_bytes
     note = "on 8xH100" if official else "on 8xH100, which this is not: for information"
     asked = course.seconds if settings.seconds is None else settings.seconds

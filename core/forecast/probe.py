@@ -64,8 +64,8 @@ def _probe(engine: Engine, dataset: Dataset, config: RunConfig, say: Callable[[s
     say("compiling")
     warming = _timed(ranks, lambda: warm_up(engine, config))
     steps, ahead = {}, 0
-    for kind, share in (found := kinds(config.train)).most_common():
-        say(f"timing steps, {kind.describe(config)}: {share / found.total():.0%} of the run")
+    for kind, share in (counts := kinds(config.train)).most_common():
+        say(f"timing steps, {kind.describe(config)}: {share / counts.total():.0%} of the run")
         steps[kind], lead = _time_steps(engine, dataset, config, kind, FEWER if steps else 1.0)
         ahead = max(ahead, lead)
     say("timing forward passes of scoring, samples, a checkpoint and the export")

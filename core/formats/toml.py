@@ -35,10 +35,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def _check_depth(path: str | Path, text: str) -> None:
     depth = dots = 0
-    for found in TOKEN.finditer(text):
-        token = found[0]
+    for match in TOKEN.finditer(text):
+        token = match[0]
         if token in ('"', "'"):
-            line = text.count("\n", 0, found.start()) + 1
+            line = text.count("\n", 0, match.start()) + 1
             raise FileError(f"{path}: not TOML: line {line}: a string that does not end")
         if token == ".":
             dots += 1
@@ -46,7 +46,7 @@ def _check_depth(path: str | Path, text: str) -> None:
             dots = 0
             depth = max(0, depth + (token in "[{") - (token in "]}"))
         if max(depth, dots + 1) > DEPTH:
-            line = text.count("\n", 0, found.start()) + 1
+            line = text.count("\n", 0, match.start()) + 1
             raise FileError(f"{path}: line {line}: nested too deeply; expected at most {DEPTH} levels")
 
 

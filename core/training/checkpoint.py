@@ -8,7 +8,7 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
-from core.checks import told
+from core.checks import in_words
 from core.config import RunConfig
 from core.engine.optimizer_state import optimizer_slots
 from core.engine.protocol import Arrays, DType, Engine
@@ -86,20 +86,21 @@ def _check_state(path: Path, state: object) -> None:
     """Raise RunError unless what the file says of itself is what the writer says."""
     if not isinstance(state, dict):
         raise RunError(f"{path}: skc: expected an object, got {type(state).__name__}")
-    found, seconds = state.get("step"), state.get("seconds", -1.0)
-    if type(state.get("schema")) is not int or state["schema"] not in READS or type(found) is not int or found < 0:
+    step, seconds = state.get("step"), state.get("seconds", -1.0)
+    if type(state.get("schema")) is not int or state["schema"] not in READS or type(step) is not int or step < 0:
         raise RunError(
-            f"{path}: skc: schema {told(state.get('schema'))}, step {told(found)}: not a checkpoint of this version; "
-            "delete it to train from the start"
+            f"{path}: skc: schema {in_words(state.get('schema'))}, step {in_words(step)}: not a checkpoint of this "
+            "version; delete it to train from the start"
         )
-    if found >= 2**53:
-        raise RunError(f"{path}: skc: step {told(found)}: no run is as long; delete it to train from the start")
+    if step >= 2**53:
+        raise RunError(f"{path}: skc: step {in_words(step)}: no run is as long; delete it to train from the start")
     if state.get("dtype") not in get_args(DType):
-        raise RunError(f"{path}: skc: dtype: {told(state.get('dtype'))}, expected one of {', '.join(get_args(DType))}")
+        types = ", ".join(get_args(DType))
+        raise RunError(f"{path}: skc: dtype: {in_words(state.get('dtype'))}, expected one of {types}")
     if type(state.get("quantise")) is not bool:
-        raise RunError(f"{path}: skc: quantise: {told(state.get('quantise'))}, expected true or false")
+        raise RunError(f"{path}: skc: quantise: {in_words(state.get('quantise'))}, expected true or false")
     if type(seconds) not in (int, float) or not 0 <= seconds < 2.0**1023:  # a float can hold it
-        raise RunError(f"{path}: skc: seconds: {told(seconds)}, expected a number from 0 up")
+        raise RunError(f"{path}: skc: seconds: {in_words(seconds)}, expected a number from 0 up")
 
 
 def _check_type(path: Path, key: str, value: np.ndarray) -> None:

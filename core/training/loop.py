@@ -302,12 +302,13 @@ class Meter:
 def _estimate(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -> None:
     """Estimate the validation score on a few documents and record it."""
     evaluation = Evaluation.of(dataset.val, run.config, run.config.eval.train_documents)
-    found = score(engine, evaluation, ranks=engine.ranks)
-    run.log(step, {"val/bpb": found.bpb} | ({} if found.error is None else {"val/error": found.error}))
-    spread = f" ± {found.error:.4f}" if found.error else ""  # no error where the draw took all documents
+    estimate = score(engine, evaluation, ranks=engine.ranks)
+    run.log(step, {"val/bpb": estimate.bpb} | ({} if estimate.error is None else {"val/error": estimate.error}))
+    spread = f" ± {estimate.error:.4f}" if estimate.error else ""  # no error where the draw took all documents
     say(
-        f"step {step}  validation estimate {found.bpb:.4f}{spread} bits per byte "
-        f"({found.documents} of {found.total_documents} documents, byte rule {found.byte_rule}, {found.windows})"
+        f"step {step}  validation estimate {estimate.bpb:.4f}{spread} bits per byte "
+        f"({estimate.documents} of {estimate.total_documents} documents, byte rule {estimate.byte_rule}, "
+        f"{estimate.windows})"
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.checks import told
+from core.checks import in_words
 from core.files import FileError, parse_json, read_json, read_text
 
 MAX_ROWS = 1 << 19
@@ -203,10 +203,10 @@ def _check_fields(value: dict[str, Any], kind: Fields, where: str) -> None:
     for name, one in value.items():
         expected = kind.needed.get(name) or kind.may.get(name) or kind.others
         if expected is None:
-            raise RunError(f"{where}: {told(name)}: unknown name; the file is damaged, or of another version")
-        check_value(one, expected, f"{where}: {name if len(name) < 40 and name.isprintable() else told(name)}")
+            raise RunError(f"{where}: {in_words(name)}: unknown name; the file is damaged, or of another version")
+        check_value(one, expected, f"{where}: {name if len(name) < 40 and name.isprintable() else in_words(name)}")
 
 
 def _require(good: bool, where: str, value: Any, what: str) -> None:
     if not good:
-        raise RunError(f"{where}: {told(value)}, expected {what}; mend or remove it")
+        raise RunError(f"{where}: {in_words(value)}, expected {what}; mend or remove it")

@@ -18,7 +18,7 @@ import pytest
 
 from core import presets
 from core.ablation.plan import read_plan
-from core.checks import ConfigError, told
+from core.checks import ConfigError, in_words
 from core.cli import main
 from core.config import EvalConfig, ModelConfig, RunConfig, changed, flattened, from_json, to_json
 from core.console import MESSAGE, one_line
@@ -88,10 +88,10 @@ def check(act: Callable[[], object], case: object) -> bool:
         good = True
     except (ValueError, OSError) as error:
         good, said = False, message(error)
-        assert is_users(error), f"{told(case)}: {type(error)}: {said}"
-        assert said.isprintable() and 0 < len(said) <= MESSAGE, f"{told(case)}: {said!r}"
+        assert is_users(error), f"{in_words(case)}: {type(error)}: {said}"
+        assert said.isprintable() and 0 < len(said) <= MESSAGE, f"{in_words(case)}: {said!r}"
     took = time.process_time() - began
-    assert took <= SECONDS, f"{told(case)}: {took:.1f} s"
+    assert took <= SECONDS, f"{in_words(case)}: {took:.1f} s"
     return good
 
 
