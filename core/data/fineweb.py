@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from core.data.adopt import adopt_shards
 from core.data.corpus import library
 from core.data.making import find_manifest, making
-from core.data.manifest import COUNT, MANIFEST, MAX_MANIFEST, MAX_SHARDS, TEXT, Leaf, check
+from core.data.manifest import COUNT, MANIFEST, MAX_MANIFEST, MAX_SHARDS, TEXT, Leaf, check_shape
 from core.data.prepare import Progress
 from core.data.published import TRAIN_SHARDS
 from core.data.shards import DataError, file_sha256, open_shard
@@ -137,7 +137,7 @@ def fetch_fineweb(
         raise DataError(f"train_shards={train_shards}: expected at least 1")
     before = find_manifest(out)
     if before is not None:
-        check(os.path.join(out, MANIFEST), "made_from", before.get("made_from"), MADE)
+        check_shape(os.path.join(out, MANIFEST), "made_from", before.get("made_from"), MADE)
     with making(out, lambda: _busy(out), keep=STAGING) as part:
         prefix = _top(source, prefix)
         listing = read_listing(source, prefix, variant, part)
@@ -195,7 +195,7 @@ def _top(source: Source, prefix: str | None) -> str:
         top = isinstance(source, Folder) and not source.find(["datasets/manifest.json"])
         return "" if top else "datasets"
     if prefix.strip("/"):
-        check("skc data fineweb", "--prefix", prefix.strip("/"), PATH)
+        check_shape("skc data fineweb", "--prefix", prefix.strip("/"), PATH)
     return prefix.strip("/")
 
 
@@ -215,11 +215,11 @@ def read_listing(source: Source, prefix: str, variant: str, scratch: Path) -> di
         manifest = read_json(scratch / path, MAX_MANIFEST)
     except FileError as error:
         raise DataError(f"{source.name}: {error}"[:300]) from error
-    check(where, "", manifest, LISTS)
+    check_shape(where, "", manifest, LISTS)
     dataset = _named(manifest["datasets"], f"fineweb10B_{variant}", f"{where}: datasets")
-    check(f"{where}: {dataset['name']}", "", dataset, DATASET)
+    check_shape(f"{where}: {dataset['name']}", "", dataset, DATASET)
     tokenizer = _named(manifest["tokenizers"], dataset["tokenizer_name"], f"{where}: tokenizers")
-    check(f"{where}: {tokenizer['name'][:80]!a}", "", tokenizer, {"model_path": PATH})
+    check_shape(f"{where}: {tokenizer['name'][:80]!a}", "", tokenizer, {"model_path": PATH})
     return {"stats": dataset["stats"], "model": tokenizer["model_path"], "sha256": file_sha256(str(scratch / path))}
 
 

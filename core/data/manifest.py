@@ -74,13 +74,13 @@ def read_manifest(path: str) -> dict[str, Any]:
     if type(schema) is not int or schema != SCHEMA:
         raise DataError(f"{file}: schema: expected {SCHEMA}, got {_shown(schema)}; prepare the data again")
     try:
-        check(file, "", manifest, WHOLE)
+        check_shape(file, "", manifest, WHOLE)
     except DataError as error:
         raise DataError(f"{error}; prepare the data again") from error
     return manifest
 
 
-def check(file: str, where: str, value: Any, kind: Any) -> None:
+def check_shape(file: str, where: str, value: Any, kind: Any) -> None:
     """Raise DataError, naming the field, unless `value` is of a kind: a Leaf, an object of kinds by key, or a list
     of one kind.
     """
@@ -93,12 +93,12 @@ def check(file: str, where: str, value: Any, kind: Any) -> None:
         for key, inner in kind.items():
             name = key.rstrip("?")
             if name == key or value.get(name) is not None:
-                check(file, f"{where}.{name}" if where else name, value.get(name), inner)
+                check_shape(file, f"{where}.{name}" if where else name, value.get(name), inner)
     else:
         if not isinstance(value, list) or len(value) > MAX_SHARDS:
             _fail(file, where, f"a list of at most {MAX_SHARDS:,}", value)
         for number, inner in enumerate(value):
-            check(file, f"{where}[{number}]", inner, kind[0])
+            check_shape(file, f"{where}[{number}]", inner, kind[0])
 
 
 def _fail(file: str, where: str, what: str, value: Any) -> None:

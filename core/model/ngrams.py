@@ -35,7 +35,7 @@ def ngram_buckets(
     multipliers[order][head] are those in use. Returns (B, T, orders * heads) int32: table t = order * heads + head owns
     rows t * buckets to (t + 1) * buckets - 1. An n-gram counts if every position of it holds an id >= 0 and is in the
     document of the newest. ValueError: shapes that do not fit, an id over MOST_ID, buckets outside 2 to MOST_BUCKETS.
-    Source: spec/original_skc.md 1.6, with the rule of C2 for what crosses an edge.
+    docs/model.md, engram; an n-gram that reaches over a document's edge counts as none.
     """
     before = len(multipliers)
     if ids.ndim != 2 or ids.shape != documents.shape or ids.shape[1] < before:

@@ -36,7 +36,7 @@ class NonFiniteError(ArithmeticError):
     """Loss or gradients of a step were not finite: the weights are those before it and nothing is saved after it."""
 
 
-class Summary(NamedTuple):
+class TrainingSummary(NamedTuple):
     """What `train` did."""
 
     steps: int
@@ -110,7 +110,7 @@ class Leave:
         self.asked = True
 
 
-def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
+def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> TrainingSummary:
     """Train `engine` to the end of `run.config` on `dataset`, from the run's checkpoint if it has one.
 
     Every rank of the engine does this with its rows of each batch; time is rank 0's. NonFiniteError names the first
@@ -161,7 +161,7 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
         run.save(engine, step, seconds)
     if _any(ranks, leave.asked):
         raise Stopped
-    return Summary(step, seconds, ended, step - first)
+    return TrainingSummary(step, seconds, ended, step - first)
 
 
 def _asked(ranks: Ranks, leave: Leave, now: Due, since: float, settings: TrainConfig) -> tuple[bool, bool]:

@@ -28,7 +28,7 @@ from core.scoring.score import check_plugins
 from core.training import trackers
 from core.training.environment import environment
 from core.training.finish import finish
-from core.training.loop import Summary, check_rows, done, train
+from core.training.loop import TrainingSummary, check_rows, done, train
 from core.training.run import Follower, Run, config_digest
 from core.training.spans import rooms
 from core.training.start import start_weights
@@ -167,7 +167,7 @@ def _shown(out: Path, config: RunConfig, end: dict[str, Any], say: Console) -> O
     return Outcome(stored.get("within", True), value)
 
 
-def _close_training(run: Run, dataset: Dataset, summary: Summary, say: Console) -> None:
+def _close_training(run: Run, dataset: Dataset, summary: TrainingSummary, say: Console) -> None:
     """Close the training text for good: what comes after training cannot read it (rule D2)."""
     closed = summary.seconds + time.perf_counter() - summary.ended
     dataset.train.close(f"training ended at {summary.seconds:.1f} s, and nothing reads its text after that")
