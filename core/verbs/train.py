@@ -21,7 +21,6 @@ from core.export.artifact import check_limits
 from core.export.budget import predicted_bytes
 from core.forecast.forecast import Forecast, check_steps, forecast
 from core.forecast.probe import probe
-from core.model.ngrams import start_weights
 from core.model.params import count
 from core.scoring.accounting import byte_note
 from core.scoring.plugins import load_plugins
@@ -30,6 +29,7 @@ from core.training import trackers
 from core.training.environment import environment
 from core.training.finish import finish
 from core.training.loop import Summary, check_rows, done, train
+from core.training.pruning import start_weights
 from core.training.run import Follower, Run, config_digest
 from core.training.spans import rooms
 from core.training.writer import hold

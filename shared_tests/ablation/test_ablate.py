@@ -1,4 +1,4 @@
-"""`skc ablate` from the command line, with real training. Budget: 60 s."""
+"""`skc ablate` from the command line, with real training. Budget: 30 s."""
 
 import ast
 import json

@@ -21,12 +21,13 @@ from core.console import Console
 from core.data.batch import Batch
 from core.data.bundled import open_data
 from core.data.dataset import Dataset
+from core.engine.optimizer_state import optimizer_slots
 from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays, Scoring, StepResult
 from core.engine.ranks import Alone
 from core.forecast.forecast import Forecast, Kind, forecast
 from core.forecast.probe import kinds, measure_memory, probe
-from core.model.params import optimizer_slots, start_values
+from core.model.params import start_values
 from core.model.storage import Stored
 from core.training.finish import finish
 from core.training.loop import train
