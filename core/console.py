@@ -37,7 +37,7 @@ def one_line(message: object) -> str:
     White space is one space, of a long message the middle is left out: what it is about and what to do stay.
     """
     text = str(message)
-    return cut(printable(" ".join(cut(text, 8 * MESSAGE).split())), MESSAGE, len(text))
+    return shorten(printable(" ".join(shorten(text, 8 * MESSAGE).split())), MESSAGE, len(text))
 
 
 def printable(text: str) -> str:
@@ -51,7 +51,7 @@ def _written_out(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-def cut(text: str, most: int, letters: int | None = None) -> str:
+def shorten(text: str, most: int, letters: int | None = None) -> str:
     """Return text of at most `most` letters, by leaving out its middle; it says how many `letters` there were."""
     if len(text) <= most:
         return text
@@ -91,7 +91,7 @@ class Console:
         """Print one line, or several with line ends between them."""
         if self._muted:
             return
-        line = printable(cut(line, LINE))
+        line = printable(shorten(line, LINE))
         self.clear()
         if self.terminal:
             from rich.console import Console as Rich
@@ -148,7 +148,7 @@ class Console:
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print aligned columns: numbers to the right, text to the left."""
-        cells = [[f"{cell:,}" if isinstance(cell, int) else cut(str(cell), CELL) for cell in row] for row in rows]
+        cells = [[f"{cell:,}" if isinstance(cell, int) else shorten(str(cell), CELL) for cell in row] for row in rows]
         right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(head))]
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
         for row in (head, *cells):

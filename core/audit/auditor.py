@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.audit.again import Asked, check_again
+from core.audit.changed_text import Rescoring, check_again
 from core.audit.claims import (
     Plan,
     check_configuration,
@@ -21,14 +21,16 @@ from core.audit.claims import (
     claimed_bytes,
     claimed_rule,
 )  # fmt: skip
+from core.audit.fingerprints import ROUNDING, Predictions
 from core.audit.predictions import check_isolated, check_once, check_predictions, check_set
-from core.audit.prints import ROUNDING, Predictions
 from core.audit.recount import predictions_of, recount, understood
 from core.audit.rules import Finding
 from core.audit.text.disjoint import check_disjoint
 from core.audit.text.rules import check_bytes, check_reversible
+from core.audit.watch.answer import DIED
 from core.audit.watch.evaluation import AGREE
-from core.audit.watch.isolation import DIED, Isolated, check_packages, notes_left, run_isolated
+from core.audit.watch.isolation import Isolated, run_isolated
+from core.audit.watch.verdicts import check_packages, notes_left
 from core.config import to_json
 from core.console import Console
 from core.data.bundled import open_data
@@ -38,8 +40,8 @@ from core.scoring.ledger import Ledger, LedgerError
 from core.training.run import config_digest
 
 
-class Audit(NamedTuple):
-    """What an audit found."""
+class AuditResult(NamedTuple):
+    """The end of an audit: a finding for every rule, and the process that was watched."""
 
     findings: list[Finding]
     isolated: Isolated
@@ -48,27 +50,27 @@ class Audit(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """The evaluation came to its end with a score, and no rule was found broken."""
+        """Whether the evaluation gave a score and no rule is broken."""
         scored = self.isolated.error is None and bool((self.isolated.value or {}).get("score"))
         return scored and all(finding.verdict != "FAIL" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        seen = self.isolated
-        own = [file for file in seen.files if file.kind not in ("python", "package", "system")]
+        """Return the result as plain JSON values."""
+        process = self.isolated
+        own = [file for file in process.files if file.kind not in ("python", "package", "system")]
         isolation = {
-            "in_force": seen.measures,
-            "missing": seen.missing,
-            "packages": seen.packages,
-            "network": seen.network,
-            "executed": seen.executed,
+            "in_force": process.measures,
+            "missing": process.missing,
+            "packages": process.packages,
+            "network": process.network,
+            "executed": process.executed,
             "files": [file._asdict() for file in own],
         }
         return {
             "subject": str(self.plan.artifact),
             "findings": [finding.to_json() for finding in self.findings],
-            "evaluation": seen.value,
-            "error": seen.error,
+            "evaluation": process.value,
+            "error": process.error,
             "isolation": isolation,
             "config_sha256": config_digest(self.plan.config),
             "seconds": self.seconds,
@@ -76,86 +78,88 @@ class Audit(NamedTuple):
 
 
 class AuditError(ValueError):
-    """The evaluation cannot be made: the message, its own, says why."""
+    """The evaluation cannot be run: the message, which is the evaluation's own, says why."""
 
 
-def audit(plan: Plan, say: Console) -> Audit:
+def audit(plan: Plan, say: Console) -> AuditResult:
     """Evaluate in a watched process, check the texts beside it, and return a finding for every rule.
 
     AuditError if what was given cannot be evaluated at all.
     """
     began = time.monotonic()
-    dataset = open_data(plan.config.data.path, train=False)  # nobody can find the training text in this process
+    dataset = open_data(
+        plan.config.data.path, train=False
+    )  # so that nothing in this process can read the training text
     base = Path(dataset.path)
     for split in (dataset.train, dataset.val):
         split.verify()
     same_data = plan.run is not None and plan.run.environment().get("data") in (None, identity(dataset))
-    reference = check_reference(plan)  # what is wrong with the claim is told before the work
+    reference = check_reference(plan)  # a wrong claim is refused before the work
     shards, texts = ([base / e["file"] for e in dataset.manifest["splits"][n]["files"]] for n in ("train", "val"))
     plan.folder.mkdir(parents=True, exist_ok=True)
     ledger = plan.folder / "ledger"
-    if _is_done(ledger):  # an audit that came to its end is not continued but made again
+    if _is_done(ledger):  # an audit that has ended is not continued but run again
         ledger.unlink()
-    if not os.path.lexists(ledger):  # what lies beside no ledger of ours is of no use, but to a cheat
+    if not os.path.lexists(ledger):  # state without a ledger is of use to a cheat alone
         Path(f"{ledger}.plugins").unlink(missing_ok=True)
     say(f"evaluating {plan.artifact} in a process of its own")
     text = dataset
     if plan.documents is not None:
         text = dataclasses.replace(dataset, val=dataset.val.documents(plan.documents))
     start = time.time_ns()
-    seen = _evaluate(plan, base, ledger, plan.documents, plan.flips, shards)
-    kind = seen.error["kind"] if seen.error else ""
+    process = _evaluate(plan, base, ledger, plan.documents, plan.flips, shards)
+    kind = process.error["kind"] if process.error else ""
     busy = kind == DIED or kind.endswith("InUseError")
-    seen = recount(seen, text, plan.config, ledger)
+    process = recount(process, text, plan.config, ledger)
     fresh: list[Isolated] = []
-    if seen.value and seen.value["score"]:
+    if process.value and process.value["score"]:
         say("scoring the text again, changed, in processes of their own")
-        seen.value["again"] = _again(plan, text, seen, ledger, [*shards, *texts], fresh, start)
-    if not busy and not _is_done(ledger):  # only a kill leaves something to go on from
+        process.value["again"] = _again(plan, text, process, ledger, [*shards, *texts], fresh, start)
+    if not busy and not _is_done(ledger):  # only a killed audit goes on from its ledger
         ledger.unlink(missing_ok=True)
-    if seen.error and seen.error["kind"].startswith("core."):  # the user can do something about it
-        raise AuditError(seen.error["message"])
+    if process.error and process.error["kind"].startswith("core."):  # the user can do something about it
+        raise AuditError(process.error["message"])
     say("checking the texts")
     limit = None if plan.documents is None else len(dataset.val.documents(plan.documents))
     findings = [
-        check_size(plan, seen, dataset),
+        check_size(plan, process, dataset),
         check_training_time(plan),
-        check_evaluation_time(plan, seen),
-        check_isolated(seen, fresh, shards, texts),
-        check_once(seen, plan.documents),
-        check_set(seen, plan.documents, dataset),
+        check_evaluation_time(plan, process),
+        check_isolated(process, fresh, shards, texts),
+        check_once(process, plan.documents),
+        check_set(process, plan.documents, dataset),
         check_disjoint(_open(plan.config.data.path), say.progress("validation text in training text")),
-        *check_predictions(seen),
+        *check_predictions(process),
         check_bytes(
             dataset,
-            claimed_rule(plan, seen, same_data),
+            claimed_rule(plan, process, same_data),
             limit,
             say.progress("bytes of the text"),
-            claimed_bytes(plan, seen, same_data),
+            claimed_bytes(plan, process, same_data),
         ),
         check_reversible(dataset, limit, say.progress("tokens back to text")),
         reference,
-        check_configuration(plan, seen, same_data),
+        check_configuration(plan, process, same_data),
         check_seeds(plan),
-        check_packages(seen),
+        check_packages(process),
     ]
-    return Audit(_founded(findings), seen, plan, time.monotonic() - began)
+    return AuditResult(_founded(findings), process, plan, time.monotonic() - began)
 
 
 def _founded(findings: list[Finding]) -> list[Finding]:
-    """Return the findings without a pass of D15 that rests on figures which D16 did not find again."""
+    """Return the findings, with D15 NOT CHECKED where it passed on figures that D16 did not find again."""
     again = next(finding for finding in findings if finding.rule == "D16").verdict == "PASS"
     words = "the audited run's recorded score was not found again (D16); "
     return [
-        one._replace(verdict="NOT CHECKED", evidence=words + one.evidence)
-        if one.rule == "D15" and one.verdict == "PASS" and not again
-        else one
-        for one in findings
+        finding._replace(verdict="NOT CHECKED", evidence=words + finding.evidence)
+        if finding.rule == "D15" and finding.verdict == "PASS" and not again
+        else finding
+        for finding in findings
     ]
 
 
 def _open(path: str) -> Dataset:
-    """Open the data, without its training text where that is not here."""
+    """Open the data, without the training text where it is not on this machine."""
     try:
         return open_data(path)
     except DataError:
@@ -169,10 +173,10 @@ def _evaluate(
     documents: int | None,
     flips: int,
     hidden: Sequence[Path],
-    asked: Asked | None = None,
+    rescoring: Rescoring | None = None,
 ) -> Isolated:
     """Run the evaluation of the text in `data` in a watched process."""
-    found = run_isolated(
+    process = run_isolated(
         "core.audit.watch.evaluation:audited",
         {
             "artifact": str(plan.artifact),
@@ -182,8 +186,8 @@ def _evaluate(
             "dtype": plan.dtype,
             "ledger": str(ledger),
             "predictions": str(_prints(ledger)),
-            "stop": asked.stop if asked else None,
-            "places": list(asked.places) if asked else [],
+            "stop": rescoring.stop if rescoring else None,
+            "places": list(rescoring.places) if rescoring else [],
             "secret": _secret(),
             "started": time.monotonic(),
             "documents": documents,
@@ -194,7 +198,7 @@ def _evaluate(
         writable=[ledger.parent, ledger, Path(f"{ledger}.plugins")],
         warm=("core.audit.watch.evaluation", f"backends.{plan.backend}.engine"),
     )
-    return understood(found, flips > 0)
+    return understood(process, flips > 0)
 
 
 def _prints(ledger: Path) -> Path:
@@ -204,7 +208,7 @@ def _prints(ledger: Path) -> Path:
 def _again(
     plan: Plan,
     text: Dataset,
-    seen: Isolated,
+    evaluation: Isolated,
     ledger: Path,
     hidden: Sequence[Path],
     fresh: list[Isolated],
@@ -220,29 +224,29 @@ def _again(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
-        def score(asked: Asked) -> Predictions | None:
+        def score(rescoring: Rescoring) -> Predictions | None:
             book = folder / secrets.token_hex(8) / "ledger"
             book.parent.mkdir()
-            found = _evaluate(plan, asked.folder, book, None, 0, hidden, asked)
-            left = notes_left(found, seen, start, os.path.realpath(folder))
-            fresh.append(found._replace(tampered=(*found.tampered, *left)))
+            process = _evaluate(plan, rescoring.folder, book, None, 0, hidden, rescoring)
+            notes = notes_left(process, evaluation, start, os.path.realpath(folder))
+            fresh.append(process._replace(tampered=(*process.tampered, *notes)))
             value = fresh[-1].value
             if not value or value["broken"]:
                 return None
             return predictions_of(book, _prints(book), text, plan.config)
 
-        dtype, resumed = seen.value["dtype"], seen.value["resumed"]
+        dtype, resumed = evaluation.value["dtype"], evaluation.value["resumed"]
         agree = ROUNDING[dtype] if plan.config.eval.plugins else AGREE[dtype]
-        found = check_again(score, text, plan.config, first, folder, ROUNDING[dtype], agree, resumed)
-    if found["error"]:
+        result = check_again(score, text, plan.config, first, folder, ROUNDING[dtype], agree, resumed)
+    if result["error"]:
         last = fresh[-1]
         broken = (last.value or {}).get("broken")
-        found["why"] = last.error or (broken and {"kind": broken["rule"], "message": broken["message"]})
-    return found
+        result["why"] = last.error or (broken and {"kind": broken["rule"], "message": broken["message"]})
+    return result
 
 
 def _secret() -> str:
-    """Return what only this user on this machine knows, made on first use: a ledger from elsewhere is not continued."""
+    """Return a secret of this user on this machine, made on first use: so no ledger from elsewhere is continued."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skc"
     path = cache / "audit-key"
     try:

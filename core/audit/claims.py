@@ -1,20 +1,17 @@
-"""What is claimed of a run beside its predictions: bytes, times, seeds, one configuration (D1 to D3, D15 to D17)."""
+"""Judges what a run claims beside its predictions: bytes, times, seeds, configuration (D1 to D3, D15 to D17)."""
 
-import lzma
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from core.audit.code import packed_bytes
 from core.audit.rules import Finding
 from core.audit.seeds import beats
 from core.audit.watch.isolation import Isolated
 from core.config import RunConfig
 from core.data.dataset import Dataset
-from core.files import read_file
 from core.training.run import Run, config_digest
 
-MAX_SOURCE = 1 << 30
 LIMIT = 16_000_000
 """Bytes of code and compressed model (D1)."""
 SECONDS = 600.0
@@ -22,15 +19,15 @@ SECONDS = 600.0
 SLOWER = ("CPU", "Apple")
 """Devices of which 8 are slower than 8 H100: how their names begin."""
 CLAIM = {True: 1e-5, False: 5e-3}
-"""How far a recorded score may be from the audited one, in bits per byte: same backend and compute type, or not."""
+"""Same backend and compute type? -> bits per byte by which the audited score may miss the recorded score."""
 
 
 FIGURES = ("bpb", "loss", "bytes", "targets")
-"""Of a recorded score, what a comparison with others needs."""
+"""The figures of a recorded score that a comparison needs."""
 
 
 class Plan(NamedTuple):
-    """What is audited, and how."""
+    """What is audited, and how: the order of one audit."""
 
     artifact: Path
     run: Run | None
@@ -50,19 +47,19 @@ class Plan(NamedTuple):
     """Scores to beat, in bits per byte."""
 
 
-def check_size(plan: Plan, seen: Isolated, dataset: Dataset) -> Finding:
-    """D1: the artifact, the code that was read, packed as submissions are, and whatever else was read but the text.
+def check_size(plan: Plan, process: Isolated, dataset: Dataset) -> Finding:
+    """Judge rule D1: artifact, code and whatever else the evaluation read, but for the text, are within the limit.
 
-    The tokenizer counts strictly only, and strictly code counts as it is.
+    Code counts as submissions pack it. A strict total, which decides nothing, counts code as it is, and the tokenizer.
     """
     data, val = Path(dataset.path), dataset.manifest["splits"]["val"]
     names = ["manifest.json", *(entry["file"] for entry in val["files"]), val.get("document_bytes")]
     text = {str((data / name).resolve()) for name in names if name}
     tokenizer = str((data / dataset.manifest["tokenizer"]["file"]).resolve())
     artifact = plan.artifact.stat().st_size
-    code = [file for file in seen.files if file.kind == "code"]
-    packed = packed_code([Path(file.path) for file in code])
-    rest = [file for file in seen.files if file.kind in ("input", "other") and file.read and file.path not in text]
+    code = [file for file in process.files if file.kind == "code"]
+    packed = packed_bytes([Path(file.path) for file in code])
+    rest = [file for file in process.files if file.kind in ("input", "other") and file.read and file.path not in text]
     rest = [file for file in rest if Path(file.path) != plan.artifact.resolve()]
     raw, others = sum(file.size or 0 for file in code), sum(file.size or 0 for file in rest)
     unpaid = [file for file in rest if file.path != tokenizer]
@@ -70,12 +67,12 @@ def check_size(plan: Plan, seen: Isolated, dataset: Dataset) -> Finding:
     challenge, strict = artifact + packed + extra, artifact + raw + others
     more = f", {', '.join(Path(file.path).name for file in unpaid)} {extra:,}" if unpaid else ""
     names = ", ".join(sorted(Path(file.path).name for file in rest)) or "nothing else"
-    kept = "" if strict <= LIMIT else f", over {LIMIT:,}"
+    over = "" if strict <= LIMIT else f", over {LIMIT:,}"
     evidence = (
         f"{challenge:,} bytes: artifact {artifact:,}, {len(code)} files of code {packed:,} packed (LZMA, base85)"
         f"{more}. "
-        f"Strictly, every file that was opened as it is: {strict:,}{kept} (code {raw:,}; {names} {others:,}). "
-        f"Left out: the validation text, and {len(seen.packages)} installed packages (D18)"
+        f"Strictly, every file that was opened as it is: {strict:,}{over} (code {raw:,}; {names} {others:,}). "
+        f"Left out: the validation text, and {len(process.packages)} installed packages (D18)"
     )
     details = {
         "artifact": artifact, "packed_code": packed, "code": raw, "other": others, "extra": extra, "limit": LIMIT,
@@ -86,15 +83,8 @@ def check_size(plan: Plan, seen: Isolated, dataset: Dataset) -> Finding:
     return Finding("D1", "PASS" if challenge <= LIMIT else "FAIL", evidence, details)
 
 
-def packed_code(files: Sequence[Path]) -> int:
-    """Return the bytes of source files as submissions pack them: one LZMA stream in base85."""
-    text = b"".join(read_file(file, MAX_SOURCE) for file in sorted(files, key=str) if file.is_file())
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-    return -(-len(lzma.compress(text, lzma.FORMAT_RAW, filters=filters)) * 5 // 4) if text else 0
-
-
 def check_training_time(plan: Plan) -> Finding:
-    """D2: what the run has recorded of its training clock and of when it closed its training text.
+    """Judge rule D2 by the training clock that the run recorded, and by when it closed its training text.
 
     PASS on machines that are no faster than the rule's; FAIL on those that are no slower, if it took longer by more
     than the step in which the time ran out.
@@ -133,9 +123,9 @@ def _number(value: object) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def check_evaluation_time(plan: Plan, seen: Isolated) -> Finding:
-    """D3: the strict clock, from before the process was started to the last score."""
-    value = seen.value or {}
+def check_evaluation_time(plan: Plan, process: Isolated) -> Finding:
+    """Judge rule D3 by the strict clock: from before the process was started to the last score."""
+    value = process.value or {}
     if not value.get("score"):
         return Finding("D3", "NOT CHECKED", "the evaluation did not come to its end")
     strict, prepared = value["clock"], value["prepared"]
@@ -157,51 +147,51 @@ def check_evaluation_time(plan: Plan, seen: Isolated) -> Finding:
 
 
 def check_reference(plan: Plan) -> Finding:
-    """D15: all seeds of the claim against the reference, in nats per token of this tokenizer."""
+    """Judge rule D15: compare all seeds of the claim with the reference, in nats per token of this tokenizer."""
     scores = {str(run.path): recorded(run) for run in plan.seeds}
-    scores = {name: found for name, found in scores.items() if found and found.get("full")}
+    scores = {name: score for name, score in scores.items() if score and score.get("full")}
     partly = [str(run.path) for run in plan.seeds if str(run.path) not in scores]
-    odd = [n for n, found in scores.items() if not all((_number(found.get(k)) or 0.0) > 0 for k in FIGURES)]
+    odd = [n for n, score in scores.items() if not all((_number(score.get(k)) or 0.0) > 0 for k in FIGURES)]
     if odd:
         return Finding("D15", "FAIL", f"recorded no numbers above 0 as {', '.join(FIGURES)}: {', '.join(odd)}")
-    ours = {name: found["loss"] for name, found in scores.items()}
+    ours = {name: score["loss"] for name, score in scores.items()}
     seeds = [run.config.seed for run in plan.seeds]
     if len(set(seeds)) < len(seeds):
         return Finding("D15", "NOT CHECKED", f"runs of one seed are one sample, not several; seeds: {seeds}")
     first = next(iter(scores.values()), None)
     if first is None or not plan.reference:
-        names = ", ".join(f"{name} {found['bpb']:.4f}" for name, found in scores.items()) or "none with a score"
+        names = ", ".join(f"{name} {score['bpb']:.4f}" for name, score in scores.items()) or "none with a score"
         return Finding("D15", "NOT CHECKED", f"give scores to beat with --reference; seeds: {names}")
     if partly:  # every run that is given counts
         words = f"no score of the whole text is recorded in {', '.join(partly)}"
         return Finding("D15", "NOT CHECKED", words)
-    if len({(found["bytes"], found["targets"], found["windows"], found["byte_rule"]) for found in scores.values()}) > 1:
+    if len({(score["bytes"], score["targets"], score["windows"], score["byte_rule"]) for score in scores.values()}) > 1:
         return Finding("D15", "FAIL", "the seeds' scores are not of one text, cut and counted alike")
     per_token = math.log(2.0) * first["bytes"] / first["targets"]
     return beats(ours, [bpb * per_token for bpb in plan.reference])
 
 
-def check_configuration(plan: Plan, seen: Isolated, same_data: bool) -> Finding:
-    """D16: one configuration in config.json, logs and seeds; figures that the audit finds again.
+def check_configuration(plan: Plan, process: Isolated, same_data: bool) -> Finding:
+    """Judge rule D16: config.json, logs and seeds have one configuration, and the audit finds the figures again.
 
-    `same_data`: the audit scored the text of the run, so that both figures are of one thing.
+    `same_data`: the audit scored the text of the run, so that the figures can be compared.
     """
-    differs = (seen.value or {}).get("differs")
+    differs = (process.value or {}).get("differs")
     if differs:
         return Finding("D16", "FAIL", f"the evaluation answered otherwise than its ledger, which counts: {differs}")
     if plan.run is None:
         return Finding("D16", "NOT CHECKED", "a bare artifact has no logs")
     digests = {str(run.path): config_digest(run.config) for run in plan.seeds}
     logged = {str(run.path): run.logged_configs() for run in plan.seeds}
-    details = {"config_sha256": digests, "logged": {name: sorted(found) for name, found in logged.items()}}
+    details = {"config_sha256": digests, "logged": {name: sorted(configs) for name, configs in logged.items()}}
     judged = {(e.windows, e.seq, e.stride, e.plugins) for e in (run.config.eval for run in plan.seeds)}
     if len(set(digests.values())) > 1 or len(judged) > 1:
         return Finding("D16", "FAIL", f"the seeds have different settings: {', '.join(sorted(digests))}", details)
-    strangers = [name for name, found in logged.items() if found - {digests[name]}]
+    strangers = [name for name, configs in logged.items() if configs - {digests[name]}]
     if strangers:
         words = f"log.txt of {', '.join(strangers)} was written with other settings than its config.json has"
         return Finding("D16", "FAIL", words, details)
-    silent = [name for name, found in logged.items() if not found]
+    silent = [name for name, configs in logged.items() if not configs]
     digest = config_digest(plan.run.config)
     words = f"configuration {digest[:12]} (what decides the weights, but the seed) in config.json and log of "
     words += f"{len(digests)} run(s)"
@@ -211,12 +201,12 @@ def check_configuration(plan: Plan, seen: Isolated, same_data: bool) -> Finding:
     own = _own_claim(plan, claim)
     if own:
         return Finding("D16", "FAIL", f"{words}; what it recorded is not of its own settings: {own}", details)
-    audited = (seen.value or {}).get("score")
+    audited = (process.value or {}).get("score")
     if not audited or not same_data or _others(plan):
         why = "the evaluation gave no score" if not audited else _others(plan) or "on other data"
         return Finding("D16", "NOT CHECKED", f"{words}; its recorded score was not computed again: {why}", details)
     env = plan.run.environment()
-    same = (env.get("backend"), env.get("dtype")) == (seen.value["backend"], seen.value["dtype"])
+    same = (env.get("backend"), env.get("dtype")) == (process.value["backend"], process.value["dtype"])
     details |= {"recorded": claim, "audited": audited}
     problems = [f"{name} {claim.get(name)}, audited {audited[name]}" for name in _differ(claim, audited, CLAIM[same])]
     size = plan.run.last("final/artifact")["bytes"]
@@ -233,7 +223,7 @@ def check_configuration(plan: Plan, seen: Isolated, same_data: bool) -> Finding:
 
 
 def _own_claim(plan: Plan, claim: dict[str, Any]) -> str:
-    """Return how a recorded score is not one of the run's own settings, or nothing."""
+    """Return in what a recorded score departs from the run's own settings, or an empty text."""
     assert plan.run is not None
     settings, claim = plan.run.config.eval, {"plugins": [], **claim}
     wanted = {"full": settings.documents is None, "plugins": list(settings.plugins)}
@@ -241,7 +231,7 @@ def _own_claim(plan: Plan, claim: dict[str, Any]) -> str:
 
 
 def _others(plan: Plan) -> str:
-    """Return how this audit scores otherwise than the run did, or nothing."""
+    """Return why this audit does not score as the run did, or an empty text."""
     assert plan.run is not None
     ours, own = plan.config.eval, plan.run.config.eval
     if own.documents is not None:
@@ -255,9 +245,9 @@ def _others(plan: Plan) -> str:
 
 
 def _differ(claim: dict[str, Any], audited: dict[str, Any], bound: float) -> list[str]:
-    """Return which figures of a recorded score the audit did not find again; `bound` is in bits per byte.
+    """Return the figures of a recorded score that the audit did not find again; `bound` is in bits per byte.
 
-    What is not a number, or not there at all, is not found again either.
+    A figure that is missing or no number counts as not found again.
     """
     per_bit = math.log(2.0) * audited["bytes"]  # nats of the whole text
     near = {"bpb": bound, "loss": bound * per_bit / audited["targets"], "nats": bound * per_bit}
@@ -271,7 +261,7 @@ def _differ(claim: dict[str, Any], audited: dict[str, Any], bound: float) -> lis
 
 
 def check_seeds(plan: Plan) -> Finding:
-    """D17: what was run can only be told by those who ran it."""
+    """Judge rule D17: NOT CHECKED, as only those who ran the seeds know which they ran."""
     seeds = ", ".join(f"{run.path} (seed {run.config.seed})" for run in plan.seeds) or "no run folder was given"
     return Finding("D17", "NOT CHECKED", f"software cannot see runs that are not shown; shown: {seeds}")
 
@@ -282,17 +272,17 @@ def recorded(run: Run) -> dict[str, Any] | None:
     return None if final is None else helped or final["score"]
 
 
-def claimed_rule(plan: Plan, seen: Isolated, same_data: bool) -> Any:
+def claimed_rule(plan: Plan, process: Isolated, same_data: bool) -> Any:
     """Return the byte rule of the recorded score, or of the audited one where none is recorded."""
-    return _claimed(plan, seen, same_data).get("byte_rule")
+    return _claimed(plan, process, same_data).get("byte_rule")
 
 
-def claimed_bytes(plan: Plan, seen: Isolated, same_data: bool) -> int | None:
-    """Return the bytes that that score was divided by, if it is one of the whole set."""
-    found = _claimed(plan, seen, same_data)
-    return found.get("bytes") if found.get("full") and plan.documents is None else None
+def claimed_bytes(plan: Plan, process: Isolated, same_data: bool) -> int | None:
+    """Return the bytes by which the claimed score was divided, if it is a score of the whole set."""
+    claim = _claimed(plan, process, same_data)
+    return claim.get("bytes") if claim.get("full") and plan.documents is None else None
 
 
-def _claimed(plan: Plan, seen: Isolated, same_data: bool) -> dict[str, Any]:
-    found = recorded(plan.run) if plan.run and same_data else None
-    return found or (seen.value or {}).get("score") or {}
+def _claimed(plan: Plan, process: Isolated, same_data: bool) -> dict[str, Any]:
+    claim = recorded(plan.run) if plan.run and same_data else None
+    return claim or (process.value or {}).get("score") or {}

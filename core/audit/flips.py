@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 
 from core import rng
-from core.audit.prints import HARMLESS, RESHAPED, Effect, Predictions, Prints, compare, compare_end, found_by
+from core.audit.fingerprints import (
+    HARMLESS,
+    RESHAPED,
+    ChangeEffect,
+    Fingerprints,
+    Predictions,
+    effect_of,
+    effect_of_end,
+    predictions_from,
+)
 from core.audit.rules import Progress
 from core.config import RunConfig
 from core.data.dataset import Split
@@ -34,9 +43,9 @@ def predict(engine: Engine, text: Split, config: RunConfig, plugins: bool, place
 
     The whole distribution is kept of the targets at `places`.
     """
-    ledger, prints = Ledger(len(text)), Prints(len(text), places)
+    ledger, prints = Ledger(len(text)), Fingerprints(len(text), places)
     score_text(engine, Evaluation.of(text, config, plugins=plugins), ledger, watch=prints)
-    return found_by(prints, ledger.entries, text, config)
+    return predictions_from(prints, ledger.entries, text, config)
 
 
 def flip_test(
@@ -87,7 +96,7 @@ def _flip_one(
     """Score a text with another token at `place` and add to `value` what noticed; `start`: where the text is from."""
     learns, other = value["learns"], text.changed(0, len(text), place, token)
     changed = predict(engine, other, config, learns, [place])
-    effect = compare(base, changed, [place], learns)
+    effect = effect_of(base, changed, [place], learns)
     small = not len(effect.beyond(value["rounding"]).wrong)
     if small and len(effect.beyond(HARMLESS).wrong) and value["repeatable"]:
         _add_repeat(value, changed, predict(engine, other, config, learns))  # is it rounding after all?
@@ -95,7 +104,7 @@ def _flip_one(
     effect = _add(value, effect, place, start, False)
     if len(effect.wrong) and learns and not value["by_plugins"]:  # the model alone may pass the same flip
         plain = [predict(engine, one, config, False, [place]) for one in (text, other)]
-        alone = compare(plain[0], plain[1], [place], False)
+        alone = effect_of(plain[0], plain[1], [place], False)
         value["by_plugins"] = not len(alone.beyond(_limit(value, False)).wrong)
 
 
@@ -107,9 +116,9 @@ def _end_one(
         ended = text.changed(begin, place + 1, place - begin, config.model.bos)
         went_on = text.changed(begin, min(len(text), place + 1 + 2 * config.eval.seq))
 
-        def judged(plugins: bool) -> Effect | None:
+        def judged(plugins: bool) -> ChangeEffect | None:
             both = [predict(engine, one, config, plugins, [place - begin]) for one in (ended, went_on)]  # noqa: B023
-            return compare_end(both[0], both[1], plugins)
+            return effect_of_end(both[0], both[1], plugins)
 
         effect = judged(value["learns"])
         if effect is None:
@@ -129,7 +138,7 @@ def _limit(value: dict[str, Any], end: bool) -> float:
     return min(value["rounding"], HARMLESS) if value["repeatable"] else value["rounding"]
 
 
-def _add(value: dict[str, Any], effect: Effect, place: int, start: int, end: bool) -> Effect:
+def _add(value: dict[str, Any], effect: ChangeEffect, place: int, start: int, end: bool) -> ChangeEffect:
     """Add to `value` what a change at `place` did, of a text from `start` on; return it without what is rounding."""
     value["compared"] += effect.compared
     value["noticed"] += effect.noticed
@@ -180,19 +189,19 @@ def _ends(text: Split, config: RunConfig, seed: int, number: int) -> list[tuple[
     inside = (tokens[1:-1] != bos) & (tokens[2:] != bos)
     places = 1 + np.flatnonzero(inside)
     picks = rng.choose(seed, f"audit/ends/{number}", len(places), min(TRIES, len(places)))
-    found = []
+    ends = []
     for place in places[picks].tolist():
         starts = np.flatnonzero(tokens[:place] == bos)
         longest = place - starts[-1] >= np.diff(np.append(starts, place)).max()
         alone = config.eval.windows == "stateful" and not longest
-        found.append((int(starts[-1]) if alone else 0, place))
-    return found
+        ends.append((int(starts[-1]) if alone else 0, place))
+    return ends
 
 
 def _other(token: int, config: RunConfig, seed: int, name: str) -> int:
     """Return a random token that is neither `token` nor BOS."""
     for draw in range(100):
-        found = rng.below(seed, f"audit/token/{name}/{draw}", config.model.vocab)
-        if found not in (config.model.bos, token):
+        other = rng.below(seed, f"audit/token/{name}/{draw}", config.model.vocab)
+        if other not in (config.model.bos, token):
             break
-    return found
+    return other

@@ -1,4 +1,4 @@
-"""What the watched evaluation says of its predictions: D5 and D7 to D12."""
+"""Judges what the watched evaluation says of its predictions: rules D4, D5 and D7 to D12."""
 
 import os
 from collections.abc import Sequence
@@ -7,50 +7,52 @@ from typing import Any
 
 from core.audit.rules import Finding
 from core.audit.text.rules import check_official
-from core.audit.watch.isolation import DIED, Isolated, check_isolation
+from core.audit.watch.answer import DIED
+from core.audit.watch.isolation import Isolated
+from core.audit.watch.verdicts import check_isolation
 from core.data.dataset import Dataset
 
 
 def check_isolated(
-    seen: Isolated, fresh: Sequence[Isolated], train_files: Sequence[Path], texts: Sequence[Path]
+    process: Isolated, fresh: Sequence[Isolated], train_files: Sequence[Path], texts: Sequence[Path]
 ) -> Finding:
-    """D4: of the evaluation, and of the processes that scored a changed text and had no use for the real one."""
-    found = check_isolation(seen, train_files)
-    if found.verdict == "FAIL":
-        return found
+    """Judge rule D4 of the evaluation, and of the processes with a changed text, which must not open the real one."""
+    finding = check_isolation(process, train_files)
+    if finding.verdict == "FAIL":
+        return finding
     for other in fresh:
-        again = check_isolation(other, train_files)
-        if again.verdict == "FAIL":
-            return again
+        other_finding = check_isolation(other, train_files)
+        if other_finding.verdict == "FAIL":
+            return other_finding
         real = {os.path.realpath(text) for text in texts}
         opened = [file.path for file in other.files if file.path in real]
         if opened:
             words = f"given a changed text to score, the evaluation opened the real one: {', '.join(opened)}"
-            return Finding("D4", "FAIL", words, found.details)
-    return found
+            return Finding("D4", "FAIL", words, finding.details)
+    return finding
 
 
-def check_once(seen: Isolated, documents: int | None) -> Finding:
-    """D5: every target has one entry."""
-    broken = broken_rule(seen, "D5")
+def check_once(process: Isolated, documents: int | None) -> Finding:
+    """Judge rule D5, first half: every target has one entry in the ledger."""
+    broken = broken_rule(process, "D5")
     if broken:
         return Finding("D5", "FAIL", broken)
-    if not seen.value:  # killed, by whatever had no memory left: that is no fault of the evaluation's
-        return Finding("D5", "NOT CHECKED" if seen.returncode < 0 else "FAIL", died(seen))
-    book = seen.value["ledger"]
+    if not process.value:  # killed for want of memory: the evaluation is not at fault
+        return Finding("D5", "NOT CHECKED" if process.returncode < 0 else "FAIL", died(process))
+    book = process.value["ledger"]
     evidence = f"{book['written']:,} of {book['targets']:,} targets are in the ledger, each once"
-    if seen.value["broken"]:
+    if process.value["broken"]:
         return Finding("D5", "NOT CHECKED", f"{evidence}; another rule stopped the evaluation", book)
-    if book["written"] != book["targets"] or not seen.value["score"]:
+    if book["written"] != book["targets"] or not process.value["score"]:
         return Finding("D5", "FAIL", f"{evidence}; the others were not scored", book)
     if documents is not None:
         return Finding("D5", "NOT CHECKED", f"{evidence}, but only {documents:,} documents were asked for", book)
     return Finding("D5", "PASS", evidence, book)
 
 
-def check_set(seen: Isolated, documents: int | None, dataset: Dataset) -> Finding:
-    """D5: is it the official set?"""
-    score = (seen.value or {}).get("score")
+def check_set(process: Isolated, documents: int | None, dataset: Dataset) -> Finding:
+    """Judge rule D5, second half: the text is the official set."""
+    score = (process.value or {}).get("score")
     if documents is not None or not score:
         return Finding("D5", "NOT CHECKED", "not the whole set was scored, so its constants were not compared")
     if score["byte_rule"] != "table":
@@ -59,13 +61,18 @@ def check_set(seen: Isolated, documents: int | None, dataset: Dataset) -> Findin
     return check_official(dataset, score["documents"], score["targets"], score["bytes"])
 
 
-def check_predictions(seen: Isolated) -> list[Finding]:
-    """D7 to D12: what flips, distributions and ledger say of the predictions."""
-    if not seen.value:
-        return [Finding(rule, "NOT CHECKED", died(seen)) for rule in ("D7", "D8", "D9", "D10", "D11", "D12")]
-    flips, found, book = seen.value["flips"], seen.value["distributions"], seen.value["ledger"]
-    plugins: dict[str, str] = seen.value["plugins"]
-    findings = [_causal(seen, flips), _normal(seen, found), _score_first(seen, flips, book), _single(seen, book)]
+def check_predictions(process: Isolated) -> list[Finding]:
+    """Judge rules D7 to D12 by the flip test, the distributions and the ledger."""
+    if not process.value:
+        return [Finding(rule, "NOT CHECKED", died(process)) for rule in ("D7", "D8", "D9", "D10", "D11", "D12")]
+    flips, distributions, book = process.value["flips"], process.value["distributions"], process.value["ledger"]
+    plugins: dict[str, str] = process.value["plugins"]
+    findings = [
+        _causal(process, flips),
+        _normal(process, distributions),
+        _score_first(process, flips, book),
+        _single(process, book),
+    ]
     named = ", ".join(f"{name} ({kind})" for name, kind in plugins.items())
     foreign = [name for name in plugins if ":" in name]
     if foreign:
@@ -90,10 +97,10 @@ def check_predictions(seen: Isolated) -> list[Finding]:
     return findings
 
 
-def _causal(seen: Isolated, flips: dict[str, Any]) -> Finding:
-    if broken_rule(seen, "D7"):
-        return Finding("D7", "FAIL", broken_rule(seen, "D7"))
-    again = seen.value.get("again")
+def _causal(process: Isolated, flips: dict[str, Any]) -> Finding:
+    if broken_rule(process, "D7"):
+        return Finding("D7", "FAIL", broken_rule(process, "D7"))
+    again = process.value.get("again")
     details = {"flips": flips, "again": again}
     if again is None:
         return Finding("D7", "NOT CHECKED", "another rule stopped the evaluation", details)
@@ -116,8 +123,8 @@ def _causal(seen: Isolated, flips: dict[str, Any]) -> Finding:
         evidence += (
             f"; not all bits repeat: one text scored twice differs by up to {flips['repeat_gap']:.1e} nats, "
             f"{flips['differ'] + again['differ']:,} of the predictions above by up to "
-            f"{max(flips['explained'], again['explained']):.1e}, and the bound of rounding for {seen.value['dtype']} "
-            f"on {seen.value['device']} is {again['rounding']:.0e}"
+            f"{max(flips['explained'], again['explained']):.1e}, and the bound of rounding for "
+            f"{process.value['dtype']} on {process.value['device']} is {again['rounding']:.0e}"
         )
     if not flips["flips"] or not flips["noticed"] or not again["compared"] or not again["noticed"]:
         return Finding("D7", "NOT CHECKED", f"{evidence}: the test saw no effect at all, so it shows nothing", details)
@@ -125,7 +132,7 @@ def _causal(seen: Isolated, flips: dict[str, Any]) -> Finding:
 
 
 def _flipped(flips: dict[str, Any]) -> list[str]:
-    """Return what the flip test says against the predictions."""
+    """Return the problems that the flip test found."""
     problems = []
     if not flips["repeat_gap"] <= flips["rounding"]:
         problems.append(
@@ -143,7 +150,7 @@ def _flipped(flips: dict[str, Any]) -> list[str]:
 
 
 def _scored_again(again: dict[str, Any]) -> list[str]:
-    """Return what the fresh processes say against the predictions."""
+    """Return the problems that the fresh processes found."""
     problems = []
     if again["error"]:
         why = again.get("why") or {"kind": DIED, "message": "no answer"}
@@ -165,39 +172,39 @@ def _scored_again(again: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _normal(seen: Isolated, found: dict[str, Any]) -> Finding:
-    if broken_rule(seen, "D8"):
-        return Finding("D8", "FAIL", broken_rule(seen, "D8"), found)
-    worst = "not finite" if found["largest_log_sum"] is None else f"{abs(found['largest_log_sum']):.1e}"
+def _normal(process: Isolated, sums: dict[str, Any]) -> Finding:
+    if broken_rule(process, "D8"):
+        return Finding("D8", "FAIL", broken_rule(process, "D8"), sums)
+    worst = "not finite" if sums["largest_log_sum"] is None else f"{abs(sums['largest_log_sum']):.1e}"
     evidence = (
-        f"{found['positions']:,} predictions of {found['passes']} forward passes, over all {found['vocabulary']:,} "
-        f"tokens: the log of their sum is at most {worst} away from 0 (limit {found['limit']:.0e}); the costs in the "
-        f"ledger are theirs within {found['largest_cost_gap']:.1e} nats"
+        f"{sums['positions']:,} predictions of {sums['passes']} forward passes, over all {sums['vocabulary']:,} "
+        f"tokens: the log of their sum is at most {worst} away from 0 (limit {sums['limit']:.0e}); the costs in the "
+        f"ledger are theirs within {sums['largest_cost_gap']:.1e} nats"
     )
-    again = seen.value.get("again") or {}
-    rows, good = again.get("rows"), found["normal"] and found["agrees"]
+    again = process.value.get("again") or {}
+    rows, good = again.get("rows"), sums["normal"] and sums["agrees"]
     if rows and rows["count"]:
         evidence += (
             f"; added up by the audit itself, {rows['count']} that it asked a fresh process for after the evaluation: "
             f"{rows['sum']:.1e} away from 0, their costs {rows['cost']:.1e} (limit {rows['limit']:.0e}) away"
         )
-        good = good and rows["sum"] <= found["limit"] and rows["cost"] <= rows["limit"]
+        good = good and rows["sum"] <= sums["limit"] and rows["cost"] <= rows["limit"]
     if rows and not rows["genuine"]:
         good, evidence = False, f"{evidence}; the distributions that were given are not those that were predicted with"
-    if not found["positions"]:
+    if not sums["positions"]:
         words = "no forward pass was looked at"
-        return Finding("D8", "FAIL" if seen.value["score"] else "NOT CHECKED", words, found)
-    continued = seen.value.get("continued")
+        return Finding("D8", "FAIL" if process.value["score"] else "NOT CHECKED", words, sums)
+    continued = process.value.get("continued")
     if continued:
         evidence += (
             f"; of what a killed start had written {continued['targets']:,} targets were scored again, within "
             f"{continued['largest_gap']:.1e} nats"
         )
-    return Finding("D8", "PASS" if good else "FAIL", evidence, {**found, "rows": rows})
+    return Finding("D8", "PASS" if good else "FAIL", evidence, {**sums, "rows": rows})
 
 
-def _score_first(seen: Isolated, flips: dict[str, Any], book: dict[str, Any]) -> Finding:
-    broken = broken_rule(seen, "D9")
+def _score_first(process: Isolated, flips: dict[str, Any], book: dict[str, Any]) -> Finding:
+    broken = broken_rule(process, "D9")
     if broken:
         return Finding("D9", "FAIL", broken, book)
     if flips["wrong"] and flips["by_plugins"] and flips["repeat_gap"] <= flips["rounding"]:
@@ -213,12 +220,12 @@ def _score_first(seen: Isolated, flips: dict[str, Any], book: dict[str, Any]) ->
     what = (
         f"weights changed {updates} times, each on ranges that were in the ledger" if updates else "no weight changed"
     )
-    verdict = "PASS" if seen.value["score"] and not flips["wrong"] else "NOT CHECKED"
+    verdict = "PASS" if process.value["score"] and not flips["wrong"] else "NOT CHECKED"
     return Finding("D9", verdict, f"{book['writes']:,} writes to the ledger, {what}", book)
 
 
-def _single(seen: Isolated, book: dict[str, Any]) -> Finding:
-    broken = broken_rule(seen, "D10")
+def _single(process: Isolated, book: dict[str, Any]) -> Finding:
+    broken = broken_rule(process, "D10")
     if broken:
         return Finding("D10", "FAIL", broken, book)
     if book["backwards"] is not None:
@@ -228,22 +235,22 @@ def _single(seen: Isolated, book: dict[str, Any]) -> Finding:
         "each document from left to right, the documents in another order than the text's (by length, or as a plug-in "
         "asked: an open point of the rules, which the score's windows name)"
     )  # fmt: skip
-    verdict = "PASS" if seen.value["score"] else "NOT CHECKED"
+    verdict = "PASS" if process.value["score"] else "NOT CHECKED"
     return Finding("D10", verdict, f"{book['writes']:,} writes, no target twice, {how}", book)
 
 
-def broken_rule(seen: Isolated, rule: str) -> str:
-    """Return how the evaluation broke a rule, where it did."""
-    value = seen.value or {}
-    for found in (value.get("broken"), (value.get("flips") or {}).get("broken")):
-        if found and found["rule"] == rule:
-            return found["message"]
+def broken_rule(process: Isolated, rule: str) -> str:
+    """Return how the evaluation broke a rule, or an empty text if it did not."""
+    value = process.value or {}
+    for broken in (value.get("broken"), (value.get("flips") or {}).get("broken")):
+        if broken and broken["rule"] == rule:
+            return broken["message"]
     return ""
 
 
-def died(seen: Isolated) -> str:
+def died(process: Isolated) -> str:
     """Return why the evaluation gave no answer."""
-    return _ended(seen.error or {"kind": "?", "message": "no answer"})
+    return _ended(process.error or {"kind": "?", "message": "no answer"})
 
 
 def _ended(error: dict[str, Any]) -> str:

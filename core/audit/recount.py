@@ -1,6 +1,6 @@
-"""What the audit counts for itself: score and order from the ledger, which is all that the evaluation leaves of them.
+"""Counts score and order anew from the ledger of an evaluation.
 
-The evaluation's own answer comes from a process that ran the plug-ins too, so that it is only compared.
+The evaluation's own answer comes from a process that ran the plug-ins too, so it is compared and never believed.
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from core.audit.prints import ROUNDING, Predictions, Prints, found_by
+from core.audit.fingerprints import ROUNDING, Fingerprints, Predictions, predictions_from
 from core.audit.watch.isolation import Isolated
 from core.config import ConfigError, RunConfig
 from core.data.dataset import Dataset
@@ -17,7 +17,7 @@ from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.score import score_of
 
 ODD = "odd"
-"""Kind of the error of a process whose answer is not one."""
+"""Kind of the error of a process whose answer has not the form of an answer."""
 NUMBER = (int, float)
 FLIPS = {
     "flips": int, "ends": int, "compared": int, "noticed": int, "wrong": list, "wrong_count": int,
@@ -37,14 +37,14 @@ ANSWER = {
 """What an evaluation answers, and of which types."""
 
 
-def understood(seen: Isolated, flips: bool) -> Isolated:
-    """Return what a process did, with an error in place of an answer that is not one."""
-    if seen.error is not None:
-        return seen
-    problem = _odd(seen.value, ANSWER | ({"flips": FLIPS} if flips else {}), "its answer")
-    if not problem and seen.value["dtype"] not in ROUNDING:
-        problem = f"its answer: dtype is {seen.value['dtype'][:40]!r}"
-    return seen._replace(value=None, error=_error(problem)) if problem else seen
+def understood(process: Isolated, flips: bool) -> Isolated:
+    """Return a process with an error in place of an answer that has not the form of one."""
+    if process.error is not None:
+        return process
+    problem = _odd(process.value, ANSWER | ({"flips": FLIPS} if flips else {}), "its answer")
+    if not problem and process.value["dtype"] not in ROUNDING:
+        problem = f"its answer: dtype is {process.value['dtype'][:40]!r}"
+    return process._replace(value=None, error=_error(problem)) if problem else process
 
 
 def _error(message: str) -> dict[str, str]:
@@ -52,7 +52,7 @@ def _error(message: str) -> dict[str, str]:
 
 
 def _odd(value: Any, wanted: Any, name: str) -> str:
-    """Return what is odd about a value, or nothing."""
+    """Return what is odd about a value, or an empty text."""
     if not isinstance(wanted, dict):
         kinds = wanted if isinstance(wanted, tuple) else (wanted,)
         good = type(value) in kinds
@@ -66,32 +66,32 @@ def _odd(value: Any, wanted: Any, name: str) -> str:
     return next(filter(None, (_odd(value[key], kind, f"{name}: {key}") for key, kind in wanted.items())), "")
 
 
-def recount(seen: Isolated, dataset: Dataset, config: RunConfig, ledger: Path) -> Isolated:
-    """Return what a process did with score and order as the ledger of the text of `dataset` gives them.
+def recount(process: Isolated, dataset: Dataset, config: RunConfig, ledger: Path) -> Isolated:
+    """Return a process with score and order as its ledger gives them, for the text of `dataset`.
 
-    `differs` says how the answer was another one, if it was.
+    `differs` in its value says in which figures the answer departs from the ledger.
     """
-    if not seen.value:
-        return seen
+    if not process.value:
+        return process
     try:
         book = Ledger.read(ledger)
         if book.tokens != len(dataset.val):
             raise LedgerError(f"{ledger}: of a text of {book.tokens} tokens, the text has {len(dataset.val)}")
     except (LedgerError, OSError) as error:
-        return seen._replace(value=None, error=_error(str(error)))
-    answer, score, differs = seen.value["score"], None, ""
+        return process._replace(value=None, error=_error(str(error)))
+    answer, score, differs = process.value["score"], None, ""
     if answer:
         try:
             score = score_of(Evaluation.of(dataset.val, config, plugins=True), book).to_json()
             differs = ", ".join(f"{k} {answer.get(k)} for {v}" for k, v in score.items() if answer.get(k) != v)
         except (LedgerError, ConfigError) as error:
             differs = str(error)
-    found = {"score": score, "differs": differs, "ledger": order_of(book.entries, dataset.val.document_starts)}
-    return seen._replace(value={**seen.value, **found})
+    counted = {"score": score, "differs": differs, "ledger": order_of(book.entries, dataset.val.document_starts)}
+    return process._replace(value={**process.value, **counted})
 
 
 def order_of(entries: np.ndarray, starts: np.ndarray) -> dict[str, Any]:
-    """Return what the entries of a ledger say about the order of scoring; `starts`: first tokens of the documents."""
+    """Return the order of scoring by the entries of a ledger; `starts`: the first tokens of the documents."""
     order, version = entries["order"], entries["version"]
     written = order > 0
     by_order = np.argsort(order[written], kind="stable")
@@ -109,11 +109,11 @@ def order_of(entries: np.ndarray, starts: np.ndarray) -> dict[str, Any]:
 
 
 def predictions_of(ledger: Path, file: Path, dataset: Dataset, config: RunConfig) -> Predictions | None:
-    """Return what a process predicted of the text of `dataset`, or None if it did not leave that in order."""
+    """Return the predictions that a process left of the text of `dataset`; None if its files do not hold them."""
     try:
         book = Ledger.read(ledger)
         if book.tokens != len(dataset.val):
             return None
-        return found_by(Prints.load(file, book.tokens), book.entries, dataset.val, config)
+        return predictions_from(Fingerprints.load(file, book.tokens), book.entries, dataset.val, config)
     except (LedgerError, OSError, ValueError, KeyError):
         return None

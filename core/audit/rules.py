@@ -1,10 +1,10 @@
-"""The rules of the challenge that software can check (docs/challenge.md, 6), and what a check says of one."""
+"""The rules of the challenge that software can check (docs/challenge.md, 6), and the finding of a check."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 Progress = Callable[[int, int], None]
-"""Told how far a check is: (done, in all), of a text in tokens."""
+"""Called with (done, in all), in tokens of a text, while a check goes on."""
 Verdict = Literal["PASS", "FAIL", "NOT CHECKED"]
 RULES = {
     "D1": "code and compressed model within 16,000,000 bytes",
@@ -30,7 +30,7 @@ RULES = {
 
 
 class Finding(NamedTuple):
-    """What was found about one rule."""
+    """What an audit says about one rule."""
 
     rule: str
     """Key of RULES."""
@@ -38,8 +38,8 @@ class Finding(NamedTuple):
     evidence: str
     """What was measured, in a sentence or two that a reader can check."""
     details: dict[str, Any] = {}
-    """The figures behind it, plain JSON values."""
+    """The figures behind the evidence, plain JSON values."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the finding with what its rule asks for."""
+        """Return the finding, with what its rule asks for, as plain JSON values."""
         return {**self._asdict(), "asks": RULES[self.rule]}

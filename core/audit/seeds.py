@@ -1,4 +1,4 @@
-"""Rule D15: whether a claim to beat the reference holds over all runs that were made."""
+"""Judges rule D15: a claim to beat the reference must hold over all runs."""
 
 from collections.abc import Sequence
 

@@ -65,7 +65,7 @@ def adopt_shards(
         "made_from": made_from,
         "tokenizer": tokenizer_record(model),
         "splits": splits,
-        "published": published.compare(model.vocab, *(splits["val"][key] for key in COUNTED)),
+        "published": published.compare_published(model.vocab, *(splits["val"][key] for key in COUNTED)),
         "disjoint": None,
         "empty_documents": None,
     }

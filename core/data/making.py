@@ -55,7 +55,7 @@ def check_writable(out: str) -> None:
         raise DataError(f"{out}: {place} cannot be written to; choose another --out")
 
 
-def damage(out: str) -> str | None:
+def find_damage(out: str) -> str | None:
     """Return what is wrong with a folder of ours, whose files are held to sizes and checksums; None: nothing."""
     try:
         dataset = open_dataset(out)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.data.corpus import PLAIN, Format, find_inputs, read_documents
-from core.data.making import check_writable, damage, find_manifest, install, making
+from core.data.making import check_writable, find_damage, find_manifest, install, making
 from core.data.manifest import SCHEMA
 from core.data.shards import DataError, SplitWriter, file_sha256, grouped
 from core.data.tokenizer import Tokenizer, VocabularyError, train_tokenizer, trained_identity
@@ -103,7 +103,7 @@ def _kept(out: str, before: dict[str, Any] | None, made_from: dict[str, Any], ov
     if before is None:
         return False
     other = before.get("made_from") != made_from
-    problem = "holds data made from other inputs" if other else damage(out)
+    problem = "holds data made from other inputs" if other else find_damage(out)
     if problem is None:
         return True
     if not overwrite or before.get("made_from") is None:

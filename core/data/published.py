@@ -14,7 +14,7 @@ TRAIN_SHARDS = 80
 """Training shards that the challenge's own downloader takes."""
 
 
-def compare(vocab: int, documents: int, tokens: int, table_bytes: int) -> dict[str, Any]:
+def compare_published(vocab: int, documents: int, tokens: int, table_bytes: int) -> dict[str, Any]:
     """Hold a whole validation split to the constants: figures, and in `differs` a line for whatever is not so.
 
     `same` is None where all that is known fits, but a vocabulary of that size was never published.
@@ -37,7 +37,7 @@ def compare(vocab: int, documents: int, tokens: int, table_bytes: int) -> dict[s
 
 
 def line(found: dict[str, Any]) -> str:
-    """Return what `compare` found as a line for people."""
+    """Return what `compare_published` found as a line for people."""
     if found["differs"]:
         return f"WARNING: NOT the published validation text: {'; '.join(found['differs'])}"
     if found["same"] is None:

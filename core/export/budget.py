@@ -3,16 +3,10 @@
 The figures stand for trained weights that are roughly Gaussian in each row; docs/log.md compares them with artifacts.
 """
 
-import ast
-import functools
 import math
-from pathlib import Path
 from statistics import NormalDist
 
-from core import ROOT
-from core.audit import claims
 from core.config import ModelConfig, changed
-from core.files import read_file
 from core.model.params import param_table
 from core.model.storage import BITS, LARGEST, Storage, group_size, scales_shape, storage_class
 
@@ -23,9 +17,6 @@ TRIT_BITS = 1.595
 SCALE_BITS = 10.0
 FP8_BITS = 6.5
 FLOAT16_BITS = 13.5
-EVALUATION = ("core.audit.watch.witness", "core.audit.watch.evaluation")
-"""What an audited evaluation begins with, beside its backend."""
-ENGINES = {"mlx": ("backends.mlx.blas", "backends.mlx.engine"), "cuda": ("backends.cuda.engine",)}
 TABLES: tuple[Storage, ...] = ("fp8/row", "int8/row", "int6/row")
 """What else the tables could be stored as, for comparison."""
 
@@ -60,47 +51,3 @@ def predicted_bytes(model: ModelConfig) -> int:
 def with_tables(model: ModelConfig) -> dict[Storage, int]:
     """Return the predicted bytes for each storage in TABLES of the embedding and its projections."""
     return {storage: predicted_bytes(changed(model, {"embedding.storage": storage})) for storage in TABLES}
-
-
-@functools.cache
-def packed_code() -> dict[str, int]:
-    """Return backend -> bytes of the code that an audit counts: all that the evaluation imports of ours, packed.
-
-    Kernels count, which are imported on a GPU only.
-    """
-    return {name: claims.packed_code(imported(*EVALUATION, *engine)) for name, engine in ENGINES.items()}
-
-
-def imported(*modules: str) -> list[Path]:
-    """Return the files of `modules` and of all of ours that they import, by their text: none is run here.
-
-    In core only what is imported at once counts, in a backend also what a function imports.
-    """
-    found: dict[Path, None] = {}
-    waiting = list(modules)
-    while waiting:
-        name = waiting.pop(0)
-        for path in _files(name):
-            if path not in found:
-                found[path] = None
-                waiting += _imports(path)
-    return sorted(found, key=str)
-
-
-def _files(module: str) -> list[Path]:
-    """Return the files that importing a module of ours runs: its packages' and its own; none for others' modules."""
-    parts = module.split(".")
-    places = [Path(ROOT, *parts[: i + 1]) for i in range(len(parts))] if parts[0] in ("core", "backends") else []
-    files = [place / "__init__.py" if place.is_dir() else place.with_suffix(".py") for place in places]
-    return [file for file in files if file.is_file()]
-
-
-def _imports(path: Path) -> list[str]:
-    """Return the modules that a file imports when it is imported."""
-    names, tree = [], ast.parse(read_file(path, 1 << 24))
-    for node in ast.walk(tree) if "backends" in path.relative_to(ROOT).parts else tree.body:
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return names

@@ -17,7 +17,7 @@ from core.scoring.ledger import Ledger
 from core.scoring.plugins import load_plugins
 from core.scoring.score import Score, score
 from core.training.loop import write_samples
-from core.training.report import write_report
+from core.training.report import write_run_report
 from core.training.run import Run
 
 
@@ -85,7 +85,7 @@ def finish(
             left.unlink()
     shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
     texts = shown[-1] if shown else write_samples(run, engine, dataset, step, say)
-    written = [run.artifact_path, *write_report(run)]
+    written = [run.artifact_path, *write_run_report(run)]
     for file in written:
         say(f"wrote {file}")
     return {**value, "samples": texts, "files": [str(file) for file in written]}

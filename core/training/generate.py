@@ -89,7 +89,7 @@ def samples(engine: Engine, tokenizer: Tokenizer, config: RunConfig) -> list[str
     return [sample(engine, tokenizer, prompt, *choices) for prompt in PROMPTS]
 
 
-def told(texts: Sequence[str]) -> list[tuple[str, str]]:
+def sample_lines(texts: Sequence[str]) -> list[tuple[str, str]]:
     """Return `samples` in one line each, with what they go on from in words."""
     words = [f"after {prompt!r}" if prompt else "from nothing" for prompt in PROMPTS]
     return [(word, " ".join(text.split())) for word, text in zip(words, texts, strict=False)]

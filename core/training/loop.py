@@ -23,7 +23,7 @@ from core.files import MAX_TEXT
 from core.scoring.accounting import bits_per_byte, training_bytes
 from core.scoring.evaluation import Evaluation
 from core.scoring.score import score
-from core.training.generate import samples, told
+from core.training.generate import sample_lines, samples
 from core.training.run import Run
 from core.training.schedule import plan, progress_by_steps
 
@@ -315,7 +315,7 @@ def write_samples(run: Run, engine: Engine, dataset: Dataset, step: int, say: Sa
     """Let the model write its samples, show them and record them."""
     texts = samples(engine, dataset.tokenizer, run.config)
     run.log(step, {"samples": texts})
-    for prompt, text in told(texts):
+    for prompt, text in sample_lines(texts):
         say(f"step {step}  sample {prompt}: {text}")
     return texts
 

@@ -7,14 +7,14 @@ from core.config import RunConfig, differences
 from core.files import new_file, replace_text
 from core.model.params import count, param_table
 from core.presets import PRESETS
-from core.training.generate import told
+from core.training.generate import sample_lines
 from core.training.run import Run
 
 MARGIN = 0.1
 """Share of the height that is left free above and below curves: a line along the axis cannot be seen."""
 
 
-def write_report(run: Run) -> list[Path]:
+def write_run_report(run: Run) -> list[Path]:
     """Write report.md and curve.png from the run's own files and return their paths; needs a finished run."""
     curve, report = run.path / "curve.png", run.path / "report.md"
     draw_curve(run, curve)
@@ -63,7 +63,10 @@ def _markdown(run: Run) -> str:
         "",
         "## Samples",
         "",
-        *(f"{prompt[0].upper()}{prompt[1:]}:\n\n> {text}\n" for prompt, text in told(run.last("samples") or [])),
+        *(
+            f"{prompt[0].upper()}{prompt[1:]}:\n\n> {text}\n"
+            for prompt, text in sample_lines(run.last("samples") or [])
+        ),
     ]
     return "\n".join(lines)
 

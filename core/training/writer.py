@@ -21,7 +21,7 @@ def hold(path: str | Path) -> Iterator[None]:
         with of_a_run():
             refuse_strangers(path)
             path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(alone(path))
+            stack.enter_context(sole_writer(path))
             if os.path.lexists(path / "state"):
                 own_folder(path / "state")
                 sweep(path / "state")
@@ -29,7 +29,7 @@ def hold(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def sole_writer(folder: Path) -> Iterator[None]:
     """Be the one process that writes into a folder that is there, as `hold` does; FileError, RunError."""
     with append_file(folder / "lock") as file:
         if not locked(file):

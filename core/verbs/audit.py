@@ -21,7 +21,7 @@ from core.engine.protocol import DType, choose_backend
 from core.files import own_folder, replace_file
 from core.training.records import of_a_run
 from core.training.run import Run, RunError
-from core.training.writer import alone, hold
+from core.training.writer import hold, sole_writer
 from core.verbs.common import Backend, Context, Outcome, check_tokenizer, judged, open_artifact, open_named
 
 
@@ -77,7 +77,7 @@ def audit_score(options: Audit, context: Context) -> Outcome:
                 own_folder(plan.folder)
             else:
                 plan.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(alone(plan.folder))
+                stack.enter_context(sole_writer(plan.folder))
         return _audited(plan, context)
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
+from core.audit.code import packed_code
 from core.config import ConfigError, RunConfig
 from core.console import Console
 from core.data.dataset import identity
 from core.engine.protocol import EngineOptions, load_engine
-from core.export.budget import packed_code
 from core.model.params import exported
 from core.scoring.plugins import foreign
 from core.training.finish import finish

@@ -9,9 +9,10 @@ from typing import Self
 from tyro.conf import Suppress
 
 from core import presets
+from core.audit.code import packed_code
 from core.config import RunConfig
 from core.data.bundled import open_data
-from core.export.budget import packed_code, predicted_bytes, with_tables
+from core.export.budget import predicted_bytes, with_tables
 from core.model.params import (
     FLOP_RULE,
     bytes_by_storage,

@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 
 from core.audit import auditor
+from core.audit.code import packed_code
 from core.audit.rules import RULES
 from core.cli import main
 from core.data.dataset import open_dataset
 from core.engine.protocol import load_engine
 from core.export.artifact import read_artifact
-from core.export.budget import packed_code
 from core.files import locked
 from core.scoring.evaluation import Evaluation
 from core.scoring.key import evaluation_key

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from core import rng
+from core.audit.fingerprints import ROUNDING, Predictions, effect_of
 from core.audit.flips import flip_test
 from core.audit.predictions import check_predictions
-from core.audit.prints import ROUNDING, Predictions, compare
-from core.audit.watch.isolation import DIED, Isolated
+from core.audit.watch.answer import DIED
+from core.audit.watch.isolation import Isolated
 from core.config import RunConfig
 from core.data.dataset import Split
 from shared_tests.support.harness import BACKENDS, engine, mini, working_weights
@@ -239,7 +240,7 @@ def test_what_a_change_did_is_counted_by_what_could_be_seen() -> None:
         return base._replace(predicted=predicted, **sides)
 
     def found(changed: Predictions, learns: bool = False) -> tuple[int, int, list[int]]:
-        effect = compare(base, changed, [2], learns)
+        effect = effect_of(base, changed, [2], learns)
         return effect.compared, effect.noticed, effect.wrong.tolist()
 
     assert found(change()) == (5, 0, [])  # all but target 3, which sees token 2
@@ -248,4 +249,4 @@ def test_what_a_change_did_is_counted_by_what_could_be_seen() -> None:
     assert found(change(2, 3, 5), learns=True) == (2, 2, [2])  # what is scored later may have learned of it
     late = change(order=np.array([0, 1, 1, 2, 2, 3, 4]))
     assert found(late) == (5, 0, [6])  # scored at another time
-    assert compare(base, late, [2], False).gaps.tolist() == [np.inf]
+    assert effect_of(base, late, [2], False).gaps.tolist() == [np.inf]

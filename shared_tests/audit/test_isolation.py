@@ -19,8 +19,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import pytest
 
-from core.audit.watch import isolation, owners, places, traced, witness
-from core.audit.watch.isolation import DIED, HOOK, File, Isolated, check_isolation, check_packages, run_isolated
+from core.audit.watch import answer, file_kinds, isolation, owners, strace, verdicts, watched_process
+from core.audit.watch.answer import DIED
+from core.audit.watch.file_kinds import File
+from core.audit.watch.isolation import HOOK, Isolated, run_isolated
+from core.audit.watch.verdicts import check_isolation, check_packages
 from core.files import append_file, locked, open_input
 
 HELD: list[BinaryIO] = []
@@ -211,7 +214,7 @@ def test_an_honest_evaluation_passes(tmp_path: Path, forced: str) -> None:
 
 
 def test_the_hook_comes_before_any_import() -> None:
-    body = ast.parse(Path(witness.__file__).read_text()).body
+    body = ast.parse(Path(watched_process.__file__).read_text()).body
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert [ast.unparse(node) for node in imports] == ["import sys"]
     assert "sys.addaudithook(hook)" in map(ast.unparse, body)
@@ -223,8 +226,8 @@ def test_every_way_to_a_training_file_is_seen_or_said_to_be_unseen(tmp_path: Pat
     assert found.error is None, found.error
     finding = check_isolation(found, train)
     assert finding.verdict == "FAIL"
-    traced_too = traced.STRACE in found.measures
-    assert traced_too or any(words.startswith(traced.STRACE) for words in found.missing)
+    traced_too = strace.STRACE in found.measures
+    assert traced_too or any(words.startswith(strace.STRACE) for words in found.missing)
     covered = any("covered" in words for words in found.measures)
     assert covered or any("covered" in words or "strace" in words for words in found.missing)
     for way in (*PYTHON_WAYS, *NATIVE_WAYS):
@@ -253,7 +256,7 @@ def test_links_copies_and_unannounced_files_are_found(tmp_path: Path) -> None:
 def test_a_connection_is_a_failure(tmp_path: Path) -> None:
     found = run("reach", {"port": 41_017})
     assert any(words == "socket.connect ('127.0.0.1', 41017)" for words in found.network), found.network
-    if traced.STRACE in found.measures:
+    if strace.STRACE in found.measures:
         assert sum("connect AF_INET" in words for words in found.network) == 2
         assert any("htons(41018)" in words for words in found.network)
     finding = check_isolation(found, [])
@@ -294,7 +297,7 @@ def test_a_killed_process_proves_nothing_but_what_the_system_saw(tmp_path: Path)
     assert "signal 9" in found.error["message"] and found.returncode == -signal.SIGKILL
     assert HOOK not in found.measures and any(words.startswith(HOOK) for words in found.missing)
     assert check_packages(found).verdict == "NOT CHECKED"
-    seen = traced.STRACE in found.measures
+    seen = strace.STRACE in found.measures
     assert check_isolation(found, [path]).verdict == ("FAIL" if seen else "NOT CHECKED")
     assert check_isolation(found._replace(files=[]), []).verdict == "NOT CHECKED"
 
@@ -329,9 +332,9 @@ def must_end(note: Path) -> None:
 
 
 def test_what_outlives_the_answer_is_ended(tmp_path: Path, forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "GRACE", 0.2)
+    monkeypatch.setattr(answer, "GRACE", 0.2)
     found = run("leave", {"path": str(tmp_path / "note")}, writable=[tmp_path])
-    if traced.STRACE in found.measures:  # without it nobody waits for a copy, nor knows of it
+    if strace.STRACE in found.measures:  # without it nobody waits for a copy, nor knows of it
         assert found.outlived and "were ended" in check_packages(found).evidence
     must_end(tmp_path / "note")
     assert found.value == "done" and check_isolation(found, []).verdict == check_packages(found).verdict == "PASS"
@@ -349,7 +352,7 @@ def test_what_a_killed_process_had_announced_is_known(tmp_path: Path) -> None:
     found = run("read_and_die", {"path": str(path)})
     finding = check_isolation(found, [])
     assert finding.verdict == "NOT CHECKED" and "signal 9" in finding.evidence, finding
-    if traced.STRACE in found.measures:
+    if strace.STRACE in found.measures:
         assert kinds(found)[str(path)].kind == "input"
 
 
@@ -393,18 +396,18 @@ def test_what_one_process_left_for_the_next_is_named(tmp_path: Path) -> None:
     Path(young).write_bytes(SECRET)
     before = run("stray", {"inputs": [old, young], "others": []})
     found = run("stray", {"inputs": [old, young, unused], "others": []})
-    left = [words.partition(" (")[0].rpartition(" ")[2] for words in isolation.notes_left(found, before, start, "/own")]
+    left = [words.partition(" (")[0].rpartition(" ")[2] for words in verdicts.notes_left(found, before, start, "/own")]
     assert left == [young, unused]
-    assert not isolation.notes_left(found, before, start, os.path.realpath(tmp_path))
+    assert not verdicts.notes_left(found, before, start, os.path.realpath(tmp_path))
     assert check_isolation(found._replace(tampered=("a note",)), []).verdict == "FAIL"
 
 
 def test_looking_into_another_process_is_a_failure(forced: str) -> None:
     found = run("spy", {"process": os.getpid()})
     problems = check_isolation(found, []).details["problems"]
-    if traced.ALONE not in found.measures and sys.platform == "linux":
+    if strace.ALONE not in found.measures and sys.platform == "linux":
         assert any(words.startswith(f"another process: /proc/{os.getpid()}/mem") for words in problems), problems
-    if traced.STRACE in found.measures:
+    if strace.STRACE in found.measures:
         assert f"another process: process_vm_readv({os.getpid()})" in problems
 
 
@@ -427,12 +430,12 @@ def test_a_package_is_what_its_record_says(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / f"{package}.dist-info" / "RECORD").write_text("\n".join([*lines, f"{package}.dist-info/RECORD,,"]))
     (tmp_path / "numpy" / "changed.py").write_text("a text")
     monkeypatch.setattr(owners, "package_folders", lambda: [os.path.realpath(tmp_path)])
-    monkeypatch.setattr(places, "_PACKAGES", [os.path.realpath(tmp_path)])
+    monkeypatch.setattr(file_kinds, "_PACKAGES", [os.path.realpath(tmp_path)])
     cached = (owners.package_files, owners.unlisted_packages)
     for function in cached:
         function.cache_clear()
     try:
-        found = {name: places.classify(os.path.realpath(tmp_path / name)) for name in files}
+        found = {name: file_kinds.classify(os.path.realpath(tmp_path / name)) for name in files}
     finally:
         for function in cached:
             function.cache_clear()
@@ -449,8 +452,8 @@ def test_the_system_is_what_its_lists_say(tmp_path: Path, monkeypatch: pytest.Mo
     hashes = {str(listed): hashlib.md5(listed.read_bytes()).hexdigest(), str(changed): "0" * 32}
     driver.write_bytes(b"\x7fELF" + bytes(60))
     monkeypatch.setattr(owners, "system_hashes", lambda: hashes)
-    monkeypatch.setattr(places, "SYSTEM", (os.path.realpath(tmp_path),))
-    found = {name: places.classify(os.path.realpath(tmp_path / name)) for name in names}
+    monkeypatch.setattr(file_kinds, "SYSTEM", (os.path.realpath(tmp_path),))
+    found = {name: file_kinds.classify(os.path.realpath(tmp_path / name)) for name in names}
     assert found == {
         "listed": "system", "changed": "other", "text": "other", "libdriver.so.1": "system", "libtext.so": "other"
     }  # fmt: skip
@@ -484,14 +487,14 @@ def test_traces_are_read(tmp_path: Path) -> None:
         "10.000024 bind(3<socket:[1]>, {sa_family=AF_NETLINK, nl_pid=0, nl_groups=00000000}, 12) = 0\n"
         '10.000025 sendto(3<socket:[1]>, "x", 1, 0, NULL, 0) = 1\n'
     )
-    seen = traced.read_trace(tmp_path)
+    seen = strace.read_trace(tmp_path)
     assert seen is not None
     assert seen.opened == [
-        traced.Opening("/first", False, True, False),
-        traced.Opening('/real/aé "b">', True, False, False),
-        traced.Opening("/w/locked", True, False, False),
-        traced.Opening("/w/n", True, True, True),
-        traced.Opening("/w/c", False, True, True),
+        strace.Opening("/first", False, True, False),
+        strace.Opening('/real/aé "b">', True, False, False),
+        strace.Opening("/w/locked", True, False, False),
+        strace.Opening("/w/n", True, True, True),
+        strace.Opening("/w/c", False, True, True),
     ]
     assert seen.executed == ["/bin/ld -t"] and len(seen.kernel) == 1 and seen.processes == {7, 8}
     assert seen.reached == ["process_vm_readv(1)", "ptrace(2)", "pidfd_getfd(4<pid:3>)"]
@@ -501,11 +504,11 @@ def test_traces_are_read(tmp_path: Path) -> None:
     ]
     (tmp_path / "trace" / "thread.7").unlink()
     (tmp_path / "trace" / "thread.8").write_text("")
-    assert traced.read_trace(tmp_path) is None
+    assert strace.read_trace(tmp_path) is None
 
 
-def test_places() -> None:
-    numpy, root = os.path.realpath(np.__file__), places.ROOT
+def test_the_kind_of_a_file() -> None:
+    numpy, root = os.path.realpath(np.__file__), file_kinds.ROOT
     expected = {
         numpy: "package", os.path.realpath(ast.__file__): "python", os.path.realpath(sys.executable): "python",
         f"{root}/core/data/dataset.py": "code", f"{root}/core/data/bundled/tokenizer.model": "other",
@@ -515,4 +518,4 @@ def test_places() -> None:
         f"{root}/skc_lab.egg-info/entry_points.txt": "code", f"/proc/{os.getpid()}/maps": "system",
         "/proc/1/mem": "other", "/usr/share/text": "other",
     }  # fmt: skip
-    assert {p: places.classify(p, {"/given/val.bin"}, ["/run-1"], {os.getpid()}) for p in expected} == expected
+    assert {p: file_kinds.classify(p, {"/given/val.bin"}, ["/run-1"], {os.getpid()}) for p in expected} == expected

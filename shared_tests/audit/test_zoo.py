@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from core.audit.rules import RULES
-from core.audit.watch import isolation, places
-from core.audit.watch.traced import STRACE
+from core.audit.watch import answer, file_kinds, verdicts
+from core.audit.watch.strace import STRACE
 from core.cli import main
 from core.data.dataset import open_dataset
 from shared_tests.support import zoo, zoo_data
@@ -130,8 +130,8 @@ def test_what_is_read_past_the_opener_is_named(
     for path in (table, system):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(1000))
-    monkeypatch.setattr(places, "SYSTEM", (*places.SYSTEM, os.path.realpath(system.parent)))
-    monkeypatch.setattr(isolation, "SYSTEM", places.SYSTEM)
+    monkeypatch.setattr(file_kinds, "SYSTEM", (*file_kinds.SYSTEM, os.path.realpath(system.parent)))
+    monkeypatch.setattr(verdicts, "SYSTEM", file_kinds.SYSTEM)
     zoo_data.write_place(tmp_path / "place", DATA=place.data, AUDITOR=os.getpid(), SYSTEM=str(system))
     seen = audit("--tokens", "700", *named(name))
     assert seen.failed.keys() == FILES[name].keys(), seen.failed
@@ -169,7 +169,7 @@ def test_a_compiled_module_beside_its_source_is_not_read(audit: Audit, tmp_path:
 
 @pytest.mark.long
 def test_a_copy_that_never_ends_keeps_no_audit_waiting(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "GRACE", 0.1)
+    monkeypatch.setattr(answer, "GRACE", 0.1)
     seen = audit("--tokens", "700", *named("Forker"))
     assert not seen.failed and seen.value["error"] is None
 
@@ -177,7 +177,7 @@ def test_a_copy_that_never_ends_keeps_no_audit_waiting(audit: Audit, monkeypatch
 @pytest.mark.long
 def test_a_killed_evaluation_breaks_no_rule_by_its_death(audit: Audit) -> None:
     seen = audit(*named("Killed"))
-    assert seen.value["error"]["kind"] == isolation.DIED
+    assert seen.value["error"]["kind"] == answer.DIED
     assert not seen.failed.keys() & {"D4", "D18"}, seen.failed
 
 

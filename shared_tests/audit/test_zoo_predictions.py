@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from core.audit import auditor
-from core.audit.again import SURE, draw_passes, guesses, token_chances
+from core.audit.changed_text import SURE, draw_passes, guesses, token_chances
 from core.audit.flips import PASSES
 from core.audit.rules import RULES
 from core.audit.watch import evaluation

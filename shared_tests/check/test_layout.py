@@ -62,7 +62,7 @@ TEST = re.compile(r"shared_tests\.(?:\w+\.)*test_\w+(?:\.\w+)*")
 
 DOORS = {
     "core/files.py": "the doors",
-    "core/audit/watch/witness.py": "watched before anything is imported; its files lie in the auditor's own folder",
+    "core/audit/watch/watched_process.py": "watched before any import; its files lie in the auditor's own folder",
 }
 """Files of core that may open others by themselves, and why."""
 PAST_THE_DOORS = {

@@ -9,13 +9,13 @@ import pytest
 from matplotlib.figure import Figure
 
 from core.ablation.report import wording
+from core.audit import code as audit_code
 from core.check.bench_report import BenchReport
 from core.cli import main
 from core.compare.picture import _curve, _difference
 from core.compare.runs import compare
-from core.export import budget
 from core.model.params import FLOP_RULE
-from core.training.generate import PROMPTS, told
+from core.training.generate import PROMPTS, sample_lines
 from core.training.report import MARGIN, whole_ticks
 from core.training.run import Run
 from shared_tests.support.command_line import Capture, call, refuse
@@ -45,7 +45,7 @@ def test_the_console_leaves_the_hash_to_the_log(runs: tuple[Path, str]) -> None:
 def test_samples_are_shown_with_their_prompts(runs: tuple[Path, str]) -> None:
     folder, said = runs
     texts = Run.open(folder / "a").last("samples")
-    (first, _), (second, the) = told(texts)
+    (first, _), (second, the) = sample_lines(texts)
     assert PROMPTS == ("", "The") and (first, second) == ("from nothing", "after 'The'") and the.startswith("The")
     assert "step 6  sample from nothing: " in said and "step 6  sample after 'The': The" in said
     report = (folder / "a" / "report.md").read_text()
@@ -101,13 +101,13 @@ def test_doctor_says_what_it_did_not_check(capsys: Capture, monkeypatch: pytest.
 
 def test_code_over_its_share_of_the_budget(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes are those of test_audit.py's audit; info and export fail where the code takes more than is reserved."""
-    packed = max(budget.packed_code().values())
+    packed = max(audit_code.packed_code().values())
     value = call(capsys, "info", "debug", "--export.code-bytes", str(packed))
     assert value["within_budget"] and max(value["packed_code"].values()) == packed
     assert main(["info", "debug", "--export.code-bytes", str(packed - 7)]) == 1
     assert f"packed: OVER by 7: the {packed - 7:,} of export.code_bytes" in capsys.readouterr().out
-    names = {path.name for path in budget.imported(*budget.EVALUATION, *budget.ENGINES["cuda"])}
-    assert {"witness.py", "evaluation.py", "ledger.py", "engine.py", "cross_entropy.py"} <= names
+    names = {path.name for path in audit_code.imported(*audit_code.EVALUATION, *audit_code.ENGINES["cuda"])}
+    assert {"watched_process.py", "evaluation.py", "ledger.py", "engine.py", "cross_entropy.py"} <= names
     assert not {"train.py", "cli.py", "report.py", "blas.py"} & names
 
 

@@ -351,6 +351,6 @@ def test_replace_file_keeps_the_old_one(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for golden, chosen in GOLDEN_MODELS.items():
-        write(GOLDEN / f"{golden}.skc", MODELS[chosen])
+    for golden, model in GOLDEN_MODELS.items():
+        write(GOLDEN / f"{golden}.skc", MODELS[model])
         print(f'    "{golden}": "{hashlib.sha256((GOLDEN / f"{golden}.skc").read_bytes()).hexdigest()}",')

@@ -141,7 +141,8 @@ def plant(kind: str, path: Path, strangers: Path) -> None:
 def put(values: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
     """Return nested settings with one of them changed, which is named with dots."""
     first, _, rest = name.partition(".")
-    inside = values.get(first) if isinstance(values.get(first), dict) else {}
+    section = values.get(first)
+    inside: dict[str, Any] = section if isinstance(section, dict) else {}
     return values | {first: put(inside, rest, value) if rest else value}
 
 

@@ -105,7 +105,7 @@ class Place:
         given |= {"plugins": names or None, "out": str(out)} | options
         return _plan(Audit(path=self.model, **given))
 
-    def audit(self, out: Path, *plugins: str, **options: Any) -> auditor.Audit:
+    def audit(self, out: Path, *plugins: str, **options: Any) -> auditor.AuditResult:
         """Audit and return what was found."""
         return auditor.audit(self.plan(out, *plugins, **options), Console(as_json=True))
 
@@ -122,6 +122,6 @@ def made(folder: Path) -> Iterator[Place]:
         yield Place(data, model)
 
 
-def verdicts(found: auditor.Audit, verdict: str) -> dict[str, str]:
+def verdicts(found: auditor.AuditResult, verdict: str) -> dict[str, str]:
     """Return rule -> evidence of the findings with a verdict."""
     return {f.rule: f.evidence for f in found.findings if f.verdict == verdict}

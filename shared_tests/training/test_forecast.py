@@ -153,7 +153,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(
         core.training.loop, "time", SimpleNamespace(perf_counter=made.perf_counter, monotonic=made.perf_counter)
     )
-    monkeypatch.setattr(core.training.finish, "write_report", lambda run: [])  # seconds of drawing
+    monkeypatch.setattr(core.training.finish, "write_run_report", lambda run: [])  # seconds of drawing
     yield made
 
 

@@ -10,7 +10,7 @@ from core.ablation.report.charts import Picture
 from core.ablation.search.search import Searched
 from core.ablation.stats.findings import Findings
 from core.ablation.stats.results import Outcome
-from core.training.generate import told
+from core.training.generate import sample_lines
 
 WIDE, NARROW = 900, 350
 """Widths that every picture is drawn for; the page shows the one that fits."""
@@ -212,7 +212,7 @@ def _samples(outcome: Outcome) -> str:
         if run:
             texts = "".join(
                 f'<p class="quiet">{escape(prompt)}</p><pre class="wrap"><code>{escape(text[:1000])}</code></pre>'
-                for (prompt, _), text in zip(told(run.samples), run.samples, strict=False)
+                for (prompt, _), text in zip(sample_lines(run.samples), run.samples, strict=False)
             )
             parts.append(f"<details><summary>{escape(name)}, seed {run.seed}</summary>{texts}</details>")
     return f"<h2>Samples</h2>{''.join(parts)}" if parts else ""

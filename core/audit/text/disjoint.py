@@ -33,39 +33,39 @@ def check_disjoint(dataset: Dataset, progress: Progress | None) -> Finding:
     if not len(val) or not len(train):
         return Finding("D6", "NOT CHECKED", f"data {dataset.name}: {len(val)} validation, {len(train)} training tokens")
     total = len(val) + len(train)
-    documents, tokens, kept = Counter[bytes](), Counter[bytes](), [np.empty(0, np.uint64)]
+    documents, tokens, samples = Counter[bytes](), Counter[bytes](), [np.empty(0, np.uint64)]
     for done, piece in _pieces(val, bos):
         for digest, size in piece.documents:
             documents[digest] += 1
             tokens[digest] += size
-        kept.append(piece.hashes[_telling(piece.stream, piece.starts, bos)])
+        samples.append(piece.hashes[_telling(piece.stream, piece.starts, bos)])
         if progress:
             progress(done, total)
-    passages, counts = np.unique(np.concatenate(kept), return_counts=True)
+    passages, counts = np.unique(np.concatenate(samples), return_counts=True)
     copied: set[bytes] = set()
-    found = np.zeros(len(passages), bool)
+    in_training = np.zeros(len(passages), bool)
     for done, piece in _pieces(train, bos):
         copied.update(digest for digest, _ in piece.documents if digest in documents)
         if len(passages):
             at = np.minimum(np.searchsorted(passages, piece.hashes), len(passages) - 1)
-            found[at[passages[at] == piece.hashes]] = True
+            in_training[at[passages[at] == piece.hashes]] = True
         if progress:
             progress(len(val) + done, total)
-    sampled, seen = int(counts.sum()), int(counts[found].sum())
+    sampled, copied_passages = int(counts.sum()), int(counts[in_training].sum())
     details = {
         "documents": documents.total(),
         "copied_documents": sum(documents[digest] for digest in copied),
         "tokens": tokens.total(),
         "copied_tokens": sum(tokens[digest] for digest in copied),
         "passages": sampled,
-        "copied_passages": seen,
+        "copied_passages": copied_passages,
     }
-    share, passage_share = details["copied_tokens"] / max(tokens.total(), 1), seen / max(sampled, 1)
+    share, passage_share = details["copied_tokens"] / max(tokens.total(), 1), copied_passages / max(sampled, 1)
     enough = sampled >= FEW_PASSAGES
     evidence = (
         f"{details['copied_documents']} of {documents.total()} validation documents are also whole training documents: "
         f"{details['copied_tokens']} of {tokens.total()} tokens, {share:.3%} (natural repeats: up to "
-        f"{SHARED_TOKENS:.1%}); of {sampled} sampled passages of {PASSAGE} tokens {seen} are in training, "
+        f"{SHARED_TOKENS:.1%}); of {sampled} sampled passages of {PASSAGE} tokens {copied_passages} are in training, "
         f"{passage_share:.2%} "
         + (f"(up to {SHARED_PASSAGES:.0%})" if enough else f"(under {FEW_PASSAGES} passages: not judged)")
         + f"; searched: {len(train)} training tokens of data {dataset.name}"

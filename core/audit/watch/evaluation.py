@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from core.audit.fingerprints import ROUNDING, Fingerprints
 from core.audit.flips import PASSES, flip_test
-from core.audit.prints import ROUNDING, Prints
 from core.config import ConfigError, RunConfig, from_json
 from core.console import Console
 from core.data.dataset import Dataset, open_dataset
@@ -30,14 +30,14 @@ AGREE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 5e-2}
 """How far the cost that is written may be from that distribution's, in nats: two ways to compute the same logits."""
 
 
-class Stopped(Exception):
+class LastPassDone(Exception):
     """The last forward pass that was asked for is done."""
 
 
 class Distributions:
     """Looks at the distributions that were scored, on some of the passes, and keeps what identifies predictions."""
 
-    def __init__(self, share: float, passes: int | None, stop: int | None, prints: Prints) -> None:
+    def __init__(self, share: float, passes: int | None, stop: int | None, prints: Fingerprints) -> None:
         self._share, self._passes, self._stop, self.prints = share, passes, stop, prints
         self.seconds = 0.0
         self.passes = self.positions = 0
@@ -49,7 +49,7 @@ class Distributions:
     def wants(self, number: int) -> bool:
         """Take the first `passes` (None: all) for the prints, and a random share of all, which nobody can know."""
         if self._stop is not None and number > self._stop:
-            raise Stopped
+            raise LastPassDone
         self._printed = self._passes is None or number <= self._passes
         self._summed = number == 1 or secrets.randbelow(1 << 20) < self._share * (1 << 20)
         return self._printed or self._summed
@@ -64,16 +64,16 @@ class Distributions:
         self.seconds += time.monotonic() - began
 
     def _add(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
-        kept = logprobs[view.kept]
-        highest = kept.max(-1, keepdims=True)
-        total = np.log(np.exp(kept - highest).sum(-1, dtype=np.float64)) + highest[:, 0]
-        of_target = -np.take_along_axis(kept, targets[view.kept][:, None].astype(np.int64), -1)[:, 0]
+        rows = logprobs[view.kept]
+        highest = rows.max(-1, keepdims=True)
+        total = np.log(np.exp(rows - highest).sum(-1, dtype=np.float64)) + highest[:, 0]
+        of_target = -np.take_along_axis(rows, targets[view.kept][:, None].astype(np.int64), -1)[:, 0]
         worst = int(np.argmax(np.abs(np.nan_to_num(total, nan=np.inf))))
         if abs(total[worst]) >= self.sum or not np.isfinite(total[worst]):
             self.sum, self.worst = float(abs(total[worst])), float(total[worst])
         self.cost = max(self.cost, float(np.abs(nats[view.kept] - of_target).max()))
         self.passes += 1
-        self.positions += len(kept)
+        self.positions += len(rows)
 
 
 def audited(
@@ -100,19 +100,19 @@ def audited(
     None: all; `flips`: 0 leaves the flip test out.
     """
     say = Console(as_json=True)
-    found = read_artifact(artifact)
-    settings = dataclasses.replace(from_json(RunConfig, config), model=found.model)
+    model_file = read_artifact(artifact)
+    settings = dataclasses.replace(from_json(RunConfig, config), model=model_file.model)
     whole = open_dataset(data, train=False)
     dataset = whole if documents is None else dataclasses.replace(whole, val=whole.val.documents(documents))
-    if dataset.tokenizer.sha256 != found.tokenizer_sha256:
+    if dataset.tokenizer.sha256 != model_file.tokenizer_sha256:
         raise ConfigError(f"{artifact} was made with another tokenizer than {data}: give its data with --data PATH")
     options = EngineOptions(dtype=dtype)  # type: ignore[arg-type]
-    engine = load_engine(backend, settings, found.weights, options)
+    engine = load_engine(backend, settings, model_file.weights, options)
     value: dict[str, Any] = {"backend": engine.backend, "device": engine.device, "dtype": engine.dtype}
     value["plugins"] = plugin_kinds(settings.eval.plugins)
     value["prepared"] = time.monotonic() - started
     key = hashlib.sha256(f"{secret} {evaluation_key(engine, dataset, settings, plugins=True)}".encode()).hexdigest()
-    prints = Prints(len(dataset.val), places)
+    prints = Fingerprints(len(dataset.val), places)
     value |= _score(engine, dataset, settings, Path(ledger), key, prints, stop, say)
     prints.save(Path(predictions))
     value["clock"] = time.monotonic() - started
@@ -130,7 +130,7 @@ def _score(
     config: RunConfig,
     path: Path,
     key: str,
-    prints: Prints,
+    prints: Fingerprints,
     stop: int | None,
     say: Console,
 ) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _score(
         if book.writes and not learns:
             value["continued"] = _rescored(engine, evaluation, book)
         value["score"] = score(engine, evaluation, book, watch=watch, progress=say.progress("scoring")).to_json()
-    except Stopped:
+    except LastPassDone:
         pass
     except LedgerError as error:
         if error.rule is None:

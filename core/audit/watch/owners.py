@@ -162,8 +162,8 @@ def package_verdict(path: str) -> Verdict:
         return "unlisted" if package in declared_packages() and path.endswith((".py", ".so")) else "none"
     if owned.hash is not None:
         mode, _, value = owned.hash.partition("=")
-        found = file_digest(path, mode)
-        if found is None or base64.urlsafe_b64encode(found).rstrip(b"=").decode() != value.rstrip("="):
+        digest = file_digest(path, mode)
+        if digest is None or base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != value.rstrip("="):
             return "changed"
     elif not _may_lack_hash(path):
         return "changed"
@@ -186,8 +186,8 @@ def is_systems(path: str) -> bool:
     hashes = system_hashes()
     known = next((hashes[name] for name in (path, path.removeprefix("/usr")) if name in hashes), None)
     if known:
-        found = file_digest(path, "md5")
-        return found is None or found.hex() == known
+        digest = file_digest(path, "md5")
+        return digest is None or digest.hex() == known
     if known is not None or GENERATED.fullmatch(path):  # a file of settings, or one that the machine made
         return not os.path.isfile(path) or os.path.getsize(path) <= SMALL
     if path.startswith(SEALED) or (path.startswith(TOOLKITS) and path.endswith((".h", ".hpp", ".cuh"))):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from core.audit.watch.owners import ROOT, is_library, is_systems, package_folders, package_verdict
-from core.audit.watch.traced import Opening
+from core.audit.watch.strace import Opening
 
 Kind = Literal["code", "python", "package", "system", "input", "audit", "other"]
 Seer = Literal["hook", "system"]
@@ -136,14 +136,14 @@ def listed(
     `own` folders at the start, is not. A compiled module in the folder `compiled` stands for its source.
     """
     code = {os.path.realpath(path) for path in modules if path.endswith((".py", ".so"))}
-    found: dict[str, dict[Seer, list[Opening]]] = {}
+    openings_of: dict[str, dict[Seer, list[Opening]]] = {}
     seers: dict[Seer, Iterable[Opening]] = {"hook": hook, "system": system}
     for seer, openings in seers.items():
         for opening in openings:
             if not os.path.isdir(opening.path):
-                found.setdefault(_source(opening.path, compiled), {}).setdefault(seer, []).append(opening)
+                openings_of.setdefault(_source(opening.path, compiled), {}).setdefault(seer, []).append(opening)
     files = []
-    for path, by in found.items():
+    for path, by in openings_of.items():
         kind = classify(path, announced, [] if path in before else own, processes)
         # strace tells the order; the hook alone knows whether a file was there that is then opened for appending
         noted, traced = (by[seer][0] if seer in by else None for seer in seers)

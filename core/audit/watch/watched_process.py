@@ -1,4 +1,4 @@
-"""The process that an audited evaluation runs in: `python -I -S witness.py REQUEST.json`, started by isolation.py.
+"""The process that an audited evaluation runs in; isolation.py starts `python -I -S watched_process.py REQUEST.json`.
 
 The hook is there before anything is imported, site included. It sees what Python does; what a library does natively is
 for the system to see. The request names `module:function`, its keyword arguments, further folders to import from, and

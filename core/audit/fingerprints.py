@@ -1,4 +1,4 @@
-"""What is kept of predictions, and how those of a text and of one like it are held against each other."""
+"""Fingerprints of predictions, and the comparison of two: of a text, and of the same text with a change."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,20 +16,20 @@ BLOCK = 1 << 22
 
 
 ROUNDING = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
-"""Nats by which the rounding of a compute type may change a prediction that is computed twice; more is no rounding."""
+"""Nats by which rounding may change a prediction that is computed twice, by compute type; more is not rounding."""
 HARMLESS = 1e-4
-"""Nats that make no difference to any claim, even if they came from the future in every prediction: a fiftieth of what
-a record must gain (D15). What is more is rounding only if the same text, scored twice, does not repeat its bits."""
+"""Nats that decide no claim, even if they came from the future in every prediction: a fiftieth of what a record must
+gain (D15). A larger difference is rounding only if the same text, scored twice, does not repeat its bits."""
 RESHAPED = 10
-"""How many times that where the forward passes have other shapes."""
+"""Times ROUNDING that rounding may change a prediction where the forward passes have other shapes."""
 FAINT = -50.0
-"""Log-probabilities below this are taken for this: what is so unlikely decides nothing."""
+"""Lower log-probabilities are taken for this value: what is so unlikely decides nothing."""
 
 
-class Prints:
-    """Remembers a checksum of the predictions for the targets before `tokens`, and what each of them could see.
+class Fingerprints:
+    """Keeps a checksum of every prediction of a text of `tokens`, and the first token that the prediction could see.
 
-    Of the targets at `places` it keeps the whole distribution.
+    For the targets at `places` it keeps the whole distribution.
     """
 
     def __init__(self, tokens: int, places: Sequence[int] = ()) -> None:
@@ -39,43 +39,43 @@ class Prints:
         self.rows = np.zeros((0, 0), np.float32)
 
     def wants(self, number: int) -> bool:
-        """Look at every pass."""
+        """Return that every pass is looked at."""
         return True
 
     def see(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
         """Take the checksums of a pass."""
-        kept = view.kept & (view.positions < len(self.predicted))
-        places, values = view.positions[kept], logprobs[kept]
+        scored = view.kept & (view.positions < len(self.predicted))
+        places, values = view.positions[scored], logprobs[scored]
         self.predicted[places] = checksums(values)
         firsts = np.broadcast_to(view.positions[:, :1] - 1, view.positions.shape)
-        self.first_input[places] = firsts[kept]
+        self.first_input[places] = firsts[scored]
         if len(self.places):
             if not len(self.rows):
                 self.rows = np.full((len(self.places), values.shape[1]), np.nan, values.dtype)
-            found = np.isin(places, self.places)
-            self.rows[np.searchsorted(self.places, places[found])] = values[found]
+            asked = np.isin(places, self.places)
+            self.rows[np.searchsorted(self.places, places[asked])] = values[asked]
 
     def save(self, path: Path) -> None:
-        """Write what was looked at as one .npz file."""
-        seen = np.flatnonzero(self.first_input >= 0)
-        sides = {"predicted": self.predicted[seen], "first_input": self.first_input[seen]}
+        """Write the fingerprints as one .npz file."""
+        positions = np.flatnonzero(self.first_input >= 0)
+        sides = {"predicted": self.predicted[positions], "first_input": self.first_input[positions]}
         with new_file(path, synced=False) as file:
-            np.savez(file, seen=seen, places=self.places, rows=self.rows, **sides)
+            np.savez(file, positions=positions, places=self.places, rows=self.rows, **sides)
 
     @classmethod
-    def load(cls, path: Path, tokens: int) -> "Prints":
-        """Read what `save` wrote of a text of `tokens`; ValueError if it is of another."""
+    def load(cls, path: Path, tokens: int) -> "Fingerprints":
+        """Read what `save` wrote of a text of `tokens`; ValueError if the file is of another text."""
         with open_file(path) as file, np.load(file, allow_pickle=False) as sides:
-            seen, predicted, firsts, places, rows = (
-                sides[n] for n in ("seen", "predicted", "first_input", "places", "rows")
+            positions, predicted, firsts, places, rows = (
+                sides[n] for n in ("positions", "predicted", "first_input", "places", "rows")
             )
-        found = cls(tokens, places)
-        if not (len(seen) == len(predicted) == len(firsts) and rows.ndim == 2 and rows.dtype.kind == "f"):
+        prints = cls(tokens, places)
+        if not (len(positions) == len(predicted) == len(firsts) and rows.ndim == 2 and rows.dtype.kind == "f"):
             raise ValueError(f"{path}: not what was predicted")
-        if len(seen) and not 0 <= seen.min() <= seen.max() < tokens:
+        if len(positions) and not 0 <= positions.min() <= positions.max() < tokens:
             raise ValueError(f"{path}: of a text of another length")
-        found.predicted[seen], found.first_input[seen], found.rows = predicted, firsts, rows
-        return found
+        prints.predicted[positions], prints.first_input[positions], prints.rows = predicted, firsts, rows
+        return prints
 
 
 def checksums(values: np.ndarray) -> np.ndarray:
@@ -92,7 +92,7 @@ def checksums(values: np.ndarray) -> np.ndarray:
 
 
 class Predictions(NamedTuple):
-    """What was predicted of a text and when, by target position; order 0: not scored, or not looked at."""
+    """The predictions of a text, by target position; order 0: not scored, or not looked at."""
 
     predicted: np.ndarray  # (tokens,) uint64: checksums
     order: np.ndarray  # (tokens,) int64: number of the pass
@@ -102,7 +102,7 @@ class Predictions(NamedTuple):
     rows: np.ndarray = np.zeros((0, 0), np.float32)  # (places, V) log-probabilities
 
     def row(self, place: int) -> np.ndarray | None:
-        """Return the log-probabilities (V,) for the target at `place`, where they were kept."""
+        """Return the log-probabilities (V,) for the target at `place`; None where they were not kept."""
         i = int(np.searchsorted(self.places, place))
         return self.rows[i] if i < len(self.places) and self.places[i] == place else None
 
@@ -123,10 +123,10 @@ class Predictions(NamedTuple):
         return allowed
 
     def gap(self, other: "Predictions", places: Sequence[int] | np.ndarray = ()) -> np.ndarray:
-        """Return how far apart the predictions of every target are in nats, (tokens,).
+        """Return how far apart two predictions of each target are, in nats, (tokens,).
 
-        That is the difference of what the target costs. For the targets at `places`, which are not the same in both,
-        it is the largest difference over the vocabulary; inf where the distributions were not kept.
+        The distance is the difference of the target's costs. At `places` the targets themselves differ: there it is
+        the largest difference over the vocabulary, inf where the distributions were not kept.
         """
         far = np.abs(self.nats - other.nats)
         for place in np.asarray(places, np.int64).tolist():
@@ -141,62 +141,62 @@ SIDES = ("predicted", "order", "first_input", "nats")
 """Fields of Predictions that have an entry for every target."""
 
 
-class Effect(NamedTuple):
+class ChangeEffect(NamedTuple):
     """What a change of some tokens did to the predictions."""
 
     compared: int
-    """Predictions that had to keep their bits."""
+    """Number of predictions that must not change."""
     noticed: int
-    """Predictions that changed, and could."""
+    """Number of predictions that changed and were free to."""
     wrong: np.ndarray
-    """Targets whose prediction changed and must not, (count,) int64."""
+    """Targets whose prediction changed though it must not, (count,) int64."""
     gaps: np.ndarray
-    """How far each of these was moved, in nats, (count,) float64."""
+    """Nats by which each of these predictions changed, (count,) float64."""
 
-    def beyond(self, bound: float) -> "Effect":
-        """Return the effect without those that were moved by no more than rounding."""
+    def beyond(self, bound: float) -> "ChangeEffect":
+        """Return the effect without the predictions that changed by at most `bound` nats."""
         far = ~(self.gaps <= bound)
         return self._replace(wrong=self.wrong[far], gaps=self.gaps[far])
 
 
-def compare(base: Predictions, changed: Predictions, places: Sequence[int], learns: bool) -> Effect:
-    """Return what changing the tokens at `places` did to a text.
+def effect_of(base: Predictions, changed: Predictions, places: Sequence[int], learns: bool) -> ChangeEffect:
+    """Return what a change of the tokens at `places` did to the predictions of a text.
 
-    A target that is scored at another time is wrong as well: the order of scoring must not depend on what is scored.
+    A target that is scored in another pass counts as changed: the order must not depend on the tokens.
     """
     same = base.like(changed)
     allowed = base.may_notice(places, learns) & same
     differs = (base.predicted != changed.predicted) | ~same
     scored = (base.order > 0) | (changed.order > 0)
-    held = scored & ~allowed
-    wrong = np.flatnonzero(held & differs)
+    fixed = scored & ~allowed
+    wrong = np.flatnonzero(fixed & differs)
     gaps = np.where(same, base.gap(changed, places), np.inf)[wrong]
-    return Effect(int(held.sum()), int((scored & differs & allowed).sum()), wrong, gaps)
+    return ChangeEffect(int(fixed.sum()), int((scored & differs & allowed).sum()), wrong, gaps)
 
 
-def compare_end(ended: Predictions, went_on: Predictions, learns: bool) -> Effect | None:
-    """Return what it did that a document goes on where it ended, which is the last target of `ended`.
+def effect_of_end(ended: Predictions, went_on: Predictions, learns: bool) -> ChangeEffect | None:
+    """Return what changed where a document goes on instead of ending; `ended` ends with the last target in question.
 
-    What comes after is in no text or in the other one. With plug-ins the passes before must have been the same, or they
-    have learned something else; None then.
+    None if the two cannot be compared: with plug-ins the passes before must be the same, or the plug-ins have learned
+    something else.
     """
     place = len(ended.order) - 1
     end, rest = ended.order[place], went_on.order[place + 1 :]
     went_on = went_on._replace(**{name: getattr(went_on, name)[: place + 1] for name in SIDES})
-    held = (ended.order > 0) & (went_on.order > 0) & (ended.first_input == went_on.first_input)
+    fixed = (ended.order > 0) & (went_on.order > 0) & (ended.first_input == went_on.first_input)
     if learns:
         early = (ended.order < end) | (went_on.order < end)
         if (ended.order != went_on.order)[early].any() or (rest < end).any():
             return None
-        held &= (ended.order <= end) & (went_on.order <= end)
-    if not held[place]:
+        fixed &= (ended.order <= end) & (went_on.order <= end)
+    if not fixed[place]:
         return None
-    wrong = np.flatnonzero(held & (ended.predicted != went_on.predicted))
-    return Effect(int(held.sum()), 0, wrong, ended.gap(went_on, [place])[wrong])
+    wrong = np.flatnonzero(fixed & (ended.predicted != went_on.predicted))
+    return ChangeEffect(int(fixed.sum()), 0, wrong, ended.gap(went_on, [place])[wrong])
 
 
-def found_by(prints: Prints, entries: np.ndarray, text: Split, config: RunConfig) -> Predictions:
-    """Return what was predicted, out of what a scoring pass left in the prints and in the ledger."""
+def predictions_from(prints: Fingerprints, entries: np.ndarray, text: Split, config: RunConfig) -> Predictions:
+    """Return the predictions that a scoring pass left in the fingerprints and in the ledger."""
     order, nats = (np.append(0, entries[name]) for name in ("order", "nats"))
     firsts = first_inputs(prints.first_input, text, config)
     return Predictions(prints.predicted, order.astype(np.int64), firsts, nats, prints.places, prints.rows)

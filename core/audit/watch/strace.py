@@ -42,7 +42,7 @@ class Opening(NamedTuple):
     """It was created or emptied by this opening."""
 
 
-class Seen(NamedTuple):
+class Trace(NamedTuple):
     """What strace saw, in order of time."""
 
     opened: list[Opening]
@@ -68,10 +68,10 @@ def measures(folder: Path, hidden: Sequence[Path]) -> Measures:
     """Try each measure with a trivial command; traces go to folder/trace/, one file per thread."""
     (folder / "trace").mkdir()
     replace_file(folder / "empty")
-    got = Measures([], [], [])
+    force = Measures([], [], [])
     if sys.platform != "linux":
-        got.missing.append("the system's own record of files, network and programs: strace is for Linux only")
-        return got
+        force.missing.append("the system's own record of files, network and programs: strace is for Linux only")
+        return force
     files = sorted({os.path.realpath(path) for path in hidden if path.is_file()})
     cover = ["sh", "-c", COVER, "sh", str(folder / "empty"), *files, "--"]
     calls = ",".join(f"?{name}" for name in (*OPENS, *SENDS, *STARTS, *REACHES, *KERNEL))
@@ -89,17 +89,17 @@ def measures(folder: Path, hidden: Sequence[Path]) -> Measures:
     for words, ways in wanted:
         reasons = []
         for way in ways:
-            reason = _refusal([*got.prefix, *way, "true"])
+            reason = _refusal([*force.prefix, *way, "true"])
             if reason is None:
-                got.prefix.extend(way)
-                got.measures.append(words)
+                force.prefix.extend(way)
+                force.measures.append(words)
                 break
             reasons.append(reason)
         else:
-            got.missing.append(f"{words} ({'; '.join(reasons)})")
+            force.missing.append(f"{words} ({'; '.join(reasons)})")
     for trace in (folder / "trace").iterdir():
         trace.unlink()  # that of `true`
-    return got
+    return force
 
 
 def _refusal(command: list[str]) -> str | None:
@@ -112,7 +112,7 @@ def _refusal(command: list[str]) -> str | None:
     return None if done.returncode == 0 else (lines[-1] if lines else f"exit {done.returncode}")
 
 
-def read_trace(folder: Path) -> Seen | None:
+def read_trace(folder: Path) -> Trace | None:
     """Read what `strace -ff -ttt -y` left in folder/trace/ (each thread has its file, so no call is cut in two).
 
     The first program is the audited one and is left out; None if there is not even that: then nothing was traced.
@@ -123,24 +123,24 @@ def read_trace(folder: Path) -> Seen | None:
             for line in file.read().decode("utf-8", "replace").splitlines():
                 moment, _, call = line.partition(" ")
                 lines.append((float(moment), call))
-    seen = Seen([], [], [], [], [], processes)
+    trace = Trace([], [], [], [], [], processes)
     for _, line in sorted(lines):
         match = _CALL.match(line)
         if match is None:  # signals, and calls that the end of the process cut off
             continue
         name, arguments, result, note = match.groups()
         if name in OPENS:
-            seen.opened.extend(_opening(name, arguments, int(result) >= 0, note))
+            trace.opened.extend(_opening(name, arguments, int(result) >= 0, note))
         elif name in SENDS:
-            seen.network.extend(_address(name, arguments))
+            trace.network.extend(_address(name, arguments))
         elif name in STARTS and result == "0":
             words = [_unescape(word) for word in _TEXT.findall(arguments)]
-            seen.executed.append(" ".join([words[0], *words[2:]]))
+            trace.executed.append(" ".join([words[0], *words[2:]]))
         elif name in REACHES:
-            seen.reached.extend(_target(name, arguments, processes))
+            trace.reached.extend(_target(name, arguments, processes))
         elif name in KERNEL:
-            seen.kernel.append(f"{name}({arguments[:60]})")
-    return seen._replace(executed=seen.executed[1:]) if seen.executed else None
+            trace.kernel.append(f"{name}({arguments[:60]})")
+    return trace._replace(executed=trace.executed[1:]) if trace.executed else None
 
 
 def followed(folder: Path) -> set[int]:
