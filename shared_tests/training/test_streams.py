@@ -107,10 +107,11 @@ def test_closed_streams_leave_a_whole_run(place: Path) -> None:
 
 @pytest.mark.parametrize("prompt", ["ﬁ ½", "▁▁", "She  was\r\nhere", "", "She was"])
 def test_a_text_begins_with_its_prompt(prompt: str, place: Path, capsys: Capture) -> None:
-    found = call(capsys, "sample", str(place / "r0"), "--prompt", prompt, "--tokens", "3", "--backend", "mlx")
+    argv = ["sample", str(place / "r0"), "--prompt", prompt, "--tokens", "3", "--backend", "mlx"]
+    (found,) = call(capsys, *argv)["samples"]
     assert found["text"].startswith(prompt) and found["prompt"] == prompt
     assert (found["read_as"] == prompt) == (prompt in ("", "She was"))
-    main(["sample", str(place / "r0"), "--prompt", prompt, "--tokens", "3", "--backend", "mlx"])
+    main(argv)
     assert ("the tokenizer normalises text" in capsys.readouterr().out) == (found["read_as"] != prompt)
 
 
