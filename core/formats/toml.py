@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from core.files import FileError, decode, read_file
+from core.files import FileError, decode_text, read_file
 
 MOST_BYTES = 1 << 20
 DEPTH = 32
@@ -23,7 +23,7 @@ does not end."""
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Return what a TOML file says; FileError names the file and what is wrong, OSError."""
-    text = decode(path, read_file(path, MOST_BYTES))
+    text = decode_text(path, read_file(path, MOST_BYTES))
     _check_depth(path, text)
     try:
         value = tomllib.loads(text)
