@@ -15,7 +15,8 @@ from core.data.corpus import PLAIN, Format, find_inputs, read_documents
 from core.data.making import check_writable, find_damage, find_manifest, install, making
 from core.data.manifest import SCHEMA
 from core.data.shards import DataError, SplitWriter, file_sha256, grouped
-from core.data.tokenizer import Tokenizer, VocabularyError, train_tokenizer, trained_identity
+from core.data.tokenizer import Tokenizer
+from core.data.tokenizer_training import VocabularyError, train_tokenizer, trained_identity
 from core.files import replace_file
 
 Progress = Callable[[str, int, int], None]

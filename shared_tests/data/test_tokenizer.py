@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import core.data.tokenizer
-from core.data.tokenizer import SPACE, Tokenizer, TokenizerError, token_bytes, train_tokenizer
+from core.data.tokenizer import SPACE, Tokenizer, TokenizerError, token_bytes
+from core.data.tokenizer_training import train_tokenizer
 from shared_tests.support.harness import LINES, tiny_tokenizer
 
 BUNDLED = Path(core.data.tokenizer.__file__).parent / "bundled" / "tokenizer.model"
