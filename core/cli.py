@@ -192,7 +192,7 @@ def _parse(name: str, arguments: list[str]) -> Any:
         from core import presets
 
         if arguments and not arguments[0].startswith("-"):
-            default = kind.of(presets.get(arguments[0]).config)
+            default = kind.named(arguments[0])
             arguments = arguments[1:]
         elif not wants_help:
             raise UsageError(f"name a preset first: skc {name} PRESET [options]; known: {', '.join(presets.PRESETS)}")

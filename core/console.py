@@ -87,8 +87,8 @@ class Console:
         finally:
             self._log = None
 
-    def __call__(self, line: str = "") -> None:
-        """Print one line, or several with line ends between them."""
+    def __call__(self, line: str = "", end: str = "\n") -> None:
+        """Print one line, or several with line ends between them; with another `end` the line goes on."""
         if self._muted:
             return
         line = printable(shorten(line, LINE))
@@ -96,11 +96,11 @@ class Console:
         if self.terminal:
             from rich.console import Console as Rich
 
-            Rich(file=self.stream, soft_wrap=True).print(line, markup=False, emoji=False)
+            Rich(file=self.stream, soft_wrap=True).print(line, markup=False, emoji=False, end=end)
         else:
-            print(line, file=self.stream, flush=True)
+            print(line, end=end, file=self.stream, flush=True)
         if self._log is not None:
-            print(line, file=self._log, flush=True)
+            print(line, end=end, file=self._log, flush=True)
 
     def note(self, line: str) -> None:
         """Write one line into the log alone."""

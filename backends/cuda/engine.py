@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +22,16 @@ from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
 from core.engine.optimizer_state import optimizer_slots
 from core.engine.plan import StepPlan
-from core.engine.protocol import Arrays, EngineOptions, Scoring, State, StepResult, micro_batches
+from core.engine.protocol import (
+    Arrays,
+    EngineOptions,
+    Scoring,
+    State,
+    StepResult,
+    counts,
+    micro_batches,
+    named_matrices,
+)
 from core.engine.ranks import buckets, owners
 from core.model.context import Constants
 from core.model.params import banks, check_arrays, param_table
@@ -92,7 +101,7 @@ class Engine:
             self._model = Model(config.model, self._exact, attend)
         names = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
         check_arrays(weights, names, "weights for the torch model")
-        self._tables: dict[tuple[int, int], Constants] = {}
+        self._tables: dict[int, Constants] = {}
         self._mixing = [
             torch.tensor(table, dtype=self._wide, device=self._device) for table in mixer_tables(config.model)
         ]
@@ -219,6 +228,12 @@ class Engine:
         objective, _, grads = self._gradient(weights, batch, slice(None), True)
         return objective.item(), {name: g.cpu().numpy() for name, g in grads.items()}
 
+    def trace(self, batch: Batch, quantise: bool = False) -> tuple[Callable, tuple]:
+        """Return the objective of a batch as a function and its arguments, for PyTorch's tracers; nothing has run."""
+        weights, tables = self._trained(self._params, quantise), self._constants(batch.tokens.shape[1])
+        rows = self._move(batch.tokens), self._move(batch.targets)
+        return self._losses, (weights, *rows, tables, True, self._begins(batch.tokens))
+
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return self.nll_later(tokens, targets, False)()
 
@@ -239,22 +254,41 @@ class Engine:
         self._read(tokens, record=record)
         return {name: value.to(self._wide).cpu().numpy() for name, value in record.items()}
 
+    @torch.no_grad()
+    def second_moments(self, tokens: np.ndarray, names: Sequence[str] | None = None) -> Arrays:
+        matrices = self._model.matrices()
+        names = named_matrices(names, [name for name in self._table if name in matrices])
+        try:
+            for name in names:
+                width = self._table[name].shape[1]
+                matrices[name]._moment = torch.zeros((width, width), dtype=self._wide, device=self._device)
+            self._read(tokens)
+            return {name: matrices[name]._moment.cpu().numpy() for name in names}
+        finally:
+            for name in names:
+                matrices[name]._moment = None
+
     def start(self, rows: int) -> State:
-        return State(self._model.start(rows, self._device), np.zeros(rows, np.int64))
+        return State(self._model.start(rows, self._device), np.zeros(rows, np.int64), np.zeros(rows, np.int64))
 
     @torch.no_grad()
     def chunk(self, state: State, tokens: np.ndarray) -> Tape:
-        constants = self._constants(tokens.shape[1], state.model.position)
+        constants = self._constants(tokens.shape[1], state.position)
         logits, tape = self._forward(self._scored(), self._move(tokens), constants, state=state.model)
         return Tape(state, tokens, logits, tape, self._exact)
 
     @torch.no_grad()
-    def commit(self, tape: Tape, n: int) -> State:
-        n = int(n)  # a numpy integer would end up in the state
-        if n == 0:
-            return tape.before
-        seen = tape.before.seen_after(tape.tokens, n, self._config)
-        return State(self._model.commit(tape.model, n, int(seen.max())), seen)
+    def commit(self, tape: Tape, n: int | np.ndarray) -> State:
+        before, n = tape.before, counts(tape.tokens, n)
+        if not n.any():
+            return before
+        seen = before.seen_after(tape.tokens, n, self._config)
+        model = self._model.commit(tape.model, torch.from_numpy(n).to(self._device), int(seen.max()))
+        return State(model, before.position + n, seen)
+
+    def forget(self, state: State, rows: np.ndarray) -> State:
+        model = self._model.forget(state.model, torch.from_numpy(rows).to(self._device))
+        return State(model, np.where(rows, 0, state.position), np.where(rows, 0, state.seen))
 
     def weights(self) -> Arrays:
         weights = self._scored()
@@ -392,16 +426,17 @@ class Engine:
         )  # a rank's last micro-batch may have fewer rows
         return max(losses, len(self._banks))
 
-    def _constants(self, seq, position=0):
-        """Return the tables of positions `position` to `position + seq`; those of rows from 0 on are kept."""
-        if (position, seq) in self._tables:
-            return self._tables[position, seq]
+    def _constants(self, seq, position=None):
+        """Return the tables of rows from `position` (B,) on; None: from 0, which are kept."""
+        if position is None and seq in self._tables:
+            return self._tables[seq]
         dims = self._config.attention.rope_dims if self._config.mixes("attention") else 0
         tables = rope_tables(seq, dims, self._config.attention.rope_base, position)
         cos, sin = (torch.tensor(table, dtype=self._wide, device=self._device) for table in tables)
         made = Constants(cos, sin, *self._mixing)
-        if position == 0:
-            self._tables[position, seq] = made
+        if position is not None:
+            return made._replace(position=torch.from_numpy(position).to(self._device))
+        self._tables[seq] = made
         return made
 
     def _move(self, array):

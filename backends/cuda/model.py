@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from backends.cuda import attention, ops
-from backends.cuda.linear import Linear
+from backends.cuda.linear import Linear, Matrix
 from backends.cuda.parts.bank import Bank
 from backends.cuda.parts.bigram import Bigram
 from backends.cuda.parts.embedding import Embedding
@@ -15,7 +15,7 @@ from backends.cuda.parts.head import Head
 from backends.cuda.parts.layer import Layer
 from backends.cuda.parts.skips import Skips
 from backends.cuda.parts.smear import Smear
-from core.model.context import Context, ModelState, Stream
+from core.model.context import Context, ModelState, Stream, each_array
 from core.model.table import TAPS
 
 PARTS = {"bank": Bank, "bigram": Bigram, "engram": Engram, "skips": Skips, "smear": Smear}
@@ -49,6 +49,10 @@ class Model(nn.Module):
         """Return the module that a stage is a use of."""
         return self.blocks[stage.block] if stage.part == "layer" else getattr(self, stage.name)
 
+    def matrices(self):
+        """Return every weight that multiplies what comes in, by name, with the module that it is in."""
+        return {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, Matrix)}
+
     def norm(self, x_BTD):
         return ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
 
@@ -63,7 +67,7 @@ class Model(nn.Module):
         """Return logits before bias and softcap, as wide as they come."""
         x_BTD = self.norm(x_BTD)
         x_BTE = self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
-        return ops.linear(x_BTE, self.embed.weight)
+        return self.embed.product(x_BTE)
 
     def context(self, tokens_BT, constants, state, wide, begins=None):
         """Return the Context of these rows; `begins` as in forward."""
@@ -78,33 +82,34 @@ class Model(nn.Module):
             mask = ops.causal_mask(seq, keys, ids_BS) if begins is None else None
         if begins is not None:  # CUDA: some forms of attention take where documents begin instead
             mask = attention.Spans(begins, seq)
-        position = 0 if state is None else state.position
-        cos, sin, hadamard, walsh = constants
+        cos, sin, hadamard, walsh, position = constants
         ids = tokens_BT if state is None else torch.cat([state.ids, tokens_BT], dim=1)
         if state is None:
             ids = torch.nn.functional.pad(ids, (self._config.reach, 0), value=-1)
-        tables = (hadamard, walsh, position, keys - seq, ids)
+        tables = (hadamard, walsh, position, ids)
         return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, attend=self._attend)
 
     def forward(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, begins=None):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
-        `record` (a dict) collects the stream after every layer. `repeat`: layers that are to be repeated are. Not
+        `record` (a dict) collects the stream after every stage. `repeat`: layers that are to be repeated are. Not
         `capped`: logits before bias and softcap, as wide as they come, for ops.cross_entropy. `begins`: where
         documents begin (attention.spans), for attention without a mask, which takes no state.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         context = self.context(tokens_BT, constants, state, wide, begins)
         stream, stages, tapes = self.embedding(tokens_BT, dtype), self._stages[repeat], []
-        record = {} if record is None else record
-        record["embed"] = stream.x
+        if record is not None:
+            record["embed"] = stream.x
         states = (None,) * len(stages) if state is None else state.parts
         for stage, part_state in zip(stages, states, strict=True):
             stream, tape = self.part(stage)(stream, context, stage, part_state)
             tapes.append(None if state is None else tape)  # only a chunk is committed: else memory for nothing
-            record[stage.label] = stream.x
-        logits_BTV = self.logits(stream.x)
-        record["logits"] = logits_BTV = self.head(logits_BTV) if capped else logits_BTV
+            if record is not None:
+                record[stage.label] = stream.x
+        logits_BTV = self.head(self.logits(stream.x)) if capped else self.logits(stream.x)
+        if record is not None:
+            record["logits"] = logits_BTV
         return logits_BTV, (state, context, tapes)
 
     def start(self, rows, device):
@@ -112,19 +117,29 @@ class Model(nn.Module):
         attends = self._config.mixes("attention")
         kept = torch.zeros((rows, 0), dtype=torch.int32, device=device) if attends else None
         ids = torch.full((rows, self._config.reach), -1, dtype=torch.int32, device=device)
-        return ModelState(0, kept, ids, (None,) * len(self._stages[True]))
+        return ModelState(kept, ids, (None,) * len(self._stages[True]))
 
-    def commit(self, tape, n, keep):
-        """Return the state after the first n tokens of a chunk, n from 1 up, with the last `keep` keys of attention."""
+    def commit(self, tape, n_B, keep):
+        """Return the state after the first n tokens of each row of a chunk, with the last `keep` keys of attention."""
         state, context, tapes = tape
-        context = context._replace(keep=keep)
-        kept = state.kept
+        context, kept = context._replace(last=ops.pick(context.history, n_B + TAPS - 2)[:, None]), state.kept
         if kept is not None:
-            ids_BS = torch.cat([kept, context.documents[:, :n]], dim=1)
-            kept = torch.where(ids_BS == ids_BS[:, -1:], 0, -1).to(torch.int32)[:, max(ids_BS.shape[1] - keep, 0) :]
-        parts = (self.part(s).commit(t, context, n) for s, t in zip(self._stages[True], tapes, strict=True))
+            ids_BS = torch.cat([kept, context.documents], dim=1)
+            index_BS = ops.span(n_B + kept.shape[1] - keep, keep)
+            context = context._replace(keep=torch.clamp(index_BS, min=0))
+            kept = torch.where((index_BS >= 0) & (ops.pick(ids_BS, context.keep) == context.last), 0, -1).to(
+                torch.int32
+            )
+        parts = (self.part(s).commit(t, context, n_B) for s, t in zip(self._stages[True], tapes, strict=True))
         ids_BX, documents_BX = context.last_ids(self._config.reach)
-        end = ids_BX.shape[1] - context.documents.shape[1] + n
-        last = slice(end - self._config.reach, end)
-        ids = torch.where(documents_BX[:, last] == context.documents[:, n - 1 : n], ids_BX[:, last], -1)
-        return ModelState(state.position + n, kept, ids, tuple(parts))
+        ids = ops.tail(ids_BX, documents_BX, n_B, self._config.reach, -1)
+        return ModelState(kept, ids, tuple(parts))
+
+    def forget(self, state, rows_B):
+        """Return the state with nothing read in the rows that are marked: every part of it is empty when it is zero."""
+
+        def emptied(x):
+            empty = 0 if x.is_floating_point() else -1  # a token id, or the document of a key
+            return torch.where(rows_B.reshape(-1, *(1,) * (x.ndim - 1)), empty, x)
+
+        return each_array(state, emptied)

@@ -24,6 +24,7 @@ def softmax(x, exact):
     """Return the softmax over the last axis."""
     if not exact:
         return torch.softmax(x, dim=-1)
+    # The largest cancels, so that nothing overflows; its gradient cancels too, which is why it is stopped.
     weights = exp(x - torch.amax(x, dim=-1, keepdim=True).detach(), exact)
     return weights / torch.sum(weights, dim=-1, keepdim=True)
 
@@ -46,10 +47,17 @@ def linear(x, weight):
     return F.linear(x, weight.to(x.dtype))
 
 
+def second_moment(x, dtype):
+    """Return the sum of a a^T over all rows a of x, (C, C), computed in `dtype`."""
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    return rows.T @ rows
+
+
 def rms_norm(x, eps, exact):
     """Return x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 for bfloat16 input."""
     if not exact:
         return F.rms_norm(x, (x.shape[-1],), None, eps) if x.is_cuda else RMSNorm.apply(x, eps)
+    # A mean of squares over a thousand channels needs more than bfloat16's eight bits.
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * torch.rsqrt(torch.mean(torch.square(wide), dim=-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -76,6 +84,7 @@ def causal_mask(queries, keys, documents):
     queries, keys: counts T <= S; documents: (B, S) int of the keys, or None. Returns (T, S), or (B, 1, T, S).
     """
     device = None if documents is None else documents.device
+    # Counted from the end: the keys of a state stand in front, and are all in the past.
     query = torch.arange(keys - queries, keys, device=device)[:, None]
     mask = torch.arange(keys, device=device)[None, :] <= query
     if documents is None:
@@ -166,6 +175,7 @@ def hashed_rows(table, rows):
     A row that is all zero was pruned: it gets no gradient and stays zero.
     """
     picked = F.embedding(torch.clamp(rows, min=0), table)
+    # A zero row would else be moved by its gradient, and the artifact would have to store it.
     live = (rows >= 0)[..., None] & torch.any(picked != 0, dim=-1, keepdim=True)
     return torch.where(live, picked, 0.0).reshape(*rows.shape[:2], -1)
 
@@ -180,10 +190,42 @@ def short_conv(x, weight, documents):
     seq, weight = x.shape[1] - taps + 1, weight.to(x.dtype)
     here = documents[:, taps - 1 :]
     y = weight[:, 0] * x[:, taps - 1 :]
+    # Lag by lag, each masked by its own document: zeroing at the start of a document alone would let older taps in.
     for i in range(1, taps):
         part = slice(taps - 1 - i, taps - 1 - i + seq)
         y = y + weight[:, i] * torch.where((documents[:, part] == here)[..., None], x[:, part], 0.0)
     return y
+
+
+def span(first, size):
+    """Return first[b] + 0, 1, ... of every row b: (B,) int -> (B, size) int."""
+    return first[:, None] + torch.arange(size, device=first.device)
+
+
+def pick(x, index):
+    """Return x[b, index[b, j]] of every row b: (B, T, ...) and (B, J) int -> (B, J, ...), or (B,) int -> (B, ...)."""
+    rows = torch.arange(x.shape[0], device=x.device)
+    return x[rows if index.ndim == 1 else rows[:, None], index]
+
+
+def after(x, n, before):
+    """Return what the first n positions of each row end with: x[b, n[b] - 1], or before[b] where n[b] is 0.
+
+    x (B, T, ...), n (B,) int, before (B, ...).
+    """
+    some = (n > 0).reshape(-1, *(1,) * (before.ndim - 1))
+    return torch.where(some, pick(x, torch.clamp(n - 1, min=0)), before)
+
+
+def tail(x, documents, n, size, empty):
+    """Return x at the last `size` positions of each row, when n of T are kept; `empty` outside of the last's document.
+
+    x (B, size + T, ...) and documents (B, size + T) int begin with the positions before; n (B,) int.
+    """
+    index = span(n, size)
+    ids, picked = pick(documents, index), pick(x, index)
+    same = (ids == ids[:, -1:]).reshape(*ids.shape, *(1,) * (x.ndim - 2))
+    return torch.where(same, picked, empty)
 
 
 def scan(decay, drive, start, exact):
@@ -205,6 +247,7 @@ def cross_entropy(logits, targets, exact, cap=None, bias=None):
         from backends.cuda.kernels.cross_entropy import cross_entropy as kernel
 
         return kernel(logits, targets, cap, bias)
+    # A probability needs more digits than bfloat16 has.
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     logits = logits if bias is None else logits + bias
     logits = logits if cap is None else softcap(logits, cap, exact)
@@ -217,6 +260,7 @@ def cross_entropy(logits, targets, exact, cap=None, bias=None):
 def hash32(key, index):
     """Return core.rng.hash32(key, index) on the device: int and (n,) uint32 -> (n,) uint32."""
     low = 0xFFFFFFFF  # CUDA: torch has no uint32 products; int64 products wrap, and their low 32 bits are right
+    # Two rounds of shift and multiply, as core.rng has them: every bit of the index reaches every bit of the result.
     x = index.to(torch.int64) ^ key
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & low
     x = ((x ^ (x >> 15)) * 0x846CA68B) & low

@@ -4,7 +4,7 @@ import functools
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,16 @@ from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
 from core.engine.optimizer_state import averaged, exported, optimizer_slots
 from core.engine.plan import NUMBERS, StepPlan
-from core.engine.protocol import Arrays, EngineOptions, Scoring, State, StepResult, micro_batches
+from core.engine.protocol import (
+    Arrays,
+    EngineOptions,
+    Scoring,
+    State,
+    StepResult,
+    counts,
+    micro_batches,
+    named_matrices,
+)
 from core.engine.ranks import buckets, updated_by
 from core.model.context import Constants
 from core.model.params import banks, check_arrays, param_table
@@ -74,7 +83,7 @@ class Engine:
         self._model = Model(config.model, self._exact)
         names = {name: tuple(value.shape) for name, value in dict(tree_flatten(self._model.parameters())).items()}
         check_arrays(weights, names, "weights for the MLX model")
-        self._tables: dict[tuple[int, int], Constants] = {}
+        self._tables: dict[int, Constants] = {}
         self._mixing = [mx.array(table, self._wide) for table in mixer_tables(config.model)]
         self.scoring = Scoring()  # MLX: windows of eval.batch, one pass after the other
         self._in_flight: deque[Pending] = deque()
@@ -268,22 +277,39 @@ class Engine:
         self._forward(self._scored(), mx.array(tokens), self._constants(tokens.shape[1]), record=record)
         return {name: np.array(value.astype(self._wide)) for name, value in record.items()}
 
+    def second_moments(self, tokens: np.ndarray, names: Sequence[str] | None = None) -> Arrays:
+        matrices = self._model.matrices()
+        names = named_matrices(names, [name for name in self._table if name in matrices])
+        try:
+            for name in names:
+                width = self._table[name].shape[1]
+                matrices[name]._moment = mx.zeros((width, width), self._wide)
+            self._forward(self._scored(), mx.array(tokens), self._constants(tokens.shape[1]))
+            return {name: np.array(matrices[name]._moment) for name in names}
+        finally:
+            for name in names:
+                matrices[name]._moment = None
+
     def start(self, rows: int) -> State:
-        return State(self._model.start(rows), np.zeros(rows, np.int64))
+        return State(self._model.start(rows), np.zeros(rows, np.int64), np.zeros(rows, np.int64))
 
     def chunk(self, state: State, tokens: np.ndarray) -> Tape:
-        constants = self._constants(tokens.shape[1], state.model.position)
+        constants = self._constants(tokens.shape[1], state.position)
         logits, tape = self._forward(self._scored(), mx.array(tokens), constants, state=state.model)
         return Tape(state, tokens, logits, tape, self._exact)
 
-    def commit(self, tape: Tape, n: int) -> State:
-        n = int(n)  # a numpy integer would end up in the state
-        if n == 0:
-            return tape.before
-        seen = tape.before.seen_after(tape.tokens, n, self._config)
-        state = self._model.commit(tape.model, n, int(seen.max()))
-        mx.eval([part for _, part in tree_flatten(state) if isinstance(part, mx.array)])  # MLX: else graphs would grow
-        return State(state, seen)
+    def commit(self, tape: Tape, n: int | np.ndarray) -> State:
+        before, n = tape.before, counts(tape.tokens, n)
+        if not n.any():
+            return before
+        seen = before.seen_after(tape.tokens, n, self._config)
+        model = self._model.commit(tape.model, mx.array(n), int(seen.max()))
+        mx.eval([part for _, part in tree_flatten(model) if isinstance(part, mx.array)])  # MLX: else graphs would grow
+        return State(model, before.position + n, seen)
+
+    def forget(self, state: State, rows: np.ndarray) -> State:
+        model = self._model.forget(state.model, mx.array(rows))
+        return State(model, np.where(rows, 0, state.position), np.where(rows, 0, state.seen))
 
     def weights(self) -> Arrays:
         weights = self._scored()
@@ -366,16 +392,17 @@ class Engine:
             self._fitting[seq] = fitting(self._run, seq, self.dtype, self._memory, composed)
         return self._fitting[seq]
 
-    def _constants(self, seq, position=0):
-        """Return the tables of positions `position` to `position + seq`; those of rows from 0 on are kept."""
-        if (position, seq) in self._tables:
-            return self._tables[position, seq]
+    def _constants(self, seq, position=None):
+        """Return the tables of rows from `position` (B,) on; None: from 0, which are kept."""
+        if position is None and seq in self._tables:
+            return self._tables[seq]
         dims = self._config.attention.rope_dims if self._config.mixes("attention") else 0
         tables = rope_tables(seq, dims, self._config.attention.rope_base, position)
         cos, sin = (mx.array(table, self._wide) for table in tables)
         made = Constants(cos, sin, *self._mixing)
-        if position == 0:
-            self._tables[position, seq] = made
+        if position is not None:
+            return made._replace(position=mx.array(position))
+        self._tables[seq] = made
         return made
 
 

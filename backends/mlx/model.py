@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx import ops
-from backends.mlx.linear import Linear
+from backends.mlx.linear import Linear, Matrix
 from backends.mlx.parts.bank import Bank
 from backends.mlx.parts.bigram import Bigram
 from backends.mlx.parts.embedding import Embedding
@@ -13,7 +13,7 @@ from backends.mlx.parts.head import Head
 from backends.mlx.parts.layer import Layer
 from backends.mlx.parts.skips import Skips
 from backends.mlx.parts.smear import Smear
-from core.model.context import Context, ModelState, Stream
+from core.model.context import Context, ModelState, Stream, each_array
 from core.model.table import TAPS
 
 PARTS = {"bank": Bank, "bigram": Bigram, "engram": Engram, "skips": Skips, "smear": Smear}
@@ -46,6 +46,10 @@ class Model(nn.Module):
         """Return the module that a stage is a use of."""
         return self.blocks[stage.block] if stage.part == "layer" else getattr(self, stage.name)
 
+    def matrices(self):
+        """Return every weight that multiplies what comes in, by name, with the module that it is in."""
+        return {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, Matrix)}
+
     def norm(self, x_BTD):
         return ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
 
@@ -60,7 +64,7 @@ class Model(nn.Module):
         """Return logits before bias and softcap, as wide as they come."""
         x_BTD = self.norm(x_BTD)
         x_BTE = self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
-        return ops.linear(x_BTE, self.embed.weight)
+        return self.embed.product(x_BTE)
 
     def context(self, tokens_BT, constants, state, wide):
         """Return the Context of these rows."""
@@ -73,32 +77,33 @@ class Model(nn.Module):
         keys, mask = ids_BS.shape[1], None
         if self._config.mixes("attention") and (isolated or keys > seq):
             mask = ops.causal_mask(seq, keys, ids_BS)
-        position = 0 if state is None else state.position
-        cos, sin, hadamard, walsh = constants
+        cos, sin, hadamard, walsh, position = constants
         ids = tokens_BT if state is None else mx.concatenate([state.ids, tokens_BT], axis=1)
         if state is None:
             ids = mx.pad(ids, [(0, 0), (self._config.reach, 0)], constant_values=-1)
-        tables = (hadamard, walsh, position, keys - seq, ids)
+        tables = (hadamard, walsh, position, ids)
         return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide)
 
     def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
-        `record` (a dict) collects the stream after every layer. `repeat`: layers that are to be repeated are. Not
+        `record` (a dict) collects the stream after every stage. `repeat`: layers that are to be repeated are. Not
         `capped`: logits before bias and softcap, as wide as they come, for ops.cross_entropy.
         """
         wide = mx.float64 if dtype == mx.float64 else mx.float32
         context = self.context(tokens_BT, constants, state, wide)
         stream, stages, tapes = self.embedding(tokens_BT, dtype), self._stages[repeat], []
-        record = {} if record is None else record
-        record["embed"] = stream.x
+        if record is not None:
+            record["embed"] = stream.x
         states = (None,) * len(stages) if state is None else state.parts
         for stage, part_state in zip(stages, states, strict=True):
             stream, tape = self.part(stage)(stream, context, stage, part_state)
             tapes.append(None if state is None else tape)  # only a chunk is committed: else memory for nothing
-            record[stage.label] = stream.x
-        logits_BTV = self.logits(stream.x)
-        record["logits"] = logits_BTV = self.head(logits_BTV) if capped else logits_BTV
+            if record is not None:
+                record[stage.label] = stream.x
+        logits_BTV = self.head(self.logits(stream.x)) if capped else self.logits(stream.x)
+        if record is not None:
+            record["logits"] = logits_BTV
         return logits_BTV, (state, context, tapes)
 
     def start(self, rows):
@@ -106,19 +111,27 @@ class Model(nn.Module):
         attends = self._config.mixes("attention")
         kept = mx.zeros((rows, 0), dtype=mx.int32) if attends else None
         ids = mx.full((rows, self._config.reach), -1, dtype=mx.int32)
-        return ModelState(0, kept, ids, (None,) * len(self._stages[True]))
+        return ModelState(kept, ids, (None,) * len(self._stages[True]))
 
-    def commit(self, tape, n, keep):
-        """Return the state after the first n tokens of a chunk, n from 1 up, with the last `keep` keys of attention."""
+    def commit(self, tape, n_B, keep):
+        """Return the state after the first n tokens of each row of a chunk, with the last `keep` keys of attention."""
         state, context, tapes = tape
-        context = context._replace(keep=keep)
-        kept = state.kept
+        context, kept = context._replace(last=ops.pick(context.history, n_B + TAPS - 2)[:, None]), state.kept
         if kept is not None:
-            ids_BS = mx.concatenate([kept, context.documents[:, :n]], axis=1)
-            kept = mx.where(ids_BS == ids_BS[:, -1:], 0, -1).astype(mx.int32)[:, max(ids_BS.shape[1] - keep, 0) :]
-        parts = (self.part(s).commit(t, context, n) for s, t in zip(self._stages[True], tapes, strict=True))
+            ids_BS = mx.concatenate([kept, context.documents], axis=1)
+            index_BS = ops.span(n_B + kept.shape[1] - keep, keep)
+            context = context._replace(keep=mx.maximum(index_BS, 0))
+            kept = mx.where((index_BS >= 0) & (ops.pick(ids_BS, context.keep) == context.last), 0, -1).astype(mx.int32)
+        parts = (self.part(s).commit(t, context, n_B) for s, t in zip(self._stages[True], tapes, strict=True))
         ids_BX, documents_BX = context.last_ids(self._config.reach)
-        end = ids_BX.shape[1] - context.documents.shape[1] + n
-        last = slice(end - self._config.reach, end)
-        ids = mx.where(documents_BX[:, last] == context.documents[:, n - 1 : n], ids_BX[:, last], -1)
-        return ModelState(state.position + n, kept, ids, tuple(parts))
+        ids = ops.tail(ids_BX, documents_BX, n_B, self._config.reach, -1)
+        return ModelState(kept, ids, tuple(parts))
+
+    def forget(self, state, rows_B):
+        """Return the state with nothing read in the rows that are marked: every part of it is empty when it is zero."""
+
+        def emptied(x):
+            empty = 0 if mx.issubdtype(x.dtype, mx.floating) else -1  # a token id, or the document of a key
+            return mx.where(rows_B.reshape(-1, *(1,) * (x.ndim - 1)), empty, x)
+
+        return each_array(state, emptied)

@@ -25,6 +25,7 @@ def softmax(x, exact):
     """Return the softmax over the last axis."""
     if not exact:
         return mx.softmax(x, axis=-1)
+    # The largest cancels, so that nothing overflows; its gradient cancels too, which is why it is stopped.
     weights = exp(x - mx.stop_gradient(mx.max(x, axis=-1, keepdims=True)), exact)
     return weights / mx.sum(weights, axis=-1, keepdims=True)
 
@@ -47,10 +48,17 @@ def linear(x, weight):
     return x @ weight.astype(x.dtype).T
 
 
+def second_moment(x, dtype):
+    """Return the sum of a a^T over all rows a of x, (C, C), computed in `dtype`."""
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+    return rows.T @ rows
+
+
 def rms_norm(x, eps, exact):
     """Return x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 for bfloat16 input."""
     if not exact:
         return mx.fast.rms_norm(x, None, eps)
+    # A mean of squares over a thousand channels needs more than bfloat16's eight bits.
     wide = x if x.dtype == mx.float64 else x.astype(mx.float32)
     return (wide * mx.rsqrt(mx.mean(mx.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
@@ -76,6 +84,7 @@ def causal_mask(queries, keys, documents):
 
     queries, keys: counts T <= S; documents: (B, S) int of the keys, or None. Returns (T, S), or (B, 1, T, S).
     """
+    # Counted from the end: the keys of a state stand in front, and are all in the past.
     query, key = mx.arange(keys - queries, keys)[:, None], mx.arange(keys)[None, :]
     mask = key <= query
     if documents is None:
@@ -163,6 +172,7 @@ def hashed_rows(table, rows):
     A row that is all zero was pruned: it gets no gradient and stays zero.
     """
     picked = table[mx.maximum(rows, 0)]
+    # A zero row would else be moved by its gradient, and the artifact would have to store it.
     live = (rows >= 0)[..., None] & mx.any(picked != 0, axis=-1, keepdims=True)
     return mx.where(live, picked, mx.array(0.0, table.dtype)).reshape(*rows.shape[:2], -1)
 
@@ -177,10 +187,42 @@ def short_conv(x, weight, documents):
     seq, weight = x.shape[1] - taps + 1, weight.astype(x.dtype)
     here = documents[:, taps - 1 :]
     y = weight[:, 0] * x[:, taps - 1 :]
+    # Lag by lag, each masked by its own document: zeroing at the start of a document alone would let older taps in.
     for i in range(1, taps):
         part = slice(taps - 1 - i, taps - 1 - i + seq)
         y = y + weight[:, i] * mx.where((documents[:, part] == here)[..., None], x[:, part], mx.array(0.0, x.dtype))
     return y
+
+
+def span(first, size):
+    """Return first[b] + 0, 1, ... of every row b: (B,) int -> (B, size) int."""
+    return first[:, None] + mx.arange(size)
+
+
+def pick(x, index):
+    """Return x[b, index[b, j]] of every row b: (B, T, ...) and (B, J) int -> (B, J, ...), or (B,) int -> (B, ...)."""
+    rows = mx.arange(x.shape[0])
+    return x[rows if index.ndim == 1 else rows[:, None], index]
+
+
+def after(x, n, before):
+    """Return what the first n positions of each row end with: x[b, n[b] - 1], or before[b] where n[b] is 0.
+
+    x (B, T, ...), n (B,) int, before (B, ...).
+    """
+    some = (n > 0).reshape(-1, *(1,) * (before.ndim - 1))
+    return mx.where(some, pick(x, mx.maximum(n - 1, 0)), before)
+
+
+def tail(x, documents, n, size, empty):
+    """Return x at the last `size` positions of each row, when n of T are kept; `empty` outside of the last's document.
+
+    x (B, size + T, ...) and documents (B, size + T) int begin with the positions before; n (B,) int.
+    """
+    index = span(n, size)
+    ids, picked = pick(documents, index), pick(x, index)
+    same = (ids == ids[:, -1:]).reshape(*ids.shape, *(1,) * (x.ndim - 2))
+    return mx.where(same, picked, empty)
 
 
 def scan(decay, drive, start, exact):
@@ -198,6 +240,7 @@ def cross_entropy(logits, targets, exact, cap=None, bias=None):
 
     z is softcap(logits + bias, cap), bias (V,) or None; uncapped where cap is None; float32 or wider.
     """
+    # A probability needs more digits than bfloat16 has.
     logits = logits.astype(mx.float32) if logits.dtype == mx.bfloat16 else logits
     logits = logits if bias is None else logits + bias
     logits = logits if cap is None else softcap(logits, cap, exact)
@@ -208,6 +251,7 @@ def cross_entropy(logits, targets, exact, cap=None, bias=None):
 def hash32(key, index):
     """Return core.rng.hash32(key, index) on the device: int and (n,) uint32 -> (n,) uint32."""
     x = index ^ mx.array(key, mx.uint32)
+    # Two rounds of shift and multiply, as core.rng has them: every bit of the index reaches every bit of the result.
     x = (x ^ (x >> 16)) * mx.array(0x7FEB352D, mx.uint32)
     x = (x ^ (x >> 15)) * mx.array(0x846CA68B, mx.uint32)
     return x ^ (x >> 16)

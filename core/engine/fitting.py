@@ -10,7 +10,6 @@ import numpy as np
 
 from core.config import ModelConfig, RunConfig
 from core.engine.ranks import Ranks
-from core.model import trunk
 from core.model.params import count
 
 KEPT = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.2}
@@ -26,12 +25,8 @@ DEVICE, SHARED = 0.8, 0.5
 
 def values_per_token(model: ModelConfig, seq: int, composed: bool = False) -> int:
     """Estimate how many numbers a token of a row of `seq` keeps; `composed`: attention keeps its scores."""
-    attention = 12 * model.dim + (3 * model.attention.heads * seq if composed else 0)
-    recurrent = 4 * model.dim + 20 * model.koopman.dim
-    kinds = [model.kind(step.layer) for step in trunk.layers(model, True)]
-    mixers = sum(attention if kind == "attention" else recurrent for kind in kinds)
-    memories = 8 * model.dim * len(model.bank.places) + 4 * (model.dim + model.engram.dim) * (model.engram.orders > 0)
-    return mixers + memories + 2 * model.mlp.hidden * len(kinds) + 2 * model.vocab
+    stages = sum(model.part(stage).values(model, seq, composed) for stage in model.stages(True))
+    return stages + 2 * model.vocab
 
 
 def halves(rows: int) -> list[int]:

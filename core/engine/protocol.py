@@ -5,12 +5,13 @@ Only numpy arrays, Python scalars and frozen dataclasses cross this border.
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from core.checks import closest
 from core.config import ConfigError, ModelConfig, RunConfig
 from core.data.batch import Batch
 from core.engine.plan import StepPlan
@@ -62,22 +63,31 @@ class State:
 
     model: Any
     """The backend's own arrays, on its device; their size depends on the text only where there is attention."""
+    position: np.ndarray
+    """(rows,) int64: tokens so far."""
     seen: np.ndarray
     """(rows,) int64: tokens of the open document so far."""
 
-    def seen_after(self, tokens: np.ndarray, n: int, config: ModelConfig) -> np.ndarray:
-        """Return `seen` after the first `n` of `tokens` (rows, seq); ValueError if there are not so many."""
-        if not 1 <= n <= tokens.shape[1]:
-            raise ValueError(f"commit {n} tokens of a chunk of {tokens.shape[1]}")
-        starts = tokens[:, :n] == config.bos
-        if config.documents == "packed":
-            starts = np.zeros_like(starts)
-        since = 1 + np.argmax(starts[:, ::-1], axis=1)
-        return np.where(starts.any(axis=1), since, self.seen + n)
+    def seen_after(self, tokens: np.ndarray, n: np.ndarray, config: ModelConfig) -> np.ndarray:
+        """Return `seen` after the first `n` (rows,) of `tokens` (rows, seq)."""
+        count = tokens.shape[1]
+        starts = (tokens == config.bos) & (np.arange(count) < n[:, None]) & (config.documents == "isolated")
+        last = count - 1 - np.argmax(starts[:, ::-1], axis=1)
+        return np.where(starts.any(axis=1), n - last, self.seen + n)
+
+
+def counts(tokens: np.ndarray, n: int | np.ndarray) -> np.ndarray:
+    """Return how many of `tokens` (rows, seq) each row keeps, (rows,) int64; ValueError if that cannot be."""
+    (rows, seq), given = tokens.shape, np.asarray(n, np.int64)
+    if given.shape not in ((), (rows,)) or given.min() < 0 or given.max() > seq:
+        raise ValueError(
+            f"commit {n} tokens of a chunk of {seq} in {rows} rows; expected 0 to {seq}, for all or for each"
+        )
+    return np.broadcast_to(given, (rows,)).copy()
 
 
 class Tape(Protocol):
-    """A chunk of tokens that was run from a state, of which any number of first tokens may be kept."""
+    """A chunk of tokens that was run from a state, of which each row may keep any number of first tokens."""
 
     def logits(self) -> np.ndarray:
         """Return the logits of every position, (rows, seq, vocab)."""
@@ -162,7 +172,15 @@ class Engine(Protocol):
         ...
 
     def activations(self, tokens: np.ndarray) -> Arrays:
-        """Return the residual stream after the embedding and after every layer, and the logits, by name."""
+        """Return the residual stream after the embedding and after every stage, and the logits, by name."""
+        ...
+
+    def second_moments(self, tokens: np.ndarray, names: Sequence[str] | None = None) -> Arrays:
+        """Return, by name, the sum over (rows, seq) tokens of a a^T, (in, in), of what enters each matrix `names`.
+
+        None: every matrix that multiplies what comes in, the tied embedding as the head's. A layer that is used several
+        times counts every use. Summed in one forward pass, in float32 or wider. ConfigError for another name.
+        """
         ...
 
     def start(self, rows: int) -> State:
@@ -173,8 +191,12 @@ class Engine(Protocol):
         """Run (rows, seq) tokens on from `state`: what `logits` of the whole text would say, at these positions."""
         ...
 
-    def commit(self, tape: Any, n: int) -> State:
-        """Return the state after the first `n` tokens of a chunk (0: the state before it), in every row."""
+    def commit(self, tape: Any, n: int | np.ndarray) -> State:
+        """Return the state after the first `n` tokens of a chunk, 0 or more: one number, or one for each row."""
+        ...
+
+    def forget(self, state: State, rows: np.ndarray) -> State:
+        """Return the state with nothing read yet in the rows that are marked, (rows,) bool: others may begin."""
         ...
 
     def weights(self) -> Arrays:
@@ -230,6 +252,16 @@ class Engine(Protocol):
         quantisers, every bank's update and the averages.
         """
         ...
+
+
+def named_matrices(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """Return the matrices that were asked for (None: all that are known); ConfigError for one that is not known."""
+    for name in names or ():
+        if name not in known:
+            close = closest(name, known)
+            hint = f"did you mean {close}?" if close else f"expected one of {', '.join(known)}"
+            raise ConfigError(f"{name}: is no matrix that multiplies what comes in; {hint}")
+    return list(known if names is None else names)
 
 
 def step(engine: Engine, state: State, tokens: np.ndarray) -> tuple[np.ndarray, State]:

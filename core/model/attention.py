@@ -59,6 +59,10 @@ class Attention(Part):
         """Return the FLOPs of scores and sums: a causal token sees half the row."""
         return 2 * seq * model.dim
 
+    def values(self, model: Model, seq: int, scores: bool) -> int:
+        """Return about how many numbers of one token the backward pass needs again."""
+        return 12 * model.dim + (3 * self.heads * seq if scores else 0)
+
     def state(self, model: Model) -> State:
         """Return the size of the decoding state: what enters the convolution, and keys and values of every token."""
         return State(self.conv * (TAPS - 1) * model.dim, 2 * self.kv_heads * self.width(model))

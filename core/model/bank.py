@@ -59,6 +59,10 @@ class Bank(Part):
         """Return the FLOPs of one place."""
         return self.store(model).flops(model.dim)
 
+    def values(self, model: Model, seq: int, scores: bool) -> int:
+        """Return about how many numbers of one token the backward pass needs again."""
+        return 8 * model.dim
+
     def state(self, model: Model) -> State:
         """Return the size of the decoding state of one place."""
         return self.store(model).state(model.dim)

@@ -4,6 +4,7 @@ B rows, T positions, S kept keys, G key/value heads, K channels of a head, D wid
 a store of capsules: H heads, N capsules, M blocks, Q tokens of a block.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from core.model.table import TAPS
@@ -12,10 +13,11 @@ from core.model.table import TAPS
 class Constants(NamedTuple):
     """Tables that the host makes: of the row's positions, and of the mixers."""
 
-    cos: Any  # (T, rope_dims / 2)
+    cos: Any  # (T, rope_dims / 2), or by row (B, 1, T, rope_dims / 2)
     sin: Any
     hadamard: Any  # (C, C), Sylvester order
     walsh: Any  # (Q, Q), sequency order, Q tokens per capsule block
+    position: Any = None  # (B,) int: tokens before the first of each row; None: the rows begin here
 
 
 class AttentionState(NamedTuple):
@@ -38,6 +40,7 @@ class KoopmanTape(NamedTuple):
 
     values: Any  # (B, TAPS - 1 + T, C)
     states: Any  # (B, T, C)
+    before: Any  # (B, C): the recurrence before the chunk
 
 
 class CapsuleState(NamedTuple):
@@ -54,7 +57,7 @@ class CapsuleTape(NamedTuple):
     """What the state after any token of a chunk is made of. M blocks, Q tokens in each."""
 
     before: CapsuleState
-    phase: int  # tokens of the first block that came before the chunk
+    phase: Any  # (B,): tokens of the first block that came before the chunk
     keys: Any  # (B, T, H, N), not shifted
     writes: Any  # (B, M, H, Q, N)
     values: Any  # (B, M, H, Q, K)
@@ -91,7 +94,6 @@ class Stream(NamedTuple):
 class ModelState(NamedTuple):
     """What the next token needs of those before it, all stages together."""
 
-    position: int  # tokens before it
     kept: Any  # (B, S) int32: 0 for a kept key of the current document, -1 for another's; None: no attention
     ids: Any  # (B, P): the last tokens, -1 where there is none in the current document; P: as far as n-grams reach
     parts: tuple  # one state per stage; None: nothing yet, or a part that keeps nothing
@@ -100,7 +102,7 @@ class ModelState(NamedTuple):
 class Context(NamedTuple):
     """What every layer of one forward pass shares."""
 
-    cos: Any  # (T, rope_dims / 2)
+    cos: Any  # (T, rope_dims / 2), or by row (B, 1, T, rope_dims / 2)
     sin: Any
     mask: Any  # which keys a query sees, or None: plain causal; CUDA: or where its document begins
     documents: Any  # (B, T) int32, 0: the document that was open before the first token
@@ -108,11 +110,11 @@ class Context(NamedTuple):
     starts: Any  # (B, T) bool: where a document begins and recurrences start anew
     hadamard: Any
     walsh: Any
-    position: int  # tokens before the first
-    kept: int  # keys before the first
+    position: Any  # (B,): tokens before the first; None: the rows begin here
     ids: Any  # (B, P + T): tokens, with those before in front
     wide: Any  # type of recurrent states: float32 or wider
-    keep: int = 0  # keys to keep when the chunk is committed
+    last: Any = None  # (B, 1) int: when the chunk is committed, the document of the last token that is kept
+    keep: Any = None  # (B, S) int: and which keys are
     attend: Any = None  # CUDA: the form of attention that was chosen at build; MLX has one
 
     @property
@@ -124,3 +126,11 @@ class Context(NamedTuple):
         """Return tokens and documents with `before` positions in front: (B, before + T) each."""
         extra = self.ids.shape[1] - self.documents.shape[1] - before
         return self.ids[:, extra:], self.history[:, TAPS - 1 - before :]
+
+
+def each_array(state: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a state with every array of it changed."""
+    if not isinstance(state, tuple):
+        return None if state is None else change(state)
+    parts = [each_array(part, change) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)

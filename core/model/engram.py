@@ -3,13 +3,10 @@
 from dataclasses import dataclass, replace
 
 from core.checks import require, require_least
+from core.model.ngrams import MOST_BUCKETS, MOST_HASHES, MULTIPLIERS
 from core.model.storage import Storage
 from core.model.table import Init, Model, Param, Part, Rows, matrix, vector
 
-MOST_HASHES = 4
-"""Hash functions that there are multipliers for, per n-gram order (core/model/ngrams.py)."""
-MOST_BUCKETS = 65_521
-"""Most buckets of a hashed table: the largest prime whose hashes stay below 2^32 (core/model/ngrams.py)."""
 MOST_HASHED = 65_536
 """Largest vocabulary whose ids can be hashed so."""
 
@@ -55,6 +52,11 @@ class Engram(Part):
             require_hashable("model.engram", self.buckets, model)
             require(self.layer <= most, f"model.engram.layer={self.layer}: expected a layer from 0 to {most}")
 
+    @property
+    def multipliers(self) -> list[tuple[int, ...]]:
+        """The multipliers of its hashes, [order][head]."""
+        return [heads[: self.heads] for heads in MULTIPLIERS[: self.orders]]
+
     def rows(self, model: Model) -> Rows:
         """Return the parameters."""
         tables = self.orders * self.heads
@@ -65,6 +67,10 @@ class Engram(Part):
             "sharpness": vector(1, init=0.541),  # the gate's slope starts at 0.1 + 3.9 sigmoid(0.541) = 2.56
             "bias": vector(1),
         }
+
+    def values(self, model: Model, seq: int, scores: bool) -> int:
+        """Return about how many numbers of one token the backward pass needs again."""
+        return 4 * (model.dim + self.dim)
 
     def mini(self, model: Model, dim: int) -> "Engram":
         """Return settings of tables of at most 211 rows, 2 wide, in one of the first two layers."""

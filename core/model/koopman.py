@@ -46,6 +46,10 @@ class Koopman(Part):
         """Return the FLOPs of the two Hadamard products."""
         return 4 * self.dim**2
 
+    def values(self, model: Model, seq: int, scores: bool) -> int:
+        """Return about how many numbers of one token the backward pass needs again."""
+        return 4 * model.dim + 20 * self.dim
+
     def state(self, model: Model) -> State:
         """Return the size of the decoding state: what enters the convolution, and the recurrence."""
         return State(TAPS * self.dim)

@@ -24,6 +24,10 @@ class MLP(Part):
         """Return the parameters of one layer."""
         return {"up.weight": matrix(model, self.hidden, model.dim), **output(model, "down", self.hidden)}
 
+    def values(self, model: Model, seq: int, scores: bool) -> int:
+        """Return about how many numbers of one token the backward pass needs again."""
+        return 2 * self.hidden
+
     def mini(self, model: Model, dim: int) -> "MLP":
         """Return settings of the same width, measured by the stream's."""
         return replace(self, hidden=max(1, self.hidden * dim // model.dim))

@@ -1,16 +1,12 @@
-"""Hashed n-grams: the multipliers, the rows that an n-gram reads, and which rows survive `model.engram.keep`.
+"""Hashed n-grams: the multipliers, and the rows that an n-gram reads.
 
 The hash of the ids i_0 (oldest) .. i_n (newest) is sum_j i_j p^(n - j) mod buckets, by Horner's rule with p reduced
 first. It cannot tell apart ids that are equal mod buckets, under any multiplier: buckets >= vocab avoids that.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
-
-from core.model.config import ModelConfig
-from core.model.engram import MOST_BUCKETS
 
 MULTIPLIERS = (
     (314_159, 769_781, 1_085_353, 1_757_467),
@@ -22,8 +18,10 @@ BIGRAM_MULTIPLIER = 1_998_257
 """The multiplier of the hashed bigrams that are added to the embedding."""
 MOST_ID = 65_535
 """Largest token id that may be hashed."""
-PIECE = 1 << 20
-"""Tokens that are hashed at once when a whole text is."""
+MOST_HASHES = 4
+"""Hash functions that there are multipliers for, per n-gram order."""
+MOST_BUCKETS = 65_521
+"""Most buckets of a hashed table: the largest prime whose hashes stay below 2^32."""
 
 
 def ngram_buckets(
@@ -35,7 +33,6 @@ def ngram_buckets(
     multipliers[order][head] are those in use. Returns (B, T, orders * heads) int32: table t = order * heads + head owns
     rows t * buckets to (t + 1) * buckets - 1. An n-gram counts if every position of it holds an id >= 0 and is in the
     document of the newest. ValueError: shapes that do not fit, an id over MOST_ID, buckets outside 2 to MOST_BUCKETS.
-    docs/model.md, engram; an n-gram that reaches over a document's edge counts as none.
     """
     before = len(multipliers)
     if ids.ndim != 2 or ids.shape != documents.shape or ids.shape[1] < before:
@@ -58,53 +55,3 @@ def ngram_buckets(
                 h = (h * p + safe[:, before - lag : before - lag + seq]) % np.uint32(buckets)
             tables.append(np.where(counts, h.astype(np.int32) + len(tables) * buckets, -1).astype(np.int32))
     return np.stack(tables, -1)
-
-
-def multipliers_of(config: ModelConfig) -> list[tuple[int, ...]]:
-    """Return the multipliers of EngramHash that `config` uses, [order][head]."""
-    return [heads[: config.engram.heads] for heads in MULTIPLIERS[: config.engram.orders]]
-
-
-def keep_rows(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    """Return which rows of `engram.table` stay under model.engram.keep, (tables * buckets,) bool.
-
-    Every table keeps the share of its order, rounded up: the rows that most n-grams of the training text `tokens` (N,)
-    int read, of equals the first. Without engram.keep all rows stay, and the text is not looked at.
-    """
-    orders, heads, buckets = config.engram.orders, config.engram.heads, config.engram.buckets
-    keep = np.ones(orders * heads * buckets, bool)
-    if not config.engram.keep:
-        return keep
-    keep[:] = False
-    hits = _hits(config, tokens)
-    for table in range(orders * heads):
-        # A share is a decimal number: 0.07 of 100 is 7 rows, though its double is a little over.
-        count = math.ceil(config.engram.keep[table // heads] * buckets - 1e-9)
-        first = table * buckets
-        keep[first + np.argsort(-hits[first : first + buckets], kind="stable")[:count]] = True
-    return keep
-
-
-def _hits(config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
-    """Return how many n-grams of a text read each row of `engram.table`."""
-    multipliers, buckets = multipliers_of(config), config.engram.buckets
-    hits = np.zeros(sum(map(len, multipliers)) * buckets, np.int64)
-    history = np.full(config.engram.orders, -1, np.int64)
-    for start in range(0, len(tokens), PIECE):
-        ids = np.concatenate([history, tokens[start : start + PIECE]])[None]
-        documents = np.cumsum((ids == config.bos) & (config.documents == "isolated"), axis=1)
-        rows = ngram_buckets(ids, documents, multipliers, buckets)
-        hits += np.bincount(rows[rows >= 0], minlength=len(hits))
-        history = ids[0, -config.engram.orders :]
-    return hits
-
-
-def prune(config: ModelConfig, weights: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the weights with the rows of `engram.table` that `keep_rows` drops set to zero.
-
-    A changed array is a copy; without engram.keep none is changed.
-    """
-    if not config.engram.keep:
-        return dict(weights)
-    table = weights["engram.table"]
-    return weights | {"engram.table": np.where(keep_rows(config, tokens)[:, None], table, np.zeros_like(table))}

@@ -64,6 +64,10 @@ class SKC(Part):
         """Return the FLOPs of the recurrence and of the capsules."""
         return model.koopman.flops(model, seq) + self.store.flops(model.koopman.dim)
 
+    def values(self, model: Model, seq: int, scores: bool) -> int:
+        """Return about how many numbers of one token the backward pass needs again."""
+        return model.koopman.values(model, seq, scores)
+
     def state(self, model: Model) -> State:
         """Return the size of the decoding state: the recurrence's and the capsules'."""
         return State(model.koopman.state(model).fixed + self.store.state(model.koopman.dim).fixed)

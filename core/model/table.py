@@ -69,6 +69,10 @@ class Part:
         """Return the FLOPs of one token of the forward pass that are not products with a matrix of the table."""
         return 0
 
+    def values(self, model: Model, seq: int, scores: bool) -> int:
+        """Return about how many numbers of a token the backward pass needs again; `scores`: those of attention too."""
+        return 0
+
     def state(self, model: Model) -> State:
         """Return the size of the decoding state."""
         return State()

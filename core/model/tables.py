@@ -5,12 +5,16 @@ import numpy as np
 from core.model.config import ModelConfig
 
 
-def rope_tables(seq: int, dims: int, base: float, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return (cos, sin), each (seq, dims / 2) float64, of positions from `first` on.
+def rope_tables(seq: int, dims: int, base: float, first: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return (cos, sin), each (seq, dims / 2) float64, of positions from 0 on.
 
-    Position t turns pair i by t * base^(-2 i / dims).
+    With `first` (rows,) each row has its own positions, from there on: (rows, 1, seq, dims / 2), and one row serves all
+    where they are in step. Position t turns pair i by t * base^(-2 i / dims).
     """
-    angles = np.arange(first, first + seq)[:, None] * base ** (-np.arange(0, dims, 2) / dims)[None, :]
+    positions = np.arange(seq)
+    if first is not None:
+        positions = positions + (first if np.ptp(first) else first[:1])[:, None, None]
+    angles = positions[..., None] * base ** (-np.arange(0, dims, 2) / dims)
     return np.cos(angles), np.sin(angles)
 
 

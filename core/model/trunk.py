@@ -51,20 +51,20 @@ def layers(model: Model, repeat: bool) -> list[Stage]:
 
 def stages(model: Model, repeat: bool) -> tuple[Stage, ...]:
     """Return all stages; without `repeat` as long as train.repeat_from has not been reached."""
-    made = [Stage("bigram", "bigram")] * (model.bigram.buckets > 0) + [Stage("smear", "smear")] * model.smear.on
+    steps = [Stage("bigram", "bigram")] * (model.bigram.buckets > 0) + [Stage("smear", "smear")] * model.smear.on
     half, skips = model.layers // 2, model.skips.count(model)
     for stage in layers(model, repeat):
         i = stage.layer
         if stage.again:
-            made.append(stage)
+            steps.append(stage)
             continue
         if i == half and "middle" in model.bank.places:
-            made.append(Stage("bank", "bank_middle"))
+            steps.append(Stage("bank", "bank_middle"))
         if half <= i < half + skips:
-            made.append(Stage("skips", "skips", i, i - half))
+            steps.append(Stage("skips", "skips", i, i - half))
         if i == model.engram.layer and model.engram.orders:
-            made.append(Stage("engram", "engram"))
-        made.append(stage)
+            steps.append(Stage("engram", "engram"))
+        steps.append(stage)
         if i < skips:
-            made.append(Stage("skips", "skips", i))
-    return (*made, *([Stage("bank", "bank_head")] if "head" in model.bank.places else []))
+            steps.append(Stage("skips", "skips", i))
+    return (*steps, *([Stage("bank", "bank_head")] if "head" in model.bank.places else []))

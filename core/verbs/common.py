@@ -12,10 +12,12 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 from tyro.conf import FlagConversionOff, Suppress
 
+from core import presets
 from core.config import ConfigError, DataConfig, EvalConfig, ExportConfig, ModelConfig, RunConfig, TrainConfig, to_json
 from core.console import Console
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, batch, identity
+from core.data.tokenizer import Tokenizer
 from core.engine.optimizer_state import exported
 from core.engine.protocol import Arrays
 from core.engine.ranks import Ranks, check_same
@@ -68,6 +70,11 @@ class PresetOptions:
     def of(cls, config: RunConfig) -> Self:
         """Return the options that stand for `config`."""
         return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)})
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Return the options that stand for preset `name`; ConfigError."""
+        return cls.of(presets.get(name).config)
 
     def config(self) -> RunConfig:
         """Return the run that the options describe."""
@@ -153,6 +160,23 @@ def open_named(path: str, config: RunConfig, data: str | None, train: bool = Tru
             "--data PATH, or start from the folder that it was trained from"
         )
     return open_data(config.data.path if data is None else data, train=train)
+
+
+def open_tokenizer(subject: Subject, path: str, data: str | None) -> Tokenizer:
+    """Return the tokenizer of a run or artifact: of `data`, its run folder, its own folder, or the data it names.
+
+    ConfigError or DataError where none of them is there and the model's own.
+    """
+    if data is None and subject.step is not None:
+        return Tokenizer.load(str(Run.open(path).tokenizer_path))
+    beside = os.path.join(os.path.dirname(path), "tokenizer.model")
+    if data is None and os.path.lexists(beside):
+        tokenizer = Tokenizer.load(beside)
+        if tokenizer.sha256 == subject.tokenizer_sha256:
+            return tokenizer
+    dataset = open_named(path, subject.config, data)
+    check_tokenizer(subject, dataset)
+    return dataset.tokenizer
 
 
 def check_tokenizer(subject: Subject, dataset: Dataset) -> None:

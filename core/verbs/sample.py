@@ -1,23 +1,15 @@
 """Verb `skc sample PATH`: a run or an artifact writes text."""
 
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tyro.conf import Positional
 
-from core.data.tokenizer import Tokenizer
+from core.config import require
+from core.console import Console
 from core.engine.protocol import load_engine
-from core.training.generate import context_limit, read_as, sample
-from core.training.run import Run
-from core.verbs.common import (
-    Backend,
-    Context,
-    Outcome,
-    Subject,
-    check_tokenizer,
-    open_named,
-    open_subject,
-)
+from core.training.generate import Text, context_limit, read_as, write
+from core.verbs.common import Backend, Context, Outcome, open_subject, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,10 +18,12 @@ class Sample:
 
     path: Positional[str]
     """Run folder or artifact."""
-    prompt: str = ""
-    """Text to go on from; empty: the start of a document."""
+    prompt: tuple[str, ...] = ("",)
+    """Texts to go on from, one or more; empty: the start of a document."""
+    n: int = 1
+    """Samples of each prompt."""
     tokens: int = 128
-    """Most tokens to write."""
+    """Most tokens to write, in each."""
     temperature: float = 0.8
     """0: always the likeliest token."""
     top_k: int | None = 40
@@ -48,30 +42,34 @@ class Sample:
 
 def write_text(options: Sample, context: Context) -> Outcome:
     """Let a model write."""
+    require(options.n >= 1, f"n={options.n}: expected at least 1")
+    require(options.prompt != (), "--prompt: expected a text; leave it out to begin a document")
     subject = open_subject(options.path, options.data, options.step)
-    if subject.step is not None and options.data is None:
-        tokenizer = Tokenizer.load(str(Run.open(options.path).tokenizer_path))
-    elif options.data is None and (beside := _tokenizer_beside(options.path, subject)) is not None:
-        tokenizer = beside
-    else:
-        dataset = open_named(options.path, subject.config, options.data)
-        check_tokenizer(subject, dataset)
-        tokenizer = dataset.tokenizer
+    tokenizer = open_tokenizer(subject, options.path, options.data)
     engine = load_engine(options.backend, subject.config, subject.weights, quantise=subject.quantise)
     choices = (options.tokens, options.temperature, options.top_k, options.seed, context_limit(subject.config))
-    read = read_as(tokenizer, options.prompt)
-    if read != options.prompt:
-        context.say(f"the tokenizer normalises text: the model reads the prompt as {read!r}")
-    text = sample(engine, tokenizer, options.prompt, *choices)
-    context.say(text)
-    value = {"path": options.path, "prompt": options.prompt, "read_as": read, "text": text}
-    return Outcome(True, {**value, "backend": engine.backend})
+    reads = {prompt: read_as(tokenizer, prompt) for prompt in options.prompt}
+    for prompt, read in reads.items():
+        if read != prompt:
+            context.say(f"the tokenizer normalises text: the model reads the prompt as {read!r}")
+    texts = [Text(tokenizer, prompt, number) for prompt in options.prompt for number in range(options.n)]
+    _show(texts, write(engine, texts, *choices), context.say)
+    found = [{"prompt": text.prompt, "read_as": reads[text.prompt], "text": str(text)} for text in texts]
+    return Outcome(True, {"path": options.path, "samples": found, "backend": engine.backend})
 
 
-def _tokenizer_beside(artifact: str, subject: Subject) -> Tokenizer | None:
-    """Return the tokenizer that lies in the folder of an artifact, if there is one and it is the artifact's."""
-    path = os.path.join(os.path.dirname(artifact), "tokenizer.model")
-    if not os.path.lexists(path):
-        return None
-    tokenizer = Tokenizer.load(path)
-    return tokenizer if tokenizer.sha256 == subject.tokenizer_sha256 else None
+def _show(texts: list[Text], grown: Iterator[Text], say: Console) -> None:
+    """Print texts in their order while they grow: the first that is not done as it comes, the next when it is."""
+    turn, shown = 0, ""
+    for text in grown:
+        while turn < len(texts) and (text is texts[turn] or texts[turn].done):
+            text, now = texts[turn], str(texts[turn])
+            if not shown and len(texts) > 1:
+                say(f"{turn + 1} of {len(texts)}, sample {text.number + 1} after {text.prompt!r}:")
+            now = now if text.done else now.rstrip("\ufffd")  # the first bytes of a letter
+            say(now.removeprefix(shown), end="")
+            shown = now
+            if not text.done:
+                break
+            say("\n" if turn + 1 < len(texts) else "")
+            turn, shown = turn + 1, ""

@@ -29,9 +29,9 @@ from core.training import trackers
 from core.training.environment import environment
 from core.training.finish import finish
 from core.training.loop import TrainingSummary, check_rows, done, train
+from core.training.pruning import start_weights
 from core.training.run import Follower, Run, config_digest
 from core.training.spans import rooms
-from core.training.start import start_weights
 from core.training.writer import hold
 from core.verbs.common import (
     Backend,

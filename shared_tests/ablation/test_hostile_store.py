@@ -11,7 +11,7 @@ import pytest
 
 from core.ablation.plan import read_plan
 from core.ablation.runner import run_all
-from core.ablation.store import Store
+from core.ablation.store import RunStore
 from core.data.dataset import identity, open_dataset
 from core.training.environment import code_version
 from shared_tests.support.ablation_runs import WORKER
@@ -46,7 +46,7 @@ class Made:
         self.whole = folder / "whole"
         self.whole.mkdir()
         (self.whole / "parts.toml").write_text(textwrap.dedent(PLAN))
-        plan, store = read_plan(self.whole / "parts.toml"), Store(self.whole / "store")
+        plan, store = read_plan(self.whole / "parts.toml"), RunStore(self.whole / "store")
         code, data = code_version(), identity(open_dataset(self.data))
         places = [store.place(job, code, data) for job in plan.jobs()]
         run_all(

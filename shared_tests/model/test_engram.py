@@ -13,9 +13,9 @@ import pytest
 
 from core import rng
 from core.config import ModelConfig
-from core.model import ngrams as hashing
-from core.model.engram import MOST_BUCKETS, MOST_HASHES
-from core.model.ngrams import BIGRAM_MULTIPLIER, MOST_ID, MULTIPLIERS, keep_rows, multipliers_of, ngram_buckets, prune
+from core.model.ngrams import BIGRAM_MULTIPLIER, MOST_BUCKETS, MOST_HASHES, MOST_ID, MULTIPLIERS, ngram_buckets
+from core.training import pruning
+from core.training.pruning import keep_rows, prune
 from shared_tests.oracle import Text
 from shared_tests.oracle.engram import ngrams
 from shared_tests.support.engram_examples import config, weights
@@ -252,7 +252,7 @@ def counted(model: ModelConfig, text: np.ndarray) -> np.ndarray:
     """Return the hits of every row, one token after the other."""
     starts = (text == model.bos) & (model.documents == "isolated")
     hits = np.zeros(model.engram.orders * model.engram.heads * model.engram.buckets, int)
-    for row in ngrams(Text(text[None], starts[None]), multipliers_of(model), model.engram.buckets).ravel():
+    for row in ngrams(Text(text[None], starts[None]), model.engram.multipliers, model.engram.buckets).ravel():
         hits[row] += row >= 0
     return hits
 
@@ -267,8 +267,8 @@ def test_the_most_used_rows_of_every_table_are_kept(documents: str, monkeypatch:
         order = sorted(range(31), key=lambda row: (-own[row], row))
         assert np.flatnonzero(mask).tolist() == sorted(order[: math.ceil(shares[table // 2] * 31)])
     for piece in (1, 2, 7, 299, 300):
-        monkeypatch.setattr(hashing, "PIECE", piece)
-        assert np.array_equal(hashing._hits(model, text), hits.ravel())
+        monkeypatch.setattr(pruning, "PIECE", piece)
+        assert np.array_equal(pruning._hits(model, text), hits.ravel())
 
 
 def test_documents_change_what_is_kept() -> None:

@@ -1,6 +1,7 @@
 """Exact state: token by token, in chunks and with carry, as one pass over the whole text. Budget: 60 s."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ from shared_tests.support.harness import (
     EVERYTHING,
     HYBRID,
     OPPOSITE,
-    engine,
     mini,
+    minis,
+    reader,
     to_numpy,
     tokens,
-    working_weights,
 )
 
 pytestmark = pytest.mark.pair
@@ -44,7 +45,7 @@ def made(name: str, backend: str, **options: Any) -> tuple[Engine, np.ndarray]:
     rows = tokens("incremental", 3, SEQ, config.model.vocab, config.model.bos)
     rows[1, [7, 8, 9, 15, 16, 31]] = config.model.bos
     rows[2] = np.where(rows[2] == config.model.bos, 5, rows[2])  # one document, longer than any window
-    return engine(backend, config, working_weights(config.model, 1.0), **{"dtype": "float64", **options}), rows
+    return reader(backend, config, 1.0, **{"dtype": "float64", **options}), rows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -57,24 +58,32 @@ def test_token_by_token_equals_the_whole(name: str, backend: str) -> None:
         assert np.abs(said - whole[:, t]).max() <= CAUSAL, t
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", NAMES)
-def test_any_number_of_a_chunks_tokens_may_be_kept(name: str, backend: str) -> None:
-    """Chunks of 1 to 20 tokens, of which 0 to all are kept; what is dropped was another text."""
-    model, rows = made(name, backend)
-    whole, state, at, turn = model.logits(rows), model.start(len(rows)), 0, 0
-    kept_counts = set()
-    while at < SEQ:
-        drawn = rng.integers16(0, f"chunks/{turn}", 2).astype(int)
-        size, turn = 1 + drawn[0] % 20, turn + 1
-        kept = min(drawn[1] % (size + 1), SEQ - at)
-        chunk = tokens(f"draft/{turn}", len(rows), size, 97, 1)
-        chunk[:, :kept] = rows[:, at : at + kept]
+def ragged(model: Engine, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the logits of chunks, of which each row keeps another number of tokens, those numbers, and the whole's."""
+    whole, state, turn, at = model.logits(rows), model.start(len(rows)), 0, np.zeros(len(rows), int)
+    while at.min() < SEQ:
+        size, *drawn = rng.integers16(0, f"chunks/{turn}", 1 + len(rows)).astype(int)
+        turn, size = turn + 1, 1 + size % 20
+        n = np.minimum(np.array(drawn) % (size + 1), SEQ - at)
+        chunk, wanted = tokens(f"draft/{turn}", len(rows), size, 97, 1), np.zeros((len(rows), size, whole.shape[2]))
+        for row, (begin, count) in enumerate(zip(at, n, strict=True)):
+            chunk[row, :count] = rows[row, begin : begin + count]
+            wanted[row, :count] = whole[row, begin : begin + count]
         tape = model.chunk(state, chunk)
-        assert np.abs(tape.logits()[:, :kept] - whole[:, at : at + kept]).max(initial=0.0) <= CAUSAL
-        state, at = model.commit(tape, kept), at + kept
-        kept_counts.add(kept)
-    assert len(kept_counts) > 4 and 0 in kept_counts
+        yield tape.logits(), n, wanted
+        state, at = model.commit(tape, n), at + n
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [*minis(), "packed"])
+def test_each_row_keeps_its_own_number_of_a_chunks_tokens(name: str, backend: str) -> None:
+    """Chunks of 1 to 20 tokens, of which each row keeps 0 to all; what is dropped was another text."""
+    counts = set()
+    for logits, n, wanted in ragged(*made(name, backend)):
+        for row, count in enumerate(n):
+            assert np.abs(logits[row, :count] - wanted[row, :count]).max(initial=0.0) <= CAUSAL, (n, row)
+        counts.add(tuple(n))
+    assert len(counts) > 9 and any(min(n) == 0 < max(n) for n in counts), "rows must part"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -93,12 +102,10 @@ def test_windows_with_carry_equal_one_long_window(name: str, backend: str) -> No
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_float32_and_with_fast_ops(backend: str) -> None:
     model, rows = made(EVERYTHING, backend, dtype="float32")
-    whole, state = model.logits(rows), model.start(len(rows))
-    size = np.sqrt(np.mean(whole**2))
-    for begin in range(0, SEQ, 5):
-        tape = model.chunk(state, rows[:, begin : begin + 5])
-        assert np.sqrt(np.mean((tape.logits() - whole[:, begin : begin + 5]) ** 2)) <= P2_FLOAT32 * size
-        state = model.commit(tape, tape.logits().shape[1])
+    size = np.sqrt(np.mean(model.logits(rows) ** 2))
+    for logits, n, wanted in ragged(model, rows):
+        gaps = np.concatenate([logits[row, :count] - wanted[row, :count] for row, count in enumerate(n)])
+        assert np.sqrt(np.mean(gaps**2)) <= P2_FLOAT32 * size
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -112,8 +119,8 @@ def test_a_chunk_changes_no_state(name: str, backend: str) -> None:
     assert all(a.tobytes() == b.tobytes() for a, b in zip(before, flat(state), strict=True))
     assert model.chunk(state, rows[:, 13:30]).logits().tobytes() == first.logits().tobytes()
     assert model.commit(first, 0) is state
-    for n in (-1, 18):
-        with pytest.raises(ValueError, match=f"commit {n} tokens of a chunk of 17"):
+    for n in (-1, 18, np.array([1, 2]), np.array([1, 18, 0])):
+        with pytest.raises(ValueError, match="of a chunk of 17 in 3 rows; expected 0 to 17"):
             model.commit(first, n)
 
 
@@ -165,23 +172,20 @@ def flat(state: Any) -> list[np.ndarray]:
 def nudged(state: Any) -> list[Any]:
     """Return copies of a model's state in which one of its arrays is moved a little, or its last token another one."""
     out = []
-    for field in ("mixers", "banks"):
-        parts = getattr(state, field)
-        for i, part in enumerate(parts):
-            for changed in _nudge(part):
-                out.append(state._replace(**{field: (*parts[:i], changed, *parts[i + 1 :])}))
-    if state.smeared is not None:
-        out.append(state._replace(smeared=state.smeared + 0.1))
+    for i, part in enumerate(state.parts):
+        out += [state._replace(parts=(*state.parts[:i], changed, *state.parts[i + 1 :])) for changed in _nudge(part)]
     if state.ids.shape[1]:
         out.append(state._replace(ids=abs(state.ids - 1)))
     return out
 
 
 def _nudge(part: Any) -> list[Any]:
-    out = []
-    for field, value in zip(part._fields, part, strict=True):
-        if isinstance(value, tuple):
-            out += [part._replace(**{field: changed}) for changed in _nudge(value)]
-        elif value is not None:
-            out.append(part._replace(**{field: value + 0.1}))
-    return out
+    """Return copies of a part's state in which one of its arrays is moved a little."""
+    if not isinstance(part, tuple):
+        return [] if part is None else [part + 0.1]
+    fields: Any = part
+    return [
+        fields._replace(**{name: changed})
+        for name, value in zip(fields._fields, part, strict=True)
+        for changed in _nudge(value)
+    ]

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.model.ngrams import keep_rows
 from core.model.params import start_values
 from core.training import schedule
-from core.training.start import start_weights
+from core.training.pruning import keep_rows, start_weights
 from shared_tests.support.exchanged import assert_same, export, rows_of
 from shared_tests.support.harness import BACKENDS, batches, engine, mini, tokens
 

@@ -8,7 +8,7 @@ import pytest
 
 from core import presets, rng
 from core.config import ConfigError, changed
-from core.model.params import count, flops_per_token, param_table, start_values
+from core.model.params import count, decoding_state, flops_per_token, param_table, start_values
 from core.training import schedule
 from shared_tests.support.harness import BACKENDS, call, engine, mini, minis, module
 
@@ -48,6 +48,47 @@ def test_start_values_are_golden(name: str) -> None:
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_preset_has_its_recorded_count(name: str) -> None:
     assert count(presets.get(name).config.model) == presets.get(name).params
+
+
+def test_stages_stand_in_their_order() -> None:
+    """Five layers of four blocks, of which 1 to 3 run again; skips over them; every memory; and a run's first part."""
+    model = mini("everything").model
+    assert [stage.label for stage in model.stages(True)] == [
+        *(
+            "bigram",
+            "smear",
+            "blocks.0",
+            "skips.0",
+            "engram",
+            "blocks.1",
+            "skips.1",
+            "bank_middle",
+            "skips.2",
+            "blocks.2",
+        ),
+        *("skips.3", "blocks.3", "blocks.1.again", "blocks.2.again", "blocks.3.again", "blocks.4", "bank_head"),
+    ]
+    assert model.stages(False) == tuple(stage for stage in model.stages(True) if not stage.again)
+    used = [(stage.name, stage.row) for stage in model.stages(True) if stage.part == "layer"]
+    assert used[0] == ("blocks.0", 0) and used[-1] == ("blocks.0", 1)
+    assert used[4:7] == [(f"blocks.{i}", 1) for i in (1, 2, 3)]
+
+
+def test_what_runs_twice_is_counted_twice() -> None:
+    """In FLOPs and state, by the sums over stages; its parameters are there once."""
+    model = mini("skc_ablate").model
+    once, twice = (decoding_state(m).fixed for m in (model, changed(model, {"repeat_layers": (1,)})))
+    assert twice - once == model.skc.state(model).fixed
+    head, both = (changed(model, {"bank.at": at}) for at in ("head", "both"))
+    bank = 2 * model.bank.heads * model.bank.capsules * model.dim + model.bank.flops(model, 37)
+    assert flops_per_token(both, 37) - flops_per_token(head, 37) == 3 * bank
+    repeated = changed(head, {"repeat_layers": (1,)})
+    assert count(repeated) - count(head) == 2 * model.dim  # another row of both residual scales
+    layer = sum(
+        row.size for name, row in param_table(head).items() if name.startswith("blocks.1.") and row.group == "matrix"
+    )
+    more = 2 * layer + model.skc.flops(model, 37)
+    assert flops_per_token(repeated, 37) - flops_per_token(head, 37) == 3 * more
 
 
 def test_baseline_is_the_official_model() -> None:

@@ -51,7 +51,8 @@ def output(config: ModelConfig, w: Weights, name: str, x: Array) -> Array:
     return linear(x * w[f"{name}.gain"] if config.output_norm == "gain" else x, w[f"{name}.weight"])
 
 
-MODULES = {found.name: importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)}
+FILES = [module.name for module in pkgutil.iter_modules(__path__)]
+MODULES = {name: importlib.import_module(f"{__name__}.{name}") for name in FILES}
 PARTS = {name: getattr(module, name) for name, module in MODULES.items()}
 EXAMPLES: dict[str, dict[str, Any]] = {name: module.EXAMPLE for name, module in MODULES.items()}
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from core.config import ModelConfig
-from core.model.ngrams import MULTIPLIERS
 from core.model.trunk import Stage
 from shared_tests.oracle import Array, Stream, Text, Weights
 from shared_tests.reference.ops import hashed_rows, linear, rms_norm, sigmoid
@@ -16,8 +15,7 @@ EXAMPLE = {"engram.orders": 3, "engram.heads": 2, "engram.buckets": 101, "engram
 def engram(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, text: Text) -> Stream:
     """Return x + gate * value of the memory, with a gate that compares x and the memory's key."""
     settings, x = config.engram, stream.x
-    multipliers = [heads[: settings.heads] for heads in MULTIPLIERS[: settings.orders]]
-    memory = hashed_rows(w["table"], ngrams(text, multipliers, settings.buckets))
+    memory = hashed_rows(w["table"], ngrams(text, settings.multipliers, settings.buckets))
     key = rms_norm(linear(memory, w["key.weight"]), config.norm_eps, True)
     cosine = (rms_norm(x, config.norm_eps, True) * key).sum(-1, keepdims=True) / config.dim
     gate = sigmoid((0.1 + 3.9 * sigmoid(w["sharpness"], True)) * cosine + w["bias"], True)

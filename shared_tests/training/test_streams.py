@@ -167,6 +167,6 @@ def test_what_the_machine_cannot_hold_is_exit_2(monkeypatch: pytest.MonkeyPatch,
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "a request of 1,152,921,505 GB failed" in line
     assert "4 rows of 16 tokens" in line and "lower --train.micro-batch (now 4 rows), --train.seq, or --eval.b" in line
-    monkeypatch.setattr("core.verbs.sample.sample", full)
+    monkeypatch.setattr("core.verbs.sample.write", full)
     assert main(["sample", str(place / "r0"), "--backend", "mlx"]) == 2
     assert capsys.readouterr().err.startswith("skc sample: not enough memory: a request of")

@@ -48,12 +48,10 @@ class Attention(Part):
         y_BTD = self.o(torch.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim))
         return stream._replace(x=y_BTD), AttentionState(k_BGTK, v_BGTK, tail_BPD)
 
-    def commit(self, tape, context, n):
-        """Return the state after the first n tokens of a chunk, n from 1 up: the last of it that context.keep says."""
-        end = context.kept + n
-        begin = end - min(context.keep, end)
-        tail_BPD = None
-        if tape.tail is not None:
-            same_BP = context.history[:, n : n + TAPS - 1] == context.documents[:, n - 1 : n]
-            tail_BPD = torch.where(same_BP[..., None], tape.tail[:, n : n + TAPS - 1], 0.0)
-        return AttentionState(tape.k[:, :, begin:end], tape.v[:, :, begin:end], tail_BPD)
+    def commit(self, tape, context, n_B):
+        """Return the state after the first n tokens of each row of a chunk: of its keys those in context.keep."""
+        k_BGSK, v_BGSK = (
+            torch.swapaxes(ops.pick(torch.swapaxes(x, 1, 2), context.keep), 1, 2) for x in (tape.k, tape.v)
+        )
+        tail_BPD = None if tape.tail is None else ops.tail(tape.tail, context.history, n_B, TAPS - 1, 0.0)
+        return AttentionState(k_BGSK, v_BGSK, tail_BPD)

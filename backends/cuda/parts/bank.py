@@ -30,6 +30,6 @@ class Bank(Part):
         # In front of the head the stream is normalised, so that the gate weighs the same whatever its size has become.
         return stream._replace(x=(f_BTD if stage.name == "bank_head" else stream.x) + y_BTD), tape
 
-    def commit(self, tape, context, n):
-        """Return the state after the first n tokens of a chunk, n from 1 up."""
-        return self.capsules.commit(tape, context, n)
+    def commit(self, tape, context, n_B):
+        """Return the state after the first n tokens of each row of a chunk."""
+        return self.capsules.commit(tape, context, n_B)

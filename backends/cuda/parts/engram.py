@@ -6,7 +6,6 @@ import torch.nn as nn
 from backends.cuda import ops
 from backends.cuda.linear import Linear
 from backends.cuda.parts import Part
-from core.model.ngrams import multipliers_of
 
 
 class Engram(Part):
@@ -28,7 +27,7 @@ class Engram(Part):
         config, exact, x_BTD = self._config, self._exact, stream.x
         kind = x_BTD.dtype
         ids, documents = context.last_ids(config.engram.orders)
-        rows_BTN = ops.ngram_buckets(ids, documents, multipliers_of(config), config.engram.buckets)
+        rows_BTN = ops.ngram_buckets(ids, documents, config.engram.multipliers, config.engram.buckets)
         m_BTW = ops.hashed_rows(self.table, rows_BTN).to(kind)
         # The gate is a mean of D products: in bfloat16 it would be good to two digits.
         x_norm_BTD = ops.rms_norm(x_BTD, config.norm_eps, exact).to(context.wide)

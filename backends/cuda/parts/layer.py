@@ -51,6 +51,6 @@ class Layer(Part):
         stream, _ = self.mlp(stream._replace(x=n_BTD), context, stage, None)
         return stream._replace(x=x_BTD + scale_D(self.mlp_scale) * stream.x), tape
 
-    def commit(self, tape, context, n):
-        """Return the state after the first n tokens of a chunk, n from 1 up."""
-        return self.mixer.commit(tape, context, n)
+    def commit(self, tape, context, n_B):
+        """Return the state after the first n tokens of each row of a chunk."""
+        return self.mixer.commit(tape, context, n_B)

@@ -21,11 +21,11 @@ class Smear(Part):
     def forward(self, stream, context, stage, state):
         x_BTD = stream.x
         last_B1D = torch.zeros_like(x_BTD[:, :1]) if state is None else state
-        before_BTD = torch.cat([last_B1D, x_BTD[:, :-1]], dim=1)
+        rows_BXD = torch.cat([last_B1D, x_BTD], dim=1)
         share_D = ops.sigmoid(self.share, self._exact).to(x_BTD.dtype)
-        y_BTD = x_BTD + share_D * torch.where(context.continues[..., None], before_BTD, 0.0)
-        return stream._replace(x=y_BTD, embedded=y_BTD), x_BTD
+        y_BTD = x_BTD + share_D * torch.where(context.continues[..., None], rows_BXD[:, :-1], 0.0)
+        return stream._replace(x=y_BTD, embedded=y_BTD), rows_BXD
 
-    def commit(self, tape, context, n):
-        """Return the state after the first n tokens of a chunk, n from 1 up."""
-        return tape[:, n - 1 : n]
+    def commit(self, tape, context, n_B):
+        """Return the state after the first n tokens of each row of a chunk."""
+        return ops.pick(tape, n_B)[:, None]

@@ -33,21 +33,27 @@ class Capsules(nn.Module):
         state = state or self.start(values_BTC, context)
         keys_BTHN, reads_BTHN = self.route(write_BTR, 0, context), self.route(read_BTR, 1, context)
         writes_BTHN = self.shifted(keys_BTHN, context, state) if store.shift else keys_BTHN
-        phase = context.position % store.block
+        phase_B = None if context.position is None else context.position % store.block
+        token_BP = self.tokens(phase_B, seq)
         template_QN = self.template(context)
-        w_BMHQN, q_BMHQN = self.blocks(writes_BTHN, phase), self.blocks(reads_BTHN, phase)
+        w_BMHQN, q_BMHQN = self.blocks(writes_BTHN, token_BP), self.blocks(reads_BTHN, token_BP)
         values_BTHK = values_BTC.astype(context.wide).reshape(rows, seq, store.heads, -1)
-        v_BMHQK = self.blocks(values_BTHK, phase)
-        documents_BMQ, fresh_BMQ = self.borders(context, phase)
+        v_BMHQK = self.blocks(values_BTHK, token_BP)
+        documents_BMQ, fresh_BMQ = self.borders(context, token_BP)
+        if token_BP is not None:
+            inside_BMQ = ((token_BP >= 0) & (token_BP < seq)).reshape(documents_BMQ.shape)
+            w_BMHQN = mx.where(inside_BMQ[:, :, None, :, None], w_BMHQN, 0.0)
         # Written at the end of its block: what of it is in the document that is open then.
         live_BMHQN = mx.where((documents_BMQ == documents_BMQ[..., -1:])[:, :, None, :, None], w_BMHQN, 0.0)
         mass_BMHN = mx.sum(live_BMHQN, axis=3)
         sums_BMHNK = mx.swapaxes(live_BMHQN * template_QN, -1, -2) @ v_BMHQK
-        if phase:
+        if phase_B is not None:
             kept_B = fresh_BMQ[:, 0, -1].astype(context.wide)
             mass_BMHN = add_first(mass_BMHN, state.mass * kept_B[:, None, None])
             sums_BMHNK = add_first(sums_BMHNK, state.sums * kept_B[:, None, None, None])
+        # The floor stands for half a token: a capsule that got nothing keeps almost nothing, and divides by no zero.
         stored_BMHNK = self.evolve(sums_BMHNK / (mass_BMHN + FLOOR)[..., None], fresh_BMQ[..., -1], state)
+        # A block reads what the blocks before it left: its own sum is not complete before its last token.
         before_BMHNK = mx.concatenate([state.stored[:, None], stored_BMHNK[:, :-1]], axis=1)
         fresh_BMHQ1 = fresh_BMQ[:, :, None, :, None]
         coupled_BMHQN = mx.where(fresh_BMHQ1, q_BMHQN + q_BMHQN @ self.coupling(), 0.0)
@@ -57,13 +63,14 @@ class Capsules(nn.Module):
             seen_BMQQ = seen_XQQ.reshape(*documents_BMQ.shape, store.block)
             scores_BMHQQ = mx.where(seen_BMQQ[:, :, None], q_BMHQN @ mx.swapaxes(w_BMHQN, -1, -2), 0.0)
             inside_BMHQK = scores_BMHQQ @ v_BMHQK
-            if phase:
+            if phase_B is not None:
                 first_BHQN = mx.where(fresh_BMHQ1[:, 0], q_BMHQN[:, 0], 0.0)
                 inside_BMHQK = add_first(inside_BMHQK, first_BHQN @ state.plain)
             y_BMHQK = y_BMHQK + store.intra * inside_BMHQK
-        y_BTC = mx.swapaxes(y_BMHQK, 2, 3).reshape(rows, -1, width)[:, phase : phase + seq]
+        y_BPC = mx.swapaxes(y_BMHQK, 2, 3).reshape(rows, -1, width)
+        y_BTC = y_BPC[:, :seq] if phase_B is None else ops.pick(y_BPC, ops.span(phase_B, seq))
         tape = CapsuleTape(
-            state, phase, keys_BTHN, w_BMHQN, v_BMHQK, template_QN, stored_BMHNK, documents_BMQ, fresh_BMQ
+            state, phase_B, keys_BTHN, w_BMHQN, v_BMHQK, template_QN, stored_BMHNK, documents_BMQ, fresh_BMQ
         )
         return y_BTC, tape
 
@@ -84,6 +91,7 @@ class Capsules(nn.Module):
         store = self._store
         rows, seq, _ = logits_BTR.shape
         logits_BTHN = logits_BTR.astype(context.wide).reshape(rows, seq, store.heads, store.capsules)
+        # Normalised over the capsules, a logit is at most sqrt(N): the temperature says how sharp routing gets.
         logits_BTHN = ops.rms_norm(logits_BTHN, self._eps, self._exact)
         return ops.softmax(logits_BTHN * self.temperature[which][:, None], self._exact)
 
@@ -100,26 +108,39 @@ class Capsules(nn.Module):
         shape = (store.block, store.capsules)
         return mx.ones(shape, dtype=context.wide)
 
-    def blocks(self, x_BTHX, phase):
-        """Return (B, M, H, Q, X): whole blocks, with zeros for what came before the chunk and what is still to come."""
-        rows, seq, heads, width = x_BTHX.shape
-        block = self._store.block
-        end = -(phase + seq) % block
-        if phase or end:
-            x_BTHX = mx.pad(x_BTHX, [(0, 0), (phase, end), (0, 0), (0, 0)])
-        return mx.swapaxes(x_BTHX.reshape(rows, -1, block, heads, width), 2, 3)
+    def tokens(self, phase_B, seq):
+        """Return which of T tokens stands at each place of a row's blocks, (B, M * Q): none below 0 and from T on.
 
-    def borders(self, context, phase):
+        None where rows begin with a block. There are as many blocks as a row may need that is furthest into its first.
+        """
+        block = self._store.block
+        return None if phase_B is None else ops.span(-phase_B, -(-(seq + block - 1) // block) * block)
+
+    def aligned(self, x, token_BP):
+        """Return x (B, T, ...) at every place of the blocks (B, M * Q, ...), something of x where there is no token."""
+        seq = x.shape[1]
+        if token_BP is not None:
+            return ops.pick(x, mx.clip(token_BP, 0, seq - 1))
+        end = -seq % self._store.block
+        return mx.pad(x, [(0, 0), (0, end), *[(0, 0)] * (x.ndim - 2)]) if end else x
+
+    def blocks(self, x_BTHX, token_BP):
+        """Return (B, M, H, Q, X): whole blocks, of which places without a token are not to be looked at."""
+        rows, _, heads, width = x_BTHX.shape
+        return mx.swapaxes(self.aligned(x_BTHX, token_BP).reshape(rows, -1, self._store.block, heads, width), 2, 3)
+
+    def borders(self, context, token_BP):
         """Return the document of every place (B, M, Q), and whether none has begun in its block up to there."""
-        block, (rows, seq) = self._store.block, context.documents.shape
-        end = -(phase + seq) % block
-        parts = [context.documents[:, :1] * 0] * phase + [context.documents] + [context.documents[:, -1:]] * end
-        documents_BMQ = mx.concatenate(parts, axis=1).reshape(rows, -1, block)
-        starts_BT = mx.pad(context.starts.astype(mx.int32), [(0, 0), (phase, end)])
-        return documents_BMQ, mx.cumsum(starts_BT.reshape(rows, -1, block), axis=-1) == 0
+        documents_BP = self.aligned(context.documents, token_BP)
+        if token_BP is not None:
+            documents_BP = mx.where(token_BP < 0, 0, documents_BP)
+        documents_BMQ = documents_BP.reshape(documents_BP.shape[0], -1, self._store.block)
+        ends_BM1 = documents_BMQ[:, :, -1:]
+        return documents_BMQ, documents_BMQ == mx.concatenate([ends_BM1[:, :1] * 0, ends_BM1[:, :-1]], axis=1)
 
     def evolve(self, means_BMHNK, fresh_BM, state):
         """Return the capsules after every block: each forgets at its rate; a document that begins clears them all."""
+        # sigmoid(-rate) is exp(-softplus(rate)), without a logarithm to lose digits in.
         forget_HN = ops.sigmoid(-self.rate, self._exact)
         decay_BMHN = mx.where(fresh_BM[..., None, None], forget_HN, 0.0)
         decay_BMHNK = mx.broadcast_to(decay_BMHN[..., None], means_BMHNK.shape)
@@ -135,29 +156,30 @@ class Capsules(nn.Module):
         Applied to the reads, q (c + M c) = (q + q M) c, it never touches the channels.
         """
         coupling_HNN = self.couple_out @ self.couple_in
+        # Bounded, so that what is shown of other capsules never outgrows what is stored.
         norm_H11 = mx.sqrt(mx.sum(mx.square(coupling_HNN), axis=(-2, -1), keepdims=True))
         return coupling_HNN / mx.maximum(norm_H11, 1.0)
 
-    def commit(self, tape, context, n):
-        """Return the state after the first n tokens of a chunk, n from 1 up."""
-        before = tape.before
-        block, place = divmod(tape.phase + n, self._store.block)
-        stored_BHNK = tape.stored[:, block - 1] if block else before.stored
-        key_BHN, zeros_BHNK = tape.keys[:, n - 1], mx.zeros_like(stored_BHNK)
-        if not place:
-            return self.state(stored_BHNK, zeros_BHNK, zeros_BHNK, zeros_BHNK[..., 0], key_BHN)
-        fresh_B1 = tape.fresh[:, block, place - 1][:, None, None].astype(stored_BHNK.dtype)
-        same_BQ = tape.documents[:, block, :place] == context.documents[:, n - 1 : n]
-        w_BHQN = mx.where(same_BQ[:, None, :, None], tape.writes[:, block, :, :place], 0.0)
-        v_BHQK = tape.values[:, block, :, :place]
-        sums_BHNK = mx.swapaxes(w_BHQN * tape.template[:place], -1, -2) @ v_BHQK
+    def commit(self, tape, context, n_B):
+        """Return the state after the first n tokens of each row of a chunk."""
+        before, block = tape.before, self._store.block
+        block_B, place_B = (tape.phase + n_B) // block, (tape.phase + n_B) % block
+        stored_BHNK = ops.after(tape.stored, block_B, before.stored)
+        open_B = mx.minimum(block_B, tape.stored.shape[1] - 1)  # of a row that ended with its last block: masked
+        fresh_B = ops.pick(ops.pick(tape.fresh, open_B), mx.maximum(place_B - 1, 0)) | (place_B == 0)
+        same_BQ = (ops.pick(tape.documents, open_B) == context.last) & (ops.span(-place_B, block) < 0)
+        w_BHQN = mx.where(same_BQ[:, None, :, None], ops.pick(tape.writes, open_B), 0.0)
+        v_BHQK = ops.pick(tape.values, open_B)
+        sums_BHNK = mx.swapaxes(w_BHQN * tape.template, -1, -2) @ v_BHQK
         plain_BHNK, mass_BHN = mx.swapaxes(w_BHQN, -1, -2) @ v_BHQK, mx.sum(w_BHQN, axis=2)
-        if not block:
-            mass_BHN = mass_BHN + before.mass * fresh_B1
-            sums_BHNK = sums_BHNK + before.sums * fresh_B1[..., None]
-            if before.plain is not None:
-                plain_BHNK = plain_BHNK + before.plain * fresh_B1[..., None]
-        return self.state(stored_BHNK * fresh_B1[..., None], sums_BHNK, plain_BHNK, mass_BHN, key_BHN)
+        first_B11 = (fresh_B & (block_B == 0))[:, None, None]
+        mass_BHN = mass_BHN + mx.where(first_B11, before.mass, 0.0)
+        sums_BHNK = sums_BHNK + mx.where(first_B11[..., None], before.sums, 0.0)
+        if before.plain is not None:
+            plain_BHNK = plain_BHNK + mx.where(first_B11[..., None], before.plain, 0.0)
+        stored_BHNK = mx.where(fresh_B[:, None, None, None], stored_BHNK, 0.0)
+        key_BHN = ops.after(tape.keys, n_B, before.key) if self._store.shift else None
+        return self.state(stored_BHNK, sums_BHNK, plain_BHNK, mass_BHN, key_BHN)
 
 
 def add_first(x, more):

@@ -5,7 +5,6 @@ import mlx.core as mx
 from backends.mlx import ops
 from backends.mlx.linear import Linear
 from backends.mlx.parts import Part
-from core.model.ngrams import multipliers_of
 
 
 class Engram(Part):
@@ -27,7 +26,7 @@ class Engram(Part):
         config, exact, x_BTD = self._config, self._exact, stream.x
         kind = x_BTD.dtype
         ids, documents = context.last_ids(config.engram.orders)
-        rows_BTN = ops.ngram_buckets(ids, documents, multipliers_of(config), config.engram.buckets)
+        rows_BTN = ops.ngram_buckets(ids, documents, config.engram.multipliers, config.engram.buckets)
         m_BTW = ops.hashed_rows(self.table, rows_BTN).astype(kind)
         # The gate is a mean of D products: in bfloat16 it would be good to two digits.
         x_norm_BTD = ops.rms_norm(x_BTD, config.norm_eps, exact).astype(context.wide)

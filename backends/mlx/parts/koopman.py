@@ -52,14 +52,13 @@ class Koopman(Part):
         # The coupling acts on what is read, not on what is kept: so it needs no bound to be stable.
         h_BTC = h_BTC + ops.linear(h_BTC @ self.couple_in.astype(kind), self.couple_out)
         h_BTC = ops.rms_norm(ops.hadamard(h_BTC, context.hadamard), self._config.norm_eps, self._exact)
-        return h_BTC * self.state_gain.astype(kind), s_BTC, KoopmanTape(values_BPC, states_BTC)
+        return h_BTC * self.state_gain.astype(kind), s_BTC, KoopmanTape(values_BPC, states_BTC, state.last)
 
     def gated(self, x_BTD, z_BTC):
         """Return the layer's output: the gate follows the recurrence."""
         return self.o(z_BTC * ops.silu(self.gate(x_BTD), self._exact))
 
-    def commit(self, tape, context, n):
-        """Return the state after the first n tokens of a chunk, n from 1 up."""
-        ids = context.history[:, n : n + TAPS - 1] == context.documents[:, n - 1 : n]
-        tail_BPC = tape.values[:, n : n + TAPS - 1]
-        return KoopmanState(mx.where(ids[..., None], tail_BPC, 0.0), tape.states[:, n - 1])
+    def commit(self, tape, context, n_B):
+        """Return the state after the first n tokens of each row of a chunk."""
+        tail_BPC = ops.tail(tape.values, context.history, n_B, TAPS - 1, 0.0)
+        return KoopmanState(tail_BPC, ops.after(tape.states, n_B, tape.before))

@@ -36,7 +36,7 @@ class SKC(Koopman):
         """Return the state before the first token."""
         return SKCState(super().start(x_BTD, context), None)
 
-    def commit(self, tape, context, n):
-        """Return the state after the first n tokens of a chunk, n from 1 up."""
-        koopman = super().commit(tape.koopman, context, n)
-        return SKCState(koopman, self.capsules.commit(tape.capsules, context, n))
+    def commit(self, tape, context, n_B):
+        """Return the state after the first n tokens of each row of a chunk."""
+        koopman = super().commit(tape.koopman, context, n_B)
+        return SKCState(koopman, self.capsules.commit(tape.capsules, context, n_B))

@@ -20,11 +20,11 @@ class Smear(Part):
     def __call__(self, stream, context, stage, state):
         x_BTD = stream.x
         last_B1D = mx.zeros_like(x_BTD[:, :1]) if state is None else state
-        before_BTD = mx.concatenate([last_B1D, x_BTD[:, :-1]], axis=1)
+        rows_BXD = mx.concatenate([last_B1D, x_BTD], axis=1)
         share_D = ops.sigmoid(self.share, self._exact).astype(x_BTD.dtype)
-        y_BTD = x_BTD + share_D * mx.where(context.continues[..., None], before_BTD, 0.0)
-        return stream._replace(x=y_BTD, embedded=y_BTD), x_BTD
+        y_BTD = x_BTD + share_D * mx.where(context.continues[..., None], rows_BXD[:, :-1], 0.0)
+        return stream._replace(x=y_BTD, embedded=y_BTD), rows_BXD
 
-    def commit(self, tape, context, n):
-        """Return the state after the first n tokens of a chunk, n from 1 up."""
-        return tape[:, n - 1 : n]
+    def commit(self, tape, context, n_B):
+        """Return the state after the first n tokens of each row of a chunk."""
+        return ops.pick(tape, n_B)[:, None]
