@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from core.config import changed
 from shared_tests.support.harness import SIBLINGS, mini, minis
 
 
@@ -31,5 +32,6 @@ def test_a_sibling_has_no_option_of_its_own(name: str) -> None:
 
 
 def test_an_option_that_only_one_mini_has_is_seen() -> None:
-    plain, other = mini("tiny").model, dataclasses.replace(mini("tiny").model, documents="packed", q_gain=0.0)
-    assert {option for option, _ in options(other) - options(plain)} == {".documents", ".q_gain"}
+    plain = mini("tiny").model
+    other = changed(plain, {"documents": "packed", "attention.q_gain": 0.0})
+    assert {option for option, _ in options(other) - options(plain)} == {".documents", ".attention.q_gain"}
