@@ -15,7 +15,6 @@ from core.checks import MOST_ENTRIES, closest, require_limits, require_text, tol
 from core.checks import ConfigError as ConfigError
 from core.checks import require as require
 from core.model.config import ModelConfig as ModelConfig
-from core.model.upgrade import model_settings, moved
 
 SCHEMA = 3
 READS = (2, SCHEMA)
@@ -370,6 +369,8 @@ def from_json(kind: type, values: Any, where: str = "config") -> Any:
     fields = [f.name for f in dataclasses.fields(kind)]
     for key in values:
         if key not in fields:
+            from core.model.upgrade import moved  # here: an evaluation, whose code counts, has no old file to read
+
             close = moved(f"model.{key}" if kind is ModelConfig else "") or closest(str(key), fields)
             raise ConfigError(f"{where}.{key}: unknown key" + (f"; did you mean {close}?" if close else ""))
     return kind(**{n: _coerce(hints[n], values[n], f"{where}.{n}") for n in fields if n in values})
@@ -384,6 +385,8 @@ def _upgrade(values: dict[str, Any], where: str) -> None:
         "train again",
     )
     if schema == 2 and isinstance(model, dict):
+        from core.model.upgrade import model_settings
+
         values["model"] = model_settings(model, f"{where}.model")
 
 
