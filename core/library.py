@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from core.checks import require, told
+from core.checks import in_words, require
 from core.data.dataset import Split
 from core.data.tokenizer import Tokenizer
 from core.engine.protocol import DType, Engine, EngineOptions, load_engine
@@ -64,7 +64,7 @@ def load(
     `data`: the prepared folder that a bare artifact's tokenizer is in, where it does not lie beside the artifact.
     RunError, ArtifactError, DataError or ConfigError say what cannot be loaded.
     """
-    require(isinstance(path, str | os.PathLike), f"path={told(path)}: expected a run folder or an artifact")
+    require(isinstance(path, str | os.PathLike), f"path={in_words(path)}: expected a run folder or an artifact")
     name = os.fspath(path)
     subject = open_subject(name, data, step)
     tokenizer = open_tokenizer(subject, name, data)
@@ -73,5 +73,5 @@ def load(
 
 
 def _check_text(name: str, text: Any) -> None:
-    require(isinstance(text, str), f"{name}={told(text)}: expected text, got {type(text).__name__}")
+    require(isinstance(text, str), f"{name}={in_words(text)}: expected text, got {type(text).__name__}")
     require(not any("\ud800" <= letter <= "\udfff" for letter in text), f"{name}: is not valid Unicode")

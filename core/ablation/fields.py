@@ -94,7 +94,9 @@ def seeds(values: list[Any], where: str) -> tuple[int, ...]:
     """Return seeds; ConfigError unless they are different whole numbers."""
     good = all(type(seed) is int and 0 <= seed < 2**31 for seed in values)
     if not values or not good or len(set(values)) < len(values):
-        raise ConfigError(f"{where}: seeds: {checks.told(values)}: expected different whole numbers from 0 to 2^31 - 1")
+        raise ConfigError(
+            f"{where}: seeds: {checks.in_words(values)}: expected different whole numbers from 0 to 2^31 - 1"
+        )
     return tuple(values)
 
 

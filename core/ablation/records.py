@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from core.checks import told
+from core.checks import in_words
 from core.config import SCHEMA as CONFIG_SCHEMA
 from core.config import ConfigError, RunConfig, from_json
 from core.engine.protocol import BACKENDS
@@ -120,7 +120,7 @@ def read(file: Path) -> dict[str, Any]:
         raise StoreError(f"{error}; move its folder away") from error
     schema = value.get("schema") if isinstance(value, dict) else None
     if type(schema) is not int or schema != STORE_SCHEMA:
-        version = told(schema if isinstance(value, dict) else value)
+        version = in_words(schema if isinstance(value, dict) else value)
         raise StoreError(
             f"{file}: schema {version}, expected {STORE_SCHEMA}: written by another version; move its folder away"
         )
@@ -129,7 +129,7 @@ def read(file: Path) -> dict[str, Any]:
 
 def _field(value: dict[str, Any], name: str, file: Path, good: Callable[[Any], bool], expected: str) -> Any:
     if not good(value.get(name)):
-        raise StoreError(f"{file}: {name}: {told(value.get(name))}, expected {expected}; move its folder away")
+        raise StoreError(f"{file}: {name}: {in_words(value.get(name))}, expected {expected}; move its folder away")
     return value[name]
 
 

@@ -173,16 +173,16 @@ def fetch_fineweb(
 
 def notes(manifest: dict[str, Any]) -> list[str]:
     """Return what a user must know of a folder that `fetch_fineweb` made, as lines."""
-    made = manifest["made_from"]
-    taken, there = made["train_shards"]["taken"], made["train_shards"]["published"]
+    origin = manifest["made_from"]
+    taken, there = origin["train_shards"]["taken"], origin["train_shards"]["published"]
     text = f"training text: {taken} of {there} published shards"
     usual = min(TRAIN_SHARDS, there)
     if taken < usual:
         text = f"WARNING: {text}; the challenge trains on {usual}, and one shard instead of 80 cost 0.1 bits per byte"
-    listed, held = made.get("val_tokens_listed"), manifest["splits"]["val"]["tokens"]
-    if listed in (None, held):
+    listed, stored = origin.get("val_tokens_listed"), manifest["splits"]["val"]["tokens"]
+    if listed in (None, stored):
         return [text]
-    return [text, f"WARNING: the source's manifest says {listed:,} validation tokens, its shards hold {held:,}"]
+    return [text, f"WARNING: the source's manifest says {listed:,} validation tokens, its shards hold {stored:,}"]
 
 
 def _busy(out: str) -> None:

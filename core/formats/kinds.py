@@ -7,7 +7,7 @@ also be null, and "*" stands for all other names, without which there are no oth
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from core.checks import told
+from core.checks import in_words
 from core.files import FileError
 
 
@@ -72,12 +72,12 @@ def check_value(value: Any, kind: Kind, where: str, cure: str = "mend or remove 
         for name, entry in value.items():
             spelled, inner = kinds.get(name) or ("", kind.get("*"))
             if inner is None:
-                raise FileError(f"{where}: {told(name)}: unknown name; {cure}")
+                raise FileError(f"{where}: {in_words(name)}: unknown name; {cure}")
             if entry is not None or not spelled.endswith("??"):
-                shown = name if len(name) < 40 and name.isprintable() else told(name)
+                shown = name if len(name) < 40 and name.isprintable() else in_words(name)
                 check_value(entry, inner, f"{where}: {shown}", cure)
 
 
 def _require(good: bool, value: Any, what: str, where: str, cure: str) -> None:
     if not good:
-        raise FileError(f"{where}: {told(value)}, expected {what}; {cure}")
+        raise FileError(f"{where}: {in_words(value)}, expected {what}; {cure}")

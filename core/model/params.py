@@ -58,7 +58,7 @@ def _start(row: Param, seed: int, name: str) -> np.ndarray:
     return values
 
 
-class Bank(NamedTuple):
+class ParamBank(NamedTuple):
     """Parameters of one optimizer group and storage that lie together: what is done to one can be done to all at once.
 
     Of equal shapes they make a stack; vectors, of any shapes, lie in one row.
@@ -77,7 +77,7 @@ class Bank(NamedTuple):
         return (len(self.names), *self.shapes[0]) if self.stacked else (sum(sizes),)
 
 
-def banks(config: ModelConfig, owner: dict[str, int] | None = None) -> list[Bank]:
+def banks(config: ModelConfig, owner: dict[str, int] | None = None) -> list[ParamBank]:
     """Return the banks of all parameters; in a stack those of one `owner` (a rank, by name) are neighbours."""
     table, found = param_table(config), {}
     for name, row in table.items():
@@ -89,7 +89,9 @@ def banks(config: ModelConfig, owner: dict[str, int] | None = None) -> list[Bank
             names.sort(key=lambda name: -(table[name].size & -table[name].size))
         elif owner is not None:
             names.sort(key=lambda name: owner.get(name, 0))
-        made.append(Bank(group, storage, shape is not None, tuple(names), tuple(table[name].shape for name in names)))
+        made.append(
+            ParamBank(group, storage, shape is not None, tuple(names), tuple(table[name].shape for name in names))
+        )
     return made
 
 

@@ -138,8 +138,8 @@ def check(names: Iterable[str]) -> None:
     for name in names:
         if name not in PACKAGES:
             raise ConfigError(f"--track {name}: expected {' or '.join(get_args(Name))}")
-        found = importlib.util.find_spec(PACKAGES[name])
-        if found is None or found.origin is None:  # a folder `wandb` that it once made here is no package
+        spec = importlib.util.find_spec(PACKAGES[name])
+        if spec is None or spec.origin is None:  # a folder `wandb` that it once made here is no package
             raise ConfigError(f"--track {name}: {PACKAGES[name]} is not installed; pip install -e '.[{name}]'")
 
 
@@ -149,29 +149,29 @@ def start(
     """Start trackers that write into `folder`; ConfigError where one cannot begin (see `check`, or no account)."""
     check(names := list(names))
     folder.mkdir(parents=True, exist_ok=True)
-    made: dict[str, Tracker] = {}
+    trackers: dict[str, Tracker] = {}
     try:
         for kind in names:
             own_folder(folder / kind)
-            made[kind] = KINDS[kind](folder, name or folder.name, group, config)
+            trackers[kind] = KINDS[kind](folder, name or folder.name, group, config)
     except BaseException:
-        Copies(made, say).close()
+        Copies(trackers, say).close()
         raise
     for kind in names:
         say(f"what is recorded also goes to {kind} ({folder / kind})")
-    return Copies(made, say)
+    return Copies(trackers, say)
 
 
 def flat(values: dict[str, Any]) -> dict[str, float | str]:
     """Return what trackers show of a line: numbers, parts of an object under its name, samples as one text."""
-    made: dict[str, float | str] = {}
+    figures: dict[str, float | str] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            made |= {f"{name}/{part}": inner for part, inner in flat(value).items()}
+            figures |= {f"{name}/{part}": inner for part, inner in flat(value).items()}
         elif isinstance(value, bool) or value is None:
             continue
         elif isinstance(value, (int, float)):
-            made[name] = float(value)
+            figures[name] = float(value)
         elif isinstance(value, list) and value and all(isinstance(text, str) for text in value):
-            made[name] = "\n\n---\n\n".join(value)
-    return made
+            figures[name] = "\n\n---\n\n".join(value)
+    return figures

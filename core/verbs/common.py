@@ -120,14 +120,14 @@ def open_subject(path: str, data: str | None, step: int | None = None) -> Subjec
 
 def open_artifact(path: str, data: str | None) -> Subject:
     """Read an artifact; ArtifactError. `data` replaces the text it is judged on."""
-    found = read_artifact(path)
-    seq = found.provenance.get("train_seq")
+    artifact = read_artifact(path)
+    seq = artifact.provenance.get("train_seq")
     seq = seq if isinstance(seq, int) and 1 <= seq <= 65_536 else EvalConfig.seq
-    name = str(found.provenance.get("preset", "artifact"))
-    config = RunConfig(preset=name, model=found.model, train=TrainConfig(batch=1, seq=seq), eval=EvalConfig(seq=seq))
+    name = str(artifact.provenance.get("preset", "artifact"))
+    config = RunConfig(preset=name, model=artifact.model, train=TrainConfig(batch=1, seq=seq), eval=EvalConfig(seq=seq))
     if data is not None:
         config = dataclasses.replace(config, data=DataConfig(data))
-    return Subject(f"artifact {path}", config, found.weights, found.tokenizer_sha256, None, False)
+    return Subject(f"artifact {path}", config, artifact.weights, artifact.tokenizer_sha256, None, False)
 
 
 def judged(base: EvalConfig, options: Any, path: str) -> EvalConfig:

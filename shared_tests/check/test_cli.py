@@ -164,9 +164,17 @@ def test_an_artifact_scores_the_same_on_the_other_backend(trained: Path, capsys:
 def test_the_same_text_on_both_backends(trained: Path, capsys: Capture) -> None:
     artifact = str(trained / "artifact.skc")
     argv = ("--prompt", "She was", "--tokens", "12", "--seed", "3")
-    texts = [call(capsys, "sample", artifact, *argv, "--backend", backend)["text"] for backend in ("mlx", "cuda")]
-    assert texts[0] == texts[1] and texts[0].startswith("She was") and len(texts[0]) > len("She was")
-    assert call(capsys, "sample", str(trained), *argv, "--backend", "cuda")["text"].startswith("She was")
+    found = [call(capsys, "sample", artifact, *argv, "--backend", backend)["samples"] for backend in ("mlx", "cuda")]
+    (text,) = (sample["text"] for sample in found[0])
+    assert found[0] == found[1] and text.startswith("She was") and len(text) > len("She was")
+    argv = ("--prompt", "He", "She was", "--n", "2", *argv[2:])
+    (*_, third, fourth) = samples = call(capsys, "sample", str(trained), *argv, "--backend", "cuda")["samples"]
+    assert [sample["prompt"] for sample in samples] == ["He", "He", "She was", "She was"]
+    assert third["text"] != fourth["text"] and all(len(sample["text"]) > len(sample["prompt"]) for sample in samples)
+    assert main(["sample", str(trained), *argv, "--backend", "cuda"]) == 0
+    heads = [f"{i + 1} of 4, sample {i % 2 + 1} after {sample['prompt']!r}:" for i, sample in enumerate(samples)]
+    lines = "\n\n".join(f"{head}\n{sample['text']}" for head, sample in zip(heads, samples, strict=True))
+    assert capsys.readouterr().out == lines + "\n"
 
 
 @pytest.mark.pair
@@ -274,6 +282,8 @@ def test_parity_says_yes_and_no(capsys: Capture, monkeypatch: pytest.MonkeyPatch
         (("eval", "RUN", "--stride", "8"), "has no meaning with eval.windows=plain: take sliding or documents"),
         (("eval", "RUN", "--documents", "some"), r"parsing --documents: .*\['some'\]"),
         (("sample", "RUN", "--tokens", "0"), "tokens=0: expected at least 1"),
+        (("sample", "RUN", "--n", "0"), "n=0: expected at least 1"),
+        (("sample", "RUN", "--prompt"), "--prompt: expected a text"),
         (
             ("train", "debug", *SHORT, "--seed", "4", "--out", "RUN"),
             "holds a run with other settings .seed: 1337 -> 4.",

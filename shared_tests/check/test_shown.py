@@ -1,8 +1,10 @@
 """What people see: pictures' places and ticks, samples with their prompts, what stays in the log. Budget: 15 s."""
 
 import io
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from core.model.shares import FLOP_RULE
 from core.training.generate import PROMPTS, sample_lines
 from core.training.report import MARGIN, whole_ticks
 from core.training.run import Run
+from core.verbs.sample import _show
 from shared_tests.support.command_line import Capture, call, refuse
 from shared_tests.support.killed import small_data
 
@@ -50,6 +53,38 @@ def test_samples_are_shown_with_their_prompts(runs: tuple[Path, str]) -> None:
     assert "step 6  sample from nothing: " in said and "step 6  sample after 'The': The" in said
     report = (folder / "a" / "report.md").read_text()
     assert "From nothing:\n\n> " in report and "After 'The':\n\n> The" in report
+
+
+class Growing:
+    """A text that is at first this long."""
+
+    def __init__(self, prompt: str) -> None:
+        self.prompt, self.number, self.done, self.words = prompt, 0, False, prompt
+
+    def __str__(self) -> str:
+        return self.words
+
+
+def test_texts_are_shown_as_they_grow_and_in_their_order() -> None:
+    """What a letter's first bytes decode to is not shown; the second text, done first, waits for its turn."""
+    first, second, third = (Growing(prompt) for prompt in ("She", "He", "It"))
+    pieces: list[str] = []
+
+    def grown() -> Iterator[Any]:
+        for text, words, done in (
+            (second, "He was", False), (first, "She is", False), (second, "He was.", True), (third, "It", True),
+            (first, "She is \ufffd", False), (first, "She is é", False), (first, "She is é\ufffd", True),
+        ):  # fmt: skip
+            text.words, text.done = words, done
+            yield text
+            pieces.append("|")
+
+    say: Any = lambda line="", end="\n": pieces.append(line + end)  # noqa: E731
+    texts: Any = [first, second, third]
+    _show(texts, grown(), say)
+    head = "1 of 3, sample 1 after 'She':\nShe is"
+    rest = "\n\n2 of 3, sample 1 after 'He':\nHe was.\n\n3 of 3, sample 1 after 'It':\nIt\n|"
+    assert "".join(pieces) == f"|{head}||| |é|\ufffd{rest}"
 
 
 def test_curves_and_differences_are_at_the_same_places(runs: tuple[Path, str]) -> None:

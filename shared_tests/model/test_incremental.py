@@ -126,6 +126,18 @@ def test_a_chunk_changes_no_state(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
+def test_a_row_that_is_forgotten_begins_anew(name: str, backend: str) -> None:
+    model, rows = made(name, backend)
+    state = model.commit(model.chunk(model.start(3), rows[:, :13]), np.array([13, 4, 7]))
+    after, anew = model.chunk(state, rows[:, 13:30]).logits(), model.logits(rows[1:2, 13:30])
+    forgotten = model.forget(state, np.array([False, True, False]))
+    found = model.chunk(forgotten, rows[:, 13:30]).logits()
+    assert np.abs(found[1] - anew[0]).max() <= CAUSAL and found[[0, 2]].tobytes() == after[[0, 2]].tobytes()
+    assert forgotten.position.tolist() == [13, 0, 7] and forgotten.seen[1] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_part_of_the_state_matters(name: str, backend: str) -> None:
     """A state that a layer carries but never reads would look exact and be worth nothing."""
     model, rows = made(name, backend)

@@ -1,4 +1,4 @@
-"""Sampling: draws follow the distribution, text ends with its document, the state is carried. Budget: 5 s."""
+"""Sampling: draws follow the distribution, text ends with its document, each row has its state. Budget: 20 s."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,9 @@ from core import rng
 from core.config import ConfigError
 from core.data.bundled import open_data
 from core.data.dataset import Dataset
-from core.training.generate import choose, sample
+from core.training import generate
+from core.training.generate import Text, choose, sample, write
+from shared_tests.support.harness import BACKENDS, EVERYTHING, HYBRID, engine, mini, working_weights
 
 
 @pytest.fixture(scope="module")
@@ -37,37 +39,83 @@ class Scripted:
     def __init__(self, ids: list[int], vocab: int) -> None:
         self.ids, self.vocab, self.shown = ids, vocab, []
 
-    def start(self, rows: int) -> tuple[int, ...]:
-        return ()
+    def start(self, rows: int) -> Any:
+        return self.state(())
 
-    def chunk(self, state: tuple[int, ...], tokens: np.ndarray) -> Any:
+    def state(self, read: tuple[int, ...]) -> Any:
+        return SimpleNamespace(read=read, position=np.array([len(read)]))
+
+    def chunk(self, state: Any, tokens: np.ndarray) -> Any:
         (row,) = tokens.tolist()
-        self.shown.append((*state, *row))
+        self.shown.append((*state.read, *row))
         out = np.zeros((1, len(row), self.vocab), np.float32)
         out[0, -1, self.ids[len(self.shown) - 1]] = 50.0
-        return SimpleNamespace(logits=lambda: out, state=(*state, *row))
+        return SimpleNamespace(logits=lambda: out, read=self.shown[-1])
 
-    def commit(self, tape: Any, n: int) -> tuple[int, ...]:
-        return tape.state
+    def commit(self, tape: Any, n: np.ndarray) -> Any:
+        return self.state(tape.read)
+
+    def forget(self, state: Any, rows: np.ndarray) -> Any:
+        assert rows.all()
+        return self.state(())
 
 
 def test_text_ends_at_the_next_document_and_no_token_is_read_twice(dataset: Dataset) -> None:
     tokenizer = dataset.tokenizer
     ids = tokenizer.encode("She was glad of it").tolist()
-    engine: Any = Scripted([*ids, tokenizer.bos, ids[0]], tokenizer.vocab)
-    assert sample(engine, tokenizer, "", 50, 1.0, None, 0, None) == "She was glad of it"
-    assert engine.shown == [(tokenizer.bos, *ids[:n]) for n in range(len(ids) + 1)]
+    model: Any = Scripted([*ids, tokenizer.bos, ids[0]], tokenizer.vocab)
+    assert sample(model, tokenizer, "", 50, 1.0, None, 0, None) == "She was glad of it"
+    assert model.shown == [(tokenizer.bos, *ids[:n]) for n in range(len(ids) + 1)]
     with pytest.raises(ConfigError, match="tokens=0"):
-        sample(engine, tokenizer, "", 0, 1.0, None, 0, 4)
+        sample(model, tokenizer, "", 0, 1.0, None, 0, 4)
 
 
 def test_attention_looks_back_no_further_than_its_limit(dataset: Dataset) -> None:
     tokenizer = dataset.tokenizer
     ids = tokenizer.encode("She was glad of it, and so was he").tolist()
-    engine: Any = Scripted([*ids, tokenizer.bos], tokenizer.vocab)
-    assert sample(engine, tokenizer, "", 50, 1.0, None, 0, 4) == "She was glad of it, and so was he"
+    model: Any = Scripted([*ids, tokenizer.bos], tokenizer.vocab)
+    assert sample(model, tokenizer, "", 50, 1.0, None, 0, 4) == "She was glad of it, and so was he"
     text = [tokenizer.bos, *ids]
-    assert max(map(len, engine.shown)) == 4
-    assert [len(shown) for shown in engine.shown[:8]] == [1, 2, 3, 4, 2, 3, 4, 2]
-    for n, shown in enumerate(engine.shown, 1):
+    assert max(map(len, model.shown)) == 4
+    assert [len(shown) for shown in model.shown[:8]] == [1, 2, 3, 4, 2, 3, 4, 2]
+    for n, shown in enumerate(model.shown, 1):
         assert list(shown) == text[n - len(shown) : n]
+
+
+class Numbers:
+    """A tokenizer whose texts are token numbers."""
+
+    bos = 1
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(text.split(), np.int64)
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"{i} " for i in ids if i != self.bos)
+
+
+@pytest.mark.pair
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "limit"), [("tiny", 12), (HYBRID, 12), (EVERYTHING, None)])
+def test_texts_side_by_side_are_those_of_each_alone(
+    name: str, limit: int | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of 0 to 20 tokens in three rows: texts that end early make room, windows of attention begin anew."""
+    monkeypatch.setattr(generate, "ROWS", 3)
+    monkeypatch.setattr(generate, "CHUNK", 21)  # 7 tokens of each row
+    config = mini(name)
+    model = engine(backend, config, working_weights(config.model, 1.0), dtype="float64")
+    prompts = ["", "5 6 7", " ".join(map(str, range(5, 25)))]
+    numbers: Any = Numbers()
+    choices = (14, 1.5, None, 8, limit)
+    texts = [Text(numbers, prompt, number) for prompt in prompts for number in range(2)]
+    order = list(write(model, texts, *choices))
+    assert sum(text is order[0] for text in order) > 1 and all(text.done for text in texts)
+    for text in texts:
+        alone = Text(numbers, text.prompt, text.number)
+        assert all(grown is alone for grown in write(model, [alone], *choices))
+        assert alone.ids == text.ids and str(alone) == str(text)
+    lengths = [len(text.ids) - text.begin for text in texts]
+    assert max(lengths) == 14 > min(lengths), "a text must end before its time"
+    assert len({tuple(text.ids[text.begin :]) for text in texts}) == len(texts)
+    assert sample(model, numbers, prompts[1], *choices) == str(texts[2])

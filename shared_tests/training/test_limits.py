@@ -19,7 +19,7 @@ import pytest
 
 from core import presets
 from core.ablation.plan import read_plan
-from core.checks import ConfigError, told
+from core.checks import ConfigError, in_words
 from core.cli import main
 from core.config import EvalConfig, ModelConfig, RunConfig, changed, flattened, from_json, to_json
 from core.console import MESSAGE, one_line
@@ -89,8 +89,8 @@ def check(act: Callable[[], object], case: object) -> bool:
         return True
     except (ValueError, OSError) as error:
         said = message(error)
-        assert is_users(error), f"{told(case)}: {type(error)}: {said}"
-        assert said.isprintable() and 0 < len(said) <= MESSAGE, f"{told(case)}: {said!r}"
+        assert is_users(error), f"{in_words(case)}: {type(error)}: {said}"
+        assert said.isprintable() and 0 < len(said) <= MESSAGE, f"{in_words(case)}: {said!r}"
         return False
 
 
@@ -99,7 +99,7 @@ def within(seconds: float, case: object) -> Iterator[None]:
     """Raise AssertionError once the block has used so much processor time: what hangs fails too."""
 
     def stop(*_: object) -> None:
-        raise AssertionError(f"{told(case)}: more than {seconds} s")
+        raise AssertionError(f"{in_words(case)}: more than {seconds} s")
 
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)

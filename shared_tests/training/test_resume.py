@@ -266,7 +266,7 @@ def test_a_kept_checkpoint_is_scored_sampled_and_stored(
     for step, bpb in estimates.items():
         found = tell(capsys, "eval", path, "--step", str(step), "--backend", backend)
         assert found["step"] == step and abs(found["score"]["bpb"] - bpb) <= P5_BPB
-    text = tell(capsys, "sample", path, "--step", "6", "--tokens", "3", "--backend", backend)["text"]
+    text = tell(capsys, "sample", path, "--step", "6", "--tokens", "3", "--backend", backend)["samples"][0]["text"]
     assert isinstance(text, str)
     value = tell(capsys, "export", path, "--step", "12", "--backend", backend)
     assert value["step"] == 12 and abs(value["score"]["bpb"] - estimates[12]) <= P5_BPB
