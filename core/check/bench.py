@@ -15,7 +15,8 @@ from core.check.bench_report import Against, BenchReport, BenchRow, PresetBench,
 from core.check.bench_worker import VARIANTS, Worker
 from core.config import ConfigError, RunConfig, differences
 from core.engine.protocol import available_backends
-from core.model.params import FLOP_RULE, count, flops_per_token
+from core.model.params import count
+from core.model.shares import FLOP_RULE, flops_per_token
 
 MOST = 1024
 """Rounds and threads."""

@@ -13,16 +13,8 @@ from core.audit.code import packed_code
 from core.config import RunConfig
 from core.data.bundled import open_data
 from core.export.budget import predicted_bytes, with_tables
-from core.model.params import (
-    FLOP_RULE,
-    Share,
-    bytes_by_storage,
-    count,
-    decoding_state,
-    flops_per_token,
-    param_table,
-    shares,
-)
+from core.model.params import count, param_table
+from core.model.shares import FLOP_RULE, Share, bytes_by_storage, decoding_state, flops_per_token, shares
 from core.verbs.common import Backend, Context, Outcome, PresetOptions, fit_tokens, open_subject
 from core.verbs.info_statistics import open_reader, statistics
 

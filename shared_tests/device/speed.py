@@ -15,7 +15,8 @@ from core.config import RunConfig
 from core.data.batch import Batch
 from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays, Engine, EngineOptions, load_engine
-from core.model.params import flops_per_token, param_table
+from core.model.params import param_table
+from core.model.shares import flops_per_token
 from core.training import schedule
 from shared_tests.device.ceilings import SQUARE
 from shared_tests.device.child import Child

@@ -15,7 +15,8 @@ from core import presets
 from core.config import ModelConfig
 from core.export.artifact import write_artifact
 from core.export.budget import TABLES, predicted_bytes, with_tables
-from core.model.params import bytes_by_storage, param_table
+from core.model.params import param_table
+from core.model.shares import bytes_by_storage
 from core.model.storage import STORAGES, Storage, Stored
 from shared_tests.support.harness import module, to_device
 

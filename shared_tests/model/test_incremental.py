@@ -12,7 +12,7 @@ from core.check.tolerances import CAUSAL, P2_FLOAT32
 from core.config import RunConfig
 from core.engine.protocol import Engine, step
 from core.model import trunk
-from core.model.params import decoding_state
+from core.model.shares import decoding_state
 from shared_tests.support.harness import (
     BACKENDS,
     EVERYTHING,

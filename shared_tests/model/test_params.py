@@ -8,7 +8,8 @@ import pytest
 
 from core import presets, rng
 from core.config import ConfigError, changed
-from core.model.params import count, decoding_state, flops_per_token, param_table, start_values
+from core.model.params import count, param_table, start_values
+from core.model.shares import decoding_state, flops_per_token
 from core.training import schedule
 from shared_tests.support.harness import BACKENDS, call, engine, mini, minis, module
 

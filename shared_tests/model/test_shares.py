@@ -4,7 +4,8 @@ import pytest
 
 from core import presets
 from core.config import ModelConfig, changed
-from core.model.params import Share, bytes_by_storage, count, param_table, shares
+from core.model.params import count, param_table
+from core.model.shares import Share, bytes_by_storage, shares
 from core.model.table import State
 from shared_tests.support.harness import EVERYTHING, mini, minis
 
