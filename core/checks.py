@@ -67,14 +67,14 @@ def require_text(where: str, value: str) -> None:
     require(not any(0xD800 <= ord(letter) < 0xE000 for letter in value), f"{where}={value!r}: is not UTF-8")
 
 
-def told(value: Any) -> str:
+def in_words(value: Any) -> str:
     """Return any value in a few words: of long text its start, of what holds much its length."""
     if isinstance(value, list | tuple | dict):
         inner = [*value, *value.values()] if isinstance(value, dict) else value
         if len(inner) > FEW or any(isinstance(one, list | tuple | dict) for one in inner):
             return f"a {'table' if isinstance(value, dict) else 'list'} of {len(value):,}"
-        pairs = [f"{told(key)}: {told(one)}" for key, one in value.items()] if isinstance(value, dict) else None
-        return f"{{{', '.join(pairs)}}}" if pairs is not None else f"[{', '.join(map(told, value))}]"
+        pairs = [f"{in_words(key)}: {in_words(one)}" for key, one in value.items()] if isinstance(value, dict) else None
+        return f"{{{', '.join(pairs)}}}" if pairs is not None else f"[{', '.join(map(in_words, value))}]"
     if isinstance(value, int) and not isinstance(value, bool):
         return whole(value)
     if isinstance(value, str) and len(value) > WORD:

@@ -192,7 +192,7 @@ def _parse(name: str, arguments: list[str]) -> Any:
         from core import presets
 
         if arguments and not arguments[0].startswith("-"):
-            default = kind.of(presets.get(arguments[0]).config)
+            default = kind.named(arguments[0])
             arguments = arguments[1:]
         elif not wants_help:
             raise UsageError(f"name a preset first: skc {name} PRESET [options]; known: {', '.join(presets.PRESETS)}")
@@ -205,7 +205,7 @@ def _parse(name: str, arguments: list[str]) -> Any:
     messages = io.StringIO()
     try:
         with contextlib.nullcontext() if wants_help else _captured(messages):
-            made = tyro.cli(
+            parsed = tyro.cli(
                 kind, args=options.spelled(arguments, known), prog=program, description=purpose, use_underscores=True,
                 **keywords,
             )  # fmt: skip
@@ -213,9 +213,9 @@ def _parse(name: str, arguments: list[str]) -> Any:
         if stop.code == 0:
             raise
         box = condense(messages.getvalue()).rstrip(".")
-        said = options.unknown(arguments, known) or box + options.choice(arguments, known)
-        raise UsageError(f"{said} (see: skc {name}{' PRESET' if verb.preset else ''} --help)") from None
-    return dataclasses.replace(made, given=tuple(options.given(arguments, known))) if verb.preset else made
+        problem = options.unknown(arguments, known) or box + options.choice(arguments, known)
+        raise UsageError(f"{problem} (see: skc {name}{' PRESET' if verb.preset else ''} --help)") from None
+    return dataclasses.replace(parsed, given=tuple(options.given(arguments, known))) if verb.preset else parsed
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from core.checks import MOST_ENTRIES, closest, require_limits, require_text, told, whole
+from core.checks import MOST_ENTRIES, closest, in_words, require_limits, require_text, whole
 from core.checks import ConfigError as ConfigError
 from core.checks import require as require
 from core.model.config import ModelConfig as ModelConfig
@@ -380,7 +380,7 @@ def _upgrade(values: dict[str, Any], where: str) -> None:
     schema, model = values.pop("schema", None), values.get("model")
     require(
         schema in READS,
-        f"{where}: schema {told(schema)} was written by another version; this one reads {READS[0]} and {SCHEMA}: "
+        f"{where}: schema {in_words(schema)} was written by another version; this one reads {READS[0]} and {SCHEMA}: "
         "train again",
     )
     if schema == 2 and isinstance(model, dict):
@@ -393,7 +393,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_json(typing.cast(type, hint), value, where)
     if origin is Literal:
-        require(value in arguments, f"{where}={told(value)}: expected one of {', '.join(map(repr, arguments))}")
+        require(value in arguments, f"{where}={in_words(value)}: expected one of {', '.join(map(repr, arguments))}")
         return value
     if origin is types.UnionType:
         if value is None:
@@ -406,7 +406,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         require(abs(value) < 2**1023, f"{where}: too large a number")
         return float(value)
-    require(type(value) is hint, f"{where}={told(value)}: expected {hint.__name__}, got {type(value).__name__}")
+    require(type(value) is hint, f"{where}={in_words(value)}: expected {hint.__name__}, got {type(value).__name__}")
     return value
 
 

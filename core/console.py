@@ -42,7 +42,7 @@ def one_line(message: object) -> str:
 
 def printable(text: str) -> str:
     """Return text whose control characters (escapes of a terminal among them) and lone surrogates are written out."""
-    return ODD.sub(lambda found: _written_out(ord(found[0])), text)
+    return ODD.sub(lambda match: _written_out(ord(match[0])), text)
 
 
 def _written_out(code: int) -> str:

@@ -97,10 +97,10 @@ def read_bounded(path: str | Path, file: BinaryIO, limit: int) -> bytes:
 
 def read_text(path: str | Path, limit: int = MAX_TEXT) -> str:
     """Return the text of a UTF-8 file, less a byte order mark; FileError, OSError."""
-    return decode(path, read_file(path, limit))
+    return decode_text(path, read_file(path, limit))
 
 
-def decode(where: object, data: bytes) -> str:
+def decode_text(where: object, data: bytes) -> str:
     """Return UTF-8 `data` as text, less a byte order mark; FileError names `where` and the encoding that was met."""
     for mark, name in MARKS.items():
         if data.startswith(mark):

@@ -15,15 +15,15 @@ SWITCHES = {"true": "True", "yes": "True", "on": "True", "false": "False", "no":
 
 def options_of(kind: type, prefix: str = "") -> dict[str, Any]:
     """Return option -> type of a verb's dataclass of options, spelled as `--help` does; no positional ones."""
-    found, hints = {}, typing.get_type_hints(kind, include_extras=True)
+    options, hints = {}, typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         hint, *marks = typing.get_args(hints[field.name]) if _marked(hints[field.name]) else (hints[field.name],)
         if dataclasses.is_dataclass(hint):
-            found |= options_of(typing.cast(type, hint), f"{prefix}{field.name}.")
+            options |= options_of(typing.cast(type, hint), f"{prefix}{field.name}.")
         elif not {"Positional", "Suppress"} & {*map(str, marks)}:
             name = next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
-            found[f"--{prefix}{name}"] = hint
-    return found
+            options[f"--{prefix}{name}"] = hint
+    return options
 
 
 def given(arguments: Sequence[str], known: dict[str, Any]) -> list[str]:
@@ -36,17 +36,17 @@ def spelled(arguments: Sequence[str], known: dict[str, Any]) -> list[str]:
 
     An option of text keeps what was typed.
     """
-    made, open_ = [], None
+    words, open_ = [], None
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name.startswith("--"):
             open_ = known.get(_plain(name))
             open_ = None if open_ is bool and "." not in name else open_  # a flag: what follows is not its value
-            made.append(f"{name}={_value(value, open_)}" if value else argument)
+            words.append(f"{name}={_value(value, open_)}" if value else argument)
         else:
-            made.append(_value(argument, open_))
+            words.append(_value(argument, open_))
             open_ = None
-    return made
+    return words
 
 
 def unknown(arguments: Sequence[str], known: dict[str, Any]) -> str:
@@ -67,8 +67,8 @@ def meant(name: str, known: Sequence[str]) -> list[str]:
     begins = [option for option in known if last[option].startswith(f"{word}_")]
     near = difflib.get_close_matches(name, known, 1, 0.8)
     nearly = difflib.get_close_matches(word, list(last.values()), 1, 0.75)
-    found = same or begins or near or [option for option in known if nearly and last[option] == nearly[0]]
-    return found[:4] or difflib.get_close_matches(name, known, 1)
+    likely = same or begins or near or [option for option in known if nearly and last[option] == nearly[0]]
+    return likely[:4] or difflib.get_close_matches(name, known, 1)
 
 
 def choice(arguments: Sequence[str], known: dict[str, Any]) -> str:

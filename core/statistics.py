@@ -51,13 +51,13 @@ def welch(ours: Sequence[float], reference: Sequence[float], margin: float) -> W
 
 def finite(side: str, values: Sequence[float]) -> tuple[float, ...]:
     """Return the values as floats; StatisticsError, with the name of their side, for one that is not finite."""
-    made = tuple(float(value) for value in values)
-    for i, value in enumerate(made):
+    floats = tuple(float(value) for value in values)
+    for i, value in enumerate(floats):
         if not math.isfinite(value):
             raise StatisticsError(
                 f"{side}[{i}] is {value}: expected a finite number; score that run again, or leave it out and say so"
             )
-    return made
+    return floats
 
 
 def _mean_variance(values: tuple[float, ...]) -> float:

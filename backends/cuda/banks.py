@@ -1,4 +1,4 @@
-"""Tensors that lie together in memory, so that one call does for all of them: core.model.params.Bank in PyTorch."""
+"""Tensors that lie together in memory, so that one call does for all: core.model.params.ParamBank in PyTorch."""
 
 import warnings
 

@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,11 +20,21 @@ from backends.cuda.staging import to_gpu
 from backends.cuda.update import Update
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
+from core.engine.optimizer_state import optimizer_slots
 from core.engine.plan import StepPlan
-from core.engine.protocol import Arrays, EngineOptions, Scoring, State, StepResult, counts, micro_batches
+from core.engine.protocol import (
+    Arrays,
+    EngineOptions,
+    Scoring,
+    State,
+    StepResult,
+    counts,
+    micro_batches,
+    named_matrices,
+)
 from core.engine.ranks import buckets, owners
 from core.model.context import Constants
-from core.model.params import banks, check_arrays, optimizer_slots, param_table
+from core.model.params import banks, check_arrays, param_table
 from core.model.storage import Stored
 from core.model.tables import mixer_tables, rope_tables
 
@@ -218,6 +228,12 @@ class Engine:
         objective, _, grads = self._gradient(weights, batch, slice(None), True)
         return objective.item(), {name: g.cpu().numpy() for name, g in grads.items()}
 
+    def trace(self, batch: Batch, quantise: bool = False) -> tuple[Callable, tuple]:
+        """Return the objective of a batch as a function and its arguments, for PyTorch's tracers; nothing has run."""
+        weights, tables = self._trained(self._params, quantise), self._constants(batch.tokens.shape[1])
+        rows = self._move(batch.tokens), self._move(batch.targets)
+        return self._losses, (weights, *rows, tables, True, self._begins(batch.tokens))
+
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return self.nll_later(tokens, targets, False)()
 
@@ -237,6 +253,20 @@ class Engine:
         record = {}
         self._read(tokens, record=record)
         return {name: value.to(self._wide).cpu().numpy() for name, value in record.items()}
+
+    @torch.no_grad()
+    def second_moments(self, tokens: np.ndarray, names: Sequence[str] | None = None) -> Arrays:
+        matrices = self._model.matrices()
+        names = named_matrices(names, [name for name in self._table if name in matrices])
+        try:
+            for name in names:
+                width = self._table[name].shape[1]
+                matrices[name]._moment = torch.zeros((width, width), dtype=self._wide, device=self._device)
+            self._read(tokens)
+            return {name: matrices[name]._moment.cpu().numpy() for name in names}
+        finally:
+            for name in names:
+                matrices[name]._moment = None
 
     def start(self, rows: int) -> State:
         return State(self._model.start(rows, self._device), np.zeros(rows, np.int64), np.zeros(rows, np.int64))
@@ -362,7 +392,7 @@ class Engine:
         return self._fitting[seq]
 
     def _exported(self):
-        """Return what core.model.params.exported would, in banks: the averages where there are any."""
+        """Return what core.engine.optimizer_state.exported would, in banks: the averages where there are any."""
         masters, averages = self._params.whole, self._state.whole
         return Banked({(bank, ""): averages.get((bank, "ema"), masters[bank, ""]) for bank in self._banks})
 

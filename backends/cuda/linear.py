@@ -6,7 +6,21 @@ import torch.nn as nn
 from backends.cuda import ops
 
 
-class Linear(nn.Module):
+class Matrix(nn.Module):
+    """A weight (out, in) that multiplies what comes in, and can sum up second moments of that on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self._moment = None  # the sum so far; only Engine.second_moments sets one
+
+    def product(self, x):
+        """Return x @ weight.T."""
+        if self._moment is not None:
+            self._moment = self._moment + ops.second_moment(x, self._moment.dtype)
+        return ops.linear(x, self.weight)
+
+
+class Linear(Matrix):
     """y = x @ weight.T."""
 
     def __init__(self, into, out):
@@ -14,7 +28,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(out, into))
 
     def forward(self, x):
-        return ops.linear(x, self.weight)
+        return self.product(x)
 
 
 class Output(Linear):

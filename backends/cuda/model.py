@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from backends.cuda import attention, ops
-from backends.cuda.linear import Linear
+from backends.cuda.linear import Linear, Matrix
 from backends.cuda.parts.bank import Bank
 from backends.cuda.parts.bigram import Bigram
 from backends.cuda.parts.embedding import Embedding
@@ -49,6 +49,10 @@ class Model(nn.Module):
         """Return the module that a stage is a use of."""
         return self.blocks[stage.block] if stage.part == "layer" else getattr(self, stage.name)
 
+    def matrices(self):
+        """Return every weight that multiplies what comes in, by name, with the module that it is in."""
+        return {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, Matrix)}
+
     def norm(self, x_BTD):
         return ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
 
@@ -63,7 +67,7 @@ class Model(nn.Module):
         """Return logits before bias and softcap, as wide as they come."""
         x_BTD = self.norm(x_BTD)
         x_BTE = self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
-        return ops.linear(x_BTE, self.embed.weight)
+        return self.embed.product(x_BTE)
 
     def context(self, tokens_BT, constants, state, wide, begins=None):
         """Return the Context of these rows; `begins` as in forward."""
@@ -88,22 +92,24 @@ class Model(nn.Module):
     def forward(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, begins=None):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
-        `record` (a dict) collects the stream after every layer. `repeat`: layers that are to be repeated are. Not
+        `record` (a dict) collects the stream after every stage. `repeat`: layers that are to be repeated are. Not
         `capped`: logits before bias and softcap, as wide as they come, for ops.cross_entropy. `begins`: where
         documents begin (attention.spans), for attention without a mask, which takes no state.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         context = self.context(tokens_BT, constants, state, wide, begins)
         stream, stages, tapes = self.embedding(tokens_BT, dtype), self._stages[repeat], []
-        record = {} if record is None else record
-        record["embed"] = stream.x
+        if record is not None:
+            record["embed"] = stream.x
         states = (None,) * len(stages) if state is None else state.parts
         for stage, part_state in zip(stages, states, strict=True):
             stream, tape = self.part(stage)(stream, context, stage, part_state)
             tapes.append(None if state is None else tape)  # only a chunk is committed: else memory for nothing
-            record[stage.label] = stream.x
-        logits_BTV = self.logits(stream.x)
-        record["logits"] = logits_BTV = self.head(logits_BTV) if capped else logits_BTV
+            if record is not None:
+                record[stage.label] = stream.x
+        logits_BTV = self.head(self.logits(stream.x)) if capped else self.logits(stream.x)
+        if record is not None:
+            record["logits"] = logits_BTV
         return logits_BTV, (state, context, tapes)
 
     def start(self, rows, device):

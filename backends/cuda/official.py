@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import torch
 
-from core.official.refusal import MAX_TENSORS, MAX_VALUES, OfficialError, fail, shown
+from core.official.refusal import MAX_TENSORS, MAX_VALUES, OfficialError, excerpt, fail
 
 MAX_PICKLE = 1 << 20
 MAX_TUPLES = 1 << 14
@@ -60,7 +60,7 @@ def _load(path, parts):
             warnings.simplefilter("ignore")  # a hostile file can make torch warn: more than the one line
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no one type for what hostile bytes make it raise
-        fail(path, f"torch.load refuses it ({type(error).__name__}: {shown(str(error))}); copy the file again")
+        fail(path, f"torch.load refuses it ({type(error).__name__}: {excerpt(str(error))}); copy the file again")
 
 
 def _check_pickle(path, text):
@@ -73,12 +73,12 @@ def _check_pickle(path, text):
             if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
                 fail(path, f"data.pkl: {opcode.name} makes an object that is no tensor; it is not read")
             if opcode.name == "GLOBAL" and argument not in PLAIN:
-                fail(path, f"data.pkl: {shown(argument)} is no part of a tensor: it could run code, and is not read")
+                fail(path, f"data.pkl: {excerpt(argument)} is no part of a tensor: it could run code, and is not read")
             tuples += opcode.name.startswith("TUPLE")
     except OfficialError:
         raise
     except Exception as error:  # as above
-        fail(path, f"data.pkl: not a pickle ({shown(str(error))}); copy the file again")
+        fail(path, f"data.pkl: not a pickle ({excerpt(str(error))}); copy the file again")
     if tuples > MAX_TUPLES:
         fail(path, f"data.pkl: {tuples:,} tuples; at most {MAX_TUPLES:,}")
 
@@ -89,10 +89,10 @@ def _check_tensors(path, state, kinds):
         fail(path, f"holds {type(state).__name__}; expected a state dict of at most {MAX_TENSORS} tensors")
     for name, tensor in state.items():
         if type(name) is not str or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-            fail(path, f"{shown(name)}: {type(tensor).__name__}; expected a tensor under its name")
+            fail(path, f"{excerpt(name)}: {type(tensor).__name__}; expected a tensor under its name")
         if tensor.layout is not torch.strided or tensor.dtype not in kinds:
             names = ", ".join(str(kind).removeprefix("torch.") for kind in kinds)
-            fail(path, f"{shown(name)}: type {tensor.dtype}, {tensor.layout}; expected {names}")
+            fail(path, f"{excerpt(name)}: type {tensor.dtype}, {tensor.layout}; expected {names}")
     values = sum(tensor.numel() for tensor in state.values())  # strides of 0 make many values of few bytes
     if values > MAX_VALUES:
         fail(path, f"{values:,} values; at most {MAX_VALUES:,}")
@@ -105,13 +105,13 @@ def _array(tensor):
 def _dequantised(path, value):
     """Return the state dict that the int8 artifact stands for: the arithmetic of the official script."""
     if type(value["__quant_format__"]) is not str or value["__quant_format__"] != FORMAT:
-        fail(path, f"__quant_format__ {shown(value['__quant_format__'])}; only {FORMAT} is known")
+        fail(path, f"__quant_format__ {excerpt(value['__quant_format__'])}; only {FORMAT} is known")
     for key in (*NEEDED, *(key for key in OPTIONAL if key in value)):
         if not isinstance(value.get(key), dict):
             fail(path, f"{key}: {type(value.get(key)).__name__}; expected a dict by tensor name")
     for key in value:
         if key not in (*NEEDED, *OPTIONAL, "__quant_format__"):
-            fail(path, f"{shown(key)} is no part of {FORMAT}")
+            fail(path, f"{excerpt(key)} is no part of {FORMAT}")
     codes, scales, types, kept = (value[key] for key in NEEDED)
     originals, meta = value.get("passthrough_orig_dtypes", {}), value.get("qmeta", {})
     _check_tensors(path, codes, (torch.int8,))
@@ -119,15 +119,17 @@ def _dequantised(path, value):
     _check_tensors(path, kept, FLOATS.values())
     for name in (*scales, *types, *meta):
         if name not in codes:
-            fail(path, f"scales, dtypes or qmeta name {shown(name)}, which has no codes in quantized")
+            fail(path, f"scales, dtypes or qmeta name {excerpt(name)}, which has no codes in quantized")
     state = {}
     for name, code in codes.items():
         if name in kept or name not in scales:
-            fail(path, f"{shown(name)}: needs a scale, and may not be in passthrough too")
+            fail(path, f"{excerpt(name)}: needs a scale, and may not be in passthrough too")
         rows = isinstance(meta.get(name), dict) and meta[name].get("scheme") == "per_row"
         scale = scales[name]
         if tuple(scale.shape) != ((code.shape[:1]) if rows or scale.ndim else ()):
-            fail(path, f"{shown(name)}: scales of shape {tuple(scale.shape)} do not fit its shape {tuple(code.shape)}")
+            fail(
+                path, f"{excerpt(name)}: scales of shape {tuple(scale.shape)} do not fit its shape {tuple(code.shape)}"
+            )
         wide = scale.float().reshape(-1, *(1,) * (code.ndim - 1)) if scale.ndim else scale.float()
         state[name] = (code.float() * wide).to(_type(path, name, types.get(name)))
     for name, tensor in kept.items():
@@ -138,5 +140,5 @@ def _dequantised(path, value):
 def _type(path, name, given):
     """Return the torch type of its name in an artifact."""
     if type(given) is not str or given not in FLOATS:
-        fail(path, f"{shown(name)}: type {shown(given)}; expected one of {', '.join(FLOATS)}")
+        fail(path, f"{excerpt(name)}: type {excerpt(given)}; expected one of {', '.join(FLOATS)}")
     return FLOATS[given]

@@ -4,7 +4,7 @@ import functools
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -16,11 +16,21 @@ from backends.mlx.distributed import reduce
 from backends.mlx.model import Model
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
+from core.engine.optimizer_state import averaged, exported, optimizer_slots
 from core.engine.plan import NUMBERS, StepPlan
-from core.engine.protocol import Arrays, EngineOptions, Scoring, State, StepResult, counts, micro_batches
+from core.engine.protocol import (
+    Arrays,
+    EngineOptions,
+    Scoring,
+    State,
+    StepResult,
+    counts,
+    micro_batches,
+    named_matrices,
+)
 from core.engine.ranks import buckets, updated_by
 from core.model.context import Constants
-from core.model.params import averaged, banks, check_arrays, exported, optimizer_slots, param_table
+from core.model.params import banks, check_arrays, param_table
 from core.model.storage import Stored
 from core.model.tables import mixer_tables, rope_tables
 
@@ -266,6 +276,19 @@ class Engine:
         record = {}
         self._forward(self._scored(), mx.array(tokens), self._constants(tokens.shape[1]), record=record)
         return {name: np.array(value.astype(self._wide)) for name, value in record.items()}
+
+    def second_moments(self, tokens: np.ndarray, names: Sequence[str] | None = None) -> Arrays:
+        matrices = self._model.matrices()
+        names = named_matrices(names, [name for name in self._table if name in matrices])
+        try:
+            for name in names:
+                width = self._table[name].shape[1]
+                matrices[name]._moment = mx.zeros((width, width), self._wide)
+            self._forward(self._scored(), mx.array(tokens), self._constants(tokens.shape[1]))
+            return {name: np.array(matrices[name]._moment) for name in names}
+        finally:
+            for name in names:
+                matrices[name]._moment = None
 
     def start(self, rows: int) -> State:
         return State(self._model.start(rows), np.zeros(rows, np.int64), np.zeros(rows, np.int64))

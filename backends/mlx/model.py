@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx import ops
-from backends.mlx.linear import Linear
+from backends.mlx.linear import Linear, Matrix
 from backends.mlx.parts.bank import Bank
 from backends.mlx.parts.bigram import Bigram
 from backends.mlx.parts.embedding import Embedding
@@ -46,6 +46,10 @@ class Model(nn.Module):
         """Return the module that a stage is a use of."""
         return self.blocks[stage.block] if stage.part == "layer" else getattr(self, stage.name)
 
+    def matrices(self):
+        """Return every weight that multiplies what comes in, by name, with the module that it is in."""
+        return {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, Matrix)}
+
     def norm(self, x_BTD):
         return ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
 
@@ -60,7 +64,7 @@ class Model(nn.Module):
         """Return logits before bias and softcap, as wide as they come."""
         x_BTD = self.norm(x_BTD)
         x_BTE = self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
-        return ops.linear(x_BTE, self.embed.weight)
+        return self.embed.product(x_BTE)
 
     def context(self, tokens_BT, constants, state, wide):
         """Return the Context of these rows."""
@@ -83,21 +87,23 @@ class Model(nn.Module):
     def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
-        `record` (a dict) collects the stream after every layer. `repeat`: layers that are to be repeated are. Not
+        `record` (a dict) collects the stream after every stage. `repeat`: layers that are to be repeated are. Not
         `capped`: logits before bias and softcap, as wide as they come, for ops.cross_entropy.
         """
         wide = mx.float64 if dtype == mx.float64 else mx.float32
         context = self.context(tokens_BT, constants, state, wide)
         stream, stages, tapes = self.embedding(tokens_BT, dtype), self._stages[repeat], []
-        record = {} if record is None else record
-        record["embed"] = stream.x
+        if record is not None:
+            record["embed"] = stream.x
         states = (None,) * len(stages) if state is None else state.parts
         for stage, part_state in zip(stages, states, strict=True):
             stream, tape = self.part(stage)(stream, context, stage, part_state)
             tapes.append(None if state is None else tape)  # only a chunk is committed: else memory for nothing
-            record[stage.label] = stream.x
-        logits_BTV = self.logits(stream.x)
-        record["logits"] = logits_BTV = self.head(logits_BTV) if capped else logits_BTV
+            if record is not None:
+                record[stage.label] = stream.x
+        logits_BTV = self.head(self.logits(stream.x)) if capped else self.logits(stream.x)
+        if record is not None:
+            record["logits"] = logits_BTV
         return logits_BTV, (state, context, tapes)
 
     def start(self, rows):

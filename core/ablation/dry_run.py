@@ -8,7 +8,7 @@ from core.ablation.search.search import Searched
 from core.ablation.search.space import FOUND
 from core.ablation.stats.effects import resolvable
 from core.ablation.stats.findings import assess
-from core.ablation.store import Place, Store
+from core.ablation.store import Place, RunStore
 from core.console import Console, duration
 from core.export.budget import predicted_bytes
 from core.model.params import count
@@ -27,8 +27,8 @@ def described(plan: Ablation) -> str:
     )
 
 
-def to_time(plan: Ablation, store: Store, places: Sequence[Place], searched: Searched | None) -> list[Job]:
-    """Return a run of every variant and backend that has runs left to do: what it takes, the others take."""
+def to_time(plan: Ablation, store: RunStore, places: Sequence[Place], searched: Searched | None) -> list[Job]:
+    """Return one run of every variant and backend with runs left to do, to be timed for all of them."""
     left = [place.job for place in places if store.status(place)[0] != "done"]
     if searched is not None:  # the probe of the variant that a search starts from stands for all of its trials
         wanted = [(searched.search.variant, backend) for _, backend, _, todo in _search_runs(searched, store) if todo]
@@ -41,7 +41,7 @@ def to_time(plan: Ablation, store: Store, places: Sequence[Place], searched: Sea
 
 def dry_run(
     plan: Ablation,
-    store: Store,
+    store: RunStore,
     places: Sequence[Place],
     searched: Searched | None,
     seconds_of: Mapping[tuple[str, str], float],
@@ -87,8 +87,8 @@ def dry_run(
     return {**value, "seconds": seconds, "spread": spread, "resolvable": smallest}
 
 
-def _search_runs(searched: Searched, store: Store) -> list[tuple[str, str, int, int]]:
-    """Return (name, backend, runs, those to do) of a search's trials, and of its variant while nobody knows it."""
+def _search_runs(searched: Searched, store: RunStore) -> list[tuple[str, str, int, int]]:
+    """Return (name, backend, runs, runs to do) of a search's trials, and of `found` until the search is complete."""
     plan, search = searched.plan, searched.search
     done = sum(store.status(place)[0] in ("done", "failed") for place in searched.places)
     trials = len(searched.trials) if searched.complete else search.trials + 1
@@ -99,7 +99,7 @@ def _search_runs(searched: Searched, store: Store) -> list[tuple[str, str, int, 
     return rows
 
 
-def _spread(store: Store, plan: Ablation, places: Sequence[Place]) -> tuple[float, str]:
+def _spread(store: RunStore, plan: Ablation, places: Sequence[Place]) -> tuple[float, str]:
     """Return the standard deviation of paired differences, and whether it was measured."""
     spreads = [f.spread for f in assess(store.outcome(plan, list(places))) if f.spread]
     if spreads:

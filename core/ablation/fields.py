@@ -1,4 +1,4 @@
-"""How an ablation file's keys, values and names of fields are read: every mistake is one line with file and key."""
+"""Readers of an ablation file's keys and values: every mistake is one line that names the file and the key."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
 
 
 def flat(value: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
-    """Return {"model.dim": 64} for it or for {"model": {"dim": 64}}: TOML users write both; "none" means None."""
+    """Return nested tables as dotted fields: {"model": {"dim": 64}} becomes {"model.dim": 64}; "none" becomes None."""
     fields: dict[str, Any] = {}
     for key, inner in value.items():
         name = f"{prefix}{key}"
@@ -84,7 +84,7 @@ def typed(value: dict[str, Any], key: str, kind: type, where: str, default: Any 
 
 
 def named(name: str, where: str) -> str:
-    """Return a name that a folder can have; ConfigError."""
+    """Return `name` if a folder can have it, else raise ConfigError."""
     if not NAME.fullmatch(name):
         raise ConfigError(f"{where}: {name!r}: expected letters, digits and _ . + -, at most 61")
     return name
@@ -94,7 +94,9 @@ def seeds(values: list[Any], where: str) -> tuple[int, ...]:
     """Return seeds; ConfigError unless they are different whole numbers."""
     good = all(type(seed) is int and 0 <= seed < 2**31 for seed in values)
     if not values or not good or len(set(values)) < len(values):
-        raise ConfigError(f"{where}: seeds: {checks.told(values)}: expected different whole numbers from 0 to 2^31 - 1")
+        raise ConfigError(
+            f"{where}: seeds: {checks.in_words(values)}: expected different whole numbers from 0 to 2^31 - 1"
+        )
     return tuple(values)
 
 

@@ -1,4 +1,4 @@
-"""Whether a run folder holds a finished run: asked for many times, so that what was read is remembered."""
+"""Tells finished runs from others, and remembers the answer, since it is asked for many times."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -37,7 +37,7 @@ def _final(folder: Path) -> tuple[bool, str]:
 
 
 def stamps_of(folder: Path) -> Stamps:
-    """Return what changes when one of the files changes that a result is read from."""
+    """Return inode, size and time of the files that a result is read from: they change when a file does."""
     stamps: list[tuple[int, int, int] | None] = []
     for file in (*(folder / name for name in ("config.json", "metrics.jsonl", "env.json")), folder / "../machine.json"):
         stamps.append(None)

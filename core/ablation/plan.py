@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 from core import presets
 from core.ablation.fields import closest, flat, named, only, put, seeds, typed
 from core.ablation.search.space import FOUND, TRIAL, Field, Search, read_field
-from core.checks import told
+from core.checks import in_words
 from core.config import MOST_STEPS, ConfigError, RunConfig, from_json, to_json
 from core.engine.protocol import BACKENDS
 from core.formats.toml import read_toml
@@ -123,7 +123,7 @@ def read_plan(path: str | Path) -> Ablation:
     base = typed(value, "base", str, where)
     if base not in presets.PRESETS:
         hint = closest(base, presets.PRESETS, f"known: {', '.join(presets.PRESETS)}")
-        raise ConfigError(f"{where}: base: {told(base)} is no preset; {hint}")
+        raise ConfigError(f"{where}: base: {in_words(base)} is no preset; {hint}")
     variants = typed(value, "variants", dict, where)
     if not variants:
         raise ConfigError(f"{where}: variants: none; add at least one table [variants.NAME]")
@@ -181,28 +181,28 @@ def _backends(names: list[Any], where: str) -> tuple[str, ...]:
 
     for name in names[: len(BACKENDS) + 1]:
         if name not in ("auto", *BACKENDS):
-            raise ConfigError(f"{where}: backends: {told(name)}: expected auto, {', '.join(BACKENDS)}")
+            raise ConfigError(f"{where}: backends: {in_words(name)}: expected auto, {', '.join(BACKENDS)}")
     found = tuple(choose_backend(name) for name in names[: len(BACKENDS) + 1])
     if not found or len(set(found)) < len(found):
         expected = "expected one or more, each once (auto is one of the others)"
-        raise ConfigError(f"{where}: backends: {told(names)}: {expected}")
+        raise ConfigError(f"{where}: backends: {in_words(names)}: {expected}")
     return found
 
 
 def _dtype(value: Any, where: str) -> str | None:
     if value not in (None, "float32", "bfloat16", "float64"):
-        raise ConfigError(f"{where}: dtype: {told(value)}: expected float32, bfloat16 or float64")
+        raise ConfigError(f"{where}: dtype: {in_words(value)}: expected float32, bfloat16 or float64")
     return value
 
 
 def _budget(value: dict[str, Any], where: str) -> tuple[str, float]:
     if len(value) != 1 or next(iter(value)) not in BUDGETS:
-        raise ConfigError(f"{where}: budget: {told(value)}: expected one of steps, tokens, seconds")
+        raise ConfigError(f"{where}: budget: {in_words(value)}: expected one of steps, tokens, seconds")
     kind, amount = next(iter(value.items()))
     whole = kind != "seconds"
     if type(amount) is not int and (whole or type(amount) is not float) or not 0 < amount <= MOST_AMOUNT:
         expected = f"expected a positive {'whole ' if whole else ''}number"
-        raise ConfigError(f"{where}: budget.{kind}: {told(amount)}: {expected} of at most {MOST_AMOUNT:,}")
+        raise ConfigError(f"{where}: budget.{kind}: {in_words(amount)}: {expected} of at most {MOST_AMOUNT:,}")
     return kind, amount
 
 

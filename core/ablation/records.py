@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from core.checks import told
+from core.checks import in_words
 from core.config import SCHEMA as CONFIG_SCHEMA
 from core.config import ConfigError, RunConfig, from_json
 from core.engine.protocol import BACKENDS
 from core.files import FileError, read_json
 
-SCHEMA = 1
+STORE_SCHEMA = 1
 MOST_BYTES = 16 << 20
 """Of one of these files."""
 MOST_LETTERS = 4096
@@ -22,7 +22,7 @@ MOST = 1e12
 
 
 class StoreError(ValueError):
-    """The store cannot be used: the message names the file and what is wrong with it."""
+    """A file of the store cannot be used: the message names it and says what is wrong."""
 
 
 class JobFile(NamedTuple):
@@ -92,7 +92,7 @@ def read_failure(home: Path) -> str:
 
 
 def starts(home: Path) -> tuple[Start, ...]:
-    """Return how a run was started, each time; nothing where that is not known: it only says how fair speeds are."""
+    """Return every start of a run; empty if machine.json cannot be read, since no score depends on it."""
     try:
         value = read_json(home / "machine.json", MOST_BYTES)
         history = tuple(Start(**row) for row in value["starts"])
@@ -119,17 +119,17 @@ def read(file: Path) -> dict[str, Any]:
     except FileError as error:
         raise StoreError(f"{error}; move its folder away") from error
     schema = value.get("schema") if isinstance(value, dict) else None
-    if type(schema) is not int or schema != SCHEMA:
-        version = told(schema if isinstance(value, dict) else value)
+    if type(schema) is not int or schema != STORE_SCHEMA:
+        version = in_words(schema if isinstance(value, dict) else value)
         raise StoreError(
-            f"{file}: schema {version}, expected {SCHEMA}: written by another version; move its folder away"
+            f"{file}: schema {version}, expected {STORE_SCHEMA}: written by another version; move its folder away"
         )
     return value
 
 
 def _field(value: dict[str, Any], name: str, file: Path, good: Callable[[Any], bool], expected: str) -> Any:
     if not good(value.get(name)):
-        raise StoreError(f"{file}: {name}: {told(value.get(name))}, expected {expected}; move its folder away")
+        raise StoreError(f"{file}: {name}: {in_words(value.get(name))}, expected {expected}; move its folder away")
     return value[name]
 
 

@@ -1,4 +1,4 @@
-"""Runs the jobs of an ablation, several at a time, each in a process of its own; what is done is never done again."""
+"""Runs the jobs of an ablation, several at a time, each in a process of its own; finished runs are never repeated."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ from typing import IO, NamedTuple
 from core import PYTHON
 from core.ablation.folders import damage, finished
 from core.ablation.records import Start
-from core.ablation.store import Place, Store
+from core.ablation.store import Place, RunStore
 from core.files import FileError, append_file, open_file, replace_file
 
 WORKER = (*PYTHON, "-m", "core.verbs.ablation_worker")
@@ -51,14 +51,14 @@ class Running(NamedTuple):
     """Of time.monotonic."""
 
     def close(self) -> None:
-        """Let go of what an ended worker used."""
+        """Close the files of an ended worker, which releases its lock."""
         if self.process.stdin is not None:
             self.process.stdin.close()
         self.output.close()
         self.lock.close()
 
 
-class Progress(NamedTuple):
+class RunnerProgress(NamedTuple):
     """What a live table shows."""
 
     running: tuple[Place, ...]
@@ -70,7 +70,7 @@ class Progress(NamedTuple):
 
 
 def run_all(
-    store: Store,
+    store: RunStore,
     places: Sequence[Place],
     *,
     parallel: int = 1,
@@ -79,9 +79,9 @@ def run_all(
     worker: Sequence[str] = WORKER,
     started: Callable[[Place], None],
     ended: Callable[[Place], None],
-    shown: Callable[[Progress], None],
+    shown: Callable[[RunnerProgress], None],
 ) -> None:
-    """Bring every place to its end: done, or failed once. Runs that other processes train are waited for.
+    """Train every run until it is done or has failed once; wait for runs that other processes train.
 
     `started` gets each run before its worker begins (it writes job.json), `ended` when it has ended or was found done;
     `shown` is called a few times a second. An exception (Ctrl-C) ends the workers; their checkpoints stay.
@@ -103,7 +103,7 @@ class _Workers:
     """The workers under way, the runs that wait for one, and those that other processes train."""
 
     def __init__(
-        self, store: Store, places: Sequence[Place], slots: list[Slot], threads: int | None, worker: Sequence[str],
+        self, store: RunStore, places: Sequence[Place], slots: list[Slot], threads: int | None, worker: Sequence[str],
         started: Callable[[Place], None], ended: Callable[[Place], None],
     ) -> None:  # fmt: skip
         self._store, self._slots, self._threads, self._worker = store, slots, threads, worker
@@ -160,10 +160,10 @@ class _Workers:
             else:  # whoever held it was killed, or only looked
                 self._waiting.append(place)
 
-    def progress(self) -> Progress:
+    def progress(self) -> RunnerProgress:
         """Return where things stand."""
         running = tuple(running.place for running in self._running.values())
-        return Progress(running, self._counts["done"], self._counts["failed"], self._total, tuple(self._waiting))
+        return RunnerProgress(running, self._counts["done"], self._counts["failed"], self._total, tuple(self._waiting))
 
     def stop(self) -> None:
         """End the workers that are still under way."""
@@ -185,7 +185,7 @@ class _Workers:
 
 
 def _start(
-    store: Store,
+    store: RunStore,
     place: Place,
     how: Start,
     worker: Sequence[str],
@@ -219,7 +219,7 @@ def _start(
         return Running(place, process, output, stack.pop_all(), time.monotonic())
 
 
-def _finish(store: Store, worker: Running) -> None:
+def _finish(store: RunStore, worker: Running) -> None:
     """Write down how a worker ended."""
     code = worker.process.returncode
     if not finished(worker.place.folder):

@@ -17,15 +17,15 @@ from typing import BinaryIO, NamedTuple
 from core.ablation.folders import Stamps, finished, stamps_of
 from core.ablation.locks import alone, make
 from core.ablation.plan import Ablation, Job, job_key
-from core.ablation.records import SCHEMA, Start, StoreError, is_earlier, read_failure, read_members, starts
-from core.ablation.stats.results import Outcome, Result, Status, read_result
+from core.ablation.records import STORE_SCHEMA, Start, StoreError, is_earlier, read_failure, read_members, starts
+from core.ablation.stats.results import Result, Results, Status, read_result
 from core.config import to_json
 from core.files import FileError, append_file, locked, open_file, replace_file
 from core.training.run import RunError
 
 
 class Place(NamedTuple):
-    """A job and where it is kept."""
+    """A job and its folder."""
 
     job: Job
     key: str
@@ -34,11 +34,11 @@ class Place(NamedTuple):
 
     @property
     def home(self) -> Path:
-        """The folder of the run folder and of what belongs to it."""
+        """The folder that holds the run folder and the files beside it."""
         return self.folder.parent
 
 
-class Store:
+class RunStore:
     """One folder of runs."""
 
     def __init__(self, path: str | Path) -> None:
@@ -49,7 +49,7 @@ class Store:
         """Finished runs that were read, since a long run's metrics take a tenth of a second."""
 
     def place(self, job: Job, code: str, data: dict[str, str]) -> Place:
-        """Return where a job is kept."""
+        """Return a job's place in the store."""
         key = job_key(job, code, data)
         return Place(job, key, self.path / "runs" / key / "run")
 
@@ -62,16 +62,16 @@ class Store:
         make(place.home)
         job = place.job
         value = {
-            "schema": SCHEMA, "key": place.key, "config": to_json(job.config), "backend": job.backend,
+            "schema": STORE_SCHEMA, "key": place.key, "config": to_json(job.config), "backend": job.backend,
             "dtype": job.dtype, "code": code, "data": data, "command": command,
         }  # fmt: skip
         replace_file(place.home / "job.json", json.dumps(value, indent=1).encode())
 
     def write_members(self, plan: Ablation, places: list[Place]) -> None:
-        """Write which runs an ablation has."""
+        """Write members.json, the list of an ablation's runs."""
         folder = self.ablation_folder(plan)
         rows = [[p.job.variant, p.job.seed, p.job.backend, p.key] for p in places]
-        value = {"schema": SCHEMA, "ablation": plan.name, "file": os.path.abspath(plan.path), "runs": rows}
+        value = {"schema": STORE_SCHEMA, "ablation": plan.name, "file": os.path.abspath(plan.path), "runs": rows}
         with alone(folder):
             replace_file(folder / "members.json", json.dumps(value, indent=1).encode())
 
@@ -94,16 +94,16 @@ class Store:
         return sum(is_earlier(self.path / "runs" / key) for key in read_members(file)[1]) if file.exists() else 0
 
     def begin(self, place: Place, start: Start) -> None:
-        """Write down where a run is started."""
+        """Add a start to a run's machine.json."""
         self._write_starts(place, [*starts(place.home), start])
 
     def end(self, place: Place, seconds: float, beside: float) -> None:
-        """Write down how long the last start took and how many runs ran side by side then, on average, with it."""
+        """Complete a run's last start: how long it took, and how many runs ran side by side with it on average."""
         *before, last = starts(place.home) or (Start(),)
         self._write_starts(place, [*before, last._replace(seconds=seconds, beside=beside)])
 
     def _write_starts(self, place: Place, history: list[Start]) -> None:
-        value = {"schema": SCHEMA, "starts": [one._asdict() for one in history]}
+        value = {"schema": STORE_SCHEMA, "starts": [one._asdict() for one in history]}
         replace_file(place.home / "machine.json", json.dumps(value, indent=1).encode())
 
     @contextmanager
@@ -114,7 +114,7 @@ class Store:
             yield file if locked(file) else None
 
     def busy(self, place: Place) -> bool:
-        """Whether some process trains a run now."""
+        """Return whether a process trains a run now."""
         try:
             with open_file(place.home / "lock") as file:  # shared: whoever only looks keeps nobody else from looking
                 return not locked(file, shared=True)
@@ -132,17 +132,17 @@ class Store:
         return "waiting", None
 
     def failed_since(self, place: Place, when: float) -> bool:
-        """Whether a run has failed since a time (of time.time)."""
+        """Return whether a run has failed since `when` (time.time)."""
         failed = place.home / "failed.json"
         return failed.exists() and failed.stat().st_mtime >= when
 
     def fail(self, place: Place, message: str) -> None:
-        """Write down how a try ended."""
-        replace_file(place.home / "failed.json", json.dumps({"schema": SCHEMA, "message": message}).encode())
+        """Write failed.json: why a try ended."""
+        replace_file(place.home / "failed.json", json.dumps({"schema": STORE_SCHEMA, "message": message}).encode())
 
-    def outcome(self, plan: Ablation, places: list[Place]) -> Outcome:
+    def outcome(self, plan: Ablation, places: list[Place]) -> Results:
         """Read what all runs of an ablation gave so far; one whose folder is damaged counts as failed."""
-        return Outcome(plan, tuple(map(self._result, places)))
+        return Results(plan, tuple(map(self._result, places)))
 
     def _result(self, place: Place) -> Result:
         job = place.job

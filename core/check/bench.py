@@ -24,7 +24,7 @@ UPDATES = 3
 
 
 def default_variants() -> list[str]:
-    """Return the variants that this machine can run: the reference-BLAS control only where MLX needs a BLAS loaded."""
+    """Return the variants that this machine can run; mlx-reference-blas only where MLX needs a fast BLAS loaded."""
     backends = available_backends()
     names = ["cuda"] if "cuda" in backends else []
     if "mlx" in backends:
@@ -103,7 +103,7 @@ def middle_and_spread(values: list[float]) -> tuple[float, tuple[float, float]]:
 
 @dataclass
 class _Timed:
-    """What a worker measured: seconds by round, and what it said of itself."""
+    """What a worker measured: seconds by round, and its description of itself."""
 
     ready: dict
     steps: list[float] = field(default_factory=list)

@@ -31,7 +31,7 @@ class BenchError(ArithmeticError):
 
 
 def rank_of(world: int, backend: str) -> Ranks:
-    """Return rank 0 of `world` without the others: it takes its part of an update, and what it sends goes nowhere."""
+    """Return rank 0 of `world` without the other ranks: it does its part of an update, and nothing is sent."""
     if world == 1:
         return Alone()
     return importlib.import_module(f"backends.{backend}.distributed").OneOf(world)

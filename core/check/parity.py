@@ -150,10 +150,10 @@ def teacher_forced(
 
 
 def perturbed(config: ModelConfig, seed: int, scale: float = 1.0) -> Arrays:
-    """Return start values moved by noise, matrices and embedding times `scale`: at a start value of zero on every
-    output projection the layers would not show at all.
+    """Return start values moved by noise, matrices and embedding times `scale`.
 
-    Gains and residual scales are not scaled: five times the gain on queries only saturates the softmax.
+    Output projections start at zero, so that without the noise no layer would show in the logits. Gains and residual
+    scales are not scaled: five times the gain on queries only saturates the softmax.
     """
     weights, start = {}, start_values(config, seed)
     for name, row in param_table(config).items():

@@ -1,1 +1,1 @@
-"""`skc compare`: runs held against each other."""
+"""`skc compare`: several runs compared with the first of them."""

@@ -65,7 +65,7 @@ class RunPair:
 
 
 def choose_axis(configs: list[RunConfig], by: By) -> str:
-    """Return what runs are aligned by: as asked, or by step where they take steps alike, else by tokens."""
+    """Choose what curves are aligned by: as asked for, else by step if all runs take the same steps, else by tokens."""
     settings = {(c.train.tokens_per_step, c.train.steps, c.train.seconds) for c in configs}
     return by if by != "auto" else "step" if len(settings) == 1 else "tokens"
 
@@ -126,7 +126,7 @@ def compare_pair(first: Run, other: Run, by: str) -> RunPair:
 
 
 def rounding(dtypes: Sequence[str], level: float, tokens: float) -> float:
-    """Return the difference that computing in these types alone explains between means of `tokens` losses near `level`.
+    """Return how far two means of `tokens` losses near `level` can differ by rounding in these types.
 
     Sums and means are float32 at best but in float64: 8 units in the last place. In 16-bit types every token's loss
     errs by about one unit, independently (measured in bfloat16: at most 0.3 of what this gives). An unknown type
@@ -139,7 +139,7 @@ def rounding(dtypes: Sequence[str], level: float, tokens: float) -> float:
 
 
 def _machine(env: dict[str, Any]) -> dict[str, str]:
-    """Return what env.json says of the machine, flat; starts on different machines are joined in their order."""
+    """Return the machine's facts from env.json by name; a run started on several machines has all, joined by `then`."""
     facts: dict[str, list[str]] = {}
     for start in (*env.get("earlier", []), env):
         flat = {k: v for k, v in start.items() if k not in LEAVE_OUT}
@@ -214,7 +214,7 @@ def _validation(first: Run, other: Run, by: str) -> tuple[Validation, ...]:
 
 
 def where(place: float, by: str) -> str:
-    """Return a position for people."""
+    """Return a position with its unit."""
     return {"step": f"step {place:,.0f}", "tokens": f"{place:,.0f} tokens", "share": f"{100 * place:.3g} %"}[by]
 
 

@@ -90,7 +90,7 @@ def _difference(axes: Any, pair: RunPair, colour: str) -> float:
 
 
 def middle(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return where the mean of a window is drawn: in the middle of the steps, tokens or share that it is of."""
+    """Return the middle of every window, where its mean is drawn."""
     return (starts + ends) / 2
 
 

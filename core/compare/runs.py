@@ -14,7 +14,7 @@ from core.training.run import Run, RunError
 
 @dataclass(frozen=True)
 class RunFigures:
-    """One run in figures; None where it has not come that far."""
+    """The figures of one run; None for what it has not reached yet."""
 
     run: str
     preset: str
@@ -111,7 +111,7 @@ def _doubts(runs: list[Run], rows: tuple[RunFigures, ...]) -> list[str]:
 
 
 def table(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
-    """Return (head, rows) for people."""
+    """Return the table of the runs' figures as (head, rows)."""
     head = ("run", "backend", "seed", "parameters", "steps", "bits per byte", "against the first", "bytes", "tokens/s")
     first, rows = comparison.rows[0], []
     for row in comparison.rows:

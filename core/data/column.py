@@ -75,13 +75,13 @@ class Column:
         """Compare the file with its checksum, if one is known, once; DataError."""
         if self._verified:
             return
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         with open_file(self.path) as file:
             self._check(os.fstat(file.fileno()))
             while chunk := file.read(CHUNK):
-                found.update(chunk)
+                digest.update(chunk)
             self._check(os.fstat(file.fileno()))
-        if found.hexdigest() != self._sha256:
+        if digest.hexdigest() != self._sha256:
             raise DataError(
                 f"{self.path}: sha256: not what the manifest says, so it has changed since it was made: prepare or "
                 "fetch the data again"

@@ -59,7 +59,7 @@ def find_inputs(paths: Sequence[str]) -> list[str]:
 
     DataError unless each is a regular file of a known kind, for which the library is there.
     """
-    found = []
+    inputs = []
     for path in paths:
         if os.path.isdir(path):
             names = [os.path.join(place, name) for place, _, files in os.walk(path) for name in files]
@@ -72,10 +72,10 @@ def find_inputs(paths: Sequence[str]) -> list[str]:
                 raise DataError(f"{path}: no file fits this pattern")
         else:
             names = [path]
-        found += names
-    for path in found:
+        inputs += names
+    for path in inputs:
         _check_input(path)
-    return found
+    return inputs
 
 
 def _hidden(name: str, folder: str) -> bool:
@@ -108,8 +108,8 @@ def read_documents(
     for path in paths:
         with open_file(path) as stored:
             packed = path.endswith(".parquet")
-            found = _parquet(path, stored, form.column) if packed else _lines_or_text(path, stored, form)
-            for number, (done, text) in enumerate(found):
+            documents = _parquet(path, stored, form.column) if packed else _lines_or_text(path, stored, form)
+            for number, (done, text) in enumerate(documents):
                 if progress and number % REPORT_EVERY == 0:
                     progress(before + done, total)
                 yield text

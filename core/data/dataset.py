@@ -190,11 +190,11 @@ class Split:
                 f"{self.name}: the stream does not start with BOS (id {bos}), so its documents are unknown; "
                 "prepare it again with a BOS in front of each document"
             )
-        found = [
+        pieces = [
             np.flatnonzero(self.read(start, min(start + SCAN, len(self))) == bos) + start
             for start in range(0, len(self), SCAN)
         ]
-        starts = np.concatenate(found)
+        starts = np.concatenate(pieces)
         if self._lengths is not None and len(self._lengths) != len(starts):
             raise DataError(
                 f"{self.name}: document_bytes: {len(self._lengths)} documents, but the shards hold {len(starts)}"
@@ -325,8 +325,8 @@ class Prefetch:
         """Return the batch of `step`, which must be the next one, in rows of `seq`, or raise what making it raised."""
         if step != self._step:
             raise ValueError(f"step {step} was asked of a prefetcher whose next step is {self._step}")
-        guessed, made = self._ahead[0]
-        batch = made.result() if guessed == seq else self._make(step, seq)  # the schedule has changed the length
+        guessed, future = self._ahead[0]
+        batch = future.result() if guessed == seq else self._make(step, seq)  # the schedule has changed the length
         self._ahead.popleft()
         self._step += 1
         self._start(step + len(self._ahead) + 1, seq)

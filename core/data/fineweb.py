@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 from core.data.adopt import adopt_shards
 from core.data.corpus import library
 from core.data.making import find_manifest, making
-from core.data.manifest import COUNT, MANIFEST, MAX_MANIFEST, MAX_SHARDS, TEXT, Leaf, check
+from core.data.manifest import MANIFEST, MAX_MANIFEST, MAX_SHARDS, TEXT
 from core.data.prepare import Progress
 from core.data.published import TRAIN_SHARDS
 from core.data.shards import DataError, file_sha256, open_shard
 from core.data.tokenizer import Tokenizer
 from core.files import FileError, new_file, open_file, place_file, read_json
+from core.formats.kinds import ANYTHING, COUNT, Leaf, check_value, whole
 
 REPO = "willdepueoai/parameter-golf"
 ELSEWHERE = "others publish some: kevclark/parameter-golf (sp4096, sp8192), sproos/parameter-golf-tokenizers (sp8192)"
@@ -31,15 +32,18 @@ STAGING = "source"
 """Where files lie until they are checked, in the part of the data folder."""
 OWN_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of this machine's disk; every other one is the network's or the hub's."""
-SHARDS = Leaf(f"a number from 1 to {MAX_SHARDS}", lambda value: type(value) is int and 1 <= value <= MAX_SHARDS)
+SHARDS = whole(f"a number from 1 to {MAX_SHARDS}", 1, MAX_SHARDS)
 PATH = Leaf(
     "a relative path without '..'",
     lambda value: isinstance(value, str) and len(value) <= 300 and re.fullmatch(r"[\w./ -]+", value) is not None
     and not {"", ".", ".."} & set(value.split("/")),  # an absolute path begins with ""
 )  # fmt: skip
-LISTS = {"datasets": [{"name": TEXT}], "tokenizers": [{"name": TEXT}]}
-DATASET = {"tokenizer_name": TEXT, "stats": {"files_train": SHARDS, "files_val": SHARDS, "tokens_val?": COUNT}}
-MADE = {"train_shards": {"taken": COUNT, "published": COUNT}, "manifest_sha256": TEXT}
+NAMED = [{"name": TEXT, "*": ANYTHING}]
+LISTS = {"datasets": NAMED, "tokenizers": NAMED, "*": ANYTHING}
+STATS = {"files_train": SHARDS, "files_val": SHARDS, "tokens_val??": COUNT, "*": ANYTHING}
+DATASET = {"tokenizer_name": TEXT, "stats": STATS, "*": ANYTHING}
+MADE = {"train_shards": {"taken": COUNT, "published": COUNT}, "manifest_sha256": TEXT, "*": ANYTHING}
+CURE = "take another source"
 
 
 class Remote(NamedTuple):
@@ -137,7 +141,7 @@ def fetch_fineweb(
         raise DataError(f"train_shards={train_shards}: expected at least 1")
     before = find_manifest(out)
     if before is not None:
-        check(os.path.join(out, MANIFEST), "made_from", before.get("made_from"), MADE)
+        _check(before.get("made_from"), MADE, f"{os.path.join(out, MANIFEST)}: made_from", "choose another folder")
     with making(out, lambda: _busy(out), keep=STAGING) as part:
         prefix = _top(source, prefix)
         listing = read_listing(source, prefix, variant, part)
@@ -169,16 +173,16 @@ def fetch_fineweb(
 
 def notes(manifest: dict[str, Any]) -> list[str]:
     """Return what a user must know of a folder that `fetch_fineweb` made, as lines."""
-    made = manifest["made_from"]
-    taken, there = made["train_shards"]["taken"], made["train_shards"]["published"]
+    origin = manifest["made_from"]
+    taken, there = origin["train_shards"]["taken"], origin["train_shards"]["published"]
     text = f"training text: {taken} of {there} published shards"
     usual = min(TRAIN_SHARDS, there)
     if taken < usual:
         text = f"WARNING: {text}; the challenge trains on {usual}, and one shard instead of 80 cost 0.1 bits per byte"
-    listed, held = made.get("val_tokens_listed"), manifest["splits"]["val"]["tokens"]
-    if listed in (None, held):
+    listed, stored = origin.get("val_tokens_listed"), manifest["splits"]["val"]["tokens"]
+    if listed in (None, stored):
         return [text]
-    return [text, f"WARNING: the source's manifest says {listed:,} validation tokens, its shards hold {held:,}"]
+    return [text, f"WARNING: the source's manifest says {listed:,} validation tokens, its shards hold {stored:,}"]
 
 
 def _busy(out: str) -> None:
@@ -195,7 +199,7 @@ def _top(source: Source, prefix: str | None) -> str:
         top = isinstance(source, Folder) and not source.find(["datasets/manifest.json"])
         return "" if top else "datasets"
     if prefix.strip("/"):
-        check("skc data fineweb", "--prefix", prefix.strip("/"), PATH)
+        _check(prefix.strip("/"), PATH, "--prefix", "give the folder that holds manifest.json")
     return prefix.strip("/")
 
 
@@ -215,12 +219,19 @@ def read_listing(source: Source, prefix: str, variant: str, scratch: Path) -> di
         manifest = read_json(scratch / path, MAX_MANIFEST)
     except FileError as error:
         raise DataError(f"{source.name}: {error}"[:300]) from error
-    check(where, "", manifest, LISTS)
+    _check(manifest, LISTS, where)
     dataset = _named(manifest["datasets"], f"fineweb10B_{variant}", f"{where}: datasets")
-    check(f"{where}: {dataset['name']}", "", dataset, DATASET)
+    _check(dataset, DATASET, f"{where}: {dataset['name']}")
     tokenizer = _named(manifest["tokenizers"], dataset["tokenizer_name"], f"{where}: tokenizers")
-    check(f"{where}: {tokenizer['name'][:80]!a}", "", tokenizer, {"model_path": PATH})
+    _check(tokenizer, {"model_path": PATH, "*": ANYTHING}, f"{where}: {tokenizer['name'][:80]!a}")
     return {"stats": dataset["stats"], "model": tokenizer["model_path"], "sha256": file_sha256(str(scratch / path))}
+
+
+def _check(value: Any, kind: Any, where: str, cure: str = CURE) -> None:
+    try:
+        check_value(value, kind, where, cure)
+    except FileError as error:
+        raise DataError(str(error)) from error
 
 
 def _named(entries: list[dict[str, Any]], name: str, where: str) -> dict[str, Any]:

@@ -127,10 +127,10 @@ def install(part: Path, out: str, manifest: dict[str, Any], before: dict[str, An
     old = {name for name in os.listdir(out) if OWN.fullmatch(name)} if before is None else _files(before)
     Path(out, MANIFEST).unlink(missing_ok=True)
     sweep(out)
-    made = set(os.listdir(part)) - {LOCK}
-    for name in old - made:
+    names = set(os.listdir(part)) - {LOCK}
+    for name in old - names:
         Path(out, name).unlink(missing_ok=True)
-    for name in made:
+    for name in names:
         place_file(part / name, Path(out, name))
     sync_folder(out)
     write_manifest(out, manifest)

@@ -260,7 +260,7 @@ def _cut(sources: _Sources, text: str) -> tuple[list[str], str]:
     aim = len(text) * (1 - sources.val_share)
     first, last = int(aim - len(text) * sources.val_share), int(aim + len(text) * sources.val_share / 2)
     first = max(first, 0)
-    places = [first + found.end() for found in _breaks(text[first:last])] or [int(aim)]
+    places = [first + match.end() for match in _breaks(text[first:last])] or [int(aim)]
     place = min(places, key=lambda place: abs(place - aim))
     parts = [text[:place], text[place:]]
     keys = [sources.key(part) for part in parts]
@@ -275,7 +275,7 @@ def _cut(sources: _Sources, text: str) -> tuple[list[str], str]:
 
 def _breaks(text: str) -> list[re.Match[str]]:
     """Return the ends of paragraphs in a text; where there are none, of lines; where there are none, of words."""
-    return next((found for kind in BREAKS if (found := list(re.finditer(kind, text)))), [])
+    return next((matches for kind in BREAKS if (matches := list(re.finditer(kind, text)))), [])
 
 
 def _trained(sample: Iterator[str], vocab: int | None, notes: list[str]) -> bytes:

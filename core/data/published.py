@@ -36,11 +36,11 @@ def compare_published(vocab: int, documents: int, tokens: int, table_bytes: int)
     return {"same": same, "documents": documents, "bytes_per_token": ratio, "differs": differs}
 
 
-def line(found: dict[str, Any]) -> str:
+def line(comparison: dict[str, Any]) -> str:
     """Return what `compare_published` found as a line for people."""
-    if found["differs"]:
-        return f"WARNING: NOT the published validation text: {'; '.join(found['differs'])}"
-    if found["same"] is None:
-        return f"validation text: documents {found['documents']:,} and bytes as published; no such vocabulary was"
-    ratio = f"{found['bytes_per_token']:.5f} bytes per token"
-    return f"validation text: documents {found['documents']:,}, tokens, bytes, {ratio}: as published"
+    if comparison["differs"]:
+        return f"WARNING: NOT the published validation text: {'; '.join(comparison['differs'])}"
+    if comparison["same"] is None:
+        return f"validation text: documents {comparison['documents']:,} and bytes as published; no such vocabulary was"
+    ratio = f"{comparison['bytes_per_token']:.5f} bytes per token"
+    return f"validation text: documents {comparison['documents']:,}, tokens, bytes, {ratio}: as published"

@@ -42,12 +42,12 @@ def enough_memory(model: ModelConfig, rows: int, seq: int, lower: str, training:
             raise
         takes = gigabytes(pass_bytes(model, rows, seq, training))
         raise OutOfMemoryError(
-            f"{described(error)}; {rows:,} rows of {seq:,} tokens in one pass take {takes} or more by estimate: "
+            f"{memory_message(error)}; {rows:,} rows of {seq:,} tokens in one pass take {takes} or more by estimate: "
             f"lower {lower}"
         ) from error
 
 
-def described(error: BaseException) -> str:
+def memory_message(error: BaseException) -> str:
     """Return what an allocator's exception says: what was asked for, and what there is."""
     asked, capacity = ASKED.search(str(error)), CAPACITY.search(str(error))
     failed = f": a request of {gigabytes(_bytes(*asked.groups()))} failed" if asked else ""

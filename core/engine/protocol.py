@@ -5,12 +5,13 @@ Only numpy arrays, Python scalars and frozen dataclasses cross this border.
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from core.checks import closest
 from core.config import ConfigError, ModelConfig, RunConfig
 from core.data.batch import Batch
 from core.engine.plan import StepPlan
@@ -171,7 +172,15 @@ class Engine(Protocol):
         ...
 
     def activations(self, tokens: np.ndarray) -> Arrays:
-        """Return the residual stream after the embedding and after every layer, and the logits, by name."""
+        """Return the residual stream after the embedding and after every stage, and the logits, by name."""
+        ...
+
+    def second_moments(self, tokens: np.ndarray, names: Sequence[str] | None = None) -> Arrays:
+        """Return, by name, the sum over (rows, seq) tokens of a a^T, (in, in), of what enters each matrix `names`.
+
+        None: every matrix that multiplies what comes in, the tied embedding as the head's. A layer that is used several
+        times counts every use. Summed in one forward pass, in float32 or wider. ConfigError for another name.
+        """
         ...
 
     def start(self, rows: int) -> State:
@@ -193,7 +202,7 @@ class Engine(Protocol):
     def weights(self) -> Arrays:
         """Return the weights that `nll`, `logits` and `activations` use, in table order.
 
-        They are the exported set (`core.model.params.exported`), in its stored form if `quantise`.
+        They are the exported set (`core.engine.optimizer_state.exported`), in its stored form if `quantise`.
         """
         ...
 
@@ -243,6 +252,16 @@ class Engine(Protocol):
         quantisers, every bank's update and the averages.
         """
         ...
+
+
+def named_matrices(names: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+    """Return the matrices that were asked for (None: all that are known); ConfigError for one that is not known."""
+    for name in names or ():
+        if name not in known:
+            close = closest(name, known)
+            hint = f"did you mean {close}?" if close else f"expected one of {', '.join(known)}"
+            raise ConfigError(f"{name}: is no matrix that multiplies what comes in; {hint}")
+    return list(known if names is None else names)
 
 
 def step(engine: Engine, state: State, tokens: np.ndarray) -> tuple[np.ndarray, State]:

@@ -43,8 +43,8 @@ def predicted_bytes(model: ModelConfig) -> int:
     for name, row in table.items():
         scales = SCALE_BITS * math.prod(scales_shape(row.storage, row.shape) or (0,))
         part = math.prod(row.shape) * compressed_bits(row.storage, row.shape[-1]) + scales
-        kept = model.engram.keep if name == "engram.table" and model.engram.keep else (1.0,)
-        bits += part * sum(kept) / len(kept)  # a pruned row is all zeros, which compress to almost nothing
+        shares = model.engram.keep if name == "engram.table" and model.engram.keep else (1.0,)
+        bits += part * sum(shares) / len(shares)  # a pruned row is all zeros, which compress to almost nothing
     return round(bits / 8) + HEADER + HEADER_PER_TENSOR * len(table)
 
 

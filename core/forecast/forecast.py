@@ -21,7 +21,7 @@ MOST_WALKED = 200_000
 """Most steps of a run that is gone through step by step: seconds of time, 150 MB."""
 
 
-class Kind(NamedTuple):
+class StepKind(NamedTuple):
     """What decides the time of a step, as far as it changes during a run."""
 
     seq: int
@@ -32,7 +32,7 @@ class Kind(NamedTuple):
     """Repeated layers are repeated."""
 
     @classmethod
-    def of(cls, now: StepPlan) -> "Kind":
+    def of(cls, now: StepPlan) -> "StepKind":
         """Return the kind of a planned step."""
         return cls(now.seq, now.quantise, now.repeat)
 
@@ -65,7 +65,7 @@ class Passes(NamedTuple):
 class Costs:
     """What the probe measured, in seconds and bytes; of several ranks, the slowest and the largest."""
 
-    steps: dict[Kind, float]
+    steps: dict[StepKind, float]
     ahead: int
     """Steps that the host is ahead of the device, at most."""
     warm_up: float
@@ -82,7 +82,7 @@ class Costs:
     memory_of: str
     memory_limit: float
 
-    def step(self, kind: Kind) -> float:
+    def step(self, kind: StepKind) -> float:
         """Return the seconds of a step; of a kind too rare to have been measured, those of the slowest."""
         return self.steps.get(kind, max(self.steps.values()))
 
@@ -144,7 +144,7 @@ def walk(settings: TrainConfig, costs: Costs) -> Course:
         plans.append(plan(len(plans), progress, settings))
         rates.append(lr_scale(progress, settings))
         began.append(host)
-        device = max(device, host) + costs.step(Kind.of(plans[-1]))
+        device = max(device, host) + costs.step(StepKind.of(plans[-1]))
         ends.append(device)
         follows.append(due(len(plans), settings))
         if follows[-1].read:
@@ -171,16 +171,16 @@ def phases(config: RunConfig, course: Course) -> list[Phase]:
         labels.append(["averaging" if now.average else None for now in plans])
     if config.model.repeat_layers:
         labels.append(["repeated layers" if now.repeat else None for now in plans])
-    found = []
+    phases = []
     times = [*course.began, course.seconds]
     for row in labels:
         begin = 0
         for name, group in itertools.groupby(row):
             end = begin + len(list(group))
             if name is not None:
-                found.append(Phase(name, (begin, end), (times[begin], times[end])))
+                phases.append(Phase(name, (begin, end), (times[begin], times[end])))
             begin = end
-    return found
+    return phases
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,8 @@ def forecast(
     settings = config.train
     course = walk(settings, costs)
     works = _works(costs, course.due, build)
-    kept = sum(d.save for d in course.due) // settings.keep_every if settings.keep_every else 0
-    disk = (2 + kept) * costs.checkpoint_bytes + artifact_bytes  # one in place, and the next one while it is written
+    copies = sum(d.save for d in course.due) // settings.keep_every if settings.keep_every else 0
+    disk = (2 + copies) * costs.checkpoint_bytes + artifact_bytes  # one in place, and the next one while it is written
     allowed = config.export.budget - config.export.code_bytes
     note = "on 8xH100" if official else "on 8xH100, which this is not: for information"
     asked = course.seconds if settings.seconds is None else settings.seconds
@@ -257,7 +257,7 @@ def forecast(
         Limit("scoring", judged, rule_seconds, "s", False, note),
     ]
     tokens = sum(settings.rows_of(now.seq)[0] * now.seq for now in course.plans)
-    kinds = [Kind.of(now) for now in course.plans]
+    kinds = [StepKind.of(now) for now in course.plans]
     return Forecast(
         preset=config.preset,
         machine=machine,

@@ -20,7 +20,7 @@ from core.engine.memory import is_memory
 from core.engine.protocol import Engine
 from core.engine.ranks import Ranks, agree
 from core.export import codecs
-from core.forecast.forecast import Costs, Kind, Passes
+from core.forecast.forecast import Costs, Passes, StepKind
 from core.model.params import param_table
 from core.scoring.evaluation import Evaluation
 from core.scoring.score import alone, score
@@ -64,8 +64,8 @@ def _probe(engine: Engine, dataset: Dataset, config: RunConfig, say: Callable[[s
     say("compiling")
     warming = _timed(ranks, lambda: warm_up(engine, config))
     steps, ahead = {}, 0
-    for kind, share in (found := kinds(config.train)).most_common():
-        say(f"timing steps, {kind.describe(config)}: {share / found.total():.0%} of the run")
+    for kind, share in (counts := kinds(config.train)).most_common():
+        say(f"timing steps, {kind.describe(config)}: {share / counts.total():.0%} of the run")
         steps[kind], lead = _time_steps(engine, dataset, config, kind, FEWER if steps else 1.0)
         ahead = max(ahead, lead)
     say("timing forward passes of scoring, samples, a checkpoint and the export")
@@ -105,16 +105,16 @@ def _probe(engine: Engine, dataset: Dataset, config: RunConfig, say: Callable[[s
     )
 
 
-def kinds(settings: TrainConfig) -> Counter[Kind]:
+def kinds(settings: TrainConfig) -> Counter[StepKind]:
     """Return every kind of step of a run, with how often it comes (of GRID, where time decides)."""
     if settings.seconds is None:
         shares = [progress_by_steps(step, settings) for step in range(settings.steps)]
     else:
         shares = [i / GRID for i in range(GRID)]
-    return Counter(Kind.of(plan(0, progress, settings)) for progress in shares)
+    return Counter(StepKind.of(plan(0, progress, settings)) for progress in shares)
 
 
-def _time_steps(engine: Engine, dataset: Dataset, config: RunConfig, kind: Kind, part: float) -> tuple[float, int]:
+def _time_steps(engine: Engine, dataset: Dataset, config: RunConfig, kind: StepKind, part: float) -> tuple[float, int]:
     """Return the seconds of a step, data included, and how many steps the host was ahead at the end."""
     settings, ranks = config.train, engine.ranks
     now = replace(plan(0, 0.0, settings), **kind._asdict())

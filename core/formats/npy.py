@@ -33,10 +33,10 @@ def read_header(file: BinaryIO) -> Header:
         raise NpyError("not a .npy array of version 1.0")
     (length,) = struct.unpack("<H", start[len(MAGIC) :])
     text = file.read(length) if length <= MOST else b""
-    found = HEADER.fullmatch(text)
-    if len(text) < length or found is None:
+    match = HEADER.fullmatch(text)
+    if len(text) < length or match is None:
         raise NpyError("not a .npy array: its header is cut off or not as numpy writes it")
-    sizes = [int(size) for size in found[3].replace(b" ", b"").split(b",") if size]
-    if len(sizes) == 1 and not found[3].rstrip().endswith(b","):  # (3) is no tuple
+    sizes = [int(size) for size in match[3].replace(b" ", b"").split(b",") if size]
+    if len(sizes) == 1 and not match[3].rstrip().endswith(b","):  # (3) is no tuple
         raise NpyError("not a .npy array: its shape is no tuple")
-    return Header(found[1].decode(), found[2] == b"True", tuple(sizes))
+    return Header(match[1].decode(), match[2] == b"True", tuple(sizes))

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 import safetensors.numpy
 
-from core.files import FileError, decode, open_file, parse_json, replace_file
+from core.files import FileError, decode_text, open_file, parse_json, replace_file
 
 Arrays = dict[str, np.ndarray]
 DTYPES = {
@@ -61,7 +61,7 @@ def _header(path: str | Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(head, "little")
     if len(head) < 8 or not 2 <= length <= min(MAX_HEADER, whole - 8):
         _fail(path, "header", f"{length} bytes long, in a file of {whole}")
-    header = parse_json(f"{path}: header", decode(f"{path}: header", file.read(length)))
+    header = parse_json(f"{path}: header", decode_text(f"{path}: header", file.read(length)))
     if type(header) is not dict:
         _fail(path, "header", "expected an object")
     return header, whole - 8 - length

@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from core.files import FileError, decode, read_file
+from core.files import FileError, decode_text, read_file
 
 MOST_BYTES = 1 << 20
 DEPTH = 32
@@ -23,7 +23,7 @@ does not end."""
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Return what a TOML file says; FileError names the file and what is wrong, OSError."""
-    text = decode(path, read_file(path, MOST_BYTES))
+    text = decode_text(path, read_file(path, MOST_BYTES))
     _check_depth(path, text)
     try:
         value = tomllib.loads(text)
@@ -35,10 +35,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def _check_depth(path: str | Path, text: str) -> None:
     depth = dots = 0
-    for found in TOKEN.finditer(text):
-        token = found[0]
+    for match in TOKEN.finditer(text):
+        token = match[0]
         if token in ('"', "'"):
-            line = text.count("\n", 0, found.start()) + 1
+            line = text.count("\n", 0, match.start()) + 1
             raise FileError(f"{path}: not TOML: line {line}: a string that does not end")
         if token == ".":
             dots += 1
@@ -46,7 +46,7 @@ def _check_depth(path: str | Path, text: str) -> None:
             dots = 0
             depth = max(0, depth + (token in "[{") - (token in "]}"))
         if max(depth, dots + 1) > DEPTH:
-            line = text.count("\n", 0, found.start()) + 1
+            line = text.count("\n", 0, match.start()) + 1
             raise FileError(f"{path}: line {line}: nested too deeply; expected at most {DEPTH} levels")
 
 

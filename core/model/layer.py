@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from core.model.table import Init, Model, Part, Rows, State, below, vector
+from core.model.table import Init, Model, Part, Rows, below, vector
 
 
 class Kind(NamedTuple):
@@ -51,14 +51,6 @@ class Layer(Part):
             **mix,
         }
 
-    def flops(self, model: Model, seq: int) -> int:
-        """Return the FLOPs of mixer and MLP beside their matrices."""
-        return self.mixer(model).flops(model, seq) + model.mlp.flops(model, seq)
-
     def values(self, model: Model, seq: int, scores: bool) -> int:
         """Return about how many numbers of one token the backward pass needs again."""
         return self.mixer(model).values(model, seq, scores) + model.mlp.values(model, seq, scores)
-
-    def state(self, model: Model) -> State:
-        """Return the size of the mixer's decoding state."""
-        return self.mixer(model).state(model)

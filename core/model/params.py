@@ -5,14 +5,16 @@ The order of the table is the order of the artifact. Changing a name changes its
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from core import rng
 from core.checks import require
-from core.config import ModelConfig, TrainConfig
-from core.model.storage import Storage, raw_bits, storage_class
+from core.model.config import ModelConfig
+from core.model.layer import Layer
+from core.model.storage import Storage, raw_bits
 from core.model.table import GROUPS, Group, Param, Part, State, below
 
 MOST_VALUES = 1 << 28
@@ -59,34 +61,7 @@ def _start(row: Param, seed: int, name: str) -> np.ndarray:
     return values
 
 
-def optimizer_slots(config: ModelConfig, train: TrainConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every optimizer state, `<param>.<slot>`: m and v of AdamW, m alone of Muon; ema: average."""
-    slots, averages = {}, averaged(config, train)
-    for name, row in param_table(config).items():
-        muon = row.group == "matrix" and train.matrix_rule == "muon"
-        kept = ("m",) if muon else ("m", "v")
-        slots |= {f"{name}.{slot}": row.shape for slot in (*kept, *(("ema",) if name in averages else ()))}
-    return slots
-
-
-def averaged(config: ModelConfig, train: TrainConfig) -> tuple[str, ...]:
-    """Return the parameters whose running average is scored and stored in place of the weight."""
-    if train.average_from is None:
-        return ()
-    rows = param_table(config).items()
-    return tuple(name for name, row in rows if train.average_ternary or storage_class(row.storage) != "ternary")
-
-
-def exported(config: ModelConfig, train: TrainConfig, params: dict, state: dict) -> dict:
-    """Return the one set of weights that is scored and stored: averages where the run keeps them, else the weights.
-
-    `params` and `state` are keyed by name; their values may be arrays of any library.
-    """
-    averages = averaged(config, train)
-    return {name: state[f"{name}.ema"] if name in averages else value for name, value in params.items()}
-
-
-class Bank(NamedTuple):
+class ParamBank(NamedTuple):
     """Parameters of one optimizer group and storage that lie together: what is done to one can be done to all at once.
 
     Of equal shapes they make a stack; vectors, of any shapes, lie in one row.
@@ -105,7 +80,7 @@ class Bank(NamedTuple):
         return (len(self.names), *self.shapes[0]) if self.stacked else (sum(sizes),)
 
 
-def banks(config: ModelConfig, owner: dict[str, int] | None = None) -> list[Bank]:
+def banks(config: ModelConfig, owner: dict[str, int] | None = None) -> list[ParamBank]:
     """Return the banks of all parameters; in a stack those of one `owner` (a rank, by name) are neighbours."""
     table, found = param_table(config), {}
     for name, row in table.items():
@@ -117,7 +92,9 @@ def banks(config: ModelConfig, owner: dict[str, int] | None = None) -> list[Bank
             names.sort(key=lambda name: -(table[name].size & -table[name].size))
         elif owner is not None:
             names.sort(key=lambda name: owner.get(name, 0))
-        made.append(Bank(group, storage, shape is not None, tuple(names), tuple(table[name].shape for name in names)))
+        made.append(
+            ParamBank(group, storage, shape is not None, tuple(names), tuple(table[name].shape for name in names))
+        )
     return made
 
 
@@ -159,21 +136,56 @@ FLOP_RULE = (
 )
 
 
-def flops_per_token(config: ModelConfig, seq: int) -> int:
-    """Return training FLOPs per token (forward and backward) by FLOP_RULE: causal attention counts half the square.
+class Share(NamedTuple):
+    """What one part takes of a model, in all the places where it stands."""
 
-    The head multiplies by the embedding's own weights.
-    """
+    parameters: int = 0
+    bytes: float = 0.0
+    """Before compression, scales included."""
+    flops: int = 0
+    """Of training, per token, by FLOP_RULE."""
+    state: State = State()
+
+
+def shares(config: ModelConfig, seq: int) -> dict[str, Share]:
+    """Return part -> its share, in the order of the table; `layer` is what a layer has beside its mixer and MLP."""
+    totals: dict[str, Share] = {}
+    for name, part, rows, uses in _pieces(config):
+        weights = sum(row.size for row in rows.values() if row.group in ("matrix", "embed"))
+        before, state = totals.get(name, Share()), part.state(config)
+        totals[name] = Share(
+            before.parameters + sum(row.size for row in rows.values()),
+            before.bytes + sum(raw_bits(row.storage, row.shape) for row in rows.values()) / 8,
+            before.flops + 3 * uses * (2 * weights + part.flops(config, seq)),
+            State(before.state.fixed + uses * state.fixed, before.state.per_token + uses * state.per_token),
+        )
+    return totals
+
+
+def _pieces(config: ModelConfig) -> Iterator[tuple[str, Part, dict[str, Param], int]]:
+    """Yield every part wherever it stands: its name, the part, its rows, and how often it is used."""
+    yield "embedding", config.embedding, config.embedding.rows(config), 1  # by the head: looking up takes no products
+    kinds = {stage.name: stage.part for stage in config.stages(True)}
     uses = Counter(stage.name for stage in config.stages(True))
-    weights = sum(row.size for row in config.embedding.rows(config).values())
-    others = 0
     for name, part in named_parts(config).items():
-        matrices = sum(row.size for row in part.rows(config).values() if row.group == "matrix")
-        weights, others = weights + uses[name] * matrices, others + uses[name] * part.flops(config, seq)
-    return 3 * (2 * weights + others)
+        rows = part.rows(config)
+        if isinstance(part, Layer):
+            for inside in (part.mixer(config), config.mlp):
+                owner = next(key for key, value in config.parts.items() if value is inside)
+                yield owner, inside, inside.rows(config), uses[name]
+            beside = {key: row for key, row in rows.items() if not key.startswith(("mixer.", "mlp."))}
+            yield "layer", Part(), beside, uses[name]
+        else:
+            yield kinds[name], part, rows, uses[name]
+    yield "head", config.head, config.head.rows(config), 1
+
+
+def flops_per_token(config: ModelConfig, seq: int) -> int:
+    """Return training FLOPs per token (forward and backward) by FLOP_RULE: causal attention counts half the square."""
+    return sum(share.flops for share in shares(config, seq).values())
 
 
 def decoding_state(config: ModelConfig) -> State:
     """Return the floats that decoding keeps of one sequence: a fixed number, and so many for every token of context."""
-    states = [config.part(stage).state(config) for stage in config.stages(True)]
+    states = [share.state for share in shares(config, 1).values()]
     return State(sum(state.fixed for state in states), sum(state.per_token for state in states))

@@ -27,7 +27,7 @@ from core.files import FileError, open_input, read_bounded
 from core.formats.npy import NpyError, read_header
 from core.model.config import ModelConfig
 from core.model.params import check_arrays, param_table
-from core.official.refusal import MAX_BYTES, MAX_TENSORS, MAX_VALUES, OfficialError, fail, shown
+from core.official.refusal import MAX_BYTES, MAX_TENSORS, MAX_VALUES, OfficialError, excerpt, fail
 from core.presets.transformers import BASELINE
 
 MAX_ENTRIES = 2 * MAX_TENSORS
@@ -137,7 +137,7 @@ def _unzip(path: str | Path, data: bytes) -> dict[str, bytes]:
     except OfficialError:
         raise
     except Exception as error:  # zipfile has no one type for what hostile bytes make it raise
-        raise OfficialError(f"{path}: damaged zip archive ({shown(str(error))}); copy the file again") from error
+        raise OfficialError(f"{path}: damaged zip archive ({excerpt(str(error))}); copy the file again") from error
 
 
 def _torch(path: str | Path, parts: dict[str, bytes]) -> tuple[str, Arrays]:
@@ -159,15 +159,15 @@ def _npy(path: str | Path, name: str, part: bytes) -> np.ndarray:
     try:
         kind, fortran, shape = read_header(file)
     except NpyError as error:
-        raise OfficialError(f"{path}: {shown(name)}: {error}") from error
+        raise OfficialError(f"{path}: {excerpt(name)}: {error}") from error
     body = memoryview(part)[file.tell() :]
     if kind not in ("<f4", "<f2", *BFLOAT16):
-        fail(path, f"{shown(name)}: type {shown(kind)}; expected float32, float16 or bfloat16")
+        fail(path, f"{excerpt(name)}: type {excerpt(kind)}; expected float32, float16 or bfloat16")
     size = 4 if kind == "<f4" else 2
     if math.prod(shape) * size != len(body):
-        fail(path, f"{shown(name)}: shape {shown(shape)} does not fit its {len(body):,} bytes")
+        fail(path, f"{excerpt(name)}: shape {excerpt(shape)} does not fit its {len(body):,} bytes")
     if math.prod(shape) > MAX_VALUES:
-        fail(path, f"{shown(name)}: {math.prod(shape):,} values; at most {MAX_VALUES:,}")
+        fail(path, f"{excerpt(name)}: {math.prod(shape):,} values; at most {MAX_VALUES:,}")
     flat = np.frombuffer(body, np.uint16 if kind in BFLOAT16 else kind)
     if kind in BFLOAT16:
         flat = (flat.astype(np.uint32) << 16).view(np.float32)  # bfloat16 is the upper half of a float32
@@ -187,7 +187,7 @@ def _check(path: str | Path, arrays: Arrays) -> None:
         fail(path, f"{len(arrays):,} tensors, {values:,} values; at most {MAX_TENSORS:,} and {MAX_VALUES:,}")
     for name, value in arrays.items():
         if not re.fullmatch(r"[A-Za-z0-9_.]{1,200}", name, re.ASCII):
-            fail(path, f"{shown(name)} is not the name of a tensor of the official model")
+            fail(path, f"{excerpt(name)} is not the name of a tensor of the official model")
         if not np.isfinite(value).all():
             fail(path, f"{name} holds NaN or infinity: the training went wrong; take an earlier checkpoint")
 

@@ -20,7 +20,7 @@ def fail(path: str | Path, problem: str) -> NoReturn:
     raise OfficialError(f"{path}: {problem}")
 
 
-def shown(value: object) -> str:
+def excerpt(value: object) -> str:
     """Return something out of a hostile file fit for one line of a terminal."""
     try:
         return ascii(value)[:MOST_SHOWN]

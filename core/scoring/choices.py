@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from core.checks import ConfigError, require, told
+from core.checks import ConfigError, in_words, require
 
 Value = bool | int | float | str
 MARKS = "(),="
@@ -25,7 +25,7 @@ def parsed(choice: str) -> tuple[str, dict[str, Value]]:
         field, equals, text = part.strip().partition("=")
         good = good and field.isidentifier() and bool(equals) and not set(text) & set(MARKS) and field not in settings
         settings[field] = read(text)
-    require(good, f"eval.plugins: {told(choice)}: expected NAME, or NAME(field=value, field=value)")
+    require(good, f"eval.plugins: {in_words(choice)}: expected NAME, or NAME(field=value, field=value)")
     return name, settings
 
 
@@ -50,7 +50,7 @@ def changed(choices: Sequence[str], setting: str, value: Any) -> list[str]:
     where = f"eval.plugins.{setting}"
     require(bool(dot and name) and field.isidentifier(), f"{where}: expected eval.plugins.NAME.field")
     scalar = isinstance(value, Value) and not (isinstance(value, str) and set(value) & set(MARKS))
-    require(scalar, f"{where}={told(value)}: expected a number, true, false, or text without any of {MARKS}")
+    require(scalar, f"{where}={in_words(value)}: expected a number, true, false, or text without any of {MARKS}")
     plugins = dict(map(parsed, choices))
     plugins[name] = {**plugins.get(name, {}), field: value}
     return [spelled(*pair) for pair in plugins.items()]
@@ -60,7 +60,7 @@ def of_table(table: dict[str, Any]) -> list[str]:
     """Return the choices that TOML's tables {NAME: {field: value}} stand for; ConfigError."""
     choices = [name for name in table]
     for name, settings in table.items():
-        require(isinstance(settings, dict), f"eval.plugins.{name}={told(settings)}: expected a table of settings")
+        require(isinstance(settings, dict), f"eval.plugins.{name}={in_words(settings)}: expected a table of settings")
         for field, value in settings.items():
             choices = changed(choices, f"{name}.{field}", value)
     return choices

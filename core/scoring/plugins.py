@@ -246,14 +246,14 @@ def _find(name: str) -> type[Plugin]:
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(PLUGINS)}"
         raise ConfigError(f"eval.plugins: {name!r} is not a plug-in; {hint} (your own: package.module:Class)")
     try:
-        found = getattr(importlib.import_module(module), cls, None)
+        plugin = getattr(importlib.import_module(module), cls, None)
     except ImportError as error:
         raise ConfigError(
             f"eval.plugins: {name!r}: {error}; it is looked for on PYTHONPATH, not in the current folder"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, Plugin)):
+    if not (isinstance(plugin, type) and issubclass(plugin, Plugin)):
         raise ConfigError(f"eval.plugins: {name!r} is not a class that extends core.scoring.plugins.Plugin")
-    return found
+    return plugin
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -8,17 +8,24 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
-from core.checks import told
 from core.config import RunConfig
+from core.engine.optimizer_state import optimizer_slots
 from core.engine.protocol import Arrays, DType, Engine
 from core.files import FileError, parse_json
+from core.formats.kinds import COUNT, FLAG, among, check_value, number, text, whole
 from core.formats.tensors import read_tensors, write_tensors
-from core.model.params import check_arrays, optimizer_slots, param_table
+from core.model.params import check_arrays, param_table
 from core.model.upgrade import parameter
 from core.training.records import RunError
 
 SCHEMA = 3
 READS = (2, SCHEMA)
+STATE = {
+    "schema": whole("2 or 3", *READS), "step": COUNT, "dtype": among(*get_args(DType)), "quantise": FLAG,
+    "seconds": number("a number from 0 up", 0.0, 2.0**1023), "sha256": text(64),
+}  # fmt: skip
+"""What it says of itself."""
+CURE = "delete it to train from the start"
 SLACK = 1 << 16
 """Bytes that a checkpoint may have beside its arrays, and 512 more for each of them: its header."""
 
@@ -59,9 +66,9 @@ def read_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
     try:
         metadata, arrays = read_tensors(path, limit)
         state = parse_json(f"{path}: skc", str(metadata.get("skc", "")))
+        check_value(state, STATE, f"{path}: skc", CURE)
     except FileError as error:
-        raise RunError(f"{error}; delete it to train from the start") from error
-    _check_state(path, state)
+        raise RunError(str(error) if str(error).endswith(CURE) else f"{error}; {CURE}") from error
     sides: dict[str, Arrays] = {"param": {}, "optim": {}}
     for key, value in arrays.items():
         side, _, name = key.partition("/")
@@ -75,30 +82,10 @@ def read_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
         check_arrays(sides["optim"], slots, f"{path}: optimizer state")
     except ValueError as error:
         raise RunError(str(error)) from error
-    if state.get("sha256") != digest(arrays):
+    if state["sha256"] != digest(arrays):
         raise RunError(f"{path}: skc: sha256: the tensors are not the ones that were saved; delete it")
-    seconds = float(state.get("seconds", -1.0))
+    seconds = float(state["seconds"])
     return Checkpoint(state["step"], seconds, sides["param"], sides["optim"], state["dtype"], state["quantise"])
-
-
-def _check_state(path: Path, state: object) -> None:
-    """Raise RunError unless what the file says of itself is what the writer says."""
-    if not isinstance(state, dict):
-        raise RunError(f"{path}: skc: expected an object, got {type(state).__name__}")
-    found, seconds = state.get("step"), state.get("seconds", -1.0)
-    if type(state.get("schema")) is not int or state["schema"] not in READS or type(found) is not int or found < 0:
-        raise RunError(
-            f"{path}: skc: schema {told(state.get('schema'))}, step {told(found)}: not a checkpoint of this version; "
-            "delete it to train from the start"
-        )
-    if found >= 2**53:
-        raise RunError(f"{path}: skc: step {told(found)}: no run is as long; delete it to train from the start")
-    if state.get("dtype") not in get_args(DType):
-        raise RunError(f"{path}: skc: dtype: {told(state.get('dtype'))}, expected one of {', '.join(get_args(DType))}")
-    if type(state.get("quantise")) is not bool:
-        raise RunError(f"{path}: skc: quantise: {told(state.get('quantise'))}, expected true or false")
-    if type(seconds) not in (int, float) or not 0 <= seconds < 2.0**1023:  # a float can hold it
-        raise RunError(f"{path}: skc: seconds: {told(seconds)}, expected a number from 0 up")
 
 
 def _check_type(path: Path, key: str, value: np.ndarray) -> None:

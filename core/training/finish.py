@@ -131,7 +131,7 @@ def final_score(
     if book is not None and book.writes:
         say(f"{label} goes on from {ledger}: {book.writes} forward passes are in it")
     try:
-        found = score(engine, evaluation, book, plugins=used, progress=say.progress(label), ranks=engine.ranks)
+        result = score(engine, evaluation, book, plugins=used, progress=say.progress(label), ranks=engine.ranks)
     except BaseException:
         if book is not None:
             book.close()
@@ -139,15 +139,15 @@ def final_score(
     if book is not None:
         book.close(delete=not keep)
         Path(f"{ledger}.plugins").unlink(missing_ok=True)
-    return found
+    return result
 
 
-def describe(found: Score) -> str:
+def describe(score: Score) -> str:
     """Return a score in words, with its label and byte rule."""
-    spread = f" ± {found.error:.4f}" if found.error else ""
-    what = "all" if found.full else f"{found.documents} of {found.total_documents}"
-    how = f"rule {found.byte_rule}, {what} documents, {found.windows}"
-    how += f", with {', '.join(found.plugins)}" if found.plugins else ""
-    if found.byte_rule == "table" and found.bpb_raw is not None and found.bpb_raw > found.bpb:
-        how += f"; {found.bpb_raw:.4f} per byte of the raw text, of which the table counts more than there are"
-    return f"{found.label} {found.bpb:.4f}{spread} bits per byte ({how})"
+    spread = f" ± {score.error:.4f}" if score.error else ""
+    what = "all" if score.full else f"{score.documents} of {score.total_documents}"
+    how = f"rule {score.byte_rule}, {what} documents, {score.windows}"
+    how += f", with {', '.join(score.plugins)}" if score.plugins else ""
+    if score.byte_rule == "table" and score.bpb_raw is not None and score.bpb_raw > score.bpb:
+        how += f"; {score.bpb_raw:.4f} per byte of the raw text, of which the table counts more than there are"
+    return f"{score.label} {score.bpb:.4f}{spread} bits per byte ({how})"

@@ -36,7 +36,7 @@ class NonFiniteError(ArithmeticError):
     """Loss or gradients of a step were not finite: the weights are those before it and nothing is saved after it."""
 
 
-class Summary(NamedTuple):
+class TrainingSummary(NamedTuple):
     """What `train` did."""
 
     steps: int
@@ -110,7 +110,7 @@ class Leave:
         self.asked = True
 
 
-def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
+def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> TrainingSummary:
     """Train `engine` to the end of `run.config` on `dataset`, from the run's checkpoint if it has one.
 
     Every rank of the engine does this with its rows of each batch; time is rank 0's. NonFiniteError names the first
@@ -161,7 +161,7 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> Summary:
         run.save(engine, step, seconds)
     if _any(ranks, leave.asked):
         raise Stopped
-    return Summary(step, seconds, ended, step - first)
+    return TrainingSummary(step, seconds, ended, step - first)
 
 
 def _asked(ranks: Ranks, leave: Leave, now: Due, since: float, settings: TrainConfig) -> tuple[bool, bool]:
@@ -302,12 +302,13 @@ class Meter:
 def _estimate(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -> None:
     """Estimate the validation score on a few documents and record it."""
     evaluation = Evaluation.of(dataset.val, run.config, run.config.eval.train_documents)
-    found = score(engine, evaluation, ranks=engine.ranks)
-    run.log(step, {"val/bpb": found.bpb} | ({} if found.error is None else {"val/error": found.error}))
-    spread = f" ± {found.error:.4f}" if found.error else ""  # no error where the draw took all documents
+    estimate = score(engine, evaluation, ranks=engine.ranks)
+    run.log(step, {"val/bpb": estimate.bpb} | ({} if estimate.error is None else {"val/error": estimate.error}))
+    spread = f" ± {estimate.error:.4f}" if estimate.error else ""  # no error where the draw took all documents
     say(
-        f"step {step}  validation estimate {found.bpb:.4f}{spread} bits per byte "
-        f"({found.documents} of {found.total_documents} documents, byte rule {found.byte_rule}, {found.windows})"
+        f"step {step}  validation estimate {estimate.bpb:.4f}{spread} bits per byte "
+        f"({estimate.documents} of {estimate.total_documents} documents, byte rule {estimate.byte_rule}, "
+        f"{estimate.windows})"
     )
 
 

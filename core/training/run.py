@@ -174,8 +174,8 @@ class Run:
 
     def forget(self) -> None:
         """Drop what metrics.jsonl says of the finished run: it is to be scored anew."""
-        kept = [row for row in self.metrics() if not any(name.startswith("final/") for name in row)]
-        self._write_rows(kept)
+        rows = [row for row in self.metrics() if not any(name.startswith("final/") for name in row)]
+        self._write_rows(rows)
 
     def finished(self) -> dict[str, Any] | None:
         """Return what metrics.jsonl says of the end that the run came to, and its files.
@@ -183,19 +183,19 @@ class Run:
         None before that, and where the artifact, the report or the checkpoint is not that of the end; RunError where a
         record is damaged.
         """
-        found: dict[str, Any] = {}
+        end: dict[str, Any] = {}
         for row in self.metrics():
-            found |= {**row, "final": row["step"]} if "final/artifact" in row else row
+            end |= {**row, "final": row["step"]} if "final/artifact" in row else row
         names = ["final/score", "final/artifact", *(["final/plugins"] if self.config.eval.plugins else [])]
         files = [self.artifact_path, self.path / "report.md", self.path / "curve.png"]
-        if not all(name in found for name in names) or not all(file.is_file() for file in files):
+        if not all(name in end for name in names) or not all(file.is_file() for file in files):
             return None
         saved = self.checkpoint()
-        same = self.artifact_path.stat().st_size == found["final/artifact"]["bytes"]
-        if saved is None or saved.step != found["final"] or not same:
+        same = self.artifact_path.stat().st_size == end["final/artifact"]["bytes"]
+        if saved is None or saved.step != end["final"] or not same:
             return None
         backend = self.environment().get("backend", "unknown")
-        return {**found, "backend": backend, "files": [str(file) for file in files]}
+        return {**end, "backend": backend, "files": [str(file) for file in files]}
 
     def _write_rows(self, rows: list[dict[str, Any]]) -> None:
         replace_file(self.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -215,9 +215,9 @@ class Run:
 
     def _keep(self, step: int) -> None:
         """Copy the last checkpoint, which is that of `step`, to a name of its own if the run keeps it."""
-        train, kept = self.config.train, self.kept_path(step)
+        train, copy_path = self.config.train, self.kept_path(step)
         if train.keep_every and train.save_every and step % (train.save_every * train.keep_every) == 0:
-            with new_file(kept) as copy, open_file(self.checkpoint_path) as last:
+            with new_file(copy_path) as copy, open_file(self.checkpoint_path) as last:
                 shutil.copyfileobj(last, copy, 1 << 20)
 
     def kept_path(self, step: int) -> Path:
@@ -244,10 +244,10 @@ class Run:
             steps = [*self.kept(), *([saved.step] if saved and saved.step not in self.kept() else [])]
             there = ", ".join(map(str, steps)) or "none yet"
             raise RunError(f"{self.path}: has no checkpoint of step {step}; it has {there}")
-        found = read_checkpoint(path, self.config)
-        if step not in (None, found.step):
-            raise RunError(f"{path}: holds step {found.step}, not {step}: it was renamed; delete it")
-        return found
+        checkpoint = read_checkpoint(path, self.config)
+        if step not in (None, checkpoint.step):
+            raise RunError(f"{path}: holds step {checkpoint.step}, not {step}: it was renamed; delete it")
+        return checkpoint
 
     def restore(self, engine: Engine) -> tuple[int, float]:
         """Load the checkpoint into `engine` and return (steps done, training seconds); (0, 0) where there is none.
@@ -271,10 +271,10 @@ class Run:
                 raise RunError(f"{self.checkpoint_path}: {error}; delete it to train from the start") from error
             if not self.kept_path(step).exists():  # a kill may have come before it got that name
                 self._keep(step)
-        kept = [row for row in self.metrics() if row["step"] <= step] if saved else []
-        self._write_rows(kept)
+        rows = [row for row in self.metrics() if row["step"] <= step] if saved else []
+        self._write_rows(rows)
         if self.copies is not None:
-            self.copies.rows(kept)
+            self.copies.rows(rows)
         return step, seconds
 
 
@@ -314,8 +314,8 @@ def config_digest(config: RunConfig) -> str:
     weights, and the data's place.
     """
     settings = flattened(chosen(config))
-    kept = {name: value for name, value in settings.items() if not name.startswith(("seed", *FREE, "data."))}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    decisive = {name: value for name, value in settings.items() if not name.startswith(("seed", *FREE, "data."))}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def _drop_cut_line(path: Path) -> None:

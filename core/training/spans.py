@@ -22,14 +22,14 @@ def rooms(split: Split, config: RunConfig, world: int) -> tuple[tuple[int, int, 
 
     Nothing where no form of attention asks where documents begin.
     """
-    model, made = config.model, []
+    model, shapes = config.model, []
     asked = model.documents == "isolated" and model.mixes("attention")
     for seq in sorted(set(config.train.lengths)) if asked else ():
         of_step, most = config.train.rows_of(seq)
         counts = documents(split, seq, model.bos)
         sizes = {min(n, -(-of_step // world)) for n in halves(most)}
-        made += [(rows, seq, room(counts, rows)) for rows in sorted(sizes)]
-    return tuple(made)
+        shapes += [(rows, seq, room(counts, rows)) for rows in sorted(sizes)]
+    return tuple(shapes)
 
 
 def documents(split: Split, seq: int, bos: int) -> np.ndarray:
@@ -47,5 +47,5 @@ def room(counts: np.ndarray, rows: int) -> int:
     """
     top = counts.max()  # what any e^(t x) is measured by: nothing overflows
     means = np.log(np.mean(np.exp(RATES[:, None] * (counts - top)), axis=1)) + RATES * top
-    found = float(np.min((rows * means - math.log(RARE)) / RATES))
-    return -(-(math.ceil(found) - 1) // ROUND) * ROUND
+    bound = float(np.min((rows * means - math.log(RARE)) / RATES))
+    return -(-(math.ceil(bound) - 1) // ROUND) * ROUND

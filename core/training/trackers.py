@@ -3,19 +3,16 @@
 import importlib.util
 import json
 import os
+import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from core.config import ConfigError, RunConfig, to_json
-from core.files import FileError, new_file, own_folder, read_json
-from core.training.records import TEXT, Fields, Many, Number, RunError, check_value
+from core.files import own_folder
 
 Name = Literal["tensorboard", "wandb"]
-STATE = Fields({"id": TEXT, "step": Number("a step", -1, 2**53, whole=True), "names": Many(TEXT)}, {})
-"""What wandb.json holds."""
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
@@ -30,19 +27,17 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in FOLDER/tensorboard, written anew by every start, so that they hold each line once.
+    """Event files in FOLDER/tensorboard: scalars by their names, samples and settings as text.
 
-    Scalars by their names, samples as text, settings as text. TensorBoard's relative time is training time.
+    Every start writes all lines again and purges those of earlier starts from TensorBoard's view, so that it shows each
+    line once. TensorBoard's relative time is training time.
     """
 
     def __init__(self, folder: Path, name: str, group: str, config: RunConfig) -> None:
         from tensorboardX import SummaryWriter
 
-        where = folder / "tensorboard"
-        own_folder(where)
-        for old in where.glob("events.out.tfevents.*"):
-            old.unlink()
-        self._writer, self._began, self._seconds = SummaryWriter(str(where), flush_secs=10), time.time(), 0.0
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=0, flush_secs=10)
+        self._began, self._seconds = time.time(), 0.0
         settings = json.dumps(to_json(config), indent=1)
         about = f"{group}/{name}" if group else name
         self._writer.add_text("settings", f"{about}\n\n```json\n{settings}\n```", 0, self._began)
@@ -65,52 +60,36 @@ class TensorBoard:
 class WandB:
     """A run at Weights & Biases; WANDB_MODE=offline keeps it in FOLDER/wandb until `wandb sync`.
 
-    FOLDER/wandb.json remembers the run's id and the last line that was sent: a run that is resumed here goes on there,
-    and no line is sent twice. Project, entity and account are wandb's own business (WANDB_PROJECT, `wandb login`).
+    A start resumes the run by its id, which stands in the names of the folders in FOLDER/wandb. Project, entity and
+    account are wandb's own business (WANDB_PROJECT, `wandb login`).
     """
 
     def __init__(self, folder: Path, name: str, group: str, config: RunConfig) -> None:
         import wandb
 
-        own_folder(folder / "wandb")
-        self._state_path = folder / "wandb.json"
-        self._id, self._step, self._names = self._state()
+        earlier = sorted((folder / "wandb").glob("*run-*-*"))
         try:
             self._run = wandb.init(
-                project=os.environ.get("WANDB_PROJECT") or "skc-lab",
-                dir=str(folder), id=self._id, name=name, group=group or None, config=to_json(config), resume="allow",
+                project=os.environ.get("WANDB_PROJECT") or "skc-lab", dir=str(folder),
+                id=earlier[-1].name.rpartition("-")[2] if earlier else None,
+                name=name, group=group or None, config=to_json(config), resume="allow",
                 settings=wandb.Settings(silent=True, console="off", save_code=False),
             )  # fmt: skip
         except wandb.Error as error:
             raise ConfigError(
                 f"--track wandb: {' '.join(str(error).split())}; or set WANDB_MODE=offline, and send it by: wandb sync"
             ) from error
-
-    def _state(self) -> tuple[str, int, set[str]]:
-        if not self._state_path.exists():
-            return uuid.uuid4().hex[:12], -1, set()
-        try:
-            value = read_json(self._state_path)
-        except FileError as error:
-            raise ConfigError(f"{error}; delete it to begin a new W&B run") from error
-        try:
-            check_value(value, STATE, str(self._state_path))
-        except RunError as error:
-            raise ConfigError(f"{error}; or delete it to begin a new W&B run") from error
-        return value["id"], value["step"], set(value["names"])
+        for old in earlier:
+            if self._run.offline and old.name.startswith("offline-"):  # this start holds every line again
+                shutil.rmtree(old, ignore_errors=True)
+        self._first = self._run.step
 
     def row(self, step: int, values: dict[str, Any]) -> None:
-        """Send what was not sent by an earlier start: W&B takes no step again, and the same run gives the same."""
-        if step > self._step:
-            self._step, self._names = step, set()
-        new = {name: value for name, value in values.items() if name not in self._names}
-        if step < self._step or not new:
-            return
-        self._run.log(flat(new), step=step)
-        self._names |= new.keys()
-        state = {"id": self._id, "step": self._step, "names": sorted(self._names)}
-        with new_file(self._state_path, synced=False) as file:  # training waits: at worst a line is sent twice
-            file.write(json.dumps(state).encode())
+        """Send a line. W&B takes no step again: of a line at such a step only the run's summary gets the values."""
+        if step < self._first:
+            self._run.summary.update(flat(values))
+        else:
+            self._run.log(flat(values), step=step)
 
     def close(self) -> None:
         """Wait until all is written or sent."""
@@ -159,8 +138,8 @@ def check(names: Iterable[str]) -> None:
     for name in names:
         if name not in PACKAGES:
             raise ConfigError(f"--track {name}: expected {' or '.join(get_args(Name))}")
-        found = importlib.util.find_spec(PACKAGES[name])
-        if found is None or found.origin is None:  # a folder `wandb` that it once made here is no package
+        spec = importlib.util.find_spec(PACKAGES[name])
+        if spec is None or spec.origin is None:  # a folder `wandb` that it once made here is no package
             raise ConfigError(f"--track {name}: {PACKAGES[name]} is not installed; pip install -e '.[{name}]'")
 
 
@@ -170,28 +149,29 @@ def start(
     """Start trackers that write into `folder`; ConfigError where one cannot begin (see `check`, or no account)."""
     check(names := list(names))
     folder.mkdir(parents=True, exist_ok=True)
-    made: dict[str, Tracker] = {}
+    trackers: dict[str, Tracker] = {}
     try:
         for kind in names:
-            made[kind] = KINDS[kind](folder, name or folder.name, group, config)
+            own_folder(folder / kind)
+            trackers[kind] = KINDS[kind](folder, name or folder.name, group, config)
     except BaseException:
-        Copies(made, say).close()
+        Copies(trackers, say).close()
         raise
     for kind in names:
         say(f"what is recorded also goes to {kind} ({folder / kind})")
-    return Copies(made, say)
+    return Copies(trackers, say)
 
 
 def flat(values: dict[str, Any]) -> dict[str, float | str]:
     """Return what trackers show of a line: numbers, parts of an object under its name, samples as one text."""
-    made: dict[str, float | str] = {}
+    figures: dict[str, float | str] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            made |= {f"{name}/{part}": inner for part, inner in flat(value).items()}
+            figures |= {f"{name}/{part}": inner for part, inner in flat(value).items()}
         elif isinstance(value, bool) or value is None:
             continue
         elif isinstance(value, (int, float)):
-            made[name] = float(value)
+            figures[name] = float(value)
         elif isinstance(value, list) and value and all(isinstance(text, str) for text in value):
-            made[name] = "\n\n---\n\n".join(value)
-    return made
+            figures[name] = "\n\n---\n\n".join(value)
+    return figures

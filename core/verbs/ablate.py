@@ -17,10 +17,10 @@ from core.ablation.report.report import write_report
 from core.ablation.runner import run_all
 from core.ablation.search.search import Searched, load_optuna, run_search
 from core.ablation.stats.added_seeds import looked
-from core.ablation.stats.effects import Effect
+from core.ablation.stats.effects import VariantEffect
 from core.ablation.stats.findings import Findings, assess
-from core.ablation.stats.results import Outcome as Results
-from core.ablation.store import Place, Store
+from core.ablation.stats.results import Results
+from core.ablation.store import Place, RunStore
 from core.config import ConfigError, RunConfig
 from core.console import Console, one_line
 from core.data.bundled import open_data
@@ -117,7 +117,7 @@ class _Runs:
     """The runs of one `skc ablate`: where they are kept, how they are trained, and what is said when one ends."""
 
     def __init__(self, options: Ablate, plan: Ablation, say: Console) -> None:
-        self.store = Store(options.store)
+        self.store = RunStore(options.store)
         self._options, self._plan, self._say = options, plan, say
         self._texts = {name: identity(_fit(plan.config(name, plan.seeds[0]))) for name in plan.variants}
         self._code = code_version()
@@ -288,7 +288,7 @@ def _rows(tables: Findings) -> list[tuple[object, ...]]:
     return rows
 
 
-def _effect(effect: Effect) -> tuple[str, str]:
+def _effect(effect: VariantEffect) -> tuple[str, str]:
     """Return a difference with its interval, and the verdict."""
     test = effect.paired
     if test is None:

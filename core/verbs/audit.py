@@ -44,8 +44,7 @@ class Audit:
     batch: int | None = None
     """Windows per forward pass."""
     plugins: tuple[str, ...] | None = None
-    """What else has a part in the score: temperature, or package.module:Class (docs/legality.md); --plugins.NAME.field
-    gives a setting (temperature: prior)."""
+    """What else has a part in the score: temperature, or package.module:Class; docs/legality.md has their settings."""
     flips: int = 4
     """Tokens that the flip test changes."""
     seed: int = 0
@@ -86,19 +85,19 @@ def _audited(plan: Plan, context: Context) -> Outcome:
     report, data = plan.folder / "legality.md", plan.folder / "audit.json"
     for old in (report, data):  # whatever happens now, an earlier verdict is not this one's
         old.unlink(missing_ok=True)
-    found = audit(plan, context.say)
-    value = found.to_json()
-    replace_file(report, markdown(found).encode())
+    result = audit(plan, context.say)
+    value = result.to_json()
+    replace_file(report, markdown(result).encode())
     replace_file(data, (json.dumps(value, indent=1) + "\n").encode())
-    context.say(headline(found))
-    for one in found.findings:
-        _show(one, context)
-    broken = [f.rule for f in found.findings if f.verdict == "FAIL"]
-    fine = "no rule was found broken" if found.ok else "the evaluation did not come to its end"
+    context.say(headline(result))
+    for finding in result.findings:
+        _show(finding, context)
+    broken = [f.rule for f in result.findings if f.verdict == "FAIL"]
+    fine = "no rule was found broken" if result.ok else "the evaluation did not come to its end"
     context.say(f"broken: {', '.join(dict.fromkeys(broken))}" if broken else fine)
     for path in (report, data):
         context.say(f"wrote {path}")
-    return Outcome(found.ok, {**value, "files": [str(report), str(data)]})
+    return Outcome(result.ok, {**value, "files": [str(report), str(data)]})
 
 
 def _show(finding: Finding, context: Context) -> None:
@@ -115,10 +114,10 @@ def _plan(options: Audit) -> Plan:
     run = Run.open(path) if path.is_dir() else None
     artifact = run.artifact_path if run else path
     if not artifact.is_file():
-        made = (
+        cure = (
             f"train it to its end: skc train {run.config.preset} --out {path}" if run else "give a run or an artifact"
         )
-        raise RunError(f"{artifact}: no such artifact; {made}")
+        raise RunError(f"{artifact}: no such artifact; {cure}")
     subject = open_artifact(str(artifact), options.data)
     base = run.config if run else subject.config
     config = dataclasses.replace(

@@ -12,14 +12,16 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 from tyro.conf import FlagConversionOff, Suppress
 
+from core import presets
 from core.config import ConfigError, DataConfig, EvalConfig, ExportConfig, ModelConfig, RunConfig, TrainConfig, to_json
 from core.console import Console
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, batch, identity
+from core.data.tokenizer import Tokenizer
+from core.engine.optimizer_state import exported
 from core.engine.protocol import Arrays
 from core.engine.ranks import Ranks, check_same
 from core.export.artifact import read_artifact
-from core.model.params import exported
 from core.scoring.accounting import count_bytes
 from core.scoring.plugins import foreign
 from core.training.environment import code_version
@@ -69,6 +71,11 @@ class PresetOptions:
         """Return the options that stand for `config`."""
         return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)})
 
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Return the options that stand for preset `name`; ConfigError."""
+        return cls.of(presets.get(name).config)
+
     def config(self) -> RunConfig:
         """Return the run that the options describe."""
         return RunConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(RunConfig)})
@@ -113,14 +120,14 @@ def open_subject(path: str, data: str | None, step: int | None = None) -> Subjec
 
 def open_artifact(path: str, data: str | None) -> Subject:
     """Read an artifact; ArtifactError. `data` replaces the text it is judged on."""
-    found = read_artifact(path)
-    seq = found.provenance.get("train_seq")
+    artifact = read_artifact(path)
+    seq = artifact.provenance.get("train_seq")
     seq = seq if isinstance(seq, int) and 1 <= seq <= 65_536 else EvalConfig.seq
-    name = str(found.provenance.get("preset", "artifact"))
-    config = RunConfig(preset=name, model=found.model, train=TrainConfig(batch=1, seq=seq), eval=EvalConfig(seq=seq))
+    name = str(artifact.provenance.get("preset", "artifact"))
+    config = RunConfig(preset=name, model=artifact.model, train=TrainConfig(batch=1, seq=seq), eval=EvalConfig(seq=seq))
     if data is not None:
         config = dataclasses.replace(config, data=DataConfig(data))
-    return Subject(f"artifact {path}", config, found.weights, found.tokenizer_sha256, None, False)
+    return Subject(f"artifact {path}", config, artifact.weights, artifact.tokenizer_sha256, None, False)
 
 
 def judged(base: EvalConfig, options: Any, path: str) -> EvalConfig:
@@ -153,6 +160,23 @@ def open_named(path: str, config: RunConfig, data: str | None, train: bool = Tru
             "--data PATH, or start from the folder that it was trained from"
         )
     return open_data(config.data.path if data is None else data, train=train)
+
+
+def open_tokenizer(subject: Subject, path: str, data: str | None) -> Tokenizer:
+    """Return the tokenizer of a run or artifact: of `data`, its run folder, its own folder, or the data it names.
+
+    ConfigError or DataError where none of them is there and the model's own.
+    """
+    if data is None and subject.step is not None:
+        return Tokenizer.load(str(Run.open(path).tokenizer_path))
+    beside = os.path.join(os.path.dirname(path), "tokenizer.model")
+    if data is None and os.path.lexists(beside):
+        tokenizer = Tokenizer.load(beside)
+        if tokenizer.sha256 == subject.tokenizer_sha256:
+            return tokenizer
+    dataset = open_named(path, subject.config, data)
+    check_tokenizer(subject, dataset)
+    return dataset.tokenizer
 
 
 def check_tokenizer(subject: Subject, dataset: Dataset) -> None:

@@ -122,15 +122,15 @@ def prepare_text(options: Prepare, context: Context) -> Outcome:
 
 def adopt(options: Adopt, context: Context) -> Outcome:
     """Write the manifest that downloaded shards lack."""
-    made = adopt_shards(options.folder, options.tokenizer, name=options.name, progress=_stages(context))
-    return _told(made, options.folder, context)
+    manifest = adopt_shards(options.folder, options.tokenizer, name=options.name, progress=_stages(context))
+    return _told(manifest, options.folder, context)
 
 
 def fetch(options: Fineweb, context: Context) -> Outcome:
     """Download published shards."""
     source = fineweb.Hub(options.repo, options.revision) if options.source is None else fineweb.Folder(options.source)
     out = options.out or f"data/fineweb10B_{options.variant}"
-    made = fineweb.fetch_fineweb(
+    manifest = fineweb.fetch_fineweb(
         source,
         out,
         variant=options.variant,
@@ -138,10 +138,10 @@ def fetch(options: Fineweb, context: Context) -> Outcome:
         train_shards=options.train_shards,
         progress=_stages(context),
     )
-    outcome = _told(made, out, context)
-    for note in fineweb.notes(made):
+    outcome = _told(manifest, out, context)
+    for note in fineweb.notes(manifest):
         context.say(note)
-    return Outcome(True, outcome.value | {"made_from": made["made_from"]})
+    return Outcome(True, outcome.value | {"made_from": manifest["made_from"]})
 
 
 def _stages(context: Context) -> StageProgress:

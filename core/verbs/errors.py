@@ -43,7 +43,7 @@ def message(error: Exception) -> str:
         hint = f"; {NO_SPACE[error.errno]}, what was saved before is intact" if error.errno in NO_SPACE else ""
         return one_line(f"{where}{error.strerror}{hint}")
     if isinstance(error, MemoryError | RuntimeError):
-        from core.engine.memory import described
+        from core.engine.memory import memory_message
 
-        return described(error)
+        return memory_message(error)
     return one_line(error)

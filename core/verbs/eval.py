@@ -48,8 +48,7 @@ class Eval:
     batch: int | None = None
     """Windows per forward pass."""
     plugins: tuple[str, ...] | None = None
-    """What else has a part in the score: temperature, or package.module:Class (docs/legality.md); --plugins.NAME.field
-    gives a setting (temperature: prior)."""
+    """What else has a part in the score: temperature, or package.module:Class; docs/legality.md has their settings."""
     ledger: str | None = None
     """Keep the cost of every target in this file, and go on from it if an evaluation was killed."""
     step: int | None = None
@@ -106,8 +105,8 @@ def _evaluate(options: Eval, ranks: Ranks, context: Context) -> Outcome:
     ledger = None if options.ledger is None or ranks.rank else Path(options.ledger)
     rows, seq = config.eval.batch, config.eval.seq
     with enough_memory(config.model, rows, seq, f"--batch (now {rows:,} windows) or --seq", training=False):
-        found = final_score(engine, dataset, config, context.say, "scoring", ledger, plugins=True, keep=True)
-    context.say(describe(found))
+        score = final_score(engine, dataset, config, context.say, "scoring", ledger, plugins=True, keep=True)
+    context.say(describe(score))
     value = {"path": options.path, "step": subject.step, "backend": engine.backend, "data": dataset.path}
     value["quantise"] = subject.quantise
-    return Outcome(True, {**value, "score": found.to_json()})
+    return Outcome(True, {**value, "score": score.to_json()})

@@ -1,32 +1,57 @@
-"""Verb `skc info PRESET`: what a model consists of, in parameters, bytes, FLOPs and state."""
+"""Verb `skc info PRESET`, or of a run or an artifact: what a model consists of, and what its matrices get to read."""
 
+import dataclasses
+import os
 import re
 from dataclasses import dataclass
+from typing import Self
 
+from tyro.conf import Suppress
+
+from core import presets
 from core.audit.code import packed_code
 from core.config import RunConfig
 from core.data.bundled import open_data
 from core.export.budget import predicted_bytes, with_tables
 from core.model.params import (
     FLOP_RULE,
+    Share,
     bytes_by_storage,
     count,
     decoding_state,
     flops_per_token,
     param_table,
+    shares,
 )
-from core.verbs.common import Context, Outcome, PresetOptions, fit_tokens
+from core.verbs.common import Backend, Context, Outcome, PresetOptions, fit_tokens, open_subject
+from core.verbs.info_statistics import open_reader, statistics
 
 
 @dataclass(frozen=True)
 class Info(PresetOptions):
     """Options of `skc info`."""
 
+    path: Suppress[str | None] = None
+    """The run or artifact, if it is one and no preset."""
+    statistics: bool = False
+    """Of a run or artifact: second moments of what enters each matrix, from some training text (trace, largest and mean
+    diagonal of the sum of a a^T)."""
+    backend: Backend = "auto"
+    """What computes the statistics."""
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Return the options that stand for a preset, or for what a run or an artifact was trained with."""
+        if name in presets.PRESETS or not os.path.lexists(name):
+            return super().named(name)
+        return dataclasses.replace(cls.of(open_subject(name, None).config), path=name)
+
 
 def info(options: Info, context: Context) -> Outcome:
     """Show what a model consists of; not ok if it, or the code, does not fit the budget."""
     config, say = options.config(), context.say
-    if "--data.path" in options.given:
+    reader = open_reader(options.path, config, options.backend) if options.statistics else None  # what is wrong, first
+    if "--data.path" in options.given and options.path is None:
         config, changed = fit_tokens(config, open_data(config.data.path, train=False), options.given)
         for line in changed:
             say(line)
@@ -37,7 +62,12 @@ def info(options: Info, context: Context) -> Outcome:
     packed = packed_code()
     code = max(packed.values())
     fits, room = total <= export.budget, code <= export.code_bytes
+    parts = shares(model, config.train.seq)
     flops, state = flops_per_token(model, config.train.seq), decoding_state(model)
+    say()
+    say.table(
+        ("part", "parameters", "bytes", "FLOPs per token", "state", "per token"), [_row(*p) for p in parts.items()]
+    )
     say()
     say(f"parameters        {count(model):,}")
     for name, size in storage.items():
@@ -68,9 +98,17 @@ def info(options: Info, context: Context) -> Outcome:
         "flop_rule": FLOP_RULE,
         "state_per_token": state.per_token,
         "state_size": state.fixed,
+        "parts": {name: {**share._asdict(), "state": share.state._asdict()} for name, share in parts.items()},
         "table": {name: list(row.shape) for name, row in param_table(model).items()},
     }
+    if reader is not None:
+        value["statistics"] = statistics(reader, context)
     return Outcome(fits and room, value)
+
+
+def _row(part: str, share: Share) -> tuple[str | int, ...]:
+    """Return a part's share as a row of a table."""
+    return part, share.parameters, round(share.bytes), share.flops, *share.state
 
 
 def _grouped(config: RunConfig) -> list[tuple[str, str, int, int, str, str, str]]:

@@ -1,6 +1,5 @@
 """Verb `skc sample PATH`: a run or an artifact writes text."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,19 +7,9 @@ from tyro.conf import Positional
 
 from core.config import require
 from core.console import Console
-from core.data.tokenizer import Tokenizer
 from core.engine.protocol import load_engine
 from core.training.generate import Text, context_limit, read_as, write
-from core.training.run import Run
-from core.verbs.common import (
-    Backend,
-    Context,
-    Outcome,
-    Subject,
-    check_tokenizer,
-    open_named,
-    open_subject,
-)
+from core.verbs.common import Backend, Context, Outcome, open_subject, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,14 +45,7 @@ def write_text(options: Sample, context: Context) -> Outcome:
     require(options.n >= 1, f"n={options.n}: expected at least 1")
     require(options.prompt != (), "--prompt: expected a text; leave it out to begin a document")
     subject = open_subject(options.path, options.data, options.step)
-    if subject.step is not None and options.data is None:
-        tokenizer = Tokenizer.load(str(Run.open(options.path).tokenizer_path))
-    elif options.data is None and (beside := _tokenizer_beside(options.path, subject)) is not None:
-        tokenizer = beside
-    else:
-        dataset = open_named(options.path, subject.config, options.data)
-        check_tokenizer(subject, dataset)
-        tokenizer = dataset.tokenizer
+    tokenizer = open_tokenizer(subject, options.path, options.data)
     engine = load_engine(options.backend, subject.config, subject.weights, quantise=subject.quantise)
     choices = (options.tokens, options.temperature, options.top_k, options.seed, context_limit(subject.config))
     reads = {prompt: read_as(tokenizer, prompt) for prompt in options.prompt}
@@ -91,12 +73,3 @@ def _show(texts: list[Text], grown: Iterator[Text], say: Console) -> None:
                 break
             say("\n" if turn + 1 < len(texts) else "")
             turn, shown = turn + 1, ""
-
-
-def _tokenizer_beside(artifact: str, subject: Subject) -> Tokenizer | None:
-    """Return the tokenizer that lies in the folder of an artifact, if there is one and it is the artifact's."""
-    path = os.path.join(os.path.dirname(artifact), "tokenizer.model")
-    if not os.path.lexists(path):
-        return None
-    tokenizer = Tokenizer.load(path)
-    return tokenizer if tokenizer.sha256 == subject.tokenizer_sha256 else None

@@ -28,7 +28,7 @@ from core.scoring.score import check_plugins
 from core.training import trackers
 from core.training.environment import environment
 from core.training.finish import finish
-from core.training.loop import Summary, check_rows, done, train
+from core.training.loop import TrainingSummary, check_rows, done, train
 from core.training.pruning import start_weights
 from core.training.run import Follower, Run, config_digest
 from core.training.spans import rooms
@@ -101,11 +101,11 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
     same_start(ranks, config, dataset, dry_run=options.dry_run, dtype=options.dtype, out=out)
     choices = EngineOptions(dtype=options.dtype, spans=rooms(dataset.train, config, ranks.world))
     with contextlib.ExitStack() as stack:
-        run = found = None
+        run = end = None
         if not options.dry_run:
-            run, found = _begin(Path(out), config, dataset, options.again, ranks, stack)
-        if found is not None:
-            return _shown(Path(out), config, found, say)
+            run, end = _begin(Path(out), config, dataset, options.again, ranks, stack)
+        if end is not None:
+            return _shown(Path(out), config, end, say)
         engine = load_engine(backend, config, start_weights(config, dataset.train), choices, ranks=ranks)
         if run is None:
             return _forecast(engine, dataset, config, out, time.perf_counter() - began, say)
@@ -132,42 +132,42 @@ def _begin(
 
     What rank 0 finds wrong, before anything is trained, ends every rank.
     """
-    run, problem, found = Follower(out, config), None, None
+    run, problem, end = Follower(out, config), None, None
     if not ranks.rank:
         try:
             stack.enter_context(hold(out))
             run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
-            found = run.finished()
-            if found is not None and again:
+            end = run.finished()
+            if end is not None and again:
                 run.forget()
-                found = None
+                end = None
         except (ValueError, OSError) as error:
             if ranks.world == 1:
                 raise
             problem = error
-    words, found = agree(ranks, [problem and str(problem), found])
+    words, end = agree(ranks, [problem and str(problem), end])
     if words is not None:
         raise problem or ConfigError(words)
-    return run, found
+    return run, end
 
 
-def _shown(out: Path, config: RunConfig, found: dict[str, Any], say: Console) -> Outcome:
+def _shown(out: Path, config: RunConfig, end: dict[str, Any], say: Console) -> Outcome:
     """Say that a run has come to its end, and what that was."""
-    score, stored = found["final/score"], found["final/artifact"]
+    score, stored = end["final/score"], end["final/artifact"]
     spread = f" ± {score['error']:.4f}" if score["error"] else ""
-    say(f"{out}: already finished at step {found['step']}: {score['label']} {score['bpb']:.4f}{spread} bits per byte,")
+    say(f"{out}: already finished at step {end['step']}: {score['label']} {score['bpb']:.4f}{spread} bits per byte,")
     say(f"artifact {stored['bytes']:,} bytes; add --again to score it once more, or choose another --out")
     artifact = {"path": str(out / "artifact.skc"), **stored}
     value = {
-        "run": str(out), "step": found["step"], "score": score, "artifact": artifact, "files": found["files"],
-        "samples": found.get("samples", []), "seconds": found.get("clock/seconds", 0.0), "backend": found["backend"],
+        "run": str(out), "step": end["step"], "score": score, "artifact": artifact, "files": end["files"],
+        "samples": end.get("samples", []), "seconds": end.get("clock/seconds", 0.0), "backend": end["backend"],
         "parameters": count(config.model), "already": True,
     }  # fmt: skip
-    value |= {"plugins": found["final/plugins"]} if config.eval.plugins else {}
+    value |= {"plugins": end["final/plugins"]} if config.eval.plugins else {}
     return Outcome(stored.get("within", True), value)
 
 
-def _close_training(run: Run, dataset: Dataset, summary: Summary, say: Console) -> None:
+def _close_training(run: Run, dataset: Dataset, summary: TrainingSummary, say: Console) -> None:
     """Close the training text for good: what comes after training cannot read it (rule D2)."""
     closed = summary.seconds + time.perf_counter() - summary.ended
     dataset.train.close(f"training ended at {summary.seconds:.1f} s, and nothing reads its text after that")
@@ -186,7 +186,7 @@ def _forecast(engine: Engine, dataset: Dataset, config: RunConfig, out: str, bui
     if (Path(out) / "config.json").exists():
         say(f"{out} holds a run already: it is left as it is, and training would go on with it or refuse to")
     costs = probe(engine, dataset, config, say)
-    found = forecast(
+    plan = forecast(
         config,
         costs,
         machine=machine,
@@ -197,9 +197,9 @@ def _forecast(engine: Engine, dataset: Dataset, config: RunConfig, out: str, bui
         disk_free=_free(Path(out).absolute()),
         rule_seconds=SECONDS,
     )
-    _show(found, say)
-    value = {**found.to_json(), "parameters": count(config.model), "backend": engine.backend, "ranks": ranks.world}
-    return Outcome(*agree(ranks, [found.ok, value]))  # rank 0's disk decides for all
+    _show(plan, say)
+    value = {**plan.to_json(), "parameters": count(config.model), "backend": engine.backend, "ranks": ranks.world}
+    return Outcome(*agree(ranks, [plan.ok, value]))  # rank 0's disk decides for all
 
 
 def check_budget(config: RunConfig) -> None:
@@ -228,35 +228,35 @@ def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> 
         say(note)
 
 
-def _show(found: Forecast, say: Console) -> None:
+def _show(plan: Forecast, say: Console) -> None:
     """Print a plan as tables."""
-    each = found.seconds / found.steps
+    each = plan.seconds / plan.steps
     say()
-    say(f"steps     {found.steps:,} in {found.seconds:,.1f} s of training ({duration(found.seconds)})")
-    say(f"tokens    {found.tokens:,}, {found.epochs:.3g} epochs of the training text")
-    say(f"speed     {found.tokens / found.seconds:,.0f} tok/s, {1000 * each:,.1f} ms a step")
+    say(f"steps     {plan.steps:,} in {plan.seconds:,.1f} s of training ({duration(plan.seconds)})")
+    say(f"tokens    {plan.tokens:,}, {plan.epochs:.3g} epochs of the training text")
+    say(f"speed     {plan.tokens / plan.seconds:,.0f} tok/s, {1000 * each:,.1f} ms a step")
     say()
-    kinds = [(kind["name"], kind["steps"], f"{1000 * kind['seconds']:,.1f}") for kind in found.step_kinds]
+    kinds = [(kind["name"], kind["steps"], f"{1000 * kind['seconds']:,.1f}") for kind in plan.step_kinds]
     say.table(("kind of step", "steps", "ms each"), kinds)
     say()
     spans = [
         (p.name, f"{p.steps[0]:,} to {p.steps[1]:,}", f"{p.seconds[0]:,.1f} to {p.seconds[1]:,.1f}")
-        for p in found.phases
+        for p in plan.phases
     ]
     say.table(("phase", "steps", "seconds of training"), spans)
     say()
-    say.table(("beside training steps", "times", "seconds"), [(n, t, f"{took:,.2f}") for n, t, took in found.works])
-    say(f"all together {found.total:,.1f} s ({duration(found.total)}); start of Python, report and disk not counted")
+    say.table(("beside training steps", "times", "seconds"), [(n, t, f"{took:,.2f}") for n, t, took in plan.works])
+    say(f"all together {plan.total:,.1f} s ({duration(plan.total)}); start of Python, report and disk not counted")
     say()
     rows = []
-    for limit in found.limits:
+    for limit in plan.limits:
         digits = 1 if limit.unit == "s" else 0
         left = limit.limit - limit.value
         verdict = f"OVER by {-left:,.{digits}f}" if limit.over else f"{left:,.{digits}f} left"
         figures = (f"{side:,.{digits}f} {limit.unit}" for side in (limit.value, limit.limit))
         rows.append((limit.what, *figures, verdict, limit.note))
     say.table(("limit", "expected", "at most", "", ""), rows)
-    over = [limit.what for limit in found.limits if limit.over and limit.binding]
+    over = [limit.what for limit in plan.limits if limit.over and limit.binding]
     say(f"would exceed: {', '.join(over)}" if over else "exceeds no limit of the run")
 
 

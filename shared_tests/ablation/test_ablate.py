@@ -1,4 +1,4 @@
-"""`skc ablate` from the command line, with real training. Budget: 60 s."""
+"""`skc ablate` from the command line, with real training. Budget: 30 s."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from core.ablation.plan import read_plan
 from core.ablation.records import read_job
-from core.ablation.store import Store
+from core.ablation.store import RunStore
 from core.cli import main
 from core.training.environment import READERS, ROOT, code_version, reads
 from core.training.run import Run
@@ -106,7 +106,7 @@ def test_a_run_refuses_other_code_than_its_ablations(tmp_path: Path, capsys: pyt
 
     plan = tmp_path / "first.toml"
     plan.write_text(textwrap.dedent(PLAN))
-    store = Store(tmp_path / "store")
+    store = RunStore(tmp_path / "store")
     job = read_plan(plan).jobs()[0]
     place = store.place(job, "0" * 64, {"name": "x", "sha256": "y"})
     store.prepare(place, "0" * 64, {"name": "x", "sha256": "y"}, "test")

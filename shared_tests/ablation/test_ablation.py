@@ -20,7 +20,7 @@ from core.ablation.records import StoreError, read_job
 from core.ablation.runner import run_all
 from core.ablation.stats.findings import assess
 from core.ablation.stats.results import Start
-from core.ablation.store import Store
+from core.ablation.store import RunStore
 from core.cli import main
 from core.config import ConfigError, DataConfig
 from core.files import FileError
@@ -111,7 +111,7 @@ def test_the_code_version_follows_the_code(tmp_path: Path) -> None:
 def test_runs_go_side_by_side_and_a_failed_one_stops_nobody(tmp_path: Path) -> None:
     """Two at a time; seed 13 fails with its last line; a second start repeats nothing but the failed runs."""
     plan = read_plan(write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1, 13, 2]")))
-    store = Store(tmp_path / "store")
+    store = RunStore(tmp_path / "store")
     where = places(store, plan)
     shown = go(store, where)
     assert max(len(progress.running) for progress in shown) == 2
@@ -128,7 +128,7 @@ def test_runs_go_side_by_side_and_a_failed_one_stops_nobody(tmp_path: Path) -> N
 
 def test_a_result_says_what_it_was_measured_on(tmp_path: Path) -> None:
     """Targets, device and type; who ran beside it, counted and not as allowed; what was killed counts as allowed."""
-    plan, store = read_plan(write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1]"))), Store(tmp_path / "store")
+    plan, store = read_plan(write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1]"))), RunStore(tmp_path / "store")
     where = places(store, plan)
     go(store, where, parallel=4)
     run = Run.open(where[0].folder)
@@ -169,7 +169,7 @@ sys.exit(code)
 def test_a_damaged_run_stops_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Found when it ends, or later: it counts as failed with what is wrong, the others are done, the exit code is 1."""
     file = write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1, 2, 3]"))
-    plan, store = read_plan(file), Store(tmp_path / "store")
+    plan, store = read_plan(file), RunStore(tmp_path / "store")
     where = places(store, plan)
     damaging = (sys.executable, "-c", DAMAGING)
     shown = go(store, where, worker=damaging)
@@ -205,9 +205,9 @@ START = """
 import json, sys
 from pathlib import Path
 from core.ablation.plan import read_plan
-from core.ablation.store import Store
+from core.ablation.store import RunStore
 from shared_tests.support.ablation_runs import go, places
-store = Store(sys.argv[2])
+store = RunStore(sys.argv[2])
 go(store, places(store, read_plan(sys.argv[1])))
 """
 
@@ -220,7 +220,7 @@ def start(plan: Path, store: Path) -> subprocess.Popen:
 
 def test_kill_in_the_middle_of_eight_runs(tmp_path: Path) -> None:
     """kill -9 with two runs under way: the workers end too, and the next start takes every step that is left, once."""
-    path, store = write(tmp_path), Store(tmp_path / "store")
+    path, store = write(tmp_path), RunStore(tmp_path / "store")
     plan = read_plan(path)
     where = places(store, plan)
     first = start(path, store.path)
@@ -243,7 +243,7 @@ def test_kill_in_the_middle_of_eight_runs(tmp_path: Path) -> None:
 
 def test_two_processes_on_one_store(tmp_path: Path) -> None:
     """They share the runs: each is trained by one of them, and both end with all of them done."""
-    path, store = write(tmp_path), Store(tmp_path / "store")
+    path, store = write(tmp_path), RunStore(tmp_path / "store")
     both = [start(path, store.path) for _ in range(2)]
     assert [process.wait(timeout=300) for process in both] == [0, 0]
     where = places(store, read_plan(path))
@@ -254,21 +254,21 @@ def test_stores_of_two_machines_are_merged_by_copying_their_runs(tmp_path: Path)
     """Each trains half of the seeds; with both halves in one folder nothing is left to train."""
     plan = read_plan(write(tmp_path))
     for name in ("one", "two"):
-        store = Store(tmp_path / name)
+        store = RunStore(tmp_path / name)
         half = [place for place in places(store, plan) if (place.job.seed > 2) == (name == "two")]
         go(store, half, parallel=4)
     shutil.copytree(tmp_path / "two" / "runs", tmp_path / "one" / "runs", dirs_exist_ok=True)
-    store = Store(tmp_path / "one")
+    store = RunStore(tmp_path / "one")
     where = places(store, plan)
     assert [store.status(place)[0] for place in where] == ["done"] * 8
-    go(store, where)
-    assert taken(where) == [Counter(map(str, range(10)))] * 8, "a run was trained twice"
+    shown = go(store, where)
+    assert shown[-1].done == 8 and not any(progress.running for progress in shown), "a run was started again"
     assert [r.bpb is not None for r in store.outcome(plan, where).results] == [True] * 8
 
 
 def test_a_name_belongs_to_one_file(tmp_path: Path) -> None:
     """Two files of one name would overwrite each other's report."""
-    store, plan = Store(tmp_path / "store"), read_plan(write(tmp_path))
+    store, plan = RunStore(tmp_path / "store"), read_plan(write(tmp_path))
     for _ in range(2):
         store.check_name(plan)
         store.write_members(plan, places(store, plan))
@@ -278,7 +278,7 @@ def test_a_name_belongs_to_one_file(tmp_path: Path) -> None:
 
 def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     """A newer version's job, one that is none, a file in the way."""
-    plan, store = read_plan(write(tmp_path)), Store(tmp_path / "store")
+    plan, store = read_plan(write(tmp_path)), RunStore(tmp_path / "store")
     place = places(store, plan)[0]
     store.prepare(place, "code", DATA, "test")
     assert read_job(place.home).config == place.job.config
@@ -294,12 +294,12 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="job.json: not JSON"):
         read_job(place.home)
     with pytest.raises(StoreError, match="is a file"):
-        Store(job)
+        RunStore(job)
 
 
 def test_a_half_written_line_is_left_out(tmp_path: Path) -> None:
     """What a kill cut short is no result and no error; a damaged whole line of a finished run is named."""
-    plan, store = read_plan(write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1]"))), Store(tmp_path / "store")
+    plan, store = read_plan(write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1]"))), RunStore(tmp_path / "store")
     where = places(store, plan)
     go(store, where)
     metrics = where[0].folder / "metrics.jsonl"

@@ -13,12 +13,12 @@ from core.ablation.report.page import NARROW
 from core.ablation.report.pictures import learning
 from core.ablation.report.report import draw, write_report
 from core.ablation.stats.findings import assess
-from core.ablation.stats.results import Outcome
+from core.ablation.stats.results import Results
 from shared_tests.support.ablations import change, examples, outcome, unfinished
 from shared_tests.support.report_page import EVIL, Page, inside, offline
 
 
-def written(made: Outcome, folder: Path) -> tuple[Page, str, list[Path]]:
+def written(made: Results, folder: Path) -> tuple[Page, str, list[Path]]:
     """Return (page, its text, files) of a report."""
     files = write_report(made, folder)
     text = files[0].read_text(encoding="utf-8")

@@ -12,11 +12,11 @@ from core.ablation import folders
 from core.ablation.plan import Ablation, read_plan
 from core.ablation.records import StoreError
 from core.ablation.report import live_table
-from core.ablation.runner import Progress, run_all
+from core.ablation.runner import RunnerProgress, run_all
 from core.ablation.stats.added_seeds import looked
 from core.ablation.stats.findings import assess
 from core.ablation.stats.results import Start
-from core.ablation.store import Place, Store
+from core.ablation.store import Place, RunStore
 from core.cli import main
 from core.console import Console
 from core.files import FileError
@@ -29,9 +29,9 @@ from shared_tests.support.killed import small_data
 SCORE = whole_score(1.9)
 
 
-def done(tmp_path: Path) -> tuple[Ablation, Store, list[Place]]:
+def done(tmp_path: Path) -> tuple[Ablation, RunStore, list[Place]]:
     """Return a plan of two runs that are in the store, finished."""
-    plan, store = read_plan(write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1]"))), Store(tmp_path / "store")
+    plan, store = read_plan(write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1]"))), RunStore(tmp_path / "store")
     where = places(store, plan)
     for place in where:
         store.prepare(place, "code", DATA, "test")
@@ -64,7 +64,7 @@ def test_two_processes_that_start_together_write_one_list(tmp_path: Path) -> Non
 
 def test_whoever_only_looks_makes_no_run_look_busy(tmp_path: Path) -> None:
     """Two looks at once both see a failed run as failed: else it was counted as neither, and the exit code was 0."""
-    plan, store = read_plan(write(tmp_path)), Store(tmp_path / "store")
+    plan, store = read_plan(write(tmp_path)), RunStore(tmp_path / "store")
     place = places(store, plan)[0]
     with store.held(place) as held:
         assert held is not None and store.status(place)[0] == "running"
@@ -86,7 +86,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
     def none(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    store = Store(tmp_path / "store")
+    store = RunStore(tmp_path / "store")
     place = places(store, read_plan(write(tmp_path)))[0]
     monkeypatch.setattr(fcntl, "flock", none)
     with pytest.raises(FileError, match="lock: Operation not supported.*another disk"), store.held(place):
@@ -117,7 +117,7 @@ def test_odd_files_of_one_run_stop_no_other(tmp_path: Path) -> None:
 
 def test_a_killed_worker_is_said_to_be_killed(tmp_path: Path) -> None:
     """The last line of a run that was killed is about its progress, not about why it ended."""
-    store = Store(tmp_path / "store")
+    store = RunStore(tmp_path / "store")
     place = places(store, read_plan(write(tmp_path)))[0]
     dying = "import os; print('step 40 of 250', flush=True); os.kill(os.getpid(), 9)"
     run_all(
@@ -130,7 +130,7 @@ def test_a_killed_worker_is_said_to_be_killed(tmp_path: Path) -> None:
 
 def test_a_moved_file_keeps_its_name(tmp_path: Path) -> None:
     """A file that was moved, or is called by another path, is the same ablation; one beside it is not."""
-    path, store = write(tmp_path), Store(tmp_path / "store")
+    path, store = write(tmp_path), RunStore(tmp_path / "store")
     store.write_members(read_plan(path), [])
     (tmp_path / "link").symlink_to(tmp_path)
     store.check_name(read_plan(tmp_path / "link" / "plan.toml"))
@@ -178,13 +178,13 @@ def test_the_live_table_reads_the_end_only(tmp_path: Path, monkeypatch: pytest.M
 def test_waiting_for_another_process_is_said() -> None:
     """Runs that are neither here nor done are those of another process, for which this one waits."""
     shown = live_table.Live(Console(), 1)
-    assert shown._head(Progress((), 1, 1, 5), {}) == "1 of 5 runs done, 1 failed, 3 under way in another process"
-    assert shown._head(Progress((), 4, 1, 5), {}) == "4 of 5 runs done, 1 failed"
+    assert shown._head(RunnerProgress((), 1, 1, 5), {}) == "1 of 5 runs done, 1 failed, 3 under way in another process"
+    assert shown._head(RunnerProgress((), 4, 1, 5), {}) == "4 of 5 runs done, 1 failed"
 
 
 def test_seeds_that_came_after_a_report_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More seeds after a look are not a number fixed beforehand; a new variant, or other settings, are."""
-    plan, store = read_plan(write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1, 2]"))), Store(tmp_path / "store")
+    plan, store = read_plan(write(tmp_path, PLAN.replace("[1, 2, 3, 4]", "[1, 2]"))), RunStore(tmp_path / "store")
     where, folder = places(store, plan), tmp_path
     assert looked(folder, where[:2]) == () == looked(folder, where), "no run is finished: there was nothing to see"
     monkeypatch.setattr("core.ablation.stats.added_seeds.finished", lambda _: True)

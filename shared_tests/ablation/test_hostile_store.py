@@ -11,11 +11,11 @@ import pytest
 
 from core.ablation.plan import read_plan
 from core.ablation.runner import run_all
-from core.ablation.store import Store
+from core.ablation.store import RunStore
 from core.data.dataset import identity, open_dataset
 from core.training.environment import code_version
 from shared_tests.support.ablation_runs import WORKER
-from shared_tests.support.hostile import KINDS, Ran, Server, contents, copied, drawn, judge, plant
+from shared_tests.support.hostile import KINDS, Ran, Server, contents, copied, drawn, judge, plant, played
 from shared_tests.support.killed import small_data
 
 PLAN = """
@@ -46,7 +46,7 @@ class Made:
         self.whole = folder / "whole"
         self.whole.mkdir()
         (self.whole / "parts.toml").write_text(textwrap.dedent(PLAN))
-        plan, store = read_plan(self.whole / "parts.toml"), Store(self.whole / "store")
+        plan, store = read_plan(self.whole / "parts.toml"), RunStore(self.whole / "store")
         code, data = code_version(), identity(open_dataset(self.data))
         places = [store.place(job, code, data) for job in plan.jobs()]
         run_all(
@@ -90,17 +90,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     found.server.close()
 
 
-def check(made: Made, cases: list[tuple[str, str]]) -> None:
-    """Try cases; all that fail are named."""
-    wrong = []
-    for case in cases:
-        try:
-            made.attempt(*case)
-        except AssertionError as error:
-            wrong.append(f"{case}: {error}")
-    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
-
-
 def trains(case: tuple[str, str]) -> bool:
     """Whether a run may be trained again: what it was finished by is gone, which takes seconds."""
     return "/run/" in case[0] and not case[0].endswith("env.json")
@@ -108,7 +97,7 @@ def trains(case: tuple[str, str]) -> bool:
 
 def test_odd_files_in_a_store(made: Made) -> None:
     """A few cases of all, always the same ones."""
-    check(made, drawn([case for case in made.cases() if not trains(case)], 8, "store"))
+    played(drawn([case for case in made.cases() if not trains(case)], 8, "store"), made.attempt)
 
 
 def test_a_link_in_the_place_of_a_folder(made: Made) -> None:
@@ -126,4 +115,4 @@ def test_a_link_in_the_place_of_a_folder(made: Made) -> None:
 def test_every_odd_file_in_a_store(made: Made) -> None:
     """Every file and every kind; of those that train a run again, some."""
     cases = made.cases()
-    check(made, [case for case in cases if not trains(case)] + drawn([c for c in cases if trains(c)], 30, "trained"))
+    played([c for c in cases if not trains(c)] + drawn([c for c in cases if trains(c)], 30, "trained"), made.attempt)

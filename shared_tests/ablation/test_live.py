@@ -19,9 +19,9 @@ import pytest
 from core.ablation.plan import read_plan
 from core.ablation.report import live_table
 from core.ablation.report.live_table import Live
-from core.ablation.runner import Progress
+from core.ablation.runner import RunnerProgress
 from core.ablation.stats.results import Result
-from core.ablation.store import Place, Store
+from core.ablation.store import Place, RunStore
 from core.console import Console
 from core.training.run import Run
 from shared_tests.support.ablation_runs import PLAN, places, write
@@ -158,7 +158,7 @@ class Watched:
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch, parallel: int, plan: str = PLAN) -> None:
         self.clock = Clock()
         patch.setattr(live_table, "time", self.clock)
-        self.store = Store(folder / "store")
+        self.store = RunStore(folder / "store")
         self.plan = read_plan(write(folder, plan))
         self.places = places(self.store, self.plan)
         self.said = io.StringIO()
@@ -176,7 +176,7 @@ class Watched:
         """Return the time left: after those done, so many run, the rest wait."""
         ended = done + failed
         under_way, waiting = self.places[ended : ended + running], self.places[ended + running :]
-        progress = Progress(tuple(under_way), done, failed, len(self.places), tuple(waiting))
+        progress = RunnerProgress(tuple(under_way), done, failed, len(self.places), tuple(waiting))
         seen = {place.key: self.live._look(place, self.clock.now) for place in under_way}
         return self.live.left(progress, seen)
 
@@ -253,7 +253,7 @@ def test_time_left_with_a_budget_of_seconds_and_off_a_terminal(tmp_path: Path, m
     made.live.started(first)
     made.clock.now += 30
     made.log(first, 7, 20.0)
-    progress = Progress((first,), 0, 0, 2, (second,))
+    progress = RunnerProgress((first,), 0, 0, 2, (second,))
     made.live(progress)
     assert made.said.getvalue() == "0 of 2 runs done, about 3m10s left: plain 1 cuda 7 2.5000 1m20s\n"
     made.clock.now += 9

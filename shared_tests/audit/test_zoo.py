@@ -104,7 +104,7 @@ CHEATS = {
 """Plug-in -> backend, and what breaks with the words that say so: these rules and no other."""
 
 
-@pytest.mark.parametrize("name", map(whole, CHEATS))
+@pytest.mark.parametrize("name", [whole(name) for name in CHEATS])
 def test_a_cheat_fails_by_its_rule(audit: Audit, name: str) -> None:
     backend, broken = CHEATS[name]
     seen = audit(*named(name), backend=backend)
@@ -122,7 +122,7 @@ FILES = {
 """Cheats by files and processes, as above."""
 
 
-@pytest.mark.parametrize("name", map(whole, FILES))
+@pytest.mark.parametrize("name", [whole(name) for name in FILES])
 def test_what_is_read_past_the_opener_is_named(
     audit: Audit, place: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -190,7 +190,7 @@ HONEST = {
 """Others are in test_zoo_predictions.py."""
 
 
-@pytest.mark.parametrize("name", map(whole, HONEST))
+@pytest.mark.parametrize("name", [whole(name) for name in HONEST])
 def test_an_honest_near_miss_breaks_nothing(audit: Audit, name: str) -> None:
     seen = audit(*HONEST[name])
     assert not seen.failed and seen.value["error"] is None

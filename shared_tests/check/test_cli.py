@@ -1,4 +1,4 @@
-"""Every verb on `debug`, and one line with exit code 2 for wrong input. Budget: 60 s."""
+"""Every verb on `debug`, and one line with exit code 2 for wrong input. Budget: 40 s."""
 
 import dataclasses
 import json
@@ -98,6 +98,7 @@ def test_info_says_by_how_much_a_model_is_over(capsys: Capture) -> None:
     value = call(capsys, "info", "debug", "--model.layers", "1", "--model.head.bias", "False")
     smaller = changed(presets.get("debug").config.model, {"layers": 1, "head.bias": False})
     assert value["parameters"] == count(smaller)
+    assert sum(part["flops"] for part in value["parts"].values()) == value["flops_per_token"]
 
 
 def test_train_leaves_a_whole_run_folder(trained: Path, capsys: Capture) -> None:

@@ -16,7 +16,7 @@ from core.compare.curves import FEW, CommonWindows, Curve, CurveError, CurveGap,
 from core.compare.pair import _same_batches, rounding, words
 from core.compare.runs import compare, write_comparison
 from core.training.run import Run, RunError
-from shared_tests.check.test_cli import SHORT, call
+from shared_tests.support.command_line import SHORT, call
 
 SMALL = (
     *SHORT,

@@ -88,8 +88,8 @@ def test_the_size_is_bounded(tmp_path: Path) -> None:
 def test_other_encodings_are_named(encoding: str) -> None:
     """Text in another encoding than UTF-8 is refused by name; a byte order mark of UTF-8 is dropped."""
     with pytest.raises(FileError, match="UTF-16|UTF-32|not UTF-8"):
-        files.decode("text", "né".encode(encoding))
-    assert files.decode("text", "né".encode("utf-8-sig")) == "né"
+        files.decode_text("text", "né".encode(encoding))
+    assert files.decode_text("text", "né".encode("utf-8-sig")) == "né"
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, '{"a": NaN}', "{", ""])

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,94 @@ def test_no_test_imports_a_test() -> None:
 
 TEST = re.compile(r"shared_tests\.(?:\w+\.)*test_\w+(?:\.\w+)*")
 """The name of a test file, or of something in it."""
+
+
+def room(name: str) -> str:
+    """Return the room of a module of core: the folder or file right inside core."""
+    return ".".join(name.split(".")[:2])
+
+
+def loaded(path: Path) -> set[str]:
+    """Return what a file imports when it runs: as `imports`, and by import_module, but for types alone."""
+    tree, names = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    return names
+
+
+def arrows() -> dict[str, set[str]]:
+    """Return module -> the modules of ours that it imports, of core and backends; a package is its __init__.py."""
+    names = {}
+    for folder in ("core", "backends"):
+        for path in (ROOT / folder).rglob("*.py"):
+            names[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")] = path
+    return {name: (loaded(path) & names.keys()) - {name} for name, path in names.items()}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the names of a circle of arrows; none if there is no circle."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return path[path.index(name) :]
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                if members := walk(other, [*path, name]):
+                    return members
+            done.add(name)
+        return []
+
+    return next(filter(None, (walk(name, []) for name in sorted(graph))), [])
+
+
+def test_rooms_of_core_form_no_circle() -> None:
+    rooms: dict[str, set[str]] = {}
+    for name, others in arrows().items():
+        if name.startswith("core."):
+            there = {room(other) for other in others if other.startswith("core.")}
+            rooms[room(name)] = rooms.get(room(name), set()) | there - {room(name)}
+    assert not circle(rooms), " -> ".join(circle(rooms))
+    assert circle(rooms | {"core.checks": {"core.verbs"}}), "a planted circle was not found"
+
+
+def test_modules_form_no_circle() -> None:
+    assert not circle(arrows()), " -> ".join(circle(arrows()))
+
+
+def test_no_arrow_leads_to_the_tests_and_the_wheel_ships_none() -> None:
+    """The tests stay in the checkout: scripts/gpu_check, which needs them, runs from there."""
+    for path in [p for folder in ("core", "backends") for p in (ROOT / folder).rglob("*.py")]:
+        assert not {name for name in imports(path) if name.split(".")[0] == "shared_tests"}, path
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["packages"]["find"]["include"] == ["core*", "backends*"]
+    assert "sys.path.insert(0, str(Path(__file__).resolve().parent.parent))" in (ROOT / "scripts/gpu_check").read_text()
+
+
+TWICE = {
+    "Context", "Outcome", "Sample", "State", "Store", "alone", "as_toml", "below", "changed",
+    "choose", "closest", "described", "draw", "flat", "meant", "read", "sample", "spelled",
+    "table", "to_json",
+}  # fmt: skip
+"""Public names that core still has more than once: each is to get its room in its name, none may join them."""
+
+
+def test_core_has_a_public_name_once() -> None:
+    places: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "core").rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    twice = {name: where for name, where in places.items() if len(where) > 1 and name != "main"}
+    assert not twice.keys() - TWICE, {name: twice[name] for name in twice.keys() - TWICE}
 
 
 DOORS = {

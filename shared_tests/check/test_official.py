@@ -1,4 +1,4 @@
-"""Checkpoints of the official scripts, imported by `skc import-official`: losses theirs, nothing else's. Budget: 40 s.
+"""Checkpoints of the official scripts, imported by `skc import-official`: losses theirs, nothing else's. Budget: 20 s.
 
 The losses in golden/official_losses.json are those of the official GPT classes (scripts/official_losses, which has the
 weights' recipe too); the files are made here, as the official scripts make them.

@@ -103,13 +103,11 @@ def array_file(array: np.ndarray) -> bytes:
 DAMAGE = {
     "no manifest.json": lambda f: (f / "manifest.json").unlink(),
     "manifest.json: not JSON": lambda f: replace(f / "manifest.json", "{", "{{"),
-    "manifest.json: schema: expected 1, got 2": lambda f: replace(f / "manifest.json", '"schema": 1', '"schema": 2'),
-    "manifest.json: tokenizer.sha256: expected text, got 5": lambda f: replace(
+    "manifest.json: schema: 2, expected 1": lambda f: replace(f / "manifest.json", '"schema": 1', '"schema": 2'),
+    "manifest.json: tokenizer: sha256: 5, expected a text": lambda f: replace(
         f / "manifest.json", f'"sha256": "{TOKENIZER.sha256}",\n  "vocab"', '"sha256": 5,\n  "vocab"'
     ),
-    "manifest.json: splits.val: expected an object, got nothing": lambda f: replace(
-        f / "manifest.json", '"val": {', '"vol": {'
-    ),
+    "manifest.json: splits: val: missing": lambda f: replace(f / "manifest.json", '"val": {', '"vol": {'),
     "val_000000.bin: missing": lambda f: (f / "val_000000.bin").unlink(),
     "val_000000.bin: count: 3 tokens, the manifest says 40433": lambda f: write_shard(
         str(f / "val_000000.bin"), np.array([1, 2, 3])

@@ -3,6 +3,7 @@
 All kinds for all files and verbs take some minutes: `scripts/test --long`; here a fixed draw of them.
 """
 
+import functools
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from core.data.dataset import open_dataset
-from shared_tests.support.hostile import KINDS, Server, contents, drawn, judge, plant
+from shared_tests.support.hostile import KINDS, Server, contents, drawn, judge, plant, played
 from shared_tests.support.killed import small_data
 
 SHORT = ("--train.steps", "2", "--train.eval-every", "None", "--train.sample-every", "None", "--backend", "cuda")
@@ -100,33 +101,23 @@ def play(place: Place, verb: str, file: str, kind: str) -> int:
         plant(kind, data / file, strangers)
     theirs = contents(strangers)
     ran = place.server.run(place.command(verb), place.folder)
-    try:
-        judge(ran)
-        assert contents(strangers) == theirs, "a file that is none of the data was changed"
-        if ran.code == 0 and verb != "adopt":
-            if verb in NEEDED and file in NEEDED[verb]:
-                assert kind in HARMLESS or (data / file).read_bytes() == (place.base / file).read_bytes()
-            if verb in ("prepare", "again", "part"):
-                open_dataset(str(data)).val.verify()
-                open_dataset(str(data)).train.verify()
-    except AssertionError as error:
-        raise AssertionError(f"{verb}, {file}, {kind}: {error}") from None
+    judge(ran)
+    assert contents(strangers) == theirs, "a file that is none of the data was changed"
+    if ran.code == 0 and verb != "adopt":
+        if verb in NEEDED and file in NEEDED[verb]:
+            assert kind in HARMLESS or (data / file).read_bytes() == (place.base / file).read_bytes()
+        if verb in ("prepare", "again", "part"):
+            open_dataset(str(data)).val.verify()
+            open_dataset(str(data)).train.verify()
     return ran.code
 
 
 def test_a_draw_of_all_cases(place: Place) -> None:
-    codes = [play(place, *case) for case in drawn(CASES, 30, "hostile/data")]
+    codes = played(drawn(CASES, 30, "hostile/data"), functools.partial(play, place))
     assert {0, 2} == set(codes) and codes.count(2) > 10, "a draw without refusals, or with nothing else, proves little"
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_case(place: Place, verb: str) -> None:
-    failed = []
-    for case in CASES:
-        if case[0] == verb:
-            try:
-                play(place, *case)
-            except AssertionError as error:
-                failed.append(str(error))
-    assert not failed, "\n".join(failed)
+    played([case for case in CASES if case[0] == verb], functools.partial(play, place))

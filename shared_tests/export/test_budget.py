@@ -1,4 +1,4 @@
-"""`skc info`'s prediction of an artifact's bytes against artifacts of weights that are Gaussian. Budget: 40 s.
+"""`skc info`'s prediction of an artifact's bytes against artifacts of weights that are Gaussian. Budget: 15 s.
 
 docs/log.md holds it against trained weights.
 """

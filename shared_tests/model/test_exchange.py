@@ -8,8 +8,8 @@ import pytest
 
 from core.check.tolerances import P5_BPB
 from core.config import RunConfig, changed
+from core.engine.optimizer_state import averaged
 from core.engine.protocol import Engine
-from core.model.params import averaged
 from core.model.storage import STORAGES, Storage
 from core.scoring.accounting import bits_per_byte
 from core.training import schedule

@@ -18,12 +18,11 @@ from shared_tests.support.harness import (
     EVERYTHING,
     HYBRID,
     OPPOSITE,
-    engine,
     mini,
     minis,
+    reader,
     to_numpy,
     tokens,
-    working_weights,
 )
 
 pytestmark = pytest.mark.pair
@@ -46,7 +45,7 @@ def made(name: str, backend: str, **options: Any) -> tuple[Engine, np.ndarray]:
     rows = tokens("incremental", 3, SEQ, config.model.vocab, config.model.bos)
     rows[1, [7, 8, 9, 15, 16, 31]] = config.model.bos
     rows[2] = np.where(rows[2] == config.model.bos, 5, rows[2])  # one document, longer than any window
-    return engine(backend, config, working_weights(config.model, 1.0), **{"dtype": "float64", **options}), rows
+    return reader(backend, config, 1.0, **{"dtype": "float64", **options}), rows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,4 @@
-"""P2: logits and gradients of every preset's mini, backend against backend and against the oracle. Budget: 150 s.
+"""P2: logits and gradients of every preset's mini, backend against backend and against the oracle. Budget: 60 s.
 
 Two cases compile (one per backend): about a minute each on a cold machine.
 """
@@ -29,6 +29,7 @@ from shared_tests.support.harness import (
     mini,
     minis,
     module,
+    reader,
     shortened,
     tokens,
     working_weights,
@@ -59,7 +60,7 @@ def test_logits_equal_the_oracle(name: str, backend: str) -> None:
     config = mini(name)
     weights = working_weights(config.model, 1.0)
     tokens = batches(config, 1)[0].tokens
-    got = engine(backend, config, weights, dtype="float64").logits(tokens)
+    got = reader(backend, config, 1.0, dtype="float64").logits(tokens)
     used = stored_weights(config.model, weights) if config.train.quantise == "always" else weights
     assert relative_rms(got, oracle.model(config.model, used, tokens)) <= P2_FLOAT64
 
@@ -224,7 +225,7 @@ def test_rows_do_not_depend_on_their_neighbours(backend: str, name: str) -> None
     from core.check.tolerances import CAUSAL
 
     config = mini(name)
-    made = engine(backend, config, working_weights(config.model, 1.0), dtype="float64")
+    made = reader(backend, config, 1.0, dtype="float64")
     batch = Batch(*batches(config, 1)[0])
     together = made.logits(batch.tokens)
     for row in range(len(batch.tokens)):
@@ -232,19 +233,18 @@ def test_rows_do_not_depend_on_their_neighbours(backend: str, name: str) -> None
         assert np.abs(alone[0] - together[row]).max() <= CAUSAL
 
 
+@pytest.mark.parametrize("name", [OPPOSITE, pytest.param(EVERYTHING, marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_torch_compile_sees_the_step_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_compile_sees_the_step_as_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph break would send the step back to Python on a GPU; nothing is compiled here."""
     import torch
 
-    config = mini(EVERYTHING)
+    config = mini(name)
     model = dataclasses.replace(config.model, repeat_layers=config.model.repeat_layers[:1])
     train = dataclasses.replace(config.train, batch=2, seq=12)
     config = dataclasses.replace(config, model=model, train=train)
     monkeypatch.setattr(module("cuda", "scan"), "CHUNK", 8)  # two chunks: every branch, in a third of the operations
     made: Any = engine("cuda", config, working_weights(config.model, 1.0), dtype="float32")
-    batch = batches(config, 1)[0]
-    tokens, targets = made._move(batch.tokens), made._move(batch.targets)
-    weights, tables = made._trained(made._params, False), made._constants(batch.tokens.shape[1])
-    found = torch._dynamo.explain(made._losses)(weights, tokens, targets, tables, True)
+    objective, arguments = made.trace(batches(config, 1)[0])
+    found = torch._dynamo.explain(objective)(*arguments)
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons

@@ -11,7 +11,8 @@ import pytest
 
 from core.check.tolerances import P2_FLOAT32, P2_FLOAT64, relative_rms
 from core.config import ModelConfig, RunConfig, changed
-from core.model.params import exported, param_table
+from core.engine.optimizer_state import exported
+from core.model.params import param_table
 from core.model.storage import LARGEST, SCALE_FLOOR, STORAGES, Storage, decode, group_counts, group_size, storage_class
 from core.training import schedule
 from shared_tests import oracle

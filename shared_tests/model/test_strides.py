@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.model.params import averaged
+from core.engine.optimizer_state import averaged
 from core.training import schedule
 from shared_tests.support.harness import BACKENDS, batches, engine, mini, minis, module, shortened, to_device
 

@@ -74,9 +74,9 @@ def test_launches_do_not_grow_with_depth(name: str) -> None:
 def test_launches_that_grow_with_depth_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bank for every parameter is what there was."""
 
-    def apart(model: ModelConfig, owner: dict[str, int]) -> list[params.Bank]:
+    def apart(model: ModelConfig, owner: dict[str, int]) -> list[params.ParamBank]:
         rows = params.param_table(model).items()
-        return [params.Bank(r.group, r.storage, r.group != "vector", (name,), (r.shape,)) for name, r in rows]
+        return [params.ParamBank(r.group, r.storage, r.group != "vector", (name,), (r.shape,)) for name, r in rows]
 
     monkeypatch.setattr(module("cuda", "engine"), "banks", apart)
     once, thrice = (launches(deeper(mini("baseline"), times)) for times in (1, 3))

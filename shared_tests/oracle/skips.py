@@ -4,7 +4,8 @@ from core.config import ModelConfig
 from core.model.trunk import Stage
 from shared_tests.oracle import Stream, Text, Weights
 
-EXAMPLE = {"skips.on": True}
+EXAMPLE = {"layers": 5, "skips.on": True}
+"""Two skips: with one, first in would be last in."""
 
 
 def skips(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, text: Text) -> Stream:

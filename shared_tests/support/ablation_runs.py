@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.ablation.plan import Ablation
-from core.ablation.runner import Progress, run_all
-from core.ablation.store import Place, Store
+from core.ablation.runner import RunnerProgress, run_all
+from core.ablation.store import Place, RunStore
 
 WORKER = (sys.executable, "-m", "shared_tests.support.ablation_worker")
 
@@ -36,14 +36,14 @@ def write(folder: Path, text: str = PLAN, name: str = "plan.toml") -> Path:
     return path
 
 
-def places(store: Store, plan: Ablation, code: str = "code") -> list[Place]:
+def places(store: RunStore, plan: Ablation, code: str = "code") -> list[Place]:
     """Return where the runs of a plan are kept."""
     return [store.place(job, code, DATA) for job in plan.jobs()]
 
 
-def go(store: Store, where: list[Place], parallel: int = 2, worker: Sequence[str] = WORKER) -> list[Progress]:
+def go(store: RunStore, where: list[Place], parallel: int = 2, worker: Sequence[str] = WORKER) -> list[RunnerProgress]:
     """Run the stand-in worker on all places and return what was shown."""
-    shown: list[Progress] = []
+    shown: list[RunnerProgress] = []
     run_all(
         store, where, parallel=parallel, threads=1, worker=worker, shown=shown.append,
         started=lambda place: store.prepare(place, "code", DATA, "test"),

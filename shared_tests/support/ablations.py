@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from core.ablation.plan import read_plan
-from core.ablation.stats.results import Outcome, Point, Result
+from core.ablation.stats.results import Point, Result, Results
 
 LAYERS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
 
@@ -14,7 +14,7 @@ def outcome(
     folder: Path, effects: dict[str, float], seeds: int = 3, noise: float = 0.004, budget: str = "steps = 250",
     backends: str = '["mlx"]', val: bool = True, speed: dict[str, float] | None = None,
     size: dict[str, int] | None = None, purpose: str = "Which part of the model helps?",
-) -> Outcome:  # fmt: skip
+) -> Results:  # fmt: skip
     """Return a finished ablation: variant -> true difference to the first, whose effect is 0.
 
     Scores are 1.9 + effect + 0.02 * (what the seed does to all) + `noise` * (what it does to one), from fixed draws.
@@ -43,7 +43,7 @@ def outcome(
                 _curve(bpb, rate, val, job.seed), (f"It was {job.variant} & <b>she</b> said so.",),
             )
         )  # fmt: skip
-    return Outcome(plan, tuple(made))
+    return Results(plan, tuple(made))
 
 
 def _curve(end: float, rate: float, val: bool, seed: int) -> tuple[Point, ...]:
@@ -56,7 +56,7 @@ def _curve(end: float, rate: float, val: bool, seed: int) -> tuple[Point, ...]:
     return tuple(points)
 
 
-def change(made: Outcome, variant: str, seed: int, **fields: object) -> Outcome:
+def change(made: Results, variant: str, seed: int, **fields: object) -> Results:
     """Return an outcome with fields of one run replaced (on every backend)."""
     return made._replace(
         results=tuple(
@@ -66,14 +66,14 @@ def change(made: Outcome, variant: str, seed: int, **fields: object) -> Outcome:
     )
 
 
-def unfinished(made: Outcome, keep: int = 0) -> Outcome:
+def unfinished(made: Results, keep: int = 0) -> Results:
     """Return an outcome of which only the first `keep` runs are there."""
     kept = [r if i < keep else Result(r.variant, r.seed, r.backend, "waiting", r.folder) for i, r in
             enumerate(made.results)]  # fmt: skip
     return made._replace(results=tuple(kept))
 
 
-def examples(folder: Path) -> dict[str, Outcome]:
+def examples(folder: Path) -> dict[str, Results]:
     """Return the outcomes that reports are looked at with: few, many, one seed, a failure, nothing yet."""
     small = {"plain": 0.0, "engram": -0.03, "wide": -0.002, "no-muon": 0.04}
     many = {"plain": 0.0}

@@ -44,6 +44,8 @@ def events(folder: Path) -> list[tuple[int, str, float | str, float]]:
             size = struct.unpack("<Q", data[:8])[0]
             event = Event.FromString(bytes(data[12 : 12 + size]))  # length, its checksum, event, its checksum
             data = data[16 + size :]
+            if event.session_log.status == event.session_log.START:  # what TensorBoard does then
+                found = [row for row in found if row[0] < event.step]
             for value in event.summary.value:
                 if value.tag.startswith("settings"):
                     continue

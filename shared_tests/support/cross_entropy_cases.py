@@ -246,11 +246,10 @@ def trace() -> str:
 
     made._model._attend = attention.CANDIDATES["torch's FlashAttention 2"].make().attend
     batch = batches(config, 1)[0]
-    given = (made._trained(made._params, True), made._move(batch.tokens), made._move(batch.targets))
+    objective, (*arguments, _) = made.trace(batch, quantise=True)
     try:
-        step = torch.compile(made._losses, backend=record, dynamic=False, fullgraph=True)
-        begins = made._move(attention.spans(batch.tokens, config.model.bos))
-        step(*given, made._constants(batch.tokens.shape[1]), True, begins)
+        step = torch.compile(objective, backend=record, dynamic=False, fullgraph=True)
+        step(*arguments, torch.tensor(attention.spans(batch.tokens, config.model.bos)))
     except Traced:
         pass
     text = "".join(module.code for graph in graphs for module in graph.modules() if hasattr(module, "code"))

@@ -201,3 +201,12 @@ def engine(backend: str, config: RunConfig, weights: Arrays | None = None, **opt
     """Build an eager engine (compiling costs a minute here); with stored weights if the run trains so."""
     quantise = config.train.quantise == "always"
     return load_engine(backend, config, weights, EngineOptions(**{"compile": False, **options}), quantise)
+
+
+@functools.lru_cache(maxsize=48)
+def reader(backend: str, config: RunConfig, scale: float, **options: Any) -> Engine:
+    """Return an engine with working weights, built once per process: nobody trains it, loads into it or plants a fault.
+
+    An engine keeps tables for every row length that it saw, so one that met a planted fault may hold it for good.
+    """
+    return engine(backend, config, working_weights(config.model, scale), **options)

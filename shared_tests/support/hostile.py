@@ -151,6 +151,18 @@ def drawn(cases: Sequence[Any], count: int, name: str) -> list[Any]:
     return [cases[i] for i in rng.choose(0, name, len(cases), min(count, len(cases))).tolist()]
 
 
+def played(cases: Sequence[tuple[str, ...]], play: Callable[..., Any]) -> list[Any]:
+    """Play every case and return what each gave; AssertionError names all that failed."""
+    results, failed = [], []
+    for case in cases:
+        try:
+            results.append(play(*case))
+        except AssertionError as error:
+            failed.append(f"{', '.join(case)}: {error}")
+    assert not failed, f"{len(failed)} of {len(cases)}:\n" + "\n".join(failed)
+    return results
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Return the files of a folder and what is in them, to tell later whether one was changed."""
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

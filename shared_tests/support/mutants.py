@@ -18,10 +18,11 @@ import numpy as np
 
 from core.config import ConfigError, ModelConfig, RunConfig, changed, from_json
 from core.data.shards import write_shard
+from core.engine.optimizer_state import optimizer_slots
 from core.engine.protocol import Engine
 from core.export import codecs
 from core.export.artifact import write_artifact
-from core.model.params import optimizer_slots, param_table, start_values
+from core.model.params import param_table, start_values
 from core.model.storage import STORAGES
 from core.training.run import Run
 from shared_tests.reference.storage import stored_model

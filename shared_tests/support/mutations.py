@@ -33,8 +33,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.data.shards import DataError, open_shard
+from core.engine.optimizer_state import optimizer_slots
 from core.export.artifact import ArtifactError, read_artifact, write_artifact
-from core.model.params import optimizer_slots, param_table
+from core.model.params import param_table
 from core.training.run import Run, RunError
 from shared_tests.reference.storage import LARGEST
 from shared_tests.support import mutants, record_mutants

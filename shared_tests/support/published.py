@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,7 +62,7 @@ class FakeHub:
 
     def __init__(self, patch: pytest.MonkeyPatch, root: str) -> None:
         self.folder, self.commit, self.fetched = Folder(root), "a" * 40, []
-        self.meddle: dict[str, Callable[[Path], Any]] = {}
+        self.meddle: dict[str, Any] = {}
         patch.setattr(huggingface_hub, "HfApi", lambda: self)
         patch.setattr(huggingface_hub, "snapshot_download", self.download)
 

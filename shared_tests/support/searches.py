@@ -9,7 +9,7 @@ from typing import Any
 
 from core.ablation.plan import Ablation, Job, read_plan
 from core.ablation.search.search import Searched, run_search
-from core.ablation.store import Place, Store
+from core.ablation.store import Place, RunStore
 from core.config import RunConfig
 from core.training.run import Run
 from shared_tests.support.ablation_runs import DATA
@@ -47,7 +47,7 @@ class Runs:
     """A store, and runs that are made in it at once and counted."""
 
     def __init__(self, folder: Path, bpb: Callable[[RunConfig], float | None] = smooth, message: str = "") -> None:
-        self.store, self.bpb, self.made = Store(folder), bpb, Counter[str]()
+        self.store, self.bpb, self.made = RunStore(folder), bpb, Counter[str]()
         self.message = message or "the loss (nan) is not finite"
 
     def place(self, job: Job) -> Place:
@@ -73,7 +73,7 @@ class Runs:
             run.log(step, {"train/loss": 3.0, "train/bpb": bpb, "clock/seconds": 0.1 * step})
         run.log(10, {"final/artifact": {"score": whole_score(bpb), "bytes": 1000 + config.model.dim}})
 
-    def run_all(self, store: Store, places: Sequence[Place], *, started: Any, ended: Any, **_: Any) -> None:
+    def run_all(self, store: RunStore, places: Sequence[Place], *, started: Any, ended: Any, **_: Any) -> None:
         """Stand in for core.ablation.runner.run_all."""
         for place in places:
             if store.status(place)[0] != "done":

@@ -11,6 +11,7 @@ import torch
 from core import presets, rng
 from core.check.tolerances import P2_FLOAT64, relative_rms
 from core.config import RunConfig, changed
+from core.data.batch import Batch
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, Split, batch
 from core.engine.fitting import fitting, halves, usable, values_per_token
@@ -34,8 +35,9 @@ def kept(config: RunConfig) -> float:
         {name: np.full(row.shape, 0.01, np.float32) for name, row in param_table(config.model).items()},
         dtype="float32",
     )
-    weights, sizes = made._trained(made._params, False), {}
-    own = {w.untyped_storage().data_ptr() for w in weights.values()}
+    rows = np.full((1, config.train.seq), 5, np.int32)
+    objective, (weights, *arguments) = made.trace(Batch(rows, rows))
+    own, sizes = {w.untyped_storage().data_ptr() for w in weights.values()}, {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -43,12 +45,10 @@ def kept(config: RunConfig) -> float:
             sizes[storage.data_ptr()] = storage
         return tensor
 
-    seq = config.train.seq
-    rows = torch.full((1, seq), 5, dtype=torch.int32)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, _ = made._losses(weights, rows, rows, made._constants(seq), True)
+        loss, _ = objective(weights, *arguments)
     assert loss.requires_grad
-    return sum(storage.nbytes() for storage in sizes.values()) / 4 / seq
+    return sum(storage.nbytes() for storage in sizes.values()) / 4 / config.train.seq
 
 
 @pytest.mark.parametrize("name", ["ablate_float", "baseline", "ternary_74m", "skc_mac", "skc_8xh100", "skc_600"])

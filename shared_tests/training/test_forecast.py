@@ -21,12 +21,13 @@ from core.console import Console
 from core.data.batch import Batch
 from core.data.bundled import open_data
 from core.data.dataset import Dataset
+from core.engine.optimizer_state import optimizer_slots
 from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays, Scoring, StepResult
 from core.engine.ranks import Alone
-from core.forecast.forecast import Forecast, Kind, forecast
+from core.forecast.forecast import Forecast, StepKind, forecast
 from core.forecast.probe import kinds, measure_memory, probe
-from core.model.params import optimizer_slots, start_values
+from core.model.params import start_values
 from core.model.storage import Stored
 from core.training.finish import finish
 from core.training.loop import train
@@ -60,7 +61,7 @@ class Device:
         self.now = max(self.now, until)
 
 
-def cost(kind: Kind) -> float:
+def cost(kind: StepKind) -> float:
     """Return the seconds of a step."""
     return kind.seq / 1000 + 0.02 * kind.quantise + 0.03 * kind.repeat
 
@@ -81,7 +82,7 @@ class FakeEngine:
     def train_step(self, batch: Batch, now: StepPlan) -> Any:
         assert batch.tokens.shape == (self.config.train.rows_of(now.seq)[0], now.seq)
         self.steps += 1
-        done = self.clock.work(cost(Kind.of(now)))
+        done = self.clock.work(cost(StepKind.of(now)))
 
         def result() -> StepResult:
             self.clock.wait(done)
@@ -237,7 +238,7 @@ def test_a_plan_that_knows_one_kind_of_step_only_is_wrong(device: Device, datase
                                "disk_free": 1, "rule_seconds": 1.0}  # fmt: skip
     right = forecast(config, costs, **choices).seconds
     slow = max(costs.steps.values())
-    wrong = forecast(config, dataclasses.replace(costs, steps={Kind(64, False, True): slow}), **choices).seconds
+    wrong = forecast(config, dataclasses.replace(costs, steps={StepKind(64, False, True): slow}), **choices).seconds
     assert abs(wrong / right - 1) > 0.1
 
 

@@ -1,4 +1,4 @@
-"""A dead rank ends the others, a slow one does not; a killed rank of a real run leaves its checkpoint. Budget: 60 s."""
+"""A dead rank ends the others, a slow one does not; a killed rank of a real run leaves its checkpoint. Budget: 40 s."""
 
 import json
 import os

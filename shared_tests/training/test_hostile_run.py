@@ -3,6 +3,7 @@
 All kinds for all files and verbs take a quarter of an hour: `scripts/test --long`; here a fixed draw of them.
 """
 
+import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from shared_tests.support.hostile import KINDS, Server, contents, copied, drawn, judge, plant
+from shared_tests.support.hostile import KINDS, Server, contents, copied, drawn, judge, plant, played
 from shared_tests.support.killed import small_data
 
 SHORT = ("--train.steps", "4", "--train.save-every", "2", "--train.keep-every", "1", "--train.log-every", "1")
@@ -83,20 +84,18 @@ def play(place: Place, verb: str, file: str, kind: str) -> int:
     plant(kind, run / file, strangers)
     theirs, saved = contents(strangers), contents(run / "state") if not file.startswith("state") else {}
     ran = place.server.run(place.command(verb, run), place.folder)
-    try:
-        judge(ran, (0, 1, 2) if verb == "audit" else (0, 2))
-        assert contents(strangers) == theirs, "a file that is none of the run's was changed"
-        if ran.code == 2:
-            assert "training stopped" not in ran.out, f"a whole training was lost: {ran.err}"
-            assert not saved or contents(run / "state") == saved, f"a checkpoint was touched: {ran.err}"
-    except AssertionError as error:
-        raise AssertionError(f"{verb}, {file}, {kind}: {error}") from None
+    judge(ran, (0, 1, 2) if verb == "audit" else (0, 2))
+    assert contents(strangers) == theirs, "a file that is none of the run's was changed"
+    if ran.code == 2:
+        assert "training stopped" not in ran.out, f"a whole training was lost: {ran.err}"
+        assert not saved or contents(run / "state") == saved, f"a checkpoint was touched: {ran.err}"
     return ran.code
 
 
 def test_a_draw_of_all_cases(place: Place) -> None:
     cases = {verb: [case for case in QUICK if case[0] == verb] for verb in FILES if verb != "audit"}
-    codes = [play(place, *case) for verb, some in cases.items() for case in drawn(some, 2, f"hostile/run/{verb}")]
+    some = [case for verb, of_it in cases.items() for case in drawn(of_it, 2, f"hostile/run/{verb}")]
+    codes = played(some, functools.partial(play, place))
     assert {0, 2} == set(codes) and codes.count(2) > 5, "a draw without refusals, or with nothing else, proves little"
 
 
@@ -119,11 +118,4 @@ def test_a_folder_of_a_run_is_no_link(verb: str, name: str, place: Place) -> Non
 @pytest.mark.long
 @pytest.mark.parametrize("verb", FILES)
 def test_every_case(place: Place, verb: str) -> None:
-    failed = []
-    for case in EVERY:
-        if case[0] == verb:
-            try:
-                play(place, *case)
-            except AssertionError as error:
-                failed.append(str(error))
-    assert not failed, "\n".join(failed)
+    played([case for case in EVERY if case[0] == verb], functools.partial(play, place))

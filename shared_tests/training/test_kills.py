@@ -1,4 +1,4 @@
-"""Killed at the worst moments, a run ends like one that nobody killed (many more: scripts/kills). Budget: 40 s."""
+"""Killed at the worst moments, a run ends like one that nobody killed (many more: scripts/kills). Budget: 25 s."""
 
 import os
 from pathlib import Path

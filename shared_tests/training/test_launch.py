@@ -1,4 +1,4 @@
-"""The launch files: their syntax, what they refuse, two ranks from start to end, the cloud's fields. Budget: 60 s."""
+"""The launch files: their syntax, what they refuse, two ranks from start to end, the cloud's fields. Budget: 15 s."""
 
 import json
 import os

@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import resource
+import signal
 import time
 import typing
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import pytest
 
 from core import presets
 from core.ablation.plan import read_plan
-from core.checks import ConfigError, told
+from core.checks import ConfigError, in_words
 from core.cli import main
 from core.config import EvalConfig, ModelConfig, RunConfig, changed, flattened, from_json, to_json
 from core.console import MESSAGE, one_line
@@ -35,7 +36,7 @@ from shared_tests.support.harness import EVERYTHING, mini
 from shared_tests.support.hostile import put
 
 WHOLE = (10**9, 10**18, 2**40, 2**62, -(2**62), 10**4000, -1, 0)
-TEXTS = ("a" * 1_000_000, "a\0b", "a\ud800b", "\x1b[2Ja", "")
+TEXTS = ("a" * 100_000, "a\0b", "a\ud800b", "\x1b[2Ja", "")
 SECONDS, MEMORY = 10.0, 512 << 20
 """Of processor time and of memory that one case may take."""
 MOMENT = 0.1
@@ -62,7 +63,7 @@ def cases() -> Iterator[tuple[str, Any]]:
         values: list[Any] = []
         if get_origin(hint) is tuple:
             one = {int: 3, float: 0.5, str: "attention"}[kinds(hint).difference({type(...)}).pop()]
-            values += [[one] * 100_000, [10**18], [], [[]]]
+            values += [[one] * 20_000, [10**18], [], [[]]]
         elif int in kinds(hint):
             values += WHOLE
         elif float in kinds(hint):
@@ -82,17 +83,31 @@ def edited(config: RunConfig, case: tuple[str, Any]) -> dict[str, Any]:
 
 def check(act: Callable[[], object], case: object) -> bool:
     """Return whether something is accepted; AssertionError unless it is quick, and refused in one line if it is not."""
-    began = time.process_time()
     try:
-        act()
-        good = True
+        with within(SECONDS, case):
+            act()
+        return True
     except (ValueError, OSError) as error:
-        good, said = False, message(error)
-        assert is_users(error), f"{told(case)}: {type(error)}: {said}"
-        assert said.isprintable() and 0 < len(said) <= MESSAGE, f"{told(case)}: {said!r}"
-    took = time.process_time() - began
-    assert took <= SECONDS, f"{told(case)}: {took:.1f} s"
-    return good
+        said = message(error)
+        assert is_users(error), f"{in_words(case)}: {type(error)}: {said}"
+        assert said.isprintable() and 0 < len(said) <= MESSAGE, f"{in_words(case)}: {said!r}"
+        return False
+
+
+@contextlib.contextmanager
+def within(seconds: float, case: object) -> Iterator[None]:
+    """Raise AssertionError once the block has used so much processor time: what hangs fails too."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError(f"{in_words(case)}: more than {seconds} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @pytest.fixture(autouse=True)
@@ -156,10 +171,8 @@ def test_a_header_of_huge_numbers_is_refused_in_moments(header: tuple[dict[str, 
         for value in (2**40, 2**62, 10**4000):
             at = [value] if isinstance(at_default(name), tuple) else value
             bad.write_bytes(join(good | {"model": put(good["model"], name, at)}, payload))
-            began = time.process_time()
-            with pytest.raises(ArtifactError, match=rf"model\.{name}.*expected at most"):
+            with pytest.raises(ArtifactError, match=rf"model\.{name}.*expected at most"), within(MOMENT, name):
                 read_artifact(bad)
-            assert time.process_time() - began < MOMENT, name
 
 
 def at_default(name: str) -> Any:

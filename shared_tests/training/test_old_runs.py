@@ -23,7 +23,7 @@ from core.export.artifact import read_artifact
 from core.formats.tensors import read_tensors, write_tensors
 from core.model.upgrade import MOVED, RENAMED
 from core.training.checkpoint import digest
-from core.training.run import Run, RunError
+from core.training.run import Run, RunError, config_digest
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Capture = pytest.CaptureFixture[str]
@@ -109,9 +109,11 @@ def test_training_goes_on(old: Path, capsys: Capture) -> None:
     _, theirs = read_tensors(last, 1 << 20)
     losses = [row for row in map(json.loads, metrics.read_text().splitlines()) if "train/loss" in row]
     shutil.copy(kept, last)
+    assert not Run.open("run").logged_configs(), "a digest of another kind is no other configuration"
     assert "already finished" not in said(capsys, 0, *TRAIN.split())
     run = Run.open("run")
     assert json.loads((old / "run/config.json").read_text())["schema"] == 3
+    assert run.logged_configs() == {config_digest(run.config)}
     ours = run.checkpoint()
     assert ours and ours.step == 6
     arrays = {f"param/{name}": value for name, value in ours.params.items()}

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from core import presets
+from core.ablation.fields import flat, put
 from core.cli import VERBS, main
-from core.config import EvalConfig
+from core.config import ConfigError, EvalConfig, RunConfig, from_json, to_json
 from core.data.tokenizer import train_tokenizer
 from core.engine.protocol import choose_backend
-from core.options import given, meant, options_of, spelled
+from core.model.upgrade import MOVED
+from core.options import given, meant, options_of, spelled, unknown
 from core.verbs.common import fit_tokens, judged
 from core.verbs.train import Train
 from shared_tests.support.command_line import Capture, call, refuse
@@ -48,6 +50,10 @@ def test_options_are_those_of_the_help(verb: str, capsys: Capture) -> None:
         ("train debug --train.eval-evry 3", "unknown option --train.eval-evry; did you mean --train.eval_every?"),
         ("train debug --seed=3 --data x", "unknown option --data; did you mean --data.path?"),
         ("train debug --layers 3", "unknown option --layers; did you mean --model.layers?"),
+        ("train debug --hidden 3", "unknown option --hidden; did you mean --model.mlp.hidden?"),
+        ("train debug --model.bank head", "unknown option --model.bank; did you mean --model.bank.at?"),
+        ("train debug --model.bank-heads=3", "unknown option --model.bank-heads; did you mean --model.bank.heads?"),
+        ("train debug --model.bank.at hed", "invalid choice 'hed' .*; did you mean head?"),
         ("eval RUN --windows slidng", "invalid choice 'slidng' .*; did you mean sliding?"),
         ("eval RUN --temprature 3", "unknown option --temprature [(]see: skc eval --help[)]"),
         ("sample RUN --temprature 3", "unknown option --temprature; did you mean --temperature?"),
@@ -59,6 +65,33 @@ def test_options_are_those_of_the_help(verb: str, capsys: Capture) -> None:
 def test_a_wrong_option_is_told_what_was_meant(argv: str, message: str, capsys: Capture) -> None:
     line = refuse(capsys, *argv.split())
     assert re.search(message.replace("?", "[?]"), line), line
+
+
+@pytest.mark.parametrize("old, new", MOVED.items())
+def test_every_old_spelling_names_the_new_one(old: str, new: str) -> None:
+    """On the command line, and in an ablation file, whose every form it has."""
+    assert unknown([f"--model.{old}", "3"], KNOWN) == f"unknown option --model.{old}; did you mean --model.{new}?"
+    for table in ({f"model.{old}": 3}, {"model": {old: 3}}):
+        with pytest.raises(ConfigError, match=rf"^f: unknown field 'model\.{old}'; did you mean model\.{new}\?$"):
+            for field, value in flat(table, "f").items():
+                put(to_json(RunConfig()), field, value, "f")
+
+
+def test_a_part_in_an_ablation_file_may_be_written_in_three_ways() -> None:
+    for table in ({"model.bank.at": "head"}, {"model": {"bank": {"at": "head"}}}, {"model": {"bank.at": "head"}}):
+        values = to_json(RunConfig())
+        for field, value in flat(table, "f").items():
+            put(values, field, value, "f")
+        assert from_json(RunConfig, values).model.bank.at == "head"
+    with pytest.raises(ConfigError, match=r"f: model\.bank\.at: is given twice"):
+        flat({"model": {"bank": {"at": "head"}}, "model.bank.at": "both"}, "f")
+
+
+def test_every_part_has_a_box_of_its_own(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    boxes = re.findall(r"(model[\w.]*) options", capsys.readouterr().out)
+    assert boxes == ["model", *(f"model.{part}" for part in RunConfig().model.parts)]
 
 
 def test_the_last_part_of_a_name_comes_first() -> None:

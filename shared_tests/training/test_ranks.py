@@ -1,4 +1,4 @@
-"""Several ranks compute what one does: gloo and the MLX ring, training, resuming, scoring. Budget: 120 s."""
+"""Several ranks compute what one does: gloo and the MLX ring, training, resuming, scoring. Budget: 60 s."""
 
 import json
 import shutil

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from core.cli import main
-from core.engine.memory import OutOfMemoryError, described, enough_memory, is_memory
+from core.engine.memory import OutOfMemoryError, enough_memory, is_memory, memory_message
 from core.files import read_json
 from core.presets import get
 from shared_tests.support.command_line import Capture, call
@@ -142,7 +142,7 @@ SAID = {
 
 @pytest.mark.parametrize("text, said", SAID.items())
 def test_allocators_are_understood(text: str, said: str) -> None:
-    assert is_memory(RuntimeError(text)) and said in described(RuntimeError(text))
+    assert is_memory(RuntimeError(text)) and said in memory_message(RuntimeError(text))
     with (
         pytest.raises(OutOfMemoryError, match=r"4 rows of 100,000 tokens in one pass take .* lower --these"),
         enough_memory(get("debug").config.model, 4, 100_000, "--these", training=True),

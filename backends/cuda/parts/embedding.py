@@ -4,9 +4,10 @@ import torch
 import torch.nn as nn
 
 from backends.cuda import ops
+from backends.cuda.linear import Matrix
 
 
-class Embedding(nn.Module):
+class Embedding(Matrix):
     """Give every token a vector."""
 
     def __init__(self, vocab, width):

@@ -1,7 +1,8 @@
 """One file for each part of the model, of the name that it has in core/model.
 
 A part is called with (stream, context, stage, state) and returns (stream, tape); `commit` makes its next state of the
-tape. State and tape are None for a part that keeps nothing. Mixer and MLP of a layer are parts of the layer's.
+tape. State and tape are None for a part that keeps nothing. The mixer and the MLP of a layer are parts too, which the
+layer calls.
 """
 
 import mlx.nn as nn

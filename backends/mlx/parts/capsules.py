@@ -51,7 +51,9 @@ class Capsules(nn.Module):
             kept_B = fresh_BMQ[:, 0, -1].astype(context.wide)
             mass_BMHN = add_first(mass_BMHN, state.mass * kept_B[:, None, None])
             sums_BMHNK = add_first(sums_BMHNK, state.sums * kept_B[:, None, None, None])
+        # The floor stands for half a token: a capsule that got nothing keeps almost nothing, and divides by no zero.
         stored_BMHNK = self.evolve(sums_BMHNK / (mass_BMHN + FLOOR)[..., None], fresh_BMQ[..., -1], state)
+        # A block reads what the blocks before it left: its own sum is not complete before its last token.
         before_BMHNK = mx.concatenate([state.stored[:, None], stored_BMHNK[:, :-1]], axis=1)
         fresh_BMHQ1 = fresh_BMQ[:, :, None, :, None]
         coupled_BMHQN = mx.where(fresh_BMHQ1, q_BMHQN + q_BMHQN @ self.coupling(), 0.0)
@@ -89,6 +91,7 @@ class Capsules(nn.Module):
         store = self._store
         rows, seq, _ = logits_BTR.shape
         logits_BTHN = logits_BTR.astype(context.wide).reshape(rows, seq, store.heads, store.capsules)
+        # Normalised over the capsules, a logit is at most sqrt(N): the temperature says how sharp routing gets.
         logits_BTHN = ops.rms_norm(logits_BTHN, self._eps, self._exact)
         return ops.softmax(logits_BTHN * self.temperature[which][:, None], self._exact)
 
@@ -137,6 +140,7 @@ class Capsules(nn.Module):
 
     def evolve(self, means_BMHNK, fresh_BM, state):
         """Return the capsules after every block: each forgets at its rate; a document that begins clears them all."""
+        # sigmoid(-rate) is exp(-softplus(rate)), without a logarithm to lose digits in.
         forget_HN = ops.sigmoid(-self.rate, self._exact)
         decay_BMHN = mx.where(fresh_BM[..., None, None], forget_HN, 0.0)
         decay_BMHNK = mx.broadcast_to(decay_BMHN[..., None], means_BMHNK.shape)
@@ -152,6 +156,7 @@ class Capsules(nn.Module):
         Applied to the reads, q (c + M c) = (q + q M) c, it never touches the channels.
         """
         coupling_HNN = self.couple_out @ self.couple_in
+        # Bounded, so that what is shown of other capsules never outgrows what is stored.
         norm_H11 = mx.sqrt(mx.sum(mx.square(coupling_HNN), axis=(-2, -1), keepdims=True))
         return coupling_HNN / mx.maximum(norm_H11, 1.0)
 

@@ -1,12 +1,12 @@
 """The embedding: a vector per token, which the tied head reads too."""
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from backends.mlx import ops
+from backends.mlx.linear import Matrix
 
 
-class Embedding(nn.Module):
+class Embedding(Matrix):
     """Give every token a vector."""
 
     def __init__(self, vocab, width):

@@ -1,1 +1,1 @@
-"""Reports of an ablation: page, pictures, words, live table."""
+"""Reports of an ablation: page, pictures, wording, live table."""

@@ -1,4 +1,4 @@
-"""Pictures made of lines, areas, dots and words: drawn once, written as SVG (light and dark) or PNG."""
+"""Pictures made of lines, areas, dots and words, written as SVG (light and dark) or as PNG."""
 
 import math
 from html import escape
@@ -22,7 +22,7 @@ Spot = tuple[float, float]
 
 
 class Mark(NamedTuple):
-    """One thing on a picture; places in pixels from the top left."""
+    """One shape on a picture; places are pixels from the top left."""
 
     shape: Literal["line", "dashes", "area", "dot", "ring", "words"]
     colour: str
@@ -101,7 +101,7 @@ def png(picture: Picture, path: Path) -> None:
 
 
 def short(words: str, room: float, size: float = SIZE) -> str:
-    """Return words that fit into `room` pixels: the middle is left out, since names often share their start."""
+    """Shorten words to `room` pixels by leaving out the middle, since names often share their start."""
     most = max(3, int(room / (size * LETTER)))
     if len(words) <= most:
         return words
@@ -124,7 +124,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def label(value: float, step: float, sign: bool = False) -> str:
-    """Return a tick's words with the digits that its step needs."""
+    """Return a tick's label with as many digits as the step between ticks needs."""
     digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step else 4
     if abs(value) < step / 2:
         return "0"

@@ -1,4 +1,4 @@
-"""What is seen while an ablation runs: a table that moves on a terminal, elsewhere a line now and then."""
+"""Shows an ablation under way: a table that is redrawn on a terminal, elsewhere a line now and then."""
 
 import heapq
 import os
@@ -12,7 +12,7 @@ from statistics import fmean
 from types import FrameType
 from typing import Any, NamedTuple
 
-from core.ablation.runner import Progress
+from core.ablation.runner import RunnerProgress
 from core.ablation.stats.results import Result
 from core.ablation.store import Place
 from core.console import PLAIN_EVERY, Console, duration
@@ -26,7 +26,7 @@ EVERY = 0.5
 """Seconds between two looks at a terminal's table."""
 
 
-class Seen(NamedTuple):
+class Recorded(NamedTuple):
     """What a run under way has recorded so far."""
 
     step: int = 0
@@ -39,7 +39,7 @@ class Seen(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How fast a run gets on, by the clock on the wall: evaluations count too, and its start does not."""
+    """How fast a run trains by wall time, evaluations included, its start-up left out."""
 
     first: tuple[float, float]
     """(time of time.monotonic, share of its training) when it was first seen here to train."""
@@ -47,7 +47,7 @@ class Pace(NamedTuple):
     """The same when it was last seen to have got on."""
 
     def left(self, now: float) -> float | None:
-        """Return the seconds to the end of its training; None while it was seen at one place only."""
+        """Return the seconds to the end of the training; None until two records of it were read."""
         (began, start), (then, share) = self
         return max(0.0, (1 - share) * (then - began) / (share - start) - (now - then)) if share > start else None
 
@@ -69,7 +69,7 @@ class Live:
 
     def started(self, place: Place) -> None:
         """Note when a run began."""
-        self._starts[place.key] = time.monotonic(), _seen(place).share
+        self._starts[place.key] = time.monotonic(), _read(place).share
         self._paces.pop(place.key, None)
 
     def ended(self, place: Place, result: Result | None = None) -> None:
@@ -81,7 +81,7 @@ class Live:
             self._took.setdefault((result.variant, result.backend), []).append(time.monotonic() - began)
         self._found[place.key] = f"{result.variant}, {result.backend}", result.bpb
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: RunnerProgress) -> None:
         """Show where things stand."""
         now = time.monotonic()
         every = EVERY if self._say.terminal else PLAIN_EVERY
@@ -103,9 +103,9 @@ class Live:
                 self._live.stop()
             self._live = None
 
-    def _look(self, place: Place, now: float) -> Seen:
+    def _look(self, place: Place, now: float) -> Recorded:
         """Return what a run has recorded, and note how fast it gets on."""
-        record = _seen(place)
+        record = _read(place)
         if place.key not in self._starts or record.share > self._starts[place.key][1]:
             here = now, record.share
             pace = self._paces.setdefault(place.key, Pace(here, here))
@@ -113,8 +113,8 @@ class Live:
                 self._paces[place.key] = pace._replace(last=here)
         return record
 
-    def left(self, progress: Progress, records: dict[str, Seen]) -> float | None:
-        """Return the seconds until all runs are done that are not another process's; None while nobody can know.
+    def left(self, progress: RunnerProgress, records: dict[str, Recorded]) -> float | None:
+        """Return the seconds until this process's runs are done; None as long as no run shows a pace.
 
         Runs under way end one by one, and those that wait begin where one ends, in their order.
         """
@@ -134,8 +134,8 @@ class Live:
             heapq.heappush(ends, heapq.heappop(ends) + wholes.get(_kind(place), usual))
         return max(ends)
 
-    def _left(self, place: Place, record: Seen) -> tuple[float | None, float | None]:
-        """Return (seconds that a run has left, seconds that a whole one like it takes), as far as it is known."""
+    def _left(self, place: Place, record: Recorded) -> tuple[float | None, float | None]:
+        """Return (seconds left of a run, seconds of a whole run of its variant); None for what is not known."""
         began, share = self._starts.get(place.key, (time.monotonic(), 0.0))
         now, took, pace = time.monotonic(), self._took.get(_kind(place)), self._paces.get(place.key)
         spent = now - began
@@ -149,7 +149,7 @@ class Live:
             return None, None
         return training, (spent + training) / (1 - share) if share < 1 else None
 
-    def _head(self, progress: Progress, records: dict[str, Seen]) -> str:
+    def _head(self, progress: RunnerProgress, records: dict[str, Recorded]) -> str:
         failed = f", {progress.failed} failed" if progress.failed else ""
         others = progress.total - progress.done - progress.failed - len(progress.running) - len(progress.waiting)
         elsewhere = f", {others} under way in another process" if others else ""  # which this one waits for
@@ -157,7 +157,7 @@ class Live:
         left = self.left(progress, records)
         return text if left is None else f"{text}, about {duration(left)} left"
 
-    def _draw(self, progress: Progress, records: dict[str, Seen]) -> None:
+    def _draw(self, progress: RunnerProgress, records: dict[str, Recorded]) -> None:
         from rich.console import Console as Rich
         from rich.console import Group
         from rich.live import Live as RichLive
@@ -183,7 +183,7 @@ class Live:
         ranked = sorted(groups.items(), key=lambda group: fmean(group[1]))
         return [(name, str(len(of)), f"{fmean(of):.4f}", f"{min(of):.4f}") for name, of in ranked]
 
-    def _row(self, place: Place, record: Seen) -> tuple[str, ...]:
+    def _row(self, place: Place, record: Recorded) -> tuple[str, ...]:
         """Return what is known of a run under way."""
         job, train = place.job, place.job.config.train
         step = f"{record.step}" if train.seconds else f"{record.step}/{train.steps}"
@@ -193,7 +193,7 @@ class Live:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], width: int) -> Any:
-    """Return a table of Rich's, in which only the names of the first column are cut where the terminal is narrow."""
+    """Return a rich table; on a narrow terminal only the names in the first column are cut."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -212,7 +212,7 @@ def _kind(place: Place) -> tuple[str, str]:
     return place.job.variant, place.job.backend
 
 
-def _seen(place: Place) -> Seen:
+def _read(place: Place) -> Recorded:
     """Return what a run has recorded; what another version or half a write left counts as nothing."""
     train = place.job.config.train
     try:
@@ -220,10 +220,10 @@ def _seen(place: Place) -> Seen:
         step, seconds, bpb = last["step"], last["clock/seconds"], last.get("train/bpb")
         share = seconds / train.seconds if train.seconds else step / train.steps
         if type(step) is not int or not 0 <= seconds <= LONGEST or not (bpb is None or 0 <= bpb <= LONGEST):
-            return Seen()
-        return Seen(step, min(1.0, share), float(seconds), None if bpb is None else float(bpb))
+            return Recorded()
+        return Recorded(step, min(1.0, share), float(seconds), None if bpb is None else float(bpb))
     except (OSError, KeyError, TypeError, ValueError, ArithmeticError):
-        return Seen()
+        return Recorded()
 
 
 def _last_row(path: Path) -> dict[str, Any]:

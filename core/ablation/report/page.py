@@ -9,7 +9,7 @@ from core.ablation.report import charts, search_wording, wording
 from core.ablation.report.charts import Picture
 from core.ablation.search.search import Searched
 from core.ablation.stats.findings import Findings
-from core.ablation.stats.results import Outcome
+from core.ablation.stats.results import Results
 from core.training.generate import sample_lines
 
 WIDE, NARROW = 900, 350
@@ -75,7 +75,7 @@ Drawn = dict[str, Picture]
 
 
 def page(
-    outcome: Outcome, findings: Sequence[Findings], drawn: Sequence[tuple[Drawn, Drawn]],
+    outcome: Results, findings: Sequence[Findings], drawn: Sequence[tuple[Drawn, Drawn]],
     searched: Searched | None = None, tried: Mapping[str, bytes] = MappingProxyType({}),
 ) -> str:  # fmt: skip
     """Return the whole page; `drawn` has each backend's (wide, narrow) pictures, `tried` a search's as PNG."""
@@ -100,11 +100,11 @@ def page(
     return f"{head}\n<body><main>\n{chr(10).join(part for part in parts if part)}\n</main></body></html>\n"
 
 
-def _facts(outcome: Outcome) -> str:
+def _facts(outcome: Results) -> str:
     return f"<dl>{''.join(f'<div><dt>{a}</dt><dd>{escape(b)}</dd></div>' for a, b in wording.facts(outcome))}</dl>"
 
 
-def _backend(outcome: Outcome, tables: Findings, drawn: tuple[Drawn, Drawn], name: str) -> list[str]:
+def _backend(outcome: Results, tables: Findings, drawn: tuple[Drawn, Drawn], name: str) -> list[str]:
     plan, parts = outcome.plan, []
     if tables.ends and any(one.n for one in tables.summaries):
         parts += [f"<h2>Answers{name}</h2>", _answers(tables, plan.reference)]
@@ -136,7 +136,7 @@ def _backend(outcome: Outcome, tables: Findings, drawn: tuple[Drawn, Drawn], nam
     return parts
 
 
-def _search(outcome: Outcome, searched: Searched, images: Mapping[str, bytes]) -> list[str]:
+def _search(outcome: Results, searched: Searched, images: Mapping[str, bytes]) -> list[str]:
     parts = [f"<h2>Search</h2><p>{escape(search_wording.summary(searched))}</p>"]
     gains = search_wording.gains(searched, outcome)
     if gains:
@@ -180,13 +180,13 @@ def _figure(title: str, key: str, drawn: tuple[Drawn, Drawn], caption: str) -> l
 
 
 def _image(png: bytes, caption: str) -> str:
-    """Return a figure with a PNG in it, which a narrow screen scrolls along."""
+    """Return a figure with an embedded PNG, which scrolls sideways on a narrow screen."""
     source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     box = f'<div class="scroll" tabindex="0"><img src="{source}" alt="{escape(caption)}"/></div>'
     return f"<figure>{box}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _changes(outcome: Outcome) -> str:
+def _changes(outcome: Results) -> str:
     parts = []
     for name, lines in wording.changes(outcome.plan).items():
         fields = "<br>".join(f"<code>{escape(line)}</code>" for line in lines)
@@ -195,7 +195,7 @@ def _changes(outcome: Outcome) -> str:
     return f"<h2>What each variant changes</h2>{note}{''.join(parts)}" if parts else ""
 
 
-def _failed(outcome: Outcome) -> str:
+def _failed(outcome: Results) -> str:
     parts = []
     for run in outcome.results:
         if run.status == "failed":
@@ -205,7 +205,7 @@ def _failed(outcome: Outcome) -> str:
     return f"<h2>Failed runs</h2>{''.join(parts)}" if parts else ""
 
 
-def _samples(outcome: Outcome) -> str:
+def _samples(outcome: Results) -> str:
     parts = []
     for name in outcome.plan.variants:
         run = next((r for r in outcome.of(name) if r.samples), None)
@@ -222,7 +222,7 @@ def _method() -> str:
     return f"<h2>How it was computed</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in wording.METHOD)}</ul>"
 
 
-def _repeat(outcome: Outcome, searched: Searched | None) -> str:
+def _repeat(outcome: Results, searched: Searched | None) -> str:
     file, command = search_wording.repeat(outcome.plan, searched)
     text = f"<pre><code>{escape(file)}</code></pre><pre><code>{escape(command)}</code></pre>"
     return f"<h2>To repeat it</h2><p>Save this as {escape(outcome.plan.name)}.toml:</p>{text}"

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from core.ablation.report.charts import LETTER, SIZE, Mark, Picture, Spot, label, number, short, ticks
-from core.ablation.stats.effects import Effect
+from core.ablation.stats.effects import VariantEffect
 from core.ablation.stats.findings import curve, scored
-from core.ablation.stats.results import Outcome, Result
+from core.ablation.stats.results import Result, Results
 
 BINS = 60
 """Most places of a learning curve that a picture shows."""
@@ -31,7 +31,7 @@ class Line(NamedTuple):
     high: tuple[float, ...]
 
 
-def difference(effects: Sequence[Effect], reference: str, width: int) -> Picture:
+def difference(effects: Sequence[VariantEffect], reference: str, width: int) -> Picture:
     """Draw each variant's mean difference with its 95 % interval and every seed; left of 0 is better.
 
     An interval or a difference too wide for a scale on which the others can be read ends in an arrow.
@@ -74,7 +74,7 @@ def difference(effects: Sequence[Effect], reference: str, width: int) -> Picture
     return Picture(width, bottom + 8, tuple(marks), f"Differences in bits per byte {basis}. {summary}")
 
 
-def _effect(one: Effect, place: Callable[[float], float], y: float, limit: float, colour: str) -> list[Mark]:
+def _effect(one: VariantEffect, place: Callable[[float], float], y: float, limit: float, colour: str) -> list[Mark]:
     if one.paired is None:
         return []
     mean = one.paired.mean
@@ -96,7 +96,7 @@ def _arrow(x: float, y: float, side: float, colour: str, width: float) -> Mark:
     return Mark("line", colour, ((x - side * 7, y - 6), (x, y), (x - side * 7, y + 6)), width)
 
 
-def _limit(effects: Sequence[Effect]) -> float:
+def _limit(effects: Sequence[VariantEffect]) -> float:
     """Return the end of the scale: all seeds of variants that are not far from the others, intervals up to 3 times."""
     points = _near([max(abs(d) for d in e.differences) for e in effects if e.paired])
     shown = [e.paired for e in effects if e.paired and abs(e.paired.mean) <= points]
@@ -105,7 +105,7 @@ def _limit(effects: Sequence[Effect]) -> float:
 
 
 def _near(sizes: Sequence[float]) -> float:
-    """Return the largest size that is not far from the others; 0 of none.
+    """Return the largest size that is not far from the others; 0 if there are none.
 
     Far are those of the highest quarter (one at least) from the first on that is over 5 times the one before it.
     """
@@ -240,7 +240,7 @@ def _longest(names: Sequence[str]) -> int:
     return math.ceil(max((len(name) for name in names), default=0) * SIZE * LETTER)
 
 
-def learning(outcome: Outcome, backend: str, field: str) -> tuple[str, list[Line], list[Line]]:
+def learning(outcome: Results, backend: str, field: str) -> tuple[str, list[Line], list[Line]]:
     """Return (what the figures are, curves of finished runs, their paired differences) against `step` or `seconds`.
 
     The reference comes first; against itself its difference is 0. Validation estimates where every run has at least
@@ -276,7 +276,7 @@ def _part(run: Result, field: str, column: str, first: float) -> tuple[np.ndarra
 
 
 def _line(name: str, parts: Sequence[Part], less: Sequence[Part] | None) -> Line:
-    """Return mean, lowest and highest of several curves, each less its own other curve where there are such."""
+    """Return mean, lowest and highest of several curves; with `less`, of their differences from those."""
     every = [*parts, *(less or [])]
     grid = parts[0][0]
     if any(len(xs) != len(grid) or (xs != grid).any() for xs, _ in every):

@@ -9,7 +9,7 @@ from core.ablation.report.page import NARROW, WIDE, Drawn, page
 from core.ablation.report.search_pictures import draw as draw_search
 from core.ablation.search.search import Searched
 from core.ablation.stats.findings import Findings, assess
-from core.ablation.stats.results import Outcome
+from core.ablation.stats.results import Results
 from core.files import replace_file, replace_text
 
 FILES = {"difference": "difference", "curves step": "curves", "gaps": "gaps", "bytes": "bytes"}
@@ -17,8 +17,8 @@ FILES = {"difference": "difference", "curves step": "curves", "gaps": "gaps", "b
 SEARCH_FILES = {"search": "search.png", "search fields": "search-fields.png"}
 
 
-def write_report(outcome: Outcome, folder: Path, searched: Searched | None = None) -> list[Path]:
-    """Write report.html, report.md and the pictures that there is something to draw for; return their paths.
+def write_report(outcome: Results, folder: Path, searched: Searched | None = None) -> list[Path]:
+    """Write report.html, report.md and their pictures, and return all paths.
 
     `searched` is the search that the outcome's variant `found` came from.
     """
@@ -45,7 +45,7 @@ def write_report(outcome: Outcome, folder: Path, searched: Searched | None = Non
 
 
 def _png(drawn: Drawn, key: str, path: Path) -> list[Path]:
-    """Write a picture, or remove that of an earlier report, which would now be wrong."""
+    """Write a picture, or remove an earlier report's if there is nothing to draw now."""
     if key not in drawn:
         path.unlink(missing_ok=True)
         return []
@@ -53,8 +53,8 @@ def _png(drawn: Drawn, key: str, path: Path) -> list[Path]:
     return [path]
 
 
-def draw(outcome: Outcome, tables: Findings, width: int) -> Drawn:
-    """Return the pictures of one backend that there is something to draw for."""
+def draw(outcome: Results, tables: Findings, width: int) -> Drawn:
+    """Return the pictures of one backend; those without data are left out."""
     reference, drawn = outcome.plan.reference, {}
     effects = wording.ranked(tables.ends)
     if any(one.paired for one in effects):
@@ -93,7 +93,7 @@ def _points(tables: Findings, reference: str) -> list[tuple[str, float, float, s
 
 
 def _markdown(
-    outcome: Outcome, findings: Sequence[Findings], images: Sequence[Sequence[Path]], searched: Searched | None
+    outcome: Results, findings: Sequence[Findings], images: Sequence[Sequence[Path]], searched: Searched | None
 ) -> str:
     plan = outcome.plan
     lines = [f"# {plan.name}", "", *([_plain(plan.purpose), ""] if plan.purpose else [])]
@@ -137,7 +137,7 @@ def _markdown(
     return "\n".join([*lines, *_code(command), ""])
 
 
-def _search(outcome: Outcome, searched: Searched, images: Sequence[Path]) -> list[str]:
+def _search(outcome: Results, searched: Searched, images: Sequence[Path]) -> list[str]:
     lines = ["## Search", "", _plain(search_wording.summary(searched)), ""]
     gains = search_wording.gains(searched, outcome)
     if gains:

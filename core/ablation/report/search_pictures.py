@@ -27,10 +27,10 @@ def draw(searched: Searched) -> dict[str, bytes]:
         warnings.simplefilter("ignore")  # it calls its plots experimental, and one trial alone gives an axis no width
         pyplot.switch_backend("agg")  # or a Mac opens windows
         for name, figure in plots(searched).items():
-            image = io.BytesIO()
-            figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
             pyplot.close(figure)
-            images[name] = image.getvalue()
+            images[name] = buffer.getvalue()
     return images
 
 
@@ -59,7 +59,8 @@ def _scaled(panels: np.ndarray, searched: Searched) -> Any:
         if start is not None:
             panel.axhline(start, color="black", linestyle="--", linewidth=1, label="Start")
         if panel.get_xscale() == "log":  # matplotlib's own labels overlap on a range of few decades
-            places = np.geomspace(*panel.get_xlim(), 7)[1:6:2]
+            left, right = panel.get_xlim()
+            places = np.geomspace(left, right, 7)[1:6:2]
             panel.set_xticks(places, [f"{place:.2g}" for place in places])
             panel.set_xticks([], minor=True)
     figure = panels[0].figure

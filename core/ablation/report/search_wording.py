@@ -12,7 +12,7 @@ from core.ablation.search.search import Searched, Trial
 from core.ablation.search.space import FOUND, Field, Search
 from core.ablation.stats.effects import Paired, paired
 from core.ablation.stats.findings import scored
-from core.ablation.stats.results import Outcome
+from core.ablation.stats.results import Results
 
 GAIN_HEAD = ("figure", "seeds", "start", "found", "difference", "95 % interval", "note")
 SELECTED = "selected"
@@ -47,8 +47,8 @@ class Gain(NamedTuple):
     """What to think of the figure."""
 
 
-def gains(searched: Searched, outcome: Outcome) -> list[Gain]:
-    """Return the search's own figure, then what the plan's seeds say of the same settings, a backend at a time."""
+def gains(searched: Searched, outcome: Results) -> list[Gain]:
+    """Return how far the best trial leads the start: on the search's seeds, then on the plan's for each backend."""
     best, start = searched.best, searched.start
     if best is None or best.bpb is None:
         return []
@@ -125,7 +125,7 @@ def settings(trial: Trial) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as people read it."""
+    """Return a value as a person would write it."""
     if isinstance(value, list):
         return " ".join(map(shown, value)) or "none"
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
@@ -183,14 +183,14 @@ def _range(field: Field) -> str:
 
 
 def repeat(plan: Ablation, searched: Searched | None) -> tuple[str, str]:
-    """Return (an ablation file, a command) that give the plan of a report again, with its search where it had one."""
+    """Return (text of an ablation file, command) that repeat a report's plan, with its search if it had one."""
     command = f"skc ablate {plan.name}.toml"
     if searched is None:
         return wording.as_toml(plan), command
     return wording.as_toml(searched.plan) + as_toml(searched.search), f"{command} --search"
 
 
-def to_json(searched: Searched, outcome: Outcome) -> dict[str, Any]:
+def to_json(searched: Searched, outcome: Results) -> dict[str, Any]:
     """Return a search as plain JSON values."""
     best = searched.best
     return {

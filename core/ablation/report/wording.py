@@ -7,9 +7,9 @@ from typing import Any
 
 from core.ablation.plan import Ablation
 from core.ablation.report.charts import NONE, number
-from core.ablation.stats.effects import Effect, resolvable, seeds_needed
-from core.ablation.stats.findings import Findings, Size, Summary
-from core.ablation.stats.results import Outcome
+from core.ablation.stats.effects import VariantEffect, resolvable, seeds_needed
+from core.ablation.stats.findings import Findings, Size, VariantSummary
+from core.ablation.stats.results import Results
 from core.config import differences
 
 BARE = re.compile(r"[A-Za-z0-9_-]+")
@@ -59,25 +59,25 @@ METHOD = (
 
 
 def chance(value: float | None) -> str:
-    """Return a p value as people read it."""
+    """Return a p value as a person would write it."""
     if value is None:
         return NONE
     return "< 0.0001" if value < 0.0001 else f"{value:.4f}" if value < 0.01 else f"{value:.2f}"
 
 
-def interval(one: Effect | None) -> str:
+def interval(one: VariantEffect | None) -> str:
     """Return `low to high` of an effect, or a dash."""
     if one is None or one.paired is None or one.paired.low is None:
         return NONE
     return f"{number(one.paired.low, sign=True)} to {number(one.paired.high, sign=True)}"
 
 
-def verdict(one: Effect) -> str:
+def verdict(one: VariantEffect) -> str:
     """Return the verdict, marked where fewer seeds are there than were planned."""
     return one.verdict + (f" ({one.short})" if one.short else "")
 
 
-def ranked(effects: Sequence[Effect]) -> list[Effect]:
+def ranked(effects: Sequence[VariantEffect]) -> list[VariantEffect]:
     """Return effects best first, those without a figure last."""
     return sorted(effects, key=lambda e: (e.paired is None, e.paired.mean if e.paired else 0.0))
 
@@ -89,7 +89,7 @@ def table(tables: Findings, reference: str) -> list[tuple[str, ...]]:
     return rows + [_row(by_name[one.variant], one) for one in ranked(tables.ends)]
 
 
-def _row(of: Summary, one: Effect | None) -> tuple[str, ...]:
+def _row(of: VariantSummary, one: VariantEffect | None) -> tuple[str, ...]:
     spread = "" if of.spread is None else f" ± {number(of.spread)}"
     test = one.paired if one else None
     return (
@@ -100,7 +100,7 @@ def _row(of: Summary, one: Effect | None) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def places(effects: Sequence[Effect]) -> list[tuple[str, ...]]:
+def places(effects: Sequence[VariantEffect]) -> list[tuple[str, ...]]:
     """Return the rows under PLACE_HEAD."""
     rows = []
     for one in ranked(effects):
@@ -113,8 +113,8 @@ def places(effects: Sequence[Effect]) -> list[tuple[str, ...]]:
     return rows
 
 
-def same_end(effects: Sequence[Effect]) -> str:
-    """Return the place where all pairs ended together, empty if some did not: then the main table says it all."""
+def same_end(effects: Sequence[VariantEffect]) -> str:
+    """Return where all pairs ended together, so that the main table is this comparison; empty if some did not."""
     ends = {one.at for one in effects if one.paired}
     both = len(ends) == 1 and all(one.basis == "artifact" for one in effects)
     return ends.pop().removesuffix(", the end") if both else ""
@@ -132,7 +132,7 @@ def size_rows(sizes: Sequence[Size]) -> list[tuple[str, ...]]:
     return rows
 
 
-def answers(tables: Findings, reference: str) -> list[tuple[Effect, str]]:
+def answers(tables: Findings, reference: str) -> list[tuple[VariantEffect, str]]:
     """Return one sentence a variant, best first: did it help, by how much, how sure, at what cost."""
     by_name = {one.variant: one for one in tables.summaries}
     return [
@@ -141,7 +141,7 @@ def answers(tables: Findings, reference: str) -> list[tuple[Effect, str]]:
     ]
 
 
-def _answer(one: Effect, tables: Findings) -> str:
+def _answer(one: VariantEffect, tables: Findings) -> str:
     test = one.paired
     if test is None:
         return "nothing to compare yet: no seed has a finished run of both"
@@ -163,7 +163,7 @@ def _answer(one: Effect, tables: Findings) -> str:
     return f"{amount} ({sure}, Holm p {chance(one.holm)})"
 
 
-def _cost(of: Summary, base: Summary) -> str:
+def _cost(of: VariantSummary, base: VariantSummary) -> str:
     parts = []
     if of.bytes is not None and base.bytes:
         change = of.bytes - base.bytes
@@ -174,7 +174,7 @@ def _cost(of: Summary, base: Summary) -> str:
 
 
 def resolution(tables: Findings, planned: int) -> str:
-    """Return what the planned seeds can resolve, given how much paired differences vary; empty if nobody knows."""
+    """Return a sentence on what the planned seeds can resolve; empty as long as the spread is not known."""
     if not tables.spread:
         return ""
     known = f"Paired differences vary by {number(tables.spread)} from seed to seed (pooled over the variants)."
@@ -187,7 +187,7 @@ def resolution(tables: Findings, planned: int) -> str:
     )
 
 
-def facts(outcome: Outcome) -> list[tuple[str, str]]:
+def facts(outcome: Results) -> list[tuple[str, str]]:
     """Return what was run, and how much of it is done."""
     plan = outcome.plan
     states = {name: sum(r.status == name for r in outcome.results) for name in ("done", "failed", "running", "waiting")}

@@ -1,4 +1,4 @@
-"""`skc ablate FILE.toml --search`: trials of settings, in rounds that a sampler asks for and that runs answer.
+"""`skc ablate FILE.toml --search`: rounds of trials, whose settings a sampler proposes and whose runs are trained.
 
 The run folders are the source. A search has no database of its own: each start makes the sampler again and tells it
 what is stored, round by round, which leads to the same trials, so that a killed search goes on where it was.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from core.ablation.plan import Ablation, Job
 from core.ablation.search.space import FOUND, Field, Search
 from core.ablation.stats.results import Result, Status
-from core.ablation.store import Place, Store
+from core.ablation.store import Place, RunStore
 from core.config import RunConfig, flattened, to_json
 
 ATTEMPTS = 100
@@ -97,16 +97,16 @@ class Searched(NamedTuple):
 
 
 def run_search(
-    plan: Ablation, search: Search, store: Store, place: Callable[[Job], Place], check: Callable[[RunConfig], object],
-    train: Callable[[Sequence[Place]], object] | None, retry: bool = False,
+    plan: Ablation, search: Search, store: RunStore, place: Callable[[Job], Place],
+    check: Callable[[RunConfig], object], train: Callable[[Sequence[Place]], object] | None, retry: bool = False,
     after_round: Callable[[Searched], object] = lambda _: None,
 ) -> Searched:  # fmt: skip
-    """Ask for trials, train what is not stored and tell the sampler, until all are there.
+    """Run a search: ask the sampler for trials, train the runs that are not stored, and tell it the figures.
 
     `place` says where a run is kept, `check` raises ValueError for settings that cannot run (others are asked for
     then), `train` brings runs to their ends; None: nothing is trained, and the first round that is not done is the last
-    one. A failed trial stays failed, since what came after it was asked for knowing that, unless `retry`. `told` gets
-    what there is after every round that was trained. SearchError without optuna.
+    one. A failed trial stays failed, since what came after it was asked for knowing that, unless `retry`.
+    `after_round` gets what there is after every round that was trained. SearchError without optuna.
     """
     sampler = Sampler(search)
     searched = Searched(plan, search, (), ())
@@ -200,7 +200,7 @@ class Sampler:
         return None
 
     def start(self, trial: Trial) -> None:
-        """Tell what the start gave, if it lies in the space."""
+        """Tell the sampler the start's figure, if the start lies in the space."""
         drawn = {name: field.draw(trial.settings[name]) for name, field in self._space.items()}
         if trial.bpb is None or None in drawn.values():
             return
@@ -208,7 +208,7 @@ class Sampler:
         self._study.add_trial(frozen)
 
     def tell(self, figures: Sequence[float | None]) -> None:
-        """Tell what all open trials gave, in the order in which they were asked for; None: it failed.
+        """Tell the sampler the figures of all open trials, in the order in which they were asked for; None: failed.
 
         A failed one is told as infinitely bad, not as failed: TPE passes over failed trials, learns nothing from them
         and asks for more of their kind (docs/ablations.md has figures).
@@ -219,7 +219,7 @@ class Sampler:
 
 
 def load_optuna() -> Any:
-    """Return optuna, quiet; SearchError where it is not installed."""
+    """Import optuna and silence its log; SearchError if it is not installed."""
     try:
         import optuna
     except ModuleNotFoundError as error:

@@ -19,7 +19,7 @@ from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 from core.ablation.fields import hint, meant, only, typed
-from core.checks import LARGEST, told
+from core.checks import LARGEST, in_words
 from core.config import ConfigError
 
 FIELD_KEYS = ("low", "high", "log", "step", "values")
@@ -98,7 +98,7 @@ class Search(NamedTuple):
 def read_field(name: str, value: Any, where: str) -> Field:
     """Return what [search.space] says of one setting; ConfigError, which `where` begins."""
     if not isinstance(value, dict):
-        raise ConfigError(f"{where}: expected {{low=..., high=...}} or {{values=[...]}}, got {told(value)}")
+        raise ConfigError(f"{where}: expected {{low=..., high=...}} or {{values=[...]}}, got {in_words(value)}")
     only(value, FIELD_KEYS, where)
     return _values(name, value, where) if "values" in value else _range(name, value, where)
 
@@ -108,7 +108,7 @@ def _values(name: str, value: dict[str, Any], where: str) -> Field:
         raise ConfigError(f"{where}: values exclude low, high, log and step")
     values = [meant(name, v) for v in typed(value, "values", list, where)]
     if len(values) < 2 or len(set(map(repr, values))) < len(values) or len(values) > MOST_VALUES:
-        raise ConfigError(f"{where}: values: {told(values)}: expected 2 to {MOST_VALUES}, all different")
+        raise ConfigError(f"{where}: values: {in_words(values)}: expected 2 to {MOST_VALUES}, all different")
     return Field(name, "values", values=tuple(values))
 
 
@@ -125,7 +125,7 @@ def _range(name: str, value: dict[str, Any], where: str) -> Field:
         good = type(number) is int or (kind == "float" and type(number) is float)
         if not good or not abs(number) <= LARGEST:
             expected = f"a {'whole' if kind == 'int' else 'finite'} number of at most {LARGEST:g}"
-            raise ConfigError(f"{where}: {key}: {told(number)}: expected {expected}")
+            raise ConfigError(f"{where}: {key}: {in_words(number)}: expected {expected}")
     log, step = typed(value, "log", bool, where, False), value.get("step", 1 if kind == "int" else None)
     low, high = (value[key] if kind == "int" else float(value[key]) for key in ("low", "high"))
     if low >= high:

@@ -1,4 +1,4 @@
-"""Which runs an ablation's first report was about: seeds that are added after a look were not fixed beforehand."""
+"""Finds seeds that were added after a report had shown figures: their number was not fixed beforehand."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from core.files import replace_file
 
 
 def looked(folder: Path, places: Sequence[Place]) -> tuple[int, ...]:
-    """Note what a report is about to show, and return the seeds that came to a variant after its first report.
+    """Note which runs a report is about to show, and return the seeds added to a variant after its first report.
 
     A variant is noted with all its seeds by the first report that has a figure of it. What cannot be read counts as no
     report.

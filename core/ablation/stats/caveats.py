@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from core.ablation.stats.results import Outcome, Result
+from core.ablation.stats.results import Result, Results
 
 COMPANY = 0.25
 """Runs side by side, on average, by which variant and reference may differ and still count as measured alike."""
@@ -12,16 +12,16 @@ UNLIKE = {"byte_rule": "byte rules", "label": "kinds of figure", "targets": "num
 """Field -> what it is: where both runs have one and it differs, their figures are not comparable."""
 MACHINE = {"device": "devices", "host": "machines", "threads": "numbers of CPU threads"}
 """Field -> what it is, of those that decide how fast a run is."""
-Pair = tuple[Result, Result]
+SeedPair = tuple[Result, Result]
 """(ours, reference) of one seed."""
 
 
-def alike(pair: Pair) -> bool:
+def alike(pair: SeedPair) -> bool:
     """Return whether two figures are of one kind: bits per byte of other bytes, or of other text, are not."""
     return not any(_differs(pair, field) for field in UNLIKE)
 
 
-def _differs(pair: Pair, field: str) -> bool:
+def _differs(pair: SeedPair, field: str) -> bool:
     """Return whether a pair differs in a field of UNLIKE; what is not known does not differ."""
     ours, base = (getattr(run, field) for run in pair)
     if field == "targets" and pair[0].data != pair[1].data and pair[0].documents == pair[1].documents:
@@ -29,8 +29,8 @@ def _differs(pair: Pair, field: str) -> bool:
     return None not in (ours, base) and ours != base
 
 
-def missing(outcome: Outcome, backend: str) -> list[str]:
-    """Return which runs gave no figure, and why."""
+def missing(outcome: Results, backend: str) -> list[str]:
+    """Return sentences on the runs that gave no figure, and why."""
     caveats = []
     for status, words in (
         ("failed", "failed"), ("running", "still running"), ("waiting", "not started"),
@@ -48,8 +48,8 @@ def missing(outcome: Outcome, backend: str) -> list[str]:
     return caveats + ([f"finished without a finite score, left out: {some(lost)}"] if lost else [])
 
 
-def unlike(both: dict[str, list[Pair]]) -> list[str]:
-    """Return which pairs are left out, since their figures are not of one kind."""
+def unlike(both: dict[str, list[SeedPair]]) -> list[str]:
+    """Return a sentence for each variant whose pairs are left out, since their figures are not of one kind."""
     caveats = []
     for field, words in UNLIKE.items():
         for name, of in both.items():
@@ -62,8 +62,8 @@ def unlike(both: dict[str, list[Pair]]) -> list[str]:
     return caveats
 
 
-def uneven(outcome: Outcome, pairs: dict[str, list[Pair]], runs: list[Result]) -> list[str]:
-    """Return what makes figures that can be compared less fair than they look."""
+def uneven(outcome: Results, pairs: dict[str, list[SeedPair]], runs: list[Result]) -> list[str]:
+    """Return sentences on what makes a comparison less fair than it looks."""
     caveats, kind = [], outcome.plan.budget[0]
     if outcome.added:
         caveats.append(
@@ -87,8 +87,8 @@ def uneven(outcome: Outcome, pairs: dict[str, list[Pair]], runs: list[Result]) -
     return caveats
 
 
-def company(name: str, of: list[Pair], kind: str) -> list[str]:
-    """Return in what a variant's runs were measured under other conditions than the reference's.
+def company(name: str, of: list[SeedPair], kind: str) -> list[str]:
+    """Return sentences on how the conditions of a variant's runs differ from the reference's.
 
     `kind` is that of the budget. What is not known of a run counts as alike.
     """

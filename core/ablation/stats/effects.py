@@ -10,7 +10,7 @@ from core.statistics import StatisticsError, finite
 
 LEVEL = 0.05
 """Two-sided: intervals are of 95 %."""
-Verdict = Literal[
+EffectVerdict = Literal[
     "better", "perhaps better", "inside noise", "perhaps worse", "worse", "one seed: no interval",
     "equal differences: no interval", "nothing to compare",
 ]  # fmt: skip
@@ -30,7 +30,7 @@ class Paired(NamedTuple):
     """Two-sided; None for one pair, 1 for differences that do not vary (as core.statistics has it)."""
 
 
-class Effect(NamedTuple):
+class VariantEffect(NamedTuple):
     """One variant against the reference on one backend, in bits per byte: below 0 is better."""
 
     variant: str
@@ -48,7 +48,7 @@ class Effect(NamedTuple):
     """None where no seed has both."""
     holm: float | None
     """p, adjusted for all variants of the table."""
-    verdict: Verdict
+    verdict: EffectVerdict
     note: str = ""
     waiting: int = 0
     """Planned seeds that are still to come, on one side or both."""
@@ -114,7 +114,7 @@ def holm(chances: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def judge(test: Paired | None, adjusted: float | None) -> Verdict:
+def judge(test: Paired | None, adjusted: float | None) -> EffectVerdict:
     """Return the verdict: `perhaps` where a difference stands alone but not among all that were looked at."""
     if test is None:
         return "nothing to compare"
@@ -182,14 +182,16 @@ def pooled_spread(tests: Sequence[Paired | None]) -> float | None:
 def effect(
     variant: str, backend: str, pairs: Sequence[tuple[int, float, float]], planned: int,
     basis: str = "artifact", at: str = "the end", note: str = "",
-) -> Effect:  # fmt: skip
+) -> VariantEffect:  # fmt: skip
     """Return what pairs of (seed, ours, reference) say; the verdict waits for `family`."""
     seeds, ours, reference = zip(*pairs, strict=True) if pairs else ((), (), ())
     test = paired(ours, reference) if pairs else None
-    return Effect(variant, backend, basis, at, seeds, ours, reference, planned, test, None, judge(test, None), note)
+    return VariantEffect(
+        variant, backend, basis, at, seeds, ours, reference, planned, test, None, judge(test, None), note
+    )
 
 
-def family(effects: Sequence[Effect]) -> tuple[Effect, ...]:
+def family(effects: Sequence[VariantEffect]) -> tuple[VariantEffect, ...]:
     """Return the effects of one table with Holm's p and verdicts: every planned variant counts, finished or not."""
     adjusted = holm([one.paired.p if one.paired else None for one in effects])
     return tuple(one._replace(holm=p, verdict=judge(one.paired, p)) for one, p in zip(effects, adjusted, strict=True))

@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.ablation.stats.caveats import Pair, alike, company, missing, uneven, unlike
-from core.ablation.stats.effects import Effect, effect, family, pooled_spread
-from core.ablation.stats.results import Outcome, Result
+from core.ablation.stats.caveats import SeedPair, alike, company, missing, uneven, unlike
+from core.ablation.stats.effects import VariantEffect, effect, family, pooled_spread
+from core.ablation.stats.results import Result, Results
 
 SAME_SIZE = 0.005
 """Share by which artifacts may differ and still count as equally big."""
 SAME_TIME = 0.02
 
 
-class Summary(NamedTuple):
+class VariantSummary(NamedTuple):
     """Means over the finished runs of one variant on one backend; None where no run is finished."""
 
     variant: str
@@ -31,14 +31,14 @@ class Summary(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What bytes a variant costs, and how it does at its size; `equal` is None where nothing of that size exists."""
+    """The bytes that a variant costs, and how it compares at equal size; `equal` is None if nothing has that size."""
 
     variant: str
     bytes: float | None
     """Mean difference to the reference."""
     per_100kb: float | None
     """Difference in bits per byte for each 100,000 bytes of it; None for equal sizes."""
-    equal: Effect | None
+    equal: VariantEffect | None
     note: str
 
 
@@ -46,28 +46,28 @@ class Findings(NamedTuple):
     """One backend's tables; `ends`, `steps`, `seconds` and `sizes` name the variants but the reference, as planned."""
 
     backend: str
-    summaries: tuple[Summary, ...]
+    summaries: tuple[VariantSummary, ...]
     """In the order of the plan, with the reference."""
-    ends: tuple[Effect, ...]
-    steps: tuple[Effect, ...]
-    seconds: tuple[Effect, ...]
+    ends: tuple[VariantEffect, ...]
+    steps: tuple[VariantEffect, ...]
+    seconds: tuple[VariantEffect, ...]
     sizes: tuple[Size, ...]
     spread: float | None
     """Pooled standard deviation of the paired differences at the end."""
     doubts: tuple[str, ...]
 
 
-def assess(outcome: Outcome) -> list[Findings]:
+def assess(outcome: Results) -> list[Findings]:
     """Return what the finished runs say, a backend at a time; backends are never mixed."""
     return [_assess(outcome, backend) for backend in outcome.plan.backends]
 
 
-def scored(outcome: Outcome, variant: str, backend: str) -> list[Result]:
+def scored(outcome: Results, variant: str, backend: str) -> list[Result]:
     """Return the finished runs of a variant that have a finite score, by seed."""
     return [r for r in outcome.of(variant, backend) if r.bpb is not None and math.isfinite(r.bpb)]
 
 
-def _assess(outcome: Outcome, backend: str) -> Findings:
+def _assess(outcome: Results, backend: str) -> Findings:
     plan = outcome.plan
     groups = {name: scored(outcome, name, backend) for name in plan.variants}
     reference = {r.seed: r for r in groups[plan.reference]}
@@ -84,7 +84,7 @@ def _assess(outcome: Outcome, backend: str) -> Findings:
     ends = family([effect(name, backend, _bpb(of), planned) for name, of in pairs.items()])
     lost = {name: _lost(outcome, name, backend) for name in pairs}
 
-    def counted(effects: Iterable[Effect]) -> tuple[Effect, ...]:
+    def counted(effects: Iterable[VariantEffect]) -> tuple[VariantEffect, ...]:
         return tuple(e._replace(waiting=lost[e.variant][0], failed=lost[e.variant][1]) for e in effects)
 
     sizes = _sizes(plan.reference, backend, pairs, planned)
@@ -100,23 +100,23 @@ def _assess(outcome: Outcome, backend: str) -> Findings:
     )
 
 
-def _summary(name: str, runs: list[Result]) -> Summary:
+def _summary(name: str, runs: list[Result]) -> VariantSummary:
     def mean(field: str) -> float | None:
         values = [getattr(r, field) for r in runs if getattr(r, field) is not None]
         return fmean(values) if values else None
 
     figures = [r.bpb for r in runs if r.bpb is not None]
-    return Summary(
+    return VariantSummary(
         name, len(runs), mean("bpb"), stdev(figures) if len(figures) > 1 else None, mean("bytes"),
         runs[0].parameters if runs else None, mean("tokens_per_second"), mean("seconds"),
     )  # fmt: skip
 
 
-def _bpb(pairs: Sequence[Pair]) -> list[tuple[int, float, float]]:
+def _bpb(pairs: Sequence[SeedPair]) -> list[tuple[int, float, float]]:
     return [(a.seed, float(a.bpb or 0.0), float(b.bpb or 0.0)) for a, b in pairs]
 
 
-def _lost(outcome: Outcome, name: str, backend: str) -> tuple[int, int]:
+def _lost(outcome: Results, name: str, backend: str) -> tuple[int, int]:
     """Return how many seeds of a variant are (still to come, failed), by its runs and those of the reference."""
     states: dict[int, set[str]] = {}
     for r in outcome.results:
@@ -126,7 +126,7 @@ def _lost(outcome: Outcome, name: str, backend: str) -> tuple[int, int]:
     return sum(bool(kinds & {"waiting", "running"}) and "failed" not in kinds for kinds in states.values()), failed
 
 
-def _along(name: str, backend: str, pairs: list[Pair], planned: int, field: str, budget: str) -> Effect:
+def _along(name: str, backend: str, pairs: list[SeedPair], planned: int, field: str, budget: str) -> VariantEffect:
     """Return the effect at the last `step` or `seconds` that all runs of these pairs reached."""
     runs = [run for pair in pairs for run in pair]
     ends = [float(getattr(r, "steps" if field == "step" else "seconds") or 0) for r in runs]
@@ -192,7 +192,7 @@ def _gap(xs: list[float], place: float) -> float:
     return 0.0 if xs[after] == place else xs[after] - xs[after - 1]
 
 
-def _sizes(reference: str, backend: str, pairs: dict[str, list[Pair]], planned: int) -> tuple[Size, ...]:
+def _sizes(reference: str, backend: str, pairs: dict[str, list[SeedPair]], planned: int) -> tuple[Size, ...]:
     sizes = []
     for name, of in pairs.items():
         sized = [p for p in of if p[0].bytes and p[1].bytes]
@@ -213,10 +213,10 @@ def _sizes(reference: str, backend: str, pairs: dict[str, list[Pair]], planned: 
 
 
 def _rival(
-    name: str, reference: str, backend: str, sized: list[Pair], ours: float, base: float,
-    pairs: dict[str, list[Pair]], planned: int,
-) -> tuple[Effect | None, str]:  # fmt: skip
-    """Return a variant against the best that the reference and one other variant make of its bytes.
+    name: str, reference: str, backend: str, sized: list[SeedPair], ours: float, base: float,
+    pairs: dict[str, list[SeedPair]], planned: int,
+) -> tuple[VariantEffect | None, str]:  # fmt: skip
+    """Compare a variant with the best score that the reference and one other variant reach at its size.
 
     That is the straight line, seed by seed, from the reference to a variant at least as far away in size; where bytes
     did not help that other variant, it is the reference itself, which a bigger budget also holds.

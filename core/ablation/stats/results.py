@@ -1,4 +1,4 @@
-"""What the runs of an ablation gave, read from their folders: they are the source, everything else is a view."""
+"""Results of an ablation's runs, read from their folders, which are the only source."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ class Result(NamedTuple):
     """How many runs of its `skc ablate` ran side by side with it, itself among them, on average over its time."""
 
 
-class Outcome(NamedTuple):
+class Results(NamedTuple):
     """An ablation and what its runs gave so far."""
 
     plan: Ablation
@@ -114,7 +114,7 @@ def read_result(job: Job, folder: Path, status: Status, message: str | None = No
 
 
 def final(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return what metrics say of the artifact's score, None before the end."""
+    """Return the line of the artifact's score in a run's metrics; None before the end."""
     return next((row["final/artifact"] for row in reversed(rows) if "final/artifact" in row), None)
 
 
@@ -127,7 +127,7 @@ def _environment(run: Run) -> dict[str, Any]:
 
 
 def _where(result: Result, env: dict[str, Any], folder: Path) -> Result:
-    """Return a result with what is known of the machines that it ran on."""
+    """Add what is known of the machines of a run to its result."""
     earlier = env.get("earlier")
     times = [e for e in [*(earlier if isinstance(earlier, list) else []), env] if isinstance(e, dict)]
     began = starts(folder.parent)
@@ -147,7 +147,7 @@ def _joined(names: list[Any]) -> str | None:
 
 
 def _beside(began: tuple[Start, ...]) -> float | None:
-    """Return the mean over all starts, by time; of one that was killed, only what it was allowed is known."""
+    """Return how many runs ran side by side, on average over all starts; for a killed start, how many were allowed."""
     known = [s.seconds for s in began if s.seconds]
     usual = sum(known) / len(known) if known else 1.0
     parts = [(s.seconds or usual, s.beside if s.beside is not None else s.parallel) for s in began]

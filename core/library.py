@@ -1,0 +1,77 @@
+"""A trained model as a Python object: it scores text and writes text. `skc.py` shows this to the outside."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+from core.checks import in_words, require
+from core.data.dataset import Split
+from core.data.tokenizer import Tokenizer
+from core.engine.protocol import DType, Engine, EngineOptions, load_engine
+from core.scoring.evaluation import Evaluation
+from core.scoring.score import Score, score
+from core.training import generate
+from core.verbs.common import Backend, Subject, open_subject, open_tokenizer
+
+
+class Model:
+    """The weights of a run or an artifact on a backend, and the tokenizer that they were trained with."""
+
+    def __init__(self, subject: Subject, tokenizer: Tokenizer, engine: Engine) -> None:
+        self.config, self.tokenizer, self.engine = subject.config, tokenizer, engine
+        self._what = f"{subject.what} on {engine.backend}, {engine.device}, {engine.dtype}"
+
+    def __repr__(self) -> str:
+        return f"<skc.Model: {self._what}>"
+
+    def score(self, text: str) -> Score:
+        """Return what `text` costs as one document, in windows as the run's eval settings say and without plug-ins.
+
+        `bpb` is in bits per byte, `nats` the sum over all tokens. ConfigError for what is no text, or an empty one.
+        """
+        _check_text("text", text)
+        ids = self.tokenizer.encode(text)
+        require(len(ids) > 0, "text: has no tokens; expected at least one letter")
+        split = Split(
+            [np.append(self.tokenizer.bos, ids).astype("<u2")],
+            self.tokenizer,
+            "text",
+            document_bytes=np.array([len(text.encode())]),
+            unknown_tokens=int((ids == self.tokenizer.unknown).sum()),
+        )
+        return score(self.engine, Evaluation.of(split, self.config))
+
+    def sample(
+        self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, top_k: int | None = 40, seed: int = 0
+    ) -> str:
+        """Return `prompt` and what the model writes after it, at most `tokens` tokens. ConfigError."""
+        _check_text("prompt", prompt)
+        limit = generate.context_limit(self.config)
+        return generate.sample(self.engine, self.tokenizer, prompt, tokens, temperature, top_k, seed, limit)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    data: str | None = None,
+    step: int | None = None,
+    backend: Backend = "auto",
+    dtype: DType | None = None,
+) -> Model:
+    """Return the model of a run folder (its last checkpoint, or the one kept of `step`) or of an artifact.
+
+    `data`: the prepared folder that a bare artifact's tokenizer is in, where it does not lie beside the artifact.
+    RunError, ArtifactError, DataError or ConfigError say what cannot be loaded.
+    """
+    require(isinstance(path, str | os.PathLike), f"path={in_words(path)}: expected a run folder or an artifact")
+    name = os.fspath(path)
+    subject = open_subject(name, data, step)
+    tokenizer = open_tokenizer(subject, name, data)
+    engine = load_engine(backend, subject.config, subject.weights, EngineOptions(dtype=dtype), subject.quantise)
+    return Model(subject, tokenizer, engine)
+
+
+def _check_text(name: str, text: Any) -> None:
+    require(isinstance(text, str), f"{name}={in_words(text)}: expected text, got {type(text).__name__}")
+    require(not any("\ud800" <= letter <= "\udfff" for letter in text), f"{name}: is not valid Unicode")

@@ -1,0 +1,59 @@
+"""What the matrices of a trained model get to read: second moments over training text, for `skc info --statistics`."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from core.config import ConfigError, RunConfig
+from core.data.dataset import Dataset, batch
+from core.engine.memory import enough_memory
+from core.engine.protocol import Engine, load_engine
+from core.verbs.common import Backend, Context, check_tokenizer, open_named, open_subject
+
+TOKENS, AT_ONCE = 1 << 16, 1 << 13
+"""Tokens of training text that are read, and those of one forward pass, about."""
+
+
+class Reader(NamedTuple):
+    """Trained weights and the text that they are to read."""
+
+    engine: Engine
+    dataset: Dataset
+    config: RunConfig
+
+
+def open_reader(path: str | None, config: RunConfig, backend: Backend) -> Reader:
+    """Return the weights of a run or artifact and its training text; ConfigError unless `config` is of its model."""
+    if path is None:
+        raise ConfigError(f"--statistics are of trained weights, not of preset {config.preset}: name a run instead")
+    subject = open_subject(path, None)
+    if subject.config.model != config.model:
+        raise ConfigError(f"--statistics are of the model that {path} holds: leave out other settings of it")
+    dataset = open_named(path, config, None)
+    check_tokenizer(subject, dataset)
+    return Reader(load_engine(backend, config, subject.weights, quantise=subject.quantise), dataset, config)
+
+
+def statistics(reader: Reader, context: Context) -> dict[str, Any]:
+    """Show trace, largest and mean diagonal of the sum of a a^T of what enters each matrix; return them as JSON."""
+    (engine, dataset, config), say = reader, context.say
+    seq = config.train.seq
+    rows = max(1, AT_ONCE // seq)
+    count = max(1, min(TOKENS, len(dataset.train)) // (rows * seq))
+    moments: dict[str, np.ndarray] = {}
+    report = say.progress("reading training text")
+    with enough_memory(config.model, rows, seq, "--train.seq", training=False):
+        for step in range(count):
+            text = batch(dataset.train, step, rows, seq, config.seed).tokens
+            for name, moment in engine.second_moments(text).items():
+                moments[name] = moments.get(name, 0.0) + moment.astype(np.float64)
+            report(step + 1, count)
+    tokens, matrices = count * rows * seq, {}
+    for name, moment in moments.items():
+        sums = np.diagonal(moment)
+        matrices[name] = {"trace": float(sums.sum()), "largest": float(sums.max()), "mean": float(sums.mean())}
+    say()
+    say(f"second moments of what enters each matrix: sums of a a^T over {tokens:,} tokens of {dataset.path}")
+    table = [(n, len(moments[n]), *(f"{value:.4g}" for value in row.values())) for n, row in matrices.items()]
+    say.table(("matrix", "inputs", "trace", "largest", "mean"), table)
+    return {"tokens": tokens, "backend": engine.backend, "matrices": matrices}
