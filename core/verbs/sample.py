@@ -29,7 +29,7 @@ class Sample:
     top_k: int | None = 40
     """Candidates per token; None: all."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the draws: they follow from it, the sample's number and the place, whatever the other prompts are."""
     data: str | None = None
     """Where a bare artifact's tokenizer is: a prepared folder; None: sample."""
     step: int | None = None
