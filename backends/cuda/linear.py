@@ -1,5 +1,7 @@
 """The linear layers: a weight (out, in), no bias."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 
@@ -11,7 +13,7 @@ class Matrix(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self._moment = None  # the sum so far; only Engine.second_moments sets one
+        self._moment: Any = None  # the sum so far; only Engine.second_moments sets one
 
     def product(self, x):
         """Return x @ weight.T."""
