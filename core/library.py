@@ -8,7 +8,8 @@ import numpy as np
 from core.checks import in_words, require
 from core.data.dataset import Split
 from core.data.tokenizer import Tokenizer
-from core.engine.protocol import DType, Engine, EngineOptions, load_engine
+from core.engine.loading import load_engine
+from core.engine.protocol import DType, Engine, EngineOptions
 from core.scoring.evaluation import Evaluation
 from core.scoring.score import Score, score
 from core.training import generate

@@ -75,7 +75,7 @@ class Tape:
 
 
 class Engine:
-    """See core.engine.protocol.Engine for every public method."""
+    """See core.engine.measured.Measured and its Engine for every public method."""
 
     backend = "cuda"
 

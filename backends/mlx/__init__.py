@@ -1,1 +1,1 @@
-"""The MLX realisation. Import it through `core.engine.protocol.load_engine`, which loads a fast BLAS first."""
+"""The MLX realisation. Import it through `core.engine.loading.load_engine`, which loads a fast BLAS first."""

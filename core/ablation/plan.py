@@ -29,7 +29,7 @@ from core.ablation.fields import closest, flat, named, only, put, seeds, typed
 from core.ablation.search.space import FOUND, TRIAL, Field, Search, read_field
 from core.checks import in_words
 from core.config import MOST_STEPS, ConfigError, RunConfig, from_json, to_json
-from core.engine.protocol import BACKENDS
+from core.engine.loading import BACKENDS
 from core.formats.toml import read_toml
 
 KEYS = (
@@ -177,7 +177,7 @@ def job_key(job: Job, code: str, data: dict[str, str]) -> str:
 
 
 def _backends(names: list[Any], where: str) -> tuple[str, ...]:
-    from core.engine.protocol import choose_backend
+    from core.engine.loading import choose_backend
 
     for name in names[: len(BACKENDS) + 1]:
         if name not in ("auto", *BACKENDS):

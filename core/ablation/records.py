@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from core.checks import in_words
 from core.config import SCHEMA as CONFIG_SCHEMA
 from core.config import ConfigError, RunConfig, from_json
-from core.engine.protocol import BACKENDS
+from core.engine.loading import BACKENDS
 from core.files import FileError, read_json
 
 STORE_SCHEMA = 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from core.check.bench_report import Against, BenchReport, BenchRow, PresetBench, Ratio
 from core.check.bench_worker import VARIANTS, Worker
 from core.config import ConfigError, RunConfig, differences
-from core.engine.protocol import available_backends
+from core.engine.loading import available_backends
 from core.model.params import count
 from core.model.shares import FLOP_RULE, flops_per_token
 

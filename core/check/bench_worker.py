@@ -11,7 +11,8 @@ from typing import IO
 from core import PYTHON, rng
 from core.config import RunConfig, from_json, to_json
 from core.data.batch import Batch
-from core.engine.protocol import EngineOptions, load_engine
+from core.engine.loading import load_engine
+from core.engine.protocol import EngineOptions
 from core.engine.ranks import Alone, Ranks
 from core.training import schedule
 

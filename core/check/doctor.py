@@ -13,7 +13,7 @@ import core
 from core import presets
 from core.check.parity import run_parity
 from core.console import Console
-from core.engine.protocol import BACKENDS, EXTRAS, available_backends, load_engine
+from core.engine.loading import BACKENDS, EXTRAS, available_backends, load_engine
 from core.training.environment import ROOT, versions
 
 

@@ -10,17 +10,9 @@ from core import presets, rng
 from core.config import ConfigError, ModelConfig, RunConfig
 from core.data.bundled import open_data
 from core.data.dataset import batch as batch_at
-from core.engine.protocol import (
-    BACKENDS,
-    EXTRAS,
-    Arrays,
-    Batch,
-    DType,
-    Engine,
-    EngineOptions,
-    available_backends,
-    load_engine,
-)
+from core.engine.loading import BACKENDS, EXTRAS, available_backends, load_engine
+from core.engine.measured import Measured
+from core.engine.protocol import Arrays, Batch, DType, Engine, EngineOptions
 from core.model.params import by_group, count, param_table, start_values
 from core.training import schedule
 
@@ -124,7 +116,7 @@ def run_parity(
 
 
 def teacher_forced(
-    engines: list[Engine], config: RunConfig, batches: list[Batch]
+    engines: list[Measured], config: RunConfig, batches: list[Batch]
 ) -> tuple[dict[str, tuple[float, ...]], float]:
     """Train two engines, the second from the first one's weights and optimizer before every step.
 
@@ -194,7 +186,7 @@ def _batches(config: RunConfig, steps: int) -> list[Batch]:
     return out
 
 
-def _forward_checks(config: RunConfig, engines: list[Engine], batch: Batch, dtype: DType) -> list[Check]:
+def _forward_checks(config: RunConfig, engines: list[Measured], batch: Batch, dtype: DType) -> list[Check]:
     from core.check.tolerances import relative_rms
 
     limit = _limits(dtype)["forward"]

@@ -3,8 +3,6 @@
 Only numpy arrays, Python scalars and frozen dataclasses cross this border.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -12,16 +10,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from core.checks import closest
-from core.config import ConfigError, ModelConfig, RunConfig
+from core.config import ConfigError, ModelConfig
 from core.data.batch import Batch
 from core.engine.plan import StepPlan
-from core.engine.ranks import Alone, Ranks
+from core.engine.ranks import Ranks
 from core.model.storage import Stored
 
 Arrays = dict[str, np.ndarray]
 DType = Literal["float32", "bfloat16", "float64"]
-BACKENDS = {"mlx": "mlx.core", "cuda": "torch"}
-EXTRAS = {"mlx": "mlx", "cuda": "torch"}
 
 
 @dataclass(frozen=True)
@@ -148,14 +144,6 @@ class Engine(Protocol):
         """Start one optimizer step on this rank's rows; at most two are in flight."""
         ...
 
-    def gradients(self, batch: Batch) -> tuple[float, Arrays]:
-        """Return the training loss (z-loss included) and its gradient by parameter name, without an update.
-
-        With `quantise` it is the gradient at the stored weights, which the step gives to the weights as it is: the
-        straight-through estimator (Bengio et al. 2013).
-        """
-        ...
-
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Return -log p(target) in nats for every position: (rows, seq) int -> (rows, seq) float."""
         ...
@@ -169,10 +157,6 @@ class Engine(Protocol):
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Return the final (softcapped) logits: (rows, seq) int -> (rows, seq, vocab) float."""
-        ...
-
-    def activations(self, tokens: np.ndarray) -> Arrays:
-        """Return the residual stream after the embedding and after every stage, and the logits, by name."""
         ...
 
     def second_moments(self, tokens: np.ndarray, names: Sequence[str] | None = None) -> Arrays:
@@ -229,20 +213,6 @@ class Engine(Protocol):
         """Replace the optimizer state; strict like `load_params`."""
         ...
 
-    def matmul_rate(self) -> tuple[int, float]:
-        """Measure (n, FLOP/s of (n, n) @ (n, n)) in the compute type, n as large as fills the device: at best on a CPU,
-        in a row on a GPU.
-        """
-        ...
-
-    def update_seconds(self, plan: StepPlan, repeats: int) -> float:
-        """Measure this rank's optimizer update alone (clip, rules, averages, finiteness guard): the mean of `repeats`.
-
-        It runs on stand-in gradients and leaves weights and optimizer state as they are. A mean, as steps are timed:
-        the best of several would flatter the update's share of a step on a busy machine.
-        """
-        ...
-
     def stats(self) -> dict[str, float]:
         """Return what the device tells: peak_bytes and active_bytes of arrays, or process_bytes; and traces.
 
@@ -268,57 +238,3 @@ def step(engine: Engine, state: State, tokens: np.ndarray) -> tuple[np.ndarray, 
     """Run one token per row, (rows,) int, on from `state`; return the logits (rows, vocab) and the state after it."""
     tape = engine.chunk(state, np.asarray(tokens)[:, None])
     return tape.logits()[:, 0], engine.commit(tape, 1)
-
-
-def available_backends() -> list[str]:
-    """Return the backends whose framework is installed, without importing it."""
-    found = []
-    for name, module in BACKENDS.items():
-        try:
-            if importlib.util.find_spec(module) is not None:
-                found.append(name)
-        except ModuleNotFoundError:
-            continue
-    return found
-
-
-def choose_backend(name: str) -> str:
-    """Resolve `auto` to the backend that suits this machine, or check that `name` can be loaded.
-
-    `auto` takes MLX where it has a GPU (a Mac) and the PyTorch backend elsewhere, if installed; `torch` is `cuda`.
-    """
-    import sys
-
-    name = "cuda" if name == "torch" else name
-    if name not in ("auto", *BACKENDS):
-        raise ConfigError(f"backend {name!r}: expected one of auto, {', '.join(BACKENDS)}")
-    found = available_backends()
-    if name == "auto":
-        order = ("mlx", "cuda") if sys.platform == "darwin" else ("cuda", "mlx")
-        name = next((n for n in order if n in found), order[0])
-    if name not in found:
-        raise ConfigError(f"backend {name!r} is not installed: pip install -e '.[{EXTRAS[name]}]'")
-    return name
-
-
-def load_engine(
-    backend: str,
-    config: RunConfig,
-    weights: Arrays | None = None,
-    options: EngineOptions | None = None,
-    quantise: bool = False,
-    ranks: Ranks | None = None,
-) -> Engine:
-    """Build the model of `config` on `backend` with `weights` (None: the start values of config.seed).
-
-    `quantise` is that of `Engine.load_params`; `ranks` are what `core.engine.ranks.join` gave, None: this process.
-    """
-    from core.model.params import start_values
-
-    name, options = choose_backend(backend), options or EngineOptions()
-    if name == "mlx" and options.fast_blas:  # before anything imports MLX
-        importlib.import_module("backends.mlx.blas").load_fast_blas()
-    module = importlib.import_module(f"backends.{name}.engine")
-    if weights is None:
-        weights = start_values(config.model, config.seed)
-    return module.build(config, weights, options, quantise, ranks or Alone())

@@ -22,7 +22,8 @@ import numpy as np
 
 from core.checks import ConfigError
 from core.config import changed
-from core.engine.protocol import EXTRAS, Arrays
+from core.engine.loading import EXTRAS
+from core.engine.protocol import Arrays
 from core.files import FileError, open_input, read_bounded
 from core.formats.npy import NpyError, read_header
 from core.model.config import ModelConfig

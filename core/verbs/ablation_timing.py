@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from core.ablation.plan import Job
 from core.console import Console
-from core.engine.protocol import choose_backend
+from core.engine.loading import choose_backend
 from core.training.environment import ROOT
 from core.verbs.common import Context
 from core.verbs.train import Train, train_run

@@ -17,7 +17,8 @@ from core.audit.claims import Plan
 from core.audit.legality import headline, markdown
 from core.audit.rules import Finding
 from core.config import ConfigError
-from core.engine.protocol import DType, choose_backend
+from core.engine.loading import choose_backend
+from core.engine.protocol import DType
 from core.files import own_folder, replace_file
 from core.training.records import of_a_run
 from core.training.run import Run, RunError

@@ -9,8 +9,9 @@ from tyro.conf import Positional
 
 from core.config import EvalConfig, RunConfig, from_json, to_json
 from core.engine.heartbeat import Heartbeat
+from core.engine.loading import choose_backend, load_engine
 from core.engine.memory import enough_memory
-from core.engine.protocol import DType, EngineOptions, choose_backend, load_engine
+from core.engine.protocol import DType, EngineOptions
 from core.engine.ranks import Ranks, agree, join, share_arrays
 from core.export.artifact import unreadable
 from core.scoring.accounting import byte_note

@@ -10,8 +10,9 @@ from core.audit.code import packed_code
 from core.config import ConfigError, RunConfig
 from core.console import Console
 from core.data.dataset import identity
+from core.engine.loading import load_engine
 from core.engine.optimizer_state import exported
-from core.engine.protocol import EngineOptions, load_engine
+from core.engine.protocol import EngineOptions
 from core.scoring.plugins import foreign
 from core.training.finish import finish
 from core.training.run import Run, RunError

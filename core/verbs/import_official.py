@@ -12,7 +12,8 @@ from tyro.conf import Positional
 from core.config import ConfigError, DataConfig, RunConfig
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
-from core.engine.protocol import Engine, choose_backend, load_engine
+from core.engine.loading import choose_backend, load_engine
+from core.engine.protocol import Engine
 from core.export.artifact import check_limits
 from core.files import place_file
 from core.model.params import count

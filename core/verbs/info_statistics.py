@@ -6,8 +6,9 @@ import numpy as np
 
 from core.config import ConfigError, RunConfig
 from core.data.dataset import Dataset, batch
+from core.engine.loading import load_engine
 from core.engine.memory import enough_memory
-from core.engine.protocol import Engine, load_engine
+from core.engine.protocol import Engine
 from core.verbs.common import Backend, Context, check_tokenizer, open_named, open_subject
 
 TOKENS, AT_ONCE = 1 << 16, 1 << 13

@@ -7,7 +7,7 @@ from tyro.conf import Positional
 
 from core.config import require
 from core.console import Console
-from core.engine.protocol import load_engine
+from core.engine.loading import load_engine
 from core.training.generate import Text, context_limit, read_as, write
 from core.verbs.common import Backend, Context, Outcome, open_subject, open_tokenizer
 

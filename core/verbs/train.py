@@ -14,8 +14,9 @@ from core.console import Console, duration
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
 from core.engine.heartbeat import Heartbeat
+from core.engine.loading import choose_backend, load_engine
 from core.engine.memory import enough_memory
-from core.engine.protocol import DType, Engine, EngineOptions, choose_backend, load_engine
+from core.engine.protocol import DType, Engine, EngineOptions
 from core.engine.ranks import Ranks, agree, join
 from core.export.artifact import check_limits
 from core.export.budget import predicted_bytes

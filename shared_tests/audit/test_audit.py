@@ -25,7 +25,7 @@ from core.audit.code import packed_code
 from core.audit.rules import RULES
 from core.cli import main
 from core.data.dataset import open_dataset
-from core.engine.protocol import load_engine
+from core.engine.loading import load_engine
 from core.export.artifact import read_artifact
 from core.files import locked
 from core.scoring.evaluation import Evaluation

@@ -13,7 +13,8 @@ from core.check.bench_worker import rank_of
 from core.cli import main
 from core.config import ConfigError, RunConfig
 from core.data.batch import Batch
-from core.engine.protocol import EngineOptions, load_engine
+from core.engine.loading import load_engine
+from core.engine.protocol import EngineOptions
 from core.engine.ranks import buckets, updated_by
 from core.training import schedule
 from shared_tests.support.harness import BACKENDS, batches, engine, mini, to_numpy, working_weights

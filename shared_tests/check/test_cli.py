@@ -15,7 +15,7 @@ import pytest
 from core import presets
 from core.cli import VERBS, main
 from core.config import RunConfig, changed
-from core.engine.protocol import load_engine
+from core.engine.loading import load_engine
 from core.model.params import count, param_table
 from core.training.run import Run
 from core.verbs.common import PresetOptions

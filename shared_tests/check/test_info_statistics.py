@@ -9,7 +9,8 @@ from core import presets
 from core.cli import main
 from core.config import RunConfig
 from core.data.dataset import batch, open_dataset
-from core.engine.protocol import EngineOptions, load_engine
+from core.engine.loading import load_engine
+from core.engine.protocol import EngineOptions
 from core.export.artifact import read_artifact, write_artifact
 from core.verbs import info_statistics
 from shared_tests.support.command_line import call, refuse

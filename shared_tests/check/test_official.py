@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from core.cli import main
-from core.engine.protocol import EngineOptions, load_engine
+from core.engine.loading import load_engine
+from core.engine.protocol import EngineOptions
 from core.official import checkpoint as official
 from core.official.checkpoint import EPS, model_of, read_official, swap_halves, to_ours
 from core.presets.transformers import BASELINE

@@ -10,7 +10,8 @@ from core.data.batch import Batch
 from core.data.bundled import prepare_sample
 from core.data.dataset import batch as batch_at
 from core.data.dataset import open_dataset
-from core.engine.protocol import Arrays, DType, EngineOptions, load_engine
+from core.engine.loading import load_engine
+from core.engine.protocol import Arrays, DType, EngineOptions
 from core.model.params import start_values
 from core.presets import get
 from core.training import schedule

@@ -13,8 +13,10 @@ from core import presets, rng
 from core.check.bench_worker import RANKS, rank_of
 from core.config import RunConfig
 from core.data.batch import Batch
+from core.engine.loading import load_engine
+from core.engine.measured import Measured
 from core.engine.plan import StepPlan
-from core.engine.protocol import Arrays, Engine, EngineOptions, load_engine
+from core.engine.protocol import Arrays, Engine, EngineOptions
 from core.model.params import param_table
 from core.model.shares import flops_per_token
 from core.training import schedule
@@ -86,7 +88,7 @@ def sized(config: RunConfig, micro: int | None, child: Child) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **sizes))
 
 
-def built(child: Child, config: RunConfig) -> tuple[Engine, Batch]:
+def built(child: Child, config: RunConfig) -> tuple[Measured, Batch]:
     """Return an engine and its rows of one step."""
     ranks = rank_of((RANKS if child.gpu else 2) if child.backend == "cuda" else 1, child.backend)
     options = EngineOptions(compile=None if child.gpu else False)

@@ -15,7 +15,8 @@ from core import presets, rng
 from core.cli import main
 from core.config import ConfigError
 from core.data.bundled import open_data
-from core.engine.protocol import EngineOptions, load_engine
+from core.engine.loading import load_engine
+from core.engine.protocol import EngineOptions
 from core.export.artifact import write_artifact
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError

@@ -16,7 +16,9 @@ from core import presets, rng
 from core.check.parity import perturbed
 from core.config import ModelConfig, RunConfig, changed
 from core.data.batch import Batch
-from core.engine.protocol import Arrays, Engine, EngineOptions, load_engine
+from core.engine.loading import load_engine
+from core.engine.measured import Measured
+from core.engine.protocol import Arrays, EngineOptions
 from shared_tests.oracle import everything
 
 load_fast_blas()  # before anything imports MLX
@@ -197,14 +199,14 @@ def mini(name: str) -> RunConfig:
     return dataclasses.replace(config, preset=EVERYTHING, model=model, train=train)
 
 
-def engine(backend: str, config: RunConfig, weights: Arrays | None = None, **options: Any) -> Engine:
+def engine(backend: str, config: RunConfig, weights: Arrays | None = None, **options: Any) -> Measured:
     """Build an eager engine (compiling costs a minute here); with stored weights if the run trains so."""
     quantise = config.train.quantise == "always"
     return load_engine(backend, config, weights, EngineOptions(**{"compile": False, **options}), quantise)
 
 
 @functools.lru_cache(maxsize=48)
-def reader(backend: str, config: RunConfig, scale: float, **options: Any) -> Engine:
+def reader(backend: str, config: RunConfig, scale: float, **options: Any) -> Measured:
     """Return an engine with working weights, built once per process: nobody trains it, loads into it or plants a fault.
 
     An engine keeps tables for every row length that it saw, so one that met a planted fault may hold it for good.

@@ -17,7 +17,8 @@ from core.config import DataConfig, RunConfig, changed
 from core.data.bundled import BUNDLED
 from core.data.dataset import open_dataset
 from core.data.prepare import prepare
-from core.engine.protocol import EngineOptions, load_engine
+from core.engine.loading import load_engine
+from core.engine.protocol import EngineOptions
 from core.training.loop import train
 from core.training.run import Checkpoint, Run
 from core.training.writer import hold

@@ -26,7 +26,8 @@ from core.config import ConfigError, EvalConfig, RunConfig
 from core.data.batch import Batch
 from core.data.dataset import open_dataset
 from core.engine.heartbeat import Heartbeat
-from core.engine.protocol import Engine, EngineOptions, load_engine
+from core.engine.loading import load_engine
+from core.engine.protocol import Engine, EngineOptions
 from core.engine.ranks import (
     Alone,
     Ranks,

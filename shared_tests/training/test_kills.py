@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from core.engine.protocol import load_engine
+from core.engine.loading import load_engine
 from core.files import TEMPORARY
 from core.training.run import Run
 from shared_tests.support.killed import PLACES, everything, small_data

@@ -16,7 +16,7 @@ from core.ablation.fields import flat, put
 from core.cli import VERBS, main
 from core.config import ConfigError, EvalConfig, RunConfig, from_json, to_json
 from core.data.tokenizer_training import train_tokenizer
-from core.engine.protocol import choose_backend
+from core.engine.loading import choose_backend
 from core.model.upgrade import MOVED
 from core.options import given, meant, options_of, spelled, unknown
 from core.verbs.common import fit_tokens, judged

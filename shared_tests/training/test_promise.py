@@ -14,7 +14,7 @@ from core.config import RunConfig, changed
 from core.console import Console
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
-from core.engine.protocol import load_engine
+from core.engine.loading import load_engine
 from core.export.artifact import read_artifact
 from core.training.environment import environment
 from core.training.finish import PromiseError, finish

@@ -14,7 +14,8 @@ from core.audit.flips import PASSES, flip_test
 from core.config import ConfigError, RunConfig, from_json
 from core.console import Console
 from core.data.dataset import Dataset, open_dataset
-from core.engine.protocol import Engine, EngineOptions, load_engine
+from core.engine.loading import load_engine
+from core.engine.protocol import Engine, EngineOptions
 from core.export.artifact import read_artifact
 from core.scoring.evaluation import Evaluation
 from core.scoring.key import evaluation_key

@@ -1,0 +1,66 @@
+"""How a backend is chosen and an engine is built on it."""
+
+import importlib
+import importlib.util
+
+from core.config import ConfigError, RunConfig
+from core.engine.measured import Measured
+from core.engine.protocol import Arrays, EngineOptions
+from core.engine.ranks import Alone, Ranks
+
+BACKENDS = {"mlx": "mlx.core", "cuda": "torch"}
+EXTRAS = {"mlx": "mlx", "cuda": "torch"}
+
+
+def available_backends() -> list[str]:
+    """Return the backends whose framework is installed, without importing it."""
+    found = []
+    for name, module in BACKENDS.items():
+        try:
+            if importlib.util.find_spec(module) is not None:
+                found.append(name)
+        except ModuleNotFoundError:
+            continue
+    return found
+
+
+def choose_backend(name: str) -> str:
+    """Resolve `auto` to the backend that suits this machine, or check that `name` can be loaded.
+
+    `auto` takes MLX where it has a GPU (a Mac) and the PyTorch backend elsewhere, if installed; `torch` is `cuda`.
+    """
+    import sys
+
+    name = "cuda" if name == "torch" else name
+    if name not in ("auto", *BACKENDS):
+        raise ConfigError(f"backend {name!r}: expected one of auto, {', '.join(BACKENDS)}")
+    found = available_backends()
+    if name == "auto":
+        order = ("mlx", "cuda") if sys.platform == "darwin" else ("cuda", "mlx")
+        name = next((n for n in order if n in found), order[0])
+    if name not in found:
+        raise ConfigError(f"backend {name!r} is not installed: pip install -e '.[{EXTRAS[name]}]'")
+    return name
+
+
+def load_engine(
+    backend: str,
+    config: RunConfig,
+    weights: Arrays | None = None,
+    options: EngineOptions | None = None,
+    quantise: bool = False,
+    ranks: Ranks | None = None,
+) -> Measured:
+    """Build the model of `config` on `backend` with `weights` (None: the start values of config.seed).
+
+    `quantise` is that of `Engine.load_params`; `ranks` are what `core.engine.ranks.join` gave, None: this process.
+    """
+    from core.model.params import start_values
+
+    name, options = choose_backend(backend), options or EngineOptions()
+    if name == "mlx" and options.fast_blas:  # before anything imports MLX
+        importlib.import_module("backends.mlx.blas").load_fast_blas()
+    module = importlib.import_module(f"backends.{name}.engine")
+    if weights is None:
+        weights = start_values(config.model, config.seed)
+    return module.build(config, weights, options, quantise, ranks or Alone())
