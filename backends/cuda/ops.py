@@ -47,12 +47,6 @@ def linear(x, weight):
     return F.linear(x, weight.to(x.dtype))
 
 
-def second_moment(x, dtype):
-    """Return the sum of a a^T over all rows a of x, (C, C), computed in `dtype`."""
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    return rows.T @ rows
-
-
 def rms_norm(x, eps, exact):
     """Return x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 for bfloat16 input."""
     if not exact:

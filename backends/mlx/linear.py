@@ -18,7 +18,8 @@ class Matrix(nn.Module):
     def product(self, x):
         """Return x @ weight.T."""
         if self._moment is not None:
-            self._moment = self._moment + ops.second_moment(x, self._moment.dtype)
+            rows = x.reshape(-1, x.shape[-1]).astype(self._moment.dtype)
+            self._moment = self._moment + rows.T @ rows
         return ops.linear(x, self.weight)
 
 

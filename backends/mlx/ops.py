@@ -48,12 +48,6 @@ def linear(x, weight):
     return x @ weight.astype(x.dtype).T
 
 
-def second_moment(x, dtype):
-    """Return the sum of a a^T over all rows a of x, (C, C), computed in `dtype`."""
-    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    return rows.T @ rows
-
-
 def rms_norm(x, eps, exact):
     """Return x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 for bfloat16 input."""
     if not exact:

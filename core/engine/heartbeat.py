@@ -35,6 +35,10 @@ def end_process(message: str | None) -> None:
     os._exit(1)
 
 
+HEARING = 2.0
+"""Seconds that a rank which fails waits for news of another that died, and was the cause."""
+
+
 class Heartbeat:
     """A context: inside it, this rank is heard and hears the others; `lost` is called, in a thread, if one is gone.
 
@@ -69,6 +73,10 @@ class Heartbeat:
         """Say goodbye."""
         if error is not None and not isinstance(error, Stopped):
             self._reason = b"failed " + one_line(f"{type(error).__name__}: {error}").encode()
+            if (
+                self._thread is not None
+            ):  # a collective fails at once when a rank dies: who hears that of it speaks first
+                self._thread.join(timeout=HEARING)
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=5 * self._beat)

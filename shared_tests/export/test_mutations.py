@@ -109,7 +109,7 @@ RECORD_FAULTS = {
     "members": (ablation_records, "read_json", lambda path, limit: json.loads(path.read_text())),
     "metrics": (core.training.records, "check_value", lambda *_: None),
     "env": (core.training.records, "check_value", lambda *_: None),
-    "plan": (toml, "decode", lambda path, data: data.decode()),
+    "plan": (toml, "decode_text", lambda path, data: data.decode()),
     "ledger": (core.scoring.ledger.Ledger, "_check", lambda *_: None),
     "manifest": (core.data.manifest, "check_value", lambda *_: None),
     "lengths": (core.data.dataset, "read_header", by_numpy),

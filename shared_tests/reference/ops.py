@@ -108,6 +108,31 @@ def short_conv(x: Array, weight: Array, documents: Array) -> Array:
     return out
 
 
+def span(first: Array, size: int) -> Array:
+    """Return first[b], first[b] + 1, ... of every row."""
+    return np.array([[start + j for j in range(size)] for start in first])
+
+
+def pick(x: Array, index: Array) -> Array:
+    """Return x[b, index[b]] of every row."""
+    return np.stack([x[b, at] for b, at in enumerate(index)])
+
+
+def after(x: Array, n: Array, before: Array) -> Array:
+    """Return x[b, n[b] - 1], or before[b] where n[b] is 0."""
+    return np.stack([x[b, count - 1] if count else before[b] for b, count in enumerate(n)])
+
+
+def tail(x: Array, documents: Array, n: Array, size: int, empty: float) -> Array:
+    """Return the last `size` positions of each row when n of T are kept; `empty` outside of the last one's document."""
+    out = np.full((len(x), size, *x.shape[2:]), empty, x.dtype)
+    for b, count in enumerate(n):
+        for j in range(size):
+            if documents[b, count + j] == documents[b, count + size - 1]:
+                out[b, j] = x[b, count + j]
+    return out
+
+
 def scan(decay: Array, drive: Array, start: Array, exact: bool) -> Array:
     out, state = np.empty_like(drive), start
     for t in range(drive.shape[1]):

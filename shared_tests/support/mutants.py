@@ -235,7 +235,9 @@ def set_model(header: dict[str, Any], field: str, value: Any, most: int) -> dict
     Returns the bytes of each stream; checksums and payload sizes are left open.
     """
     part, _, name = field.rpartition(".")
-    (header["model"][part] if part else header["model"])[name] = value
+    (header["model"].setdefault(part, {}) if part else header["model"])[name] = (
+        value  # what is at its default is absent
+    )
     try:
         table = param_table(from_json(ModelConfig, header["model"]))
     except ConfigError:

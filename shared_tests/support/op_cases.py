@@ -62,6 +62,19 @@ def cases(op: str, n: int) -> list[tuple]:
         return [(tokens(f"{op}/{n}", 2, n, 50, 1), 1)]
     if op == "causal_mask":
         return [(n, n, None), (n, n, documents), (max(1, n // 3), n, documents), (max(1, n // 3), n, None)]
+    if op == "span":
+        return [(np.array([0, 3, n], np.int32), n)]
+    kept = np.array([0, min(2, n)], np.int32)
+    if op == "pick":
+        x = draw(f"{op}/{n}", 2, n, 3)
+        return [(x, np.array([[0, n - 1], [n // 2, 0]], np.int32)), (x, np.array([n - 1, 0], np.int32))]
+    if op == "after":
+        return [(draw(f"{op}/{n}", 2, n, 3), kept, draw(f"{op}/before", 2, 3))]
+    if op == "tail":
+        before = np.concatenate([np.zeros((2, 3), np.int32), documents], axis=1)
+        return [
+            (draw(f"{op}/{n}", 2, 3 + n, 5), before, count, 3, -1.0) for count in (kept, np.array([n, n], np.int32))
+        ]
     assert op == "hash32"
     return [(5, np.arange(n, dtype=np.uint32))]
 

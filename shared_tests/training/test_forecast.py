@@ -23,7 +23,7 @@ from core.data.bundled import open_data
 from core.data.dataset import Dataset
 from core.engine.optimizer_state import optimizer_slots
 from core.engine.plan import StepPlan
-from core.engine.protocol import Arrays, Scoring, StepResult
+from core.engine.protocol import Arrays, Scoring, State, StepResult
 from core.engine.ranks import Alone
 from core.forecast.forecast import Forecast, StepKind, forecast
 from core.forecast.probe import kinds, measure_memory, probe
@@ -105,18 +105,21 @@ class FakeEngine:
 
         return wait
 
-    def start(self, rows: int) -> None:
-        return None
+    def start(self, rows: int) -> State:
+        return State(None, np.zeros(rows, np.int64), np.zeros(rows, np.int64))
 
-    def chunk(self, state: None, tokens: np.ndarray) -> Any:
+    def chunk(self, state: State, tokens: np.ndarray) -> Any:
         self.clock.now += SAMPLE
         logits = np.zeros((*tokens.shape, self.config.model.vocab))
         logits[..., 500:] = -1e9  # never BOS: every sample has its full length
         logits[..., self.config.model.bos] = -1e9
-        return SimpleNamespace(logits=lambda: logits)
+        return SimpleNamespace(logits=lambda: logits, state=state)
 
-    def commit(self, tape: Any, n: int) -> None:
-        return None
+    def commit(self, tape: Any, n: np.ndarray) -> State:
+        return State(None, tape.state.position + n, tape.state.seen + n)
+
+    def forget(self, state: State, rows: np.ndarray) -> State:
+        return State(None, np.where(rows, 0, state.position), np.where(rows, 0, state.seen))
 
     def quantised(self) -> dict[str, Stored]:
         self.clock.now += EXPORT
@@ -214,7 +217,7 @@ def test_the_plan_is_what_happens(name: str, device: Device, dataset: Dataset, t
     works = {name: (times, took) for name, times, took in found.works}
     inside = ("compiling", "validation estimate", "checkpoint")
     every = config.train.sample_every or 10**9
-    during = sum("samples" in row and row["step"] % every == 0 for row in rows) * 2 * 64 * SAMPLE  # two texts of 64
+    during = sum("samples" in row and row["step"] % every == 0 for row in rows) * 64 * SAMPLE  # two texts of 64, side by side
     assert found.seconds + sum(works[n][1] for n in inside) + during == pytest.approx(trained - began, rel=1e-9)
     beside = sum(took for _, took in works.values()) - works["building"][1]
     assert found.total == pytest.approx(found.seconds + beside, rel=1e-9)

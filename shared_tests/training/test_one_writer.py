@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,14 @@ def test_no_lock_is_left_where_something_else_is(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A job that a shell starts in the background has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Signalled(BigramEngine):
     """Gets a signal, as from a user, while it takes its n-th step."""
 
@@ -77,6 +86,7 @@ class Signalled(BigramEngine):
         return super().train_step(batch, plan)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     number: signal.Signals, dataset: Dataset, tmp_path: Path
@@ -96,6 +106,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     assert all(np.array_equal(ours.optimizer[n], v) for n, v in theirs.optimizer.items())
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_the_last_step_and_a_second_signal(dataset: Dataset, tmp_path: Path) -> None:
     run, _ = start(tmp_path / "last", config_of(steps=6), dataset)
     engine: Any = Signalled(run.config, 5, signal.SIGTERM, signal.SIGTERM)
