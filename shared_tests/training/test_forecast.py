@@ -217,7 +217,8 @@ def test_the_plan_is_what_happens(name: str, device: Device, dataset: Dataset, t
     works = {name: (times, took) for name, times, took in found.works}
     inside = ("compiling", "validation estimate", "checkpoint")
     every = config.train.sample_every or 10**9
-    during = sum("samples" in row and row["step"] % every == 0 for row in rows) * 64 * SAMPLE  # two texts of 64, side by side
+    # Two texts of 64 tokens, side by side.
+    during = sum("samples" in row and row["step"] % every == 0 for row in rows) * 64 * SAMPLE
     assert found.seconds + sum(works[n][1] for n in inside) + during == pytest.approx(trained - began, rel=1e-9)
     beside = sum(took for _, took in works.values()) - works["building"][1]
     assert found.total == pytest.approx(found.seconds + beside, rel=1e-9)
