@@ -42,22 +42,7 @@ def finish(
     target, exact = path or run.artifact_path, engine.quantise
     if config.train.quantise != "never" and not exact:
         say(f"WARNING: train.quantise={config.train.quantise} never switched on: weights are rounded only now")
-    provenance = {"preset": config.preset, "seed": config.seed, "step": step, "train_seq": config.train.seq}
-    size = only_rank_0(
-        ranks,
-        lambda: write_artifact(
-            target,
-            config.model,
-            engine.quantised(),
-            tokenizer_sha256=dataset.tokenizer.sha256,
-            provenance=provenance,
-        ),
-    )
-    decoded = share_arrays(ranks, read_artifact(target).weights if first else None)
-    if exact:
-        check_promise(decoded, engine.weights(), target)
-        say(f"all {len(decoded)} tensors of the artifact are those of the forward pass, bit for bit")
-    engine.load_params(decoded)
+    size = _store(run, engine, dataset, step, target, say)
     stored = judge("scoring the artifact", "artifact.ledger")
     gap = stored.bpb - scored.bpb
     say(f"{describe(stored)} (artifact, reloaded); round-trip gap {gap:+.6f}")
@@ -89,6 +74,28 @@ def finish(
     for file in written:
         say(f"wrote {file}")
     return {**value, "samples": texts, "files": [str(file) for file in written]}
+
+
+def _store(run: Run, engine: Engine, dataset: Dataset, step: int, target: Path, say: Console) -> int:
+    """Write the artifact, give the engine what its reader returns, and return the artifact's bytes; PromiseError."""
+    config, ranks = run.config, engine.ranks
+    provenance = {"preset": config.preset, "seed": config.seed, "step": step, "train_seq": config.train.seq}
+    size = only_rank_0(
+        ranks,
+        lambda: write_artifact(
+            target,
+            config.model,
+            engine.quantised(),
+            tokenizer_sha256=dataset.tokenizer.sha256,
+            provenance=provenance,
+        ),
+    )
+    decoded = share_arrays(ranks, read_artifact(target).weights if ranks.rank == 0 else None)
+    if engine.quantise:
+        check_promise(decoded, engine.weights(), target)
+        say(f"all {len(decoded)} tensors of the artifact are those of the forward pass, bit for bit")
+    engine.load_params(decoded)
+    return size
 
 
 class PromiseError(AssertionError):
