@@ -80,12 +80,12 @@ class Ablation(NamedTuple):
 
     def jobs(self) -> list[Job]:
         """Return its runs, seed by seed, so that a table of all variants is there early."""
-        made = []
+        jobs = []
         for seed in self.seeds:
             for backend in self.backends:
                 for name in self.variants:
-                    made.append(Job(name, seed, backend, self.config(name, seed), self.dtype))  # type: ignore[arg-type]
-        return made
+                    jobs.append(Job(name, seed, backend, self.config(name, seed), self.dtype))  # type: ignore[arg-type]
+        return jobs
 
     def config(self, variant: str, seed: int) -> RunConfig:
         """Return the settings of one run; ConfigError names the file, the variant and the field that is wrong."""
@@ -137,7 +137,7 @@ def read_plan(path: str | Path) -> Ablation:
     reference = typed(value, "reference", str, where, next(iter(variants)))
     if reference not in variants:
         raise ConfigError(f"{where}: reference: {reference!r} is not a variant; known: {', '.join(variants)}")
-    made = Ablation(
+    plan = Ablation(
         name=named(typed(value, "name", str, where, Path(path).stem), f"{where}: name"),
         purpose=typed(value, "purpose", str, where, ""),
         base=base,
@@ -150,21 +150,21 @@ def read_plan(path: str | Path) -> Ablation:
         variants={name: flat(changes, f"{where}: variants.{name}") for name, changes in variants.items()},
         path=where,
     )
-    runs = len(made.seeds) * len(made.backends) * len(made.variants)
+    runs = len(plan.seeds) * len(plan.backends) * len(plan.variants)
     if runs > MOST_RUNS:
         raise ConfigError(f"{where}: {runs:,} runs; expected at most {MOST_RUNS:,}: fewer seeds or variants")
-    seen: dict[str, str] = {}
-    for name in made.variants:
-        digest = json.dumps(to_json(made.config(name, 0)))
-        if digest in seen:
-            raise ConfigError(f"{where}: variants.{name}: is the same as variants.{seen[digest]}; remove one")
-        seen[digest] = name
+    variant_of: dict[str, str] = {}
+    for name in plan.variants:
+        digest = json.dumps(to_json(plan.config(name, 0)))
+        if digest in variant_of:
+            raise ConfigError(f"{where}: variants.{name}: is the same as variants.{variant_of[digest]}; remove one")
+        variant_of[digest] = name
     if "search" not in value:
-        return made
-    taken = next((name for name in made.variants if name == FOUND or TRIAL.fullmatch(name)), None)
+        return plan
+    taken = next((name for name in plan.variants if name == FOUND or TRIAL.fullmatch(name)), None)
     if taken:
         raise ConfigError(f"{where}: variants.{taken}: is what [search] calls its own; give it another name")
-    return made._replace(search=read_search(typed(value, "search", dict, where), made, f"{where}: search"))
+    return plan._replace(search=read_search(typed(value, "search", dict, where), plan, f"{where}: search"))
 
 
 def job_key(job: Job, code: str, data: dict[str, str]) -> str:
@@ -182,11 +182,11 @@ def _backends(names: list[Any], where: str) -> tuple[str, ...]:
     for name in names[: len(BACKENDS) + 1]:
         if name not in ("auto", *BACKENDS):
             raise ConfigError(f"{where}: backends: {in_words(name)}: expected auto, {', '.join(BACKENDS)}")
-    found = tuple(choose_backend(name) for name in names[: len(BACKENDS) + 1])
-    if not found or len(set(found)) < len(found):
+    backends = tuple(choose_backend(name) for name in names[: len(BACKENDS) + 1])
+    if not backends or len(set(backends)) < len(backends):
         expected = "expected one or more, each once (auto is one of the others)"
         raise ConfigError(f"{where}: backends: {in_words(names)}: {expected}")
-    return found
+    return backends
 
 
 def _dtype(value: Any, where: str) -> str | None:

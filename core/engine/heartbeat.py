@@ -118,8 +118,8 @@ class Heartbeat:
                         gone = "ended without a word (killed?)"
                 if gone is not None:
                     others = {r: s for r, s in sockets.items() if r != rank}
-                    told = self._ranks.rank and gone.startswith("failed")  # rank 0 has said it
-                    return self._tell(others, None if told else f"rank {rank} {gone}")
+                    known = self._ranks.rank and gone.startswith("failed")  # rank 0 has said it
+                    return self._tell(others, None if known else f"rank {rank} {gone}")
             if not sockets:
                 return None
         _send(sockets, self._reason + b"\n")
@@ -144,24 +144,24 @@ def _send(sockets: dict[int, socket.socket], data: bytes) -> None:
 
 def _accept(server: socket.socket, count: int, key: str) -> dict[int, socket.socket]:
     """Return the connections of `count` other ranks, each of which has shown `key`."""
-    found: dict[int, socket.socket] = {}
+    connections: dict[int, socket.socket] = {}
     server.settimeout(CONNECT)
     with server:
-        while len(found) < count:
+        while len(connections) < count:
             try:
                 connection, _ = server.accept()
             except TimeoutError:
-                missing = sorted({*range(1, count + 1)} - set(found))
+                missing = sorted({*range(1, count + 1)} - set(connections))
                 raise HeartbeatError(
                     f"ranks {missing} did not connect to rank 0 within {CONNECT:.0f} s: a firewall between the nodes?"
                 ) from None
             connection.settimeout(CONNECT)
             shown, _, rank = _line(connection).partition(b" ")
             if hmac.compare_digest(shown, key.encode()) and rank.isdigit():
-                found[int(rank)] = connection
+                connections[int(rank)] = connection
             else:
                 connection.close()
-    return found
+    return connections
 
 
 def _line(connection: socket.socket) -> bytes:

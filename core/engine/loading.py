@@ -14,14 +14,14 @@ EXTRAS = {"mlx": "mlx", "cuda": "torch"}
 
 def available_backends() -> list[str]:
     """Return the backends whose framework is installed, without importing it."""
-    found = []
+    installed = []
     for name, module in BACKENDS.items():
         try:
             if importlib.util.find_spec(module) is not None:
-                found.append(name)
+                installed.append(name)
         except ModuleNotFoundError:
             continue
-    return found
+    return installed
 
 
 def choose_backend(name: str) -> str:
@@ -34,11 +34,11 @@ def choose_backend(name: str) -> str:
     name = "cuda" if name == "torch" else name
     if name not in ("auto", *BACKENDS):
         raise ConfigError(f"backend {name!r}: expected one of auto, {', '.join(BACKENDS)}")
-    found = available_backends()
+    installed = available_backends()
     if name == "auto":
         order = ("mlx", "cuda") if sys.platform == "darwin" else ("cuda", "mlx")
-        name = next((n for n in order if n in found), order[0])
-    if name not in found:
+        name = next((n for n in order if n in installed), order[0])
+    if name not in installed:
         raise ConfigError(f"backend {name!r} is not installed: pip install -e '.[{EXTRAS[name]}]'")
     return name
 

@@ -89,14 +89,14 @@ def join(backend: str) -> Ranks:
     """
     from core.engine import joining
 
-    found = launched() or joining.unnumbered()
-    if found is None:
+    launch = launched() or joining.unnumbered()
+    if launch is None:
         return Alone()
-    if found[0] != backend:
-        mine, theirs = VARIABLES[backend][1], VARIABLES[found[0]][1]
+    if launch[0] != backend:
+        mine, theirs = VARIABLES[backend][1], VARIABLES[launch[0]][1]
         raise ConfigError(
-            f"started by {theirs}, which goes with --backend {found[0]}, but the backend is {backend}: add "
-            f"--backend {found[0]}, or start it with {mine}"
+            f"started by {theirs}, which goes with --backend {launch[0]}, but the backend is {backend}: add "
+            f"--backend {launch[0]}, or start it with {mine}"
         )
     words = joining.check_numbers(backend)
     if backend == "mlx":  # before anything imports MLX
@@ -163,7 +163,7 @@ def buckets(config: RunConfig, world: int) -> list[Bucket]:
     while the backward pass still runs; what is left of a shape goes to the ranks that have least to do.
     """
     table, muon = param_table(config.model), config.train.matrix_rule == "muon"
-    load, made = [0.0] * world, []
+    load, parts = [0.0] * world, []
     rest: list[str] = []
     open_groups: dict[tuple[tuple[int, ...], str], list[str]] = {}
     for name, row in reversed(table.items()):
@@ -171,12 +171,12 @@ def buckets(config: RunConfig, world: int) -> list[Bucket]:
             group = open_groups.setdefault((row.shape, row.storage), [])
             group.append(name)
             if len(group) == world:
-                made.append(Bucket(tuple(group), tuple(group)))
+                parts.append(Bucket(tuple(group), tuple(group)))
                 open_groups[row.shape, row.storage] = []
             continue
         rest.append(name)
         if sum(int(np.prod(table[n].shape)) for n in rest) >= BUCKET:
-            made.append(Bucket(tuple(rest)))
+            parts.append(Bucket(tuple(rest)))
             rest = []
     for (shape, _), group in open_groups.items():
         slots: list[str | None] = [None] * world
@@ -185,16 +185,16 @@ def buckets(config: RunConfig, world: int) -> list[Bucket]:
             slots[least] = name
             load[least] += float(np.prod(shape)) * min(shape)
         if group:
-            made.append(Bucket(tuple(group), tuple(slots)))
-    return [*made, Bucket(tuple(rest))] if rest else made
+            parts.append(Bucket(tuple(group), tuple(slots)))
+    return [*parts, Bucket(tuple(rest))] if rest else parts
 
 
-def owners(made: list[Bucket]) -> dict[str, int]:
+def owners(parts: list[Bucket]) -> dict[str, int]:
     """Return the rank that alone updates a matrix, by name."""
-    return {name: rank for bucket in made for rank, name in enumerate(bucket.slots) if name is not None}
+    return {name: rank for bucket in parts for rank, name in enumerate(bucket.slots) if name is not None}
 
 
-def updated_by(made: list[Bucket], rank: int) -> list[list[str]]:
+def updated_by(parts: list[Bucket], rank: int) -> list[list[str]]:
     """Return the names that `rank` updates: Muon's matrices that it alone updates, then what every rank does."""
-    alone = [name for bucket in made if (name := bucket.owned(rank)) is not None]
-    return [alone, [name for bucket in made if not bucket.slots for name in bucket.names]]
+    alone = [name for bucket in parts if (name := bucket.owned(rank)) is not None]
+    return [alone, [name for bucket in parts if not bucket.slots for name in bucket.names]]

@@ -79,27 +79,27 @@ class ParamBank(NamedTuple):
 
 def banks(config: ModelConfig, owner: dict[str, int] | None = None) -> list[ParamBank]:
     """Return the banks of all parameters; in a stack those of one `owner` (a rank, by name) are neighbours."""
-    table, found = param_table(config), {}
+    table, members = param_table(config), {}
     for name, row in table.items():
         key = row.group, row.storage, row.shape if row.group != "vector" else None
-        found.setdefault(key, []).append(name)
-    made = []
-    for (group, storage, shape), names in found.items():
+        members.setdefault(key, []).append(name)
+    stacks = []
+    for (group, storage, shape), names in members.items():
         if shape is None:  # so that each begins at a multiple of the power of two in its size, as devices like it
             names.sort(key=lambda name: -(table[name].size & -table[name].size))
         elif owner is not None:
             names.sort(key=lambda name: owner.get(name, 0))
-        made.append(
+        stacks.append(
             ParamBank(group, storage, shape is not None, tuple(names), tuple(table[name].shape for name in names))
         )
-    return made
+    return stacks
 
 
 def by_group(config: ModelConfig) -> dict[Group, list[str]]:
     """Return the names of every optimizer group that has any."""
     rows = param_table(config).items()
     names: dict[Group, list[str]] = {g: [name for name, row in rows if row.group == g] for g in GROUPS}
-    return {group: found for group, found in names.items() if found}
+    return {group: members for group, members in names.items() if members}
 
 
 def check_arrays(arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]], what: str) -> None:

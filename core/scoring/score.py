@@ -91,9 +91,9 @@ def score(
     ranks = ranks or Alone()
     if evaluation.plugins and ranks.world > 1:
         act = functools.partial(score, engine, evaluation, ledger, plugins=plugins, watch=watch, progress=progress)
-        found = only_rank_0(ranks, lambda: alone(engine, lambda: act().to_json()))
-        names = tuple(found["plugins"])
-        return Score(**{k: v for k, v in found.items() if k not in ("label", "plugins")}, plugins=names)
+        value = only_rank_0(ranks, lambda: alone(engine, lambda: act().to_json()))
+        names = tuple(value["plugins"])
+        return Score(**{k: v for k, v in value.items() if k not in ("label", "plugins")}, plugins=names)
     split = evaluation.split
     if evaluation.documents is None:
         split.verify()  # a score is of the text that was prepared, an estimate may be of less

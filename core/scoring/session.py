@@ -288,12 +288,12 @@ def _between(logprobs: np.ndarray) -> bool:
     return bool(np.isfinite(logprobs.min()) and logprobs.max() <= ROUNDING)
 
 
-def _check_order(given: Windows, found: Windows, starts: np.ndarray) -> None:
+def _check_order(given: Windows, order: Windows, starts: np.ndarray) -> None:
     """Raise LedgerError unless `found` are the windows of `given`, with those of each document in the text's order."""
-    first, place = (np.argsort(side.start + side.first, kind="stable") for side in (given, found))
-    if any(not np.array_equal(a[first], b[place]) for a, b in zip(given, found, strict=True)):
+    first, place = (np.argsort(side.start + side.first, kind="stable") for side in (given, order))
+    if any(not np.array_equal(a[first], b[place]) for a, b in zip(given, order, strict=True)):
         raise LedgerError("the windows were cut anew: a plug-in may change their order, not what they read", "D10")
-    text = found.take(place)
+    text = order.take(place)
     opened = np.searchsorted(starts, text.start + text.first, "right")  # the document of its first target
     ended = np.searchsorted(starts, text.start + text.length - 1, "right")
     backwards = (opened[1:] == ended[:-1]) & (place[1:] < place[:-1])

@@ -54,8 +54,8 @@ def write_text(options: Sample, context: Context) -> Outcome:
             context.say(f"the tokenizer normalises text: the model reads the prompt as {read!r}")
     texts = [Text(tokenizer, prompt, number) for prompt in options.prompt for number in range(options.n)]
     _show(texts, write(engine, texts, *choices), context.say)
-    found = [{"prompt": text.prompt, "read_as": reads[text.prompt], "text": str(text)} for text in texts]
-    return Outcome(True, {"path": options.path, "samples": found, "backend": engine.backend})
+    rows = [{"prompt": text.prompt, "read_as": reads[text.prompt], "text": str(text)} for text in texts]
+    return Outcome(True, {"path": options.path, "samples": rows, "backend": engine.backend})
 
 
 def _show(texts: list[Text], grown: Iterator[Text], say: Console) -> None:

@@ -145,9 +145,9 @@ def _range(name: str, value: dict[str, Any], where: str) -> Field:
 
 def _kind(name: str) -> Literal["float", "int"] | None:
     """Return the kind of number that a field takes; None if it takes none."""
-    found = hint(name)
-    union = typing.get_origin(found) in (typing.Union, types.UnionType)
-    kinds = typing.get_args(found) if union else (found,)
+    expected = hint(name)
+    union = typing.get_origin(expected) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(expected) if union else (expected,)
     return "float" if float in kinds else "int" if int in kinds else None
 
 
