@@ -1,7 +1,7 @@
 """A trained model as a Python object: it scores text and writes text. `skc.py` shows this to the outside."""
 
 import os
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -48,6 +48,11 @@ class Model:
     ) -> str:
         """Return `prompt` and what the model writes after it, at most `tokens` tokens. ConfigError."""
         _check_text("prompt", prompt)
+        _check_number("tokens", tokens, int)
+        _check_number("temperature", temperature, int | float)
+        _check_number("seed", seed, int)
+        if top_k is not None:
+            _check_number("top_k", top_k, int)
         limit = generate.context_limit(self.config)
         return generate.sample(self.engine, self.tokenizer, prompt, tokens, temperature, top_k, seed, limit)
 
@@ -66,11 +71,18 @@ def load(
     RunError, ArtifactError, DataError or ConfigError say what cannot be loaded.
     """
     require(isinstance(path, str | os.PathLike), f"path={in_words(path)}: expected a run folder or an artifact")
+    types = get_args(DType)
+    require(dtype is None or dtype in types, f"dtype={in_words(dtype)}: expected one of {', '.join(types)}")
     name = os.fspath(path)
     subject = open_subject(name, data, step)
     tokenizer = open_tokenizer(subject, name, data)
     engine = load_engine(backend, subject.config, subject.weights, EngineOptions(dtype=dtype), subject.quantise)
     return Model(subject, tokenizer, engine)
+
+
+def _check_number(name: str, value: Any, kind: Any) -> None:
+    expected = "a whole number" if kind is int else "a number"
+    require(isinstance(value, kind) and not isinstance(value, bool), f"{name}={in_words(value)}: expected {expected}")
 
 
 def _check_text(name: str, text: Any) -> None:

@@ -64,7 +64,7 @@ class ModelConfig:
     repeat_layers: tuple[int, ...] = ()
     """Consecutive layers (from 0) that run a second time after the last of them, with residual scales of their own that
     start at 0; train.repeat_from says from when on."""
-    # The parts, in the order of their parameters in table and artifact: those of a layer where its mixers stand.
+
     embedding: Embedding = field(default_factory=Embedding)
     smear: Smear = field(default_factory=Smear)
     bigram: Bigram = field(default_factory=Bigram)

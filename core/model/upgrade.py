@@ -30,11 +30,11 @@ def moved(field: str) -> str | None:
 def model_settings(old: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a model's settings of schema 2 under their names of today; ConfigError for a name that it did not have."""
     parts: dict[str, dict[str, Any]] = {}
-    for name in MOVED.keys() & old.keys():
+    for name in sorted(MOVED.keys() & old.keys()):
         part, _, key = MOVED[name].partition(".")
         parts.setdefault(part, {})[key] = old[name]
     plain = {name: value for name, value in old.items() if name not in MOVED}
-    for name in plain.keys() & {place.partition(".")[0] for place in MOVED.values()}:
+    for name in sorted(plain.keys() & {place.partition(".")[0] for place in MOVED.values()}):
         raise ConfigError(f"{where}.{name}: unknown key of schema 2")
     return plain | parts
 

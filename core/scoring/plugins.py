@@ -164,7 +164,9 @@ class Temperature(Plugin):
 
         def __post_init__(self) -> None:
             good = 0 < self.prior <= LARGEST
-            require(good, f"eval.plugins.temperature.prior={self.prior}: expected a number above 0")
+            require(
+                good, f"eval.plugins.temperature.prior={self.prior}: expected a number above 0, at most {LARGEST:g}"
+            )
 
     kind = "temperature"
     SAMPLE = 256

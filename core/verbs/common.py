@@ -152,12 +152,12 @@ def judged(base: EvalConfig, options: Any, path: str) -> EvalConfig:
     return dataclasses.replace(base, **given)
 
 
-def open_named(path: str, config: RunConfig, data: str | None, train: bool = True) -> Dataset:
+def open_named(path: str, config: RunConfig, data: str | None, train: bool = True, option: str = "--data") -> Dataset:
     """Open the data of a run or artifact, or `data` instead; ConfigError where config.json names a folder not here."""
     if data is None and config.data.path != "sample" and not os.path.isdir(config.data.path):
         raise ConfigError(
             f"{path}: was trained on {config.data.path}, which is not here (in {os.getcwd()}): give its data with "
-            "--data PATH, or start from the folder that it was trained from"
+            f"{option} PATH, or start from the folder that it was trained from"
         )
     return open_data(config.data.path if data is None else data, train=train)
 
@@ -179,12 +179,12 @@ def open_tokenizer(subject: Subject, path: str, data: str | None) -> Tokenizer:
     return dataset.tokenizer
 
 
-def check_tokenizer(subject: Subject, dataset: Dataset) -> None:
+def check_tokenizer(subject: Subject, dataset: Dataset, option: str = "--data") -> None:
     """Raise ConfigError unless the text was cut into tokens as the model learned it."""
     if dataset.tokenizer.sha256 != subject.tokenizer_sha256:
         raise ConfigError(
             f"{subject.what} was made with tokenizer {subject.tokenizer_sha256[:12]}, but {dataset.path} has "
-            f"{dataset.tokenizer.sha256[:12]}: give the data it was trained on with --data PATH"
+            f"{dataset.tokenizer.sha256[:12]}: give the data it was trained on with {option} PATH"
         )
 
 

@@ -30,8 +30,8 @@ def open_reader(path: str | None, config: RunConfig, backend: Backend) -> Reader
     subject = open_subject(path, None)
     if subject.config.model != config.model:
         raise ConfigError(f"--statistics are of the model that {path} holds: leave out other settings of it")
-    dataset = open_named(path, config, None)
-    check_tokenizer(subject, dataset)
+    dataset = open_named(path, config, None, option="--data.path")
+    check_tokenizer(subject, dataset, "--data.path")
     return Reader(load_engine(backend, config, subject.weights, quantise=subject.quantise), dataset, config)
 
 

@@ -11,6 +11,9 @@ from core.engine.loading import load_engine
 from core.training.generate import Text, context_limit, read_as, write
 from core.verbs.common import Backend, Context, Outcome, open_subject, open_tokenizer
 
+MOST = 10_000
+"""Samples of a prompt."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -42,7 +45,7 @@ class Sample:
 
 def write_text(options: Sample, context: Context) -> Outcome:
     """Let a model write."""
-    require(options.n >= 1, f"n={options.n}: expected at least 1")
+    require(1 <= options.n <= MOST, f"n={options.n}: expected at least 1, at most {MOST:,}")
     require(options.prompt != (), "--prompt: expected a text; leave it out to begin a document")
     subject = open_subject(options.path, options.data, options.step)
     tokenizer = open_tokenizer(subject, options.path, options.data)

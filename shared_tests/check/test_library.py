@@ -107,6 +107,12 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "bytes": (lambda m, p: m.score(b"text"), skc.ConfigError, "expected text, got bytes"),
     "surrogates": (lambda m, p: m.score("a\ud800"), skc.ConfigError, "text: is not valid Unicode"),
     "a number": (lambda m, p: m.sample(5), skc.ConfigError, "prompt=5: expected text, got int"),
+    "half a token": (lambda m, p: m.sample("a", tokens=1.5), skc.ConfigError, "tokens=1.5: expected a whole number"),
+    "tokens in words": (lambda m, p: m.sample("a", tokens="3"), skc.ConfigError, "tokens='3': expected a whole number"),
+    "a temperature": (lambda m, p: m.sample("a", temperature="x"), skc.ConfigError, "temperature='x': expected a"),
+    "candidates": (lambda m, p: m.sample("a", top_k=2.5), skc.ConfigError, "top_k=2.5: expected a whole number"),
+    "a seed": (lambda m, p: m.sample("a", seed=True), skc.ConfigError, "seed=True: expected a whole number"),
+    "a type": (lambda m, p: LOAD(p / "runs/quickstart", dtype="float16"), skc.ConfigError, "dtype='float16': expected"),
     "no tokens": (lambda m, p: m.sample("a", tokens=0), skc.ConfigError, "tokens=0: expected at least 1"),
 }  # fmt: skip
 
