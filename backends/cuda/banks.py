@@ -1,4 +1,4 @@
-"""Tensors that lie together in memory, so that one call does for all: core.model.params.ParamBank in PyTorch."""
+"""CUDA: parameters that lie together in memory (core.model.params.ParamBank); MLX's arrays are values."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""What torch.save wrote in the official train_gpt.py, as numpy arrays: a state dict, or its int8 artifact.
+"""CUDA: what torch.save wrote in the official train_gpt.py, as numpy arrays: a state dict, or its int8 artifact.
 
 torch.load(weights_only=True) runs no code, but allocates what a pickle asks of it (bytearray(10**12) is allowed), and
 reads zip archives in its own way. So the pickle is looked through first, without being run, for anything that is not a
