@@ -41,16 +41,17 @@ def test_a_slow_rank_is_waited_for_and_a_dead_one_is_not(how: str, tmp_path: Pat
     codes = ended(others, 240 + LIMIT)
     ended(processes, 0)
     assert all((tmp_path / f"slow-{rank}").exists() for rank in range(3)), "the slow rank was not waited for"
-    said = [(tmp_path / f"rank-{rank}").read_text().splitlines(keepends=True) for rank in range(3)]
-    # MLX's own ring may hear of a dead peer first, and says it for every socket
-    said = ["".join(line for line in lines if not line.startswith("[ring] ")) for lines in said]
+    said = [(tmp_path / f"rank-{rank}").read_text() for rank in range(3)]
     reason = {
         "kill": "rank 1 ended without a word (killed?)",
         "stop": "rank 1 was not heard for 4 s",
         "raise": "rank 1 failed (ValueError: a disk is full)",
     }[how]
-    assert said[0] == f"{reason}; all ranks stop; go on from the checkpoint\n"
-    assert said[2] == "" and codes[0] == codes[-1] == 1, "rank 0 speaks for all"
+    # MLX's own ring writes of dead peers too, piece by piece and cut where the process ends: around our line, not in it
+    assert said[0].count("all ranks stop") == 1, said[0]
+    assert f"{reason}; all ranks stop; go on from the checkpoint\n" in said[0]
+    ours = [line for line in said[2].splitlines() if not line.startswith("[ring]")]
+    assert ours == [] and codes[0] == codes[-1] == 1, "rank 0 speaks for all"
 
 
 def test_a_killed_rank_ends_the_run_and_the_checkpoint_goes_on(tmp_path: Path) -> None:
