@@ -32,6 +32,10 @@ class Embedding(Part):
             rows["embed_down.weight"] = matrix(model, width, model.dim, storage=stored)
         return rows
 
+    def flops(self, model: Model, seq: int) -> int:
+        """Return the FLOPs of the head's product with the same table: looking up takes none."""
+        return 2 * model.vocab * (self.dim or model.dim)
+
     def mini(self, model: Model, dim: int) -> "Embedding":
         """Return settings of the same width, measured by the stream's."""
         return replace(self, dim=None if self.dim is None else max(1, self.dim * dim // model.dim))

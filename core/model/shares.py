@@ -40,7 +40,7 @@ def shares(config: ModelConfig, seq: int) -> dict[str, Share]:
     """Return part -> its share, in the order of the table; `layer` is what a layer has beside its mixer and MLP."""
     totals: dict[str, Share] = {}
     for name, part, rows, uses in _pieces(config):
-        weights = sum(row.size for row in rows.values() if row.group in ("matrix", "embed"))
+        weights = sum(row.size for row in rows.values() if row.group == "matrix")
         before, state = totals.get(name, Share()), part.state(config)
         totals[name] = Share(
             before.parameters + sum(row.size for row in rows.values()),
@@ -53,7 +53,7 @@ def shares(config: ModelConfig, seq: int) -> dict[str, Share]:
 
 def _pieces(config: ModelConfig) -> Iterator[tuple[str, Part, dict[str, Param], int]]:
     """Yield every part wherever it stands: its name, the part, its rows, and how often it is used."""
-    yield "embedding", config.embedding, config.embedding.rows(config), 1  # by the head: looking up takes no products
+    yield "embedding", config.embedding, config.embedding.rows(config), 1
     kinds = {stage.name: stage.part for stage in config.stages(True)}
     uses = Counter(stage.name for stage in config.stages(True))
     for name, part in named_parts(config).items():

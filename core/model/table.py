@@ -66,7 +66,7 @@ class Part:
         return {}
 
     def flops(self, model: Model, seq: int) -> int:
-        """Return the FLOPs of one token of the forward pass that are not products with a matrix of the table."""
+        """Return the FLOPs of one token of the forward pass beside the products with rows of the group `matrix`."""
         return 0
 
     def values(self, model: Model, seq: int, scores: bool) -> int:
