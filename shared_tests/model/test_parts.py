@@ -12,6 +12,7 @@ import pytest
 from core import presets
 from core.check.tolerances import P2_FLOAT64, relative_rms
 from core.config import ModelConfig, RunConfig, changed
+from core.model.context import each_array
 from shared_tests import oracle
 from shared_tests.support.harness import BACKENDS, engine, tokens, working_weights
 
@@ -46,8 +47,16 @@ def test_a_fault_in_a_part_shows_in_its_example(name: str, monkeypatch: pytest.M
         return x * np.where(np.arange(x.shape[-1]) % 2, 1.001, 1.0)  # a norm would not see all channels scaled alike
 
     def faulty(*given: Any) -> Any:
-        out = right(*given)
-        return out._replace(x=uneven(out.x)) if isinstance(out, oracle.Stream) else uneven(out)
+        out, before = right(*given), next((one for one in given if isinstance(one, oracle.Stream)), None)
+        if not isinstance(out, oracle.Stream):
+            return uneven(out)
+        made = {name: value for name, value in out._asdict().items() if value is not getattr(before, name, None)}
+        return out._replace(**{name: each_uneven(value) for name, value in made.items()})
+
+    def each_uneven(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: uneven(one) for key, one in value.items()}
+        return each_array(value, uneven)
 
     expected = oracle.model(config.model, weights, rows)
     for place in (*map(vars, oracle.MODULES.values()), oracle.PARTS, oracle.MODULES["layer"].MIXERS):
