@@ -89,6 +89,7 @@ class Stream(NamedTuple):
     values: Any  # (B, T, D): the same, normalised
     embedded: Any  # (B, T, D): what entered the first layer
     skips: tuple = ()  # what layers put out that others will add
+    to_values: Any = ()  # layer -> (B, T, G * K): what its attention adds to its values, of the layers that do
 
 
 class ModelState(NamedTuple):

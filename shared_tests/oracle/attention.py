@@ -23,7 +23,10 @@ def attention(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, tex
     n = convolve(n, w["conv"], text.starts) if settings.conv else n
 
     def heads(name: str) -> Array:
-        return linear(n, w[f"{name}.weight"]).reshape(rows, seq, -1, dim // settings.heads).swapaxes(1, 2)
+        y = linear(n, w[f"{name}.weight"])
+        if name == "v" and stage.layer in stream.to_values:
+            y = y + stream.to_values[stage.layer]
+        return y.reshape(rows, seq, -1, dim // settings.heads).swapaxes(1, 2)
 
     q, k = (rope(rms_norm(heads(name), config.norm_eps, True), *turn) for name in "qk")
     q, v, y = q * w["q_gain"][:, None, None], heads("v"), np.empty((rows, seq, settings.heads, dim // settings.heads))

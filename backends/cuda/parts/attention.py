@@ -37,7 +37,10 @@ class Attention(Part):
         split = (rows, seq, -1, config.attention.width(config))
         q_BHTK = torch.swapaxes(self.q(x_BTD).reshape(split), 1, 2)
         k_BGTK = torch.swapaxes(self.k(x_BTD).reshape(split), 1, 2)
-        v_BGTK = torch.swapaxes(self.v(x_BTD).reshape(split), 1, 2)
+        v_BTC = self.v(x_BTD)
+        if stage.layer in stream.to_values:
+            v_BTC = v_BTC + stream.to_values[stage.layer]
+        v_BGTK = torch.swapaxes(v_BTC.reshape(split), 1, 2)
         # Normalised queries and keys bound the scores; the gain learns how sharp they get.
         q_BHTK = ops.rope(ops.rms_norm(q_BHTK, config.norm_eps, exact), context.cos, context.sin)
         k_BGTK = ops.rope(ops.rms_norm(k_BGTK, config.norm_eps, exact), context.cos, context.sin)
