@@ -80,6 +80,12 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="skc-kernels-"))
 
 
+def refused(source: str) -> str:
+    """Return what the host's compiler says against a source: nothing if it is C++."""
+    command = [host_compiler(), "-std=c++17", "-w", "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input=source, capture_output=True, text=True).stderr
+
+
 @functools.cache
 def library(source: str) -> ctypes.CDLL:
     """Return the compiled C++ `source`."""
@@ -152,10 +158,10 @@ def maker(order: str, calls: list[str], fault: tuple[str, str] | None = None) ->
 
 
 @contextlib.contextmanager
-def _device(make: Any) -> Iterator[None]:
+def device(make: Any, prelude: str = PRELUDE) -> Iterator[None]:
     """Let this process have a device whose kernels `make` makes; no op has been tried on it yet."""
     language, before = kernels.language, set(kernels.TRUSTED)
-    kernels.language = lambda: (make, PRELUDE)  # pyright: ignore[reportAttributeAccessIssue]
+    kernels.language = lambda: (make, prelude)  # pyright: ignore[reportAttributeAccessIssue]
     kernels.TRUSTED.clear()
     trial.form.cache_clear()
     try:
@@ -174,7 +180,7 @@ def installed(order: str = "forwards", fault: tuple[str, str] | None = None) -> 
     Engines must be built inside, with EngineOptions(compile=False); they try the kernels as on a device.
     """
     calls: list[str] = []
-    with _device(maker(order, calls, fault)):
+    with device(maker(order, calls, fault)):
         yield calls
 
 
@@ -196,7 +202,7 @@ def opaque() -> Iterator[None]:
         return call
 
     form = trial.form
-    with _device(make):
+    with device(make):
         trial.form = lambda op, dtype: "kernels"  # pyright: ignore[reportAttributeAccessIssue]
         kernels.TRUSTED.update((op, dtype) for op in trial.TRIALS for dtype in trial.AGREES)
         try:
