@@ -1,1 +1,9 @@
 """The MLX realisation. Import it through `core.engine.loading.load_engine`, which loads a fast BLAS first."""
+
+import os
+import sys
+
+# MLX commits a command buffer every 20 to 50 operations, 40 to 50 MB: too often for steps of thousands of small ones.
+# It reads these once. CUDA's own limits are wider: they stay.
+for _unit, _limit in (("OPS", "200"), ("MB", "400")) if sys.platform == "darwin" else ():
+    os.environ.setdefault(f"MLX_MAX_{_unit}_PER_BUFFER", _limit)
