@@ -7,3 +7,7 @@ import sys
 # It reads these once. CUDA's own limits are wider: they stay.
 for _unit, _limit in (("OPS", "200"), ("MB", "400")) if sys.platform == "darwin" else ():
     os.environ.setdefault(f"MLX_MAX_{_unit}_PER_BUFFER", _limit)
+
+# MLX reads it at its first product and has 1 where nobody set it: on Macs from the M5 on and on NVIDIA's GPUs float32
+# products would then have 10 bits. MLX_ENABLE_TF32=1 in the environment asks for that.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")

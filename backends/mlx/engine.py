@@ -10,13 +10,13 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from backends.mlx import ops, optim, storage
+from backends.mlx import device, ops, optim, storage
 from backends.mlx.blas import load_fast_blas
 from backends.mlx.distributed import reduce
 from backends.mlx.kernels import trial
 from backends.mlx.model import Model
 from core.data.batch import Batch
-from core.engine.fitting import fitting, note, usable
+from core.engine.fitting import fitting, note
 from core.engine.optimizer_state import averaged, exported, optimizer_slots
 from core.engine.plan import NUMBERS, StepPlan
 from core.engine.protocol import (
@@ -36,7 +36,7 @@ from core.model.storage import Stored
 from core.model.tables import mixer_tables, rope_tables
 
 IN_FLIGHT = 2
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float64": mx.float64}
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16, "float64": mx.float64}
 
 
 class Pending:
@@ -70,12 +70,9 @@ class Engine:
     backend = "mlx"
 
     def __init__(self, config, weights: Arrays, options: EngineOptions, quantise: bool, ranks):
-        gpu = mx.default_device() == mx.Device(mx.gpu)
-        self.dtype = options.dtype or ("bfloat16" if gpu else "float32")
-        if gpu and self.dtype == "float64":
-            mx.set_default_device(mx.cpu)  # MLX: a GPU has no float64
-            gpu = False
-        self.device = "Apple GPU" if gpu and mx.metal.is_available() else "GPU" if gpu else "CPU"
+        self._chip, self._wired = device.chip(), False
+        gpu, self.device = self._chip.gpu, self._chip.words
+        self.dtype = options.dtype or self._chip.dtype
         self._compute, self._wide = DTYPES[self.dtype], mx.float64 if self.dtype == "float64" else mx.float32
         self._run, self._config, self._train = config, config.model, config.train
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
@@ -104,7 +101,7 @@ class Engine:
         self._change = compiled(self._rules)
         self._after = compiled(self._follow)
         self.ranks, self._buckets = ranks, buckets(config, ranks.world)
-        self._memory = usable(None, ranks)  # MLX: its GPU has the machine's
+        self._tokens, self._memory = device.micro_batch(self._chip, options.micro_tokens, ranks)
         self._fitting: dict[int, int] = {}
         self._score = compiled(self._costs)
         self._predict = compiled(self._logits)
@@ -115,7 +112,8 @@ class Engine:
             *trial.notes(config.model, self._compute, self._exact),
             f"Newton-Schulz in {str(self._orthogonal).removeprefix('mlx.core.')}",
             f"BLAS: {load_fast_blas() if options.fast_blas else 'as MLX ships it'}",
-            *note(config, self._rows(self._train.seq), self._memory),
+            f"float32 products: {device.products(gpu)}",
+            *note(config, self._rows(self._train.seq), self._memory, self._tokens),
         )
 
     # The pure functions that are compiled: parameters and state go in and come out.
@@ -147,7 +145,8 @@ class Engine:
 
     def _gradient(self, weights, tokens, targets, tables, repeat):
         """Return (objective, loss, gradients) of one micro-batch."""
-        (objective, loss), grads = mx.value_and_grad(self._losses)(weights, tokens, targets, tables, repeat)
+        gradient = device.value_and_grad(self._losses, self.dtype)
+        (objective, loss), grads = gradient(weights, tokens, targets, tables, repeat)
         return objective, loss, grads
 
     def _add_gradient(self, weights, grads, loss, share, tokens, targets, tables, repeat):
@@ -224,7 +223,11 @@ class Engine:
     def train_step(self, batch: Batch, plan: StepPlan) -> Pending:
         hyper = mx.array(np.array(plan.numbers), self._wide)
         seq = batch.tokens.shape[1]
-        parts, shares, count = micro_batches(batch, self._rows(seq), self.ranks.world)
+        if self._weights is not None:
+            mx.clear_cache()  # MLX: memory of scoring's shapes serves no step
+        rows = self._rows(seq)
+        device.check_memory(self._chip, self._run, rows, seq, self.dtype)
+        parts, shares, count = micro_batches(batch, rows, self.ranks.world)
         tables, number = self._constants(seq), mx.array(count, self._wide)
         weights = self._trained(self._params, plan.quantise)
         if count == 1 and self.ranks.world == 1:
@@ -248,6 +251,7 @@ class Engine:
         self._state = {name: state[name] for name in self._slots}
         self.quantise, self._weights = plan.quantise, None
         mx.async_eval(self._params, self._state, *numbers)
+        self._wired = self._wired or device.wire(self, self._chip)
         self._in_flight.append(Pending(*numbers))
         if len(self._in_flight) > IN_FLIGHT:
             mx.eval(self._in_flight.popleft().values)
@@ -377,6 +381,7 @@ class Engine:
     def _scored(self):
         """Return the weights that are scored, made anew after every change of the masters."""
         if self._weights is None:
+            mx.clear_cache()  # MLX: memory of the step's shapes serves no scoring
             weights = exported(self._config, self._train, self._params, self._state)
             self._weights = self._store(weights) if self.quantise else weights
         return self._weights
@@ -389,8 +394,8 @@ class Engine:
     def _rows(self, seq):
         """Return how many rows of `seq` tokens go through the model at once."""
         if seq not in self._fitting:
-            composed = self._exact or mx.default_device() != mx.Device(mx.gpu)  # MLX: fused attention needs a GPU
-            self._fitting[seq] = fitting(self._run, seq, self.dtype, self._memory, composed)
+            # MLX: attention that is trained keeps its scores, on a GPU too
+            self._fitting[seq] = fitting(self._run, seq, self.dtype, self._memory, True, self._tokens)
         return self._fitting[seq]
 
     def _constants(self, seq, position=None):
@@ -409,4 +414,5 @@ class Engine:
 
 def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks) -> Engine:
     """Return the engine of `config` with `weights`."""
-    return Engine(config, weights, options, quantise, ranks)
+    make = functools.partial(Engine, config, weights, options, quantise, ranks)
+    return device.OnTheCPU(make) if options.dtype == "float64" and device.chip().gpu else make()

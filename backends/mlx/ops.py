@@ -248,8 +248,8 @@ def cross_entropy(logits, targets, exact, cap=None, bias=None):
 
     z is softcap(logits + bias, cap), bias (V,) or None; uncapped where cap is None; float32 or wider.
     """
-    # A probability needs more digits than bfloat16 has.
-    logits = logits.astype(mx.float32) if logits.dtype == mx.bfloat16 else logits
+    # A probability needs more digits than 16 bits have.
+    logits = logits.astype(mx.float32) if logits.dtype.size == 2 else logits
     logits = logits if bias is None else logits + bias
     logits = logits if cap is None else softcap(logits, cap, exact)
     total = logsumexp(logits, exact)

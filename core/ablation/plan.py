@@ -22,7 +22,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from core import presets
 from core.ablation.fields import closest, flat, named, only, put, seeds, typed
@@ -30,6 +30,7 @@ from core.ablation.search.space import FOUND, TRIAL, Field, Search, read_field
 from core.checks import in_words
 from core.config import MOST_STEPS, ConfigError, RunConfig, from_json, to_json
 from core.engine.loading import BACKENDS
+from core.engine.protocol import DType
 from core.formats.toml import read_toml
 
 KEYS = (
@@ -190,8 +191,8 @@ def _backends(names: list[Any], where: str) -> tuple[str, ...]:
 
 
 def _dtype(value: Any, where: str) -> str | None:
-    if value not in (None, "float32", "bfloat16", "float64"):
-        raise ConfigError(f"{where}: dtype: {in_words(value)}: expected float32, bfloat16 or float64")
+    if value is not None and value not in get_args(DType):
+        raise ConfigError(f"{where}: dtype: {in_words(value)}: expected one of {', '.join(get_args(DType))}")
     return value
 
 

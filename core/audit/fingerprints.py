@@ -15,7 +15,7 @@ BLOCK = 1 << 22
 """Values that a checksum takes at once."""
 
 
-ROUNDING = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2}
+ROUNDING = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Nats by which rounding may change a prediction that is computed twice, by compute type; more is not rounding."""
 HARMLESS = 1e-4
 """Nats that decide no claim, even if they came from the future in every prediction: a fiftieth of what a record must

@@ -17,6 +17,8 @@ P2_FLOAT32 = 5e-6
 """The same in float32."""
 P2_BFLOAT16 = 2e-2
 """Logits of bfloat16 compute against float32, on either backend: relative RMS."""
+P2_FLOAT16 = 2.5e-3
+"""The same of float16 compute, which has 8 times the digits; MLX only."""
 P3_FLOAT64 = 1e-10
 """20 updates of every optimizer rule on given gradients: float64, relative RMS."""
 P3_FLOAT32 = 1e-5

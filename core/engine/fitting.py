@@ -12,8 +12,8 @@ from core.config import ModelConfig, RunConfig
 from core.engine.ranks import Ranks
 from core.model.params import count
 
-KEPT = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.2}
-"""Bytes of such a number: in bfloat16 some are float32."""
+KEPT = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.2, "float16": 2.2}
+"""Bytes of such a number: in 16 bits some are float32."""
 PEAK = 1.25
 """Memory at its fullest over what is kept: gradients on their way, and what an op needs for itself."""
 COPIES = 7
@@ -37,30 +37,37 @@ def halves(rows: int) -> list[int]:
     return sizes
 
 
-def fitting(config: RunConfig, seq: int, dtype: str, memory: float, composed: bool = False) -> int:
+def needed(config: RunConfig, rows: int, seq: int, dtype: str, composed: bool = False) -> float:
+    """Estimate the bytes of a training step with micro-batches of `rows` rows of `seq`."""
+    fixed = (1 + COPIES) * count(config.model) * max(4.0, KEPT[dtype])
+    return fixed + PEAK * KEPT[dtype] * values_per_token(config.model, seq, composed) * seq * rows
+
+
+def fitting(
+    config: RunConfig, seq: int, dtype: str, memory: float, composed: bool = False, tokens: int | None = None
+) -> int:
     """Return the rows of a micro-batch of rows of `seq`: train.micro_batch, halved until they should fit in `memory`.
 
-    `memory` is what may be used, in bytes; one row is taken even if it should not fit.
+    `memory` is what may be used, in bytes, `tokens` the most that a micro-batch may have; one row is taken in any case.
     """
-    left = memory - (1 + COPIES) * count(config.model) * max(4.0, KEPT[dtype])
-    row = PEAK * KEPT[dtype] * values_per_token(config.model, seq, composed) * seq
-    sizes = halves(config.train.rows_of(seq)[1])
-    return next((rows for rows in sizes if rows * row <= left), 1)
+    sizes = [rows for rows in halves(config.train.rows_of(seq)[1]) if tokens is None or rows * seq <= tokens]
+    return next((rows for rows in sizes if needed(config, rows, seq, dtype, composed) <= memory), 1)
 
 
-def usable(own: float | None, ranks: Ranks) -> float:
+def usable(own: float | None, ranks: Ranks, filled: float = DEVICE) -> float:
     """Return the bytes that every rank may fill: most of its device's own memory, else its part of the machine's.
 
     It is the least of all ranks': they weight their micro-batches alike.
     """
     machine = SHARED * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks.world
-    mine = machine if own is None else DEVICE * own
+    mine = machine if own is None else filled * own
     return min(float(row[0]) for row in ranks.gather(np.array([mine])))
 
 
-def note(config: RunConfig, rows: int, memory: float) -> tuple[str, ...]:
+def note(config: RunConfig, rows: int, memory: float, tokens: int | None = None) -> tuple[str, ...]:
     """Return what there is to say of micro-batches of `rows`."""
     asked = config.train.rows
     if rows == asked:
         return ()
-    return (f"micro-batches: {rows} of {asked} rows, to fit in {memory / 2**30:.1f} GiB (an estimate)",)
+    most = "" if tokens is None else f"to have at most {tokens:,} tokens, and "
+    return (f"micro-batches: {rows} of {asked} rows, {most}to fit in {memory / 2**30:.1f} GiB (an estimate)",)

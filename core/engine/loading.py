@@ -58,6 +58,8 @@ def load_engine(
     from core.model.params import start_values
 
     name, options = choose_backend(backend), options or EngineOptions()
+    if name == "cuda" and options.dtype == "float16":
+        raise ConfigError("--dtype float16: is for MLX (M1, M2), expected bfloat16, float32 or float64 with PyTorch")
     if name == "mlx" and options.fast_blas:  # before anything imports MLX
         importlib.import_module("backends.mlx.blas").load_fast_blas()
     module = importlib.import_module(f"backends.{name}.engine")

@@ -17,7 +17,7 @@ from core.engine.ranks import Ranks
 from core.model.storage import Stored
 
 Arrays = dict[str, np.ndarray]
-DType = Literal["float32", "bfloat16", "float64"]
+DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class EngineOptions:
     """How a backend computes; nothing here changes what is computed beyond rounding."""
 
     dtype: DType | None = None
-    """Compute type; None: bfloat16 on a GPU, float32 on a CPU."""
+    """Compute type; None: bfloat16 on a GPU that has it, float32 elsewhere. float16: MLX only, gradients scaled."""
     exact: bool | None = None
     """Use the float64-safe forms of the ops; None: only in float64."""
     compile: bool | None = None
@@ -118,6 +118,8 @@ class EngineOptions:
     newton_schulz: Literal["float32", "bfloat16"] | None = None
     """Type of Newton-Schulz's products in Muon; masters and momentum stay wide. None: that of the masters, but bfloat16
     where torch computes in bfloat16 on a GPU."""
+    micro_tokens: int | None = 8192
+    """MLX on a GPU: tokens of a micro-batch at most; None: train.micro_batch as it is, or a refusal."""
     fast_blas: bool = True
     """MLX on Linux: load a fast BLAS into the process before MLX."""
 

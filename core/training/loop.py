@@ -17,7 +17,7 @@ from core.config import ConfigError, RunConfig, TrainConfig
 from core.console import duration
 from core.data.batch import Batch
 from core.data.dataset import Dataset, Prefetch, batch
-from core.engine.protocol import Engine, Pending
+from core.engine.protocol import Engine, Pending, StepResult
 from core.engine.ranks import Ranks, Stopped, agree, share
 from core.files import MAX_TEXT
 from core.scoring.accounting import bits_per_byte, training_bytes
@@ -30,6 +30,10 @@ from core.training.schedule import plan, progress_by_steps
 Say = Callable[[str], None]
 MOST_LINES = MAX_TEXT // 400
 """Log lines of which metrics.jsonl can be read: one has about 300 bytes."""
+
+
+OVERFLOWS = 10
+"""Steps in a row whose gradients overflow float16, after which a run ends."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -232,7 +236,7 @@ class Meter:
         self._tokens, self._bytes = len(dataset.train), training_bytes(dataset)
         self._steps: list[tuple[int, float, Pending]] = []
         self._shown = self._first = clock.seconds
-        self._taken = 0
+        self._taken = self._overflows = 0
 
     def add(self, step: int, progress: float, pending: Pending) -> None:
         """Remember a step that was started."""
@@ -246,19 +250,15 @@ class Meter:
         if not self._steps:
             return False
         results = [(number, pending.result()) for number, _, pending in self._steps]
-        for number, result in results:
-            if not result.finite:
-                raise NonFiniteError(
-                    f"step {number}: the loss ({result.loss}) or its gradients (norm {result.grad_norm}) are not "
-                    f"finite; stopped, and {self._run.checkpoint_path} is as it was: try a lower learning rate"
-                )
+        self._check(results)
         now, settings = self._clock.seconds, self._run.config.train
         took, count = max(now - self._shown, 1e-9), len(results)
         loss = float(np.mean([result.loss for _, result in results]))
         progress = [p for _, p, _ in self._steps]
+        norms = [result.grad_norm for _, result in results if result.finite]
         values: dict[str, Any] = {
             "train/loss": loss,
-            "train/grad_norm": float(np.mean([result.grad_norm for _, result in results])),
+            **({"train/grad_norm": float(np.mean(norms))} if norms else {}),
             "opt/lr": plan(step - 1, progress[-1], settings).lr_matrix,
             "perf/tok_s": count * settings.tokens_per_step / took,
             "perf/step_ms": 1000 * took / count,
@@ -274,6 +274,27 @@ class Meter:
         self._say(self._line(step, values, now))
         self._warn(step, progress[-1])
         return True
+
+    def _check(self, results: list[tuple[int, StepResult]]) -> None:
+        """Raise NonFiniteError for a step that did not change the weights.
+
+        In float16 gradients may overflow now and then: such a step is said, and the next one has another batch.
+        """
+        skips = []
+        for number, result in results:
+            self._overflows = 0 if result.finite else self._overflows + 1
+            if result.finite:
+                continue
+            narrow = self._engine.dtype == "float16"
+            if not narrow or self._overflows >= OVERFLOWS or not np.isfinite(result.loss):
+                raise NonFiniteError(
+                    f"step {number}: the loss ({result.loss}) or its gradients (norm {result.grad_norm}) are not "
+                    f"finite; stopped, and {self._run.checkpoint_path} is as it was: try a lower learning rate"
+                    + (", or --dtype float32" if narrow else "")
+                )
+            skips.append(str(number))
+        if skips:
+            self._say(f"left the weights as they were, since gradients overflowed float16, in step {', '.join(skips)}")
 
     def _warn(self, step: int, progress: float) -> None:
         """Say once that the device's code was compiled again: a step waited for it, and the clock went on."""

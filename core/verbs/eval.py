@@ -57,7 +57,7 @@ class Eval:
     backend: Backend = "auto"
     """auto: MLX on a Mac, PyTorch elsewhere, as installed."""
     dtype: DType | None = None
-    """Compute type; None: bfloat16 on a GPU, float32 on a CPU."""
+    """Compute type; None: bfloat16 on a GPU that has it (not M1, M2), else float32. float16: MLX only."""
     json: bool = False
     """Print one JSON object on stdout; everything else goes to stderr."""
 

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Train(PresetOptions):
     out: str | None = None
     """Run folder; a run there with the same settings is resumed. None: runs/<preset>-<backend>-<seed>."""
     dtype: DType | None = None
-    """Compute type; None: bfloat16 on a GPU, float32 on a CPU."""
+    """Compute type; None: bfloat16 on a GPU that has it (not M1, M2), else float32. float16: MLX only, for M1, M2."""
     track: tuple[trackers.Name, ...] = ()
     """Copy every recorded line to tensorboard, wandb or both, in the run folder."""
     again: bool = False
@@ -100,7 +101,11 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
         check_budget(config)
     check_plugins(config.eval, load_plugins(config.eval.plugins))  # now, not after the training
     same_start(ranks, config, dataset, dry_run=options.dry_run, dtype=options.dtype, out=out)
-    choices = EngineOptions(dtype=options.dtype, spans=rooms(dataset.train, config, ranks.world))
+    choices = EngineOptions(
+        dtype=options.dtype,
+        spans=rooms(dataset.train, config, ranks.world),
+        micro_tokens=None if _asks_for_rows(config, options.given) else EngineOptions.micro_tokens,
+    )
     with contextlib.ExitStack() as stack:
         run = end = None
         if not options.dry_run:
@@ -124,6 +129,12 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
         say(f"the whole run is in {run.path}")
     value |= {"seconds": summary.seconds, "backend": engine.backend, "parameters": count(config.model)}
     return Outcome(value["artifact"]["within"], value)
+
+
+def _asks_for_rows(config: RunConfig, given: Sequence[str]) -> bool:
+    """Return whether someone chose train.micro_batch for this run: here, or in an ablation; else it is the preset's."""
+    theirs = presets.get(config.preset).config.train.micro_batch
+    return "--train.micro_batch" in given or config.train.micro_batch != theirs
 
 
 def _begin(

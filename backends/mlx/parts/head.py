@@ -16,8 +16,8 @@ class Head(nn.Module):
             self.bias = mx.zeros((config.vocab,))
 
     def __call__(self, logits_BTV):
-        """Return logits with bias and softcap, float32 or wider: a token's probability needs more than bfloat16."""
-        if logits_BTV.dtype == mx.bfloat16:
+        """Return logits with bias and softcap, float32 or wider: a token's probability needs more than 16 bits."""
+        if logits_BTV.dtype.size == 2:
             logits_BTV = logits_BTV.astype(mx.float32)
         logits_BTV = logits_BTV + self.bias if self._biased else logits_BTV
         return logits_BTV if self._cap is None else ops.softcap(logits_BTV, self._cap, self._exact)

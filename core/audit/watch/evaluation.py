@@ -25,9 +25,9 @@ from core.scoring.score import score, score_sample
 
 SAMPLED = 16
 """Forward passes whose whole distribution is looked at, about."""
-NORMAL = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-4}
+NORMAL = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 1e-4, "float16": 1e-4}
 """How far the logarithm of a sum of probabilities may be from 0, by compute type (log-probabilities are float32)."""
-AGREE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 5e-2}
+AGREE = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 """How far the cost that is written may be from that distribution's, in nats: two ways to compute the same logits."""
 
 
