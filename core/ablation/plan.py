@@ -31,6 +31,7 @@ from core.checks import in_words
 from core.config import MOST_STEPS, ConfigError, RunConfig, from_json, to_json
 from core.engine.loading import BACKENDS
 from core.formats.toml import read_toml
+from core.scoring.plugins import load_plugins
 
 KEYS = (
     "name", "purpose", "base", "seeds", "backends", "dtype", "reference", "budget", "settings", "variants", "search",
@@ -97,6 +98,7 @@ class Ablation(NamedTuple):
         values["seed"] = seed
         try:
             config = from_json(RunConfig, values, "config")
+            load_plugins(config.eval.plugins, strangers=False)
             kind, amount = self.budget
             train = config.train
             if kind == "seconds":
