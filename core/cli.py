@@ -26,19 +26,25 @@ class Verb(NamedTuple):
     options: str
     function: str
     purpose: str
-    preset: bool = False
-    """The first argument names a preset, whose settings the options replace."""
+    first: str = ""
+    """What the first argument may be, if it brings the settings that the options replace."""
 
 
 VERBS = {
     "doctor": Verb("core.verbs.doctor", "Doctor", "doctor", "check this machine: versions, devices, both backends"),
     "presets": Verb("core.verbs.presets", "Presets", "list_presets", "list the named runs"),
-    "info": Verb("core.verbs.info", "Info", "info", "parameters, bytes against the budget, FLOPs of a preset", True),
+    "info": Verb(
+        "core.verbs.info",
+        "Info",
+        "info",
+        "parameters, bytes, FLOPs of a preset, run or artifact",
+        "preset, run or artifact",
+    ),
     "data sample": Verb("core.verbs.data", "Sample", "sample", "prepare the bundled text"),
     "data prepare": Verb("core.verbs.data", "Prepare", "prepare_text", "tokenise text files into shards"),
     "data fineweb": Verb("core.verbs.data", "Fineweb", "fetch", "download the challenge's published shards"),
     "data adopt": Verb("core.verbs.data", "Adopt", "adopt", "use a folder of downloaded official shards"),
-    "train": Verb("core.verbs.train", "Train", "train_run", "train a preset, score it, export it, report", True),
+    "train": Verb("core.verbs.train", "Train", "train_run", "train a preset, score it, export it, report", "preset"),
     "eval": Verb("core.verbs.eval", "Eval", "evaluate", "score a run or an artifact on validation text"),
     "sample": Verb("core.verbs.sample", "Sample", "write_text", "let a run or an artifact write text"),
     "audit": Verb("core.verbs.audit", "Audit", "audit_score", "does the score of a run or an artifact keep the rules?"),
@@ -49,8 +55,8 @@ VERBS = {
     ),
     "track": Verb("core.verbs.track", "Track", "track", "copy recorded runs to TensorBoard or Weights & Biases"),
     "compare": Verb("core.verbs.compare", "Compare", "compare_runs", "runs: what differs, where curves part, speed"),
-    "parity": Verb("core.verbs.parity", "Parity", "parity", "hold both backends to each other", True),
-    "bench": Verb("core.verbs.bench", "Bench", "bench", "measure training speed", True),
+    "parity": Verb("core.verbs.parity", "Parity", "parity", "hold both backends to each other", "preset"),
+    "bench": Verb("core.verbs.bench", "Bench", "bench", "measure training speed", "preset"),
 }
 
 
@@ -188,16 +194,19 @@ def _parse(name: str, arguments: list[str]) -> Any:
     purpose = f"{verb.purpose[0].upper()}{verb.purpose[1:]}."
     wants_help = any(a in ("-h", "--help") for a in arguments)
     default: Any = None
-    if verb.preset:
+    program = f"skc {name}"
+    if verb.first:
         from core import presets
 
         if arguments and not arguments[0].startswith("-"):
             default = kind.named(arguments[0])
             arguments = arguments[1:]
         elif not wants_help:
-            raise UsageError(f"name a preset first: skc {name} PRESET [options]; known: {', '.join(presets.PRESETS)}")
-        purpose += " The defaults are the preset's: skc " + name + " PRESET --help shows them."
-    program = f"skc {name} PRESET" if verb.preset else f"skc {name}"
+            raise UsageError(
+                f"name a {verb.first} first: skc {name} PRESET [options]; known: {', '.join(presets.PRESETS)}"
+            )
+        program += f" {'|'.join(re.split(', | or ', verb.first)).upper()}"
+        purpose += f" The defaults are those of the {verb.first}: {program} --help shows them."
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     known = options.options_of(kind)
     for option in [name for name in known if name.endswith("plugins")]:
@@ -206,7 +215,7 @@ def _parse(name: str, arguments: list[str]) -> Any:
     try:
         with contextlib.nullcontext() if wants_help else _captured(messages):
             parsed = tyro.cli(
-                kind, args=options.spelled(arguments, known), prog=program, description=purpose, use_underscores=True,
+                kind, args=options.spelled(arguments, known), prog=program, description=purpose, use_underscores=False,
                 **keywords,
             )  # fmt: skip
     except SystemExit as stop:
@@ -214,8 +223,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
             raise
         box = condense(messages.getvalue()).rstrip(".")
         problem = options.unknown(arguments, known) or box + options.choice(arguments, known)
-        raise UsageError(f"{problem} (see: skc {name}{' PRESET' if verb.preset else ''} --help)") from None
-    return dataclasses.replace(parsed, given=tuple(options.given(arguments, known))) if verb.preset else parsed
+        raise UsageError(f"{problem} (see: skc {name}{' PRESET' if verb.first else ''} --help)") from None
+    return dataclasses.replace(parsed, given=tuple(options.given(arguments, known))) if verb.first else parsed
 
 
 @contextlib.contextmanager
@@ -242,8 +251,8 @@ def condense(box: str) -> str:
     words = one_line(" ".join(lines[: ends[0]]))
     words = re.sub(r"^Error parsing \w+: (?=\w+[.=])", "", words).split(". Got errors: ")[0]
     rest = " ".join(lines[ends[0] :])
-    near = re.search(r"Perhaps you meant:.*?(--[\w.]+)", rest)
-    kind = re.search(r"Argument helptext:\W+--[\w.]+ (\S+)", rest)
+    near = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", rest)
+    kind = re.search(r"Argument helptext:\W+--[\w.-]+ (\S+)", rest)
     hint = f"; did you mean {near.group(1)}?" if near else f"; expected {kind.group(1)}" if kind else ""
     return words + hint
 

@@ -22,7 +22,7 @@ def options_of(kind: type, prefix: str = "") -> dict[str, Any]:
             options |= options_of(typing.cast(type, hint), f"{prefix}{field.name}.")
         elif not {"Positional", "Suppress"} & {*map(str, marks)}:
             name = next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
-            options[f"--{prefix}{name}"] = hint
+            options[_plain(f"--{prefix}{name}")] = hint
     return options
 
 
@@ -52,22 +52,28 @@ def spelled(arguments: Sequence[str], known: dict[str, Any]) -> list[str]:
 def unknown(arguments: Sequence[str], known: dict[str, Any]) -> str:
     """Return what to say of the first option that a verb does not have, or nothing."""
     for name, typed in _named(arguments):
-        if name not in known and name.replace("--no_", "--", 1) not in known:
-            new = moved(name.removeprefix("--"))
-            close = [f"--{new}"] if f"--{new}" in known else meant(name, list(known))
+        if name not in known and name.replace("--no-", "--", 1) not in known:
+            new = _plain(f"--{moved(name.removeprefix('--').replace('-', '_'))}")
+            close = [new] if new in known else meant(name, list(known))
             return f"unknown option {typed}" + (f"; did you mean {' or '.join(close)}?" if close else "")
     return ""
 
 
 def meant(name: str, known: Sequence[str]) -> list[str]:
-    """Return the options that a wrong name may stand for: those whose last part it is, begins, or nearly is."""
+    """Return the options, or fields, that a wrong name may stand for.
+
+    Those whose last part it is, begins, or nearly is, or all in the section that it nearly is; at most four.
+    """
     last = {option: option.rpartition(".")[2].removeprefix("--") for option in known}
     word = name.rpartition(".")[2].removeprefix("--")
     same = [option for option in known if last[option] == word]
-    begins = [option for option in known if last[option].startswith(f"{word}_")]
-    near = difflib.get_close_matches(name, known, 1, 0.8)
+    begins = [option for option in known if last[option].startswith((f"{word}_", f"{word}-"))]
+    sections = {option.rpartition(".")[0] for option in known if "." in option}
+    near = difflib.get_close_matches(name, [*known, *sections], 1, 0.8)
+    inside = [option for option in known if option.rpartition(".")[0] in near]
     nearly = difflib.get_close_matches(word, list(last.values()), 1, 0.75)
-    likely = same or begins or near or [option for option in known if nearly and last[option] == nearly[0]]
+    likely = [option for option in same if option in near] or same or begins or inside or near
+    likely = likely or [option for option in known if nearly and last[option] == nearly[0]]
     return likely[:4] or difflib.get_close_matches(name, known, 1)
 
 
@@ -89,7 +95,7 @@ def _named(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _plain(name: str) -> str:
-    return "--" + name[2:].replace("-", "_")
+    return "--" + name[2:].replace("_", "-")
 
 
 def _value(value: str, hint: Any) -> str:

@@ -135,6 +135,7 @@ def decay(x, exact):
     if not exact:
         return Decay.apply(x)
     d = sigmoid(-x, exact)
+    # The 1e-6 bounds the root's gradient where d is 1.
     return d, torch.sqrt(sigmoid(x, exact) * (1 + d) + 1e-6)
 
 
@@ -150,6 +151,7 @@ def ngram_buckets(ids, documents, multipliers, buckets):
     int32.
     """
     before = len(multipliers)
+    # An id of -1 stands for no token: hashed as 0, then masked.
     seq, safe = ids.shape[1] - before, torch.clamp(ids, min=0).to(torch.int64)  # CUDA: torch has no uint32 products
     here, rows, live = documents[:, before:], [], ids[:, before:] >= 0
     for order, heads in enumerate(multipliers, 1):
@@ -198,6 +200,7 @@ def span(first, size):
 
 def pick(x, index):
     """Return x[b, index[b, j]] of every row b: (B, T, ...) and (B, J) int -> (B, J, ...), or (B,) int -> (B, ...)."""
+    # A gather by row: n stays a value, and no shape depends on it.
     rows = torch.arange(x.shape[0], device=x.device)
     return x[rows if index.ndim == 1 else rows[:, None], index]
 
@@ -208,6 +211,7 @@ def after(x, n, before):
     x (B, T, ...), n (B,) int, before (B, ...).
     """
     some = (n > 0).reshape(-1, *(1,) * (before.ndim - 1))
+    # Where n is 0 the clamped index picks a row that `where` drops.
     return torch.where(some, pick(x, torch.clamp(n - 1, min=0)), before)
 
 

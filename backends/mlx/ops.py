@@ -119,6 +119,7 @@ def leaky_relu2(x, exact):
 
 def sigmoid(x, exact):
     """Return 1 / (1 + e^-x)."""
+    # Of MLX's functions tanh is good in float64, exp is not.
     return (1 + mx.tanh(x / 2)) / 2 if exact else mx.sigmoid(x)
 
 
@@ -133,6 +134,7 @@ def decay(x, exact):
     1 - d^2 is (1 - d)(1 + d) with 1 - d = 1 / (1 + e^-x): nothing cancels when d is close to 1.
     """
     d = sigmoid(-x, exact)
+    # The 1e-6 bounds the root's gradient where d is 1.
     return d, mx.sqrt(sigmoid(x, exact) * (1 + d) + 1e-6)
 
 
@@ -148,6 +150,7 @@ def ngram_buckets(ids, documents, multipliers, buckets):
     int32.
     """
     before = len(multipliers)
+    # An id of -1 stands for no token: hashed as 0, then masked.
     seq, safe = ids.shape[1] - before, mx.maximum(ids, 0).astype(mx.uint32)
     here, rows, live = documents[:, before:], [], ids[:, before:] >= 0
     for order, heads in enumerate(multipliers, 1):
@@ -209,6 +212,7 @@ def span(first, size):
 
 def pick(x, index):
     """Return x[b, index[b, j]] of every row b: (B, T, ...) and (B, J) int -> (B, J, ...), or (B,) int -> (B, ...)."""
+    # A gather by row: n stays a value, and no shape depends on it.
     rows = mx.arange(x.shape[0])
     return x[rows if index.ndim == 1 else rows[:, None], index]
 
@@ -219,6 +223,7 @@ def after(x, n, before):
     x (B, T, ...), n (B,) int, before (B, ...).
     """
     some = (n > 0).reshape(-1, *(1,) * (before.ndim - 1))
+    # Where n is 0 the clamped index picks a row that `where` drops.
     return mx.where(some, pick(x, mx.maximum(n - 1, 0)), before)
 
 

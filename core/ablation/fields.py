@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from core import checks
+from core import checks, options
 from core.config import ConfigError, RunConfig, flattened
 from core.model.upgrade import moved
 from core.scoring import choices
@@ -25,7 +25,8 @@ def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
     known = [name for name in flattened(values) if "." in name]
     if field not in known:
         new = moved(field)
-        hint = f"did you mean {new}?" if new else closest(field, known, "see: skc train PRESET --help")
+        close = [new] if new else options.meant(field, known)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see: skc train PRESET --help"
         raise ConfigError(f"{where}: unknown field {field!r}; {hint}")
     if field in ("train.steps", "train.seconds"):
         raise ConfigError(f"{where}: {field}: is what [budget] decides")

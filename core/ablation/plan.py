@@ -32,6 +32,7 @@ from core.config import MOST_STEPS, ConfigError, RunConfig, from_json, to_json
 from core.engine.loading import BACKENDS
 from core.engine.protocol import DType
 from core.formats.toml import read_toml
+from core.scoring.plugins import load_plugins
 
 KEYS = (
     "name", "purpose", "base", "seeds", "backends", "dtype", "reference", "budget", "settings", "variants", "search",
@@ -98,6 +99,7 @@ class Ablation(NamedTuple):
         values["seed"] = seed
         try:
             config = from_json(RunConfig, values, "config")
+            load_plugins(config.eval.plugins, strangers=False)
             kind, amount = self.budget
             train = config.train
             if kind == "seconds":

@@ -52,7 +52,7 @@ def run_bench(
     names = list(dict.fromkeys(variants or default_variants()))
     _check(names, rounds, seconds, threads)
     if ranks < 1 or config.train.batch % ranks:
-        raise ConfigError(f"bench: ranks={ranks}: expected a divisor of train.batch={config.train.batch}")
+        raise ConfigError(f"ranks={ranks}: expected a divisor of train.batch={config.train.batch}")
     configs = [config] if against is None else [config, same_work(against, config)]
     timed = _measure(configs, names, rounds, seconds, threads, ranks, report)
     reference = "cuda" if "cuda" in names else names[0]
@@ -74,14 +74,14 @@ def run_bench(
 def _check(names: list[str], rounds: int, seconds: float, threads: int) -> None:
     for name in names:
         if name not in VARIANTS:
-            raise ConfigError(f"bench: variant {name!r} does not exist; known: {', '.join(VARIANTS)}")
+            raise ConfigError(f"variant {name!r} does not exist; known: {', '.join(VARIANTS)}")
         if VARIANTS[name][0] not in available_backends():
-            raise ConfigError(f"bench: variant {name!r} needs a backend that is not installed; see: skc doctor")
+            raise ConfigError(f"variant {name!r} needs a backend that is not installed; see: skc doctor")
     if not names:
-        raise ConfigError("bench: no backend is installed; pip install -e '.[mlx]' or '.[torch]'")
+        raise ConfigError("no backend is installed; pip install -e '.[mlx]' or '.[torch]'")
     if min(rounds, threads) < 1 or max(rounds, threads) > MOST or not 0 < seconds < math.inf:
         raise ConfigError(
-            f"bench: rounds={rounds}, threads={threads}, seconds={seconds}: expected 1 to {MOST:,} of each and above 0"
+            f"rounds={rounds}, threads={threads}, seconds={seconds}: expected 1 to {MOST:,} of each and above 0"
         )
 
 

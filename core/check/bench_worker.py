@@ -60,7 +60,7 @@ class Worker:
             pass
         answer = stdout.readline()
         if not answer:
-            raise BenchError(f"bench: the process of {self.variant} ended with code {self.process.wait()}; see above")
+            raise BenchError(f"the process of {self.variant} ended with code {self.process.wait()}; see above")
         return json.loads(answer)
 
     def close(self) -> None:

@@ -86,10 +86,10 @@ def run_parity(
     `report` receives a line whenever a stage begins. ConfigError if a backend is missing.
     """
     if not 1 <= steps <= MOST_STEPS:
-        raise ConfigError(f"parity --steps {steps}: expected 1 to {MOST_STEPS:,}")
+        raise ConfigError(f"--steps {steps}: expected 1 to {MOST_STEPS:,}")
     for name in BACKENDS:
         if name not in available_backends():
-            raise ConfigError(f"parity needs both backends; {name!r} is missing: pip install -e '.[{EXTRAS[name]}]'")
+            raise ConfigError(f"both backends are needed; {name!r} is missing: pip install -e '.[{EXTRAS[name]}]'")
     config = _sized(presets.mini(config) if mini else config)
     batches = _batches(config, steps)
     engines = []
@@ -166,7 +166,7 @@ def _limits(dtype: DType) -> dict[str, float]:
         return {
             "forward": t.P2_FLOAT32, "curve": t.P4_FLOAT32, "teacher": t.P4_TEACHER, "flips": t.P4_FLIPS,
         }  # fmt: skip
-    raise ConfigError(f"parity --dtype {dtype}: limits exist for float32 and float64")
+    raise ConfigError(f"--dtype {dtype}: limits exist for float32 and float64")
 
 
 def _sized(config: RunConfig) -> RunConfig:

@@ -61,9 +61,9 @@ def compare(paths: list[str], by: By = "auto") -> tuple[Comparison, list[Run]]:
     """
     runs = [Run.open(path) for path in paths]
     if len(runs) < 2:
-        raise RunError(f"compare: {len(runs)} run given, expected two or more: skc compare RUN RUN")
+        raise RunError(f"expected two or more runs, got {len(runs)}: skc compare RUN RUN")
     if len({run.path.resolve() for run in runs}) < len(runs):
-        raise RunError(f"compare: a run is named twice in {', '.join(paths)}; name each once")
+        raise RunError(f"a run is named twice in {', '.join(paths)}; name each once")
     rows = tuple(_row(run) for run in runs)
     axis = choose_axis([run.config for run in runs], by)
     settings = {str(run.path): differences(runs[0].config, run.config) for run in runs[1:]}

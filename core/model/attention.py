@@ -37,6 +37,7 @@ class Attention(Part):
         require(good, f"{where}: expected an even number from 0 to dim / heads = {width}")
         require(self.rope_base > 0, f"model.attention.rope_base={self.rope_base}: expected a positive number")
         used = not self.conv or "attention" in model.blocks
+        # A setting without a use would give one model two names in an ablation.
         require(used, f"model.attention.conv={self.conv}: no layer has a use for it")
 
     def width(self, model: Model) -> int:
@@ -70,5 +71,6 @@ class Attention(Part):
     def mini(self, model: Model, dim: int) -> "Attention":
         """Return settings of at most 4 heads with the same sharing, and the same share of rotated channels."""
         heads = min(self.heads, 4)
+        # Even, and not 0 unless it was: a mini of a rotated model is rotated.
         rotated = max(2, round(dim // heads * self.rope_dims / self.width(model) / 2) * 2) if self.rope_dims else 0
         return replace(self, heads=heads, kv_heads=max(1, heads * self.kv_heads // self.heads), rope_dims=rotated)

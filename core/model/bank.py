@@ -43,6 +43,7 @@ class Bank(Part):
 
     def store(self, model: Model) -> Store:
         """Return the store of one place: its keys are shifted, and the open block is read too."""
+        # Without the shift it would store what a token looks like, which the token knows.
         return Store(self.heads, self.capsules, model.skc.block, True, 1.0, model.skc.bands, self.times)
 
     def rows(self, model: Model) -> Rows:

@@ -21,6 +21,7 @@ MOST_VALUES = 1 << 28
 def named_parts(config: ModelConfig) -> dict[str, Part]:
     """Return prefix -> part of everything that has parameters beside embedding and head, in the order of the table."""
     order = {name: place for place, name in enumerate(config.parts)}
+    # The order of the settings, not of the stages: a part that moves in the trunk changes no artifact.
     order["layer"] = order["attention"]
     stages = {stage.name: stage for stage in config.stages(True)}
     return {s.name: config.part(s) for s in sorted(stages.values(), key=lambda stage: order[stage.part])}
@@ -53,6 +54,7 @@ def _start(row: Param, seed: int, name: str) -> np.ndarray:
     elif kind == "columns":
         values[:, int(until) :] = 0.0
     elif kind == "rates":
+        # One channel alone gets the shortest.
         share = np.arange(row.shape[-1]) / max(row.shape[-1] - 1, 1)
         values[:] = np.log(np.expm1(1.0 / (scale * (until / scale) ** share)))
     return values

@@ -45,6 +45,7 @@ def shares(config: ModelConfig, seq: int) -> dict[str, Share]:
         totals[name] = Share(
             before.parameters + sum(row.size for row in rows.values()),
             before.bytes + sum(raw_bits(row.storage, row.shape) for row in rows.values()) / 8,
+            # The backward pass takes two products for each one of the forward pass.
             before.flops + 3 * uses * (2 * weights + part.flops(config, seq)),
             State(before.state.fixed + uses * state.fixed, before.state.per_token + uses * state.per_token),
         )

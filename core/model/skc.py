@@ -40,6 +40,7 @@ class SKC(Part):
         require(model.koopman.dim % self.heads == 0, where)
         require_times("model.skc.times", self.times)
         used = bool({"skc", "skc_parallel"} & set(model.blocks))
+        # A setting without a use would give one model two names in an ablation.
         require(used or not self.intra, f"model.skc.intra={self.intra}: no layer has a use for it")
         require(used or self.shift, f"model.skc.shift={self.shift}: no layer has capsules")
 

@@ -14,6 +14,7 @@ class Skips(Part):
 
     def count(self, model: Model) -> int:
         """Return how many layers push; of one layer, none."""
+        # Of an odd number of layers the one in the middle neither pushes nor adds.
         return model.layers // 2 if self.on else 0
 
     def rows(self, model: Model) -> Rows:

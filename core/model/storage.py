@@ -23,6 +23,7 @@ Kind = Literal["float16", "ternary", "int8", "int6", "int4", "fp8"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LARGEST = {"ternary": 1, "int4": 7, "int6": 31, "int8": 127, "fp8": 448}
 """Largest code of a class: the scale of an int or fp8 group maps its largest weight to it."""
+# Five ternary codes fit a byte, 3^5 = 243: 1.6 bits each.
 BITS = {"float16": 16.0, "ternary": 1.6, "int4": 4.0, "int6": 6.0, "int8": 8.0, "fp8": 8.0}
 """Bits per value in the artifact before compression, scales not counted."""
 SCALE_FLOOR = 2.0**-14

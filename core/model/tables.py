@@ -25,6 +25,7 @@ def hadamard(n: int) -> np.ndarray:
     """
     index = np.arange(n)
     odd = np.zeros((n, n), np.int64)
+    # The parity of the common bits, one bit at a time.
     for bit in range(n.bit_length() - 1):
         odd ^= (index[:, None] & index[None, :]) >> bit & 1
     return (1 - 2 * odd) / np.sqrt(n)

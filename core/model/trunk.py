@@ -55,6 +55,7 @@ def stages(model: Model, repeat: bool) -> tuple[Stage, ...]:
     half, skips = model.layers // 2, model.skips.count(model)
     for stage in layers(model, repeat):
         i = stage.layer
+        # A repeat runs the layer alone: bank, engram and skips would else be added twice.
         if stage.again:
             steps.append(stage)
             continue

@@ -4,6 +4,7 @@ A command line and TOML may give a setting by itself: `--eval.plugins.NAME.field
 """
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,19 @@ def parsed(choice: str) -> tuple[str, dict[str, Value]]:
         good = good and field.isidentifier() and bool(equals) and not set(text) & set(MARKS) and field not in settings
         settings[field] = read(text)
     require(good, f"eval.plugins: {in_words(choice)}: expected NAME, or NAME(field=value, field=value)")
+    for field, value in settings.items():
+        finite = not isinstance(value, float) or math.isfinite(value)
+        require(finite, f"eval.plugins.{name}.{field}={value}: expected a finite number")
     return name, settings
+
+
+def settings_of(choices: Sequence[str]) -> dict[str, dict[str, Value]]:
+    """Return name -> settings of the plug-ins that were chosen; ConfigError for one that is named twice."""
+    plugins: dict[str, dict[str, Value]] = {}
+    for name, settings in map(parsed, choices):
+        require(name not in plugins, f"eval.plugins: {name!r} is named twice; name it once, with all its settings")
+        plugins[name] = settings
+    return plugins
 
 
 def read(text: str) -> Value:
@@ -34,7 +47,7 @@ def read(text: str) -> Value:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return text
+        return float(text) if text.lower().removeprefix("-") in ("inf", "infinity", "nan") else text
     return value if isinstance(value, bool | int | float) else text
 
 
@@ -51,7 +64,7 @@ def changed(choices: Sequence[str], setting: str, value: Any) -> list[str]:
     require(bool(dot and name) and field.isidentifier(), f"{where}: expected eval.plugins.NAME.field")
     scalar = isinstance(value, Value) and not (isinstance(value, str) and set(value) & set(MARKS))
     require(scalar, f"{where}={in_words(value)}: expected a number, true, false, or text without any of {MARKS}")
-    plugins = dict(map(parsed, choices))
+    plugins = settings_of(choices)
     plugins[name] = {**plugins.get(name, {}), field: value}
     return [spelled(*pair) for pair in plugins.items()]
 

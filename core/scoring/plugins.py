@@ -19,7 +19,7 @@ from core.data.batch import Batch
 from core.data.dataset import Split
 from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays, Engine, StepResult
-from core.scoring.choices import parsed
+from core.scoring.choices import parsed, settings_of
 from core.scoring.ledger import Ledger, LedgerError, Scored
 from core.scoring.windows import Windows
 
@@ -215,10 +215,15 @@ PLUGINS: dict[str, type[Plugin]] = {"temperature": Temperature}
 """Plug-ins by the name that eval.plugins knows them by; others are named as package.module:Class."""
 
 
-def load_plugins(choices: Sequence[str]) -> list[Plugin]:
-    """Make the plug-ins of eval.plugins; ConfigError for one that is not there, or a setting that it does not have."""
+def load_plugins(choices: Sequence[str], strangers: bool = True) -> list[Plugin]:
+    """Make the plug-ins of eval.plugins; ConfigError for one that is not there, or a setting that it does not have.
+
+    Without `strangers` those that are not ours are left out: making them would run their code.
+    """
     plugins = []
-    for name, given in map(parsed, choices):
+    for name, given in settings_of(choices).items():
+        if ":" in name and not strangers:
+            continue
         kind, where = _find(name), f"eval.plugins.{name}"
         if kind.Settings is None:
             require(not given, f"{where} has no settings, but {', '.join(given)} was given")

@@ -13,7 +13,18 @@ import numpy as np
 from tyro.conf import FlagConversionOff, Suppress
 
 from core import presets
-from core.config import ConfigError, DataConfig, EvalConfig, ExportConfig, ModelConfig, RunConfig, TrainConfig, to_json
+from core.checks import in_words
+from core.config import (
+    MOST_TOKENS,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    ExportConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    to_json,
+)
 from core.console import Console
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, batch, identity
@@ -21,7 +32,7 @@ from core.data.tokenizer import Tokenizer
 from core.engine.optimizer_state import exported
 from core.engine.protocol import Arrays
 from core.engine.ranks import Ranks, check_same
-from core.export.artifact import read_artifact
+from core.export.artifact import ArtifactError, read_artifact
 from core.scoring.accounting import count_bytes
 from core.scoring.plugins import foreign
 from core.training.environment import code_version
@@ -121,8 +132,10 @@ def open_subject(path: str, data: str | None, step: int | None = None) -> Subjec
 def open_artifact(path: str, data: str | None) -> Subject:
     """Read an artifact; ArtifactError. `data` replaces the text it is judged on."""
     artifact = read_artifact(path)
-    seq = artifact.provenance.get("train_seq")
-    seq = seq if isinstance(seq, int) and 1 <= seq <= 65_536 else EvalConfig.seq
+    seq: Any = artifact.provenance.get("train_seq", EvalConfig.seq)
+    if type(seq) is not int or not 1 <= seq <= MOST_TOKENS:
+        expected = f"expected a whole number from 1 to {MOST_TOKENS:,}; write it again with: skc export RUN"
+        raise ArtifactError(f"{path}: provenance: train_seq={in_words(seq)}: {expected}")
     name = str(artifact.provenance.get("preset", "artifact"))
     config = RunConfig(preset=name, model=artifact.model, train=TrainConfig(batch=1, seq=seq), eval=EvalConfig(seq=seq))
     if data is not None:

@@ -1,4 +1,4 @@
-"""Verb `skc info PRESET`, or of a run or an artifact: what a model consists of, and what its matrices get to read."""
+"""Verb `skc info PRESET|RUN|ARTIFACT`: what a model consists of, and what its matrices get to read."""
 
 import dataclasses
 import os
@@ -15,6 +15,7 @@ from core.data.bundled import open_data
 from core.export.budget import predicted_bytes, with_tables
 from core.model.params import count, param_table
 from core.model.shares import FLOP_RULE, Share, bytes_by_storage, decoding_state, flops_per_token, shares
+from core.scoring.plugins import load_plugins
 from core.verbs.common import Backend, Context, Outcome, PresetOptions, fit_tokens, open_subject
 from core.verbs.info_statistics import open_reader, statistics
 
@@ -42,6 +43,7 @@ class Info(PresetOptions):
 def info(options: Info, context: Context) -> Outcome:
     """Show what a model consists of; not ok if it, or the code, does not fit the budget."""
     config, say = options.config(), context.say
+    load_plugins(config.eval.plugins, strangers=options.path is None)  # what a run names is not run to look at it
     reader = open_reader(options.path, config, options.backend) if options.statistics else None  # what is wrong, first
     if "--data.path" in options.given and options.path is None:
         config, changed = fit_tokens(config, open_data(config.data.path, train=False), options.given)

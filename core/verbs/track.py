@@ -25,7 +25,7 @@ class Track:
 def track(options: Track, context: Context) -> Outcome:
     """Copy every line of each run; not ok if a tracker gave up."""
     if not options.runs:
-        raise RunError("track: no run given, expected one or more: skc track RUN --to tensorboard")
+        raise RunError("expected one or more runs, got none: skc track RUN --to tensorboard")
     trackers.check(options.to)
     runs = [(Run.open(path), Run.open(path).metrics()) for path in options.runs]  # all, before anything is written
     lost = 0

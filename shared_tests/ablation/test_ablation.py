@@ -55,6 +55,16 @@ def test_a_plan_is_its_runs(tmp_path: Path) -> None:
         ('base = "debug"', 'base = "debgu"', "base: 'debgu' is no preset; did you mean debug"),
         ('base = "debug"', "", "base: missing"),
         ('"model.dim" = 64', '"model.dimm" = 64', "variants.wide: unknown field 'model.dimm'; did you mean model.dim"),
+        (
+            '"model.dim" = 64',
+            '"eval.plugins.temperature.priro" = 64',
+            "variants.wide: eval.plugins.temperature.priro: unkn",
+        ),
+        (
+            '"model.dim" = 64',
+            '"eval.plugins" = ["tempratur"]',
+            "variants.wide: eval.plugins: 'tempratur' is not a plug-in",
+        ),
         ('"model.dim" = 64', '"model.dim" = "wide"', "variants.wide: model.dim='wide': expected int"),
         ('"model.dim" = 64', '"model.dim" = 63', "variants.wide: model.dim=63"),
         ('"model.dim" = 64', "", "variants.wide: is the same as variants.plain"),

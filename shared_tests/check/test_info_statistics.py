@@ -66,6 +66,11 @@ def test_info_of_an_artifact_is_that_of_its_model(place: tuple[str, str], capsys
     assert [value[name] for name in same] == [preset[name] for name in same] and value["seq"] == SEQ
 
 
+def test_plug_ins_that_are_not_ours_are_not_run_to_look_at_a_model(place: tuple[str, str], capsys: Capture) -> None:
+    call(capsys, "info", place[0], "--eval.plugins", "no.such.module:Class")
+    assert "'tempratur' is not a plug-in" in refuse(capsys, "info", place[0], "--eval.plugins", "tempratur")
+
+
 def test_what_has_no_statistics_is_refused(place: tuple[str, str], capsys: Capture, tmp_path: Path) -> None:
     artifact, data = place
     assert "not of preset debug: name a run instead" in refuse(capsys, "info", "debug", "--statistics")

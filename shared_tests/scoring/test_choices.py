@@ -55,7 +55,10 @@ def test_what_is_spelled_is_parsed(settings: dict[str, Any]) -> None:
         ("temperature(priro=1)", "eval.plugins.temperature.priro: unknown key; did you mean prior"),
         ("temperature(prior=yes)", "eval.plugins.temperature.prior='yes': expected float"),
         ("temperature(prior=0)", "prior=0.0: expected a number above 0"),
-        ("temperature(prior=NaN)", "prior=nan: expected a number above 0"),
+        ("temperature(prior=NaN)", "eval.plugins.temperature.prior=nan: expected a finite number"),
+        ("temperature(prior=inf)", "eval.plugins.temperature.prior=inf: expected a finite number"),
+        ("temperature(prior=-Infinity)", "eval.plugins.temperature.prior=-inf: expected a finite number"),
+        ("temperature(prior=1e999)", "eval.plugins.temperature.prior=inf: expected a finite number"),
         ("temperature(", r"expected NAME, or NAME\(field=value"),
         ("temperature(prior)", r"expected NAME, or NAME\(field=value"),
         ("temperature(prior=1, prior=2)", r"expected NAME, or NAME\(field=value"),
@@ -68,6 +71,24 @@ def test_what_is_spelled_is_parsed(settings: dict[str, Any]) -> None:
 def test_a_setting_that_is_not_there_is_refused(choice: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_plugins([choice])
+
+
+@pytest.mark.parametrize("choices", [("temperature", "temperature"), ("temperature(prior=2)", "temperature")])
+def test_a_plug_in_is_named_once(choices: tuple[str, ...]) -> None:
+    """On the command line too, where a setting of its own would else join the two."""
+    words = "'temperature' is named twice; name it once, with all its settings"
+    with pytest.raises(ConfigError, match=words):
+        load_plugins(choices)
+    with pytest.raises(ConfigError, match=words):
+        _parse("train", ["debug", "--eval.plugins", *choices, "--eval.plugins.temperature.prior", "3"])
+
+
+def test_without_strangers_no_foreign_module_is_imported() -> None:
+    assert load_plugins(["no.such.module:Class(size=1)"], strangers=False) == []
+    with pytest.raises(ConfigError, match="'tempratur' is not a plug-in"):
+        load_plugins(["tempratur"], strangers=False)
+    with pytest.raises(ConfigError, match="no.such.module"):
+        load_plugins(["no.such.module:Class"])
 
 
 COMMANDS = [

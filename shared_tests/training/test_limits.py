@@ -21,7 +21,7 @@ from core import presets
 from core.ablation.plan import read_plan
 from core.checks import ConfigError, in_words
 from core.cli import main
-from core.config import EvalConfig, ModelConfig, RunConfig, changed, flattened, from_json, to_json
+from core.config import MOST_TOKENS, EvalConfig, ModelConfig, RunConfig, changed, flattened, from_json, to_json
 from core.console import MESSAGE, one_line
 from core.export.artifact import ArtifactError, read_artifact, write_artifact
 from core.model import trunk
@@ -160,8 +160,17 @@ def test_an_artifact(header: tuple[dict[str, Any], bytes], tmp_path: Path) -> No
         if not (isinstance(value, str) and "\ud800" in value):
             bad.write_bytes(join(good | {"model": put(good["model"], name, value)}, payload))
             check(lambda: read_artifact(bad), (name, value))
-    bad.write_bytes(join(good | {"provenance": good["provenance"] | {"train_seq": 2**62}}, payload))
-    assert open_subject(str(bad), None).config.train.seq == EvalConfig.seq
+
+
+def test_an_artifact_says_how_long_its_rows_were(header: tuple[dict[str, Any], bytes], tmp_path: Path) -> None:
+    bad, (good, payload) = tmp_path / "bad.skc", header
+    for seq in (2**62, MOST_TOKENS + 1, 0, -1, 64.0, "64"):
+        bad.write_bytes(join(good | {"provenance": {"train_seq": seq}}, payload))
+        with pytest.raises(ArtifactError, match="provenance: train_seq=.*: expected a whole number from 1 to"):
+            open_subject(str(bad), None)
+    for provenance, seq in (({}, EvalConfig.seq), ({"train_seq": 16}, 16), ({"train_seq": MOST_TOKENS}, MOST_TOKENS)):
+        bad.write_bytes(join(good | {"provenance": provenance}, payload))
+        assert open_subject(str(bad), None).config.train.seq == seq
 
 
 def test_a_header_of_huge_numbers_is_refused_in_moments(header: tuple[dict[str, Any], bytes], tmp_path: Path) -> None:

@@ -38,21 +38,32 @@ def test_options_are_those_of_the_help(verb: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main([*verb.split(), "--help"])
     text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    shown = {name for line in text.splitlines() for name in re.findall(r"^[│ ]*(--[\w.]+)", line)}
-    assert shown - {"--help"} == options(verb).keys() - {f"--{m}" for m in ("no_json",)}
+    shown = {name for line in text.splitlines() for name in re.findall(r"^[│ ]*(--\w[\w.-]*)", line)}
+    assert shown - {"--help"} == options(verb).keys()
+    assert "_" not in "".join(shown), "options are shown with hyphens"
+    assert text.startswith(f"usage: skc {verb}")
+
+
+def test_help_says_what_the_first_argument_may_be(capsys: Capture) -> None:
+    for verb, first in (("info", "PRESET|RUN|ARTIFACT"), ("train", "PRESET")):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: skc {verb} {first} [-h]")
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
         ("train debug --steps 30", "unknown option --steps; did you mean --train.steps?"),
-        ("train debug --lr 0.1", "unknown option --lr; did you mean --train.lr_embed or --train.lr_matrix"),
-        ("train debug --train.eval-evry 3", "unknown option --train.eval-evry; did you mean --train.eval_every?"),
+        ("train debug --lr 0.1", "unknown option --lr; did you mean --train.lr-embed or --train.lr-matrix"),
+        ("train debug --train.eval-evry 3", "unknown option --train.eval-evry; did you mean --train.eval-every?"),
         ("train debug --seed=3 --data x", "unknown option --data; did you mean --data.path?"),
         ("train debug --layers 3", "unknown option --layers; did you mean --model.layers?"),
         ("train debug --hidden 3", "unknown option --hidden; did you mean --model.mlp.hidden?"),
         ("train debug --model.bank head", "unknown option --model.bank; did you mean --model.bank.at?"),
         ("train debug --model.bank-heads=3", "unknown option --model.bank-heads; did you mean --model.bank.heads?"),
+        ("train debug --model.sck.times 1 4", "unknown option --model.sck.times; did you mean --model.skc.times?"),
+        ("train debug --model.sck 3", "--model.sck; did you mean --model.skc.capsules or --model.skc.heads or"),
         ("train debug --model.bank.at hed", "invalid choice 'hed' .*; did you mean head?"),
         ("eval RUN --windows slidng", "invalid choice 'slidng' .*; did you mean sliding?"),
         ("eval RUN --temprature 3", "unknown option --temprature [(]see: skc eval --help[)]"),
@@ -70,7 +81,9 @@ def test_a_wrong_option_is_told_what_was_meant(argv: str, message: str, capsys: 
 @pytest.mark.parametrize("old, new", MOVED.items())
 def test_every_old_spelling_names_the_new_one(old: str, new: str) -> None:
     """On the command line, and in an ablation file, whose every form it has."""
-    assert unknown([f"--model.{old}", "3"], KNOWN) == f"unknown option --model.{old}; did you mean --model.{new}?"
+    option = f"--model.{new}".replace("_", "-")
+    for typed in (f"--model.{old}", f"--model.{old}".replace("_", "-")):
+        assert unknown([typed, "3"], KNOWN) == f"unknown option {typed}; did you mean {option}?"
     for table in ({f"model.{old}": 3}, {"model": {old: 3}}):
         with pytest.raises(ConfigError, match=rf"^f: unknown field 'model\.{old}'; did you mean model\.{new}\?$"):
             for field, value in flat(table, "f").items():
@@ -85,6 +98,22 @@ def test_a_part_in_an_ablation_file_may_be_written_in_three_ways() -> None:
         assert from_json(RunConfig, values).model.bank.at == "head"
     with pytest.raises(ConfigError, match=r"f: model\.bank\.at: is given twice"):
         flat({"model": {"bank": {"at": "head"}}, "model.bank.at": "both"}, "f")
+
+
+@pytest.mark.parametrize(
+    "table, close",
+    [
+        ({"model.sck.times": [1, 4]}, r"model\.skc\.times"),
+        ({"model": {"sck": {"times": [1, 4]}}}, r"model\.skc\.capsules or model\.skc\.heads or"),
+        ({"model.skc": 3}, r"model\.skc\.capsules or model\.skc\.heads or"),
+        ({"train.times": 3}, r"model\.koopman\.times or model\.skc\.times or model\.bank\.times"),
+        ({"train.eval-every": 3}, r"train\.eval_every"),
+    ],
+)
+def test_a_wrong_field_of_an_ablation_file_is_told_what_was_meant(table: dict[str, Any], close: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^f: unknown field '[\w.-]+'; did you mean {close}"):
+        for field, value in flat(table, "f").items():
+            put(to_json(RunConfig()), field, value, "f")
 
 
 def test_every_part_has_a_box_of_its_own(capsys: Capture) -> None:
@@ -107,7 +136,7 @@ def test_nothing_and_switches_may_be_spelled_as_people_do() -> None:
         f"--train.eval-every None --train.clip=None --model.skips.on True {kept}"
     )
     assert given(typed.split(), KNOWN) == [
-        "--train.eval_every", "--train.clip", "--model.skips.on", "--export.budget", "--out", "--json"
+        "--train.eval-every", "--train.clip", "--model.skips.on", "--export.budget", "--out", "--json"
     ]  # fmt: skip
 
 
@@ -230,12 +259,26 @@ def advised() -> Iterator[tuple[str, str, tuple[str, ...]]]:
             yield file, option, (told[-1],) if told else REACHED.get((file, option), ())
 
 
+def test_no_message_begins_with_the_name_of_a_verb() -> None:
+    """`skc VERB: ` stands in front of every message; what comes behind does not say the verb again."""
+    begins = re.compile(rf"({'|'.join(VERBS)})(: | --)")
+    doubled = [(path, text) for path, text in raised() if begins.match(text)]
+    assert not doubled and begins.match("compare: 1 run given") and len(list(raised())) > 300
+
+
+def raised() -> Iterator[tuple[str, str]]:
+    """Yield (file, text) of every message that core raises; values in it are left out."""
+    for path in sorted((ROOT / "core").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                yield path.relative_to(ROOT).as_posix(), ast.unparse(node.exc.args[0]).removeprefix("f").strip("'\"")
+
+
 def test_every_advice_is_an_option_that_the_verb_has() -> None:
     found, wrong = 0, []
     for file, option, verbs in advised():
         found += 1
-        plain = "--" + option[2:].replace("-", "_")
-        having = [verb for verb in VERBS if plain in options(verb)]
+        having = [verb for verb in VERBS if option in options(verb)]
         if not having or not set(verbs) <= set(having) or file.startswith(NO_VERB):
             wrong.append((file, option, verbs, having))
     assert not wrong and found > 40

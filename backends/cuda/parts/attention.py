@@ -45,6 +45,7 @@ class Attention(Part):
         q_BHTK = ops.rope(ops.rms_norm(q_BHTK, config.norm_eps, exact), context.cos, context.sin)
         k_BGTK = ops.rope(ops.rms_norm(k_BGTK, config.norm_eps, exact), context.cos, context.sin)
         q_BHTK = q_BHTK * self.q_gain.to(q_BHTK.dtype)[:, None, None]
+        # Keys are kept as they were rotated: scores depend on distances alone.
         if state is not None:
             k_BGTK, v_BGTK = torch.cat([state.k, k_BGTK], dim=2), torch.cat([state.v, v_BGTK], dim=2)
         y_BHTK = context.attend(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)  # CUDA: the form chosen at build

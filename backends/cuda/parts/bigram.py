@@ -22,5 +22,6 @@ class Bigram(Part):
         ids, documents = context.last_ids(1)
         rows_BT1 = ops.ngram_buckets(ids, documents, [(BIGRAM_MULTIPLIER,)], self._config.bigram.buckets)
         added_BTD = self.value(ops.hashed_rows(self.table, rows_BT1).to(stream.x.dtype))
+        # The raw vectors, then one norm: the stream starts at the size that it has without the table.
         x_BTD = ops.rms_norm(stream.raw + added_BTD, self._config.norm_eps, self._exact)
         return stream._replace(x=x_BTD, embedded=x_BTD), None

@@ -37,17 +37,21 @@ class Capsules(nn.Module):
         token_BP = self.tokens(phase_B, seq)
         template_QN = self.template(context)
         w_BMHQN, q_BMHQN = self.blocks(writes_BTHN, token_BP), self.blocks(reads_BTHN, token_BP)
+        # A capsule is a sum over many tokens: bfloat16 would round the next one away.
         values_BTHK = values_BTC.to(context.wide).reshape(rows, seq, store.heads, -1)
         v_BMHQK = self.blocks(values_BTHK, token_BP)
         documents_BMQ, fresh_BMQ = self.borders(context, token_BP)
         if token_BP is not None:
+            # A place without a token holds a copy of some token, which must not be stored again.
             inside_BMQ = ((token_BP >= 0) & (token_BP < seq)).reshape(documents_BMQ.shape)
             w_BMHQN = torch.where(inside_BMQ[:, :, None, :, None], w_BMHQN, 0.0)
         # Written at the end of its block: what of it is in the document that is open then.
         live_BMHQN = torch.where((documents_BMQ == documents_BMQ[..., -1:])[:, :, None, :, None], w_BMHQN, 0.0)
+        # The mass has no template: bands may cancel, and a mean over their sum would have no bound.
         mass_BMHN = torch.sum(live_BMHQN, dim=3)
         sums_BMHNK = torch.swapaxes(live_BMHQN * template_QN, -1, -2) @ v_BMHQK
         if phase_B is not None:
+            # The open block of the state is this first one, and lost once a document begins in it.
             kept_B = fresh_BMQ[:, 0, -1].to(context.wide)
             mass_BMHN = add_first(mass_BMHN, state.mass * kept_B[:, None, None])
             sums_BMHNK = add_first(sums_BMHNK, state.sums * kept_B[:, None, None, None])
@@ -59,11 +63,13 @@ class Capsules(nn.Module):
         coupled_BMHQN = torch.where(fresh_BMHQ1, q_BMHQN + q_BMHQN @ self.coupling(), 0.0)
         y_BMHQK = coupled_BMHQN @ before_BMHNK
         if store.intra:
+            # Not coupled: the open block is read as tokens, each under its own key.
             seen_XQQ = ops.causal_mask(store.block, store.block, documents_BMQ.reshape(-1, store.block))
             seen_BMQQ = seen_XQQ.reshape(*documents_BMQ.shape, store.block)
             scores_BMHQQ = torch.where(seen_BMQQ[:, :, None], q_BMHQN @ torch.swapaxes(w_BMHQN, -1, -2), 0.0)
             inside_BMHQK = scores_BMHQQ @ v_BMHQK
             if phase_B is not None:
+                # Such a read is linear in the tokens: of those before the chunk the sum is enough.
                 first_BHQN = torch.where(fresh_BMHQ1[:, 0], q_BMHQN[:, 0], 0.0)
                 inside_BMHQK = add_first(inside_BMHQK, first_BHQN @ state.plain)
             y_BMHQK = y_BMHQK + store.intra * inside_BMHQK
@@ -135,6 +141,7 @@ class Capsules(nn.Module):
         if token_BP is not None:
             documents_BP = torch.where(token_BP < 0, 0, documents_BP)
         documents_BMQ = documents_BP.reshape(documents_BP.shape[0], -1, self._store.block)
+        # The first block follows document 0, which was open before the first token.
         ends_BM1 = documents_BMQ[:, :, -1:]
         return documents_BMQ, documents_BMQ == torch.cat([ends_BM1[:, :1] * 0, ends_BM1[:, :-1]], dim=1)
 
@@ -144,6 +151,7 @@ class Capsules(nn.Module):
         forget_HN = ops.sigmoid(-self.rate, self._exact)
         decay_BMHN = torch.where(fresh_BM[..., None, None], forget_HN, 0.0)
         decay_BMHNK = torch.broadcast_to(decay_BMHN[..., None], means_BMHNK.shape)
+        # A running mean: a capsule never grows beyond what was written, whatever its rate.
         drive_BMHNK = (1 - forget_HN)[..., None] * means_BMHNK
         flat = (*means_BMHNK.shape[:2], -1)
         start_BX = state.stored.reshape(flat[0], -1)
@@ -167,11 +175,13 @@ class Capsules(nn.Module):
         stored_BHNK = ops.after(tape.stored, block_B, before.stored)
         open_B = torch.clamp(block_B, max=tape.stored.shape[1] - 1)  # of a row that ended with its last block: masked
         fresh_B = ops.pick(ops.pick(tape.fresh, open_B), torch.clamp(place_B - 1, min=0)) | (place_B == 0)
+        # All of the block, zeros for what is not kept: n must not become a shape.
         same_BQ = (ops.pick(tape.documents, open_B) == context.last) & (ops.span(-place_B, block) < 0)
         w_BHQN = torch.where(same_BQ[:, None, :, None], ops.pick(tape.writes, open_B), 0.0)
         v_BHQK = ops.pick(tape.values, open_B)
         sums_BHNK = torch.swapaxes(w_BHQN * tape.template, -1, -2) @ v_BHQK
         plain_BHNK, mass_BHN = torch.swapaxes(w_BHQN, -1, -2) @ v_BHQK, torch.sum(w_BHQN, dim=2)
+        # A row that is still in the block that it came with adds to what the state has of it.
         first_B11 = (fresh_B & (block_B == 0))[:, None, None]
         mass_BHN = mass_BHN + torch.where(first_B11, before.mass, 0.0)
         sums_BHNK = sums_BHNK + torch.where(first_B11[..., None], before.sums, 0.0)

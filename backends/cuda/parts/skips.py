@@ -16,6 +16,7 @@ class Skips(Part):
     def forward(self, stream, context, stage, state):
         if stage.row < 0:
             return stream._replace(skips=(*stream.skips, stream.x)), None
+        # Last in, first out: the middle layers are nearest to each other.
         *skips, last_BTD = stream.skips
         x_BTD = stream.x + self.weight[stage.row].to(last_BTD.dtype) * last_BTD
         return stream._replace(x=x_BTD, skips=tuple(skips)), None

@@ -28,4 +28,5 @@ class Smear(Part):
 
     def commit(self, tape, context, n_B):
         """Return the state after the first n tokens of each row of a chunk."""
+        # The tape begins with the state's own row: at n it has the last that is kept.
         return ops.pick(tape, n_B)[:, None]

@@ -44,6 +44,7 @@ class Attention(Part):
         q_BHTK = ops.rope(ops.rms_norm(q_BHTK, config.norm_eps, exact), context.cos, context.sin)
         k_BGTK = ops.rope(ops.rms_norm(k_BGTK, config.norm_eps, exact), context.cos, context.sin)
         q_BHTK = q_BHTK * self.q_gain.astype(q_BHTK.dtype)[:, None, None]
+        # Keys are kept as they were rotated: scores depend on distances alone.
         if state is not None:
             k_BGTK, v_BGTK = mx.concatenate([state.k, k_BGTK], axis=2), mx.concatenate([state.v, v_BGTK], axis=2)
         y_BHTK = ops.attention(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)

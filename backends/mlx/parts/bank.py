@@ -24,6 +24,7 @@ class Bank(Part):
         f_BTD = ops.rms_norm(stream.x, self._config.norm_eps, self._exact)
         kind, route_BTR = f_BTD.dtype, self.route(f_BTD)  # one router: what was written under is what is asked for
         write_BTR = route_BTR + self.write_bias.astype(kind)
+        # The tokens' own vectors: the tied head turns what is read into logits of these tokens.
         y_BTD, tape = self.capsules(write_BTR, route_BTR, stream.values, context, state)
         y_BTD = self.gate.astype(kind) * ops.rms_norm(y_BTD, self._config.norm_eps, self._exact).astype(kind)
         # In front of the head the stream is normalised, so that the gate weighs the same whatever its size has become.

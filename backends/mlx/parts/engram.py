@@ -31,6 +31,7 @@ class Engram(Part):
         # The gate is a mean of D products: in bfloat16 it would be good to two digits.
         x_norm_BTD = ops.rms_norm(x_BTD, config.norm_eps, exact).astype(context.wide)
         key_BTD = ops.rms_norm(self.key(m_BTW), config.norm_eps, exact).astype(context.wide)
+        # Both normalised, it is a cosine: how large a row is says nothing about whether it fits.
         alike_BT1 = mx.mean(x_norm_BTD * key_BTD, axis=-1, keepdims=True)
         sharpness = 0.1 + 3.9 * ops.sigmoid(self.sharpness, exact)  # from 0.1 to 4: it never turns the gate round
         gate_BT1 = ops.sigmoid(sharpness * alike_BT1 + self.bias, exact)

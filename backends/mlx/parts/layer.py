@@ -38,6 +38,7 @@ class Layer(Part):
     def __call__(self, stream, context, stage, state):
         x_BTD = stream.x
 
+        # A block that several layers use has a row of scales for each: all else is shared.
         def scale_D(weight):
             return (weight if weight.ndim == 1 else weight[stage.row]).astype(x_BTD.dtype)
 
@@ -46,6 +47,7 @@ class Layer(Part):
         n_BTD = self.norm(x_BTD, stage)
         stream, tape = self.mixer(stream._replace(x=n_BTD), context, stage, state)
         x_BTD = x_BTD + scale_D(self.mixer_scale) * stream.x
+        # Beside the mixer, the MLP reads the same input: neither waits for the other.
         n_BTD = n_BTD if self._parallel else self.norm(x_BTD, stage)
         stream, _ = self.mlp(stream._replace(x=n_BTD), context, stage, None)
         return stream._replace(x=x_BTD + scale_D(self.mlp_scale) * stream.x), tape

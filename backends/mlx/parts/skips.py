@@ -15,6 +15,7 @@ class Skips(Part):
     def __call__(self, stream, context, stage, state):
         if stage.row < 0:
             return stream._replace(skips=(*stream.skips, stream.x)), None
+        # Last in, first out: the middle layers are nearest to each other.
         *skips, last_BTD = stream.skips
         x_BTD = stream.x + self.weight[stage.row].astype(last_BTD.dtype) * last_BTD
         return stream._replace(x=x_BTD, skips=tuple(skips)), None
