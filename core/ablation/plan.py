@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -77,8 +78,20 @@ class Ablation(NamedTuple):
     settings: dict[str, Any]
     variants: dict[str, dict[str, Any]]
     path: str
+    text: str
+    """Of the file."""
+    options: tuple[str, ...] = ()
+    """Of the command line, where it says something else than the file."""
     search: Search | None = None
     """What `--search` does; nothing without it."""
+
+    def with_data(self, folder: str) -> "Ablation":
+        """Return the ablation with another prepared folder for all runs."""
+        return self._replace(settings={**self.settings, "data.path": folder}, options=("--data", folder))
+
+    def command(self, search: bool) -> str:
+        """Return the command that repeats this ablation where its text is saved under its name."""
+        return shlex.join(["skc", "ablate", f"{self.name}.toml", *self.options, *(["--search"] if search else [])])
 
     def jobs(self) -> list[Job]:
         """Return its runs, seed by seed, so that a table of all variants is there early."""
@@ -121,7 +134,7 @@ class Ablation(NamedTuple):
 def read_plan(path: str | Path) -> Ablation:
     """Read an ablation file; ConfigError names the file and the field that is wrong."""
     where = str(path)
-    value = read_toml(path)
+    value, text = read_toml(path)
     only(value, KEYS, where)
     base = typed(value, "base", str, where)
     if base not in presets.PRESETS:
@@ -152,6 +165,7 @@ def read_plan(path: str | Path) -> Ablation:
         settings=flat(settings, f"{where}: settings"),
         variants={name: flat(changes, f"{where}: variants.{name}") for name, changes in variants.items()},
         path=where,
+        text=text,
     )
     runs = len(plan.seeds) * len(plan.backends) * len(plan.variants)
     if runs > MOST_RUNS:

@@ -21,8 +21,8 @@ TOKEN = re.compile(
 does not end."""
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Return what a TOML file says; FileError names the file and what is wrong, OSError."""
+def read_toml(path: str | Path) -> tuple[dict[str, Any], str]:
+    """Return what a TOML file says, and its text; FileError names the file and what is wrong, OSError."""
     text = decode_text(path, read_file(path, MOST_BYTES))
     _check_depth(path, text)
     try:
@@ -30,7 +30,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a ValueError of its own, or of a number with thousands of digits
         raise FileError(f"{path}: not TOML: {error}") from error
     _check_numbers(path, value)
-    return value
+    return value, text
 
 
 def _check_depth(path: str | Path, text: str) -> None:

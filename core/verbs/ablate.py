@@ -106,7 +106,7 @@ def _read_plan(options: Ablate, say: Console) -> Ablation:
     elif plan.search is not None:
         say(f"{options.file}: [search] is left alone: add --search to try its settings")
     if options.data is not None:
-        plan = plan._replace(settings={**plan.settings, "data.path": options.data})
+        plan = plan.with_data(options.data)
     if len(options.devices) > options.parallel:
         left = " ".join(options.devices[options.parallel :])
         say(f"careful: with --parallel {options.parallel} nothing runs on --devices {left}; raise --parallel")

@@ -174,7 +174,7 @@ def mutate_plan(rng: Random, whole: bytes) -> bytes:
 def look_at_plan(path: Path) -> None:
     """Read an ablation file as `skc ablate` does."""
     plan: Ablation = read_plan(path)
-    assert plan.jobs() and read_toml(path)
+    assert plan.jobs() and read_toml(path)[0]
 
 
 def data_folder(folder: Path) -> Path:

@@ -223,6 +223,7 @@ def _method() -> str:
 
 
 def _repeat(outcome: Results, searched: Searched | None) -> str:
-    file, command = search_wording.repeat(outcome.plan, searched)
-    text = f"<pre><code>{escape(file)}</code></pre><pre><code>{escape(command)}</code></pre>"
-    return f"<h2>To repeat it</h2><p>Save this as {escape(outcome.plan.name)}.toml:</p>{text}"
+    plan = outcome.plan
+    command = plan.command(search=searched is not None)
+    text = f"<pre><code>{escape(plan.text)}</code></pre><pre><code>{escape(command)}</code></pre>"
+    return f"<h2>To repeat it</h2><p>Save this as {escape(plan.name)}.toml:</p>{text}"

@@ -132,9 +132,8 @@ def _markdown(
         lines += [f"`{run.variant}`, seed {run.seed}, {run.backend}:", ""]
         lines += [*_code(run.message or "it left no message; see log.txt in its folder"), ""]
     lines += ["## How it was computed", "", *(f"* {line}" for line in wording.METHOD), ""]
-    file, command = search_wording.repeat(plan, searched)
-    lines += ["## To repeat it", "", f"Save this as {plan.name}.toml:", "", *_code(file), ""]
-    return "\n".join([*lines, *_code(command), ""])
+    lines += ["## To repeat it", "", f"Save this as {plan.name}.toml:", "", *_code(plan.text), ""]
+    return "\n".join([*lines, *_code(plan.command(search=searched is not None)), ""])
 
 
 def _search(outcome: Results, searched: Searched, images: Sequence[Path]) -> list[str]:

@@ -1,15 +1,12 @@
 """A search in words and table cells: what report.html, report.md and the console say of it."""
 
-import json
 from importlib.metadata import version
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from core.ablation.plan import Ablation
-from core.ablation.report import wording
 from core.ablation.report.charts import NONE, number
 from core.ablation.search.search import Searched, Trial
-from core.ablation.search.space import FOUND, Field, Search
+from core.ablation.search.space import FOUND, Search
 from core.ablation.stats.effects import Paired, paired
 from core.ablation.stats.findings import scored
 from core.ablation.stats.results import Results
@@ -163,31 +160,6 @@ def method(searched: Searched) -> list[str]:
         "A trial’s figure is the mean over the search’s seeds; it is only the ground on which one was chosen. A failed "
         "trial counts as infinitely bad, so that the search leaves where it failed.",
     ]
-
-
-def as_toml(search: Search) -> str:
-    """Return [search] of a file that gives this search again."""
-    lines = ["", "[search]", f"trials = {search.trials}", f"seeds = {list(search.seeds)}"]
-    lines += [f"variant = {json.dumps(search.variant)}", f"round = {search.round}"]
-    lines += [f"sampler_seed = {search.sampler_seed}", "", "[search.space]"]
-    return "\n".join([*lines, *(f"{json.dumps(field.name)} = {_range(field)}" for field in search.space)]) + "\n"
-
-
-def _range(field: Field) -> str:
-    if field.kind == "values":
-        values = ["none" if value is None else value for value in field.values]
-        return f"{{ values = {json.dumps(values, ensure_ascii=False)} }}"
-    log = ", log = true" if field.log else ""
-    step = f", step = {field.step}" if field.step is not None and not field.log else ""
-    return f"{{ low = {field.low}, high = {field.high}{log}{step} }}"
-
-
-def repeat(plan: Ablation, searched: Searched | None) -> tuple[str, str]:
-    """Return (text of an ablation file, command) that repeat a report's plan, with its search if it had one."""
-    command = f"skc ablate {plan.name}.toml"
-    if searched is None:
-        return wording.as_toml(plan), command
-    return wording.as_toml(searched.plan) + as_toml(searched.search), f"{command} --search"
 
 
 def to_json(searched: Searched, outcome: Results) -> dict[str, Any]:

@@ -1,9 +1,6 @@
 """An ablation's findings in words and table cells: what report.html and report.md both say."""
 
-import json
-import re
 from collections.abc import Sequence
-from typing import Any
 
 from core.ablation.plan import Ablation
 from core.ablation.report.charts import NONE, number
@@ -12,8 +9,6 @@ from core.ablation.stats.findings import Findings, Size, VariantSummary
 from core.ablation.stats.results import Results
 from core.config import differences
 
-BARE = re.compile(r"[A-Za-z0-9_-]+")
-"""Names that TOML takes without quotes."""
 HEAD = (
     "variant", "verdict", "bits per byte", "difference", "95 % interval", "p", "Holm p", "bytes", "tokens/s",
     "parameters", "seeds",
@@ -208,28 +203,3 @@ def changes(plan: Ablation) -> dict[str, list[str]]:
     return {
         name: differences(base, plan.config(name, plan.seeds[0])) for name in plan.variants if name != plan.reference
     }
-
-
-def as_toml(plan: Ablation) -> str:
-    """Return the ablation file that gives this plan again."""
-    lines = [f"name = {_toml(plan.name)}", f"purpose = {_toml(plan.purpose)}"] if plan.purpose else []
-    lines = lines or [f"name = {_toml(plan.name)}"]
-    lines += [f"base = {_toml(plan.base)}", f"seeds = {_toml(list(plan.seeds))}"]
-    lines += [f"backends = {_toml(list(plan.backends))}", f"reference = {_toml(plan.reference)}"]
-    lines += [f"dtype = {_toml(plan.dtype)}"] if plan.dtype else []
-    lines += ["", "[budget]", f"{plan.budget[0]} = {_toml(plan.budget[1])}"]
-    groups = {
-        "settings": plan.settings,
-        **{f"variants.{name if BARE.fullmatch(name) else _toml(name)}": v for name, v in plan.variants.items()},
-    }
-    for name, values in groups.items():
-        if values or name != "settings":
-            lines += ["", f"[{name}]", *(f"{_toml(field)} = {_toml(value)}" for field, value in values.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_toml(v) for v in value)}]"
-    # JSON's strings, whole numbers, fractions and truth values are TOML's, but for one control character.
-    return json.dumps("none" if value is None else value, ensure_ascii=False).replace("\x7f", "\\u007f")
