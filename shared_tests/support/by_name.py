@@ -1,5 +1,7 @@
-"""The MLX engine's training step with every parameter apart, each quantised and guarded by itself: what banks must equal
-bit for bit."""
+"""The MLX engine's training step with every parameter apart, each quantised and guarded by itself.
+
+Banks must have its bits.
+"""
 
 from typing import Any
 
@@ -43,9 +45,7 @@ class ByName:
         constants = engine._constants(batch.tokens.shape[1])
 
         def losses(weights: Any) -> Any:
-            nll, total = engine._costs(
-                weights, mx.array(batch.tokens), mx.array(batch.targets), constants, plan.repeat
-            )
+            nll, total = engine._costs(weights, mx.array(batch.tokens), mx.array(batch.targets), constants, plan.repeat)
             loss = mx.mean(nll)
             z_loss = self._train.z_loss
             return loss + z_loss * mx.mean(mx.square(total)) if z_loss else loss, loss
