@@ -11,6 +11,7 @@ import numpy as np
 
 import core
 from core import presets
+from core.check.dtypes import in_words, step_milliseconds
 from core.check.parity import run_parity
 from core.console import Console
 from core.engine.loading import BACKENDS, EXTRAS, available_backends, load_engine
@@ -31,8 +32,16 @@ def examine(say: Console) -> dict[str, Any]:
     for name in BACKENDS:
         value["backends"][name] = _forward(name, say) if name in installed else {"installed": False}
         if name not in installed:
-            say(f"{name}: not installed (pip install -e '.[{EXTRAS[name]}]')")
-    value["parity"] = None
+            say(f"{name}: not installed (pip install -c constraints.txt -e '.[{EXTRAS[name]}]')")
+    value["types"], value["parity"] = None, None
+    mlx = value["backends"]["mlx"]
+    if mlx.get("ok") and mlx["device"].endswith("(GPU)"):  # a CPU has fast products of float32 alone
+        try:
+            value["types"] = step_milliseconds(gpu=True)
+            say(f"mlx: {in_words(value['types'], mlx['dtype'])}")
+        except (RuntimeError, ValueError) as error:
+            mlx |= {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            say(f"mlx: training FAILED: {mlx['error']}")
     sound = all(value["backends"][name]["ok"] for name in installed)
     if len(installed) == len(BACKENDS) and sound:
         say("parity: both backends on the mini of debug ...")
@@ -40,9 +49,11 @@ def examine(say: Console) -> dict[str, Any]:
         value["parity"] = parity.ok
         say(f"parity: {'yes' if parity.ok else 'NO; see: skc parity debug --mini'}")
     else:
-        say("parity: not checked (needs both)" if sound else "parity: not checked (a backend fails)")
+        missing = " and ".join(f"'.[{EXTRAS[name]}]'" for name in BACKENDS if name not in installed)
+        why = f"needs both backends: pip install -c constraints.txt -e {missing}" if sound else "a backend fails"
+        say(f"parity: not checked ({why})")
     value["ok"] = bool(installed) and sound and value["parity"] is not False and value["paths"]["ok"]
-    fine = "everything works" if value["parity"] else f"{' and '.join(installed)} works"
+    fine = "everything works" if value["parity"] else f"{' and '.join(installed)} works; parity was not looked at"
     say(fine if value["ok"] else "something is wrong: see above")
     return value
 

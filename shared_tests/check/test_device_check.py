@@ -10,20 +10,22 @@ import subprocess
 import sys
 import time
 import tomllib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from backends.mlx.device import Chip
 from shared_tests.device import records
 from shared_tests.device.child import Child, die_with_the_driver
 from shared_tests.device.driver import Driver
 from shared_tests.device.plan import PLANS, Item
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKED = ("tyro", "brotli", "optuna", "hypothesis", "xdist", "pyarrow", "zstandard", "mlx")
-"""What a bare machine with PyTorch lacks."""
+BLOCKED = ("tyro", "brotli", "optuna", "hypothesis", "pytest", "xdist", "pyarrow", "zstandard")
+"""What a bare machine lacks, with PyTorch or with MLX."""
 COMMAND = [sys.executable, "-m", "shared_tests.check.test_device_check"]
 
 
@@ -123,7 +125,10 @@ def test_items_run_in_order_and_the_report_says_what_is_wrong(tmp_path: Path) ->
     assert "**beyond: large**: 3 is beyond 2" in report and "not a number**: not finite is beyond 2" in report
     assert "| small | 1 | 2 | ok |" in report and "Checks: 4, 2 beyond their limit." in report
     assert any("    large: 3.0 beyond 2.0" in line for line in said)
-    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "report.md", "results.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"log.txt", "report.md", "report.zip", "results.jsonl"}
+    with zipfile.ZipFile(tmp_path / "report.zip") as bundle:
+        assert {*bundle.namelist()} == {"log.txt", "report.md", "results.jsonl"}
+        assert bundle.read("report.md").decode() == report, "as it is at the end"
 
 
 def test_an_item_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
@@ -144,6 +149,19 @@ def test_what_no_longer_fits_the_budget_is_not_started(tmp_path: Path) -> None:
     assert code == 0 and said[-1].startswith("not started, "), "what is optional need not be reached"
     code, said = drive(tmp_path, item("quick"), item("crash"), budget=500)
     assert said[0].startswith("1 items have a result"), "a second call skips what has one"
+
+
+def test_an_item_whose_package_is_missing_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = (item("quick", needs=("numpy", "nowhere")), item("compiles", prepares=True, needs=("nowhere",)))
+    code, said = drive(tmp_path, *plan)
+    assert code == 0 and all(records.state(run) == "skipped" for run in found(tmp_path).values())
+    how = f"{sys.executable} -m pip install -c constraints.txt -e '.[mlx,nowhere]'"
+    assert said[0].endswith(f"quick: skipped (needs nowhere: skipped; {how})") and len(said) == 2
+    assert f"| quick | needs nowhere: skipped; {how} |" in (tmp_path / "report.md").read_text()
+    (tmp_path / "nowhere.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    code, said = drive(tmp_path, *plan)
+    assert code == 0 and all(records.state(run) == "done" for run in found(tmp_path).values())
 
 
 def test_a_model_that_crashes_is_said_at_once_and_ends_the_check(
@@ -271,11 +289,11 @@ def test_without_an_accelerator_it_is_one_line_and_exit_2(name: str, device: str
 def test_items_need_nothing_that_a_bare_machine_lacks(tmp_path: Path) -> None:
     """A process that cannot import it runs real items, and imports the file of every other one."""
     files = [path.stem for path in (ROOT / "shared_tests" / "device").glob("*.py") if path.stem != "__init__"]
-    items = ("quantiser", "speed baseline, 32 rows")
+    items, blocked = ("quantiser", "speed baseline, 32 rows"), (*BLOCKED, "mlx")
     for name in items:
         (tmp_path / f"{name}.go").touch()
     program = [
-        f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))",
+        f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))",
         *(f"import shared_tests.device.{name}" for name in files),
         "main = shared_tests.device.child.main",
         f"sys.exit(sum(main('cuda', name, {str(tmp_path)!r}, {str(tmp_path)!r}, 'cpu') for name in {items!r}))",
@@ -286,6 +304,44 @@ def test_items_need_nothing_that_a_bare_machine_lacks(tmp_path: Path) -> None:
     runs = found(tmp_path)
     assert sum("ok" in line for line in runs[items[0]]) == 13 and (tmp_path / "profiles.txt").stat().st_size > 500
     assert any(line.get("what") == "update alone" and line["value"] > 0 for line in runs[items[1]])
+
+
+def test_a_mac_without_pytorch_is_checked_all_the_same(tmp_path: Path) -> None:
+    """Every item but the one that says so runs where PyTorch cannot be imported; long ones are imported only."""
+    items = [part for part in PLANS["mlx"] if not part.needs]
+    assert [part.name for part in PLANS["mlx"] if part.needs] == ["models"]
+    modules = sorted({part.call.split(".")[0] for part in items})
+    program = [
+        f"import sys; sys.modules.update(dict.fromkeys({(*BLOCKED, 'torch')!r}))",
+        *(f"import shared_tests.device.{name}" for name in modules),
+        "main = shared_tests.device.child.main",
+        f"sys.exit(sum(main('mlx', name, {str(tmp_path)!r}, {str(tmp_path)!r}, 'cpu') for name in "
+        "('environment', 'types', 'speed tiny')))",
+    ]
+    code = "import shared_tests.device.child\n" + "\n".join(program)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = found(tmp_path)
+    assert len([line for line in runs["types"] if line.get("unit") == "ms"]) == 3
+    assert any("MLX_ENABLE_TF32=0" in str(line.get("text")) for line in runs["environment"])
+    assert any(line.get("what") == "update alone" for line in runs["speed tiny"])
+
+
+def test_a_float64_engine_that_moves_the_process_fails_the_smoke_item(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlx.core as mx
+
+    from shared_tests.device import smoke
+
+    child = Child("mlx", item("measured"), tmp_path, tmp_path, False)
+    smoke.beside(child)
+    assert [line["ok"] for line in records.read(tmp_path)] == [True] * 3
+    places = iter(["gpu", "cpu"])
+    monkeypatch.setattr(mx, "default_device", lambda: next(places))
+    monkeypatch.setattr("backends.mlx.device.chip", lambda: Chip(False, False, "CPU"))
+    smoke.beside(child)
+    assert [line["ok"] for line in records.read(tmp_path)[3:]] == [False, True, True]
 
 
 def test_no_extra_builds_flash_attention_from_source() -> None:

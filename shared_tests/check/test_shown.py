@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from core.ablation.report import wording
 from core.audit import code as audit_code
+from core.check import dtypes
 from core.check.bench_report import BenchReport
 from core.cli import main
 from core.compare.picture import _curve, _difference
@@ -131,7 +132,31 @@ def test_doctor_says_what_it_did_not_check(capsys: Capture, monkeypatch: pytest.
     monkeypatch.setattr("core.check.doctor.available_backends", lambda: ["mlx"])
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    assert "parity: not checked (needs both)\nmlx works\n" in said and "everything" not in said
+    assert "cuda: not installed (pip install -c constraints.txt -e '.[torch]')\n" in said
+    assert "parity: not checked (needs both backends: pip install -c constraints.txt -e '.[torch]')\n" in said
+    assert said.endswith("mlx works; parity was not looked at\n") and "everything" not in said
+    assert "a training step" not in said, "there is no GPU"
+
+
+def test_doctor_times_the_types_where_mlx_has_a_gpu(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chip is said to be one: the steps run here, of the size for a CPU."""
+    from backends.mlx import device
+    from core.check import doctor
+
+    monkeypatch.setattr("core.check.doctor.available_backends", lambda: ["mlx"])
+    monkeypatch.setattr(device, "chip", lambda: device.Chip(True, True, "Apple M1", "applegpu_g13g", 5e9, 8e9))
+    monkeypatch.setattr(doctor, "step_milliseconds", lambda gpu: dtypes.step_milliseconds(False) if gpu else None)
+    value = call(capsys, "doctor")
+    assert value["types"].keys() == set(dtypes.TYPES) and min(value["types"].values()) > 0
+    times = {"float32": 9.04, "float16": 6.0, "bfloat16": 12.0}
+    monkeypatch.setattr(doctor, "step_milliseconds", lambda gpu: times)
+    assert main(["doctor"]) == 0
+    assert (
+        "mlx: a training step in float32 9.0 ms, float16 6.0 ms, bfloat16 12.0 ms: float16 was fastest; skc train "
+        "takes float32: --dtype float16 may be faster\n"
+    ) in capsys.readouterr().out
+    times["float32"] = 5.0
+    assert dtypes.in_words(times, "float32").endswith("bfloat16 12.0 ms: float32 was fastest")
 
 
 def test_code_over_its_share_of_the_budget(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

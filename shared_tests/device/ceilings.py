@@ -9,9 +9,8 @@ import torch
 from core import presets
 from core.model.params import param_table
 from shared_tests.device.child import Child
+from shared_tests.device.plan import COPY, SQUARE
 
-SQUARE, COPY = "bfloat16 product of 8192^3", "copy"
-"""Figures that others are shares of."""
 SHAPES = ((65_536, 768, 2688), (65_536, 768, 512), (65_536, 256, 8192), (65_536, 254, 8192), (65_536, 512, 1024))
 """(rows, inner, columns) of products of full-size presets: MLP, mixer, head, head of an odd width, baseline's MLP."""
 PRESETS = ("skc_8xh100", "baseline", "ternary_74m")

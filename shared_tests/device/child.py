@@ -117,6 +117,15 @@ def die_with_the_driver() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+def _start_mlx(gpu: bool) -> None:
+    """Import MLX as the engine does; without `gpu` everything runs on the CPU, on a Mac as well."""
+    importlib.import_module("backends.mlx.blas").load_fast_blas()
+    if not gpu:
+        import mlx.core as mx
+
+        mx.set_default_device(mx.cpu)
+
+
 def main(backend: str, name: str, folder: str, temporary: str, device: str) -> int:
     """Run an item."""
     die_with_the_driver()
@@ -125,6 +134,8 @@ def main(backend: str, name: str, folder: str, temporary: str, device: str) -> i
     module, function = item.call.split(".")
     before = len(records.read(child.folder))
     with child.part(name):
+        if backend == "mlx":
+            _start_mlx(child.gpu)
         code = getattr(importlib.import_module(f"shared_tests.device.{module}"), function)(child, **item.given)
         if code is not None:
             return code

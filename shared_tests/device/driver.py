@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -25,7 +26,7 @@ AFTER_A_CRASH = 60.0
 """Seconds after which a check ends whose smoke item crashed: what crashed is to be mended first."""
 REHEARSED = 20.0
 """Seconds that must be left for an item without a GPU."""
-CACHE = "cache.bin"
+CACHE, BUNDLE = "cache.bin", "report.zip"
 Say = Callable[[str], None]
 
 
@@ -65,7 +66,10 @@ class Driver:
         folder.mkdir(parents=True, exist_ok=True)
         records.mend(folder)
         lines = records.read(folder)
-        self.ended = {name for name, run in records.latest(lines).items() if records.state(run) in records.ENDED}
+        states = {name: records.state(run) for name, run in records.latest(lines).items()}
+        results = {name for name, state in states.items() if state in records.ENDED}
+        # What was skipped for want of something is run once that is there.
+        self.ended = results - {i.name for i in items if states.get(i.name) == "skipped" and not self._wants(i)}
         self.pending = [item for item in items if item.name not in self.ended]
         self.go_on = self.rehearsal = False
 
@@ -89,6 +93,7 @@ class Driver:
                     running.end()
                 self._pack()
                 self._report()
+                self._bundle()
         if self.no_device:
             return 2
         for item in self.pending:
@@ -100,8 +105,8 @@ class Driver:
     def _step(self) -> bool:
         """Run the first item that can be run, or wait; False: none can be any more."""
         for item in list(self.pending):
-            if item.gpu_only and not self.gpu:
-                self._close(item, "skipped", text="needs a GPU")
+            if want := self._wants(item):
+                self._close(item, "skipped", text=want)
             elif item.prepares and item.name not in self.preparing and self._may_prepare(item):
                 self.preparing[item.name] = self._start(item)
         self._reap()
@@ -115,6 +120,15 @@ class Driver:
             waiting = waiting or item.name in self.preparing
         time.sleep(0.05)
         return waiting
+
+    def _wants(self, item: Item) -> str:
+        """Return what an item needs that is not here, and how to get it, or nothing."""
+        if item.gpu_only and not self.gpu:
+            return "needs a GPU"
+        missing = [name for name in item.needs if importlib.util.find_spec(name) is None]
+        extras = ",".join(["mlx", *missing])
+        how = f"{sys.executable} -m pip install -c constraints.txt -e '.[{extras}]'"
+        return f"needs {' and '.join(missing)}: skipped; {how}" if missing else ""
 
     def _may_prepare(self, item: Item) -> bool:
         before = {other.name for other in self.items} & set(item.after)
@@ -202,6 +216,13 @@ class Driver:
                 with path.open("ab") as file:
                     file.write(kept)
 
+    def _bundle(self) -> None:
+        """Put what people read into one file, which can be attached to a report."""
+        with zipfile.ZipFile(self.folder / BUNDLE, "w", zipfile.ZIP_DEFLATED) as file:
+            for name in ("report.md", records.FILE, "profiles.txt", "log.txt"):
+                if (self.folder / name).exists():
+                    file.write(self.folder / name, name)
+
     def _unpack(self) -> None:
         """Give what was compiled in an earlier call to the items."""
         with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(self.folder / CACHE) as kept:
@@ -248,7 +269,7 @@ def main(backend: str, kind: str, doc: str | None) -> int:
     parser = argparse.ArgumentParser(prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs") / name, metavar="DIR")
     parser.add_argument("--budget", type=float, default=480 if backend == "cuda" else 1800, metavar="SECONDS")
-    parser.add_argument("--device", choices=[backend if backend == "cuda" else "metal", "cpu"], default=None)
+    parser.add_argument("--device", choices=["cuda", "cpu"] if backend == "cuda" else ["gpu", "metal", "cpu"])
     parser.add_argument("--only", nargs="+", metavar="ITEM", choices=[item.name for item in PLANS[backend]])
     parser.add_argument("--again", action="store_true", help="forget what is in DIR")
     parser.add_argument("--go-on", action="store_true", help="run everything although the smoke item crashed")
@@ -271,5 +292,5 @@ def main(backend: str, kind: str, doc: str | None) -> int:
     if code == 2:
         print(f"there is no {kind} here: nothing was checked (--device cpu tries the script without)", file=sys.stderr)
         return 2
-    print(f"wrote {options.out / 'report.md'}")
+    print(f"wrote {options.out / 'report.md'}; to send, all of it in one file: {options.out / BUNDLE}")
     return code

@@ -16,23 +16,26 @@ print(" ".join(old + [name for name in sys.argv[1:] if importlib.util.find_spec(
 """
 
 
-def use(needed: tuple[str, ...], extra: str) -> None:
+def use(needed: tuple[str, ...], extra: str, better: tuple[str, ...] = ()) -> None:
     """Go on in a Python that has the packages `needed`; end with one line and code 2 where there is none.
 
-    `extra` is what pip installs them by. The process is replaced if it is another Python that has them.
+    One that has those of `better` as well comes first. `extra` is what pip installs them by. The process is replaced if
+    it is another Python that has them.
     """
-    told = []
-    for python in (sys.executable, *(str(ROOT / name / "bin" / "python") for name in ENVIRONMENTS)):
-        missing = lacking(python, needed)
-        if missing is not None and not missing:
-            os.environ["PYTHONPATH"] = str(ROOT)  # for this process and those that it starts
-            if python != sys.executable:
-                os.execv(python, [python, *sys.argv])
-            return
+    told, pythons = [], (sys.executable, *(str(ROOT / name / "bin" / "python") for name in ENVIRONMENTS))
+    lacks = {python: lacking(python, (*needed, *better)) for python in pythons}
+    for wanted in ((*needed, *better), needed):
+        for python, missing in lacks.items():
+            if missing is not None and not {*missing} - ({*better} - {*wanted}):
+                os.environ["PYTHONPATH"] = str(ROOT)  # for this process and those that it starts
+                if python != sys.executable:
+                    os.execv(python, [python, *sys.argv])
+                return
+    for python, missing in lacks.items():
         told.append(f"{python} " + ("is not there" if missing is None else f"lacks {', '.join(missing)}"))
     print(
         f"scripts/{Path(sys.argv[0]).name} needs Python 3.11 with {', '.join(needed)}: {'; '.join(told)}: "
-        f"pip install -c constraints.txt -e '.[{extra}]' pytest in one of them",
+        f"pip install -c constraints.txt -e '.[{extra}]' in one of them",
         file=sys.stderr,
     )
     sys.exit(2)

@@ -8,8 +8,8 @@ import torch
 
 from backends.cuda import ops
 from core.check.tolerances import P1_FAST, P2_BFLOAT16
-from shared_tests.device.ceilings import COPY
 from shared_tests.device.child import Child
+from shared_tests.device.plan import COPY
 
 Tensors = dict[str, torch.Tensor]
 SCANS = ((64, 1024, 512), (8, 1024, 512), (64, 64, 12_288))

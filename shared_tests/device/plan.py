@@ -22,11 +22,15 @@ class Item:
     """What must have ended before it starts to prepare."""
     optional: bool = False
     """It need not be reached."""
+    needs: tuple[str, ...] = ()
+    """Packages without which it is skipped: what does not compare with PyTorch runs without PyTorch."""
     environment: dict[str, str] = field(default_factory=dict)
     cpu: dict[str, str] = field(default_factory=dict)
     """More environment, where the check runs on the CPU."""
 
 
+SQUARE, COPY = "bfloat16 product of 8192^3", "copy"
+"""Figures of `ceilings` that others are shares of."""
 NOT_MIXED = {"TORCHINDUCTOR_MIX_ORDER_REDUCTION": "0"}
 """torch 2.11's fused reductions may take too many registers (pytorch issue 179423): steps are timed without, too."""
 
@@ -67,8 +71,9 @@ CUDA = (
 MLX = (
     Item("environment", "facts.run", 20),
     Item("smoke", "smoke.run", 60),
+    Item("types", "dtypes.run", 120),
     Item("ops", "parity.ops", 120),
-    Item("models", "parity.models", 180, prepares=True),
+    Item("models", "parity.models", 180, prepares=True, needs=("torch",)),
     Item("speed tiny", "speed.run", 120, {"preset": "tiny", "micro": None}),
     Item("speed skc_mac", "speed.run", 120, {"preset": "skc_mac", "micro": None}),
     Item("speed baseline", "speed.run", 180, {"preset": "baseline", "micro": 8}, gpu_only=True),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from core import presets
-from core.check.tolerances import P2_BFLOAT16, relative_rms
+from core.check.tolerances import P2_BFLOAT16, P2_FLOAT32, relative_rms
 from core.config import RunConfig
 from core.engine.protocol import Engine
 from core.training import generate, schedule
@@ -34,6 +34,29 @@ def run(child: Child) -> None:
             for note in made.notes if name in ("baseline", "skc_8xh100") else ():
                 child.text(f"{name}, note", note)
             child.check(f"{name}: a text in chunks against the whole", everything(made, config), P2_BFLOAT16)
+    if child.backend == "mlx":
+        with child.part("float64"):
+            beside(child)
+
+
+def beside(child: Child) -> None:
+    """Compare float32 with float64, which MLX computes on the CPU: what comes after that is on the GPU again."""
+    import mlx.core as mx
+
+    before, config = mx.default_device(), mini("skc_mac")
+    weights, batch = working_weights(config.model, 1.0), batches(config, 1)[0]
+    wide = engine("mlx", config, weights, dtype="float64")
+    everything(wide, config)
+    wide = engine("mlx", config, weights, dtype="float64")
+    narrow = engine("mlx", config, weights, dtype="float32")
+    same = mx.default_device() == before and narrow.device.endswith("GPU)") == child.gpu
+    child.check("float64: engines that are elsewhere after it", float(not same), 0)
+    ours, theirs = (made.gradients(batch)[1] for made in (narrow, wide))
+    flat = (np.concatenate([of[name].ravel() for name in theirs]) for of in (ours, theirs))
+    child.check(
+        "float64: logits of float32", relative_rms(narrow.logits(batch.tokens), wide.logits(batch.tokens)), P2_FLOAT32
+    )
+    child.check("float64: gradients of float32", relative_rms(*flat), P2_FLOAT32)
 
 
 def everything(made: Engine, config: RunConfig) -> float:

@@ -20,8 +20,8 @@ from core.engine.protocol import Arrays, Engine, EngineOptions
 from core.model.params import param_table
 from core.model.shares import flops_per_token
 from core.training import schedule
-from shared_tests.device.ceilings import SQUARE
 from shared_tests.device.child import Child
+from shared_tests.device.plan import SQUARE
 
 ROUNDS, STEPS = 3, 10
 DATA_SHEET = {"H100": 989e12, "H200": 989e12}

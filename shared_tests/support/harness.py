@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import pytest
 import sentencepiece
 
 from backends.mlx.blas import load_fast_blas
@@ -172,6 +171,8 @@ SIBLINGS = ("ablate_float", "ablate", "skc_ablate", "skc_600", "skc_proxy")
 
 def shortened(names: Iterable[str]) -> list[Any]:
     """Return names of minis as parameters of a test; SIBLINGS are marked long."""
+    import pytest  # here: a device is checked without it
+
     return [pytest.param(name, marks=pytest.mark.long) if name in SIBLINGS else name for name in names]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,15 @@ class Done:
 class BigramEngine:
     """logits = E[token] @ E.T + bias, with hand-made gradients and AdamW; the other parameters rest."""
 
-    backend, device, dtype, notes, quantise = "numpy", "CPU", "float32", (), False
+    backend, device, notes, quantise = "numpy", "CPU", (), False
     ranks = Alone()
 
     def __init__(
-        self, config: RunConfig, bad_step: int | None = None, stop_step: int | None = None, hang_step: int | None = None
-    ):
+        self, config: RunConfig, bad_step: int | None = None, stop_step: int | None = None,
+        hang_step: int | None = None, overflows: Sequence[int] = (), dtype: str = "float32",
+    ):  # fmt: skip
         self.config, self.bad_step, self.stop_step, self.hang_step = config, bad_step, stop_step, hang_step
+        self.overflows, self.dtype = overflows, dtype
         self.values = start_values(config.model, config.seed)
         self.state = {f"{n}.{slot}": np.zeros_like(w) for n, w in self.values.items() for slot in ("m", "v")}
         self.started: list[int] = []
@@ -53,6 +56,8 @@ class BigramEngine:
         if plan.step == self.bad_step and len(self.started) > 1:
             return Done(StepResult(float("nan"), float("nan"), False))
         loss, grads = self._gradient(batch)
+        if plan.step in self.overflows and len(self.started) > 1:
+            return Done(StepResult(loss, float("inf"), False))
         for name, g in grads.items():
             m, v = self.state[f"{name}.m"], self.state[f"{name}.v"]
             m += (1 - self.config.train.beta1) * (g - m)

@@ -108,7 +108,8 @@ def test_an_engine_that_fits_itself_trains_the_same(backend: str, monkeypatch: p
     )
     for fits in (False, True):
         if fits:
-            monkeypatch.setattr(module(backend, "engine"), "usable", lambda own, ranks: 1e6)
+            place = module(backend, "device" if backend == "mlx" else "engine")
+            monkeypatch.setattr(place, "usable", lambda own, ranks: 1e6)
         made: Any = engine(backend, config, working_weights(config.model, 1.0), dtype="float64")
         assert made._rows(config.train.seq) == (1 if fits else 4)
         assert fits == any(note.startswith("micro-batches: 1 of 4 rows, to fit in") for note in made.notes)

@@ -131,6 +131,26 @@ def test_a_bad_step_is_named_and_not_saved(dataset: Dataset, tmp_path: Path) -> 
     assert max(row["step"] for row in Run.open(tmp_path / "run").metrics()) <= 10
 
 
+def test_a_step_that_overflows_float16_is_left_out_and_said(dataset: Dataset, tmp_path: Path) -> None:
+    """Ten in a row end the run, whether or not a line comes between them, and so does one in another type."""
+    lines: list[str] = []
+    run, engine = start(tmp_path / "run", config_of(), dataset, overflows=(3, *range(5, 14)), dtype="float16")
+    assert train(run, engine, dataset, lines.append).steps == 24
+    said = [line for line in lines if "overflowed float16" in line]
+    assert said == [
+        f"left the weights as they were, since gradients overflowed float16, in step {steps}"
+        for steps in ("3", "5, 6", "7, 8", "9", "10, 11, 12, 13")
+    ]  # lines: at 5, 7 (a checkpoint), 9 (an estimate), 10, 14
+    norms = {row["step"]: "train/grad_norm" in row for row in run.metrics() if "train/loss" in row}
+    assert norms[5] and not norms[10], "a line of no update has no norm"
+    with pytest.raises(NonFiniteError, match=r"step 14: .* \(norm inf\) .* learning rate, or --dtype float32$"):
+        go(tmp_path / "ten", config_of(), dataset, overflows=range(5, 15), dtype="float16")
+    with pytest.raises(NonFiniteError, match="step 3: .* learning rate$"):
+        go(tmp_path / "wide", config_of(), dataset, overflows=(3,))
+    with pytest.raises(NonFiniteError, match="step 12: the loss"):
+        go(tmp_path / "loss", config_of(), dataset, bad_step=12, dtype="float16")
+
+
 def test_warm_up_leaves_no_trace() -> None:
     engine: Any = BigramEngine(config_of())
     params, optimizer = engine.params(), engine.optimizer()
