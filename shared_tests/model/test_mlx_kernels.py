@@ -89,27 +89,28 @@ def test_the_convolutions_texts_give_the_composed_form_rounded_once(order: str, 
 
 FAULTS: dict[str, list[tuple[str, str]]] = {
     "scan": [
-        ("c < width ? start[size_t(ROW) * width + c]", "c < width ? start[c]"),
-        ("h = drive[at] + decay[at] * h;\n            product", "h = drive[at] + decay[at];\n            product"),
-        ("product = product * decay[at];", ""),
+        ("ENTERING start[row * width + c]", "ENTERING start[c]"),
+        ("h = DRIVE + DECAY * h;\n                product", "h = DRIVE + DECAY;\n                product"),
+        ("product = product * DECAY;", ""),
         ("states[at] = h;", "states[at] = drive[at];"),
-        ("turn * 32 < seq; turn += WARPS", "turn * 32 < 1024; turn += WARPS"),
+        ("turn < chunks", "turn < 32"),
         (
             "            ends[k][LANE] = h;\n            h = next;",
             "            h = next;\n            ends[k][LANE] = h;",
         ),
         ("        carry[LANE] = h;\n", ""),
         ("whole[k][LANE] * h", "whole[0][LANE] * h"),
-        ("t + 1 < seq ? decay[at + width]", "t + 1 < seq ? decay[at]"),
-        ("t > 0 ? states[at - width]", "t > 0 ? states[at]"),
-        ("start[size_t(ROW) * width + c]);", "0.0f);"),
-        ("if (from == 0) d_start", "if (from == 32) d_start"),
-        ("decay[size_t(ROW) * seq * width + c] * delta", "delta"),
-        ("d_drive[at] = delta;", ""),
-        ("chunks - 1 - turn - WARP", "chunks - 1 - turn"),
+        ("? decay[at + width]", "? decay[at]"),
+        ("? states[at - width]", "? states[at]"),
+        (": start[row * width + c])", ": 0.0f)"),
+        ("if (POSITION == 0)", "if (POSITION == 32)"),
+        ("= decay[at] * h;", "= h;"),
+        ("d_drive[at] = h;", ""),
+        ("(chunks - turn - WARP)", "(chunks - turn)"),
         ("whole[WARP][LANE] = product;\nNEXT", "whole[WARP][LANE] = product;\n"),
-        ("    }\n\nNEXT\n", "    }\n}{\n"),
+        ("    }\nNEXT\n", "    }\n}{\n"),
         ("(seq + 31) / 32", "seq / 32"),
+        ("const size_t row = ROW", "const size_t row = 0"),
         ("h = next;", "h = nothing;"),
     ],
     "short_conv": [
@@ -133,13 +134,13 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
 @pytest.mark.parametrize("op, fault", [(op, fault) for op, faults in FAULTS.items() for fault in faults])
 def test_a_fault_in_a_text_is_seen_when_it_is_tried(op: str, fault: tuple[str, str]) -> None:
     assert any(fault[0] in kernel.text for kernel in KERNELS[op]), "no text holds this any more"
-    said = []
-    for order in ORDERS:
+    for order in ORDERS:  # a missing barrier shows in one of them
         with installed(order, fault):
-            said.append(trial.form(op, mx.float32))
-            assert said[-1] == "kernels" or not kernels.TRUSTED
-    seen = [words for words in said if words != "kernels"]
-    assert seen and all("(kernels passed over: " in words and "\n" not in words for words in seen), said
+            said = trial.form(op, mx.float32)
+            assert len(kernels.TRUSTED) == (said == "kernels")
+        if said != "kernels":
+            break
+    assert "(kernels passed over: " in said and "\n" not in said
 
 
 @pytest.mark.parametrize("op, dtype", [*itertools.product(trial.TRIALS, trial.AGREES)])

@@ -163,14 +163,14 @@ def device(make: Any, prelude: str = PRELUDE) -> Iterator[None]:
     language, before = kernels.language, set(kernels.TRUSTED)
     kernels.language = lambda: (make, prelude)  # pyright: ignore[reportAttributeAccessIssue]
     kernels.TRUSTED.clear()
-    trial.form.cache_clear()
+    trial.tried.cache_clear()
     try:
         yield
     finally:
         kernels.language = language
         kernels.TRUSTED.clear()
         kernels.TRUSTED.update(before)
-        trial.form.cache_clear()
+        trial.tried.cache_clear()
 
 
 @contextlib.contextmanager
