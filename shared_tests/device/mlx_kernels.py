@@ -35,7 +35,7 @@ def run(child: Child) -> None:
                 rows, seq, width = size
                 decay, drive, start = (draw(i, *shape) for i, shape in enumerate((size, size, (rows, width))))
                 given = [mx.sigmoid(3 + decay) * (draw(4, rows, seq, 1) < 2), drive, start]
-                compare(child, f"scan {size}", lambda *x: ops.scan(*x, False), given, P1_FAST)
+                compare(child, f"scan {size}", lambda d, u, start: ops.scan(d, u, start, False), given, P1_FAST)
         for size in CONVOLUTIONS if child.gpu else ((2, 40, 40),):
             for dtype in trial.AGREES:
                 with child.part(f"short_conv {size}, {dtype}"):

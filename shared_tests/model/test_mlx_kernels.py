@@ -6,7 +6,10 @@ Budget: 60 s.
 """
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +32,7 @@ KERNELS = {
     op: (module.forward_kernel, module.backward_kernel) for op, module in (("scan", scan), ("short_conv", short_conv))
 }
 LENGTHS = (1, 2, 31, 32, 33, 63, 64, 65, 255, 256, 257, 1023, 1024, 1025, 2048, 2085)
+BUFFERS = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
 FOUR = {"skc_scan", "skc_scan_back", "skc_conv", "skc_conv_back"}
 
 
@@ -46,7 +50,7 @@ def scanned(rows: int, seq: int, width: int) -> list[np.ndarray]:
     decay = 1 / (1 + np.exp(3 * draw("kernels/decay", rows, seq, width)))
     decay[0, 1::7], decay[-1, ::3] = 0.0, 1 - 2.0**-24
     given = [decay, draw("kernels/drive", rows, seq, width), draw("kernels/start", rows, width)]
-    return results(lambda *x: ops.scan(*x, False), given, "float32")
+    return results(lambda d, u, start: ops.scan(d, u, start, False), given, "float32")
 
 
 def convolved(rows: int, seq: int, width: int, taps: int, dtype: str, kind: str = "") -> list[np.ndarray]:
@@ -163,14 +167,18 @@ def test_a_second_trial_leaves_the_first_ones_result() -> None:
 
 
 def trained(dtype: str) -> tuple[tuple[str, ...], list[float], Arrays]:
-    """Return the notes of an engine, its losses over three steps, and the weights after them."""
+    """Return the notes of an engine, its losses over three steps, and the weights after them, with the logits of a
+    token that is decoded alone after 36 others.
+    """
     config = mini("skc_ablate")
     made = engine("mlx", config, working_weights(config.model, 1.0), dtype=dtype, compile=False)
     losses = [
         made.train_step(batch, schedule.plan(step, 0.5, config.train)).result().loss
         for step, batch in enumerate(batches(config, 3))
     ]
-    return made.notes, losses, made.params()
+    text = batches(config, 1)[0].tokens[:2]
+    state = made.commit(made.chunk(made.start(2), text[:, :36]), 36)
+    return made.notes, losses, made.params() | {"logits": made.chunk(state, text[:, 36:]).logits()}
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +229,32 @@ def test_stand_ins_count_one_launch_a_call(tmp_path: Path) -> None:
     assert sorted(set(kinds)) == ["koopman", "skc"] and labels.count("Depends") == wanted
 
 
-# What a device's compiler is given.
+# What a device and its compiler are given.
+
+
+@pytest.mark.parametrize("system, given, wanted", [
+    ("darwin", {}, "200 400"), ("darwin", {"MLX_MAX_OPS_PER_BUFFER": "7"}, "7 400"), ("linux", {}, "None None"),
+])  # fmt: skip
+def test_command_buffers_are_wide_on_a_mac_unless_the_user_says_otherwise(
+    system: str, given: dict, wanted: str
+) -> None:
+    read = " ".join(f"{{os.environ.get('{name}')}}" for name in BUFFERS)
+    program = f'import os, sys; sys.platform = {system!r}; import backends.mlx; print(f"{read}")'
+    clean = {name: value for name, value in os.environ.items() if name not in BUFFERS} | given
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=clean, check=True)
+    assert done.stdout.strip() == wanted
+    header = Path(str(mx.__file__)).parent / "include" / "mlx" / "utils.h"
+    assert all(f'"{name}"' in header.read_text() for name in BUFFERS), "MLX reads other names"
+
+
+def test_notes_say_what_the_command_buffers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in BUFFERS:
+        monkeypatch.delenv(name, raising=False)
+    model = mini("skc_ablate").model
+    assert trial.notes(model, mx.float32, False) == ["scan: in chunks"]
+    monkeypatch.setenv(BUFFERS[0], "200")
+    assert trial.notes(model, mx.float32, False)[1:] == ["command buffers: 200 operations, MLX's MB"]
+
 
 SHIM = """
 #include <cstddef>
@@ -260,7 +293,7 @@ def test_what_mlx_writes_parses(capfd: pytest.CaptureFixture[str]) -> None:
     """MLX takes our calls, sees the attributes that the texts use, and writes functions without errors in them."""
 
     def make(**names: Any) -> Callable:
-        made = mx.fast.metal_kernel(**names)
+        made: Any = mx.fast.metal_kernel(**names)
         return lambda **call: made(verbose=True, **call)
 
     called(make)

@@ -30,7 +30,7 @@ def scan(dtype, narrow):
         decay = 0.9 + 0.1 * mx.sigmoid(3 * _normal(1, rows, seq, width))  # else a chunk would hand nothing on
         decay = decay * (_normal(2, rows, seq, 1) < 2)
         given = decay, _normal(3, rows, seq, width), _normal(4, rows, width)
-        found += _outcome(lambda *x: ops.scan(*x, False), *given)
+        found += _outcome(lambda d, u, start: ops.scan(d, u, start, False), *given)
     return found
 
 
