@@ -94,7 +94,7 @@ def test_the_convolutions_texts_give_the_composed_form_rounded_once(order: str, 
 FAULTS: dict[str, list[tuple[str, str]]] = {
     "scan": [
         ("ENTERING start[row * width + c]", "ENTERING start[c]"),
-        ("h = DRIVE + DECAY * h;\n                product", "h = DRIVE + DECAY;\n                product"),
+        ("h = DRIVE + DECAY * h;\n        product", "h = DRIVE + DECAY;\n        product"),
         ("product = product * DECAY;", ""),
         ("states[at] = h;", "states[at] = drive[at];"),
         ("turn < chunks", "turn < 32"),
@@ -110,11 +110,13 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("if (POSITION == 0)", "if (POSITION == 32)"),
         ("= decay[at] * h;", "= h;"),
         ("d_drive[at] = h;", ""),
-        ("(chunks - turn - WARP)", "(chunks - turn)"),
+        ("(chunks - 1 - turn - WARP)", "(chunks - 1 - turn)"),
         ("whole[WARP][LANE] = product;\nNEXT", "whole[WARP][LANE] = product;\n"),
         ("    }\nNEXT\n", "    }\n}{\n"),
         ("(seq + 31) / 32", "seq / 32"),
         ("const size_t row = ROW", "const size_t row = 0"),
+        ("left < 32 ? left : 32", "32"),
+        ("c >= width || chunk", "chunk"),
         ("h = next;", "h = nothing;"),
     ],
     "short_conv": [

@@ -12,6 +12,8 @@ from backends.mlx.kernels import LANES, Kernel
 CHUNK, WARPS = 32, 32
 
 SWEEPS = """
+#define HERE const int c = COLUMN * 32 + LANE, chunk = CHUNK, left = seq - chunk * 32; \\
+    const int size = c >= width || chunk < 0 || left < 0 ? 0 : left < 32 ? left : 32;
 SHARED float ends[WARPS][32], whole[WARPS][32], carry[32];
 const int seq = decay_shape[1], width = decay_shape[2], chunks = (seq + 31) / 32;
 const size_t row = ROW;
@@ -21,15 +23,13 @@ BEGIN
 END
 for (int turn = 0; turn < chunks; turn += WARPS) {
 BEGIN
-    const int c = COLUMN * 32 + LANE;
+    HERE
     float h = 0.0f, product = 1.0f;
-    if (c < width && WARPS > 1)  // a chunk that is alone has nothing to hand on
-        for (int w = 0; w < 32; ++w)
-            if (POSITION >= 0 && POSITION < seq) {
-                const size_t at = (row * seq + POSITION) * width + c;
-                h = DRIVE + DECAY * h;
-                product = product * DECAY;
-            }
+    for (int w = 0; w < size && WARPS > 1; ++w) {  // a chunk that is alone has nothing to hand on
+        const size_t at = (row * seq + POSITION) * width + c;
+        h = DRIVE + DECAY * h;
+        product = product * DECAY;
+    }
     ends[WARP][LANE] = h;
     whole[WARP][LANE] = product;
 NEXT
@@ -43,21 +43,20 @@ NEXT
         carry[LANE] = h;
     }
 NEXT
-    const int c = COLUMN * 32 + LANE;
+    HERE
     float h = ends[WARP][LANE];
-    if (c < width)
-        for (int w = 0; w < 32; ++w)
-            if (POSITION >= 0 && POSITION < seq) {
-                const size_t at = (row * seq + POSITION) * width + c;
-                h = DRIVE + DECAY * h;
-                WRITE
-            }
+    for (int w = 0; w < size; ++w) {
+        const size_t at = (row * seq + POSITION) * width + c;
+        h = DRIVE + DECAY * h;
+        WRITE
+    }
 END
 }
 """
 
 FORWARD = f"""
-#define POSITION ((turn + WARP) * 32 + w)
+#define CHUNK (turn + WARP)
+#define POSITION (chunk * 32 + w)
 #define ENTERING start[row * width + c]
 #define DECAY decay[at]
 #define DRIVE drive[at]
@@ -65,7 +64,8 @@ FORWARD = f"""
 {SWEEPS}"""
 
 BACKWARD = f"""
-#define POSITION ((chunks - turn - WARP) * 32 - 1 - w)
+#define CHUNK (chunks - 1 - turn - WARP)
+#define POSITION (chunk * 32 + size - 1 - w)
 #define ENTERING 0.0f
 #define DECAY (POSITION + 1 < seq ? decay[at + width] : 0.0f)
 #define DRIVE grad[at]
