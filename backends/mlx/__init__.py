@@ -5,8 +5,9 @@ import sys
 
 # MLX commits a command buffer every 20 to 50 operations, 40 to 50 MB: too often for steps of thousands of small ones.
 # It reads these once. CUDA's own limits are wider: they stay.
-for _unit, _limit in (("OPS", "200"), ("MB", "400")) if sys.platform == "darwin" else ():
-    os.environ.setdefault(f"MLX_MAX_{_unit}_PER_BUFFER", _limit)
+if sys.platform == "darwin":
+    os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", "200")
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "400")
 
 # MLX reads it at its first product and has 1 where nobody set it: on Macs from the M5 on and on NVIDIA's GPUs float32
 # products would then have 10 bits. MLX_ENABLE_TF32=1 in the environment asks for that.

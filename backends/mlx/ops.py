@@ -202,7 +202,8 @@ def _short_conv(x, weight, documents):
 
 @_short_conv.vjp
 def _short_conv_gradients(primals, grad, y):
-    return *kernels.backward(*primals, grad), mx.zeros_like(primals[2])
+    x, weight, documents = primals
+    return *kernels.backward(x, weight, documents, grad), mx.zeros_like(documents)
 
 
 def span(first, size):

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import subprocess
 import tempfile
@@ -98,9 +99,35 @@ def library(source: str) -> ctypes.CDLL:
     return ctypes.CDLL(f"{base}.so")
 
 
-def _bytes(x: mx.array) -> np.ndarray:
-    """Return an array's values as numpy has them, of bfloat16 as its bits, row after row."""
-    return np.ascontiguousarray(np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x))
+def program(name: str, order: str, threads: int, parameters: list[str], template: list, source: str) -> str:
+    """Return the C++ of a kernel: a function of a group's place and of pointers."""
+    constants = [
+        f"constexpr int {n} = {value};" if isinstance(value, int) else f"typedef {TYPES[value]} {n};"
+        for n, value in template
+    ]
+    first = f'extern "C" void {name}(int column_, int place_, int row_, {", ".join(parameters)}) {{'
+    loops = f"constexpr int THREADS = {threads};\n#define EACH {ORDERS[order]}"
+    return "\n".join([HEADER, first, loops, *constants, source, "}"])
+
+
+class Memory:
+    """An array's bytes, row after row, between margins that nothing may be written to; all is NaN but a given array."""
+
+    MARGIN = 1 << 16
+
+    def __init__(self, size: int, x: mx.array | None = None) -> None:
+        self.bytes = np.full(size + 2 * self.MARGIN, 0xFF, np.uint8)
+        self.inside = self.bytes[self.MARGIN : self.MARGIN + size]
+        self.pointer = ctypes.c_void_p(self.bytes.ctypes.data + self.MARGIN)
+        if x is not None:
+            bits = x.view(mx.uint16) if x.dtype == mx.bfloat16 else x
+            self.inside[:] = np.ascontiguousarray(np.array(bits)).reshape(-1).view(np.uint8)
+
+    def array(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """Return what was written."""
+        if (self.bytes[: self.MARGIN] != 0xFF).any() or (self.bytes[-self.MARGIN :] != 0xFF).any():
+            raise RuntimeError("a kernel wrote outside of its output")
+        return mx.array(self.inside).view(dtype).reshape(shape)
 
 
 def maker(order: str, calls: list[str], fault: tuple[str, str] | None = None) -> Any:
@@ -114,43 +141,24 @@ def maker(order: str, calls: list[str], fault: tuple[str, str] | None = None) ->
 
         def call(
             inputs: list, template: list, grid: tuple, threadgroup: tuple, output_shapes: list, output_dtypes: list
-        ):
+        ) -> list[mx.array]:
             assert all(size % part == 0 for size, part in zip(grid, threadgroup, strict=True)), (grid, threadgroup)
             threads = int(np.prod(threadgroup))
             assert threads <= 1024 and threadgroup[0] == kernels.LANES
-            given = [_bytes(x) for x in inputs]
-            made = [
-                np.full(shape, 0xFF, "u1").repeat(dtype.size, -1)
-                for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
-            ]
-            shapes = [np.array(x.shape, np.int32) for x in inputs]
-            words = [
-                f"const {TYPES[x.dtype]}* {n}, const int* {n}_shape" for n, x in zip(input_names, inputs, strict=True)
-            ]
-            words += [f"{TYPES[dtype]}* {n}" for n, dtype in zip(output_names, output_dtypes, strict=True)]
-            constants = [
-                f"constexpr int {n} = {value};" if isinstance(value, int) else f"typedef {TYPES[value]} {n};"
-                for n, value in template
-            ]
-            body = "\n".join([
-                HEADER,
-                f'extern "C" void {name}(int column_, int place_, int row_, {", ".join(words)}) {{',
-                f"constexpr int THREADS = {threads};\n#define EACH {ORDERS[order]}",
-                *constants, source, "}",
-            ])  # fmt: skip
-            run = getattr(library(body), name)
-            pointers = [a.ctypes.data_as(ctypes.c_void_p) for pair in zip(given, shapes, strict=True) for a in pair]
-            pointers += [a.ctypes.data_as(ctypes.c_void_p) for a in made]
-            columns, places, rows = (size // part for size, part in zip(grid, threadgroup, strict=True))
-            for row in range(rows):
-                for place in range(places):
-                    for column in range(columns):
-                        run(column, place, row, *pointers)
+            typed = [(f"const {TYPES[x.dtype]}*", n) for n, x in zip(input_names, inputs, strict=True)]
+            parameters = [word for kind, n in typed for word in (f"{kind} {n}", f"const int* {n}_shape")]
+            parameters += [f"{TYPES[dtype]}* {n}" for n, dtype in zip(output_names, output_dtypes, strict=True)]
+            run = getattr(library(program(name, order, threads, parameters, template, source)), name)
+            outputs = [*zip(output_shapes, output_dtypes, strict=True)]
+            memories = [Memory(x.nbytes, x) for x in inputs]
+            made = [Memory(int(np.prod(shape)) * dtype.size) for shape, dtype in outputs]
+            shapes = [(ctypes.c_int * x.ndim)(*x.shape) for x in inputs]
+            pointers = [p for memory, shape in zip(memories, shapes, strict=True) for p in (memory.pointer, shape)]
+            groups = (range(size // part) for size, part in zip(grid, threadgroup, strict=True))
+            for column, place, row in itertools.product(*groups):
+                run(column, place, row, *pointers, *(memory.pointer for memory in made))
             calls.append(name)
-            return [
-                mx.array(a).view(dtype).reshape(shape)
-                for a, dtype, shape in zip(made, output_dtypes, output_shapes, strict=True)
-            ]
+            return [memory.array(*output) for memory, output in zip(made, outputs, strict=True)]
 
         return call
 
@@ -163,14 +171,14 @@ def device(make: Any, prelude: str = PRELUDE) -> Iterator[None]:
     language, before = kernels.language, set(kernels.TRUSTED)
     kernels.language = lambda: (make, prelude)  # pyright: ignore[reportAttributeAccessIssue]
     kernels.TRUSTED.clear()
-    trial.form.cache_clear()
+    trial.tried.cache_clear()
     try:
         yield
     finally:
         kernels.language = language
         kernels.TRUSTED.clear()
         kernels.TRUSTED.update(before)
-        trial.form.cache_clear()
+        trial.tried.cache_clear()
 
 
 @contextlib.contextmanager

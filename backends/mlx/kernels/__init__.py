@@ -7,6 +7,7 @@ of the group. An input's shape is NAME_shape; MLX finds names of Metal's attribu
 """
 
 import functools
+from typing import Any
 
 import mlx.core as mx
 
@@ -37,7 +38,7 @@ TRUSTED: set[tuple[str, mx.Dtype]] = set()
 """Ops and types whose kernels have given here what the composed forms give: kernels/trial.py adds them."""
 
 
-def language():
+def language() -> Any:
     """Return what makes kernels on the device in use, and the words before a text; None: a CPU, which has none."""
     if mx.default_device() != mx.Device(mx.gpu):
         return None

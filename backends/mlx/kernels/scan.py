@@ -2,7 +2,8 @@
 
 A group has 32 channels of one row: lanes are channels, so that memory is read line by line, and every warp has a chunk
 of 32 positions. It makes its chunk's end and product, the first warp joins the chunks, and a second sweep writes: the
-order of operations is that of backends.mlx.scan.chunked. Longer rows take several turns of up to 32 chunks.
+order of operations is that of backends.mlx.scan.chunked. Longer rows take several turns of up to 32 chunks. Backward
+the chunks are taken from the last to the first; h is then delta.
 Shapes: B rows, T positions, C channels.
 """
 
@@ -10,8 +11,29 @@ from backends.mlx.kernels import LANES, Kernel
 
 CHUNK, WARPS = 32, 32
 
-JOIN = """
-    if (WARP == 0) {
+SWEEPS = """
+#define HERE const int c = COLUMN * 32 + LANE, chunk = CHUNK, left = seq - chunk * 32; \\
+    const int size = c >= width || chunk < 0 || left < 0 ? 0 : left < 32 ? left : 32;
+SHARED float ends[WARPS][32], whole[WARPS][32], carry[32];
+const int seq = decay_shape[1], width = decay_shape[2], chunks = (seq + 31) / 32;
+const size_t row = ROW;
+BEGIN
+    const int c = COLUMN * 32 + LANE;
+    if (WARP == 0) carry[LANE] = c < width ? ENTERING : 0.0f;
+END
+for (int turn = 0; turn < chunks; turn += WARPS) {
+BEGIN
+    HERE
+    float h = 0.0f, product = 1.0f;
+    for (int w = 0; w < size && WARPS > 1; ++w) {  // a chunk that is alone has nothing to hand on
+        const size_t at = (row * seq + POSITION) * width + c;
+        h = DRIVE + DECAY * h;
+        product = product * DECAY;
+    }
+    ends[WARP][LANE] = h;
+    whole[WARP][LANE] = product;
+NEXT
+    if (WARP == 0) {  // from what each chunk makes of nothing, and of what enters it, to what enters each
         float h = carry[LANE];
         for (int k = 0; k < WARPS; ++k) {
             const float next = ends[k][LANE] + whole[k][LANE] * h;
@@ -20,82 +42,37 @@ JOIN = """
         }
         carry[LANE] = h;
     }
+NEXT
+    HERE
+    float h = ends[WARP][LANE];
+    for (int w = 0; w < size; ++w) {
+        const size_t at = (row * seq + POSITION) * width + c;
+        h = DRIVE + DECAY * h;
+        WRITE
+    }
+END
+}
 """
-"""From what each chunk makes of nothing, and of what enters it, to what enters each; `carry` enters the first."""
 
 FORWARD = f"""
-SHARED float ends[WARPS][32], whole[WARPS][32], carry[32];
-const int seq = drive_shape[1], width = drive_shape[2];
-BEGIN
-    const int c = COLUMN * 32 + LANE;
-    if (WARP == 0) carry[LANE] = c < width ? start[size_t(ROW) * width + c] : 0.0f;
-END
-for (int turn = 0; turn * {CHUNK} < seq; turn += WARPS) {{
-BEGIN
-    const int c = COLUMN * 32 + LANE, from = (turn + WARP) * {CHUNK};
-    float h = 0.0f, product = 1.0f;
-    if (c < width && WARPS > 1)  // a chunk that is alone has nothing to hand on
-        for (int t = from; t < from + {CHUNK} && t < seq; ++t) {{
-            const size_t at = (size_t(ROW) * seq + t) * width + c;
-            h = drive[at] + decay[at] * h;
-            product = product * decay[at];
-        }}
-    ends[WARP][LANE] = h;
-    whole[WARP][LANE] = product;
-NEXT
-{JOIN}
-NEXT
-    const int c = COLUMN * 32 + LANE, from = (turn + WARP) * {CHUNK};
-    float h = ends[WARP][LANE];
-    if (c < width)
-        for (int t = from; t < from + {CHUNK} && t < seq; ++t) {{
-            const size_t at = (size_t(ROW) * seq + t) * width + c;
-            h = drive[at] + decay[at] * h;
-            states[at] = h;
-        }}
-END
-}}
-"""
+#define CHUNK (turn + WARP)
+#define POSITION (chunk * 32 + w)
+#define ENTERING start[row * width + c]
+#define DECAY decay[at]
+#define DRIVE drive[at]
+#define WRITE states[at] = h;
+{SWEEPS}"""
 
 BACKWARD = f"""
-SHARED float ends[WARPS][32], whole[WARPS][32], carry[32];
-const int seq = decay_shape[1], width = decay_shape[2], chunks = (seq + {CHUNK - 1}) / {CHUNK};
-BEGIN
-    if (WARP == 0) carry[LANE] = 0.0f;
-END
-for (int turn = 0; turn < chunks; turn += WARPS) {{  // from the last chunk to the first
-BEGIN
-    const int c = COLUMN * 32 + LANE, from = (chunks - 1 - turn - WARP) * {CHUNK};
-    float delta = 0.0f, product = 1.0f;
-    if (c < width && from >= 0 && WARPS > 1)
-        for (int t = from + {CHUNK - 1}; t >= from; --t)
-            if (t < seq) {{
-                const size_t at = (size_t(ROW) * seq + t) * width + c;
-                const float following = t + 1 < seq ? decay[at + width] : 0.0f;
-                delta = grad[at] + following * delta;
-                product = product * following;
-            }}
-    ends[WARP][LANE] = delta;
-    whole[WARP][LANE] = product;
-NEXT
-{JOIN}
-NEXT
-    const int c = COLUMN * 32 + LANE, from = (chunks - 1 - turn - WARP) * {CHUNK};
-    float delta = ends[WARP][LANE];
-    if (c < width && from >= 0) {{
-        for (int t = from + {CHUNK - 1}; t >= from; --t)
-            if (t < seq) {{
-                const size_t at = (size_t(ROW) * seq + t) * width + c;
-                const float following = t + 1 < seq ? decay[at + width] : 0.0f;
-                delta = grad[at] + following * delta;
-                d_drive[at] = delta;
-                d_decay[at] = delta * (t > 0 ? states[at - width] : start[size_t(ROW) * width + c]);
-            }}
-        if (from == 0) d_start[size_t(ROW) * width + c] = decay[size_t(ROW) * seq * width + c] * delta;
-    }}
-END
-}}
-"""
+#define CHUNK (chunks - 1 - turn - WARP)
+#define POSITION (chunk * 32 + size - 1 - w)
+#define ENTERING 0.0f
+#define DECAY (POSITION + 1 < seq ? decay[at + width] : 0.0f)
+#define DRIVE grad[at]
+#define WRITE d_drive[at] = h; \\
+    d_decay[at] = h * (POSITION > 0 ? states[at - width] : start[row * width + c]); \\
+    if (POSITION == 0) d_start[row * width + c] = decay[at] * h;
+{SWEEPS}"""
 
 forward_kernel = Kernel("skc_scan", "decay drive start", "states", FORWARD)
 backward_kernel = Kernel("skc_scan_back", "decay states start grad", "d_decay d_drive d_start", BACKWARD)
