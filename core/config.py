@@ -1,20 +1,23 @@
 """Every setting of a run, as frozen dataclasses: the docstring under a field is its help text.
 
 `RunConfig` is what `config.json` holds; `to_json` and `from_json` are exact inverses and refuse unknown keys. The
-model settings are in core/model/config.py, how a setting is refused in core/checks.py: import both from here.
+model settings are in core/model/config.py, how a setting is refused in core/checks.py, how any settings become plain
+values in core/plain.py: import all of them from here.
 """
 
 import dataclasses
 import math
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from core.checks import MOST_ENTRIES, closest, in_words, require_limits, require_text, whole
 from core.checks import ConfigError as ConfigError
+from core.checks import in_words, require_limits, require_text, whole
 from core.checks import require as require
 from core.model.config import ModelConfig as ModelConfig
+from core.plain import changed as changed
+from core.plain import departures, rebuilt
+from core.plain import differences as differences
+from core.plain import flattened as flattened
 
 SCHEMA = 3
 READS = (2, SCHEMA)
@@ -309,19 +312,6 @@ class RunConfig:
         )
 
 
-def changed(config: Any, fields: dict[str, Any]) -> Any:
-    """Return a config dataclass with other values of some fields, which are named with dots: `train.steps`."""
-    own: dict[str, Any] = {}
-    inner: dict[str, dict[str, Any]] = {}
-    for name, value in fields.items():
-        part, _, rest = name.partition(".")
-        if rest:
-            inner.setdefault(part, {})[rest] = value
-        else:
-            own[part] = value
-    return dataclasses.replace(config, **own, **{part: changed(getattr(config, part), v) for part, v in inner.items()})
-
-
 def check_tokens(section: str, batch: int, seq: int) -> None:
     """Raise ConfigError for a batch of more tokens than a machine has memory for."""
     good = batch * seq <= MOST_TOGETHER
@@ -340,20 +330,7 @@ def chosen(config: Any) -> dict[str, Any]:
     Artifacts and digests are made of these, and `from_json` makes the config of them again: so a new setting changes
     none of those that there are, and the default of a setting must never change.
     """
-    return _unlike(to_json(config), to_json(type(config)()))
-
-
-def _unlike(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    unlike = {n: _unlike(v, defaults[n]) if isinstance(v, dict) else v for n, v in values.items() if v != defaults[n]}
-    return {name: value for name, value in unlike.items() if value != {}}
-
-
-def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted names: {"train.steps": 5} of {"train": {"steps": 5}}."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+    return departures(to_json(config), to_json(type(config)()))
 
 
 def from_json(kind: type, values: Any, where: str = "config") -> Any:
@@ -361,19 +338,10 @@ def from_json(kind: type, values: Any, where: str = "config") -> Any:
 
     A setting that is absent has its default: it came after the file was written.
     """
-    require(isinstance(values, dict), f"{where}: expected an object, got {type(values).__name__}")
-    values = dict(values)
-    if kind is RunConfig:
+    if kind is RunConfig and isinstance(values, dict):
+        values = dict(values)
         _upgrade(values, where)
-    hints = typing.get_type_hints(kind)
-    fields = [f.name for f in dataclasses.fields(kind)]
-    for key in values:
-        if key not in fields:
-            from core.model.upgrade import moved  # here and below: an evaluation, whose code is counted, needs neither
-
-            close = moved(f"model.{key}" if kind is ModelConfig else "") or closest(str(key), fields)
-            raise ConfigError(f"{where}.{key}: unknown key" + (f"; did you mean {close}?" if close else ""))
-    return kind(**{n: _coerce(hints[n], values[n], f"{where}.{n}") for n in fields if n in values})
+    return rebuilt(kind, values, where)
 
 
 def _upgrade(values: dict[str, Any], where: str) -> None:
@@ -388,36 +356,3 @@ def _upgrade(values: dict[str, Any], where: str) -> None:
         from core.model.upgrade import model_settings
 
         values["model"] = model_settings(model, f"{where}.model")
-
-
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    """Check a JSON value against a field's type and return it as that type."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return from_json(typing.cast(type, hint), value, where)
-    if origin is Literal:
-        require(value in arguments, f"{where}={in_words(value)}: expected one of {', '.join(map(repr, arguments))}")
-        return value
-    if origin is types.UnionType:
-        if value is None:
-            return None
-        return _coerce(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is tuple:
-        require(isinstance(value, list | tuple), f"{where}: expected a list, got {type(value).__name__}")
-        require(len(value) <= MOST_ENTRIES, f"{where}: {len(value):,} entries, expected at most {MOST_ENTRIES:,}")
-        return tuple(_coerce(arguments[0], v, where) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        require(abs(value) < 2**1023, f"{where}: too large a number")
-        return float(value)
-    require(type(value) is hint, f"{where}={in_words(value)}: expected {hint.__name__}, got {type(value).__name__}")
-    return value
-
-
-def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Return one line per field in which two configs of one type differ."""
-    if dataclasses.is_dataclass(a):
-        lines = []
-        for f in dataclasses.fields(a):
-            lines += differences(getattr(a, f.name), getattr(b, f.name), f"{where}.{f.name}" if where else f.name)
-        return lines
-    return [] if a == b else [f"{where}: {a!r} -> {b!r}"]

@@ -3,22 +3,34 @@
 StoreError names the file and the field. What only says how fair a comparison is counts as not known instead.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from core.checks import in_words
 from core.config import SCHEMA as CONFIG_SCHEMA
 from core.config import ConfigError, RunConfig, from_json
 from core.engine.loading import BACKENDS
 from core.files import FileError, read_json
+from core.formats.kinds import ANYTHING, Kind, Leaf, among, check_value, number, text
 
 STORE_SCHEMA = 1
 MOST_BYTES = 16 << 20
 """Of one of these files."""
+CURE = "move its folder away"
 MOST_LETTERS = 4096
-MOST = 1e12
-"""Largest number: of seconds, of threads, of runs side by side."""
+TEXT = text(MOST_LETTERS)
+WORD = Leaf("a name", lambda value: TEXT.fits(value) and value != "")
+AMOUNT = number("a number above 0", 1e-9, 1e12)
+VERSION = Leaf(
+    f"{STORE_SCHEMA}: written by another version", lambda value: type(value) is int and value == STORE_SCHEMA
+)
+JOB = {"backend": among(*BACKENDS), "dtype??": WORD, "code": WORD, "command": text(MOST_BYTES), "*": ANYTHING}
+MEMBER = Leaf("a run", lambda row: isinstance(row, list) and len(row) == 4 and TEXT.fits(row[3]) and row[3].isalnum())
+MEMBERS = {"file": TEXT, "runs": [MEMBER], "*": ANYTHING}
+START = {
+    "host??": TEXT, "device??": TEXT, "threads??": AMOUNT, "parallel??": AMOUNT,
+    "seconds??": number("seconds", 0, 1e12), "beside??": AMOUNT,
+}  # fmt: skip
+MACHINE = {"starts": [START], "*": ANYTHING}
 
 
 class StoreError(ValueError):
@@ -52,27 +64,20 @@ class Start(NamedTuple):
 
 def read_job(home: Path) -> JobFile:
     """Return job.json of a run."""
-    file = home / "job.json"
-    value = read(file)
+    value = read(home / "job.json")
     try:
         config = from_json(RunConfig, value.get("config"), "config")
     except ConfigError as error:
         raise StoreError(f"{home / 'run'}: is not a run of this version ({error}); move it away") from error
-    dtype = value.get("dtype")
-    return JobFile(
-        config=config,
-        backend=_field(value, "backend", file, lambda v: v in tuple(BACKENDS), " or ".join(BACKENDS)),
-        dtype=None if dtype is None else _word(value, "dtype", file),
-        code=_word(value, "code", file),
-        command=_field(value, "command", file, lambda v: isinstance(v, str), "text"),
-    )
+    _check(value, JOB, home / "job.json")
+    return JobFile(config, value["backend"], value.get("dtype"), value["code"], value["command"])
 
 
 def read_members(file: Path) -> tuple[str, list[str]]:
     """Return which file describes an ablation, and the keys of its runs, by its members.json."""
     value = read(file)
-    rows = _field(value, "runs", file, lambda v: isinstance(v, list) and all(map(_is_member, v)), "a list of runs")
-    return _field(value, "file", file, _short, "a path"), [row[3] for row in rows]
+    _check(value, MEMBERS, file)
+    return value["file"], [row[3] for row in value["runs"]]
 
 
 def is_earlier(home: Path) -> bool:
@@ -95,19 +100,20 @@ def starts(home: Path) -> tuple[Start, ...]:
     """Return every start of a run; empty if machine.json cannot be read, since no score depends on it."""
     try:
         value = read_json(home / "machine.json", MOST_BYTES)
-        history = tuple(Start(**row) for row in value["starts"])
-    except (OSError, FileError, KeyError, TypeError):
+        check_value(value, MACHINE, "machine.json")
+    except (OSError, FileError):
         return ()
-    return history if all(_is_start(start) for start in history) else ()
+    return tuple(Start(**row) for row in value["starts"])
 
 
 def read_shown(file: Path) -> set[str]:
     """Return the keys of the runs that looked.json says were shown; none where it cannot be read."""
     try:
-        shown = read_json(file, MOST_BYTES)["shown"]
-    except (OSError, FileError, KeyError, TypeError):
+        value = read_json(file, MOST_BYTES)
+        check_value(value, {"shown": [TEXT], "*": ANYTHING}, "looked.json")
+    except (OSError, FileError):
         return set()
-    return {key for key in shown if _short(key)} if isinstance(shown, list) else set()
+    return set(value["shown"])
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -115,38 +121,15 @@ def read(file: Path) -> dict[str, Any]:
     try:
         value = read_json(file, MOST_BYTES)
     except OSError as error:
-        raise StoreError(f"{file}: {error.strerror}; move its folder away") from error
+        raise StoreError(f"{file}: {error.strerror}; {CURE}") from error
     except FileError as error:
-        raise StoreError(f"{error}; move its folder away") from error
-    schema = value.get("schema") if isinstance(value, dict) else None
-    if type(schema) is not int or schema != STORE_SCHEMA:
-        version = in_words(schema if isinstance(value, dict) else value)
-        raise StoreError(
-            f"{file}: schema {version}, expected {STORE_SCHEMA}: written by another version; move its folder away"
-        )
+        raise StoreError(f"{error}; {CURE}") from error
+    _check(value, {"schema": VERSION, "*": ANYTHING}, file)
     return value
 
 
-def _field(value: dict[str, Any], name: str, file: Path, good: Callable[[Any], bool], expected: str) -> Any:
-    if not good(value.get(name)):
-        raise StoreError(f"{file}: {name}: {in_words(value.get(name))}, expected {expected}; move its folder away")
-    return value[name]
-
-
-def _word(value: dict[str, Any], name: str, file: Path) -> str:
-    return _field(value, name, file, lambda v: _short(v) and v != "", "a name")
-
-
-def _short(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= MOST_LETTERS
-
-
-def _is_member(row: Any) -> bool:
-    return isinstance(row, list) and len(row) == 4 and _short(row[3]) and row[3].isalnum()
-
-
-def _is_start(start: Start) -> bool:
-    words = all(word is None or _short(word) for word in start[:2])
-    numbers = [number for number in start[2:] if number is not None]
-    good = all(type(number) in (int, float) and 0 <= number <= MOST for number in numbers)
-    return words and good and 0 not in (start.threads, start.parallel, start.beside)
+def _check(value: Any, kind: Kind, file: Path) -> None:
+    try:
+        check_value(value, kind, str(file), CURE)
+    except FileError as error:
+        raise StoreError(str(error)) from error

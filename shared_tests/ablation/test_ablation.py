@@ -295,7 +295,7 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     job = place.home / "job.json"
     value: dict[str, Any] = json.loads(job.read_text())
     job.write_text(json.dumps({**value, "schema": 2}))
-    with pytest.raises(StoreError, match="job.json: schema 2, expected 1: written by another version"):
+    with pytest.raises(StoreError, match="job.json: schema: 2, expected 1: written by another version"):
         read_job(place.home)
     job.write_text(json.dumps({**value, "config": {**value["config"], "newer": 1}}))
     with pytest.raises(StoreError, match="newer: unknown key.*move it away"):

@@ -1,20 +1,22 @@
-"""Reports of ablations: their figures are those of the statistics; whole, escaped, offline. Budget: 15 s."""
+"""Reports of ablations: their figures are those of the statistics; whole, escaped, offline. Budget: 25 s."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import scipy.stats
 
-from core.ablation.report import charts, wording
-from core.ablation.report.page import NARROW
-from core.ablation.report.pictures import learning
+from core.ablation.report import wording
+from core.ablation.report.page import NARROW, WIDE
+from core.ablation.report.pictures import COLOURS, STYLE, learning, short
 from core.ablation.report.report import draw, write_report
 from core.ablation.stats.findings import assess
 from core.ablation.stats.results import Results
 from shared_tests.support.ablations import change, examples, outcome, unfinished
-from shared_tests.support.report_page import EVIL, Page, inside, offline
+from shared_tests.support.report_page import EVIL, Page, offline
 
 
 def written(made: Results, folder: Path) -> tuple[Page, str, list[Path]]:
@@ -157,32 +159,47 @@ def test_one_variant_a_lost_reference_and_stale_pictures(cases: Reports, tmp_pat
     assert "".join(written(unfinished(made), tmp_path / "out")[0].words)
 
 
-@pytest.mark.parametrize("width", [NARROW, 900])
+@pytest.fixture
+def style() -> Iterator[None]:
+    """Draw as reports do."""
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+@pytest.mark.usefixtures("style")
 def test_pictures_show_the_figures_inside_their_frame(width: int, cases: Reports) -> None:
     made = cases.made["twelve"]
     (found,) = assess(made)
     drawn = draw(made, found, width)
-    inside(drawn)
-    rings = [mark for mark in drawn["difference"].marks if mark.shape == "ring"]
-    assert len(rings) == 5 * 9 + 4, "every seed, but for the one variant far away"
-    one = next(e for e in found.ends if e.variant == "koopman")
-    places = [(m.places[0][0], float(m.words.split()[-1])) for m in rings]
-    slope, level = np.polyfit([value for _, value in places], [x for x, _ in places], 1)
-    assert one.paired is not None and one.paired.low is not None and one.paired.high is not None
-    ends = [level + slope * one.paired.low, level + slope * one.paired.high]
-    lines = [[x for x, _ in m.places] for m in drawn["difference"].marks if m.shape == "line" and m.width == 2.5]
-    assert any(line == pytest.approx(ends, abs=0.5) for line in lines)
-    assert any(m.words == "koopman" for m in drawn["curves step"].marks)
-    assert "<svg" in charts.svg(drawn["bytes"])
+    for key, picture in drawn.items():
+        picture.figure.draw_without_rendering()
+        box, frame = picture.figure.get_tightbbox(), picture.figure.bbox_inches
+        assert box.x0 >= -0.01 and box.y0 >= -0.01 and box.x1 <= frame.x1 + 0.01 and box.y1 <= frame.y1 + 0.01, key
+    (axes,) = drawn["difference"].figure.axes
+    rings = {tuple(line.get_xdata()) for line in axes.lines if line.get_label() == "seeds"}
+    ends = [e for e in found.ends if e.paired and e.variant != "diverges"]
+    assert rings == {e.differences for e in ends} and len(rings) == 10, "every seed, but for the one variant far away"
+    intervals = {tuple(line.get_xdata()) for line in axes.lines if line.get_label() == "interval"}
+    assert intervals == {(e.paired.low, e.paired.high) for e in ends if e.paired}
+    assert [line.get_marker() for line in axes.lines if line.get_xdata()[0] == axes.get_xlim()[1]] == [">"]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert "koopman" in names and all("koopman" not in name or name == "koopman" or "…" in name or "+" in name
+                                      for name in names)  # fmt: skip
+    titles = [panel.get_title("left") for panel in drawn["curves"].figure.axes]
+    assert len(titles) == 11 and "koopman" in titles and "diverges *" in titles
 
 
+@pytest.mark.usefixtures("style")
 def test_missing_seeds_do_not_move_a_point_and_shared_noise_leaves_the_gaps(cases: Reports) -> None:
     made = cases.made["twelve"]
     (found,) = assess(made)
     one, base = next(e for e in found.ends if e.variant == "skc"), found.summaries[0].bpb
     assert one.paired is not None and base is not None
-    dots = [mark.words for mark in draw(made, found, 900)["bytes"].marks if mark.shape == "dot"]
-    assert f"skc: 851,000 bytes, {base + one.paired.mean:.4f}" in dots
+    picture = draw(made, found, WIDE)["bytes"]
+    dots = picture.figure.axes[0].collections[0].get_offsets().tolist()
+    assert [851.0, base + one.paired.mean] in dots and len(dots) == 11
+    assert f"skc 851,000 bytes {base + one.paired.mean:.4f}" in picture.words
     for case, basis in (("three", "validation estimates"), ("two-backends", "training curves")):
         what, lines, gaps = learning(cases.made[case], "mlx", "step")
         ends = {e.variant: e.paired.mean for e in assess(cases.made[case])[0].ends if e.paired}
@@ -193,14 +210,9 @@ def test_missing_seeds_do_not_move_a_point_and_shared_noise_leaves_the_gaps(case
             assert max(line.high) - min(line.low) < 0.02 < max(lines[0].high) - min(lines[0].low)
 
 
-def test_ticks_and_short() -> None:
-    assert charts.ticks(-0.049, 0.049, 5) == pytest.approx([-0.04, -0.02, 0, 0.02, 0.04])
-    for low, high, most in [(1.88, 2.03, 4), (0, 1, 3), (7.9, 8.1, 6), (795, 990, 3), (-3e-5, 1e-4, 9)]:
-        made = charts.ticks(low, high, most)
-        assert 2 <= len(made) <= most and made[0] >= low - 1e-9 and made[-1] <= high + 1e-9
-    assert charts.label(-0.02, 0.02, True) == "−0.02" and charts.label(250, 50) == "250"
-    assert charts.short("koopman+engram+bank", 100) == "koopm…+bank" or len(charts.short("k" * 60, 100)) <= 13
-    assert charts.short("plain", 100) == "plain"
+def test_long_names_lose_their_middle() -> None:
+    assert short("koopman+engram+bank", NARROW) == "koopman…m+bank"
+    assert short("plain", NARROW) == "plain" and len(short("k" * 60, WIDE)) == 26
 
 
 def contrast(one: str, other: str) -> float:
@@ -216,8 +228,8 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_words_can_be_read_by_day_and_by_night() -> None:
-    for name in ("ink", "muted", "better", "worse", "noise", "one"):
+    for name in ("ink", "muted", "better", "worse", "noise"):
         for i in (0, 1):
             for ground in ("page", "box"):
-                assert contrast(charts.COLOURS[name][i], charts.COLOURS[ground][i]) >= 4.5, (name, i, ground)
+                assert contrast(COLOURS[name][i], COLOURS[ground][i]) >= 4.5, (name, i, ground)
     assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#999999", "#ffffff") < 4.5

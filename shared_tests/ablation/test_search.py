@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.ablation.report import charts, search_pictures, search_wording
+from core.ablation.report import pictures, search_pictures, search_wording
 from core.ablation.report.report import write_report
 from core.ablation.search.search import Sampler, Searched
 from core.cli import main
@@ -252,7 +252,7 @@ def test_pictures_show_the_trials_at_their_figures(tmp_path: Path) -> None:
         (history,) = figures["search"].axes
         dots = history.collections[0].get_offsets().tolist()
         assert sorted(map(tuple, dots)) == [(trial.number, trial.bpb) for trial in scored]
-        panels = {panel.get_xlabel(): panel for panel in figures["search fields"].axes if panel.get_xlabel()}
+        panels = {panel.get_xlabel(): panel for panel in figures["search-fields"].axes if panel.get_xlabel()}
         assert panels.keys() == {field.name for field in searched.search.space}
         for name in ("train.lr_matrix", "model.dim", "train.batch"):
             dots = panels[name].collections[0].get_offsets().tolist()
@@ -281,8 +281,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     command = ["ablate", plan.path, "--data", data, "--store", str(store), "--json"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablate, "run_all", runs.run_all)
-        patch.setattr(charts, "png", lambda _, path: path.touch())  # they take most of the time, elsewhere made
-        patch.setattr("core.ablation.report.report.draw_search", lambda _: {"search": b"", "search fields": b""})
+        patch.setattr(pictures, "png", lambda _, path: path.touch())  # they take most of the time, elsewhere made
+        patch.setattr("core.ablation.report.report.draw_search", lambda _: {"search": b"", "search-fields": b""})
         assert main([*command, "--search"]) == 0
         said = capsys.readouterr()
         value = json.loads(said.out)

@@ -32,7 +32,7 @@ from shared_tests.support.plugin_examples import (
     run,
     small,
 )
-from shared_tests.support.zoo import HonestCache
+from shared_tests.support.zoo_honest import HonestCache
 
 ADAPTED_FLOAT64 = 1e-8
 """Nats of targets after adaptation, backend against backend (measured: 2e-15)."""

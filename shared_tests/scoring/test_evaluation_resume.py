@@ -36,7 +36,7 @@ from shared_tests.support.plugin_examples import (
     held,
     small,
 )
-from shared_tests.support.zoo import HonestCache
+from shared_tests.support.zoo_honest import HonestCache
 
 ROOT = Path(__file__).resolve().parents[2]
 

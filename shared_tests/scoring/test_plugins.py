@@ -36,7 +36,7 @@ from shared_tests.support.plugin_examples import (
     run,
     small,
 )
-from shared_tests.support.zoo import HonestCache
+from shared_tests.support.zoo_honest import HonestCache
 
 # Temperature.
 

@@ -23,7 +23,7 @@ from core.training import schedule
 from shared_tests.support.harness import engine, mini, working_weights
 from shared_tests.support.killed import fix_threads
 from shared_tests.support.known_scores import BOS, VOCAB, FakeSplit, make_dataset
-from shared_tests.support.zoo import HonestCache
+from shared_tests.support.zoo_honest import HonestCache
 
 TRAIN = TrainConfig(
     steps=100, batch=1, seq=64, warmup=0.0, warmdown=0.0, lr_embed=1e-3, lr_matrix=1e-3, lr_vector=1e-3, lr_hash=1e-3

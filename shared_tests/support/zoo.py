@@ -1,4 +1,4 @@
-"""Cheats and honest near-misses for the auditor: plug-ins, each with one known fault.
+"""Cheats for the auditor: plug-ins, each with one known fault. Honest near-misses are in zoo_honest.py.
 
 They are named as shared_tests.support.zoo:Class in --plugins and run in the audited process, so this module imports
 what an evaluation needs and no more. Texts and artifacts with a known fault are made by zoo_data.py.
@@ -18,64 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from core.config import TrainConfig
 from core.data.batch import Batch
 from core.data.column import Column
 from core.data.shards import open_shard
-from core.engine.protocol import Arrays
 from core.files import open_input
 from core.scoring.ledger import Scored
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
 from core.scoring.windows import Windows
-from core.training import schedule
+from shared_tests.support.zoo_honest import PLAN, ROW, HonestCache, HonestTraining, mixed
 
 PLACE = "zoo_place"
 """Module that the tests write: its DATA is the folder whose text the thieves go for."""
 PORT = 41_018
-ROW = 256
-"""Targets that one forward pass scores, and tokens of a row that is trained on."""
-PLAN = schedule.plan(0, 0.5, TrainConfig(warmup=0.0, warmdown=0.0, lr_embed=1e-3, lr_matrix=1e-3, lr_vector=1e-3))
-
-
-# Honest ones, which look like cheats.
-
-
-class HonestCache(Plugin):
-    """Mixes in which tokens followed the last one, counted after they were scored."""
-
-    def start(self, vocab: int, learner: Learner | None) -> None:
-        assert learner is None, "the weights are for adaptations only"
-        self._counts = np.zeros((vocab, vocab), np.float32)
-
-    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
-        counts = self._counts[view.tokens] + np.float32(1 / logprobs.shape[-1])
-        return mixed(logprobs, counts / counts.sum(-1, keepdims=True))
-
-    def learn(self, text: ScoredText) -> None:
-        np.add.at(self._counts, (text.view.tokens[text.row, text.column], text.targets), 1)
-
-    def state(self) -> Arrays:
-        return {"counts": self._counts}
-
-    def load(self, state: Arrays) -> None:
-        self._counts = state["counts"].copy()
-
-
-class HonestTraining(Plugin):
-    """Takes an optimizer step on every ROW targets that were scored."""
-
-    kind = "adaptation"
-
-    def start(self, vocab: int, learner: Learner | None) -> None:
-        assert learner is not None
-        self._learner = learner
-        self._last: Scored | None = None
-
-    def learn(self, text: ScoredText) -> None:
-        for one in text.ranges:
-            if one.stop - one.start == ROW:
-                self._last = one
-                assert self._learner.train([one], PLAN).finite
 
 
 # C1 to C4: what is predicted, and when something learns.
@@ -405,11 +359,6 @@ class Crash(Plugin):
 
     def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
         raise RuntimeError("no prediction today")
-
-
-def mixed(logprobs: np.ndarray, other: np.ndarray, weight: float = 0.1) -> np.ndarray:
-    """Return the logarithm of (1 - weight) * model + weight * other."""
-    return np.log((1 - weight) * np.exp(logprobs) + weight * other).astype(logprobs.dtype)
 
 
 def data_folder() -> str:

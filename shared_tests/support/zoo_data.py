@@ -22,7 +22,8 @@ from core.export.artifact import write_artifact
 from core.model.params import param_table
 from core.model.storage import Stored
 from core.training.run import Run
-from shared_tests.support.zoo import PLACE, ROW
+from shared_tests.support.zoo import PLACE
+from shared_tests.support.zoo_honest import ROW
 
 TOKENIZER = BUNDLED / "tokenizer.model"
 NEEDED = ("sh", "true", "mount", "unshare", "strace")

@@ -11,7 +11,7 @@ import numpy as np
 from core.engine.protocol import Arrays
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
 from core.scoring.windows import Windows
-from shared_tests.support.zoo import HonestCache, mixed
+from shared_tests.support.zoo_honest import HonestCache, mixed
 
 STARTED: list[int] = []
 """One entry for each scoring pass that this process has begun."""

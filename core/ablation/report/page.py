@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from types import MappingProxyType
 
-from core.ablation.report import charts, search_wording, wording
-from core.ablation.report.charts import Picture
+from core.ablation.report import pictures, search_wording, wording
+from core.ablation.report.pictures import Picture
 from core.ablation.search.search import Searched
 from core.ablation.stats.findings import Findings
 from core.ablation.stats.results import Results
@@ -55,7 +55,7 @@ td.words{white-space:normal;min-width:8rem}
 tbody th{font-weight:600;background:var(--page);max-width:14rem;overflow:hidden;text-overflow:ellipsis}
 figure{margin:1rem 0}
 svg{display:block;max-width:100%;height:auto}
-svg text{font-family:inherit}
+svg text{font-family:inherit!important}
 .scroll img{display:block;height:24rem;width:auto}
 .narrow{display:none}
 pre{background:var(--box);border:1px solid var(--grid);border-radius:6px;padding:.6rem .75rem;overflow-x:auto;
@@ -71,7 +71,7 @@ h1{font-size:1.4rem}tbody th{max-width:9rem}}
 """
 TEXT_COLUMNS = {"variant", "verdict", "where", "figures", "held against", "figure", "note"}
 Drawn = dict[str, Picture]
-"""`difference`, `curves step`, `curves seconds`, `gaps`, `bytes`: what there is something to draw for."""
+"""`difference`, `curves`, `gaps`, `bytes`: what there is something to draw for."""
 
 
 def page(
@@ -84,9 +84,9 @@ def page(
     if not any(one.n for tables in findings for one in tables.summaries):
         total = len(outcome.results)
         parts.append(f'<p class="note">No run has finished yet: {total:,} are planned. Nothing can be said so far.</p>')
-    for tables, pictures in zip(findings, drawn, strict=True):
+    for tables, both in zip(findings, drawn, strict=True):
         name = f" on {tables.backend}" if len(findings) > 1 else ""
-        parts += _backend(outcome, tables, pictures, name)
+        parts += _backend(outcome, tables, both, name)
     if searched:
         parts += _search(outcome, searched, tried)
     parts += [_changes(outcome), _failed(outcome), _samples(outcome), _method(), _repeat(outcome, searched)]
@@ -95,7 +95,7 @@ def page(
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(plan.name)}: ablation</title><style>{charts.css()}{STYLE}</style></head>"
+        f"<title>{escape(plan.name)}: ablation</title><style>{pictures.css()}{STYLE}</style></head>"
     )
     return f"{head}\n<body><main>\n{chr(10).join(part for part in parts if part)}\n</main></body></html>\n"
 
@@ -128,9 +128,7 @@ def _backend(outcome: Results, tables: Findings, drawn: tuple[Drawn, Drawn], nam
             shown = same if end else _table(title, wording.PLACE_HEAD, wording.places(effects))
             parts.append(f"<h3>{title}</h3>{shown}")
         parts.append(f"<h3>Equal bytes</h3>{_table('Equal bytes', wording.SIZE_HEAD, wording.size_rows(tables.sizes))}")
-    parts += _figure(f"Learning curves{name}", "curves step", drawn, wording.CURVES)
-    later = _figure("", "curves seconds", drawn, wording.CURVES)
-    parts.append(f"<details><summary>The same against seconds</summary>{''.join(later)}</details>" if later else "")
+    parts += _figure(f"Learning curves{name}", "curves", drawn, wording.CURVES)
     parts += _figure(f"Difference while training{name}", "gaps", drawn, wording.GAPS)
     parts += _figure(f"Bytes against bits per byte{name}", "bytes", drawn, wording.BYTES)
     return parts
@@ -142,7 +140,7 @@ def _search(outcome: Results, searched: Searched, images: Mapping[str, bytes]) -
     if gains:
         parts.append(f'<p class="note">{escape(search_wording.WARNING)}</p>')
         parts.append(_table("Selected and confirmed", search_wording.GAIN_HEAD, search_wording.gain_rows(gains)))
-    captions = {"search": search_wording.PROGRESS, "search fields": search_wording.FIELDS}
+    captions = {"search": search_wording.PROGRESS, "search-fields": search_wording.FIELDS}
     parts += [_image(images[key], caption) for key, caption in captions.items() if key in images]
     table = _table("Trials", search_wording.head(searched), search_wording.rows(searched))
     lines = "".join(f"<li>{escape(line)}</li>" for line in search_wording.method(searched))
@@ -174,9 +172,8 @@ def _figure(title: str, key: str, drawn: tuple[Drawn, Drawn], caption: str) -> l
     wide, narrow = drawn
     if key not in wide:
         return []
-    both = f'<div class="wide">{charts.svg(wide[key])}</div><div class="narrow">{charts.svg(narrow[key])}</div>'
-    head = f"<h2>{escape(title)}</h2>" if title else ""
-    return [f"{head}<figure>{both}<figcaption>{escape(caption)}</figcaption></figure>"]
+    both = f'<div class="wide">{pictures.svg(wide[key])}</div><div class="narrow">{pictures.svg(narrow[key])}</div>'
+    return [f"<h2>{escape(title)}</h2><figure>{both}<figcaption>{escape(caption)}</figcaption></figure>"]
 
 
 def _image(png: bytes, caption: str) -> str:

@@ -1,24 +1,53 @@
 """The pictures of an ablation: differences with intervals, learning curves with bands, bytes against bits per byte."""
 
+import io
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.ablation.report.charts import LETTER, SIZE, Mark, Picture, Spot, label, number, short, ticks
+from core.ablation.report.wording import NONE, number
 from core.ablation.stats.effects import VariantEffect
 from core.ablation.stats.findings import curve, scored
 from core.ablation.stats.results import Result, Results
+from core.files import new_file
 
+COLOURS = {
+    "ink": ("#1c2430", "#e6e9ee"), "muted": ("#586274", "#a3adbb"), "grid": ("#dde2ea", "#343c48"),
+    "page": ("#ffffff", "#14181f"), "box": ("#f5f7fa", "#1c222b"), "better": ("#0b6bcb", "#6cb6ff"),
+    "worse": ("#b3470b", "#ff9a5c"), "noise": ("#66707f", "#98a2b1"),
+}  # fmt: skip
+"""Name -> (on a light page, on a dark page); words in each are readable on both `page` and `box`."""
+LIGHT = {name: light for name, (light, _) in COLOURS.items()}
+STYLE = {
+    "axes.axisbelow": True, "axes.edgecolor": LIGHT["grid"], "axes.formatter.useoffset": False, "axes.grid": True,
+    "axes.labelcolor": LIGHT["muted"], "axes.spines.right": False, "axes.spines.top": False,
+    "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "grid.color": LIGHT["grid"], "svg.fonttype": "none",
+    "svg.hashsalt": "ablation", "text.color": LIGHT["muted"], "text.parse_math": False,
+    "xtick.color": LIGHT["grid"], "xtick.labelcolor": LIGHT["muted"], "ytick.color": LIGHT["grid"],
+    "ytick.labelcolor": LIGHT["muted"],
+}  # fmt: skip
+"""Of matplotlib, for whoever draws and writes pictures."""
+PHONE = 500
+"""Pixels below which a picture is for a phone."""
 BINS = 60
 """Most places of a learning curve that a picture shows."""
 SKIPPED = 0.25
 """Share of the training that curves leave out at the start, where bits per byte fall steeply."""
 
-
 Part = tuple[np.ndarray, np.ndarray]
 """(steps or seconds, bits per byte)."""
+
+
+class Picture(NamedTuple):
+    """A drawing of matplotlib's and what it shows in one sentence, for those who cannot see it."""
+
+    figure: Any
+    words: str
 
 
 class Line(NamedTuple):
@@ -31,69 +60,83 @@ class Line(NamedTuple):
     high: tuple[float, ...]
 
 
+def css() -> str:
+    """Return the colours as CSS variables, for light and dark pages."""
+    light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1))
+    return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+
+
+def svg(picture: Picture) -> str:
+    """Return a picture as an SVG element for a page that has `css()`; every word in it is escaped."""
+    file, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    picture.figure.savefig(file, format="svg", metadata=nothing, transparent=True)
+    picture.figure.set_layout_engine("none")  # the places stay: to find them takes as long as to draw
+    text = file.getvalue().partition("<svg ")[2]
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)  # a page has several pictures, and an id once
+    for name, colour in LIGHT.items():
+        text = text.replace(colour, f"var(--{name})")
+    return f'<svg role="img" aria-label="{escape(picture.words)}" {text}'
+
+
+def png(picture: Picture, path: Path) -> None:
+    """Write a picture as PNG, on white."""
+    with new_file(path) as file:
+        picture.figure.savefig(file, format="png", dpi=144)
+
+
+def _figure(width: float, height: float, layout: str | None = "constrained") -> Any:
+    """Return an empty figure of so many pixels."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width / 96, height / 96), layout=layout)
+
+
+def short(name: str, width: int) -> str:
+    """Shorten a name for a picture of so many pixels by leaving out the middle, since names often share their start."""
+    letters = 14 if width < PHONE else 26
+    tail = (letters - 1) // 2
+    return name if len(name) <= letters else f"{name[: letters - 1 - tail]}…{name[-tail:]}"
+
+
 def difference(effects: Sequence[VariantEffect], reference: str, width: int) -> Picture:
     """Draw each variant's mean difference with its 95 % interval and every seed; left of 0 is better.
 
     An interval or a difference too wide for a scale on which the others can be read ends in an arrow.
     """
-    narrow = width < 500
-    left, right = (10, 10) if narrow else (min(230, 20 + _longest([e.variant for e in effects])), 205)
-    row, top = (50, 50) if narrow else (34, 46)
-    bottom = top + row * len(effects)
-    limit = _limit(effects)
-    middle, reach = (left + width - right) / 2, (width - right - left) / 2 - 8
-
-    def place(value: float) -> float:
-        return middle + max(-1.0, min(1.0, value / limit)) * reach
-
-    marks = []
-    marks += [Mark("words", "better", ((middle - 8, 18),), SIZE, "◂ better", "end")]
-    marks += [Mark("words", "worse", ((middle + 8, 18),), SIZE, "worse ▸")]
-    places = ticks(-limit, limit, 5 if narrow else 9)
-    for value in places:
-        words = label(value, places[1] - places[0], True)
-        marks.append(Mark("words", "muted", ((place(value), top - 12),), 12, words, "middle"))
-    for i, one in enumerate(effects):
-        y, base = top + row * (i + 0.5), top + row * (i + 0.5) + 4
-        colour = {"better": "better", "worse": "worse"}.get(one.verdict, "noise")
-        value = number(one.paired.mean, sign=True) if one.paired else "–"
-        if narrow:
-            y, base = y + 8, y - 10
-            marks.append(Mark("words", "ink", ((left, base),), SIZE, short(one.variant, width - 95)))
-            marks.append(Mark("words", colour, ((width - right, base),), SIZE, value, "end"))
-        else:
-            marks.append(Mark("words", "ink", ((left - 8, base),), SIZE, short(one.variant, left - 18), "end"))
-            words = f"{value}  {one.verdict.split(':')[0]}" if one.paired else one.verdict
-            marks.append(Mark("words", colour, ((width - right + 12, base),), SIZE, words))
-        for tick in places:  # a piece each, so that none runs through the names on a phone
-            ends = (place(tick), y - 17), (place(tick), y + 17)
-            marks.append(Mark("line", "grid" if tick else "muted", ends, 1 if tick else 1.5))
-        marks += _effect(one, place, y, limit, colour)
+    figure, limit = _figure(width, 50 + 36 * len(effects)), _limit(effects)
+    axes = figure.add_subplot()
+    axes.set(xlim=(-limit, limit), ylim=(len(effects) - 0.5, -0.5))
+    axes.set_title("◂ better | worse ▸", fontsize="medium")
+    axes.grid(visible=False, axis="y")
+    axes.axvline(0.0, color=LIGHT["muted"], linewidth=1)
+    axes.locator_params(axis="x", nbins=4 if width < PHONE else 8)
+    axes.set_yticks(range(len(effects)), [short(one.variant, width) for one in effects], color=LIGHT["ink"])
+    for y, one in enumerate(effects):
+        colour = LIGHT[one.verdict if one.verdict in ("better", "worse") else "noise"]
+        words = number(one.paired.mean, sign=True) if one.paired else NONE
+        words += "" if width < PHONE else f"  {one.verdict.split(':')[0]}"
+        axes.text(1.02, y, words, color=colour, va="center", transform=axes.get_yaxis_transform())
+        _effect(axes, one, y, limit, colour)
     basis = f"against {reference}, mean and 95 % interval, a ring for each seed"
     summary = "; ".join(f"{e.variant} {e.paired.mean:+.4f}, {e.verdict}" for e in effects if e.paired)
-    return Picture(width, bottom + 8, tuple(marks), f"Differences in bits per byte {basis}. {summary}")
+    return Picture(figure, f"Differences in bits per byte {basis}. {summary}")
 
 
-def _effect(one: VariantEffect, place: Callable[[float], float], y: float, limit: float, colour: str) -> list[Mark]:
+def _effect(axes: Any, one: VariantEffect, y: float, limit: float, colour: str) -> None:
     if one.paired is None:
-        return []
-    mean = one.paired.mean
-    if abs(mean) > limit:
-        return [_arrow(place(mean), y, math.copysign(1, mean), colour, 3)]
-    marks = []
-    if one.paired.low is not None and one.paired.high is not None:
-        ends = place(one.paired.low), place(one.paired.high)
-        marks.append(Mark("line", colour, ((ends[0], y - 4), (ends[1], y - 4)), 2.5))
-        for x, value, side in ((ends[0], one.paired.low, -1), (ends[1], one.paired.high, 1)):
-            cap = Mark("line", colour, ((x, y - 9), (x, y + 1)), 2)
-            marks.append(_arrow(x, y - 4, side, colour, 2) if abs(value) > limit else cap)
-    for seed, value in zip(one.seeds, one.differences, strict=True):
-        marks.append(Mark("ring", colour, ((place(value), y + 8),), 3, f"{one.variant}, seed {seed}: {value:+.4f}"))
-    return [*marks, Mark("dot", colour, ((place(mean), y - 4),), 5, f"{one.variant}: mean {mean:+.4f}")]
-
-
-def _arrow(x: float, y: float, side: float, colour: str, width: float) -> Mark:
-    return Mark("line", colour, ((x - side * 7, y - 6), (x, y), (x - side * 7, y + 6)), width)
+        return
+    test, above, below = one.paired, y - 0.12, y + 0.2
+    for value in (test.mean,) if abs(test.mean) > limit else (test.low, test.high):
+        if value is not None and abs(value) > limit:
+            arrow = ">" if value > 0 else "<"
+            axes.plot(math.copysign(limit, value), above, arrow, color=colour, clip_on=False)
+    if abs(test.mean) > limit:
+        return
+    if test.low is not None:
+        axes.plot([test.low, test.high], [above, above], color=colour, linewidth=2, marker="|", label="interval")
+    axes.plot(test.mean, above, "o", color=colour)
+    rings = {"markerfacecolor": LIGHT["page"], "markersize": 5, "label": "seeds"}
+    axes.plot(one.differences, [below] * len(one.differences), "o", color=colour, **rings)
 
 
 def _limit(effects: Sequence[VariantEffect]) -> float:
@@ -124,54 +167,35 @@ def curves(lines: Sequence[Line], field: str, width: int) -> Picture:
     base, others = lines[0], lines[1:] or lines
     most = _near([_far(one, base) for one in others])
     near = [base, *(one for one in others if _far(one, base) <= most)]
-    across = min(len(others), 3) if width >= 500 else 1 if len(others) < 4 else 2
-    wide, high, marks = width / across, 160 if across == 2 else 200, []
-    for i, one in enumerate(others):
-        x, y = wide * (i % across), (high + 26) * (i // across)
-        alone = one not in near
-        words = short(one.name, wide - 70) + (" *" if alone else "")
-        marks.append(Mark("words", "one", ((x + 46, y + 16),), SIZE, words))
+    across = min(len(others), 3) if width >= PHONE else 1 if len(others) < 4 else 2
+    down = -(-len(others) // across)
+    height = 40 + 190 * down
+    figure = _figure(width, height, layout=None)
+    edges = {"left": 52 / width, "right": 1 - 14 / width, "bottom": 60 / height, "top": 1 - 20 / height}
+    figure.subplots_adjust(**edges, wspace=56 * across / (width - 10 - 56 * across), hspace=0.32)
+    panels = figure.subplots(down, across, squeeze=False).ravel()
+    for panel, one in zip(panels, others, strict=False):
         drawn = [base] if one is base else [base, one]
-        marks += _panel(drawn, drawn if alone else near, (x, y + 20, wide, high))
-    height = (high + 26) * -(-len(others) // across)
+        for line, colour in zip(drawn, ("muted", "better"), strict=False):
+            panel.fill_between(line.xs, line.low, line.high, color=LIGHT[colour], alpha=0.18, linewidth=0)
+            panel.plot(line.xs, line.mean, color=LIGHT[colour], linewidth=1.5)
+        scale = near if one in near else drawn
+        low, high = min(min(line.low) for line in scale), max(max(line.high) for line in scale)
+        room = (high - low) * 0.05 or 0.01
+        panel.set(xlim=(min(line.xs[0] for line in scale), max(line.xs[-1] for line in scale)))
+        panel.set(ylim=(low - room, high + room))
+        panel.locator_params(nbins=4)
+        title = short(one.name, width) + ("" if one in near else " *")
+        panel.set_title(title, loc="left", fontsize="medium", color=LIGHT["better"])
+    for panel in panels[len(others) :]:
+        panel.remove()
     starred = "; * own scale" if len(near) < len(others) + (base not in others) else ""
-    marks.append(Mark("words", "muted", ((width / 2, height + 12),), 12, field + starred, "middle"))
-    names = f"Bits per byte against {field}: {', '.join(one.name for one in lines)}"
-    return Picture(width, height + 18, tuple(marks), names)
+    figure.supxlabel(field + starred, fontsize="medium")
+    return Picture(figure, f"Bits per byte against {field}: {', '.join(one.name for one in lines)}")
 
 
 def _far(one: Line, base: Line) -> float:
     return abs(one.mean[-1] - base.mean[-1])
-
-
-def _panel(lines: Sequence[Line], scale: Sequence[Line], box: tuple[float, float, float, float]) -> list[Mark]:
-    """Draw the reference and another line in a box (x, y, width, height), on the scale of all lines of `scale`."""
-    x0, y0, w, h = box
-    left, right, bottom = x0 + 46, x0 + w - 10, y0 + h - 26
-    first, last = min(one.xs[0] for one in scale), max(one.xs[-1] for one in scale)
-    low, high = min(min(one.low) for one in scale), max(max(one.high) for one in scale)
-    span, room = (last - first) or 1.0, (high - low) * 0.05 or 0.01
-    low, high = low - room, high + room
-
-    def spot(x: float, y: float) -> Spot:
-        return left + (x - first) / span * (right - left), y0 + 8 + (high - y) / (high - low) * (bottom - y0 - 8)
-
-    up, along = ticks(low, high, 4), ticks(first, last, 4 if w > 250 else 3)
-    marks = [Mark("line", "grid", (spot(first, value), spot(last, value))) for value in up]
-    for value in up:
-        words = label(value, up[1] - up[0])
-        marks.append(Mark("words", "muted", ((left - 6, spot(first, value)[1] + 4),), 11, words, "end"))
-    for value in along:
-        x, words = spot(value, low)[0], label(value, along[1] - along[0] if len(along) > 1 else 1.0)
-        marks.append(Mark("words", "muted", ((x, bottom + 17),), 11, words, "end" if x > right - 8 else "middle"))
-    for i, one in enumerate(lines):
-        colour = "one" if i else "base"
-        edge = [spot(x, y) for x, y in zip(one.xs, one.high, strict=True)]
-        edge += [spot(x, y) for x, y in zip(one.xs[::-1], one.low[::-1], strict=True)]
-        if one.high != one.low:
-            marks.append(Mark("area", colour, tuple(edge)))
-        marks.append(Mark("line", colour, tuple(spot(x, y) for x, y in zip(one.xs, one.mean, strict=True)), 2))
-    return marks
 
 
 def sizes(points: Sequence[tuple[str, float, float, str]], width: int) -> Picture:
@@ -179,49 +203,30 @@ def sizes(points: Sequence[tuple[str, float, float, str]], width: int) -> Pictur
 
     Names stand beside the points; a variant far above or below all others is an arrow at the edge.
     """
-    names = min(0.4 * width, 24 + _longest([name for name, *_ in points]))
-    left, right, top = 50, width - names - 22, 22
-    bottom = top + max(200 if width < 500 else 260, 19 * len(points))
+    height = max(230 if width < PHONE else 300, 60 + 19 * len(points))
+    figure = _figure(width, height)
+    axes = figure.add_subplot(xlabel="artifact, thousand bytes", ylabel="bits per byte")
     most = _near([abs(p[2] - points[0][2]) for p in points[1:]])
     shown = [p for p in points if abs(p[2] - points[0][2]) <= most]
-    xs, ys = [p[1] for p in points], [p[2] for p in shown]
-    pad = (max(xs) - min(xs)) * 0.06 or max(xs) * 0.05 or 1.0, (max(ys) - min(ys)) * 0.08 or 0.01
-    x0, x1, y0, y1 = min(xs) - pad[0], max(xs) + pad[0], min(ys) - pad[1], max(ys) + pad[1]
-
-    def spot(x: float, y: float) -> Spot:
-        y = max(y0, min(y1, y))
-        return left + (x - x0) / (x1 - x0) * (right - left), top + (y1 - y) / (y1 - y0) * (bottom - top)
-
-    marks = []
-    across, up = ticks(x0 / 1e3, x1 / 1e3, 3 if width < 500 else 6), ticks(y0, y1, 6)
-    for value in across:
-        x = spot(value * 1e3, y0)[0]
-        marks.append(Mark("line", "grid", ((x, top), (x, bottom))))
-        words = label(value, across[1] - across[0])
-        marks.append(Mark("words", "muted", ((x, bottom + 17),), 12, words, "middle"))
-    for value in up:
-        y = spot(x0, value)[1]
-        marks.append(Mark("line", "grid", ((left, y), (right, y))))
-        marks.append(Mark("words", "muted", ((left - 6, y + 4),), 12, label(value, up[1] - up[0]), "end"))
-    marks.append(Mark("words", "muted", (((left + right) / 2, bottom + 34),), 12, "artifact, thousand bytes", "middle"))
-    marks.append(Mark("words", "muted", ((4, 12),), 12, "bits per byte"))
+    axes.scatter([p[1] / 1e3 for p in shown], [p[2] for p in shown], c=[LIGHT[p[3]] for p in shown])
+    axes.margins(0.06, 0.08)
+    axes.locator_params(axis="x", nbins=4 if width < PHONE else 8)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
     placed = sorted(points, key=lambda p: -p[2])
-    levels = _apart([spot(*p[1:3])[1] for p in placed], 18, top, bottom)
-    for point, level in zip(placed, levels, strict=True):
-        name, x, y, colour = point
-        at = spot(x, y)
-        marks.append(Mark("line", "grid", (at, (right + 4, level), (right + 14, level)), 1))
-        if point in shown:
-            marks.append(Mark("dot", colour, (at,), 5, f"{name}: {x:,.0f} bytes, {y:.4f}"))
-        else:
-            side = 7 if at[1] == top else -7
-            marks.append(Mark("line", colour, ((at[0] - 6, at[1] + side), at, (at[0] + 6, at[1] + side)), 3))
-        end = "" if point in shown else f" {y:.2f}"
-        room = names - len(end) * SIZE * LETTER
-        marks.append(Mark("words", colour, ((right + 18, level + 4),), SIZE, short(name, room) + end))
-    marks.sort(key=lambda m: m.shape in ("dot", "words"))
+    inside = [min(max((p[2] - low) / (high - low), 0.0), 1.0) for p in placed]
+    levels = _apart([1 - share for share in inside], 19 / (height - 60), 0.0, 1.0)
+    for (name, size, bpb, colour), share, level in zip(placed, inside, levels, strict=True):
+        if not low <= bpb <= high:
+            axes.plot(size / 1e3, share, "^v"[share == 0], color=LIGHT[colour], transform=axes.get_xaxis_transform())
+            name = f"{name} {bpb:.2f}"
+        axes.annotate(
+            short(name, width), (size / 1e3, share), (1.03, 1 - level),
+            xycoords=axes.get_xaxis_transform(), textcoords="axes fraction", va="center", color=LIGHT[colour],
+            arrowprops={"arrowstyle": "-", "color": LIGHT["grid"], "relpos": (0, 0.5)},
+        )  # fmt: skip
     text = "; ".join(f"{name} {x:,.0f} bytes {y:.4f}" for name, x, y, _ in points)
-    return Picture(width, math.ceil(bottom) + 42, tuple(marks), f"Bits per byte against bytes of the artifact. {text}")
+    return Picture(figure, f"Bits per byte against bytes of the artifact. {text}")
 
 
 def _apart(levels: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
@@ -234,10 +239,6 @@ def _apart(levels: Sequence[float], gap: float, top: float, bottom: float) -> li
         moved[i] = min(moved[i], end)
         end = moved[i] - gap
     return moved
-
-
-def _longest(names: Sequence[str]) -> int:
-    return math.ceil(max((len(name) for name in names), default=0) * SIZE * LETTER)
 
 
 def learning(outcome: Results, backend: str, field: str) -> tuple[str, list[Line], list[Line]]:

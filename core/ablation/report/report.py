@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.ablation.locks import make
-from core.ablation.report import charts, pictures, search_wording, wording
+from core.ablation.report import pictures, search_wording, wording
 from core.ablation.report.page import NARROW, WIDE, Drawn, page
 from core.ablation.report.search_pictures import draw as draw_search
 from core.ablation.search.search import Searched
@@ -12,9 +12,8 @@ from core.ablation.stats.findings import Findings, assess
 from core.ablation.stats.results import Results
 from core.files import replace_file, replace_text
 
-FILES = {"difference": "difference", "curves step": "curves", "gaps": "gaps", "bytes": "bytes"}
-"""Picture -> its file; the page also has curves against seconds."""
-SEARCH_FILES = {"search": "search.png", "search fields": "search-fields.png"}
+PICTURES = ("difference", "curves", "gaps", "bytes")
+SEARCHED = ("search", "search-fields")
 
 
 def write_report(outcome: Results, folder: Path, searched: Searched | None = None) -> list[Path]:
@@ -22,35 +21,36 @@ def write_report(outcome: Results, folder: Path, searched: Searched | None = Non
 
     `searched` is the search that the outcome's variant `found` came from.
     """
+    import matplotlib  # here: half a second to import, and few commands need it
+
     make(folder)
+    with matplotlib.rc_context(pictures.STYLE):
+        return _write(outcome, folder, searched)
+
+
+def _write(outcome: Results, folder: Path, searched: Searched | None) -> list[Path]:
     findings = assess(outcome)
     drawn = [(draw(outcome, tables, WIDE), draw(outcome, tables, NARROW)) for tables in findings]
     images: list[list[Path]] = []
     for i, (wide, _) in enumerate(drawn):
         images.append([])
-        for key, name in FILES.items():
+        for name in PICTURES:
             path = folder / (f"{name}-{findings[i].backend}.png" if i else f"{name}.png")
-            images[-1] += _png(wide, key, path)
+            path.unlink(missing_ok=True)  # that of an earlier report would now be wrong
+            if name in wide:
+                pictures.png(wide[name], path)
+                images[-1].append(path)
     tried = draw_search(searched) if searched else {}
     images.append([])
-    for key, name in SEARCH_FILES.items():
-        (folder / name).unlink(missing_ok=True)  # that of an earlier report would now be wrong
-        if key in tried:
-            replace_file(folder / name, tried[key])
-            images[-1].append(folder / name)
+    for path in (folder / f"{name}.png" for name in SEARCHED):
+        path.unlink(missing_ok=True)
+        if path.stem in tried:
+            replace_file(path, tried[path.stem])
+            images[-1].append(path)
     html, text = folder / "report.html", folder / "report.md"
     replace_text(html, page(outcome, findings, drawn, searched, tried))
     replace_text(text, _markdown(outcome, findings, images, searched))
     return [html, text, *(path for of in images for path in of)]
-
-
-def _png(drawn: Drawn, key: str, path: Path) -> list[Path]:
-    """Write a picture, or remove an earlier report's if there is nothing to draw now."""
-    if key not in drawn:
-        path.unlink(missing_ok=True)
-        return []
-    charts.png(drawn[key], path)
-    return [path]
 
 
 def draw(outcome: Results, tables: Findings, width: int) -> Drawn:
@@ -60,14 +60,12 @@ def draw(outcome: Results, tables: Findings, width: int) -> Drawn:
     if any(one.paired for one in effects):
         drawn["difference"] = pictures.difference(effects, reference, width)
     order = [reference, *(one.variant for one in effects)]
-    for field, words in (("step", "step"), ("seconds", "seconds")):
-        basis, lines, gaps = pictures.learning(outcome, tables.backend, field)
-        lines.sort(key=lambda line: order.index(line.name))
-        gaps.sort(key=lambda line: order.index(line.name))
-        if lines:
-            drawn[f"curves {field}"] = pictures.curves(lines, f"{words} ({basis})", width)
-        if field == "step" and len(gaps) > 1:
-            drawn["gaps"] = pictures.curves(gaps, f"{words} ({basis})", width)
+    field = "seconds" if outcome.plan.budget[0] == "seconds" else "step"
+    basis, *curves = pictures.learning(outcome, tables.backend, field)
+    for name, lines, least in zip(("curves", "gaps"), curves, (1, 2), strict=True):
+        if len(lines) >= least:
+            lines.sort(key=lambda line: order.index(line.name))
+            drawn[name] = pictures.curves(lines, f"{field} ({basis})", width)
     points = _points(tables, reference)
     if points:
         drawn["bytes"] = pictures.sizes(points, width)

@@ -17,7 +17,7 @@ AXIS = "bits per byte"
 
 
 def draw(searched: Searched) -> dict[str, bytes]:
-    """Return PNG images, `search` and `search fields`; none where no trial has a figure."""
+    """Return PNG images, `search` and `search-fields`; none where no trial has a figure."""
     from matplotlib import pyplot
 
     if searched.best is None:
@@ -41,7 +41,7 @@ def plots(searched: Searched) -> dict[str, Any]:
     names = [field.name for field in searched.search.space]
     drawn = {
         "search": by_optuna.plot_optimization_history(study, target_name=AXIS),
-        "search fields": by_optuna.plot_slice(study, names, target_name=AXIS),
+        "search-fields": by_optuna.plot_slice(study, names, target_name=AXIS),
     }
     return {name: _scaled(np.ravel(axes), searched) for name, axes in drawn.items()}
 

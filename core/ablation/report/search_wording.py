@@ -4,7 +4,7 @@ from importlib.metadata import version
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from core.ablation.report.charts import NONE, number
+from core.ablation.report.wording import NONE, number
 from core.ablation.search.search import Searched, Trial
 from core.ablation.search.space import FOUND, Search
 from core.ablation.stats.effects import Paired, paired

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from core.ablation.plan import Ablation
-from core.ablation.report.charts import NONE, number
 from core.ablation.stats.effects import VariantEffect, resolvable, seeds_needed
 from core.ablation.stats.findings import Findings, Size, VariantSummary
 from core.ablation.stats.results import Results
 from core.config import differences
 
+NONE = "–"
 HEAD = (
     "variant", "verdict", "bits per byte", "difference", "95 % interval", "p", "Holm p", "bytes", "tokens/s",
     "parameters", "seeds",
@@ -22,8 +22,8 @@ CURVES = (
 )
 BYTES = "Lower left is better. The reference at its mean over seeds, the others at that plus their paired difference."
 GAPS = (
-    "Variant − reference at the same step, below 0 is better: mean over seeds, the band from the lowest to the highest "
-    "seed. What all runs of a seed share has cancelled out."
+    "Variant − reference at the same place of the training, below 0 is better: mean over seeds, the band from the "
+    "lowest to the highest seed. What all runs of a seed share has cancelled out."
 )
 METHOD = (
     "A variant and the reference are compared seed by seed: the same seed means the same start weights where shapes "
@@ -51,6 +51,11 @@ METHOD = (
     "lowest. A curve of bits per byte against bytes bends, and a line between far points lies above it, which flatters "
     "the variant in between.",
 )
+
+
+def number(value: float | None, digits: int = 4, sign: bool = False) -> str:
+    """Return a number with a true minus sign, or a dash for None."""
+    return NONE if value is None else f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "−")
 
 
 def chance(value: float | None) -> str:
