@@ -128,6 +128,11 @@ class Console:
 
         return report
 
+    def moving(self, line: str) -> None:
+        """Show a line on a terminal, in place of the last such line; elsewhere nothing."""
+        if self.terminal and not self._muted:
+            self._show(line)
+
     def _show(self, line: str) -> None:
         line = one_line(line)
         if not self.terminal:

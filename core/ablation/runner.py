@@ -1,20 +1,28 @@
-"""Runs the jobs of an ablation, several at a time, each in a process of its own; finished runs are never repeated."""
+"""Runs the jobs of an ablation, several at a time, each in a process; finished runs are never repeated.
+
+A process trains one seed of a variant after the other, so that what it compiled is used again; where one fails or is
+killed, the next seed gets a new process.
+"""
 
 import hashlib
 import os
 import platform
 import signal
+import socket
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import IO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from core import PYTHON
 from core.ablation.folders import damage, finished
+from core.ablation.plan import Job
 from core.ablation.records import Start
 from core.ablation.store import Place, RunStore
 from core.files import FileError, append_file, open_file, replace_file
@@ -40,20 +48,38 @@ class Slot(NamedTuple):
     """CUDA_VISIBLE_DEVICES of its workers; None: as it is."""
 
 
+class Worker(NamedTuple):
+    """A process that trains runs of one kind, one after the other."""
+
+    process: subprocess.Popen
+    line: socket.socket
+    """Its other end is the process's standard input: what goes there are orders, what comes back is how a run ended."""
+
+    def ended(self) -> bool:
+        """Return whether the run under way has ended, or the process with it."""
+        with suppress(OSError):  # nothing is there yet, or the process was killed before it read its order
+            if self.line.recv(64, socket.MSG_DONTWAIT):
+                return True
+        return self.process.poll() is not None
+
+    def close(self) -> None:
+        """Tell the process that nothing more comes, which ends it."""
+        self.line.close()
+        self.process.wait()
+
+
 class Running(NamedTuple):
-    """A worker."""
+    """A run under way."""
 
     place: Place
-    process: subprocess.Popen
-    output: IO[bytes]
+    worker: Worker
+    output: BinaryIO
     lock: ExitStack
     began: float
     """Of time.monotonic."""
 
     def close(self) -> None:
-        """Close the files of an ended worker, which releases its lock."""
-        if self.process.stdin is not None:
-            self.process.stdin.close()
+        """Close the files of an ended run, which releases its lock."""
         self.output.close()
         self.lock.close()
 
@@ -112,6 +138,8 @@ class _Workers:
         self._elsewhere: list[tuple[Place, float]] = []
         """(run, time of time.time since when another process is known to have it)."""
         self._running: dict[Slot, Running] = {}
+        self._idle: dict[Slot, tuple[Job, Worker]] = {}
+        """Workers that have ended a run, and which."""
         self._looked = time.monotonic()
         self._counts: Counter[str] = Counter()
         """Runs that have ended, by status."""
@@ -127,26 +155,54 @@ class _Workers:
         """Start a waiting run in every free slot."""
         for slot in [slot for slot in self._slots if slot not in self._running]:
             while self._waiting and slot not in self._running:
-                place = self._waiting.pop(0)
+                place = self._next(slot)
                 how = Start(HOST, slot.device, self._threads, len(self._slots))
-                running = _start(self._store, place, how, self._worker, self._started)
+                running = _start(self._store, place, how, partial(self._free, slot), self._worker, self._started)
                 if running is not None:
                     self._running[slot] = running
                 elif self._store.status(place)[0] == "done":
                     self._end(place)
                 else:
                     self._elsewhere.append((place, time.time()))
+            self._dismiss(slot)
+
+    def _next(self, slot: Slot) -> Place:
+        """Take a waiting run: of the kind that the slot's worker knows, else of one that no other slot trains."""
+        known, _ = self._idle.get(slot, (None, None))
+        others = [running.place.job for running in self._running.values()]
+
+        def rank(i: int) -> tuple[bool, bool]:
+            job = self._waiting[i].job
+            return not (known and _alike(job, known)), any(_alike(job, other) for other in others)
+
+        place = self._waiting.pop(min(range(len(self._waiting)), key=rank))
+        if known is not None and not _alike(place.job, known):
+            self._dismiss(slot)
+        return place
+
+    def _free(self, slot: Slot) -> Worker | None:
+        """Return the worker that waits in a slot, if there is one."""
+        return self._idle.pop(slot, (None, None))[1]
+
+    def _dismiss(self, slot: Slot) -> None:
+        """End the worker that waits in a slot, if there is one."""
+        if (worker := self._free(slot)) is not None:
+            worker.close()
 
     def collect(self) -> None:
         """Count who runs side by side, and close the workers that have ended."""
         for running in self._running.values():
             self._company.setdefault(running.place.key, []).append(len(self._running))
         for slot, running in list(self._running.items()):
-            if running.process.poll() is not None:
+            if running.worker.ended():
                 del self._running[slot]
                 self._record(running)
                 _finish(self._store, running)
                 self._end(running.place)
+                if running.worker.process.poll() is None:
+                    self._idle[slot] = running.place.job, running.worker
+                else:
+                    running.worker.close()
 
     def look_elsewhere(self) -> None:
         """Take back now and then the runs that no other process trains any more."""
@@ -167,10 +223,13 @@ class _Workers:
 
     def stop(self) -> None:
         """End the workers that are still under way."""
+        for slot in self._slots:
+            self._dismiss(slot)
         for running in self._running.values():
-            running.process.terminate()
+            running.worker.process.terminate()
         for running in self._running.values():
-            running.process.wait()
+            running.worker.process.wait()
+            running.worker.close()
             self._record(running)
             running.close()
 
@@ -184,14 +243,17 @@ class _Workers:
         self._ended(place)
 
 
+def _alike(job: Job, other: Job) -> bool:
+    """Return whether two runs differ in their seeds alone: what one compiles the other needs."""
+    same = (job.backend, job.dtype) == (other.backend, other.dtype)
+    return same and replace(job.config, seed=other.config.seed) == other.config
+
+
 def _start(
-    store: RunStore,
-    place: Place,
-    how: Start,
-    worker: Sequence[str],
+    store: RunStore, place: Place, how: Start, free: Callable[[], Worker | None], worker: Sequence[str],
     started: Callable[[Place], None],
-) -> Running | None:
-    """Start the worker of a run; None if it is done already or another process has it."""
+) -> Running | None:  # fmt: skip
+    """Start a run, in the process that is `free` or else a new one; None if it is done or another process has it."""
     with ExitStack() as stack:
         lock = stack.enter_context(store.held(place))
         if lock is None:
@@ -201,35 +263,55 @@ def _start(
         started(place)
         store.begin(place, how)
         (place.home / "failed.json").unlink(missing_ok=True)
-        variables = dict(os.environ)
-        if how.threads is not None:
-            variables |= {f"{library}_THREADS": str(how.threads) for library in LIBRARIES}
-        if how.device is not None:
-            variables["CUDA_VISIBLE_DEVICES"] = how.device
         replace_file(place.home / "worker.txt")
-        output = append_file(place.home / "worker.txt")
+        output = stack.enter_context(append_file(place.home / "worker.txt"))
+        ready = free()
+        if ready is None or not _order(ready, place, lock, output):
+            ready = _new_worker(place, how, lock, output, worker)
+        return Running(place, ready, output, stack.pop_all(), time.monotonic())
+
+
+def _new_worker(place: Place, how: Start, lock: BinaryIO, output: BinaryIO, command: Sequence[str]) -> Worker:
+    """Start a process that trains a run first."""
+    variables = dict(os.environ)
+    if how.threads is not None:
+        variables |= {f"{library}_THREADS": str(how.threads) for library in LIBRARIES}
+    if how.device is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = how.device
+    ours, theirs = socket.socketpair()  # its end tells the worker that this process is gone
+    with theirs:
         process = subprocess.Popen(
-            [*worker, str(place.home)],
-            stdin=subprocess.PIPE,  # its end tells the worker that this process is gone
+            [*command, str(place.home), str(lock.fileno())],
+            stdin=theirs.fileno(),
             stdout=output,
             stderr=subprocess.STDOUT,
             env=variables,
             pass_fds=(lock.fileno(),),  # the worker holds the run, whatever becomes of this process
         )
-        return Running(place, process, output, stack.pop_all(), time.monotonic())
+    return Worker(process, ours)
 
 
-def _finish(store: RunStore, worker: Running) -> None:
-    """Write down how a worker ended."""
-    code = worker.process.returncode
-    if not finished(worker.place.folder):
-        last = damage(worker.place.folder) or _last_line(worker.place.home / "worker.txt")
-        if code < 0:  # what it said last is no reason then
+def _order(worker: Worker, place: Place, lock: BinaryIO, output: BinaryIO) -> bool:
+    """Give a run to a worker that waits, with the files that it needs; False if the worker has died meanwhile."""
+    with suppress(OSError):
+        if worker.process.poll() is None:
+            socket.send_fds(worker.line, [os.fsencode(place.home) + b"\0"], [lock.fileno(), output.fileno()])
+            return True
+    worker.close()
+    return False
+
+
+def _finish(store: RunStore, running: Running) -> None:
+    """Write down how a run ended."""
+    code, place = running.worker.process.returncode, running.place
+    if not finished(place.folder):
+        last = damage(place.folder) or _last_line(place.home / "worker.txt")
+        if code is not None and code < 0:  # what it said last is no reason then
             why = f"ended by signal {-code} ({signal.strsignal(-code) or 'unknown'})"
             why += ", often for want of memory" if code == -signal.SIGKILL else ""
             last = f"{why}; said last: {last}" if last else why
-        store.fail(worker.place, last or f"ended with code {code} and said nothing")
-    worker.close()
+        store.fail(place, last or f"ended{'' if code is None else f' with code {code}'} and said nothing")
+    running.close()
 
 
 def _last_line(path: Path) -> str:

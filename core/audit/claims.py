@@ -207,7 +207,7 @@ def check_configuration(plan: Plan, process: Isolated, same_data: bool) -> Findi
         return Finding("D16", "NOT CHECKED", f"{words}; its recorded score was not computed again: {why}", details)
     env = plan.run.environment()
     same = (env.get("backend"), env.get("dtype")) == (process.value["backend"], process.value["dtype"])
-    details |= {"recorded": claim, "audited": audited}
+    details |= {"recorded": claim, "audited": audited, "once": plan.run.last("final/artifact").get("once")}
     problems = [f"{name} {claim.get(name)}, audited {audited[name]}" for name in _differ(claim, audited, CLAIM[same])]
     size = plan.run.last("final/artifact")["bytes"]
     if size != plan.artifact.stat().st_size:

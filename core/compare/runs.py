@@ -25,6 +25,8 @@ class RunFigures:
     train_bpb: float | None
     """Bits per byte of the training text at the last line."""
     bpb: float | None
+    once: bool | None
+    """Whether the artifact has the same bits, and so the same score; None: not known (an older run)."""
     label: str | None
     """`score` or `estimate`."""
     error: float | None
@@ -85,6 +87,7 @@ def _row(run: Run) -> RunFigures:
         steps=steps,
         train_bpb=lines[-1].get("train/bpb") if lines else None,
         bpb=final.get("bpb"),
+        once=stored.get("once"),
         label=final.get("label"),
         error=final.get("error"),
         byte_rule=final.get("byte_rule"),

@@ -242,7 +242,7 @@ def forecast(
     """
     settings = config.train
     course = walk(settings, costs)
-    works = _works(costs, course.due, build)
+    works = _works(costs, course, build)
     copies = sum(d.save for d in course.due) // settings.keep_every if settings.keep_every else 0
     disk = (2 + copies) * costs.checkpoint_bytes + artifact_bytes  # one in place, and the next one while it is written
     allowed = config.export.budget - config.export.code_bytes
@@ -282,8 +282,12 @@ def forecast(
     )
 
 
-def _works(costs: Costs, follows: list[Due], build: float) -> list[tuple[str, int, float]]:
-    """Return what takes time beside training steps: name, times, seconds together."""
+def _works(costs: Costs, course: Course, build: float) -> list[tuple[str, int, float]]:
+    """Return what takes time beside training steps: name, times, seconds together.
+
+    A run that ends with stored weights is scored once: its artifact's weights are those in memory.
+    """
+    follows, once = course.due, course.plans[-1].quantise
     saves = sum(d.save for d in follows) + (not follows[-1].save)
     writes = sum(d.write for d in follows) + (not follows[-1].write)
     evaluations = sum(d.evaluate for d in follows)
@@ -293,8 +297,8 @@ def _works(costs: Costs, follows: list[Due], build: float) -> list[tuple[str, in
         ("validation estimate", evaluations, evaluations * costs.estimate.seconds()),
         ("samples", writes, writes * costs.samples),
         ("checkpoint", saves, saves * costs.checkpoint),
-        ("scoring, weights in memory", 1, costs.scoring.seconds(cold=True)),
+        ("scoring, weights in memory", 1 - once, 0.0 if once else costs.scoring.seconds(cold=True)),
         ("export", 1, costs.export),
-        ("scoring, artifact", 1, costs.scoring.seconds()),
+        ("scoring, artifact", 1, costs.scoring.seconds(cold=once)),
     ]
     return works if costs.plugins is None else [*works, ("scoring, plug-ins", 1, costs.plugins.seconds(cold=True))]

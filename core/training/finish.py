@@ -1,4 +1,4 @@
-"""What ends a run: the score, the artifact, the score of the artifact as its reader returns it, the report."""
+"""What ends a run: the artifact, its score as its reader returns it, that of the weights in memory, the report."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from core.config import RunConfig
 from core.console import Console
 from core.data.dataset import Dataset
 from core.engine.protocol import Arrays, Engine
-from core.engine.ranks import only_rank_0, share_arrays
+from core.engine.ranks import agree, only_rank_0, share_arrays
 from core.export.artifact import read_artifact, write_artifact
 from core.scoring.evaluation import Evaluation
 from core.scoring.key import evaluation_key
@@ -24,10 +24,12 @@ from core.training.run import Run
 def finish(
     run: Run, engine: Engine, dataset: Dataset, step: int, say: Console, path: Path | None = None
 ) -> dict[str, Any]:
-    """Score the weights of `step`, write the artifact, score it again through its reader, write the report.
+    """Write the artifact of `step`, score it as its reader returns it, and write the report.
 
-    With `path` only the artifact is written, there: the run's own results stay those of its end. Returns what a verb
-    prints as JSON. `engine` is left with the artifact's weights. All ranks score; rank 0 writes.
+    One score is made, and shown for both, where the decoded weights are those in memory bit for bit; else the weights
+    in memory are scored first. With `path` only the artifact is written, there: the run's own results stay those of
+    its end. Returns what a verb prints as JSON. `engine` is left with the artifact's weights. All ranks score; rank 0
+    writes.
     """
     config, ranks = run.config, engine.ranks
     state, first = run.path / "state", ranks.rank == 0
@@ -35,28 +37,35 @@ def finish(
     def judge(label: str, name: str, plugins: bool = False) -> Score:
         return final_score(engine, dataset, config, say, label, state / name if first else None, plugins=plugins)
 
-    scored = judge("scoring", "score.ledger")
-    say(f"{describe(scored)} (weights in memory)")
-    if path is None:
-        run.log(step, {"final/score": scored.to_json()})
     target, exact = path or run.artifact_path, engine.quantise
     if config.train.quantise != "never" and not exact:
         say(f"WARNING: train.quantise={config.train.quantise} never switched on: weights are rounded only now")
-    size = _store(run, engine, dataset, step, target, say)
+    size, decoded = _store(run, engine, dataset, step, target)
+    once = agree(ranks, same_bits(decoded, engine.weights()))
+    scored = None
+    if once:
+        say(f"all {len(decoded)} tensors of the artifact are those of the forward pass, bit for bit: one score is made")
+    else:
+        say("the artifact's weights are not those in memory: each get a score of their own")
+        scored = judge("scoring", "score.ledger")
+        say(f"{describe(scored)} (weights in memory)")
+    engine.load_params(decoded)
     stored = judge("scoring the artifact", "artifact.ledger")
+    scored = scored or stored
     gap = stored.bpb - scored.bpb
-    say(f"{describe(stored)} (artifact, reloaded); round-trip gap {gap:+.6f}")
+    what = "artifact, reloaded, and weights in memory" if once else "artifact, reloaded"
+    say(f"{describe(stored)} ({what}); round-trip gap {gap:+.6f}")
     allowed = config.export.budget - config.export.code_bytes
     verdict = "within" if size <= allowed else "OVER"
     say(f"artifact {size:,} bytes, {verdict} the {allowed:,} that are left of the budget beside the code")
     exported = {"score": stored.to_json(), "gap": gap, "bytes": size, "allowed": allowed, "within": size <= allowed}
-    exported["exact"] = exact
+    exported |= {"exact": exact, "once": once}
     value = {"run": str(run.path), "step": step, "score": scored.to_json()}
     value["artifact"] = {"path": str(target), **exported}
     if path is not None:
         say(f"wrote {path}")
         return {**value, "samples": [], "files": [str(path)]}
-    run.log(step, {"final/artifact": exported})
+    run.log(step, {"final/score": scored.to_json(), "final/artifact": exported})
     if config.eval.plugins:
         named = f"scoring with {', '.join(config.eval.plugins)}"
         helped = judge(named, "plugins.ledger", plugins=True)
@@ -76,8 +85,8 @@ def finish(
     return {**value, "samples": texts, "files": [str(file) for file in written]}
 
 
-def _store(run: Run, engine: Engine, dataset: Dataset, step: int, target: Path, say: Console) -> int:
-    """Write the artifact, give the engine what its reader returns, and return the artifact's bytes; PromiseError."""
+def _store(run: Run, engine: Engine, dataset: Dataset, step: int, target: Path) -> tuple[int, Arrays]:
+    """Write the artifact and return its bytes and what its reader returns; PromiseError."""
     config, ranks = run.config, engine.ranks
     provenance = {"preset": config.preset, "seed": config.seed, "step": step, "train_seq": config.train.seq}
     size = only_rank_0(
@@ -93,24 +102,27 @@ def _store(run: Run, engine: Engine, dataset: Dataset, step: int, target: Path, 
     decoded = share_arrays(ranks, read_artifact(target).weights if ranks.rank == 0 else None)
     if engine.quantise:
         check_promise(decoded, engine.weights(), target)
-        say(f"all {len(decoded)} tensors of the artifact are those of the forward pass, bit for bit")
-    engine.load_params(decoded)
-    return size
+    return size, decoded
+
+
+def same_bits(decoded: Arrays, weights: Arrays) -> bool:
+    """Return whether an engine that is given the decoded weights would have those that it has."""
+    return all(decoded[name].astype(weight.dtype).tobytes() == weight.tobytes() for name, weight in weights.items())
 
 
 class PromiseError(AssertionError):
-    """What was scored is not what was stored: a fault of this program, never of the user's input."""
+    """What is in memory is not what was stored: a fault of this program, never of the user's input."""
 
 
 def check_promise(decoded: Arrays, scored: Arrays, path: str | Path) -> None:
-    """Raise PromiseError unless the decoded weights are those of the scored forward pass, bit for bit.
+    """Raise PromiseError unless the decoded weights are those of the forward pass, bit for bit.
 
-    The artifact is removed then: nobody may take it for the model that was scored.
+    The artifact is removed then: nobody may take it for the model that was trained.
     """
     for name, values in decoded.items():
         if values.tobytes() != scored[name].astype(np.float32).tobytes():
             Path(path).unlink(missing_ok=True)
-            raise PromiseError(f"{path}: {name} is not the weight that was scored; the artifact is removed")
+            raise PromiseError(f"{path}: {name} is not the weight of the forward pass; the artifact is removed")
 
 
 def final_score(

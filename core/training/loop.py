@@ -26,6 +26,7 @@ from core.scoring.score import score
 from core.training.generate import sample_lines, samples
 from core.training.run import Run
 from core.training.schedule import plan, progress_by_steps
+from core.training.step_line import Show, StepLine
 
 Say = Callable[[str], None]
 MOST_LINES = MAX_TEXT // 400
@@ -114,12 +115,12 @@ class Leave:
         self.asked = True
 
 
-def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> TrainingSummary:
+def train(run: Run, engine: Engine, dataset: Dataset, say: Say, show: Show | None = None) -> TrainingSummary:
     """Train `engine` to the end of `run.config` on `dataset`, from the run's checkpoint if it has one.
 
     Every rank of the engine does this with its rows of each batch; time is rank 0's. NonFiniteError names the first
     step whose loss or gradients were not finite, ConfigError a run of fewer rows than ranks. Stopped comes, after a
-    checkpoint, where SIGINT or SIGTERM asked for it.
+    checkpoint, where SIGINT or SIGTERM asked for it. `show` gets a line in place of the last one after every step.
     """
     config, settings, ranks = run.config, run.config.train, engine.ranks
     check_rows(settings, ranks)
@@ -127,19 +128,22 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say) -> TrainingSumma
     if step:
         say(f"resumed at step {step}")
     if not done(step, seconds, settings):
-        warm_up(engine, config)
+        warm_up(engine, config, show)
     feed = prefetch(config, ranks, dataset, step, plan(step, progress_of(step, seconds, settings), settings).seq)
     clock, first = Clock(seconds), step
     ended = time.perf_counter()
     meter, saved, saved_at = Meter(run, engine, dataset, clock, say), step, time.monotonic()
+    line = StepLine(settings, lambda: clock.seconds, step, show)
     with Leave() as leave, contextlib.closing(feed):
         while not done(step, seconds := agreed(clock, engine, settings), settings):
             progress = progress_of(step, seconds, settings)
             now = plan(step, progress, settings)
             if settings.quantise == "late" and now.quantise and not engine.quantise:
                 say(f"step {step}: from here on forward passes use the stored form of the weights")
-            meter.add(step, progress, engine.train_step(feed.get(step, now.seq), now))
+            pending = engine.train_step(feed.get(step, now.seq), now)
+            meter.add(step, progress, pending)
             step += 1
+            line(step, pending)
             now_due = due(step, settings)
             leaving, late = _asked(ranks, leave, now_due, time.monotonic() - saved_at, settings)
             if now_due.read or leaving:
@@ -208,19 +212,21 @@ def prefetch(config: RunConfig, ranks: Ranks, dataset: Dataset, step: int, seq: 
     )
 
 
-def warm_up(engine: Engine, config: RunConfig) -> None:
+def warm_up(engine: Engine, config: RunConfig, show: Show | None = None) -> None:
     """Let the engine compile its step for every row length, with and without repeated layers if the run has both.
 
-    It does so on random tokens; weights and optimizer are put back.
+    It does so on random tokens; weights and optimizer are put back. `show` gets a line before every step.
     """
     params, optimizer, quantise = engine.params(), engine.optimizer(), engine.quantise
-    settings = config.train
+    settings, again = config.train, bool(config.model.repeat_layers)
     for seq in sorted(set(settings.lengths)):
         rows = settings.rows_of(seq)[0]
         drawn = rng.integers16(config.seed, "warm-up", rows * (seq + 1)) % config.model.vocab
         drawn = drawn.astype(np.int32).reshape(rows, seq + 1)[share(rows, engine.ranks)]
         tokens, targets = np.ascontiguousarray(drawn[:, :-1]), np.ascontiguousarray(drawn[:, 1:])
         for repeat in {plan(0, 0.0, settings).repeat, True}:
+            if show is not None:
+                show(f"compiling: a step of {rows} rows of {seq} tokens{', layers repeated' * again * repeat}")
             first = replace(plan(0, 0.0, settings), seq=seq, quantise=settings.quantise != "never", repeat=repeat)
             engine.train_step(Batch(tokens, targets, rows), first).result()
     engine.load_params(params, quantise)

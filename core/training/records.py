@@ -92,7 +92,10 @@ SCORE = {
     "error": or_null(POSITIVE), "bpb_raw": or_null(NUMBER), "windows": TEXT, "plugins?": [TEXT],
 }  # fmt: skip
 """A core.scoring.score.Score."""
-ARTIFACT = {"score": SCORE, "bytes": COUNT, "gap?": NUMBER, "allowed?": COUNT, "within?": FLAG, "exact?": FLAG}
+ARTIFACT = {
+    "score": SCORE, "bytes": COUNT, "gap?": NUMBER, "allowed?": COUNT, "within?": FLAG, "exact?": FLAG, "once?": FLAG,
+}  # fmt: skip
+"""`exact`: forward passes used the stored form; `once`: the bits are those in memory, and one score stands for both."""
 METRICS: dict[str, tuple[Kind, str]] = {
     "train/loss": (NUMBER, "mean nats per target since the last line"),
     "train/bpb": (NUMBER, "estimate of bits per byte from train/loss and the bytes per token of the training text"),

@@ -31,6 +31,7 @@ def _markdown(run: Run) -> str:
     raw = "" if final["bpb_raw"] is None else f" Per byte of the raw text: {final['bpb_raw']:.4f}."
     fits = "within" if stored["within"] else "**over**"
     exact = "the trained weights, bit for bit" if stored.get("exact") else "rounded after training"
+    exact += ", so scored once" if stored.get("once") else ", scored apart from the weights in memory"
     commit = f"{env.get('commit') or 'unknown'}{' (with uncommitted changes)' if env.get('dirty') else ''}"
     lines = [
         f"# {config.preset}, seed {config.seed}, {env.get('backend')}",

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
@@ -29,6 +29,8 @@ from core.console import Console
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, batch, identity
 from core.data.tokenizer import Tokenizer
+from core.engine.loading import load_engine
+from core.engine.measured import Measured
 from core.engine.optimizer_state import exported
 from core.engine.protocol import Arrays
 from core.engine.ranks import Ranks, check_same
@@ -51,6 +53,8 @@ class Context(NamedTuple):
     say: Console
     command: str
     """The command line, as it could be typed again."""
+    load: Callable[..., Measured] = load_engine
+    """How `skc train` gets its engine; the worker of an ablation hands out the same one for every seed."""
 
 
 class Outcome(NamedTuple):

@@ -15,7 +15,7 @@ from core.console import Console, duration
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
 from core.engine.heartbeat import Heartbeat
-from core.engine.loading import choose_backend, load_engine
+from core.engine.loading import choose_backend
 from core.engine.memory import enough_memory
 from core.engine.protocol import DType, Engine, EngineOptions
 from core.engine.ranks import Ranks, agree, join
@@ -112,7 +112,7 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
             run, end = _begin(Path(out), config, dataset, options.again, ranks, stack)
         if end is not None:
             return _shown(Path(out), config, end, say)
-        engine = load_engine(backend, config, start_weights(config, dataset.train), choices, ranks=ranks)
+        engine = context.load(backend, config, start_weights(config, dataset.train), choices, ranks=ranks)
         if run is None:
             return _forecast(engine, dataset, config, out, time.perf_counter() - began, say)
         if not ranks.rank:
@@ -123,7 +123,7 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
             _introduce(run, engine, dataset, context)
             run.copies = trackers.start(options.track, run.path, config, say)
             stack.callback(run.copies.close)
-        summary = train(run, engine, dataset, say)
+        summary = train(run, engine, dataset, say, say.moving if say.terminal else None)
         _close_training(run, dataset, summary, say)
         value = finish(run, engine, dataset, summary.steps, say)
         say(f"the whole run is in {run.path}")

@@ -1,11 +1,12 @@
 """A stand-in for core.verbs.ablation_worker: it trains nothing. `python -m shared_tests.support.ablation_worker FOLDER`
 
 It makes a real run folder, step by step, with a checkpoint counter, and notes every step it takes in FOLDER/taken.txt,
-so that a test can see that no step is lost and none is taken twice. Seed 13 fails.
+so that a test can see that no step is lost and none is taken twice. Seed 13 fails, and seed 99 is killed once.
 """
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 from core.config import RunConfig, from_json
 from core.files import replace_file
 from core.training.run import Run
+from core.verbs.ablation_worker import serve
 
 STEPS = 10
 
@@ -29,15 +31,23 @@ def whole_score(bpb: float) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Take the steps that are left."""
-    folder = Path(sys.argv[1])
+    """Take the steps of one run, and end."""
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(75)), daemon=True).start()
+    return take(Path(sys.argv[1]))
+
+
+def take(folder: Path) -> int:
+    """Take the steps that are left."""
+    (folder / "pid.txt").write_text(str(os.getpid()))
     job = json.loads((folder / "job.json").read_text())
     config = from_json(RunConfig, job["config"])
     run = Run.create(folder / "run", config, b"tokenizer")
     if config.seed == 13:
         print("Traceback ...\nskc train: the loss (nan) is not finite")
         return 1
+    if config.seed == 99 and not (folder / "taken.txt").exists():
+        (folder / "taken.txt").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     counter = run.path / "state" / "steps"
     done = int(counter.read_text()) if counter.exists() else 0
     for step in range(done, STEPS):
@@ -52,4 +62,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(take))

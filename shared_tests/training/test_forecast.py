@@ -69,7 +69,8 @@ def cost(kind: StepKind) -> float:
 class FakeEngine:
     """An engine that computes nothing and takes its time."""
 
-    backend, device, dtype, notes, quantise, ranks = "fake", "CPU", "float32", (), False, Alone()
+    backend, device, dtype, notes, ranks = "fake", "CPU", "float32", (), Alone()
+    quantise = False
 
     def __init__(self, config: RunConfig, device: Device) -> None:
         self.config, self.clock = config, device
@@ -82,6 +83,7 @@ class FakeEngine:
     def train_step(self, batch: Batch, now: StepPlan) -> Any:
         assert batch.tokens.shape == (self.config.train.rows_of(now.seq)[0], now.seq)
         self.steps += 1
+        self.quantise = now.quantise
         done = self.clock.work(cost(StepKind.of(now)))
 
         def result() -> StepResult:
@@ -126,7 +128,8 @@ class FakeEngine:
         return {name: Stored(value.astype(np.float16), None) for name, value in self.values.items()}
 
     def weights(self) -> Arrays:
-        return self.values
+        stored = {name: value.astype(np.float16).astype(np.float32) for name, value in self.values.items()}
+        return stored if self.quantise else self.values
 
     def params(self) -> Arrays:
         return self.values
@@ -135,7 +138,7 @@ class FakeEngine:
         return self.state
 
     def load_params(self, params: Arrays, quantise: bool = False) -> None:
-        self.values = params
+        self.values, self.quantise = params, quantise
 
     def load_optimizer(self, state: Arrays) -> None:
         self.state = state

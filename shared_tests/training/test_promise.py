@@ -16,6 +16,8 @@ from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
 from core.engine.loading import load_engine
 from core.export.artifact import read_artifact
+from core.scoring.evaluation import Evaluation
+from core.scoring.score import score
 from core.training.environment import environment
 from core.training.finish import PromiseError, finish
 from core.training.loop import train
@@ -28,6 +30,19 @@ pytestmark = pytest.mark.pair
 @pytest.fixture(scope="module")
 def dataset() -> Dataset:
     return open_data("sample")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many final scores are made."""
+    count = [0]
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        count[0] += 1
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(core.training.finish, "score", counted)
+    return count
 
 
 def small(**changes: Any) -> RunConfig:
@@ -52,7 +67,10 @@ def small(**changes: Any) -> RunConfig:
 
 
 def ended(config: RunConfig, backend: str, dataset: Dataset, path: Path) -> tuple[Run, dict[str, Any], str]:
-    """Train and finish a run; return it, what `finish` returned and what it said."""
+    """Train and finish a run; return it, what `finish` returned and what it said.
+
+    The weights in memory are scored here too: what `finish` says of them has to be that, to the last bit.
+    """
     run = Run.create(path, config, dataset.tokenizer.model, identity(dataset))
     made = engine(backend, config)
     run.record_environment(environment(made, dataset, "skc train", 0))
@@ -60,7 +78,9 @@ def ended(config: RunConfig, backend: str, dataset: Dataset, path: Path) -> tupl
     say = Console(False)
     with say.copied_to(text):
         summary = train(run, made, dataset, say)
+        of_memory = score(made, Evaluation.of(dataset.val, config, config.eval.documents))
         value = finish(run, made, dataset, summary.steps, say)
+    assert value["score"] == of_memory.to_json()
     return run, value, text.getvalue()
 
 
@@ -79,14 +99,15 @@ CASES += [("int4 and fp8", "mlx")]
 
 @pytest.mark.parametrize("name, backend", CASES)
 def test_the_gap_is_zero_and_the_artifact_is_the_forward_pass(
-    name: str, backend: str, dataset: Dataset, tmp_path: Path
+    name: str, backend: str, dataset: Dataset, tmp_path: Path, made: list[int]
 ) -> None:
     config = small(**dict(STORED[name]))
     run, value, said = ended(config, backend, dataset, tmp_path / "run")
     stored = value["artifact"]
     assert stored["gap"] == 0.0 and stored["exact"] is True and value["score"] == stored["score"]
-    assert "bit for bit" in said and "round-trip gap +0.000000" in said
-    assert "the trained weights, bit for bit" in (run.path / "report.md").read_text()
+    assert "bit for bit: one score is made" in said and "round-trip gap +0.000000" in said
+    assert stored["once"] is True and made == [1]
+    assert "the trained weights, bit for bit, so scored once" in (run.path / "report.md").read_text()
     saved = run.checkpoint()
     assert saved and saved.quantise
     weights = core.training.finish.read_artifact(run.artifact_path).weights
@@ -94,10 +115,20 @@ def test_the_gap_is_zero_and_the_artifact_is_the_forward_pass(
     assert all(again.weights()[key].tobytes() == weight.tobytes() for key, weight in weights.items())
 
 
-def test_weights_rounded_after_training_have_a_measured_gap(dataset: Dataset, tmp_path: Path) -> None:
+def test_weights_rounded_after_training_have_a_measured_gap(dataset: Dataset, tmp_path: Path, made: list[int]) -> None:
     run, value, said = ended(small(quantise="never"), "cuda", dataset, tmp_path / "run")
-    assert value["artifact"]["gap"] != 0.0 and value["artifact"]["exact"] is False
+    stored = value["artifact"]
+    assert stored["gap"] != 0.0 and stored["exact"] is False
+    assert stored["once"] is False and made == [2] and "each get a score of their own" in said
     assert "bit for bit" not in said and "rounded after training" in (run.path / "report.md").read_text()
+
+
+def test_one_bit_apart_is_apart() -> None:
+    zeros = np.zeros(3, np.float32)
+    assert core.training.finish.same_bits({"a": zeros}, {"a": zeros.astype(np.float64)})
+    assert not core.training.finish.same_bits({"a": zeros}, {"a": -zeros})
+    third = np.full(3, 1 / 3)  # an engine in float64 may have what float32 cannot hold
+    assert not core.training.finish.same_bits({"a": third.astype(np.float32)}, {"a": third})
 
 
 def test_an_artifact_that_is_not_what_was_scored_is_never_passed_off(
@@ -111,5 +142,5 @@ def test_an_artifact_that_is_not_what_was_scored_is_never_passed_off(
         return artifact
 
     monkeypatch.setattr(core.training.finish, "read_artifact", faulty)
-    with pytest.raises(PromiseError, match="embed.weight is not the weight that was scored"):
+    with pytest.raises(PromiseError, match="embed.weight is not the weight of the forward pass"):
         ended(small(), "cuda", dataset, tmp_path / "run")

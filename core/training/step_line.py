@@ -1,0 +1,49 @@
+"""The moving line of a training run on a terminal: after every step, how far it is, how fast, and how long it takes."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from core.config import TrainConfig
+from core.console import duration
+from core.engine.protocol import Pending
+
+Show = Callable[[str], None]
+AHEAD = 2
+"""Steps that may be under way on the device: the loss of an earlier one is there, and reading it waits for nothing."""
+EVERY = 0.25
+"""Seconds between two lines: more cannot be read, and a loss that comes from a GPU costs a moment."""
+RECENT = 16
+"""Steps whose pace is shown."""
+
+
+class StepLine:
+    """Shows where training stands, a line in place of the last one; without `show` it does nothing."""
+
+    def __init__(self, settings: TrainConfig, seconds: Callable[[], float], step: int, show: Show | None) -> None:
+        """Begin at `step`; `seconds` tells the training time so far."""
+        self._settings, self._seconds, self._show = settings, seconds, show
+        self._pending: deque[Pending] = deque(maxlen=AHEAD + 1)
+        self._marks = deque([(step, seconds())], maxlen=RECENT + 1)
+        self._shown = 0.0
+        if show is not None:
+            show(f"step {step + 1}/{settings.steps}: under way")
+
+    def __call__(self, step: int, pending: Pending) -> None:
+        """Show that `step` steps were started, the last of which is `pending`."""
+        if self._show is None:
+            return
+        self._pending.append(pending)
+        self._marks.append((step, self._seconds()))
+        now = time.monotonic()
+        if now - self._shown < EVERY:
+            return
+        self._shown = now
+        (before, began), (_, seconds) = self._marks[0], self._marks[-1]
+        each = max(seconds - began, 1e-9) / (step - before)
+        left = (self._settings.steps - step) * each
+        if self._settings.seconds is not None:
+            left = min(left, self._settings.seconds - seconds)
+        loss = f"loss {self._pending[0].result().loss:.4f}, " if len(self._pending) > AHEAD else ""
+        speed = f"{self._settings.tokens_per_step / each:,.0f} tok/s"
+        self._show(f"step {step}/{self._settings.steps}: {loss}{speed}, {duration(left)} left")
