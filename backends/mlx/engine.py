@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from backends.mlx import ops, optim, storage
+from backends.mlx import attention, ops, optim, storage
 from backends.mlx.blas import load_fast_blas
 from backends.mlx.distributed import reduce
 from backends.mlx.model import Model
@@ -80,7 +80,8 @@ class Engine:
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         self._orthogonal = DTYPES[options.newton_schulz] if options.newton_schulz else self._wide
         self._table = param_table(config.model)
-        self._model = Model(config.model, self._exact)
+        self._attention = attention.choose(self._exact, gpu)
+        self._model = Model(config.model, self._exact, self._attention)
         names = {name: tuple(value.shape) for name, value in dict(tree_flatten(self._model.parameters())).items()}
         check_arrays(weights, names, "weights for the MLX model")
         self._tables: dict[int, Constants] = {}
@@ -110,7 +111,7 @@ class Engine:
         self._store = compiled(self._stored)
         self.notes = (
             f"compile: {'whole step (mx.compile)' if self._compiled else 'off' if compiler else 'off, no g++'}",
-            f"attention: {'exact, composed' if self._exact else 'mx.fast.scaled_dot_product_attention'}",
+            self._attention.note,
             f"scan: {'exact, step by step' if self._exact else 'in chunks'}",
             f"Newton-Schulz in {str(self._orthogonal).removeprefix('mlx.core.')}",
             f"BLAS: {load_fast_blas() if options.fast_blas else 'as MLX ships it'}",
@@ -127,20 +128,20 @@ class Engine:
         """Return the weights of a training step's forward pass; gradients at them are those of `params`."""
         return self._store(params) if quantise else params
 
-    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True):
+    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=False):
         self._model.update(tree_unflatten(list(weights.items())))
-        return self._model(tokens, tables, self._compute, repeat, record, state, capped)
+        return self._model(tokens, tables, self._compute, repeat, record, state, capped, training)
 
     def _logits(self, weights, tokens, tables):
         return self._forward(weights, tokens, tables)[0]
 
-    def _costs(self, weights, tokens, targets, tables, repeat=True):
+    def _costs(self, weights, tokens, targets, tables, repeat=True, training=False):
         """Return -log p(target) and the logsumexp of every position."""
-        logits, _ = self._forward(weights, tokens, tables, repeat, capped=False)
+        logits, _ = self._forward(weights, tokens, tables, repeat, capped=False, training=training)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
     def _losses(self, weights, tokens, targets, tables, repeat):
-        nll, total = self._costs(weights, tokens, targets, tables, repeat)
+        nll, total = self._costs(weights, tokens, targets, tables, repeat, training=True)
         loss = mx.mean(nll)
         return loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss, loss
 
@@ -388,7 +389,7 @@ class Engine:
     def _rows(self, seq):
         """Return how many rows of `seq` tokens go through the model at once."""
         if seq not in self._fitting:
-            composed = self._exact or mx.default_device() != mx.Device(mx.gpu)  # MLX: fused attention needs a GPU
+            composed = self._exact or seq < attention.RECOMPUTED  # MLX: attention keeps its scores
             self._fitting[seq] = fitting(self._run, seq, self.dtype, self._memory, composed)
         return self._fitting[seq]
 
