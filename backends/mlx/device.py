@@ -111,9 +111,9 @@ def micro_batch(chip, tokens, ranks):
     return tokens, math.inf if tokens is None else usable(chip.working_set, ranks, FILLED)
 
 
-def check_memory(chip, config, rows, seq, dtype):
+def check_memory(chip, config, rows, seq, dtype, composed):
     """Raise ConfigError where a GPU should fill more than FILLED of its working set with micro-batches of `rows`."""
-    takes, most = needed(config, rows, seq, dtype, True), FILLED * chip.working_set
+    takes, most = needed(config, rows, seq, dtype, composed), FILLED * chip.working_set
     if not chip.gpu or takes <= most:
         return
     lower = "--train.micro-batch" if rows > 1 else "--train.seq, or the model"

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from backends.mlx import device, ops, storage
+from backends.mlx import attention, device, ops, storage
 from backends.mlx.banks import banks, parts
 from backends.mlx.blas import load_fast_blas
 from backends.mlx.kernels import trial
@@ -78,7 +78,8 @@ class Engine:
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         self._orthogonal = DTYPES[options.newton_schulz] if options.newton_schulz else self._wide
         self._table = param_table(config.model)
-        self._model = Model(config.model, self._exact)
+        self._attention = attention.choose(self._exact, gpu)
+        self._model = Model(config.model, self._exact, self._attention)
         names = {name: tuple(value.shape) for name, value in dict(tree_flatten(self._model.parameters())).items()}
         check_arrays(weights, names, "weights for the MLX model")
         self._tables: dict[int, Constants] = {}
@@ -113,7 +114,7 @@ class Engine:
         self._store = compiled(self._stored)
         self.notes = (
             f"compile: {'whole step (mx.compile)' if self._compiled else 'off' if compiler else 'off, no g++'}",
-            f"attention: {'exact, composed' if self._exact else 'mx.fast.scaled_dot_product_attention'}",
+            self._attention.note,
             *trial.notes(config.model, self._compute, self._exact),
             f"Newton-Schulz in {str(self._orthogonal).removeprefix('mlx.core.')}",
             f"BLAS: {load_fast_blas() if options.fast_blas else 'as MLX ships it'}",
@@ -139,20 +140,20 @@ class Engine:
             }
         return parts(self._banks, rows)
 
-    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True):
+    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=False):
         self._model.update(tree_unflatten(list(weights.items())))
-        return self._model(tokens, tables, self._compute, repeat, record, state, capped)
+        return self._model(tokens, tables, self._compute, repeat, record, state, capped, training)
 
     def _logits(self, weights, tokens, tables):
         return self._forward(weights, tokens, tables)[0]
 
-    def _costs(self, weights, tokens, targets, tables, repeat=True):
+    def _costs(self, weights, tokens, targets, tables, repeat=True, training=False):
         """Return -log p(target) and the logsumexp of every position."""
-        logits, _ = self._forward(weights, tokens, tables, repeat, capped=False)
+        logits, _ = self._forward(weights, tokens, tables, repeat, capped=False, training=training)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
     def _losses(self, rows, tokens, targets, tables, repeat):
-        nll, total = self._costs(self._named(rows), tokens, targets, tables, repeat)
+        nll, total = self._costs(self._named(rows), tokens, targets, tables, repeat, training=True)
         loss = mx.mean(nll)
         return loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss, loss
 
@@ -180,7 +181,7 @@ class Engine:
         if self._weights is not None:
             mx.clear_cache()  # MLX: memory of scoring's shapes serves no step
         rows = self._rows(seq)
-        device.check_memory(self._chip, self._run, rows, seq, self.dtype)
+        device.check_memory(self._chip, self._run, rows, seq, self.dtype, self._composed(seq))
         parts, shares, count = micro_batches(batch, rows, self.ranks.world)
         tables, number = self._constants(seq), mx.array(count, self._wide)
         weights = self._trained(self._params, plan.quantise)
@@ -324,9 +325,13 @@ class Engine:
     def _rows(self, seq):
         """Return how many rows of `seq` tokens go through the model at once."""
         if seq not in self._fitting:
-            # MLX: attention that is trained keeps its scores, on a GPU too
-            self._fitting[seq] = fitting(self._run, seq, self.dtype, self._memory, True, self._tokens)
+            composed = self._composed(seq)
+            self._fitting[seq] = fitting(self._run, seq, self.dtype, self._memory, composed, self._tokens)
         return self._fitting[seq]
+
+    def _composed(self, seq):
+        """Return whether attention keeps its scores for the backward pass."""
+        return self._exact or seq < attention.RECOMPUTED
 
     def _constants(self, seq, position=None):
         """Return the tables of rows from `position` (B,) on; None: from 0, which are kept."""

@@ -27,9 +27,9 @@ class Model(nn.Module):
     Letters: B rows, T positions, D width, E embedding width, V vocabulary, P tokens before, S kept keys.
     """
 
-    def __init__(self, config, exact):
+    def __init__(self, config, exact, attention):
         super().__init__()
-        self._config, self._exact = config, exact
+        self._config, self._exact, self._attention = config, exact, attention
         self._stages = {repeat: config.stages(repeat) for repeat in (False, True)}
         width = config.embedding.dim or config.dim
         self.embed = Embedding(config.vocab, width)
@@ -67,7 +67,7 @@ class Model(nn.Module):
         x_BTE = self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
         return self.embed.product(x_BTE)
 
-    def context(self, tokens_BT, constants, state, wide):
+    def context(self, tokens_BT, constants, state, wide, training):
         """Return the Context of these rows."""
         seq, isolated = tokens_BT.shape[1], self._config.documents == "isolated"
         starts_BT = tokens_BT == self._config.bos if isolated else mx.zeros(tokens_BT.shape, mx.bool_)
@@ -83,16 +83,18 @@ class Model(nn.Module):
         if state is None:
             ids = mx.pad(ids, [(0, 0), (self._config.reach, 0)], constant_values=-1)
         tables = (hadamard, walsh, position, ids)
-        return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide)
+        attend = self._attention.training if training else self._attention.scoring
+        return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, attend=attend)
 
-    def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True):
+    def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=False):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
         `record` (a dict) collects the stream after every stage. `repeat`: layers that are to be repeated are. Not
-        `capped`: logits before bias and softcap, as wide as they come, for ops.cross_entropy.
+        `capped`: logits before bias and softcap, as wide as they come, for ops.cross_entropy. `training`: with the form
+        of attention whose gradients cost least.
         """
         wide = mx.float64 if dtype == mx.float64 else mx.float32
-        context = self.context(tokens_BT, constants, state, wide)
+        context = self.context(tokens_BT, constants, state, wide, training)
         stream, stages, tapes = self.embedding(tokens_BT, dtype), self._stages[repeat], []
         if record is not None:
             record["embed"] = stream.x

@@ -116,7 +116,7 @@ class Context(NamedTuple):
     wide: Any  # type of recurrent states: float32 or wider
     last: Any = None  # (B, 1) int: when the chunk is committed, the document of the last token that is kept
     keep: Any = None  # (B, S) int: and which keys are
-    attend: Any = None  # CUDA: the form of attention that was chosen at build; MLX has one
+    attend: Any = None  # the form of attention that was chosen at build; MLX: one to train, one to score
 
     @property
     def continues(self):

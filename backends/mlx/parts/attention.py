@@ -47,7 +47,7 @@ class Attention(Part):
         # Keys are kept as they were rotated: scores depend on distances alone.
         if state is not None:
             k_BGTK, v_BGTK = mx.concatenate([state.k, k_BGTK], axis=2), mx.concatenate([state.v, v_BGTK], axis=2)
-        y_BHTK = ops.attention(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)
+        y_BHTK = context.attend(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)
         y_BTD = self.o(mx.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim))
         return stream._replace(x=y_BTD), AttentionState(k_BGTK, v_BGTK, tail_BPD)
 

@@ -1,0 +1,111 @@
+"""MLX's attention in blocks: as exact as P1 asks, its memory bounded, used where it is said to be. Budget: 10 s."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from core.check.tolerances import P1_EXACT, P1_FAST, relative_rms
+from core.data.batch import Batch
+from core.engine.loading import load_engine
+from core.engine.protocol import EngineOptions
+from shared_tests.support.harness import call, draw, gradients, mini, module
+
+mx = pytest.importorskip("mlx.core")
+attention, ops = module("mlx", "attention"), module("mlx", "ops")
+LEAST = 16
+"""Queries of a block here: rows of 100 have seven, the last one shorter."""
+
+
+def given(queries: int, keys: int, documents: bool) -> tuple:
+    """Return (q, k, v, mask): two rows, four heads that share two, keys of a state in front."""
+    shapes = {"q": (2, 4, queries, 8), "k": (2, 2, keys, 8), "v": (2, 2, keys, 8)}
+    q, k, v = (draw(f"blocks/{name}", *shape) for name, shape in shapes.items())
+    mask = np.tri(queries, keys, keys - queries, dtype=np.bool_)
+    if documents:
+        ids = np.cumsum(draw("blocks/documents", 2, keys) > 1.2, axis=1)
+        mask = (mask & (ids[:, keys - queries :, None] == ids[:, None, :]))[:, None]
+    return q, k, v, None if queries == keys and not documents else mask
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("recomputed", [1, 999])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(100, 100), (16, 16), (33, 80), (1, 40)])
+def test_blocks_give_what_the_exact_form_gives(
+    queries: int, keys: int, documents: bool, recomputed: int, dtype: str
+) -> None:
+    arguments = given(queries, keys, documents)
+    weights = [draw("blocks/cotangent", 2, 4, queries, 8)]
+    blocks = functools.partial(attention.attention, least=LEAST, recomputed=recomputed)
+    ours, exact = (
+        [*call("mlx", f, (*arguments, last), d), *gradients("mlx", f, (*arguments, last), weights, d).values()]
+        for f, last, d in ((blocks, False, dtype), (ops.attention, True, "float64"))
+    )
+    assert len(ours) == len(exact) == 4
+    for mine, theirs in zip(ours, exact, strict=True):
+        # MLX's own softmax in float64 is good to 1e-7, which is why the exact form is composed.
+        assert relative_rms(mine, theirs) <= (P1_FAST if dtype == "float32" else max(P1_EXACT, 2e-7))
+
+
+def test_blocks_refuse_a_state_without_a_mask() -> None:
+    q, k, v, _ = given(3, 5, False)
+    with pytest.raises(ValueError, match="as many queries as keys"):
+        call("mlx", functools.partial(attention.attention, least=LEAST), (q, k, v, None, False), "float32")
+
+
+def peak(form, layers: int = 4, seq: int = 1024) -> int:
+    """Return the bytes at the fullest moment of a forward and backward pass through layers of attention."""
+    q, k, v = (mx.array(draw(f"peak/{name}", 1, 4, seq, 8), mx.float32) for name in "qkv")
+
+    def loss(q, k, v):
+        for _ in range(layers):
+            q = q + form(q, k, v, None, False)
+        return mx.sum(mx.square(q))
+
+    step = mx.compile(mx.grad(loss, argnums=(0, 1, 2)))
+    mx.eval(q, k, v)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(step(q, k, v))
+    return mx.get_peak_memory() - before
+
+
+def test_scores_that_are_made_again_do_not_live_at_once() -> None:
+    """Kept, the causal halves of four layers are half of MLX's own scores; made again, in turn, a few blocks' are."""
+    scores = 4 * 4 * 1024**2
+    kept, again = (peak(functools.partial(attention.attention, least=64, recomputed=r)) for r in (9999, 1))
+    own = peak(ops.attention)
+    assert own > 4 * scores  # of every layer its own: else nothing is measured
+    assert kept < 0.6 * own
+    assert again < own / 4
+    assert again < 2 * scores  # of two layers: what is under way when a block begins still counts
+
+
+def test_training_takes_the_blocks_and_scoring_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where MLX's own form is fused when it scores, and only then."""
+    calls = []
+
+    def said(name, form):
+        return lambda *arguments: (calls.append(name), form(*arguments))[1]
+
+    forms = attention.choose(False, True)
+    assert forms.scoring is ops.attention and forms.training is not ops.attention
+    forms = forms._replace(training=said("training", forms.training), scoring=said("scoring", forms.scoring))
+    monkeypatch.setattr(attention, "choose", lambda exact, gpu: forms)
+    engine = load_engine("mlx", mini("ablate_float"), options=EngineOptions(compile=False))
+    rows = np.arange(2 * 33, dtype=np.int32).reshape(2, 33) % engine._config.vocab
+    batch = Batch(rows[:, :-1], rows[:, 1:], 2)
+    engine.nll(*batch[:2])
+    assert set(calls) == {"scoring"}
+    calls.clear()
+    engine.gradients(batch)
+    assert set(calls) == {"training"}
+    assert "training block-causal" in forms.note and forms.note in engine.notes
+
+
+def test_every_form_is_said() -> None:
+    exact, cpu = attention.choose(True, True), attention.choose(False, False)
+    assert exact.note == "attention: exact, composed" and exact.training is exact.scoring is ops.attention
+    assert cpu.training is cpu.scoring and "scaled_dot_product" not in cpu.note
