@@ -212,7 +212,7 @@ def test_a_micro_batch_has_8192_tokens_on_a_gpu_unless_more_was_asked_for(
 def test_what_would_swap_is_refused_with_figures(chip: Chip, rows: int, message: str | None) -> None:
     config = presets.get("baseline").config
     with pytest.raises(ConfigError, match=message) if message else nullcontext():
-        check_memory(chip, config, rows, config.train.seq, chip.dtype)
+        check_memory(chip, config, rows, config.train.seq, chip.dtype, True)
 
 
 def test_the_engine_keeps_to_that(on: Any) -> None:
