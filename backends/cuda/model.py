@@ -15,10 +15,11 @@ from backends.cuda.parts.head import Head
 from backends.cuda.parts.layer import Layer
 from backends.cuda.parts.skips import Skips
 from backends.cuda.parts.smear import Smear
+from backends.cuda.parts.value_embed import ValueEmbed
 from core.model.context import Context, ModelState, Stream, each_array
 from core.model.table import TAPS
 
-PARTS = {"bank": Bank, "bigram": Bigram, "engram": Engram, "skips": Skips, "smear": Smear}
+PARTS = {"bank": Bank, "bigram": Bigram, "engram": Engram, "skips": Skips, "smear": Smear, "value_embed": ValueEmbed}
 """What stands beside the layers."""
 
 

@@ -13,10 +13,11 @@ from backends.mlx.parts.head import Head
 from backends.mlx.parts.layer import Layer
 from backends.mlx.parts.skips import Skips
 from backends.mlx.parts.smear import Smear
+from backends.mlx.parts.value_embed import ValueEmbed
 from core.model.context import Context, ModelState, Stream, each_array
 from core.model.table import TAPS
 
-PARTS = {"bank": Bank, "bigram": Bigram, "engram": Engram, "skips": Skips, "smear": Smear}
+PARTS = {"bank": Bank, "bigram": Bigram, "engram": Engram, "skips": Skips, "smear": Smear, "value_embed": ValueEmbed}
 """What stands beside the layers."""
 
 

@@ -49,5 +49,5 @@ def predicted_bytes(model: ModelConfig) -> int:
 
 
 def with_tables(model: ModelConfig) -> dict[Storage, int]:
-    """Return the predicted bytes for each storage in TABLES of the embedding and its projections."""
+    """Return the predicted bytes for each storage in TABLES of what embedding.storage stores."""
     return {storage: predicted_bytes(changed(model, {"embedding.storage": storage})) for storage in TABLES}

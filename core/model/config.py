@@ -21,6 +21,7 @@ from core.model.skips import Skips
 from core.model.smear import Smear
 from core.model.storage import Storage
 from core.model.table import Part
+from core.model.value_embed import ValueEmbed
 
 MOST_WIDE = 1 << 20
 """Largest vocabulary, width and number of heads."""
@@ -69,6 +70,7 @@ class ModelConfig:
     smear: Smear = field(default_factory=Smear)
     bigram: Bigram = field(default_factory=Bigram)
     engram: Engram = field(default_factory=Engram)
+    value_embed: ValueEmbed = field(default_factory=ValueEmbed)
     attention: Attention = field(default_factory=Attention)
     koopman: Koopman = field(default_factory=Koopman)
     skc: SKC = field(default_factory=SKC)

@@ -16,7 +16,7 @@ class Embedding(Part):
     std: float = 0.02
     """Standard deviation of the start values."""
     storage: Storage = "float16"
-    """How the embedding and its projections are stored."""
+    """How the embedding, its projections and the table of value embeddings are stored."""
 
     def check(self, model: Model) -> None:
         """Raise ConfigError for settings that cannot be built."""

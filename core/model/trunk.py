@@ -52,6 +52,7 @@ def layers(model: Model, repeat: bool) -> list[Stage]:
 def stages(model: Model, repeat: bool) -> tuple[Stage, ...]:
     """Return all stages; without `repeat` as long as train.repeat_from has not been reached."""
     steps = [Stage("bigram", "bigram")] * (model.bigram.buckets > 0) + [Stage("smear", "smear")] * model.smear.on
+    steps += [Stage("value_embed", "value_embed")] * (model.value_embed.dim > 0)
     half, skips = model.layers // 2, model.skips.count(model)
     for stage in layers(model, repeat):
         i = stage.layer

@@ -25,7 +25,7 @@ GOLDEN_START = {
     "skc_600": "46cb42366a2a21df",
     "skc_8xh100": "8aaf6c1cda40fbf5",
     "skc_proxy": "dd86c4edc2676fcc",
-    "everything": "b6704e44310dc291",
+    "everything": "79d7a1b3257e5827",
     "opposite": "5d9f357234fad7bd",
     "hybrid": "bef7557557ab7051",
 }
@@ -58,6 +58,7 @@ def test_stages_stand_in_their_order() -> None:
         *(
             "bigram",
             "smear",
+            "value_embed",
             "blocks.0",
             "skips.0",
             "engram",

@@ -1,0 +1,27 @@
+"""Value embeddings: what attention sums up also holds a vector of the token itself (docs/model.md)."""
+
+import mlx.core as mx
+
+from backends.mlx import ops
+from backends.mlx.linear import Linear
+from backends.mlx.parts import Part
+
+
+class ValueEmbed(Part):
+    """Say what chosen attention layers add to the values of every token. Letters: B rows, T positions, E width of the
+    table, C channels of all key/value heads."""
+
+    def __init__(self, config, exact):
+        super().__init__()
+        self._layers, width = config.value_embed.layers, config.value_embed.dim
+        self.table = mx.zeros((config.vocab, width))
+        self.proj = Linear(width, config.value_embed.width(config))
+        self.scale = mx.zeros((1,))
+        self.gains = mx.zeros((len(self._layers),))
+
+    def __call__(self, stream, context, stage, state):
+        ids_BT, _ = context.last_ids(0)
+        rows_BTE = ops.embedding(ids_BT, self.table).astype(stream.x.dtype)
+        shared_BTC = self.scale.astype(rows_BTE.dtype) * self.proj(rows_BTE)
+        gains = self.gains.astype(rows_BTE.dtype)
+        return stream._replace(to_values={layer: gains[i] * shared_BTC for i, layer in enumerate(self._layers)}), None
