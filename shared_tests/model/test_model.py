@@ -169,6 +169,7 @@ def test_one_layer_trains(name: str, seq: int) -> None:
     config = mini(name)
     alone: dict[str, Any] = {"layers": 1, "shared_blocks": None, "repeat_layers": (), "engram.layer": 0}
     alone["bank.at"] = "none" if config.model.bank.at == "none" else "head"
+    alone |= {"value_embed.dim": 0, "value_embed.layers": ()}
     config = dataclasses.replace(
         config,
         model=changed(config.model, alone),

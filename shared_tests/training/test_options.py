@@ -58,7 +58,10 @@ def test_help_says_what_the_first_argument_may_be(capsys: Capture) -> None:
         ("train debug --lr 0.1", "unknown option --lr; did you mean --train.lr-embed or --train.lr-matrix"),
         ("train debug --train.eval-evry 3", "unknown option --train.eval-evry; did you mean --train.eval-every?"),
         ("train debug --seed=3 --data x", "unknown option --data; did you mean --data.path?"),
-        ("train debug --layers 3", "unknown option --layers; did you mean --model.layers?"),
+        (
+            "train debug --layers 3",
+            "unknown option --layers; did you mean --model.layers or --model.value_embed.layers?",
+        ),
         ("train debug --hidden 3", "unknown option --hidden; did you mean --model.mlp.hidden?"),
         ("train debug --model.bank head", "unknown option --model.bank; did you mean --model.bank.at?"),
         ("train debug --model.bank-heads=3", "unknown option --model.bank-heads; did you mean --model.bank.heads?"),
