@@ -19,7 +19,6 @@ from core.audit.claims import (
     check_size,
     check_training_time,
     claimed_bytes,
-    claimed_rule,
 )
 from core.audit.fingerprints import ROUNDING, Predictions
 from core.audit.predictions import check_isolated, check_once, check_predictions, check_set
@@ -100,7 +99,7 @@ def audit(plan: Plan, say: Console) -> AuditResult:
         raise AuditError(process.error["message"])
     say("checking the texts")
     limit = None if plan.documents is None else len(dataset.val.documents(plan.documents))
-    rule, scored = claimed_rule(plan, process, same_data), claimed_bytes(plan, process, same_data)
+    rule, scored = claimed_bytes(plan, process, same_data)
     findings = [
         check_size(plan, process, dataset),
         check_training_time(plan),
