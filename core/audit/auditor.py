@@ -19,8 +19,7 @@ from core.audit.claims import (
     check_size,
     check_training_time,
     claimed_bytes,
-    claimed_rule,
-)  # fmt: skip
+)
 from core.audit.fingerprints import ROUNDING, Predictions
 from core.audit.predictions import check_isolated, check_once, check_predictions, check_set
 from core.audit.recount import predictions_of, recount, understood
@@ -28,7 +27,7 @@ from core.audit.rules import Finding
 from core.audit.text.disjoint import check_disjoint
 from core.audit.text.rules import check_bytes, check_reversible
 from core.audit.watch.answer import DIED
-from core.audit.watch.evaluation import AGREE
+from core.audit.watch.evaluation import AGREE, AuditOrder
 from core.audit.watch.isolation import Isolated, run_isolated
 from core.audit.watch.verdicts import check_packages, notes_left
 from core.config import to_json
@@ -87,15 +86,43 @@ def audit(plan: Plan, say: Console) -> AuditResult:
     AuditError if what was given cannot be evaluated at all.
     """
     began = time.monotonic()
-    dataset = open_data(
-        plan.config.data.path, train=False
-    )  # so that nothing in this process can read the training text
-    base = Path(dataset.path)
+    # Without the training text, so that nothing in this process can read it.
+    dataset = open_data(plan.config.data.path, train=False)
     for split in (dataset.train, dataset.val):
         split.verify()
     same_data = plan.run is not None and plan.run.environment().get("data") in (None, identity(dataset))
     reference = check_reference(plan)  # a wrong claim is refused before the work
+    base = Path(dataset.path)
     shards, texts = ([base / e["file"] for e in dataset.manifest["splits"][n]["files"]] for n in ("train", "val"))
+    process, fresh = _evaluations(plan, dataset, shards, texts, say)
+    if process.error and process.error["kind"].startswith("core."):  # the user can do something about it
+        raise AuditError(process.error["message"])
+    say("checking the texts")
+    limit = None if plan.documents is None else len(dataset.val.documents(plan.documents))
+    rule, scored = claimed_bytes(plan, process, same_data)
+    findings = [
+        check_size(plan, process, dataset),
+        check_training_time(plan),
+        check_evaluation_time(plan, process),
+        check_isolated(process, fresh, shards, texts),
+        check_once(process, plan.documents),
+        check_set(process, plan.documents, dataset),
+        check_disjoint(_open(plan.config.data.path), say.progress("validation text in training text")),
+        *check_predictions(process),
+        check_bytes(dataset, rule, limit, say.progress("bytes of the text"), scored),
+        check_reversible(dataset, limit, say.progress("tokens back to text")),
+        reference,
+        check_configuration(plan, process, same_data),
+        check_seeds(plan),
+        check_packages(process),
+    ]
+    return AuditResult(_founded(findings), process, plan, time.monotonic() - began)
+
+
+def _evaluations(
+    plan: Plan, dataset: Dataset, shards: Sequence[Path], texts: Sequence[Path], say: Console
+) -> tuple[Isolated, list[Isolated]]:
+    """Run the evaluation, and those of the changed text; return the one, recounted, and the others."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     ledger = plan.folder / "ledger"
     if _is_done(ledger):  # an audit that has ended is not continued but run again
@@ -107,7 +134,7 @@ def audit(plan: Plan, say: Console) -> AuditResult:
     if plan.documents is not None:
         text = dataclasses.replace(dataset, val=dataset.val.documents(plan.documents))
     start = time.time_ns()
-    process = _evaluate(plan, base, ledger, plan.documents, plan.flips, shards)
+    process = _evaluate(plan, Path(dataset.path), ledger, plan.documents, plan.flips, shards)
     kind = process.error["kind"] if process.error else ""
     busy = kind == DIED or kind.endswith("InUseError")
     process = recount(process, text, plan.config, ledger)
@@ -117,33 +144,7 @@ def audit(plan: Plan, say: Console) -> AuditResult:
         process.value["again"] = _again(plan, text, process, ledger, [*shards, *texts], fresh, start)
     if not busy and not _is_done(ledger):  # only a killed audit goes on from its ledger
         ledger.unlink(missing_ok=True)
-    if process.error and process.error["kind"].startswith("core."):  # the user can do something about it
-        raise AuditError(process.error["message"])
-    say("checking the texts")
-    limit = None if plan.documents is None else len(dataset.val.documents(plan.documents))
-    findings = [
-        check_size(plan, process, dataset),
-        check_training_time(plan),
-        check_evaluation_time(plan, process),
-        check_isolated(process, fresh, shards, texts),
-        check_once(process, plan.documents),
-        check_set(process, plan.documents, dataset),
-        check_disjoint(_open(plan.config.data.path), say.progress("validation text in training text")),
-        *check_predictions(process),
-        check_bytes(
-            dataset,
-            claimed_rule(plan, process, same_data),
-            limit,
-            say.progress("bytes of the text"),
-            claimed_bytes(plan, process, same_data),
-        ),
-        check_reversible(dataset, limit, say.progress("tokens back to text")),
-        reference,
-        check_configuration(plan, process, same_data),
-        check_seeds(plan),
-        check_packages(process),
-    ]
-    return AuditResult(_founded(findings), process, plan, time.monotonic() - began)
+    return process, fresh
 
 
 def _founded(findings: list[Finding]) -> list[Finding]:
@@ -167,33 +168,29 @@ def _open(path: str) -> Dataset:
 
 
 def _evaluate(
-    plan: Plan,
-    data: Path,
-    ledger: Path,
-    documents: int | None,
-    flips: int,
-    hidden: Sequence[Path],
+    plan: Plan, data: Path, ledger: Path, documents: int | None, flips: int, hidden: Sequence[Path],
     rescoring: Rescoring | None = None,
-) -> Isolated:
+) -> Isolated:  # fmt: skip
     """Run the evaluation of the text in `data` in a watched process."""
+    order = AuditOrder(
+        artifact=str(plan.artifact),
+        data=str(data),
+        config=to_json(plan.config),
+        backend=plan.backend,
+        dtype=plan.dtype,
+        ledger=str(ledger),
+        predictions=str(_prints(ledger)),
+        stop=rescoring.stop if rescoring else None,
+        places=rescoring.places if rescoring else (),
+        secret=_secret(),
+        started=time.monotonic(),
+        documents=documents,
+        flips=flips,
+        seed=plan.seed,
+    )
     process = run_isolated(
         "core.audit.watch.evaluation:audited",
-        {
-            "artifact": str(plan.artifact),
-            "data": str(data),
-            "config": to_json(plan.config),
-            "backend": plan.backend,
-            "dtype": plan.dtype,
-            "ledger": str(ledger),
-            "predictions": str(_prints(ledger)),
-            "stop": rescoring.stop if rescoring else None,
-            "places": list(rescoring.places) if rescoring else [],
-            "secret": _secret(),
-            "started": time.monotonic(),
-            "documents": documents,
-            "flips": flips,
-            "seed": plan.seed,
-        },
+        dataclasses.asdict(order),
         hidden=hidden,
         writable=[ledger.parent, ledger, Path(f"{ledger}.plugins")],
         warm=("core.audit.watch.evaluation", f"backends.{plan.backend}.measured"),
@@ -206,14 +203,9 @@ def _prints(ledger: Path) -> Path:
 
 
 def _again(
-    plan: Plan,
-    text: Dataset,
-    evaluation: Isolated,
-    ledger: Path,
-    hidden: Sequence[Path],
-    fresh: list[Isolated],
+    plan: Plan, text: Dataset, evaluation: Isolated, ledger: Path, hidden: Sequence[Path], fresh: list[Isolated],
     start: int,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Score the text in fresh processes, which are added to `fresh`, and compare the predictions.
 
     `start`: time.time_ns() before the evaluation.

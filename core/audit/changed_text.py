@@ -90,69 +90,131 @@ def draw_passes(total: int, learns: bool, resumed: int) -> list[int]:
 
 
 def check_again(
-    score: Score,
-    dataset: Dataset,
-    config: RunConfig,
-    first: Predictions,
-    folder: Path,
-    bound: float,
-    agree: float,
+    score: Score, dataset: Dataset, config: RunConfig, first: Predictions, folder: Path, bound: float, agree: float,
     resumed: int,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Score the text again with tokens changed and return which predictions noticed, as plain JSON values.
 
     `first`: what the evaluation predicted; `bound`: nats by which rounding may change a prediction; `agree`: nats by
     which rounding may part a cost and its distribution; `resumed`: forward passes that were in the ledger already.
     """
     learns = bool(config.eval.plugins)
-    value: dict[str, Any] = {
-        "tokens": len(dataset.val), "rounding": bound, "error": False, "stops": [], "changed": [], "compared": 0,
-        "noticed": 0, "differ": 0, "explained": 0.0, "largest_gap": 0.0, "wrong": None, "repeatable": True,
-        "guesses": None, "rows": {"count": 0, "sum": 0.0, "cost": 0.0, "limit": agree, "genuine": True},
-    }  # fmt: skip
-    tokens, bos = dataset.val.read(0, len(dataset.val)), config.model.bos
-    dice = np.random.default_rng(secrets.randbits(128))
-    chances = token_chances(tokens, dataset.tokenizer.vocab, [bos, dataset.tokenizer.unknown])
+    test = _ChangedText(score, dataset, config.model.bos, learns, first, folder, resumed > 0 and not learns)
+    test.value |= {"rounding": bound, "rows": {"count": 0, "sum": 0.0, "cost": 0.0, "limit": agree, "genuine": True}}
+    if all(test.change_from(stop) for stop in draw_passes(int(first.order.max()), learns, resumed)) and learns:
+        test.change_at_random()
+    return test.value
 
-    def scored(text: np.ndarray, stop: int | None, places: np.ndarray) -> Predictions | None:
-        place = folder / secrets.token_hex(8)  # a name that told the test from the evaluation would help a cheat
-        write_changed(dataset, text, place)
-        again = score(Rescoring(place, stop, tuple(places.tolist())))
-        value["error"] |= again is None
-        return again
 
-    for stop in draw_passes(int(first.order.max()), learns, resumed):
-        drawn = draw_targets(first, tokens, bos, stop, dice)
-        random = dice.choice(len(chances), len(tokens), p=chances).astype(tokens.dtype)
-        text = np.where((first.order > stop) & (tokens != bos), random, tokens)
+class _ChangedText:
+    """A text that fresh processes score with tokens changed; `value` says what came out."""
+
+    def __init__(
+        self, score: Score, dataset: Dataset, bos: int, learns: bool, first: Predictions, folder: Path, reordered: bool
+    ) -> None:
+        """`reordered`: passes may have other numbers than in `first`, as the evaluation was killed between them."""
+        self._score, self._dataset, self._bos, self._folder = score, dataset, bos, folder
+        self._learns, self._first, self._reordered = learns, first, reordered
+        self._tokens = dataset.val.read(0, len(dataset.val))
+        self._dice = np.random.default_rng(secrets.randbits(128))
+        self._chances = token_chances(self._tokens, dataset.tokenizer.vocab, [bos, dataset.tokenizer.unknown])
+        self.value: dict[str, Any] = {
+            "tokens": len(dataset.val), "error": False, "stops": [], "changed": [], "compared": 0, "noticed": 0,
+            "differ": 0, "explained": 0.0, "largest_gap": 0.0, "wrong": None, "repeatable": True, "guesses": None,
+        }  # fmt: skip
+
+    def change_from(self, stop: int) -> bool:
+        """Change targets of pass `stop` and all after it; return whether the predictions before did not notice."""
+        value, first, tokens = self.value, self._first, self._tokens
+        drawn = draw_targets(first, tokens, self._bos, stop, self._dice)
+        text = np.where((first.order > stop) & (tokens != self._bos), self._random(), tokens)
         for place in drawn.tolist():
             while text[place] == tokens[place]:
-                text[place] = dice.choice(len(chances), p=chances)
-        others = dice.permutation(np.flatnonzero(first.order == stop))[: len(drawn)]
-        again = scored(text, stop, np.union1d(drawn, others))
+                text[place] = self._dice.choice(len(self._chances), p=self._chances)
+        others = self._dice.permutation(np.flatnonzero(first.order == stop))[: len(drawn)]
+        again = self._scored(text, stop, np.union1d(drawn, others))
         if again is None:
-            return value
+            return False
         value["stops"].append(stop)
         value["changed"] += drawn.tolist()
-        _check_rows(value, first, again, tokens)
-        comparable = _compare(value, first, again, tokens, text, stop, learns, resumed > 0 and not learns)
+        self._check_rows(again)
+        comparable = self._compare(again, text, stop)
         if value["wrong"] is None and value["explained"] > HARMLESS and value["repeatable"]:
-            same = scored(tokens, stop, np.zeros(0, np.int64))  # is it rounding, which comes without a change as well?
+            same = self._scored(tokens, stop)  # is it rounding, which comes without a change as well?
             if same is None:
-                return value
+                return False
             value["repeatable"] = bool((same.predicted == first.predicted)[comparable].all())
             if value["repeatable"]:
                 value["wrong"] = {"by": "bits", "count": value["differ"], "target": int(np.flatnonzero(comparable)[-1])}
-        if value["wrong"] is not None:
-            return value
-    if learns:
-        put = (dice.random(len(tokens)) < SHARE) & (tokens != bos) & (np.arange(len(tokens)) > 0)
-        random = dice.choice(len(chances), len(tokens), p=chances).astype(tokens.dtype)
-        again = scored(np.where(put, random, tokens), None, np.zeros(0, np.int64))
+        return value["wrong"] is None
+
+    def change_at_random(self) -> None:
+        """Put random tokens all over the text, and see whether anybody could predict them."""
+        tokens, random = self._tokens, self._random()
+        put = (self._dice.random(len(tokens)) < SHARE) & (tokens != self._bos) & (np.arange(len(tokens)) > 0)
+        again = self._scored(np.where(put, random, tokens), None)
         if again is not None:
             put &= again.order > 0
-            value["guesses"] = guesses(again.nats[put], chances[random[put]])
-    return value
+            self.value["guesses"] = guesses(again.nats[put], self._chances[random[put]])
+
+    def _random(self) -> np.ndarray:
+        """Draw as many tokens as the text has."""
+        return self._dice.choice(len(self._chances), len(self._tokens), p=self._chances).astype(self._tokens.dtype)
+
+    def _scored(self, text: np.ndarray, stop: int | None, places: np.ndarray | None = None) -> Predictions | None:
+        folder = self._folder / secrets.token_hex(8)  # a name that told the test from the evaluation would help a cheat
+        write_changed(self._dataset, text, folder)
+        again = self._score(Rescoring(folder, stop, () if places is None else tuple(places.tolist())))
+        self.value["error"] |= again is None
+        return again
+
+    def _check_rows(self, again: Predictions) -> None:
+        """Check whole distributions: each is normalised, has the evaluation's checksum, and gives the ledger's cost.
+
+        The evaluation gave the checksums before anybody knew which distributions would be asked for.
+        """
+        first, tokens, totals = self._first, self._tokens, self.value["rows"]
+        rows, places = again.rows.astype(np.float64), again.places
+        if rows.shape != (len(places), totals.setdefault("vocabulary", rows.shape[-1])):
+            totals["genuine"] = False
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = np.abs(np.log(np.exp(rows).sum(-1)))
+        costs = np.abs(-rows[np.arange(len(places)), tokens[places]] - first.nats[places])
+        same = (again.predicted == first.predicted)[places]  # others may have changed with what they could see
+        totals["count"] += len(places)
+        totals["sum"] = max(totals["sum"], float(np.nan_to_num(sums, nan=np.inf).max(initial=0.0)))
+        totals["cost"] = max(totals["cost"], float(np.nan_to_num(costs[same], nan=np.inf).max(initial=0.0)))
+        totals["genuine"] &= bool((checksums(again.rows) == again.predicted[places]).all())
+
+    def _compare(self, again: Predictions, text: np.ndarray, stop: int) -> np.ndarray:
+        """Compare the predictions up to pass `stop` that no change could reach; return those with bits, (tokens,)."""
+        value, first, tokens = self.value, self._first, self._tokens
+        places = np.flatnonzero(tokens != text)
+        scored, known = (first.order > 0) & (first.order <= stop), first.first_input >= 0
+        allowed = again.may_notice(places, self._learns)
+        same = ((first.order == again.order) | self._reordered) & (again.order > 0)
+        same &= ~known | (first.first_input == again.first_input)
+        gap = np.abs(first.nats - again.nats)
+        limit = np.full(len(tokens), value["rounding"])
+        for place in places[first.order[places] <= stop].tolist():  # the cost of what was there before
+            row = again.row(place)
+            gap[place] = np.inf if row is None else abs(-row[tokens[place]] - first.nats[place])
+            limit[place] = max(value["rounding"], value["rows"]["limit"])
+        fixed = scored & ~allowed & ((again.order > 0) | (not self._reordered))
+        gap = np.where(same, gap, np.inf)
+        wrong = np.flatnonzero(fixed & ~(gap <= limit))
+        differs = known & (first.predicted != again.predicted)
+        value["compared"] += int(fixed.sum())
+        noticed = np.where(known, differs, np.abs(first.nats - again.nats) > value["rounding"])
+        value["noticed"] += int((scored & allowed & (again.order > 0) & noticed).sum())
+        value["differ"] += int((fixed & differs).sum())
+        value["largest_gap"] = max(value["largest_gap"], float(np.minimum(gap[fixed], 1e9).max(initial=0.0)))
+        near = fixed & (gap <= value["rounding"]) & (limit == value["rounding"])
+        value["explained"] = max(value["explained"], float(gap[near].max(initial=0.0)))
+        if len(wrong):
+            value["wrong"] = {"by": "size", "count": len(wrong), "target": int(wrong[0])}
+        return fixed & known
 
 
 def draw_targets(first: Predictions, tokens: np.ndarray, bos: int, stop: int, dice: np.random.Generator) -> np.ndarray:
@@ -181,63 +243,3 @@ def guesses(nats: np.ndarray, chances: np.ndarray) -> dict[str, Any]:
     """
     odds = np.exp(-nats) / chances
     return {"tokens": len(nats), "log_money": float(np.log1p(STAKE * (odds - 1)).sum()), "sure": SURE}
-
-
-def _check_rows(value: dict[str, Any], first: Predictions, again: Predictions, tokens: np.ndarray) -> None:
-    """Check whole distributions: each must be normalised, have the evaluation's checksum, and give the ledger's cost.
-
-    The evaluation gave the checksums before anybody knew which distributions would be asked for.
-    """
-    rows, places, totals = again.rows.astype(np.float64), again.places, value["rows"]
-    if rows.shape != (len(places), totals.setdefault("vocabulary", rows.shape[-1])):
-        totals["genuine"] = False
-        return
-    with np.errstate(over="ignore", invalid="ignore"):
-        sums = np.abs(np.log(np.exp(rows).sum(-1)))
-    costs = np.abs(-rows[np.arange(len(places)), tokens[places]] - first.nats[places])
-    same = (again.predicted == first.predicted)[places]  # others may have changed with what they could see
-    totals["count"] += len(places)
-    totals["sum"] = max(totals["sum"], float(np.nan_to_num(sums, nan=np.inf).max(initial=0.0)))
-    totals["cost"] = max(totals["cost"], float(np.nan_to_num(costs[same], nan=np.inf).max(initial=0.0)))
-    totals["genuine"] &= bool((checksums(again.rows) == again.predicted[places]).all())
-
-
-def _compare(
-    value: dict[str, Any],
-    first: Predictions,
-    again: Predictions,
-    tokens: np.ndarray,
-    text: np.ndarray,
-    stop: int,
-    learns: bool,
-    reordered: bool,
-) -> np.ndarray:
-    """Compare the predictions up to pass `stop` that no change could reach; return those with bits, (tokens,) bool.
-
-    `reordered`: passes may have other numbers, as the evaluation was killed between them.
-    """
-    places = np.flatnonzero(tokens != text)
-    scored, known = (first.order > 0) & (first.order <= stop), first.first_input >= 0
-    allowed = again.may_notice(places, learns)
-    same = ((first.order == again.order) | reordered) & (again.order > 0)
-    same &= ~known | (first.first_input == again.first_input)
-    gap = np.abs(first.nats - again.nats)
-    limit = np.full(len(tokens), value["rounding"])
-    for place in places[first.order[places] <= stop].tolist():  # the cost of what was there before
-        row = again.row(place)
-        gap[place] = np.inf if row is None else abs(-row[tokens[place]] - first.nats[place])
-        limit[place] = max(value["rounding"], value["rows"]["limit"])
-    fixed = scored & ~allowed & ((again.order > 0) | (not reordered))
-    gap = np.where(same, gap, np.inf)
-    wrong = np.flatnonzero(fixed & ~(gap <= limit))
-    differs = known & (first.predicted != again.predicted)
-    value["compared"] += int(fixed.sum())
-    noticed = np.where(known, differs, np.abs(first.nats - again.nats) > value["rounding"])
-    value["noticed"] += int((scored & allowed & (again.order > 0) & noticed).sum())
-    value["differ"] += int((fixed & differs).sum())
-    value["largest_gap"] = max(value["largest_gap"], float(np.minimum(gap[fixed], 1e9).max(initial=0.0)))
-    near = fixed & (gap <= value["rounding"]) & (limit == value["rounding"])
-    value["explained"] = max(value["explained"], float(gap[near].max(initial=0.0)))
-    if len(wrong):
-        value["wrong"] = {"by": "size", "count": len(wrong), "target": int(wrong[0])}
-    return fixed & known

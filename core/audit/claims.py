@@ -272,17 +272,11 @@ def recorded(run: Run) -> dict[str, Any] | None:
     return None if final is None else helped or final["score"]
 
 
-def claimed_rule(plan: Plan, process: Isolated, same_data: bool) -> Any:
-    """Return the byte rule of the recorded score, or of the audited one where none is recorded."""
-    return _claimed(plan, process, same_data).get("byte_rule")
+def claimed_bytes(plan: Plan, process: Isolated, same_data: bool) -> tuple[Any, int | None]:
+    """Return the byte rule of the claimed score, and the bytes that it was divided by if it is of the whole set.
 
-
-def claimed_bytes(plan: Plan, process: Isolated, same_data: bool) -> int | None:
-    """Return the bytes by which the claimed score was divided, if it is a score of the whole set."""
-    claim = _claimed(plan, process, same_data)
-    return claim.get("bytes") if claim.get("full") and plan.documents is None else None
-
-
-def _claimed(plan: Plan, process: Isolated, same_data: bool) -> dict[str, Any]:
+    The claim is the recorded score, or the audited one where none is recorded.
+    """
     claim = recorded(plan.run) if plan.run and same_data else None
-    return claim or (process.value or {}).get("score") or {}
+    claim = claim or (process.value or {}).get("score") or {}
+    return claim.get("byte_rule"), claim.get("bytes") if claim.get("full") and plan.documents is None else None

@@ -55,27 +55,22 @@ def flip_test(
 
     `bound`: nats that rounding may make (ROUNDING).
     """
-    learns = bool(config.eval.plugins)
     pieces = _pieces(split, config, seed)
-    value: dict[str, Any] = {
-        "flips": 0, "ends": 0, "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0, "largest_wrong": 0.0,
-        "differ": 0, "explained": 0.0, "by_plugins": False, "repeatable": True, "repeat_gap": 0.0, "rounding": bound,
-        "broken": None, "tokens": [int(stop - start) for start, stop in pieces], "learns": learns,
-        "reshaped": config.eval.windows == "stateful",
-    }  # fmt: skip
-    done = 0
+    test = _FlipTest(engine, config, seed, bound)
+    value, done = test.value, 0
+    value["tokens"] = [int(stop - start) for start, stop in pieces]
     try:
         for number, piece in enumerate(pieces):
             text = split.changed(*piece)
             draws = [_flip(text, config, seed, f"{number}/{i}") for i in range(number, flips, len(pieces))]
-            base = predict(engine, text, config, learns, [place for place, _ in draws])
+            base = test.predict(text, [place for place, _ in draws])
             if number == 0:
-                _add_repeat(value, base, predict(engine, text, config, learns))
+                test.repeat(base, text)
             for place, token in draws:
-                _flip_one(value, engine, text, config, base, place, token, piece[0])
+                test.flip(text, base, place, token, piece[0])
                 done += 1
                 progress(done, flips)
-            _end_one(value, engine, text, config, seed, number, piece[0])
+            test.end(text, number, piece[0])
     except LedgerError as error:
         if error.rule is None:
             raise
@@ -83,81 +78,86 @@ def flip_test(
     return value
 
 
-def _flip_one(
-    value: dict[str, Any],
-    engine: Engine,
-    text: Split,
-    config: RunConfig,
-    base: Predictions,
-    place: int,
-    token: int,
-    start: int,
-) -> None:
-    """Score a text with another token at `place` and add to `value` what noticed; `start`: where the text is from."""
-    learns, other = value["learns"], text.changed(0, len(text), place, token)
-    changed = predict(engine, other, config, learns, [place])
-    effect = effect_of(base, changed, [place], learns)
-    small = not len(effect.beyond(value["rounding"]).wrong)
-    if small and len(effect.beyond(HARMLESS).wrong) and value["repeatable"]:
-        _add_repeat(value, changed, predict(engine, other, config, learns))  # is it rounding after all?
-    value["flips"] += 1
-    effect = _add(value, effect, place, start, False)
-    if len(effect.wrong) and learns and not value["by_plugins"]:  # the model alone may pass the same flip
-        plain = [predict(engine, one, config, False, [place]) for one in (text, other)]
-        alone = effect_of(plain[0], plain[1], [place], False)
-        value["by_plugins"] = not len(alone.beyond(_limit(value, False)).wrong)
+class _FlipTest:
+    """Texts that an engine scores with a change; `value` says what noticed."""
 
+    def __init__(self, engine: Engine, config: RunConfig, seed: int, bound: float) -> None:
+        self._engine, self._config, self._seed = engine, config, seed
+        self._learns, self._reshaped = bool(config.eval.plugins), config.eval.windows == "stateful"
+        self.value: dict[str, Any] = {
+            "flips": 0, "ends": 0, "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0, "largest_wrong": 0.0,
+            "differ": 0, "explained": 0.0, "by_plugins": False, "repeatable": True, "repeat_gap": 0.0,
+            "rounding": bound, "broken": None, "learns": self._learns, "reshaped": self._reshaped,
+        }  # fmt: skip
 
-def _end_one(
-    value: dict[str, Any], engine: Engine, text: Split, config: RunConfig, seed: int, number: int, start: int
-) -> None:
-    """Score a text that ends with the start of a document, and the same going on, and add to `value` what noticed."""
-    for begin, place in _ends(text, config, seed, number):
-        ended = text.changed(begin, place + 1, place - begin, config.model.bos)
-        went_on = text.changed(begin, min(len(text), place + 1 + 2 * config.eval.seq))
+    def predict(self, text: Split, places: Sequence[int] = (), plugins: bool | None = None) -> Predictions:
+        """Return what is predicted of a text, with the plug-ins unless `plugins` is False."""
+        return predict(self._engine, text, self._config, self._learns if plugins is None else plugins, places)
 
-        def judged(plugins: bool) -> ChangeEffect | None:
-            both = [predict(engine, one, config, plugins, [place - begin]) for one in (ended, went_on)]  # noqa: B023
-            return effect_of_end(both[0], both[1], plugins)
+    def repeat(self, once: Predictions, text: Split) -> None:
+        """Note whether a text gives the same bits twice, and how far apart it is."""
+        again = self.predict(text)
+        self.value["repeatable"] &= bool((again.predicted == once.predicted).all())
+        self.value["repeat_gap"] = max(self.value["repeat_gap"], float(once.gap(again).max(initial=0.0)))
 
-        effect = judged(value["learns"])
-        if effect is None:
-            continue
-        value["ends"] += 1
-        effect = _add(value, effect, place - begin, start + begin, True)
-        if len(effect.wrong) and value["learns"] and not value["by_plugins"]:
-            alone = judged(False)
-            value["by_plugins"] = alone is not None and not len(alone.beyond(_limit(value, True)).wrong)
-        return
+    def flip(self, text: Split, base: Predictions, place: int, token: int, start: int) -> None:
+        """Score a text with another token at `place` and note what noticed; `start`: where the text is from."""
+        value, other = self.value, text.changed(0, len(text), place, token)
+        changed = self.predict(other, [place])
+        effect = effect_of(base, changed, [place], self._learns)
+        small = not len(effect.beyond(value["rounding"]).wrong)
+        if small and len(effect.beyond(HARMLESS).wrong) and value["repeatable"]:
+            self.repeat(changed, other)  # is it rounding after all?
+        value["flips"] += 1
+        effect = self._add(effect, place, start, False)
+        if len(effect.wrong) and self._learns and not value["by_plugins"]:  # the model alone may pass the same flip
+            plain = [self.predict(one, [place], plugins=False) for one in (text, other)]
+            alone = effect_of(plain[0], plain[1], [place], False)
+            value["by_plugins"] = not len(alone.beyond(self._limit(False)).wrong)
 
+    def end(self, text: Split, number: int, start: int) -> None:
+        """Score a text that ends with the start of a document, and the same going on, and note what noticed."""
+        value, config = self.value, self._config
+        for begin, place in _ends(text, config, self._seed, number):
+            ended = text.changed(begin, place + 1, place - begin, config.model.bos)
+            went_on = text.changed(begin, min(len(text), place + 1 + 2 * config.eval.seq))
 
-def _limit(value: dict[str, Any], end: bool) -> float:
-    """Return how far in nats a prediction may be moved; texts that end may be cut to other shapes."""
-    if end and value["reshaped"]:
-        return value["rounding"] * RESHAPED
-    return min(value["rounding"], HARMLESS) if value["repeatable"] else value["rounding"]
+            def judged(plugins: bool) -> ChangeEffect | None:
+                both = [self.predict(one, [place - begin], plugins) for one in (ended, went_on)]  # noqa: B023
+                return effect_of_end(both[0], both[1], plugins)
 
+            effect = judged(self._learns)
+            if effect is None:
+                continue
+            value["ends"] += 1
+            effect = self._add(effect, place - begin, start + begin, True)
+            if len(effect.wrong) and self._learns and not value["by_plugins"]:
+                alone = judged(False)
+                value["by_plugins"] = alone is not None and not len(alone.beyond(self._limit(True)).wrong)
+            return
 
-def _add(value: dict[str, Any], effect: ChangeEffect, place: int, start: int, end: bool) -> ChangeEffect:
-    """Add to `value` what a change at `place` did, of a text from `start` on; return it without what is rounding."""
-    value["compared"] += effect.compared
-    value["noticed"] += effect.noticed
-    limit = _limit(value, end)
-    near = effect.gaps[effect.gaps <= limit]
-    value["differ"] += len(near)
-    value["explained"] = max(value["explained"], float(near.max(initial=0.0)))
-    effect = effect.beyond(limit)
-    value["wrong_count"] += len(effect.wrong)
-    value["largest_wrong"] = max(value["largest_wrong"], float(np.minimum(effect.gaps, 1e9).max(initial=0.0)))
-    for target in effect.wrong[: max(0, 3 - len(value["wrong"]))].tolist():
-        value["wrong"].append({"token": start + place, "target": start + target, "end": end})
-    return effect
+    def _limit(self, end: bool) -> float:
+        """Return how far in nats a prediction may be moved; texts that end may be cut to other shapes."""
+        value = self.value
+        if end and self._reshaped:
+            return value["rounding"] * RESHAPED
+        return min(value["rounding"], HARMLESS) if value["repeatable"] else value["rounding"]
 
-
-def _add_repeat(value: dict[str, Any], once: Predictions, again: Predictions) -> None:
-    """Add to `value` whether one text gave the same bits twice, and how far apart it was."""
-    value["repeatable"] &= bool((again.predicted == once.predicted).all())
-    value["repeat_gap"] = max(value["repeat_gap"], float(once.gap(again).max(initial=0.0)))
+    def _add(self, effect: ChangeEffect, place: int, start: int, end: bool) -> ChangeEffect:
+        """Note what a change at `place` did, of a text from `start` on; return it without what is rounding."""
+        value = self.value
+        value["compared"] += effect.compared
+        value["noticed"] += effect.noticed
+        limit = self._limit(end)
+        near = effect.gaps[effect.gaps <= limit]
+        value["differ"] += len(near)
+        value["explained"] = max(value["explained"], float(near.max(initial=0.0)))
+        effect = effect.beyond(limit)
+        value["wrong_count"] += len(effect.wrong)
+        value["largest_wrong"] = max(value["largest_wrong"], float(np.minimum(effect.gaps, 1e9).max(initial=0.0)))
+        for target in effect.wrong[: max(0, 3 - len(value["wrong"]))].tolist():
+            value["wrong"].append({"token": start + place, "target": start + target, "end": end})
+        return effect
 
 
 def _pieces(split: Split, config: RunConfig, seed: int) -> list[tuple[int, int]]:

@@ -12,58 +12,49 @@ from core.audit.fingerprints import ROUNDING, Fingerprints, Predictions, predict
 from core.audit.watch.isolation import Isolated
 from core.config import ConfigError, RunConfig
 from core.data.dataset import Dataset
+from core.files import FileError
+from core.formats.kinds import ANYTHING, FLAG, Leaf, among, check_value, or_null
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.score import score_of
 
 ODD = "odd"
 """Kind of the error of a process whose answer has not the form of an answer."""
-NUMBER = (int, float)
+FIGURE = Leaf("a number", lambda value: type(value) in (int, float))
+WHOLE = Leaf("a whole number", lambda value: type(value) is int)
+TEXT = Leaf("a text", lambda value: type(value) is str)
+SOME = {"*": ANYTHING}
+PERHAPS = Leaf("an object or null", lambda value: value is None or type(value) is dict)
 FLIPS = {
-    "flips": int, "ends": int, "compared": int, "noticed": int, "wrong": list, "wrong_count": int,
-    "largest_wrong": NUMBER, "differ": int, "explained": NUMBER, "by_plugins": bool, "repeatable": bool,
-    "repeat_gap": NUMBER, "rounding": NUMBER,
-    "tokens": list, "broken": (dict, type(None)),
+    "flips": WHOLE, "ends": WHOLE, "compared": WHOLE, "noticed": WHOLE, "wrong": [ANYTHING], "wrong_count": WHOLE,
+    "largest_wrong": FIGURE, "differ": WHOLE, "explained": FIGURE, "by_plugins": FLAG, "repeatable": FLAG,
+    "repeat_gap": FIGURE, "rounding": FIGURE, "tokens": [ANYTHING], "broken": PERHAPS, "*": ANYTHING,
 }  # fmt: skip
 ANSWER = {
-    "backend": str, "device": str, "dtype": str, "plugins": dict, "prepared": NUMBER, "watching": NUMBER,
-    "clock": NUMBER, "resumed": int, "broken": (dict, type(None)), "score": (dict, type(None)),
-    "continued": (dict, type(None)),
+    "backend": TEXT, "device": TEXT, "dtype": among(*ROUNDING), "plugins": SOME, "prepared": FIGURE,
+    "watching": FIGURE, "clock": FIGURE, "resumed": WHOLE, "broken": PERHAPS, "score": PERHAPS, "continued": PERHAPS,
     "distributions": {
-        "passes": int, "positions": int, "vocabulary": int, "largest_log_sum": (*NUMBER, type(None)),
-        "largest_cost_gap": NUMBER, "normal": bool, "agrees": bool, "limit": NUMBER,
+        "passes": WHOLE, "positions": WHOLE, "vocabulary": WHOLE, "largest_log_sum": or_null(FIGURE),
+        "largest_cost_gap": FIGURE, "normal": FLAG, "agrees": FLAG, "limit": FIGURE, "*": ANYTHING,
     },
+    "*": ANYTHING,
 }  # fmt: skip
-"""What an evaluation answers, and of which types."""
+"""What an evaluation answers."""
 
 
 def understood(process: Isolated, flips: bool) -> Isolated:
     """Return a process with an error in place of an answer that has not the form of one."""
     if process.error is not None:
         return process
-    problem = _odd(process.value, ANSWER | ({"flips": FLIPS} if flips else {}), "its answer")
-    if not problem and process.value["dtype"] not in ROUNDING:
-        problem = f"its answer: dtype is {process.value['dtype'][:40]!r}"
-    return process._replace(value=None, error=_error(problem)) if problem else process
+    try:
+        check_value(process.value, ANSWER | ({"flips": FLIPS} if flips else {}), "its answer", "it cannot be judged")
+    except FileError as error:
+        return process._replace(value=None, error=_error(str(error)))
+    return process
 
 
 def _error(message: str) -> dict[str, str]:
     return {"kind": ODD, "message": message, "traceback": ""}
-
-
-def _odd(value: Any, wanted: Any, name: str) -> str:
-    """Return what is odd about a value, or an empty text."""
-    if not isinstance(wanted, dict):
-        kinds = wanted if isinstance(wanted, tuple) else (wanted,)
-        good = type(value) in kinds
-        words = f"{name} is {str(value)[:40]!r}, expected {' or '.join(kind.__name__ for kind in kinds)}"
-        return "" if good else words
-    if not isinstance(value, dict):
-        return f"{name} is {str(value)[:40]!r}, expected several figures"
-    missing = [key for key in wanted if key not in value]
-    if missing:
-        return f"{name} lacks {', '.join(missing)}"
-    return next(filter(None, (_odd(value[key], kind, f"{name}: {key}") for key, kind in wanted.items())), "")
 
 
 def recount(process: Isolated, dataset: Dataset, config: RunConfig, ledger: Path) -> Isolated:

@@ -12,7 +12,7 @@ from core.data import published
 from core.data.dataset import SCAN, Split
 from core.data.making import write_manifest
 from core.data.manifest import MANIFEST, SCHEMA
-from core.data.prepare import Progress, tokenizer_record
+from core.data.prepare import Progress, silent, tokenizer_record
 from core.data.shards import DataError, open_shard, shard_record
 from core.data.tokenizer import Tokenizer, token_bytes
 from core.files import replace_file
@@ -48,7 +48,7 @@ def adopt_shards(
         stream = Split(shards, model, os.path.join(folder, split))
         if stream.read(0, 1)[0] != model.bos:
             raise DataError(f"{paths[0]}: does not start with BOS (id {model.bos}), so its documents are unknown")
-        counts = _counts(stream, model, functools.partial(progress or _silent, f"counting {split}"))
+        counts = _counts(stream, model, functools.partial(progress or silent, f"counting {split}"))
         if counts["tokens"] <= counts["documents"]:
             raise DataError(f"{paths[0]}: {split}: {counts['tokens']} tokens, none of which is text; give more shards")
         splits[split] = {
@@ -71,10 +71,6 @@ def adopt_shards(
     }
     write_manifest(folder, manifest)
     return manifest
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
 
 
 def _counts(split: Split, tokenizer: Tokenizer, report: Callable[[int, int], None]) -> dict[str, int]:

@@ -60,7 +60,7 @@ def prepare(
         raise DataError(f"val_share={val_share}: expected a share between 0 and 1")
     if not 1 <= shard_tokens < 2**31:
         raise DataError(f"shard_tokens={shard_tokens}: expected from 1 to 2^31 - 1")
-    report = progress or _silent
+    report = progress or silent
     before = find_manifest(out)
     if before is None:
         check_writable(out)
@@ -91,8 +91,8 @@ def prepare(
         return manifest
 
 
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
+def silent(stage: str, done: int, total: int) -> None:
+    """Show no progress."""
 
 
 def _identity(path: str) -> dict[str, Any]:

@@ -144,11 +144,11 @@ def test_a_forged_answer_is_not_what_counts(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda value: [], "its answer is '\\[\\]'"),
-        (lambda value: {**value, "flips": {"wrong": []}}, "its answer: flips lacks"),
-        (lambda value: {**value, "dtype": "float8"}, "dtype is 'float8'"),
-        (lambda value: {**value, "resumed": "no"}, "resumed is 'no', expected int"),
-        (lambda value: {k: v for k, v in value.items() if k != "score"}, "lacks score"),
+        (lambda value: [], "its answer: \\[\\], expected an object"),
+        (lambda value: {**value, "flips": {"wrong": []}}, "its answer: flips: flips: missing"),
+        (lambda value: {**value, "dtype": "float8"}, "dtype: 'float8', expected"),
+        (lambda value: {**value, "resumed": "no"}, "resumed: 'no', expected a whole number"),
+        (lambda value: {k: v for k, v in value.items() if k != "score"}, "its answer: score: missing"),
     ],
 )
 def test_an_odd_answer_is_a_death(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ COLOURS = {
 }  # fmt: skip
 """Name -> (on a light page, on a dark page); words in each are readable on both `page` and `box`."""
 LIGHT = {name: light for name, (light, _) in COLOURS.items()}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.axisbelow": True, "axes.edgecolor": LIGHT["grid"], "axes.formatter.useoffset": False, "axes.grid": True,
     "axes.labelcolor": LIGHT["muted"], "axes.spines.right": False, "axes.spines.top": False,
     "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "grid.color": LIGHT["grid"], "svg.fonttype": "none",
@@ -84,7 +84,7 @@ def png(picture: Picture, path: Path) -> None:
         picture.figure.savefig(file, format="png", dpi=144)
 
 
-def _figure(width: float, height: float, layout: str | None = "constrained") -> Any:
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
     """Return an empty figure of so many pixels."""
     from matplotlib.figure import Figure
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from core.ablation.search.search import Searched, Trial, load_optuna
-from core.ablation.search.space import Field
+from core.ablation.search.search import Searched, distribution, load_optuna
 
 REACH = 4.0
 """A scale ends this many times as far above the best figure as the middle one is: trials beyond are left out."""
@@ -74,24 +73,15 @@ def _study(optuna: Any, searched: Searched) -> Any:
     """Return an optuna study of the stored trials under their numbers; those without a figure count as failed."""
     study = optuna.create_study()
     space = searched.search.space
-    distributions = {field.name: _distribution(optuna, field) for field in space}
+    distributions = {field.name: distribution(optuna, field, [*map(_shown, field.values)]) for field in space}
     for trial in searched.trials:
         if trial.bpb is None or trial is searched.start:  # which need not lie in the space
             study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL))
             continue
-        values = {field.name: _value(field, trial) for field in space}
+        values = {field.name: _shown(trial.settings[field.name]) for field in space}
         study.add_trial(optuna.trial.create_trial(params=values, distributions=distributions, value=trial.bpb))
     return study
 
 
-def _value(field: Field, trial: Trial) -> Any:
-    value = trial.settings[field.name]
+def _shown(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list) else value
-
-
-def _distribution(optuna: Any, field: Field) -> Any:
-    kinds = optuna.distributions
-    if field.kind == "values":
-        return kinds.CategoricalDistribution([json.dumps(v) if isinstance(v, list) else v for v in field.values])
-    kind = kinds.IntDistribution if field.kind == "int" else kinds.FloatDistribution
-    return kind(field.low, field.high, log=field.log)

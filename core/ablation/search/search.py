@@ -173,7 +173,9 @@ class Sampler:
     def __init__(self, search: Search) -> None:
         self._optuna = optuna = load_optuna()
         self._space = {field.name: field for field in search.space}
-        self._distributions = {field.name: _distribution(optuna, field) for field in search.space}
+        self._distributions = {
+            field.name: distribution(optuna, field, range(len(field.values))) for field in search.space
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             # Trials that are asked for together keep away from each other (constant_liar).
@@ -228,10 +230,10 @@ def load_optuna() -> Any:
     return optuna
 
 
-def _distribution(optuna: Any, field: Field) -> Any:
+def distribution(optuna: Any, field: Field, choices: Sequence[Any]) -> Any:
+    """Return what optuna draws a field from; `choices` stand for its values, where it has some."""
     kinds = optuna.distributions
     if field.kind == "values":
-        return kinds.CategoricalDistribution(tuple(range(len(field.values))))
-    if field.kind == "int":
-        return kinds.IntDistribution(field.low, field.high, log=field.log, step=field.step)
-    return kinds.FloatDistribution(field.low, field.high, log=field.log, step=field.step)
+        return kinds.CategoricalDistribution(tuple(choices))
+    kind = kinds.IntDistribution if field.kind == "int" else kinds.FloatDistribution
+    return kind(field.low, field.high, log=field.log, step=field.step)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from core.audit.watch.strace import followed
 from core.files import MAX_TEXT, read_file, read_json
+from core.formats.kinds import ANYTHING, Leaf, check_value, or_null
 
 DIED = "died"
 """Kind of the error of a process that ended without an answer."""
@@ -27,6 +28,18 @@ GRACE = 10.0
 """Seconds that the processes have to end once the answer is there."""
 PATIENCE = 86_400.0
 """Seconds until an evaluation without an answer is ended."""
+
+
+TEXT = Leaf("a text", lambda value: isinstance(value, str))
+ERROR = or_null(Leaf("an error", lambda e: type(e) is dict and {"kind", "message", "traceback"} <= e.keys()))
+OPENING = Leaf("an opening", lambda value: type(value) is list and list(map(type, value)) == [str, int, bool])
+RESPONSE = {
+    "value": ANYTHING, "error": ERROR,
+    "events": {"opened": [OPENING], "network": [TEXT], "executed": [TEXT], "*": ANYTHING},
+    "announced": [TEXT], "modules": [TEXT], "packages": [TEXT],
+    "process": Leaf("a number", lambda value: type(value) is int), "*": ANYTHING,
+}  # fmt: skip
+"""The form that watched_process.py gives a response."""
 
 
 class Ending(NamedTuple):
@@ -60,8 +73,7 @@ def run_to_end(command: list[str], folder: Path, patience: float) -> Ending:
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     code = process.wait(0.2)
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)  # copies that nothing waits for
+                    _end_copies(process)
                     return Ending(128 - code if code > 128 and "--kill-child" in command else code, False)
                 now = time.monotonic()
                 if answered is None and (folder / "response.json").exists():
@@ -84,9 +96,16 @@ def _end(process: subprocess.Popen, folder: Path) -> None:
     alone = "--kill-child" in process.args  # pyright: ignore[reportOperatorIssue] - a list of words
     followers = set() if alone else followed(folder)
     process.kill()
+    _end_copies(process)
     for number in followers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
+
+
+def _end_copies(process: subprocess.Popen) -> None:
+    """Kill the copies of a process that nothing waits for."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def read_answer(folder: Path, ending: Ending) -> dict[str, Any]:
@@ -94,8 +113,8 @@ def read_answer(folder: Path, ending: Ending) -> dict[str, Any]:
     response, announced = folder / "response.json", folder / "announced"
     with contextlib.suppress(OSError, ValueError):
         answer = read_json(response)
-        if _is_answer(answer):
-            return answer
+        check_value(answer, RESPONSE, "response")
+        return answer
     code, names = ending.code, []
     ended = f"by signal {-code}" if code < 0 else f"with exit status {code}"
     message = f"the process ended {ended} before it answered"
@@ -112,23 +131,3 @@ def read_answer(folder: Path, ending: Ending) -> dict[str, Any]:
         "packages": [],
         "process": 0,
     }
-
-
-def _is_answer(answer: Any) -> bool:
-    """Return whether a response has the form that watched_process.py gives it."""
-    lists = ("announced", "modules", "packages")
-    good = isinstance(answer, dict) and answer.keys() >= {"value", "error", "events", "process", *lists}
-    if not good or type(answer["process"]) is not int or not all(_is_texts(answer[name]) for name in lists):
-        return False
-    events, error = answer["events"], answer["error"]
-    if error is not None and not (isinstance(error, dict) and {"kind", "message", "traceback"} <= error.keys()):
-        return False
-    named = isinstance(events, dict) and all(_is_texts(events.get(name)) for name in ("network", "executed"))
-    return named and all(
-        isinstance(event, list) and [type(part) for part in event] == [str, int, bool]
-        for event in events.get("opened", [0])
-    )
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)

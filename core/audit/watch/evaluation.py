@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import secrets
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,64 +78,66 @@ class Distributions:
         self.positions += len(rows)
 
 
-def audited(
-    artifact: str,
-    data: str,
-    config: dict[str, Any],
-    backend: str,
-    dtype: str | None,
-    ledger: str,
-    predictions: str,
-    stop: int | None,
-    places: list[int],
-    secret: str,
-    started: float,
-    documents: int | None,
-    flips: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Score an artifact and return what was seen, as plain JSON values.
+@dataclass(frozen=True)
+class AuditOrder:
+    """What an audited evaluation is to do, in plain JSON values."""
 
-    `predictions`: where checksums of what was predicted go, and the whole distributions of the targets at `places`;
-    `stop`: the last forward pass, None: all; `secret`: goes into the name of the ledger, so that one from elsewhere is
-    not taken; `started`: time.monotonic() before the process was started; `documents`: score only the first so many,
-    None: all; `flips`: 0 leaves the flip test out.
-    """
-    say = Console(as_json=True)
-    model_file = read_artifact(artifact)
-    settings = dataclasses.replace(from_json(RunConfig, config), model=model_file.model)
-    whole = open_dataset(data, train=False)
-    dataset = whole if documents is None else dataclasses.replace(whole, val=whole.val.documents(documents))
+    artifact: str
+    data: str
+    """Prepared folder."""
+    config: dict[str, Any]
+    backend: str
+    dtype: str | None
+    ledger: str
+    predictions: str
+    """Where checksums of what was predicted go."""
+    stop: int | None
+    """The last forward pass; None: all."""
+    places: tuple[int, ...]
+    """Targets whose whole distributions go there too."""
+    secret: str
+    """Goes into the name of the ledger, so that one from elsewhere is not taken."""
+    started: float
+    """time.monotonic() before the process was started."""
+    documents: int | None
+    """Score only the first so many; None: all."""
+    flips: int
+    """0 leaves the flip test out."""
+    seed: int
+
+
+def audited(**fields: Any) -> dict[str, Any]:
+    """Score an artifact as an AuditOrder of these fields says and return what was seen, as plain JSON values."""
+    order, say = AuditOrder(**fields), Console(as_json=True)
+    model_file = read_artifact(order.artifact)
+    settings = dataclasses.replace(from_json(RunConfig, order.config), model=model_file.model)
+    dataset = open_dataset(order.data, train=False)
+    if order.documents is not None:
+        dataset = dataclasses.replace(dataset, val=dataset.val.documents(order.documents))
     if dataset.tokenizer.sha256 != model_file.tokenizer_sha256:
-        raise ConfigError(f"{artifact} was made with another tokenizer than {data}: give its data with --data PATH")
-    options = EngineOptions(dtype=dtype)  # type: ignore[arg-type]
-    engine = load_engine(backend, settings, model_file.weights, options)
+        words = f"{order.artifact} was made with another tokenizer than {order.data}"
+        raise ConfigError(f"{words}: give its data with --data PATH")
+    options = EngineOptions(dtype=order.dtype)  # type: ignore[arg-type]
+    engine = load_engine(order.backend, settings, model_file.weights, options)
     value: dict[str, Any] = {"backend": engine.backend, "device": engine.device, "dtype": engine.dtype}
     value["plugins"] = plugin_kinds(settings.eval.plugins)
-    value["prepared"] = time.monotonic() - started
-    key = hashlib.sha256(f"{secret} {evaluation_key(engine, dataset, settings, plugins=True)}".encode()).hexdigest()
-    prints = Fingerprints(len(dataset.val), places)
-    value |= _score(engine, dataset, settings, Path(ledger), key, prints, stop, say)
-    prints.save(Path(predictions))
-    value["clock"] = time.monotonic() - started
-    if not flips:
-        return value
-    value["flips"] = flip_test(
-        engine, dataset.val, settings, flips, seed, ROUNDING[engine.dtype], say.progress("flip test")
-    )  # fmt: skip
+    value["prepared"] = time.monotonic() - order.started
+    name = f"{order.secret} {evaluation_key(engine, dataset, settings, plugins=True)}"
+    key = hashlib.sha256(name.encode()).hexdigest()
+    prints = Fingerprints(len(dataset.val), order.places)
+    value |= _score(engine, dataset, settings, Path(order.ledger), key, prints, order.stop, say)
+    prints.save(Path(order.predictions))
+    value["clock"] = time.monotonic() - order.started
+    if order.flips:
+        bound, progress = ROUNDING[engine.dtype], say.progress("flip test")
+        value["flips"] = flip_test(engine, dataset.val, settings, order.flips, order.seed, bound, progress)
     return value
 
 
 def _score(
-    engine: Engine,
-    dataset: Dataset,
-    config: RunConfig,
-    path: Path,
-    key: str,
-    prints: Fingerprints,
-    stop: int | None,
+    engine: Engine, dataset: Dataset, config: RunConfig, path: Path, key: str, prints: Fingerprints, stop: int | None,
     say: Console,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Score the text and return the score, or the rule that was broken, and what the distributions say."""
     settings, learns = config.eval, bool(config.eval.plugins)
     total = len(dataset.val) // (settings.batch * (settings.stride or settings.seq)) + 1

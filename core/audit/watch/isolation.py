@@ -23,18 +23,11 @@ from typing import Any, NamedTuple
 from core.audit.watch.answer import DIED, KEPT, PATIENCE, read_answer, run_to_end
 from core.audit.watch.file_kinds import File, files_under, from_hook, listed, under
 from core.audit.watch.owners import ROOT, package_folders, system_hashes, unlisted_packages
-from core.audit.watch.strace import STRACE, measures, read_trace
+from core.audit.watch.strace import STRACE, Measures, Trace, measures, read_trace
 from core.files import replace_file
 
 HOOK = "an audit hook from before the first import"
-SERVICES = (
-    "/run/uuidd",
-    "/var/run/uuidd",
-    "/run/nscd",
-    "/var/run/nscd",
-    "/run/nvidia-persistenced",
-    "/var/run/nvidia-persistenced",
-)
+SERVICES = tuple(f"{run}/{name}" for run in ("/run", "/var/run") for name in ("uuidd", "nscd", "nvidia-persistenced"))
 """Local sockets that libc and the GPU's driver ask by themselves."""
 
 
@@ -87,46 +80,29 @@ def run_isolated(
     """
     with tempfile.TemporaryDirectory(prefix="skc-audit-") as name:
         folder = Path(os.path.realpath(name))
-        for part in ("home", "tmp"):
-            (folder / part).mkdir()
-        request = {
-            "function": function, "arguments": arguments, "response": str(folder / "response.json"),
-            "announced": str(folder / "announced"), "paths": _importable() if paths is None else [*paths],
-        }  # fmt: skip
-        replace_file(folder / "request.json", json.dumps(request).encode())
+        request = _write_request(folder, function, arguments, _importable() if paths is None else paths)
         before = {file for place in writable for file in files_under(place)} - set(map(os.path.realpath, writable))
         guard, compiled = measures(folder, hidden), compiled_folder(*warm)
         stamps = _stamps(compiled)
         start = time.perf_counter()
-        ending = run_to_end([*guard.prefix, *_python(compiled, str(folder / "request.json"))], folder, patience)
+        ending = run_to_end([*guard.prefix, *_python(compiled, request)], folder, patience)
         seconds = time.perf_counter() - start
-        answer = read_answer(folder, ending)
-        events, trace = answer["events"], read_trace(folder)
-        opened = [e for e in events["opened"] if trace is None or _happened(*e)]
-        force, missing = [HOOK, *guard.measures], guard.missing
-        if trace is None and STRACE in force:
-            force.remove(STRACE)
-            missing = [*missing, f"{STRACE} (it left no trace)"]
-        if trace is None and events["executed"]:
-            missing = [*missing, "what the processes did that it started"]
-        if answer["error"] and answer["error"]["kind"] == DIED:
-            force.remove(HOOK)
-            missing = [*missing, f"{HOOK} (its notes ended with the process)"]
-        own = [str(folder), *(os.path.realpath(path) for path in writable)]
+        tampered = _stamps(compiled) != stamps
+        if tampered:
+            compiled_folder.cache_clear()
+        answer, trace = read_answer(folder, ending), read_trace(folder)
+        events, (force, missing) = answer["events"], _in_force(guard, answer, trace)
         network = [*events["network"], *(trace.network if trace else [])]
         files = listed(
-            [from_hook(*event) for event in opened],
+            [from_hook(*event) for event in events["opened"] if trace is None or _happened(*event)],
             trace.opened if trace else [],
             set(answer["announced"]),
             answer["modules"],
-            own,
+            [str(folder), *map(os.path.realpath, writable)],
             before,
             trace.processes if trace else {answer["process"]},
             compiled,
         )
-        tampered = _stamps(compiled) != stamps
-        if tampered:
-            compiled_folder.cache_clear()
         return Isolated(
             value=answer["value"],
             error=answer["error"],
@@ -134,7 +110,7 @@ def run_isolated(
             files=files,
             network=[words for words in dict.fromkeys(network) if not _is_local(words, [str(folder)])],
             executed=list(dict.fromkeys(trace.executed if trace else events["executed"])),
-            reached=tuple(dict.fromkeys(trace.reached)) if trace else (),
+            reached=tuple(dict.fromkeys(trace.reached if trace else ())),
             outlived=ending.outlived,
             tampered=(
                 *(["the compiled modules that later processes read were changed"] if tampered else []),
@@ -145,6 +121,32 @@ def run_isolated(
             missing=[*missing, *_unproved(files)],
             returncode=ending.code,
         )
+
+
+def _write_request(folder: Path, function: str, arguments: dict[str, Any], paths: Sequence[str]) -> str:
+    """Make the folders of a process and the file that tells it what to do, and return that file's path."""
+    for part in ("home", "tmp"):
+        (folder / part).mkdir()
+    request = {
+        "function": function, "arguments": arguments, "response": str(folder / "response.json"),
+        "announced": str(folder / "announced"), "paths": [*paths],
+    }  # fmt: skip
+    replace_file(folder / "request.json", json.dumps(request).encode())
+    return str(folder / "request.json")
+
+
+def _in_force(guard: Measures, answer: dict[str, Any], trace: Trace | None) -> tuple[list[str], list[str]]:
+    """Return in words what was in force and what was not, by what hook and strace have left."""
+    force, missing = [HOOK, *guard.measures], [*guard.missing]
+    if trace is None and STRACE in force:
+        force.remove(STRACE)
+        missing.append(f"{STRACE} (it left no trace)")
+    if trace is None and answer["events"]["executed"]:
+        missing.append("what the processes did that it started")
+    if answer["error"] and answer["error"]["kind"] == DIED:
+        force.remove(HOOK)
+        missing.append(f"{HOOK} (its notes ended with the process)")
+    return force, missing
 
 
 def _python(compiled: str, request: str) -> list[str]:
