@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from backends.mlx import ops, storage
 from backends.mlx.banks import banks, parts
 from backends.mlx.blas import load_fast_blas
+from backends.mlx.kernels import trial
 from backends.mlx.model import Model
 from backends.mlx.update import Update
 from core.data.batch import Batch
@@ -116,7 +117,7 @@ class Engine:
         self.notes = (
             f"compile: {'whole step (mx.compile)' if self._compiled else 'off' if compiler else 'off, no g++'}",
             f"attention: {'exact, composed' if self._exact else 'mx.fast.scaled_dot_product_attention'}",
-            f"scan: {'exact, step by step' if self._exact else 'in chunks'}",
+            *trial.notes(config.model, self._compute, self._exact),
             f"Newton-Schulz in {str(self._orthogonal).removeprefix('mlx.core.')}",
             f"BLAS: {load_fast_blas() if options.fast_blas else 'as MLX ships it'}",
             *note(config, self._rows(self._train.seq), self._memory),
