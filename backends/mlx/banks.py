@@ -7,7 +7,7 @@ can be read as one.
 """
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -64,7 +64,8 @@ class Bank(NamedTuple):
         def together(row, grads, _):
             return joined(grads)
 
-        return dict(zip(self.names, apart(row), strict=True))
+        values: Any = apart(row)
+        return dict(zip(self.names, values, strict=True))
 
     def joined(self, arrays):
         """Return the row of parameters by name."""
@@ -96,18 +97,18 @@ def banks(config, owner):
         size = table[name].size
         return width(name), -(size & -size), table[name].shape, owner.get(name, 0)
 
-    for name, row in table.items():
-        members.setdefault((row.group, row.storage), []).append(name)
-    found = []
-    for (group, storage), names in members.items():
+    def bank(key, names):
         stacks, begin = [], 0
         for shape, same in itertools.groupby(sorted(names, key=place), key=lambda name: table[name].shape):
             stack = tuple(same)
             end = begin + len(stack) * table[stack[0]].size
             stacks.append(Stack(stack, shape, begin, end, width(stack[0])))
             begin = end
-        found.append(Bank(group, storage, tuple(stacks)))
-    return found
+        return Bank(*key, tuple(stacks))
+
+    for name, row in table.items():
+        members.setdefault((row.group, row.storage), []).append(name)
+    return [bank(key, names) for key, names in members.items()]
 
 
 def parts(banks, rows):

@@ -62,10 +62,11 @@ class ByName:
         self._params = {n: mx.contiguous(mx.where(finite, params[n], old)) for n, old in self._params.items()}
         self._state = {n: mx.contiguous(mx.where(finite, state[n], old)) for n, old in self._state.items()}
         mx.eval(self._params, self._state)
-        return loss.item(), norm.item(), bool(finite.item())
+        return float(np.array(loss)), float(np.array(norm)), bool(finite.item())
 
     def _updated(self, grads: Any, numbers: Any) -> Any:
         params, state, train = {}, {}, self._train
+        adamw: Any = optim.adamw
         for bank in self._banks:
             if bank.group == "matrix" and train.matrix_rule == "muon":
                 old, grad = (mx.stack([of[name] for name in bank.names]) for of in (self._params, grads))
@@ -78,6 +79,6 @@ class ByName:
                 rates = [numbers[key] for key in (f"lr_{bank.group}", f"decay_{bank.group}", "bias1", "bias2")]
                 moments = [self._state[f"{name}.{slot}"] for slot in ("m", "v")]
                 given = (*rates, train.beta1, train.beta2, train.eps)
-                new = optim.adamw(self._params[name], grads[name], *moments, *given)
+                new = adamw(self._params[name], grads[name], *moments, *given)
                 params[name], state[f"{name}.m"], state[f"{name}.v"] = new
         return params, state

@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 from core.config import RunConfig
 from core.engine.plan import NUMBERS
 from core.model.params import param_table
+from shared_tests.support import host_kernels
 from shared_tests.support.harness import engine
 
 VIEWS = {
@@ -98,7 +99,7 @@ def step(config: RunConfig) -> dict[str, Counter[str]]:
     """Return the launches of a compiled training step of one micro-batch in bfloat16, and of its quantisers alone."""
     weights = {name: np.zeros(row.shape, np.float32) for name, row in param_table(config.model).items()}
     train = config.train
-    with on_metal():
+    with on_metal(), host_kernels.opaque():
         engine_: Any = engine("mlx", config, weights, dtype="bfloat16", compile=True)
         rows = mx.zeros((min(train.rows, 8192 // train.seq), train.seq), mx.int32)
         given = engine_._state, rows, rows, engine_._constants(train.seq), mx.ones((len(NUMBERS),)), True
