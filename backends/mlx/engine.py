@@ -414,4 +414,6 @@ class Engine:
 def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks) -> Engine:
     """Return the engine of `config` with `weights`."""
     make = functools.partial(Engine, config, weights, options, quantise, ranks)
-    return device.OnTheCPU(make) if options.dtype == "float64" and device.chip().gpu else make()
+    if options.dtype == "float64" and device.chip().gpu:
+        return device.OnTheCPU(make)  # pyright: ignore[reportReturnType]
+    return make()

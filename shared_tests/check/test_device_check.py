@@ -21,7 +21,7 @@ from backends.mlx.device import Chip
 from shared_tests.device import records
 from shared_tests.device.child import Child, die_with_the_driver
 from shared_tests.device.driver import Driver
-from shared_tests.device.plan import PLANS, Item
+from shared_tests.device.plan import NOT_MIXED, PLANS, Item
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKED = ("tyro", "brotli", "optuna", "hypothesis", "pytest", "xdist", "pyarrow", "zstandard")
@@ -235,6 +235,7 @@ def test_plans_fit_their_rules() -> None:
         names = [part.name for part in plan]
         assert len(set(names)) == len(names) and names[0] == "environment"
         for part in plan:
+            assert set(part.needs) <= {"torch"} and part.environment.keys() <= NOT_MIXED.keys()
             assert set(part.after) <= set(names[: names.index(part.name)]), "what it waits for comes before it"
             file, function = part.call.split(".")
             assert f"def {function}(child: Child" in (ROOT / "shared_tests" / "device" / f"{file}.py").read_text()
