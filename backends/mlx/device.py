@@ -7,7 +7,7 @@ import math
 import os
 import re
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -149,7 +149,7 @@ class OnTheCPU:
         with mx.stream(mx.cpu):
             self._engine = build()
 
-    def __getattr__(self, name):
+    def __getattr__(self, name) -> Any:
         value = getattr(self.__dict__["_engine"], name)
         if not callable(value):
             return value

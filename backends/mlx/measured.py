@@ -57,4 +57,6 @@ class Measured(engine.Engine):
 def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks) -> Measured:
     """Return the engine of `config` with `weights`."""
     make = functools.partial(Measured, config, weights, options, quantise, ranks)
-    return device.OnTheCPU(make) if options.dtype == "float64" and device.chip().gpu else make()
+    if options.dtype == "float64" and device.chip().gpu:
+        return device.OnTheCPU(make)  # pyright: ignore[reportReturnType]
+    return make()

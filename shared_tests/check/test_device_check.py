@@ -21,7 +21,7 @@ from backends.mlx.device import Chip
 from shared_tests.device import records
 from shared_tests.device.child import Child, die_with_the_driver
 from shared_tests.device.driver import Driver
-from shared_tests.device.plan import PLANS, Item
+from shared_tests.device.plan import NOT_MIXED, PLANS, Item
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKED = ("tyro", "brotli", "optuna", "hypothesis", "pytest", "xdist", "pyarrow", "zstandard")
@@ -235,6 +235,7 @@ def test_plans_fit_their_rules() -> None:
         names = [part.name for part in plan]
         assert len(set(names)) == len(names) and names[0] == "environment"
         for part in plan:
+            assert set(part.needs) <= {"torch"} and part.environment.keys() <= NOT_MIXED.keys()
             assert set(part.after) <= set(names[: names.index(part.name)]), "what it waits for comes before it"
             file, function = part.call.split(".")
             assert f"def {function}(child: Child" in (ROOT / "shared_tests" / "device" / f"{file}.py").read_text()
@@ -319,12 +320,31 @@ def test_a_mac_without_pytorch_is_checked_all_the_same(tmp_path: Path) -> None:
         "('environment', 'types', 'speed tiny')))",
     ]
     code = "import shared_tests.device.child\n" + "\n".join(program)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    free = {key: value for key, value in os.environ.items() if key != "MLX_ENABLE_TF32"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=free)
     assert done.returncode == 0, done.stderr
     runs = found(tmp_path)
     assert len([line for line in runs["types"] if line.get("unit") == "ms"]) == 3
     assert any("MLX_ENABLE_TF32=0" in str(line.get("text")) for line in runs["environment"])
     assert any(line.get("what") == "update alone" for line in runs["speed tiny"])
+
+
+def test_mac_check_takes_any_gpu_of_mlx_and_the_cpu_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlx.core as mx
+
+    from shared_tests.device import child
+
+    taken: list[Any] = []
+    monkeypatch.setattr(mx, "set_default_device", taken.append)
+    monkeypatch.setattr(child, "die_with_the_driver", lambda: None)
+    folder = str(tmp_path)
+    assert child.main("mlx", "environment", folder, folder, "cpu") == 0 and taken == [mx.cpu]
+    assert child.main("mlx", "environment", folder, folder, "gpu") == child.NO_DEVICE and len(taken) == 1
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "device_info", lambda device: {"device_name": "NVIDIA H100", "total_memory": 85e9})
+    assert not mx.metal.is_available() and child.main("mlx", "environment", folder, folder, "gpu") == 0
 
 
 def test_a_float64_engine_that_moves_the_process_fails_the_smoke_item(
@@ -344,8 +364,10 @@ def test_a_float64_engine_that_moves_the_process_fails_the_smoke_item(
     assert [line["ok"] for line in records.read(tmp_path)[3:]] == [False, True, True]
 
 
-def test_no_extra_builds_flash_attention_from_source() -> None:
+def test_extras_are_wheels_of_one_kind_each() -> None:
+    """None builds FlashAttention from source, and MLX for the CPU and for CUDA are not in one."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["mlx-cuda"] == ["mlx[cuda13]>=0.32.4; sys_platform == 'linux'"]
     assert extras["cuda"] == extras["torch"] and not any("flash" in line for lines in extras.values() for line in lines)
 
 

@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "a temperature": (lambda m, p: m.sample("a", temperature="x"), skc.ConfigError, "temperature='x': expected a"),
     "candidates": (lambda m, p: m.sample("a", top_k=2.5), skc.ConfigError, "top_k=2.5: expected a whole number"),
     "a seed": (lambda m, p: m.sample("a", seed=True), skc.ConfigError, "seed=True: expected a whole number"),
-    "a type": (lambda m, p: LOAD(p / "runs/quickstart", dtype="float16"), skc.ConfigError, "dtype='float16': expected"),
+    "a type": (lambda m, p: LOAD(p / "runs/quickstart", dtype="float8"), skc.ConfigError, "dtype='float8': expected"),
     "no tokens": (lambda m, p: m.sample("a", tokens=0), skc.ConfigError, "tokens=0: expected at least 1"),
 }  # fmt: skip
 

@@ -22,11 +22,11 @@ class Item:
     """What must have ended before it starts to prepare."""
     optional: bool = False
     """It need not be reached."""
-    needs: tuple[str, ...] = ()
-    """Packages without which it is skipped: what does not compare with PyTorch runs without PyTorch."""
     environment: dict[str, str] = field(default_factory=dict)
     cpu: dict[str, str] = field(default_factory=dict)
     """More environment, where the check runs on the CPU."""
+    needs: tuple[str, ...] = ()
+    """Packages without which it is skipped: what does not compare with PyTorch runs without PyTorch."""
 
 
 SQUARE, COPY = "bfloat16 product of 8192^3", "copy"
