@@ -3,7 +3,6 @@
 import functools
 import resource
 import sys
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -75,7 +74,7 @@ class Tape:
 
 
 class Engine:
-    """See core.engine.measured.Measured and its Engine for every public method."""
+    """See core.engine.protocol.Engine for every public method."""
 
     backend = "cuda"
 
@@ -223,11 +222,6 @@ class Engine:
                 done.synchronize()
         return self._in_flight[-1]
 
-    def gradients(self, batch: Batch) -> tuple[float, Arrays]:
-        weights = self._trained(self._params, self.quantise)
-        objective, _, grads = self._gradient(weights, batch, slice(None), True)
-        return objective.item(), {name: g.cpu().numpy() for name, g in grads.items()}
-
     def trace(self, batch: Batch, quantise: bool = False) -> tuple[Callable, tuple]:
         """Return the objective of a batch as a function and its arguments, for PyTorch's tracers; nothing has run."""
         weights, tables = self._trained(self._params, quantise), self._constants(batch.tokens.shape[1])
@@ -247,12 +241,6 @@ class Engine:
     @torch.no_grad()
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         return self._read(tokens)[0].cpu().numpy()
-
-    @torch.no_grad()
-    def activations(self, tokens: np.ndarray) -> Arrays:
-        record = {}
-        self._read(tokens, record=record)
-        return {name: value.to(self._wide).cpu().numpy() for name, value in record.items()}
 
     @torch.no_grad()
     def second_moments(self, tokens: np.ndarray, names: Sequence[str] | None = None) -> Arrays:
@@ -321,51 +309,6 @@ class Engine:
         for name in self._slots:
             self._state[name].copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
         self._weights = None
-
-    def matmul_rate(self) -> tuple[int, float]:
-        gpu = self._device.type == "cuda"
-        n, repeats = (8192, 20) if gpu else (1024, 5)
-        # CUDA: not a constant, which a GPU multiplies faster than what models hold: it takes less power
-        a = torch.randn((n, n), device=self._device).to(self._compute)
-        torch.matmul(a, a)
-        if not gpu:
-            times = []
-            for _ in range(repeats):
-                start = time.perf_counter()
-                torch.matmul(a, a)
-                times.append(time.perf_counter() - start)
-            return n, 2 * n**3 / min(times)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(repeats):  # CUDA: one after the other without waiting: a launch takes as long as a small product
-            torch.matmul(a, a)
-        end.record()
-        end.synchronize()
-        return n, 2e3 * n**3 * repeats / begin.elapsed_time(end)
-
-    def update_seconds(self, plan: StepPlan, repeats: int) -> float:
-        hyper, count = self._numbers(plan.numbers), self._numbers(self._train.batch // self._train.rows)
-        key, loss = torch.Generator(self._device).manual_seed(0), torch.ones((), dtype=self._wide, device=self._device)
-        grads = {name: torch.empty_like(p).normal_(generator=key) for name, p in self._params.items()}
-        # CUDA: an update works in place: it gets copies
-        params, state, start = self._params.map(torch.clone), self._state.map(torch.clone), 0.0
-        for turn in range(repeats + 1):
-            if turn == 1:  # the first one compiles
-                start = time.perf_counter()
-            self._updated(params, state, grads, loss, hyper, count)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeats
-
-    def _updated(self, params, state, grads, loss, hyper, count):
-        """Update params and state in place, with what this rank does of it where there are others."""
-        if self.ranks.world == 1:
-            self._finish(params, state, grads, loss, hyper, count)
-            return
-        reducer = Reducer(self.ranks, self._buckets)
-        for name, grad in grads.items():
-            reducer.add(name, grad)
-        self._update.together(params, state, reducer, loss, hyper, count)
 
     def stats(self) -> dict[str, float]:
         if self._device.type == "cuda":
@@ -460,8 +403,3 @@ def _sum(grads, share, name, grad):
 def _send(reducer, grads, share, name, grad):
     """Send the gradient of a step to the other ranks: of the last micro-batch, while its backward pass goes on."""
     reducer.add(name, _sum(grads, share, name, grad.detach()))
-
-
-def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks) -> Engine:
-    """Return the engine of `config` with `weights`."""
-    return Engine(config, weights, options, quantise, ranks)

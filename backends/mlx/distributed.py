@@ -72,20 +72,17 @@ class OneOf(Alone):
         return {}
 
 
-def reduce(ranks, buckets, grads):
-    """Return the sums of gradients over the ranks, by name: of the matrices that this rank updates, and of all else.
+def reduce(ranks, grads):
+    """Return the sums of gradients over the ranks, by name: all in one message.
 
-    MLX: a ring has no reduce-scatter: the whole sum goes to every rank, which drops what others update.
+    MLX: a ring has no reduce-scatter: the whole sum goes to every rank.
     """
-    sums = {}
-    for bucket in buckets:
-        flat = ranks.sum(mx.concatenate([grads[name].reshape(-1) for name in bucket.names]))
-        mx.eval(flat)  # MLX: collectives in the same order on every rank, also where a rank needs nothing of one
-        begin = 0
-        for name in bucket.names:
-            if not bucket.slots or bucket.owned(ranks.rank) == name:
-                sums[name] = flat[begin : begin + grads[name].size].reshape(grads[name].shape)
-            begin += grads[name].size
+    flat = ranks.sum(mx.concatenate([grad.reshape(-1) for grad in grads.values()]))
+    mx.eval(flat)  # MLX: collectives in the same order on every rank, also where a rank needs nothing of one
+    sums, begin = {}, 0
+    for name, grad in grads.items():
+        sums[name] = flat[begin : begin + grad.size].reshape(grad.shape)
+        begin += grad.size
     return sums
 
 

@@ -1,8 +1,6 @@
 """The MLX engine: model, optimizer and device behind core.engine.protocol.Engine; the PyTorch engine's twin."""
 
-import functools
 import shutil
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -10,14 +8,16 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from backends.mlx import attention, ops, optim, storage
+from backends.mlx import attention, ops, storage
+from backends.mlx.banks import banks, parts
 from backends.mlx.blas import load_fast_blas
-from backends.mlx.distributed import reduce
+from backends.mlx.kernels import trial
 from backends.mlx.model import Model
+from backends.mlx.update import Update
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
-from core.engine.optimizer_state import averaged, exported, optimizer_slots
-from core.engine.plan import NUMBERS, StepPlan
+from core.engine.optimizer_state import optimizer_slots
+from core.engine.plan import StepPlan
 from core.engine.protocol import (
     Arrays,
     EngineOptions,
@@ -28,13 +28,14 @@ from core.engine.protocol import (
     micro_batches,
     named_matrices,
 )
-from core.engine.ranks import buckets, updated_by
+from core.engine.ranks import buckets, owners
 from core.model.context import Constants
-from core.model.params import banks, check_arrays, param_table
+from core.model.params import check_arrays, param_table
 from core.model.storage import Stored
 from core.model.tables import mixer_tables, rope_tables
 
 IN_FLIGHT = 2
+SLOTS = ("m", "v", "ema")
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float64": mx.float64}
 
 
@@ -64,7 +65,7 @@ class Tape:
 
 
 class Engine:
-    """See core.engine.measured.Measured and its Engine for every public method."""
+    """See core.engine.protocol.Engine for every public method."""
 
     backend = "mlx"
 
@@ -90,9 +91,16 @@ class Engine:
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
         self._weights = None
-        self._banks = banks(config.model)
+        self.ranks, self._buckets = ranks, buckets(config, ranks.world)
+        self._banks = banks(config.model, owners(self._buckets))
+        self._once = not (config.model.shared_blocks or config.model.repeat_layers)
         self._slots = optimizer_slots(config.model, config.train)
-        self._state = {name: mx.zeros(shape, self._wide) for name, shape in self._slots.items()}
+        self._state = {
+            f"{bank.key}.{slot}": mx.zeros(bank.stacks[-1].end, self._wide)
+            for bank in self._banks
+            for slot in SLOTS
+            if f"{bank.names[0]}.{slot}" in self._slots
+        }
         self.load_params(weights, quantise)
         compiler = gpu or shutil.which("g++") is not None
         wanted = options.compile if options.compile is not None else True
@@ -100,10 +108,8 @@ class Engine:
         compiled = mx.compile if self._compiled else lambda f: f
         self._whole = compiled(self._step)
         self._accumulate = compiled(self._add_gradient)
-        self._finish = compiled(self._update)
-        self._change = compiled(self._rules)
-        self._after = compiled(self._follow)
-        self.ranks, self._buckets = ranks, buckets(config, ranks.world)
+        self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, compiled)
+        self._finish = compiled(self._update.alone)
         self._memory = usable(None, ranks)  # MLX: its GPU has the machine's
         self._fitting: dict[int, int] = {}
         self._score = compiled(self._costs)
@@ -112,7 +118,7 @@ class Engine:
         self.notes = (
             f"compile: {'whole step (mx.compile)' if self._compiled else 'off' if compiler else 'off, no g++'}",
             self._attention.note,
-            f"scan: {'exact, step by step' if self._exact else 'in chunks'}",
+            *trial.notes(config.model, self._compute, self._exact),
             f"Newton-Schulz in {str(self._orthogonal).removeprefix('mlx.core.')}",
             f"BLAS: {load_fast_blas() if options.fast_blas else 'as MLX ships it'}",
             *note(config, self._rows(self._train.seq), self._memory),
@@ -120,13 +126,21 @@ class Engine:
 
     # The pure functions that are compiled: parameters and state go in and come out.
 
-    def _stored(self, params):
-        """Return every weight as the artifact would give it back, row after row: as its reader has it."""
-        return {name: mx.contiguous(storage.stored(value, self._table[name].storage)) for name, value in params.items()}
+    def _stored(self, rows):
+        """Return every bank's row as the artifact would give it back."""
+        return {bank.key: bank.stored(rows[bank.key]) for bank in self._banks}
 
     def _trained(self, params, quantise):
-        """Return the weights of a training step's forward pass; gradients at them are those of `params`."""
+        """Return the rows of weights of a training step's forward pass; gradients at them are those of `params`."""
         return self._store(params) if quantise else params
+
+    def _named(self, rows):
+        """Return the weights by name that a training step's rows of them hold, matrices in the compute type."""
+        if self._once:  # MLX: one cast for all; of a matrix that is used twice the gradients are added up wide
+            rows = {
+                b.key: rows[b.key].astype(self._compute) if b.group == "matrix" else rows[b.key] for b in self._banks
+            }
+        return parts(self._banks, rows)
 
     def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=False):
         self._model.update(tree_unflatten(list(weights.items())))
@@ -140,8 +154,8 @@ class Engine:
         logits, _ = self._forward(weights, tokens, tables, repeat, capped=False, training=training)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
-    def _losses(self, weights, tokens, targets, tables, repeat):
-        nll, total = self._costs(weights, tokens, targets, tables, repeat, training=True)
+    def _losses(self, rows, tokens, targets, tables, repeat):
+        nll, total = self._costs(self._named(rows), tokens, targets, tables, repeat, training=True)
         loss = mx.mean(nll)
         return loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss, loss
 
@@ -155,69 +169,10 @@ class Engine:
         _, new, more = self._gradient(weights, tokens, targets, tables, repeat)
         return loss + new * share, {name: grads[name] + more[name] * share for name in grads}
 
-    def _update(self, params, state, grads, loss, hyper, count):
-        """Return (params, state, mean loss, norm, finite) after one clipped and guarded update."""
-        loss, norm, finite = self._measured(loss / count, optim.global_norm(grads.values()) / count)
-        params, changed = self._rules(params, state, grads, norm, finite, hyper, count)
-        return params, {**changed, **self._follow(params, state, finite, hyper)}, loss, norm, finite
-
-    def _measured(self, loss, norm):
-        """Return both, and whether they are finite."""
-        return loss, norm, mx.isfinite(loss) & mx.isfinite(norm)
-
-    def _rules(self, params, state, grads, norm, finite, hyper, count):
-        """Return params and state of the parameters that have gradients, which are `count` times too large."""
-        scale = optim.clip_scale(norm, self._train.clip) / count
-        numbers, muon = dict(zip(NUMBERS, hyper, strict=True)), self._train.matrix_rule == "muon"
-        grads, new_params, new_state = {name: g * scale for name, g in grads.items()}, {}, {}
-        for bank in self._banks:
-            rule = functools.partial(optim.rule, self._train, bank.group)
-            names = [name for name in bank.names if name in grads]
-            if bank.group == "matrix" and muon and names:
-                param, grad = (mx.stack([of[name] for name in names]) for of in (params, grads))
-                slots = {"m": mx.stack([state[f"{name}.m"] for name in names])}
-                param, slots = rule(param, grad, slots, numbers, self._orthogonal)
-                for i, name in enumerate(names):
-                    new_params[name], new_state[f"{name}.m"] = param[i], slots["m"][i]
-                continue
-            for name in names:
-                slots = {slot: state[f"{name}.{slot}"] for slot in ("m", "v")}
-                new_params[name], slots = rule(params[name], grads[name], slots, numbers)
-                new_state |= {f"{name}.{slot}": value for slot, value in slots.items()}
-        return self._guarded(new_params, params, finite), self._guarded(new_state, state, finite)
-
-    def _follow(self, params, state, finite, hyper):
-        """Return the running averages, `<param>.ema`, after the update that gave `params`."""
-        decay, names = dict(zip(NUMBERS, hyper, strict=True))["average"], averaged(self._config, self._train)
-        new = {f"{n}.ema": optim.average(state[f"{n}.ema"], params[n], decay) for n in names}
-        return self._guarded(new, state, finite)
-
-    def _guarded(self, new, old, finite):
-        # MLX: BLAS multiplies, and rounds, what lies in other strides by another path
-        return {name: mx.contiguous(mx.where(finite, value, old[name])) for name, value in new.items()}
-
-    def _update_together(self, grads, loss, hyper, count):
-        """Do what _update does with all ranks: each updates its part of Muon's matrices, which then go to all."""
-        grads, params, state = reduce(self.ranks, self._buckets, grads), self._params, self._state
-        alone, all_ = updated_by(self._buckets, self.ranks.rank)
-        zero = mx.zeros_like(loss)  # a rank may have no matrix of its own
-        norms = [optim.global_norm([zero, *(grads[n] for n in names)]) for names in (alone, all_)]
-        ours, common = (mx.square(norm) for norm in norms)
-        loss, ours = self.ranks.sum(mx.stack([loss, ours]))
-        loss, norm, finite = self._measured(loss / count, mx.sqrt(ours + common) / count)
-        mx.eval(loss, norm, finite)  # MLX: collectives in the same order on every rank
-        for names in (alone, all_):
-            if names:
-                new = self._change(params, state, {n: grads[n] for n in names}, norm, finite, hyper, count)
-                params, state = params | new[0], state | new[1]
-        params = params | self.ranks.share_updates([b for b in self._buckets if b.slots], params)
-        state = state | self._after(params, state, finite, hyper)
-        return params, state, loss, norm, finite
-
     def _step(self, params, weights, state, tokens, targets, tables, hyper, repeat):
         self._traces += self._compiled
         _, loss, grads = self._gradient(weights, tokens, targets, tables, repeat)
-        return self._update(params, state, grads, loss, hyper, 1.0)
+        return self._update.alone(params, state, grads, loss, hyper, 1.0)
 
     # The protocol.
 
@@ -241,24 +196,17 @@ class Engine:
             if self.ranks.world == 1:
                 out = self._finish(self._params, self._state, grads, loss, hyper, number)
             else:
-                out = self._update_together(grads, loss, hyper, number)
+                out = self._update.together(self._params, self._state, grads, loss, hyper, number)
         del weights
         params, state, *numbers = out
-        self._params = {name: params[name] for name in self._table}  # MLX: another order would be compiled again
-        self._state = {name: state[name] for name in self._slots}
+        self._params = {name: params[name] for name in self._params}  # MLX: another order would be compiled again
+        self._state = {name: state[name] for name in self._state}
         self.quantise, self._weights = plan.quantise, None
         mx.async_eval(self._params, self._state, *numbers)
         self._in_flight.append(Pending(*numbers))
         if len(self._in_flight) > IN_FLIGHT:
             mx.eval(self._in_flight.popleft().values)
         return self._in_flight[-1]
-
-    def gradients(self, batch: Batch) -> tuple[float, Arrays]:
-        weights = self._trained(self._params, self.quantise)
-        objective, _, grads = self._gradient(
-            weights, mx.array(batch.tokens), mx.array(batch.targets), self._constants(batch.tokens.shape[1]), True
-        )
-        return float(np.array(objective)), {name: np.array(grads[name]) for name in self._table}
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return self.nll_later(tokens, targets, True)()
@@ -272,11 +220,6 @@ class Engine:
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         return np.array(self._predict(self._scored(), mx.array(tokens), self._constants(tokens.shape[1])))
-
-    def activations(self, tokens: np.ndarray) -> Arrays:
-        record = {}
-        self._forward(self._scored(), mx.array(tokens), self._constants(tokens.shape[1]), record=record)
-        return {name: np.array(value.astype(self._wide)) for name, value in record.items()}
 
     def second_moments(self, tokens: np.ndarray, names: Sequence[str] | None = None) -> Arrays:
         matrices = self._model.matrices()
@@ -317,74 +260,62 @@ class Engine:
         return {name: np.array(weights[name]) for name in self._table}
 
     def quantised(self) -> dict[str, Stored]:
-        weights = exported(self._config, self._train, self._params, self._state)
+        weights = parts(self._banks, self._exported())
         return {name: storage.to_host(weights[name], row.storage) for name, row in self._table.items()}
 
     def params(self) -> Arrays:
-        return {name: np.array(self._params[name]) for name in self._table}
+        return self._to_host(self._params)
 
     def load_params(self, params: Arrays, quantise: bool = False) -> None:
         check_arrays(params, {name: row.shape for name, row in self._table.items()}, "weights")
-        self._params = self._on_device(params, self._table)
-        self._state |= {f"{name}.ema": value for name, value in self._params.items() if f"{name}.ema" in self._slots}
+        self._params = {bank.key: self._row(bank, params) for bank in self._banks}
+        for key, row in self._params.items():
+            if f"{key}.ema" in self._state:
+                self._state[f"{key}.ema"] = row
         self.quantise, self._weights = quantise, None
         mx.eval(self._params)
 
     def optimizer(self) -> Arrays:
         if self.ranks.world > 1:  # each rank has the momentum of the matrices that it updates
-            matrices = [b for b in self._buckets if b.slots]
-            shared = {name: self._state[f"{name}.m"] for b in matrices for name in b.names}
-            shared = self.ranks.share_updates(matrices, shared)
-            self._state |= {f"{name}.m": value for name, value in shared.items()}
-        return {name: np.array(self._state[name]) for name in self._slots}
+            self._state = self._update.shared(self._state, ".m")
+        arrays = {}
+        for slot in SLOTS:
+            rows = {b.key: self._state[f"{b.key}.{slot}"] for b in self._banks if f"{b.key}.{slot}" in self._state}
+            named = parts([bank for bank in self._banks if bank.key in rows], rows)
+            arrays |= {f"{name}.{slot}": np.array(value) for name, value in named.items()}
+        return {name: arrays[name] for name in self._slots}
 
     def load_optimizer(self, state: Arrays) -> None:
         check_arrays(state, self._slots, "optimizer state")
-        self._state = self._on_device(state, self._slots)
+        for bank in self._banks:
+            for slot in SLOTS:
+                if f"{bank.key}.{slot}" in self._state:
+                    self._state[f"{bank.key}.{slot}"] = self._row(bank, state, f".{slot}")
         self._weights = None
         mx.eval(self._state)
-
-    def matmul_rate(self) -> tuple[int, float]:
-        n, repeats = (4096 if mx.default_device() == mx.Device(mx.gpu) else 1024), 5
-        a = mx.random.normal((n, n)).astype(self._compute)
-        mx.eval(a @ a)
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            mx.eval(a @ a)
-            times.append(time.perf_counter() - start)
-        return n, 2 * n**3 / min(times)
-
-    def update_seconds(self, plan: StepPlan, repeats: int) -> float:
-        hyper = mx.array(np.array(plan.numbers), self._wide)
-        key, loss = mx.random.key(0), mx.ones((), self._wide)
-        grads = {name: mx.random.normal(p.shape, key=key).astype(self._wide) for name, p in self._params.items()}
-        mx.eval(self._params, self._state, grads, loss, hyper)
-        count, start = mx.array(float(self._train.batch // self._train.rows), self._wide), 0.0
-        for turn in range(repeats + 1):
-            if turn == 1:  # the first one compiles
-                start = time.perf_counter()
-            if self.ranks.world == 1:
-                mx.eval(self._finish(self._params, self._state, grads, loss, hyper, count))
-            else:
-                mx.eval(self._update_together(grads, loss, hyper, count))
-        return (time.perf_counter() - start) / repeats
 
     def stats(self) -> dict[str, float]:
         memory = {"peak_bytes": float(mx.get_peak_memory()), "active_bytes": float(mx.get_active_memory())}
         return {**memory, "traces": float(self._traces)}
 
     def _scored(self):
-        """Return the weights that are scored, made anew after every change of the masters."""
+        """Return the weights that are scored, by name, made anew after every change of the masters."""
         if self._weights is None:
-            weights = exported(self._config, self._train, self._params, self._state)
-            self._weights = self._store(weights) if self.quantise else weights
+            rows = self._exported()
+            self._weights = parts(self._banks, self._store(rows) if self.quantise else rows)
         return self._weights
 
-    def _on_device(self, arrays, names):
-        """Return arrays from the host by name, row after row."""
-        # MLX: an array keeps the strides of the numpy array that it is made of
-        return {name: mx.array(np.ascontiguousarray(arrays[name]), self._wide) for name in names}
+    def _exported(self):
+        """Return what core.engine.optimizer_state.exported would, in rows: the averages where there are any."""
+        return {key: self._state.get(f"{key}.ema", row) for key, row in self._params.items()}
+
+    def _to_host(self, rows):
+        named = parts(self._banks, rows)
+        return {name: np.array(named[name]) for name in self._table}
+
+    def _row(self, bank, arrays, slot=""):
+        """Return a bank's row of arrays from the host."""
+        return mx.array(np.concatenate([arrays[name + slot].reshape(-1) for name in bank.names]), self._wide)
 
     def _rows(self, seq):
         """Return how many rows of `seq` tokens go through the model at once."""
@@ -405,8 +336,3 @@ class Engine:
             return made._replace(position=mx.array(position))
         self._tables[seq] = made
         return made
-
-
-def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks) -> Engine:
-    """Return the engine of `config` with `weights`."""
-    return Engine(config, weights, options, quantise, ranks)

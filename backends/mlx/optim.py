@@ -15,8 +15,13 @@ def clip_scale(norm, limit):
 
 def adamw(param, grad, m, v, lr, decay, bias1, bias2, beta1, beta2, eps):
     """Return (param, m, v) after one AdamW update, bias-corrected, with decoupled decay (Loshchilov & Hutter 2019)."""
-    m = beta1 * m + (1 - beta1) * grad
-    v = beta2 * v + (1 - beta2) * mx.square(grad)
+    return _adamw(param, grad, m, v, lr, decay, bias1, bias2, (beta1, 1 - beta1), (beta2, 1 - beta2), eps)
+
+
+def _adamw(param, grad, m, v, lr, decay, bias1, bias2, rates1, rates2, eps):
+    """Do what adamw does; `rates` are a moment's share that stays and the share that is new."""
+    m = rates1[0] * m + rates1[1] * grad
+    v = rates2[0] * v + rates2[1] * mx.square(grad)
     update = (m / bias1) / (mx.sqrt(v / bias2) + eps)
     return param - lr * (update + decay * param), m, v
 
@@ -66,15 +71,23 @@ def muon(param, grad, m, lr, decay, momentum, settings, dtype=None):
 def rule(train, group, param, grad, slots, hyper, dtype=None):
     """Return (param, slots) after one update by the rule of a group: of a stack of matrices, for Muon, or of anything.
 
-    `slots` holds the optimizer state by slot, `hyper` core.engine.plan.NUMBERS by name; `dtype` is
-    that of newton_schulz.
+    `slots` holds the optimizer state by slot, `hyper` core.engine.plan.NUMBERS by name, and `finite`: where that is
+    false nothing changes; `dtype` is that of newton_schulz.
     """
-    rate, decay = hyper[f"lr_{group}"], hyper[f"decay_{group}"]
+    finite, decay = hyper["finite"], hyper[f"decay_{group}"]
+    rate = mx.where(finite, hyper[f"lr_{group}"], 0.0)
     if group == "matrix" and train.matrix_rule == "muon":
+        grad = mx.where(finite, grad, 0.0)  # as if there were none
         param, m = muon(param, grad, slots["m"], rate, decay, hyper["momentum"], train, dtype)
         return param, {"m": m}
-    rates = rate, decay, hyper["bias1"], hyper["bias2"]
-    param, m, v = adamw(param, grad, slots["m"], slots["v"], *rates, train.beta1, train.beta2, train.eps)
+    # MLX: a select of each result would be a kernel of its own; scalars that change nothing cost the one kernel none.
+    rates1, rates2 = (
+        [mx.where(finite, mx.array(share, param.dtype), 1.0) for share in (beta, 1 - beta)]
+        for beta in (train.beta1, train.beta2)
+    )
+    grad = mx.where(finite, grad, -0.0)  # what it is added to stays as it is, the sign of a zero too
+    bias = hyper["bias1"], hyper["bias2"]
+    param, m, v = _adamw(param, grad, slots["m"], slots["v"], rate, decay, *bias, rates1, rates2, train.eps)
     return param, {"m": m, "v": v}
 
 

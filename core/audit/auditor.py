@@ -196,7 +196,7 @@ def _evaluate(
         },
         hidden=hidden,
         writable=[ledger.parent, ledger, Path(f"{ledger}.plugins")],
-        warm=("core.audit.watch.evaluation", f"backends.{plan.backend}.engine"),
+        warm=("core.audit.watch.evaluation", f"backends.{plan.backend}.measured"),
     )
     return understood(process, flips > 0)
 

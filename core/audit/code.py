@@ -12,7 +12,7 @@ from core.files import read_file
 MAX_SOURCE = 1 << 30
 EVALUATION = ("core.audit.watch.watched_process", "core.audit.watch.evaluation")
 """What an audited evaluation begins with, beside its backend."""
-ENGINES = {"mlx": ("backends.mlx.blas", "backends.mlx.engine"), "cuda": ("backends.cuda.engine",)}
+ENGINES = {"mlx": ("backends.mlx.blas", "backends.mlx.measured"), "cuda": ("backends.cuda.measured",)}
 
 
 def packed_bytes(files: Sequence[Path]) -> int:

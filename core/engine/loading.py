@@ -60,7 +60,7 @@ def load_engine(
     name, options = choose_backend(backend), options or EngineOptions()
     if name == "mlx" and options.fast_blas:  # before anything imports MLX
         importlib.import_module("backends.mlx.blas").load_fast_blas()
-    module = importlib.import_module(f"backends.{name}.engine")
+    module = importlib.import_module(f"backends.{name}.measured")
     if weights is None:
         weights = start_values(config.model, config.seed)
     return module.build(config, weights, options, quantise, ranks or Alone())

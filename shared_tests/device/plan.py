@@ -72,6 +72,7 @@ MLX = (
     Item("speed tiny", "speed.run", 120, {"preset": "tiny", "micro": None}),
     Item("speed skc_mac", "speed.run", 120, {"preset": "skc_mac", "micro": None}),
     Item("speed baseline", "speed.run", 180, {"preset": "baseline", "micro": 8}, gpu_only=True),
+    Item("kernels", "mlx_kernels.run", 120),
     Item("precision", "precision.run", 180),
     Item("compiled baseline", "parity.compiled", 60, {"preset": "baseline"}, True, True),
     Item("compiled skc_8xh100", "parity.compiled", 60, {"preset": "skc_8xh100"}, True, True),

@@ -150,12 +150,12 @@ def test_p4_catches_an_optimizer_state_that_is_not_restored(backend: str) -> Non
 def test_p4_catches_decay_on_the_embedding(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = losses(BACKENDS[1 - BACKENDS.index(backend)])
     optim = module(backend, "optim")
-    honest = optim.adamw
+    honest = optim.rule
 
-    def faulty(param, grad, m, v, lr, decay, *rest):
-        return honest(param, grad, m, v, lr, decay if 97 not in param.shape else 0.1, *rest)
+    def faulty(train, group, param, grad, slots, hyper, *rest):
+        return honest(train, group, param, grad, slots, {**hyper, "decay_embed": 0.1}, *rest)
 
-    monkeypatch.setattr(optim, "adamw", faulty)
+    monkeypatch.setattr(optim, "rule", faulty)
     assert np.abs(losses(backend) - expected).max() > P4_FLOAT32
 
 

@@ -1,0 +1,122 @@
+"""Parameters that lie together in memory, so that what is done to one is done to all at once.
+
+A bank is one row of values: all parameters of an optimizer group and storage class, one after the other. Parameters of
+one shape are neighbours in it: a stack, which is a view of the row. In the order of the table they are neighbours
+within a stack too, so that matrices of one shape that read the same input (keys and values; values, gates and decays)
+can be read as one.
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from backends.mlx import storage as quantiser
+from core.model.params import param_table
+from core.model.storage import group_size
+
+
+class Stack(NamedTuple):
+    """Neighbours of one shape in the row of a bank, from `begin` to `end`; `width` is what they are quantised by."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    width: int
+
+    def of(self, row):
+        """Return the stack (N, *shape), a view of the row."""
+        return row[self.begin : self.end].reshape(len(self.names), *self.shape)
+
+    def parts(self, row):
+        """Return the parameters, views of the row."""
+        size = (self.end - self.begin) // len(self.names)
+        return [row[begin : begin + size].reshape(self.shape) for begin in range(self.begin, self.end, size)]
+
+
+class Bank(NamedTuple):
+    """All parameters of one optimizer group and storage class."""
+
+    group: str
+    storage: str
+    stacks: tuple[Stack, ...]
+
+    @property
+    def key(self):
+        """The bank's name among arrays by name."""
+        return f"{self.group}/{self.storage}"
+
+    @property
+    def names(self):
+        """Return its parameters, in order."""
+        return [name for stack in self.stacks for name in stack.names]
+
+    def parts(self, row):
+        """Return name -> parameter, a view of the row; the gradients of them all are joined to a row at once."""
+        # MLX: of mx.split into more than ten every part has a gradient of its own, of the row's whole size
+
+        @mx.custom_function
+        def apart(row):
+            return [part for stack in self.stacks for part in stack.parts(row)]
+
+        @apart.vjp
+        def together(row, grads, _):
+            return joined(grads)
+
+        values: Any = apart(row)
+        return dict(zip(self.names, values, strict=True))
+
+    def joined(self, arrays):
+        """Return the row of parameters by name."""
+        return joined([arrays[name] for name in self.names])
+
+    def stored(self, row):
+        """Return the row as the artifact would give it back."""
+        if self.storage == "float16":
+            return quantiser.stored(row, self.storage)
+        parts = []
+        # Whole groups are quantised as rows of their own, whatever matrix they are of: a quantiser sees no further.
+        for width, stacks in itertools.groupby(self.stacks, key=lambda stack: stack.width):
+            run = list(stacks)
+            matrix = row[run[0].begin : run[-1].end].reshape(-1, width)
+            parts.append(quantiser.stored(matrix, self.storage))
+        return joined(parts)
+
+
+def banks(config, owner):
+    """Return the banks of a model; in a stack the parameters of one `owner` (a rank, by name) are neighbours."""
+    table, members = param_table(config), {}
+
+    def width(name):
+        row = table[name]
+        columns, size = row.shape[-1], group_size(row.storage, row.shape[-1])
+        return 0 if row.storage == "float16" else columns if columns % size else size
+
+    def place(name):  # so that each begins at a multiple of the power of two in its size, as devices like it
+        size = table[name].size
+        return width(name), -(size & -size), table[name].shape, owner.get(name, 0)
+
+    def bank(key, names):
+        stacks, begin = [], 0
+        for shape, same in itertools.groupby(sorted(names, key=place), key=lambda name: table[name].shape):
+            stack = tuple(same)
+            end = begin + len(stack) * table[stack[0]].size
+            stacks.append(Stack(stack, shape, begin, end, width(stack[0])))
+            begin = end
+        return Bank(*key, tuple(stacks))
+
+    for name, row in table.items():
+        members.setdefault((row.group, row.storage), []).append(name)
+    return [bank(key, names) for key, names in members.items()]
+
+
+def parts(banks, rows):
+    """Return the parameters by name: views of the banks' rows."""
+    return {name: part for bank in banks for name, part in bank.parts(rows[bank.key]).items()}
+
+
+def joined(arrays):
+    """Return the row of all values of some arrays."""
+    rows = [array.reshape(-1) for array in arrays if array.size]
+    return mx.concatenate(rows) if len(rows) > 1 else rows[0]

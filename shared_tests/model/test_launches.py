@@ -1,0 +1,45 @@
+"""How many launches a training step of the MLX engine takes: a change that doubles them fails without a Mac.
+Budget: 3 s."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import pytest
+
+from core import presets
+from shared_tests.support import launches
+
+CEILINGS = {
+    "debug": 279, "tiny": 640, "ablate_float": 613, "ablate": 750, "baseline": 1_240, "ternary_74m": 1_504,
+    "skc_ablate": 1_100, "skc_mac": 2_200, "skc_600": 2_836, "skc_8xh100": 2_521, "skc_proxy": 1_959,
+}  # fmt: skip
+"""Launches of one micro-batch's step at most, its quantisers and its update included."""
+
+
+LARGE = ("ternary_74m", "skc_600", "skc_8xh100", "skc_proxy")
+"""Their arrays alone take seconds."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LARGE else name for name in presets.PRESETS]
+)
+def test_a_step_takes_no_more_launches(name: str) -> None:
+    counted = launches.step(presets.get(name).config)["step"]
+    assert counted.total() <= CEILINGS[name], counted
+
+
+def test_what_is_counted() -> None:
+    """Views are nothing, what fuses is one, what is joined is one for each input, a stand-in is what it says."""
+    x, y = mx.ones((4, 6)), mx.ones((4, 6))
+
+    def counted(function: Callable, *arrays: mx.array) -> int:
+        return launches.count([mx.compile(function)(*arrays)], list(arrays)).total()
+
+    assert counted(lambda x: mx.swapaxes(x.reshape(2, 12), 0, 1)[1:3], x) == 0
+    assert counted(lambda x, y: x * y + mx.exp(x), x, y) == 1
+    assert counted(lambda x, y: mx.concatenate([x, y, x]), x, y) == 3
+    assert counted(lambda x, y: mx.sum(x @ y.T), x, y) == 2
+    with launches.on_metal():
+        assert counted(lambda x: mx.fast.rms_norm(x, None, 1e-5), x) == 1
+        assert counted(mx.grad(lambda x: mx.fast.rms_norm(x, None, 1e-5).sum()), x) == 2
+    assert counted(lambda x: mx.fast.rms_norm(x, None, 1e-5), x) > 1, "composed on a CPU"

@@ -1,0 +1,84 @@
+"""The MLX engine's training step with every parameter apart, each quantised and guarded by itself.
+
+Banks must have its bits.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from backends.mlx import optim, storage
+from core.config import RunConfig
+from core.data.batch import Batch
+from core.engine.optimizer_state import averaged
+from core.engine.plan import NUMBERS, StepPlan
+from core.engine.protocol import Arrays
+from core.model.params import banks, param_table
+
+
+class ByName:
+    """Parameters and optimizer state by name; `engine` lends its forward pass."""
+
+    def __init__(self, config: RunConfig, engine: Any) -> None:
+        self._config, self._train, self._engine = config, config.train, engine
+        self._table, self._banks = param_table(config.model), banks(config.model)
+        self._order = [name for bank in engine._banks for name in bank.names]
+        self.load(engine.params(), engine.optimizer())
+
+    def load(self, params: Arrays, state: Arrays) -> None:
+        """Take parameters and optimizer state from the host."""
+        wide = self._engine._wide
+        self._params = {name: mx.array(np.ascontiguousarray(params[name]), wide) for name in self._table}
+        self._state = {name: mx.array(np.ascontiguousarray(value), wide) for name, value in state.items()}
+
+    def arrays(self) -> Arrays:
+        """Return parameters and optimizer state."""
+        return {name: np.array(value) for name, value in {**self._params, **self._state}.items()}
+
+    def train_step(self, batch: Batch, plan: StepPlan) -> tuple[float, float, bool]:
+        """Return (loss, norm, finite) of one step."""
+        engine, hyper = self._engine, mx.array(np.array(plan.numbers), self._engine._wide)
+        weights = self._params
+        if plan.quantise:
+            weights = {n: mx.contiguous(storage.stored(w, self._table[n].storage)) for n, w in weights.items()}
+        constants = engine._constants(batch.tokens.shape[1])
+
+        def losses(weights: Any) -> Any:
+            nll, total = engine._costs(weights, mx.array(batch.tokens), mx.array(batch.targets), constants, plan.repeat)
+            loss = mx.mean(nll)
+            z_loss = self._train.z_loss
+            return loss + z_loss * mx.mean(mx.square(total)) if z_loss else loss, loss
+
+        (_, loss), grads = mx.value_and_grad(losses)(weights)
+        # The order in which squares are added up is the banks': a gradient's rows, then the parameters of a bank.
+        norm = optim.global_norm([mx.contiguous(grads[name]) for name in self._order])
+        finite = mx.isfinite(loss) & mx.isfinite(norm)
+        numbers = {**dict(zip(NUMBERS, hyper, strict=True)), "finite": mx.array(True)}
+        scale = optim.clip_scale(norm, self._train.clip)
+        params, state = self._updated({name: g * scale for name, g in grads.items()}, numbers)
+        for name in averaged(self._config.model, self._train):
+            state[f"{name}.ema"] = optim.average(self._state[f"{name}.ema"], params[name], numbers["average"])
+        self._params = {n: mx.contiguous(mx.where(finite, params[n], old)) for n, old in self._params.items()}
+        self._state = {n: mx.contiguous(mx.where(finite, state[n], old)) for n, old in self._state.items()}
+        mx.eval(self._params, self._state)
+        return float(np.array(loss)), float(np.array(norm)), bool(finite.item())
+
+    def _updated(self, grads: Any, numbers: Any) -> Any:
+        params, state, train = {}, {}, self._train
+        adamw: Any = optim.adamw
+        for bank in self._banks:
+            if bank.group == "matrix" and train.matrix_rule == "muon":
+                old, grad = (mx.stack([of[name] for name in bank.names]) for of in (self._params, grads))
+                slots = {"m": mx.stack([self._state[f"{name}.m"] for name in bank.names])}
+                new, slots = optim.rule(train, bank.group, old, grad, slots, numbers, self._engine._orthogonal)
+                for i, name in enumerate(bank.names):
+                    params[name], state[f"{name}.m"] = new[i], slots["m"][i]
+                continue
+            for name in bank.names:
+                rates = [numbers[key] for key in (f"lr_{bank.group}", f"decay_{bank.group}", "bias1", "bias2")]
+                moments = [self._state[f"{name}.{slot}"] for slot in ("m", "v")]
+                given = (*rates, train.beta1, train.beta2, train.eps)
+                new = adamw(self._params[name], grads[name], *moments, *given)
+                params[name], state[f"{name}.m"], state[f"{name}.v"] = new
+        return params, state
