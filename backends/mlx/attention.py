@@ -38,6 +38,17 @@ def choose(exact, gpu):
     return Forms(training, ops.attention, f"attention: training {blocks}; scoring {fused}")
 
 
+def rope(x, context, settings, exact):
+    """Return ops.rope of x (B, H, T, K); in half precision MLX's own, which is one kernel and makes its own tables.
+
+    In float32 its angles are off by the rounding of position times frequency, 1e-5 at 256, so the host's tables stay.
+    """
+    if exact or x.dtype in (mx.float32, mx.float64) or not settings.rope_dims:
+        return ops.rope(x, context.cos, context.sin)
+    first = 0 if context.position is None else context.position
+    return mx.fast.rope(x, settings.rope_dims, traditional=False, base=settings.rope_base, scale=1.0, offset=first)
+
+
 def attention(q, k, v, mask, exact, least, recomputed=RECOMPUTED):
     """Return what ops.attention does, a block of queries at a time, each with the keys up to its own end.
 

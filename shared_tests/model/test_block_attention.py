@@ -1,6 +1,7 @@
 """MLX's attention in blocks: as exact as P1 asks, its memory bounded, used where it is said to be. Budget: 10 s."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from core.check.tolerances import P1_EXACT, P1_FAST, relative_rms
 from core.data.batch import Batch
 from core.engine.loading import load_engine
 from core.engine.protocol import EngineOptions
+from core.model.attention import Attention
+from core.model.tables import rope_tables
 from shared_tests.support.harness import call, draw, gradients, mini, module
 
 mx = pytest.importorskip("mlx.core")
@@ -52,6 +55,24 @@ def test_blocks_refuse_a_state_without_a_mask() -> None:
     q, k, v, _ = given(3, 5, False)
     with pytest.raises(ValueError, match="as many queries as keys"):
         call("mlx", functools.partial(attention.attention, least=LEAST), (q, k, v, None, False), "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dims", [0, 4, 8])
+@pytest.mark.parametrize("position", [None, (0, 0), (3, 3), (5, 117)])
+def test_rope_of_half_precision_turns_as_the_exact_one_does(position: tuple | None, dims: int, dtype: str) -> None:
+    """MLX's own pairs halves, too, and counts from each row's position; in float32 the host's tables are used."""
+    settings = Attention(rope_dims=dims)
+    first = None if position is None else np.array(position)
+    x, tables = draw("rope", 2, 3, 40, 8), rope_tables(40, dims, settings.rope_base, first)
+    given = None if first is None else mx.array(first)
+    found = {}
+    for kind, exact in ((dtype, False), ("float32", False), ("float64", True)):
+        cos, sin = (mx.array(table, mx.float64 if exact else mx.float32) for table in tables)
+        context = SimpleNamespace(cos=cos, sin=sin, position=given)
+        (found[kind],) = call("mlx", lambda x, c=context, e=exact: attention.rope(x, c, settings, e), (x,), kind)
+    assert relative_rms(found["float32"], found["float64"]) < 1e-6
+    assert relative_rms(found[dtype], found["float64"]) < (4e-3 if dtype == "bfloat16" else 6e-4)
 
 
 def peak(form, layers: int = 4, seq: int = 1024) -> int:

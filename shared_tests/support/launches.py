@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from backends.mlx import attention
 from core.config import RunConfig
 from core.engine.plan import NUMBERS
 from core.model.params import param_table
@@ -66,19 +67,23 @@ def _repeated(inputs: list[mx.array], shapes: list, times: int) -> list[mx.array
 
 @contextmanager
 def on_metal() -> Iterator[None]:
-    """Let MLX's fused functions be what they are on Metal: RMSNorm 1 launch and 2 backward, attention 1 each."""
-    rms_norm, attention = mx.fast.rms_norm, mx.fast.scaled_dot_product_attention
+    """Let MLX's fused functions be what they are on Metal: RMSNorm 1 launch and 2 backward, RoPE 1 each.
+
+    Attention has the form that it takes on a GPU: MLX's own is fused there only when it scores.
+    """
+    rms_norm, rope, choose = mx.fast.rms_norm, mx.fast.rope, attention.choose
 
     def norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
         arrays = [x] if weight is None else [x, weight]
         return primitive(lambda x, weight=None: rms_norm(x, weight, eps), backward=2)(*arrays)
 
-    def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None) -> mx.array:
-        return primitive(lambda q, k, v: attention(q, k, v, scale=scale, mask=mask))(q, k, v)
+    def turned(x: mx.array, dims: int, **settings: Any) -> mx.array:
+        return primitive(lambda x: rope(x, dims, **settings))(x)
 
     with (
         mock.patch.object(mx.fast, "rms_norm", norm),
-        mock.patch.object(mx.fast, "scaled_dot_product_attention", attend),
+        mock.patch.object(mx.fast, "rope", turned),
+        mock.patch.object(attention, "choose", lambda exact, gpu: choose(exact, True)),
     ):
         yield
 

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from backends.mlx import ops
+from backends.mlx import attention, ops
 from backends.mlx.linear import Linear, Output
 from backends.mlx.parts import Part
 from core.model.context import AttentionState
@@ -15,15 +15,15 @@ class Attention(Part):
 
     def __init__(self, config, exact):
         super().__init__()
-        self._config, self._exact, attention = config, exact, config.attention
-        kv = attention.kv_heads * attention.width(config)
+        self._config, self._exact, settings = config, exact, config.attention
+        kv = settings.kv_heads * settings.width(config)
         self.q = Linear(config.dim, config.dim)
         self.k = Linear(config.dim, kv)
         self.v = Linear(config.dim, kv)
         self.o = Output(config.dim, config, exact)
-        if attention.conv:
+        if settings.conv:
             self.conv = mx.zeros((config.dim, TAPS))
-        self.q_gain = mx.zeros((attention.heads,))
+        self.q_gain = mx.zeros((settings.heads,))
 
     def __call__(self, stream, context, stage, state):
         config, exact, x_BTD = self._config, self._exact, stream.x
@@ -41,8 +41,10 @@ class Attention(Part):
             v_BTC = v_BTC + stream.to_values[stage.layer]
         v_BGTK = mx.swapaxes(v_BTC.reshape(split), 1, 2)
         # Normalised queries and keys bound the scores; the gain learns how sharp they get.
-        q_BHTK = ops.rope(ops.rms_norm(q_BHTK, config.norm_eps, exact), context.cos, context.sin)
-        k_BGTK = ops.rope(ops.rms_norm(k_BGTK, config.norm_eps, exact), context.cos, context.sin)
+        q_BHTK, k_BGTK = (
+            attention.rope(ops.rms_norm(x, config.norm_eps, exact), context, config.attention, exact)
+            for x in (q_BHTK, k_BGTK)
+        )
         q_BHTK = q_BHTK * self.q_gain.astype(q_BHTK.dtype)[:, None, None]
         # Keys are kept as they were rotated: scores depend on distances alone.
         if state is not None:

@@ -1,0 +1,42 @@
+"""The stand-in for the official MLX step has the official losses, step after step. Budget: 5 s (10 s with `long`)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shared_tests.support import official_step
+from shared_tests.support.official_files import RECIPE, ROOT, drawn
+
+mx = pytest.importorskip("mlx.core")
+GOLDEN = json.loads(Path(ROOT / "shared_tests/golden/official_losses.json").read_text())["losses"]
+CLOSE, FAR = 1e-5, 1e-4
+
+
+def losses(name: str) -> list[float]:
+    """Return what the stand-in says of a size of the recipe before each step."""
+    size = RECIPE.SIZES[name]
+    step = official_step.OfficialStep(drawn(name), size.layers, size.heads)
+    batch = [mx.array(part) for part in RECIPE.tokens(name)]
+    return [step(*batch) for _ in range(RECIPE.STEPS)]
+
+
+@pytest.mark.parametrize("name", ["mini", pytest.param("full", marks=pytest.mark.long)])
+def test_the_stand_in_has_the_official_losses(name: str) -> None:
+    np.testing.assert_allclose(losses(name), GOLDEN[name]["mlx_steps"], rtol=0, atol=CLOSE)
+    assert GOLDEN[name]["mlx_steps"][0] == GOLDEN[name]["mlx"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"EPS": 1.2e-7}, {"ROTATION": 9e3}, {"CAP": 29.0}, {"RATE": 0.041}, {"EMBED_RATE": 0.051}, {"ITERATIONS": 4},
+        {"FIRST_MOMENTUM": 0.8}, {"MOMENTUM_STEPS": 50},
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_of_the_stand_in_is_seen(fault: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in fault.items():
+        monkeypatch.setattr(official_step, name, value)
+    assert np.abs(np.subtract(losses("mini"), GOLDEN["mini"]["mlx_steps"])).max() > FAR
