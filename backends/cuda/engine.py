@@ -31,6 +31,7 @@ from core.engine.protocol import (
     counts,
     micro_batches,
     named_matrices,
+    wire_note,
 )
 from core.engine.ranks import buckets, owners
 from core.model.context import Constants
@@ -90,6 +91,7 @@ class Engine:
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         narrow = options.newton_schulz or ("bfloat16" if gpu and self.dtype == "bfloat16" else None)
         self._orthogonal = DTYPES[narrow] if narrow else self._wide
+        self._wire = DTYPES[options.wire] if options.wire else None
         self._table = param_table(config.model)
         wanted = options.compile if options.compile is not None else gpu
         self._attention = attention.choose(
@@ -135,6 +137,7 @@ class Engine:
             self._attention.note,
             f"scan: {'exact, step by step' if self._exact else 'Triton kernel' if gpu else 'in chunks'}",
             f"cross-entropy: {'exact, composed' if self._exact else 'Triton kernel' if gpu else 'softcap apart'}",
+            *wire_note(options, ranks),
             *note(config, self._rows(self._train.seq), self._memory),
             f"quantisers: {self._store.note}",
             f"float32 products: in full, TF32 off; Newton-Schulz in {str(self._orthogonal).removeprefix('torch.')}",
@@ -200,7 +203,7 @@ class Engine:
         seq = batch.tokens.shape[1]
         parts, shares, number = micro_batches(batch, self._rows(seq), self.ranks.world)
         count = self._numbers(number)  # CUDA: a number of the host's would be a constant of the compiled code
-        reducer = Reducer(self.ranks, self._buckets) if self.ranks.world > 1 else None
+        reducer = Reducer(self.ranks, self._buckets, self._wire) if self.ranks.world > 1 else None
         loss, grads = 0.0, {}
         weights = self._trained(self._params, plan.quantise)
         for part, share in zip(parts, shares, strict=True):
@@ -362,7 +365,7 @@ class Engine:
         if self.ranks.world == 1:
             self._finish(params, state, grads, loss, hyper, count)
             return
-        reducer = Reducer(self.ranks, self._buckets)
+        reducer = Reducer(self.ranks, self._buckets, self._wire)
         for name, grad in grads.items():
             reducer.add(name, grad)
         self._update.together(params, state, reducer, loss, hyper, count)

@@ -27,6 +27,7 @@ from core.engine.protocol import (
     counts,
     micro_batches,
     named_matrices,
+    wire_note,
 )
 from core.engine.ranks import buckets, updated_by
 from core.model.context import Constants
@@ -79,6 +80,7 @@ class Engine:
         self._run, self._config, self._train = config, config.model, config.train
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         self._orthogonal = DTYPES[options.newton_schulz] if options.newton_schulz else self._wide
+        self._wire = DTYPES[options.wire] if options.wire else None
         self._table = param_table(config.model)
         self._model = Model(config.model, self._exact)
         names = {name: tuple(value.shape) for name, value in dict(tree_flatten(self._model.parameters())).items()}
@@ -114,6 +116,7 @@ class Engine:
             f"scan: {'exact, step by step' if self._exact else 'in chunks'}",
             f"Newton-Schulz in {str(self._orthogonal).removeprefix('mlx.core.')}",
             f"BLAS: {load_fast_blas() if options.fast_blas else 'as MLX ships it'}",
+            *wire_note(options, ranks),
             *note(config, self._rows(self._train.seq), self._memory),
         )
 
@@ -197,15 +200,10 @@ class Engine:
 
     def _update_together(self, grads, loss, hyper, count):
         """Do what _update does with all ranks: each updates its part of Muon's matrices, which then go to all."""
-        grads, params, state = reduce(self.ranks, self._buckets, grads), self._params, self._state
-        alone, all_ = updated_by(self._buckets, self.ranks.rank)
-        zero = mx.zeros_like(loss)  # a rank may have no matrix of its own
-        norms = [optim.global_norm([zero, *(grads[n] for n in names)]) for names in (alone, all_)]
-        ours, common = (mx.square(norm) for norm in norms)
-        loss, ours = self.ranks.sum(mx.stack([loss, ours]))
-        loss, norm, finite = self._measured(loss / count, mx.sqrt(ours + common) / count)
-        mx.eval(loss, norm, finite)  # MLX: collectives in the same order on every rank
-        for names in (alone, all_):
+        params, state = self._params, self._state
+        grads, loss = reduce(self.ranks, grads, loss, self._wire)
+        loss, norm, finite = self._measured(loss / count, optim.global_norm(grads.values()) / count)
+        for names in updated_by(self._buckets, self.ranks.rank):
             if names:
                 new = self._change(params, state, {n: grads[n] for n in names}, norm, finite, hyper, count)
                 params, state = params | new[0], state | new[1]

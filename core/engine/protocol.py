@@ -118,8 +118,16 @@ class EngineOptions:
     newton_schulz: Literal["float32", "bfloat16"] | None = None
     """Type of Newton-Schulz's products in Muon; masters and momentum stay wide. None: that of the masters, but bfloat16
     where torch computes in bfloat16 on a GPU."""
+    wire: Literal["bfloat16"] | None = None
+    """Type in which several ranks send their gradients to each other and add them up; masters and moments stay wide.
+    None: that of the masters."""
     fast_blas: bool = True
     """MLX on Linux: load a fast BLAS into the process before MLX."""
+
+
+def wire_note(options: EngineOptions, ranks: Ranks) -> tuple[str, ...]:
+    """Return what there is to say of how gradients travel."""
+    return (f"gradients sent in {options.wire}",) if options.wire and ranks.world > 1 else ()
 
 
 class Engine(Protocol):

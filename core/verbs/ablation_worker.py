@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from core.ablation.records import JobFile, read_job
 from core.console import Console
-from core.engine.loading import KeptEngine
+from core.engine.kept import KeptEngine
 from core.training.environment import code_version
 from core.verbs.common import Context
 from core.verbs.errors import is_users, message

@@ -5,7 +5,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from core import presets
 from core.audit.claims import SECONDS
@@ -55,6 +55,8 @@ class Train(PresetOptions):
     """Run folder; a run there with the same settings is resumed. None: runs/<preset>-<backend>-<seed>."""
     dtype: DType | None = None
     """Compute type; None: bfloat16 on a GPU, float32 on a CPU."""
+    wire: Literal["bfloat16"] | None = None
+    """Type in which several ranks send their gradients: half the bytes of float32, and rounded. None: as computed."""
     track: tuple[trackers.Name, ...] = ()
     """Copy every recorded line to tensorboard, wandb or both, in the run folder."""
     again: bool = False
@@ -70,6 +72,10 @@ def train_run(options: Train, context: Context) -> Outcome:
     ranks = join(backend)
     if ranks.rank:
         say.mute()
+    if options.wire and ranks.world == 1:
+        raise ConfigError(
+            f"--wire {options.wire}: one process sends no gradients: leave it out, or start several ranks"
+        )
     out = options.out or f"runs/{config.preset}-{backend}-{config.seed}"
     with Heartbeat(ranks, hint=f"the same command goes on from the last checkpoint in {out}"):
         with enough_memory(config.model, config.train.rows, config.train.seq, _lower(config), training=True):
@@ -99,8 +105,8 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
     if not options.dry_run:
         check_budget(config)
     check_plugins(config.eval, load_plugins(config.eval.plugins))  # now, not after the training
-    same_start(ranks, config, dataset, dry_run=options.dry_run, dtype=options.dtype, out=out)
-    choices = EngineOptions(dtype=options.dtype, spans=rooms(dataset.train, config, ranks.world))
+    same_start(ranks, config, dataset, dry_run=options.dry_run, dtype=options.dtype, wire=options.wire, out=out)
+    choices = EngineOptions(dtype=options.dtype, wire=options.wire, spans=rooms(dataset.train, config, ranks.world))
     with contextlib.ExitStack() as stack:
         run = end = None
         if not options.dry_run:

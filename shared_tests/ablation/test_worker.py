@@ -14,7 +14,8 @@ from core.ablation.store import Place, RunStore
 from core.config import DataConfig, RunConfig
 from core.console import Console
 from core.data.dataset import identity, open_dataset
-from core.engine.loading import KeptEngine, load_engine
+from core.engine.kept import KeptEngine
+from core.engine.loading import load_engine
 from core.training.environment import code_version
 from core.training.run import Run
 from core.verbs.common import Context
