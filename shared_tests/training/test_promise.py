@@ -88,12 +88,12 @@ STORED: dict[str, dict[str, Any]] = {
     "ternary": {},
     "averaged": {"average_from": 0.3, "average_decay": 0.5},
     "all averaged": {"average_from": 0.3, "average_decay": 0.5, "average_ternary": True},
-    "late": {"quantise": "late", "quantise_below": 0.9},
+    "late": {"quantise": "late", "quantise_below": 0.9, "seq_stages": (16, 32), "seq_until": (0.3, 0.6)},
     "int4 and fp8": {"model": {"matrix_storage": "int4/64", "embedding.storage": "fp8/row", "output_norm": "gain"}},
 }
 
 
-CASES = [("ternary", "mlx"), ("ternary", "cuda"), ("averaged", "mlx"), ("all averaged", "cuda"), ("late", "cuda")]
+CASES = [("ternary", "mlx"), ("ternary", "cuda"), ("averaged", "mlx"), ("all averaged", "cuda"), ("late", "cuda"), ("late", "mlx")]
 CASES += [("int4 and fp8", "mlx")]
 
 
@@ -107,6 +107,7 @@ def test_the_gap_is_zero_and_the_artifact_is_the_forward_pass(
     assert stored["gap"] == 0.0 and stored["exact"] is True and value["score"] == stored["score"]
     assert "bit for bit: one score is made" in said and "round-trip gap +0.000000" in said
     assert stored["once"] is True and made == [1]
+    assert "compiled again" not in said, "the warm-up has not seen every step of the plan"
     assert "the trained weights, bit for bit, so scored once" in (run.path / "report.md").read_text()
     saved = run.checkpoint()
     assert saved and saved.quantise
