@@ -48,7 +48,7 @@ def train_options(job: JobFile, folder: Path) -> Train:
 def main() -> int:
     """Train what is asked for, until nothing is; return how the last run ended."""
     kept = KeptEngine()
-    return serve(lambda folder: _train(folder, kept))
+    return take_orders(lambda folder: _train(folder, kept))
 
 
 def _train(folder: Path, kept: KeptEngine) -> int:
@@ -67,7 +67,7 @@ def _train(folder: Path, kept: KeptEngine) -> int:
     return 0 if outcome.ok else 1
 
 
-def serve(train: Callable[[Path], int]) -> int:
+def take_orders(train: Callable[[Path], int]) -> int:
     """Call `train` for every run that is asked for, and return what it returned last.
 
     A run that fails ends the process: the runs after it get a fresh one.
