@@ -120,8 +120,9 @@ class Reducer:
     order on every rank, while the backward pass goes on.
     """
 
-    def __init__(self, ranks, buckets):
-        self._ranks, self._buckets = ranks, buckets
+    def __init__(self, ranks, buckets, wire=None):
+        """`wire`: the type in which gradients are sent and added up, None for their own."""
+        self._ranks, self._buckets, self._wire = ranks, buckets, wire
         self._grads = {}
         self._works = []
 
@@ -137,11 +138,12 @@ class Reducer:
     def _start(self, bucket):
         grads = [self._grads[name] for name in bucket.names]
         if not bucket.slots:
-            flat = torch.cat([g.reshape(-1) for g in grads])
+            flat = torch.cat([g.reshape(-1) for g in grads]).to(self._wire or grads[0].dtype)
             return flat, self._ranks.start_sum(flat)
         of = dict(zip(bucket.names, grads, strict=True))
         empty = torch.zeros_like(grads[0])
         stack_WRC = torch.stack([empty if name is None else of[name] for name in bucket.slots])
+        stack_WRC = stack_WRC.to(self._wire or empty.dtype)
         mine_1RC = torch.empty_like(stack_WRC[:1])
         return mine_1RC, self._ranks.start_scatter(mine_1RC, stack_WRC)
 
@@ -150,6 +152,7 @@ class Reducer:
         sums = {}
         for bucket, (out, work) in zip(self._buckets, self._works, strict=True):
             work.wait()
+            out = out.to(self._grads[bucket.names[0]].dtype)
             if bucket.slots:
                 name = bucket.owned(self._ranks.rank)
                 if name is not None:

@@ -30,6 +30,7 @@ from core.engine.protocol import (
     counts,
     micro_batches,
     named_matrices,
+    wire_note,
 )
 from core.engine.ranks import buckets, owners
 from core.model.context import Constants
@@ -89,6 +90,7 @@ class Engine:
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         narrow = options.newton_schulz or ("bfloat16" if gpu and self.dtype == "bfloat16" else None)
         self._orthogonal = DTYPES[narrow] if narrow else self._wide
+        self._wire = DTYPES[options.wire] if options.wire else None
         self._table = param_table(config.model)
         wanted = options.compile if options.compile is not None else gpu
         self._attention = attention.choose(
@@ -134,6 +136,7 @@ class Engine:
             self._attention.note,
             f"scan: {'exact, step by step' if self._exact else 'Triton kernel' if gpu else 'in chunks'}",
             f"cross-entropy: {'exact, composed' if self._exact else 'Triton kernel' if gpu else 'softcap apart'}",
+            *wire_note(options, ranks),
             *note(config, self._rows(self._train.seq), self._memory),
             f"quantisers: {self._store.note}",
             f"float32 products: in full, TF32 off; Newton-Schulz in {str(self._orthogonal).removeprefix('torch.')}",
@@ -199,7 +202,7 @@ class Engine:
         seq = batch.tokens.shape[1]
         parts, shares, number = micro_batches(batch, self._rows(seq), self.ranks.world)
         count = self._numbers(number)  # CUDA: a number of the host's would be a constant of the compiled code
-        reducer = Reducer(self.ranks, self._buckets) if self.ranks.world > 1 else None
+        reducer = Reducer(self.ranks, self._buckets, self._wire) if self.ranks.world > 1 else None
         loss, grads = 0.0, {}
         weights = self._trained(self._params, plan.quantise)
         for part, share in zip(parts, shares, strict=True):

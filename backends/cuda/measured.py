@@ -66,7 +66,7 @@ class Measured(engine.Engine):
         if self.ranks.world == 1:
             self._finish(params, state, grads, loss, hyper, count)
             return
-        reducer = Reducer(self.ranks, self._buckets)
+        reducer = Reducer(self.ranks, self._buckets, self._wire)
         for name, grad in grads.items():
             reducer.add(name, grad)
         self._update.together(params, state, reducer, loss, hyper, count)

@@ -1,16 +1,12 @@
-"""Ranks in MLX: mx.distributed, a ring of Macs. A translation of the PyTorch file.
+"""Ranks in MLX: mx.distributed, Macs that are joined by a ring or by JACCL. A translation of the PyTorch file.
 
 W ranks; R rows and C columns of a matrix.
 """
 
-import json
-import os
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 
-from core.config import ConfigError
+from core.engine.joining import from_mlx_launch
 from core.engine.ranks import Alone
 
 
@@ -49,13 +45,20 @@ class Ranks:
 
     def share_updates(self, buckets, arrays):
         """Return what each rank updated, on all ranks: arrays[name] of every bucket with slots, by name."""
-        shared = {}
-        for bucket in buckets:
-            name = bucket.owned(self.rank)
-            mine = mx.zeros_like(arrays[bucket.names[0]]) if name is None else arrays[name]
-            out_WRC = mx.distributed.all_gather(mine[None])
-            mx.eval(out_WRC)  # MLX: collectives in the same order on every rank, also where a rank needs nothing of one
-            shared |= {name: out_WRC[rank] for rank, name in enumerate(bucket.slots) if name is not None}
+        if not buckets:
+            return {}
+        firsts = [arrays[bucket.names[0]] for bucket in buckets]
+        owned = [bucket.owned(self.rank) for bucket in buckets]
+        mine = [mx.zeros_like(a) if name is None else arrays[name] for a, name in zip(firsts, owned, strict=True)]
+        # MLX: one collective for all: each waits for every rank
+        flat_W = mx.distributed.all_gather(mx.concatenate([a.reshape(-1) for a in mine])[None])
+        mx.eval(flat_W)
+        shared, begin = {}, 0
+        for bucket, a in zip(buckets, firsts, strict=True):
+            end = begin + a.size
+            rows = {name: flat_W[rank, begin:end] for rank, name in enumerate(bucket.slots) if name is not None}
+            shared |= {name: row.reshape(a.shape) for name, row in rows.items()}
+            begin = end
         return shared
 
 
@@ -72,29 +75,29 @@ class OneOf(Alone):
         return {}
 
 
-def reduce(ranks, grads):
-    """Return the sums of gradients over the ranks, by name: all in one message.
+def reduce(ranks, grads, loss, wire=None):
+    """Return the sums over the ranks of a step's gradients, by name, and of its loss.
 
-    MLX: a ring has no reduce-scatter: the whole sum goes to every rank.
+    `wire`: the type in which gradients are sent and added up, None for their own. MLX: a ring has no reduce-scatter:
+    the whole sums go to every rank.
     """
-    flat = ranks.sum(mx.concatenate([grad.reshape(-1) for grad in grads.values()]))
+    flat = mx.concatenate([grad.reshape(-1) for grad in grads.values()])
+    # MLX: one collective for all gradients: each waits for every rank
+    if wire is None:
+        flat = ranks.sum(mx.concatenate([flat, loss[None]]))
+        loss = flat[-1]
+    else:
+        flat, loss = ranks.sum(flat.astype(wire)).astype(flat.dtype), ranks.sum(loss[None])[0]
     mx.eval(flat)  # MLX: collectives in the same order on every rank, also where a rank needs nothing of one
+    mx.eval(loss)
     sums, begin = {}, 0
     for name, grad in grads.items():
         sums[name] = flat[begin : begin + grad.size].reshape(grad.shape)
         begin += grad.size
-    return sums
+    return sums, loss
 
 
 def join() -> Ranks:
     """Join the ranks that mlx.launch started."""
-    file = os.environ.get("MLX_HOSTFILE")
-    try:
-        hosts = json.loads(Path(file).read_text()) if file else None
-        address = str(hosts[0][0]).rpartition(":")[0] if hosts else ""
-        group = mx.distributed.init(strict=True, backend="ring") if address else None
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"MLX_HOSTFILE={file}: no ring can be made of it ({error}): use mlx.launch") from error
-    if group is None:
-        raise ConfigError("MLX_RANK is set but MLX_HOSTFILE is not: start the ranks with mlx.launch --backend ring")
-    return Ranks(group, address)
+    backend, _, _, address = from_mlx_launch()
+    return Ranks(mx.distributed.init(strict=True, backend=backend), address.rpartition(":")[0])

@@ -27,6 +27,7 @@ from core.engine.protocol import (
     counts,
     micro_batches,
     named_matrices,
+    wire_note,
 )
 from core.engine.ranks import buckets, owners
 from core.model.context import Constants
@@ -77,6 +78,7 @@ class Engine:
         self._run, self._config, self._train = config, config.model, config.train
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         self._orthogonal = DTYPES[options.newton_schulz] if options.newton_schulz else self._wide
+        self._wire = DTYPES[options.wire] if options.wire else None
         self._table = param_table(config.model)
         self._attention = attention.choose(self._exact, gpu)
         self._model = Model(config.model, self._exact, self._attention)
@@ -105,7 +107,7 @@ class Engine:
         compiled = mx.compile if self._compiled else lambda f: f
         self._whole = compiled(self._step)
         self._accumulate = compiled(self._add_gradient)
-        self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, compiled)
+        self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, self._wire, compiled)
         self._finish = compiled(self._update.alone)
         self._tokens, self._memory = device.micro_batch(self._chip, options.micro_tokens, ranks)
         self._fitting: dict[int, int] = {}
@@ -119,6 +121,7 @@ class Engine:
             f"Newton-Schulz in {str(self._orthogonal).removeprefix('mlx.core.')}",
             f"BLAS: {load_fast_blas() if options.fast_blas else 'as MLX ships it'}",
             f"float32 products: {device.products(gpu)}",
+            *wire_note(options, ranks),
             *note(config, self._rows(self._train.seq), self._memory, self._tokens),
         )
 

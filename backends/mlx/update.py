@@ -15,8 +15,9 @@ from core.engine.ranks import owners
 class Update:
     """The optimizer update of one run: pure functions of rows by bank; `compiled` compiles one, or returns it."""
 
-    def __init__(self, config, banks, buckets, ranks, orthogonal, compiled):
-        self._train, self._banks, self._ranks, self._orthogonal = config.train, banks, ranks, orthogonal
+    def __init__(self, config, banks, buckets, ranks, orthogonal, wire, compiled):
+        self._train, self._banks, self._ranks = config.train, banks, ranks
+        self._orthogonal, self._wire = orthogonal, wire
         self._shared = [bucket for bucket in buckets if bucket.slots]
         self._owner = owners(buckets)
         self._change, self._after = compiled(self._rules), compiled(self._follow)
@@ -32,8 +33,8 @@ class Update:
 
     def together(self, params, state, grads, loss, hyper, count):
         """Do what `alone` does with all ranks: each updates its part of Muon's matrices, which then go to all."""
-        grads = reduce(self._ranks, grads)
-        loss, norm, finite = _measured(self._ranks.sum(loss) / count, self._norm(grads) / count)
+        grads, loss = reduce(self._ranks, grads, loss, self._wire)
+        loss, norm, finite = _measured(loss / count, self._norm(grads) / count)
         mx.eval(loss, norm, finite)  # MLX: collectives in the same order on every rank
         params, changed = self._change(params, state, grads, norm, finite, hyper, count)
         params, state = self.shared(params), state | changed

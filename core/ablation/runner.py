@@ -48,7 +48,7 @@ class Slot(NamedTuple):
     """CUDA_VISIBLE_DEVICES of its workers; None: as it is."""
 
 
-class Worker(NamedTuple):
+class RunWorker(NamedTuple):
     """A process that trains runs of one kind, one after the other."""
 
     process: subprocess.Popen
@@ -72,7 +72,7 @@ class Running(NamedTuple):
     """A run under way."""
 
     place: Place
-    worker: Worker
+    worker: RunWorker
     output: BinaryIO
     lock: ExitStack
     began: float
@@ -138,7 +138,7 @@ class _Workers:
         self._elsewhere: list[tuple[Place, float]] = []
         """(run, time of time.time since when another process is known to have it)."""
         self._running: dict[Slot, Running] = {}
-        self._idle: dict[Slot, tuple[Job, Worker]] = {}
+        self._idle: dict[Slot, tuple[Job, RunWorker]] = {}
         """Workers that have ended a run, and which."""
         self._looked = time.monotonic()
         self._counts: Counter[str] = Counter()
@@ -180,7 +180,7 @@ class _Workers:
             self._dismiss(slot)
         return place
 
-    def _free(self, slot: Slot) -> Worker | None:
+    def _free(self, slot: Slot) -> RunWorker | None:
         """Return the worker that waits in a slot, if there is one."""
         return self._idle.pop(slot, (None, None))[1]
 
@@ -250,7 +250,7 @@ def _alike(job: Job, other: Job) -> bool:
 
 
 def _start(
-    store: RunStore, place: Place, how: Start, free: Callable[[], Worker | None], worker: Sequence[str],
+    store: RunStore, place: Place, how: Start, free: Callable[[], RunWorker | None], worker: Sequence[str],
     started: Callable[[Place], None],
 ) -> Running | None:  # fmt: skip
     """Start a run, in the process that is `free` or else a new one; None if it is done or another process has it."""
@@ -271,7 +271,7 @@ def _start(
         return Running(place, ready, output, stack.pop_all(), time.monotonic())
 
 
-def _new_worker(place: Place, how: Start, lock: BinaryIO, output: BinaryIO, command: Sequence[str]) -> Worker:
+def _new_worker(place: Place, how: Start, lock: BinaryIO, output: BinaryIO, command: Sequence[str]) -> RunWorker:
     """Start a process that trains a run first."""
     variables = dict(os.environ)
     if how.threads is not None:
@@ -288,10 +288,10 @@ def _new_worker(place: Place, how: Start, lock: BinaryIO, output: BinaryIO, comm
             env=variables,
             pass_fds=(lock.fileno(),),  # the worker holds the run, whatever becomes of this process
         )
-    return Worker(process, ours)
+    return RunWorker(process, ours)
 
 
-def _order(worker: Worker, place: Place, lock: BinaryIO, output: BinaryIO) -> bool:
+def _order(worker: RunWorker, place: Place, lock: BinaryIO, output: BinaryIO) -> bool:
     """Give a run to a worker that waits, with the files that it needs; False if the worker has died meanwhile."""
     with suppress(OSError):
         if worker.process.poll() is None:

@@ -43,7 +43,7 @@ def unnumbered() -> None:
 
 def check_numbers(backend: str) -> str:
     """Return for whom this rank waits, in words; ConfigError if what the launcher has set cannot be."""
-    rank, world, place = _cuda() if backend == "cuda" else _mlx()
+    rank, world, place = _cuda() if backend == "cuda" else from_mlx_launch()[1:]
     if world == 2 or rank:
         others = f"rank {1 - rank}" if world == 2 else f"rank 0 and whoever of the {world} ranks is missing"
     else:
@@ -63,18 +63,31 @@ def _cuda() -> tuple[int, int, str]:
     return rank, world, f"{host}:{_number('MASTER_PORT', 1, 65536)}"
 
 
-def _mlx() -> tuple[int, int, str]:
-    file = os.environ.get("MLX_HOSTFILE")
+def from_mlx_launch() -> tuple[str, int, int, str]:
+    """Return (MLX's name of the connection, rank, ranks, address and port of rank 0) as mlx.launch has set them.
+
+    JACCL (`--backend jaccl` or `jaccl-ring`) has a file of RDMA devices and a coordinator, a ring a file of hosts.
+    """
+    jaccl = "MLX_IBV_DEVICES" in os.environ or "MLX_JACCL_COORDINATOR" in os.environ
+    variable = "MLX_IBV_DEVICES" if jaccl else "MLX_HOSTFILE"
+    file = os.environ.get(variable)
     if not file:
-        raise ConfigError("MLX_RANK is set but MLX_HOSTFILE is not: start the ranks with mlx.launch --backend ring")
+        also = "MLX_JACCL_COORDINATOR" if jaccl else "MLX_RANK"
+        hint = "mlx.launch, --backend ring or jaccl"
+        raise ConfigError(f"{also} is set but {variable} is not: start the ranks with {hint}")
     try:
         listed = read_json(file)
         hosts = [str(host[0]) for host in listed] if isinstance(listed, list) else None
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"MLX_HOSTFILE={file}: no ring can be made of it ({error}): use mlx.launch") from error
+        raise ConfigError(f"{variable}={file}: no connection can be made of it ({error}): use mlx.launch") from error
     if not hosts:  # no list at all is taken like an empty one
-        raise ConfigError(f"MLX_HOSTFILE={file}: names no host: use mlx.launch")
-    return _number("MLX_RANK", 0, len(hosts)), len(hosts), hosts[0]
+        raise ConfigError(f"{variable}={file}: names no host: use mlx.launch")
+    first = os.environ.get("MLX_JACCL_COORDINATOR", "") if jaccl else hosts[0]
+    host, _, port = first.rpartition(":")
+    if not host or not port.isdecimal():
+        where = "MLX_JACCL_COORDINATOR" if jaccl else f"{variable}={file}"
+        raise ConfigError(f"{where}: rank 0 at {first[:40]!r}, expected its address and port: use mlx.launch")
+    return "jaccl" if jaccl else "ring", _number("MLX_RANK", 0, len(hosts)), len(hosts), first
 
 
 def _number(name: str, low: int, end: int | None) -> int:

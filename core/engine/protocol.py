@@ -120,8 +120,16 @@ class EngineOptions:
     where torch computes in bfloat16 on a GPU."""
     micro_tokens: int | None = 8192
     """MLX on a GPU: tokens of a micro-batch at most; None: train.micro_batch as it is, or a refusal."""
+    wire: Literal["bfloat16"] | None = None
+    """Type in which several ranks send their gradients to each other and add them up; masters and moments stay wide.
+    None: that of the masters."""
     fast_blas: bool = True
     """MLX on Linux: load a fast BLAS into the process before MLX."""
+
+
+def wire_note(options: EngineOptions, ranks: Ranks) -> tuple[str, ...]:
+    """Return what there is to say of how gradients travel."""
+    return (f"gradients sent in {options.wire}",) if options.wire and ranks.world > 1 else ()
 
 
 class Engine(Protocol):

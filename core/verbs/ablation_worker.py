@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from core.ablation.records import JobFile, read_job
 from core.console import Console
-from core.engine.loading import KeptEngine
+from core.engine.kept import KeptEngine
 from core.training.environment import code_version
 from core.verbs.common import Context
 from core.verbs.errors import is_users, message
@@ -48,7 +48,7 @@ def train_options(job: JobFile, folder: Path) -> Train:
 def main() -> int:
     """Train what is asked for, until nothing is; return how the last run ended."""
     kept = KeptEngine()
-    return serve(lambda folder: _train(folder, kept))
+    return take_orders(lambda folder: _train(folder, kept))
 
 
 def _train(folder: Path, kept: KeptEngine) -> int:
@@ -67,7 +67,7 @@ def _train(folder: Path, kept: KeptEngine) -> int:
     return 0 if outcome.ok else 1
 
 
-def serve(train: Callable[[Path], int]) -> int:
+def take_orders(train: Callable[[Path], int]) -> int:
     """Call `train` for every run that is asked for, and return what it returned last.
 
     A run that fails ends the process: the runs after it get a fresh one.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from core import presets
 from core.audit.claims import SECONDS
@@ -56,6 +56,8 @@ class Train(PresetOptions):
     """Run folder; a run there with the same settings is resumed. None: runs/<preset>-<backend>-<seed>."""
     dtype: DType | None = None
     """Compute type; None: bfloat16 on a GPU that has it (not M1, M2), else float32. float16: MLX only, for M1, M2."""
+    wire: Literal["bfloat16"] | None = None
+    """Type in which several ranks send their gradients: half the bytes of float32, and rounded. None: as computed."""
     track: tuple[trackers.Name, ...] = ()
     """Copy every recorded line to tensorboard, wandb or both, in the run folder."""
     again: bool = False
@@ -71,6 +73,10 @@ def train_run(options: Train, context: Context) -> Outcome:
     ranks = join(backend)
     if ranks.rank:
         say.mute()
+    if options.wire and ranks.world == 1:
+        raise ConfigError(
+            f"--wire {options.wire}: one process sends no gradients: leave it out, or start several ranks"
+        )
     out = options.out or f"runs/{config.preset}-{backend}-{config.seed}"
     with Heartbeat(ranks, hint=f"the same command goes on from the last checkpoint in {out}"):
         with enough_memory(config.model, config.train.rows, config.train.seq, _lower(config), training=True):
@@ -100,9 +106,10 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
     if not options.dry_run:
         check_budget(config)
     check_plugins(config.eval, load_plugins(config.eval.plugins))  # now, not after the training
-    same_start(ranks, config, dataset, dry_run=options.dry_run, dtype=options.dtype, out=out)
+    same_start(ranks, config, dataset, dry_run=options.dry_run, dtype=options.dtype, wire=options.wire, out=out)
     choices = EngineOptions(
         dtype=options.dtype,
+        wire=options.wire,
         spans=rooms(dataset.train, config, ranks.world),
         micro_tokens=None if _asks_for_rows(config, options.given) else EngineOptions.micro_tokens,
     )

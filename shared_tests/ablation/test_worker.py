@@ -14,7 +14,8 @@ from core.ablation.store import Place, RunStore
 from core.config import DataConfig, RunConfig
 from core.console import Console
 from core.data.dataset import identity, open_dataset
-from core.engine.loading import KeptEngine, load_engine
+from core.engine.kept import KeptEngine
+from core.engine.loading import load_engine
 from core.training.environment import code_version
 from core.training.run import Run
 from core.verbs.common import Context
@@ -31,10 +32,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def trained(config: RunConfig, seed: int, out: Path, backend: str, load: Any) -> Run:
     """Train a run to its end and return it."""
-    quiet = Console()
-    quiet.mute()
     options = Train.of(dataclasses.replace(config, seed=seed))
-    train_run(dataclasses.replace(options, backend=backend, out=str(out)), Context(quiet, "skc train", load))
+    train_run(dataclasses.replace(options, backend=backend, out=str(out)), Context(Console(), "skc train", load))
     return Run.open(out)
 
 
@@ -62,6 +61,8 @@ def test_a_seed_has_the_bits_that_it_has_alone(
     alone = what_was_trained(trained(config, 2, tmp_path / "alone", backend, load_engine))
     assert [name for name, value in alone.items() if after[name] != value] == [] and alone.keys() == after.keys()
     assert first["artifact"] != after["artifact"], "the seeds are not different"
+    logs = [(tmp_path / name / "log.txt").read_text() for name in ("first", "after", "alone")]
+    assert not any("compiled again" in log for log in logs), "the warm-up has not seen every step of the plan"
 
 
 def test_what_was_compiled_is_used_again(data: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from core.config import RunConfig, from_json
 from core.files import replace_file
 from core.training.run import Run
-from core.verbs.ablation_worker import serve
+from core.verbs.ablation_worker import take_orders
 
 STEPS = 10
 
@@ -62,4 +62,4 @@ def take(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(take))
+    sys.exit(take_orders(take))

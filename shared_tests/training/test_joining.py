@@ -23,9 +23,13 @@ VARIABLES = (
     "MASTER_PORT",
     "MLX_RANK",
     "MLX_HOSTFILE",
+    "MLX_IBV_DEVICES",
+    "MLX_JACCL_COORDINATOR",
+    "MLX_JACCL_RING",
 )
 WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 RING = {"MLX_RANK": "0", "MLX_HOSTFILE": "hosts.json"}
+JACCL = {"MLX_IBV_DEVICES": "rdma.json", "MLX_JACCL_COORDINATOR": "10.0.0.1:32323"}
 WAIT = """
 import sys
 from core.engine import joining, ranks
@@ -40,6 +44,8 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hosts.json").write_text('[["a:1"], ["b:1"]]')
+    (tmp_path / "rdma.json").write_text('[[null, "rdma_en5"], ["rdma_en5", null]]')
+    (tmp_path / "bare.json").write_text('[["a"], ["b"]]')
     (tmp_path / "none.json").write_text("[]")
     (tmp_path / "odd.json").write_text('{"a": 1}')
 
@@ -64,7 +70,13 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("mlx", {"MLX_HOSTFILE": None}, "MLX_RANK is set but MLX_HOSTFILE is not"),
         ("mlx", {"MLX_HOSTFILE": "none.json"}, "names no host"),
         ("mlx", {"MLX_HOSTFILE": "odd.json"}, "names no host"),
-        ("mlx", {"MLX_HOSTFILE": "missing.json"}, "no ring can be made of it"),
+        ("mlx", {"MLX_HOSTFILE": "missing.json"}, "no connection can be made of it"),
+        ("mlx", {"MLX_HOSTFILE": "bare.json"}, "MLX_HOSTFILE=bare.json: rank 0 at 'a', expected its address and port"),
+        ("mlx", {"MLX_JACCL_COORDINATOR": "10.0.0.1:7"}, "MLX_JACCL_COORDINATOR is set but MLX_IBV_DEVICES is not"),
+        ("mlx", {"MLX_IBV_DEVICES": "rdma.json"}, "MLX_JACCL_COORDINATOR: rank 0 at '', expected its address and port"),
+        ("mlx", {**JACCL, "MLX_JACCL_COORDINATOR": "10.0.0.1"}, "MLX_JACCL_COORDINATOR: rank 0 at '10.0.0.1'"),
+        ("mlx", {**JACCL, "MLX_RANK": "2"}, "MLX_RANK='2': expected a whole number from 0 to 1"),
+        ("mlx", {**JACCL, "MLX_IBV_DEVICES": "none.json"}, "MLX_IBV_DEVICES=none.json: names no host"),
     ],
 )
 def test_numbers_come_first(
@@ -93,6 +105,44 @@ def test_it_says_for_whom(rank: str, world: str, words: str, monkeypatch: pytest
         monkeypatch.setenv(name, value)
     assert joining.check_numbers("cuda") == words
     assert (joining.FIRST, joining.AGAIN, joining.LIMIT) == (5.0, 60.0, 600.0)  # what docs/launch.md says
+
+
+@pytest.mark.parametrize(
+    "variables, backend, address",
+    [
+        ({"MLX_HOSTFILE": "hosts.json"}, "ring", "a"),
+        (JACCL, "jaccl", "10.0.0.1"),
+        ({**JACCL, "MLX_JACCL_RING": "1"}, "jaccl", "10.0.0.1"),  # MLX reads MLX_JACCL_RING itself
+    ],
+)
+def test_a_ring_and_jaccl(
+    variables: dict[str, str], backend: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What mlx.launch sets decides how MLX connects, and where the heartbeat finds rank 0. JACCL itself is a fake."""
+    from types import SimpleNamespace
+
+    import backends.mlx.distributed as distributed
+
+    asked: list[dict[str, object]] = []
+
+    def init(**options: object) -> SimpleNamespace:
+        asked.append(options)
+        return SimpleNamespace(rank=lambda: 1, size=lambda: 2)
+
+    monkeypatch.setattr(distributed.mx.distributed, "init", init)
+    for name, value in {"MLX_RANK": "1", **variables}.items():
+        monkeypatch.setenv(name, value)
+    ranks = join("mlx")
+    assert asked == [{"strict": True, "backend": backend}]
+    assert (ranks.rank, ranks.world, ranks.address) == (1, 2, address)
+
+
+def test_no_jaccl_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where MLX has no JACCL its own words are in the one line that is said."""
+    for name, value in {"MLX_RANK": "0", **JACCL}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"rank 0 of 2 waits for rank 1 at 10.0.0.1:32323, but cannot join \(.*jaccl"):
+        join("mlx")
 
 
 @pytest.mark.parametrize("backend, missing", [("cuda", 1), ("cuda", 0), ("mlx", 1)])

@@ -51,6 +51,8 @@ def test_scripts_are_sound(script: str, tmp_path: Path) -> None:
         ("macs", [], "usage:"),
         ("macs", ["hosts.json"], "usage:"),
         ("macs", ["hosts.json", "debug"], "hosts.json: no such file"),
+        ("macs", ["--backend", "mpi", "hosts.json", "debug"], "--backend 'mpi': expected ring, jaccl or jaccl-ring"),
+        ("macs", ["--backend"], "--backend '': expected ring"),
     ],
 )
 def test_a_wrong_command_line_starts_nothing(script: str, arguments: list[str], says: str, tmp_path: Path) -> None:
@@ -95,6 +97,26 @@ def test_one_node_plans_then_trains_with_two_ranks(tmp_path: Path) -> None:
 )
 def test_macs_hear_of_a_rank_that_failed(plan: str, run: str, code: int, started: int, tmp_path: Path) -> None:
     """mlx.launch returns 0 whatever its ranks return (0.32.4), and says it on stderr: a stand-in does the same."""
+    found, lines = launched_macs(tmp_path, plan, run)
+    assert found.returncode == code and len(lines) == started and not found.stdout
+    assert lines[0].endswith("-m core.cli train tiny --seed 3 --backend mlx --dry-run")
+    assert lines[0].startswith(f"--backend ring --hostfile hosts.json --env PYTHONPATH={FOLDER.parent.parent} --cwd ")
+    assert started == 1 or lines[1].endswith("--seed 3 --backend mlx")
+    assert (plan or run) in found.stderr and ("nothing was trained" in found.stderr) is bool(plan)
+
+
+@pytest.mark.parametrize("backend", ["jaccl", "jaccl-ring"])
+def test_macs_by_jaccl(backend: str, tmp_path: Path) -> None:
+    found, lines = launched_macs(tmp_path, "", "", "--backend", backend)
+    assert found.returncode == 0 and len(lines) == 2
+    assert all(line.startswith(f"--backend {backend} --hostfile hosts.json ") for line in lines)
+    assert lines[1].endswith("train tiny --seed 3 --backend mlx")
+
+
+def launched_macs(
+    tmp_path: Path, plan: str, run: str, *first: str
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """Run `macs` with a stand-in for mlx.launch, which says `plan`, then `run`; return the arguments that it got."""
     (tmp_path / "bin").mkdir()
     for name, text in (
         ("python", "exit 0\n"),
@@ -106,19 +128,18 @@ def test_macs_hear_of_a_rank_that_failed(plan: str, run: str, code: int, started
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}")
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "hosts.json").write_text("[]")
-    found = launch("macs", "hosts.json", "tiny", "--seed", "3", cwd=tmp_path, PYTHON=str(tmp_path / "bin" / "python"))
-    lines = (tmp_path / "started").read_text().splitlines()
-    assert found.returncode == code and len(lines) == started and not found.stdout
-    assert lines[0].endswith("-m core.cli train tiny --seed 3 --backend mlx --dry-run")
-    assert lines[0].startswith(f"--backend ring --hostfile hosts.json --env PYTHONPATH={FOLDER.parent.parent} --cwd ")
-    assert started == 1 or lines[1].endswith("--seed 3 --backend mlx")
-    assert (plan or run) in found.stderr and ("nothing was trained" in found.stderr) is bool(plan)
+    python = str(tmp_path / "bin" / "python")
+    found = launch("macs", *first, "hosts.json", "tiny", "--seed", "3", cwd=tmp_path, PYTHON=python)
+    return found, (tmp_path / "started").read_text().splitlines()
 
 
-def test_the_example_of_a_ring_is_a_host_file() -> None:
-    """One ssh name and at least one address for each Mac, none twice."""
-    hosts = json.loads((FOLDER / "macs.example.json").read_text())
-    assert len(hosts) >= 2 and all(host.keys() == {"ssh", "ips"} for host in hosts)
+@pytest.mark.parametrize(("file", "keys"), [("example", {"ssh", "ips"}), ("jaccl", {"ssh", "ips", "rdma"})])
+def test_the_examples_are_host_files(file: str, keys: set[str]) -> None:
+    """One ssh name and at least one address for each Mac, none twice; an RDMA device for every other Mac."""
+    hosts = json.loads((FOLDER / f"macs.{file}.json").read_text())
+    assert len(hosts) >= 2 and all(host.keys() == keys for host in hosts)
+    rows = [host.get("rdma", [None, ""] if i == 0 else ["", None]) for i, host in enumerate(hosts)]
+    assert all([device is None for device in row] == [j == i for j in range(2)] for i, row in enumerate(rows))
     addresses = [ip for host in hosts for ip in host["ips"]]
     assert len({*addresses}) == len(addresses) >= len(hosts) == len({host["ssh"] for host in hosts})
 

@@ -88,12 +88,19 @@ STORED: dict[str, dict[str, Any]] = {
     "ternary": {},
     "averaged": {"average_from": 0.3, "average_decay": 0.5},
     "all averaged": {"average_from": 0.3, "average_decay": 0.5, "average_ternary": True},
-    "late": {"quantise": "late", "quantise_below": 0.9},
+    "late": {"quantise": "late", "quantise_below": 0.9, "seq_stages": (16, 32), "seq_until": (0.3, 0.6)},
     "int4 and fp8": {"model": {"matrix_storage": "int4/64", "embedding.storage": "fp8/row", "output_norm": "gain"}},
 }
 
 
-CASES = [("ternary", "mlx"), ("ternary", "cuda"), ("averaged", "mlx"), ("all averaged", "cuda"), ("late", "cuda")]
+CASES = [
+    ("ternary", "mlx"),
+    ("ternary", "cuda"),
+    ("averaged", "mlx"),
+    ("all averaged", "cuda"),
+    ("late", "cuda"),
+    ("late", "mlx"),
+]
 CASES += [("int4 and fp8", "mlx")]
 
 

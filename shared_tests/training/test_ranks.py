@@ -88,6 +88,26 @@ def test_two_ranks_train_as_one(both: Any) -> None:
     assert apart(one[0] / "run.safetensors", two[0] / "run.safetensors") < STATE
 
 
+WIRE = 0.1
+"""Of the fall of the loss over 8 steps: by how much gradients that were sent in bfloat16 may move any loss."""
+WIRE_ONCE = 1e-4
+"""Nats: by how much they may move the loss after one update."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_in_bfloat16_on_the_wire(backend: str, data: str, tmp_path: Path) -> None:
+    """Losses follow those of one process, which sends nothing, and both ranks end with the same bits."""
+    one, two = (fresh(tmp_path / str(world), data) for world in (1, 2))
+    alone, many = (together(backend, n, folder, "wired")["wired"] for n, folder in ((1, one), (2, two)))
+    for name, found in many.items():
+        losses = alone[name]["losses"]
+        gaps = [abs(a - b) for a, b in zip(found["losses"], losses, strict=True)]
+        assert len({*found["bits"]}) == 1 and len(found["bits"]) == 2, f"{name}: the ranks have other weights"
+        assert max(gaps) < WIRE * abs(losses[0] - losses[-1]), (name, gaps)
+        assert gaps[0] < P4_FLOAT64 < gaps[1] < WIRE_ONCE, f"{name}: {gaps}, expected rounding after one update"
+        assert found["notes"] == ["gradients sent in bfloat16"] and not alone[name]["notes"]
+
+
 def test_rank_0_has_the_clock(both: Any) -> None:
     """A run for a second ends at the same step on both ranks, though rank 1's clock is past its end at once."""
     found = both[2][1]["timed"]
