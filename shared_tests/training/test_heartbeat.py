@@ -124,15 +124,16 @@ def test_a_rank_that_fails_hears_first_whether_another_died(news: bool, monkeypa
         monkeypatch.setattr("core.engine.heartbeat.HEARING", 0.2)
     lost: list[str | None] = []
     ours: list[socket.socket] = []
+    theirs: list[socket.socket] = []
     monkeypatch.setattr("core.engine.heartbeat._connect", lambda *to: ours.append(_connect(*to)) or ours[-1])
     with socket.create_server(("127.0.0.1", 0)) as server:
         heartbeat = Heartbeat(Beside(server.getsockname()[1]), lost.append, beat=0.05)
         with pytest.raises(ValueError, match="a peer is gone"), heartbeat:
-            connection, _ = server.accept()
+            theirs.append(server.accept()[0])
             if news:
-                threading.Timer(0.3, connection.sendall, [b"lost\n"]).start()
+                threading.Timer(0.3, theirs[0].sendall, [b"lost\n"]).start()
             raise ValueError("a peer is gone")
-    with connection, ours[0]:  # a process that is lost ends, and closes its own
+    with theirs[0] as connection, ours[0]:  # a process that is lost ends, and closes its own
         connection.settimeout(5)
         sent = b"".join(iter(lambda: connection.recv(4096), b"")) if not news else connection.recv(4096)
     assert lost == ([None] if news else [])
