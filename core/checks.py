@@ -49,7 +49,7 @@ def require_limits(section: str, config: Any, largest: int, **limits: int) -> No
                 require(abs(one) <= LARGEST, f"{where}={one}: expected at most {LARGEST:g}")
             elif isinstance(one, int):
                 most = limits.get(f.name, largest)
-                require(abs(one) <= most, f"{where}={whole(one)}: expected at most {most:,}")
+                require(abs(one) <= most, f"{where}={whole_in_words(one)}: expected at most {most:,}")
 
 
 def require_least(section: str, config: Any, least: int, *names: str) -> None:
@@ -76,13 +76,13 @@ def in_words(value: Any) -> str:
         pairs = [f"{in_words(key)}: {in_words(one)}" for key, one in value.items()] if isinstance(value, dict) else None
         return f"{{{', '.join(pairs)}}}" if pairs is not None else f"[{', '.join(map(in_words, value))}]"
     if isinstance(value, int) and not isinstance(value, bool):
-        return whole(value)
+        return whole_in_words(value)
     if isinstance(value, str) and len(value) > WORD:
         return f"{value[:WORD]!r}..."
     return repr(value)
 
 
-def whole(value: int) -> str:
+def whole_in_words(value: int) -> str:
     """Return a whole number as text: of one with thousands of digits, which Python does not print, its length."""
     return str(value) if value.bit_length() <= 256 else f"a number of {value.bit_length():,} bits"
 

@@ -40,7 +40,7 @@ VERBS = {
         "parameters, bytes, FLOPs of a preset, run or artifact",
         "preset, run or artifact",
     ),
-    "data sample": Verb("core.verbs.data", "Sample", "sample", "prepare the bundled text"),
+    "data sample": Verb("core.verbs.data", "BundledSample", "prepare_bundled", "prepare the bundled text"),
     "data prepare": Verb("core.verbs.data", "Prepare", "prepare_text", "tokenise text files into shards"),
     "data fineweb": Verb("core.verbs.data", "Fineweb", "fetch", "download the challenge's published shards"),
     "data adopt": Verb("core.verbs.data", "Adopt", "adopt", "use a folder of downloaded official shards"),

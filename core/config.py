@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from core.checks import ConfigError as ConfigError
-from core.checks import in_words, require_limits, require_text, whole
+from core.checks import in_words, require_limits, require_text, whole_in_words
 from core.checks import require as require
 from core.model.config import ModelConfig as ModelConfig
 from core.plain import changed as changed
@@ -300,7 +300,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_text("preset", self.preset)
-        require(0 <= self.seed < 2**31, f"seed={whole(self.seed)}: expected from 0 to 2^31 - 1")
+        require(0 <= self.seed < 2**31, f"seed={whole_in_words(self.seed)}: expected from 0 to 2^31 - 1")
         require(
             self.train.repeat_from < 1 and (self.train.repeat_from == 0 or bool(self.model.repeat_layers)),
             f"train.repeat_from={self.train.repeat_from}: expected a share below 1, and model.repeat_layers to repeat",

@@ -54,12 +54,12 @@ def unknown(arguments: Sequence[str], known: dict[str, Any]) -> str:
     for name, typed in _named(arguments):
         if name not in known and name.replace("--no-", "--", 1) not in known:
             new = _plain(f"--{moved(name.removeprefix('--').replace('-', '_'))}")
-            close = [new] if new in known else meant(name, list(known))
+            close = [new] if new in known else meant_options(name, list(known))
             return f"unknown option {typed}" + (f"; did you mean {' or '.join(close)}?" if close else "")
     return ""
 
 
-def meant(name: str, known: Sequence[str]) -> list[str]:
+def meant_options(name: str, known: Sequence[str]) -> list[str]:
     """Return the options, or fields, that a wrong name may stand for.
 
     Those whose last part it is, begins, or nearly is, or all in the section that it nearly is; at most four.

@@ -200,6 +200,8 @@ def span(first, size):
 
 def pick(x, index):
     """Return x[b, index[b, j]] of every row b: (B, T, ...) and (B, J) int -> (B, J, ...), or (B,) int -> (B, ...)."""
+    if x.shape[1] == 1:  # decoding token by token: a view, no gather
+        return torch.broadcast_to(x[:, 0] if index.ndim == 1 else x, (*index.shape, *x.shape[2:]))
     # A gather by row: n stays a value, and no shape depends on it.
     rows = torch.arange(x.shape[0], device=x.device)
     return x[rows if index.ndim == 1 else rows[:, None], index]
@@ -215,15 +217,19 @@ def after(x, n, before):
     return torch.where(some, pick(x, torch.clamp(n - 1, min=0)), before)
 
 
-def tail(x, documents, n, size, empty):
-    """Return x at the last `size` positions of each row, when n of T are kept; `empty` outside of the last's document.
+def ends(documents, n, size):
+    """Return the last `size` positions of each row, when n of T are kept, and which are in the last's document.
 
-    x (B, size + T, ...) and documents (B, size + T) int begin with the positions before; n (B,) int.
+    documents (B, size + T) int begin with the positions before; n (B,) int. Returns (B, size) int and bool.
     """
     index = span(n, size)
-    ids, picked = pick(documents, index), pick(x, index)
-    same = (ids == ids[:, -1:]).reshape(*ids.shape, *(1,) * (x.ndim - 2))
-    return torch.where(same, picked, empty)
+    ids = pick(documents, index)
+    return index, ids == ids[:, -1:]
+
+
+def tail(x, index, same, empty):
+    """Return x (B, size + T, ...) at its `ends`, `empty` where they are not the `same` document: (B, size, ...)."""
+    return torch.where(same.reshape(*same.shape, *(1,) * (x.ndim - 2)), pick(x, index), empty)
 
 
 def scan(decay, drive, start, exact):

@@ -7,6 +7,7 @@ from backends.mlx import ops
 from backends.mlx.linear import Linear, Matrix
 from backends.mlx.parts.bank import Bank
 from backends.mlx.parts.bigram import Bigram
+from backends.mlx.parts.capsules import blocks, opened
 from backends.mlx.parts.embedding import Embedding
 from backends.mlx.parts.engram import Engram
 from backends.mlx.parts.head import Head
@@ -14,7 +15,7 @@ from backends.mlx.parts.layer import Layer
 from backends.mlx.parts.skips import Skips
 from backends.mlx.parts.smear import Smear
 from backends.mlx.parts.value_embed import ValueEmbed
-from core.model.context import Context, ModelState, Stream, each_array
+from core.model.context import Context, Kept, ModelState, Stream, each_array
 from core.model.table import TAPS
 
 PARTS = {"bank": Bank, "bigram": Bigram, "engram": Engram, "skips": Skips, "smear": Smear, "value_embed": ValueEmbed}
@@ -84,7 +85,8 @@ class Model(nn.Module):
             ids = mx.pad(ids, [(0, 0), (self._config.reach, 0)], constant_values=-1)
         tables = (hadamard, walsh, position, ids)
         attend = self._attention.training if training else self._attention.scoring
-        return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, attend=attend)
+        stored = blocks(self._config.skc.block, position, ids_BT) if self._config.stores else None
+        return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, stored, attend=attend)
 
     def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=False):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
@@ -119,16 +121,20 @@ class Model(nn.Module):
     def commit(self, tape, n_B, keep):
         """Return the state after the first n tokens of each row of a chunk, with the last `keep` keys of attention."""
         state, context, tapes = tape
-        context, kept = context._replace(last=ops.pick(context.history, n_B + TAPS - 2)[:, None]), state.kept
-        if kept is not None:
-            ids_BS = mx.concatenate([kept, context.documents], axis=1)
-            index_BS = ops.span(n_B + kept.shape[1] - keep, keep)
-            context = context._replace(keep=mx.maximum(index_BS, 0))
-            kept = mx.where((index_BS >= 0) & (ops.pick(ids_BS, context.keep) == context.last), 0, -1).astype(mx.int32)
+        last_B1 = ops.pick(context.history, n_B + TAPS - 2)[:, None]
+        kept, keys = Kept(last_B1, ops.ends(context.history, n_B, TAPS - 1)), state.kept
+        if context.blocks is not None:
+            kept = opened(self._config.skc.block, context.blocks, kept, n_B)
+        if keys is not None:
+            ids_BS = mx.concatenate([keys, context.documents], axis=1)
+            index_BS = ops.span(n_B + keys.shape[1] - keep, keep)
+            kept = kept._replace(keys=mx.maximum(index_BS, 0))
+            keys = mx.where((index_BS >= 0) & (ops.pick(ids_BS, kept.keys) == last_B1), 0, -1).astype(mx.int32)
+        context = context._replace(kept=kept)
         parts = (self.part(s).commit(t, context, n_B) for s, t in zip(self._stages[True], tapes, strict=True))
         ids_BX, documents_BX = context.last_ids(self._config.reach)
-        ids = ops.tail(ids_BX, documents_BX, n_B, self._config.reach, -1)
-        return ModelState(kept, ids, tuple(parts))
+        ids = ops.tail(ids_BX, *ops.ends(documents_BX, n_B, self._config.reach), -1)
+        return ModelState(keys, ids, tuple(parts))
 
     def forget(self, state, rows_B):
         """Return the state with nothing read in the rows that are marked: every part of it is empty when it is zero."""

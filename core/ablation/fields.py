@@ -19,13 +19,13 @@ def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
     """Set `model.bank.at` in a run's plain values; ConfigError for an unknown field, or one that [budget] decides."""
     if field.startswith("eval.plugins."):
         name = field.removeprefix("eval.plugins.")
-        field, value = "eval.plugins", choices.changed(values["eval"]["plugins"], name, value)
+        field, value = "eval.plugins", choices.with_setting(values["eval"]["plugins"], name, value)
     elif field == "eval.plugins" and isinstance(value, dict):
         value = choices.of_table(value)
     known = [name for name in flattened(values) if "." in name]
     if field not in known:
         new = moved(field)
-        close = [new] if new else options.meant(field, known)
+        close = [new] if new else options.meant_options(field, known)
         hint = f"did you mean {' or '.join(close)}?" if close else "see: skc train PRESET --help"
         raise ConfigError(f"{where}: unknown field {field!r}; {hint}")
     if field in ("train.steps", "train.seconds"):

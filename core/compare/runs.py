@@ -113,7 +113,7 @@ def _doubts(runs: list[Run], rows: tuple[RunFigures, ...]) -> list[str]:
     return doubts
 
 
-def table(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+def comparison_table(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
     """Return the table of the runs' figures as (head, rows)."""
     head = ("run", "backend", "seed", "parameters", "steps", "bits per byte", "against the first", "bytes", "tokens/s")
     first, rows = comparison.rows[0], []
@@ -140,7 +140,7 @@ def write_comparison(comparison: Comparison, runs: list[Run], folder: Path) -> l
     folder.mkdir(parents=True, exist_ok=True)
     report, picture = folder / "compare.md", folder / "compare.png"
     draw(runs, list(comparison.pairs.values()), picture)
-    head, rows = table(comparison)
+    head, rows = comparison_table(comparison)
     text = ["# Comparison", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     text += [f"| {' | '.join(f'{c:,}' if isinstance(c, int) else str(c) for c in row)} |" for row in rows]
     text += ["", "![curves above, differences from the first below](compare.png)", "", *_bullets(lines(comparison)), ""]

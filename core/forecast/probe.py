@@ -23,7 +23,7 @@ from core.export import codecs
 from core.forecast.forecast import Costs, Passes, StepKind
 from core.model.params import param_table
 from core.scoring.evaluation import Evaluation
-from core.scoring.score import alone, score
+from core.scoring.score import rank_alone, score
 from core.training.generate import samples
 from core.training.loop import Clock, agreed, prefetch, warm_up
 from core.training.schedule import plan, progress_by_steps
@@ -160,7 +160,7 @@ def _time_scoring(engine: Engine, dataset: Dataset, config: RunConfig, documents
     if plugins and ranks.rank:
         cold = marks = [(0.0, 1, 1)]
     elif plugins:
-        cold, marks = alone(engine, lambda: (begin(1), begin(PASSES)))
+        cold, marks = rank_alone(engine, lambda: (begin(1), begin(PASSES)))
     else:
         cold, marks = begin(1), begin(PASSES)
     seconds, windows, total = marks[-1]

@@ -71,6 +71,5 @@ class Attention(Part):
     def mini(self, model: Model, dim: int) -> "Attention":
         """Return settings of at most 4 heads with the same sharing, and the same share of rotated channels."""
         heads = min(self.heads, 4)
-        # Even, and not 0 unless it was: a mini of a rotated model is rotated.
         rotated = max(2, round(dim // heads * self.rope_dims / self.width(model) / 2) * 2) if self.rope_dims else 0
         return replace(self, heads=heads, kv_heads=max(1, heads * self.kv_heads // self.heads), rope_dims=rotated)

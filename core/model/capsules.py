@@ -43,6 +43,5 @@ class Store(NamedTuple):
 
     def state(self, width: int) -> State:
         """Return the size of the decoding state of a store of `width` channels."""
-        # What is stored, the open block's weighted sums, and its plain ones if they are read.
         sums = 2 + (self.intra > 0)
         return State(sums * self.capsules * width + (1 + self.shift) * self.heads * self.capsules)

@@ -136,6 +136,11 @@ class ModelConfig:
         """Return whether some layer mixes positions by one of these parts."""
         return any(KINDS[kind].mixer in mixers for kind in self.blocks[: self.layers])
 
+    @property
+    def stores(self) -> bool:
+        """Whether some part keeps values in capsules."""
+        return self.mixes("skc") or bool(self.bank.places)
+
     def block_of(self, layer: int) -> int:
         """Return the block whose weights a layer uses."""
         return layer if self.shared_blocks is None else layer % self.shared_blocks

@@ -57,14 +57,36 @@ class CapsuleTape(NamedTuple):
     """What the state after any token of a chunk is made of. M blocks, Q tokens in each."""
 
     before: CapsuleState
-    phase: Any  # (B,): tokens of the first block that came before the chunk
     keys: Any  # (B, T, H, N), not shifted
     writes: Any  # (B, M, H, Q, N)
     values: Any  # (B, M, H, Q, K)
     template: Any  # (Q, N)
     stored: Any  # (B, M, H, N, K), after each block
+
+
+class Blocks(NamedTuple):
+    """Where the tokens of a chunk stand in blocks of Q tokens: the same in every store of capsules."""
+
+    phase: Any  # (B,): tokens of the first block that came before the chunk; None, like the next three: rows begin here
+    token: Any  # (B, M * Q): the token at each place, any where there is none
+    place: Any  # (B, T): the place of each token
+    inside: Any  # (B, M, 1, Q, 1) bool: there is a token
     documents: Any  # (B, M, Q)
     fresh: Any  # (B, M, Q): no document has begun in the block up to here
+    live: Any  # (B, M, 1, Q, 1) bool: in the document that is open when the block ends
+
+
+class Kept(NamedTuple):
+    """The first n tokens of each row, which a commit keeps."""
+
+    last: Any  # (B, 1) int: the document of the last
+    tail: Any  # the last TAPS - 1 positions (ops.ends)
+    keys: Any = None  # (B, S) int: which keys are kept
+    full: Any = None  # (B,): blocks that are full
+    open: Any = None  # (B,): the block that is not
+    live: Any = None  # (B, 1, Q, 1) bool: tokens of it in the last document
+    fresh: Any = None  # (B, 1, 1, 1) bool: no document has begun in it
+    first: Any = None  # (B, 1, 1) bool: and it was open before the chunk
 
 
 class SKCState(NamedTuple):
@@ -114,8 +136,8 @@ class Context(NamedTuple):
     position: Any  # (B,): tokens before the first; None: the rows begin here
     ids: Any  # (B, P + T): tokens, with those before in front
     wide: Any  # type of recurrent states: float32 or wider
-    last: Any = None  # (B, 1) int: when the chunk is committed, the document of the last token that is kept
-    keep: Any = None  # (B, S) int: and which keys are
+    blocks: Any = None  # Blocks, or None: no capsules
+    kept: Any = None  # Kept, when the chunk is committed
     attend: Any = None  # the form of attention that was chosen at build; MLX: one to train, one to score
 
     @property

@@ -75,7 +75,6 @@ class Engram(Part):
     def mini(self, model: Model, dim: int) -> "Engram":
         """Return settings of tables of at most 211 rows, 2 wide, in one of the first two layers."""
         width = min(self.dim, 2 * self.orders * self.heads) or self.dim
-        # 211 is a prime, which spreads best.
         return replace(self, buckets=min(self.buckets, 211), dim=width, layer=min(self.layer, 1))
 
 

@@ -61,6 +61,5 @@ class Koopman(Part):
 
 def require_power(where: str, value: int) -> None:
     """Raise ConfigError unless there is a Walsh-Hadamard matrix of this size."""
-    # A matrix of 1 would mix nothing; the largest takes 512 MiB in float64.
     good = 2 <= value <= MOST_WALSH and value & (value - 1) == 0
     require(good, f"{where}={value}: expected a power of two from 2 to {MOST_WALSH} (Walsh-Hadamard)")

@@ -54,7 +54,6 @@ def _start(row: Param, seed: int, name: str) -> np.ndarray:
     elif kind == "columns":
         values[:, int(until) :] = 0.0
     elif kind == "rates":
-        # One channel alone gets the shortest.
         share = np.arange(row.shape[-1]) / max(row.shape[-1] - 1, 1)
         values[:] = np.log(np.expm1(1.0 / (scale * (until / scale) ** share)))
     return values

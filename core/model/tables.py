@@ -25,7 +25,6 @@ def hadamard(n: int) -> np.ndarray:
     """
     index = np.arange(n)
     odd = np.zeros((n, n), np.int64)
-    # The parity of the common bits, one bit at a time.
     for bit in range(n.bit_length() - 1):
         odd ^= (index[:, None] & index[None, :]) >> bit & 1
     return (1 - 2 * odd) / np.sqrt(n)
@@ -39,6 +38,5 @@ def walsh(n: int) -> np.ndarray:
 
 def mixer_tables(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """Return what the recurrent mixers and capsules of a model use: hadamard, walsh (1 x 1 if none)."""
-    stores = config.mixes("skc") or config.bank.places
     recurs = config.mixes("koopman", "skc")
-    return hadamard(config.koopman.dim if recurs else 1), walsh(config.skc.block if stores else 1)
+    return hadamard(config.koopman.dim if recurs else 1), walsh(config.skc.block if config.stores else 1)

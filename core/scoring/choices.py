@@ -25,7 +25,7 @@ def parsed(choice: str) -> tuple[str, dict[str, Value]]:
     for part in rest[:-1].split(",") if good else ():
         field, equals, text = part.strip().partition("=")
         good = good and field.isidentifier() and bool(equals) and not set(text) & set(MARKS) and field not in settings
-        settings[field] = read(text)
+        settings[field] = read_value(text)
     require(good, f"eval.plugins: {in_words(choice)}: expected NAME, or NAME(field=value, field=value)")
     for field, value in settings.items():
         finite = not isinstance(value, float) or math.isfinite(value)
@@ -42,7 +42,7 @@ def settings_of(choices: Sequence[str]) -> dict[str, dict[str, Value]]:
     return plugins
 
 
-def read(text: str) -> Value:
+def read_value(text: str) -> Value:
     """Return the number or truth value that a text stands for, or the text."""
     try:
         value = json.loads(text)
@@ -51,13 +51,13 @@ def read(text: str) -> Value:
     return value if isinstance(value, bool | int | float) else text
 
 
-def spelled(name: str, settings: dict[str, Value]) -> str:
+def spelled_choice(name: str, settings: dict[str, Value]) -> str:
     """Return what `parsed` reads."""
     texts = {field: value if isinstance(value, str) else json.dumps(value) for field, value in settings.items()}
     return f"{name}({', '.join(f'{field}={text}' for field, text in texts.items())})" if settings else name
 
 
-def changed(choices: Sequence[str], setting: str, value: Any) -> list[str]:
+def with_setting(choices: Sequence[str], setting: str, value: Any) -> list[str]:
     """Return the choices with `NAME.field` set; a plug-in that was not chosen is added at the end. ConfigError."""
     name, dot, field = setting.rpartition(".")
     where = f"eval.plugins.{setting}"
@@ -66,7 +66,7 @@ def changed(choices: Sequence[str], setting: str, value: Any) -> list[str]:
     require(scalar, f"{where}={in_words(value)}: expected a number, true, false, or text without any of {MARKS}")
     plugins = settings_of(choices)
     plugins[name] = {**plugins.get(name, {}), field: value}
-    return [spelled(*pair) for pair in plugins.items()]
+    return [spelled_choice(*pair) for pair in plugins.items()]
 
 
 def of_table(table: dict[str, Any]) -> list[str]:
@@ -75,7 +75,7 @@ def of_table(table: dict[str, Any]) -> list[str]:
     for name, settings in table.items():
         require(isinstance(settings, dict), f"eval.plugins.{name}={in_words(settings)}: expected a table of settings")
         for field, value in settings.items():
-            choices = changed(choices, f"{name}.{field}", value)
+            choices = with_setting(choices, f"{name}.{field}", value)
     return choices
 
 
@@ -104,5 +104,5 @@ def folded(arguments: Sequence[str], option: str, default: Sequence[str]) -> lis
         choices = [*filter(None, [rest[place].partition("=")[2]]), *rest[place + 1 : end]]
         del rest[place:end]
     for setting, value in settings:
-        choices = changed(choices, setting, read(value))
+        choices = with_setting(choices, setting, read_value(value))
     return [*rest, option, *choices]

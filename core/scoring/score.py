@@ -91,7 +91,7 @@ def score(
     ranks = ranks or Alone()
     if evaluation.plugins and ranks.world > 1:
         act = functools.partial(score, engine, evaluation, ledger, plugins=plugins, watch=watch, progress=progress)
-        value = only_rank_0(ranks, lambda: alone(engine, lambda: act().to_json()))
+        value = only_rank_0(ranks, lambda: rank_alone(engine, lambda: act().to_json()))
         names = tuple(value["plugins"])
         return Score(**{k: v for k, v in value.items() if k not in ("label", "plugins")}, plugins=names)
     split = evaluation.split
@@ -131,12 +131,12 @@ def score_of(evaluation: Evaluation, ledger: Ledger, counted: Bytes | None = Non
         full=drawn is None,
         error=None if error is None else bits_per_byte(error, 1),
         bpb_raw=bits_per_byte(all_nats, raw_bytes) if raw_bytes else None,
-        windows=described(evaluation, ledger.entries["order"]),
+        windows=windows_in_words(evaluation, ledger.entries["order"]),
         plugins=evaluation.config.plugins if evaluation.plugins else (),
     )
 
 
-def alone(engine: Any, act: Callable[[], Any]) -> Any:
+def rank_alone(engine: Any, act: Callable[[], Any]) -> Any:
     """Do something with this rank's engine that the other ranks do not: what adapts must not wait for them."""
     together, engine.ranks = engine.ranks, Alone()
     try:
@@ -201,7 +201,7 @@ def check_plugins(config: EvalConfig, plugins: Sequence[Plugin]) -> None:
             )
 
 
-def described(evaluation: Evaluation, order: np.ndarray) -> str:
+def windows_in_words(evaluation: Evaluation, order: np.ndarray) -> str:
     """Return in words how a text was cut, and that plug-ins changed the order if `order`, of its ledger, says so.
 
     Windows with carry take the longest document first, as they always do; plug-ins have no say in that.

@@ -6,7 +6,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from core.compare.pair import By
-from core.compare.runs import compare, lines, table, write_comparison
+from core.compare.runs import compare, comparison_table, lines, write_comparison
 from core.verbs.common import Context, Outcome
 
 
@@ -28,7 +28,7 @@ class Compare:
 def compare_runs(options: Compare, context: Context) -> Outcome:
     """Hold runs against the first of them: data, settings, machine, where the curves part, scores, bytes, speed."""
     comparison, runs = compare(list(options.runs), options.by)
-    context.say.table(*table(comparison))
+    context.say.table(*comparison_table(comparison))
     context.say()
     for line in lines(comparison):
         context.say(line)

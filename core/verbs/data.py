@@ -18,7 +18,7 @@ from core.verbs.common import Context, Outcome
 
 
 @dataclass(frozen=True)
-class Sample:
+class BundledSample:
     """Options of `skc data sample`."""
 
     out: str | None = None
@@ -95,7 +95,7 @@ class Fineweb:
     """Print one JSON object on stdout; everything else goes to stderr."""
 
 
-def sample(options: Sample, context: Context) -> Outcome:
+def prepare_bundled(options: BundledSample, context: Context) -> Outcome:
     """Prepare the bundled text."""
     out = options.out or sample_folder()
     return _told(prepare_sample(out, progress=_stages(context)), out, context)

@@ -123,13 +123,17 @@ def after(x: Array, n: Array, before: Array) -> Array:
     return np.stack([x[b, count - 1] if count else before[b] for b, count in enumerate(n)])
 
 
-def tail(x: Array, documents: Array, n: Array, size: int, empty: float) -> Array:
-    """Return the last `size` positions of each row when n of T are kept; `empty` outside of the last one's document."""
-    out = np.full((len(x), size, *x.shape[2:]), empty, x.dtype)
-    for b, count in enumerate(n):
-        for j in range(size):
-            if documents[b, count + j] == documents[b, count + size - 1]:
-                out[b, j] = x[b, count + j]
+def ends(documents: Array, n: Array, size: int) -> tuple[Array, Array]:
+    """Return the last `size` positions of each row when n of T are kept, and which are in the last one's document."""
+    index = np.array([range(count, count + size) for count in n])
+    return index, np.array([[row[i] == row[at[-1]] for i in at] for row, at in zip(documents, index, strict=True)])
+
+
+def tail(x: Array, index: Array, same: Array, empty: float) -> Array:
+    """Return the positions `index` of each row, `empty` where they are not the `same` document."""
+    out = np.full((*index.shape, *x.shape[2:]), empty, x.dtype)
+    for b, j in zip(*np.nonzero(same), strict=True):
+        out[b, j] = x[b, index[b, j]]
     return out
 
 

@@ -13,7 +13,7 @@ from core import presets
 from core.ablation.fields import flat, put
 from core.cli import _parse
 from core.config import ConfigError, EvalConfig, RunConfig, from_json, to_json
-from core.scoring.choices import changed, parsed, read, spelled
+from core.scoring.choices import parsed, read_value, spelled_choice, with_setting
 from core.scoring.evaluation import Evaluation
 from core.scoring.key import evaluation_key
 from core.scoring.plugins import Plugin, foreign, load_plugins
@@ -43,7 +43,7 @@ class Bare(Plugin):
 
 @pytest.mark.parametrize("settings", [{}, {"size": 4}, {"share": 1e-3, "on": True, "name": "x y/z.w"}])
 def test_what_is_spelled_is_parsed(settings: dict[str, Any]) -> None:
-    choice = spelled(f"{HERE}:Sized", settings)
+    choice = spelled_choice(f"{HERE}:Sized", settings)
     assert parsed(choice) == (f"{HERE}:Sized", settings)
     (plugin,) = load_plugins([choice])
     assert isinstance(plugin, Sized) and plugin.settings == Sized.Settings(**settings)
@@ -175,7 +175,7 @@ def test_whose_code_it_is_does_not_depend_on_settings() -> None:
 
 
 def test_choices_keep_their_order() -> None:
-    choices = changed(["a:B", "temperature(prior=1)", "c:D(x=1)"], "temperature.prior", 2)
+    choices = with_setting(["a:B", "temperature(prior=1)", "c:D(x=1)"], "temperature.prior", 2)
     assert choices == ["a:B", "temperature(prior=2)", "c:D(x=1)"]
-    assert changed(choices, "e.f:G.y", True)[-1] == "e.f:G(y=true)"
-    assert [read(text) for text in ("1", "1e3", "true", "x", "[1]", "-2")] == [1, 1e3, True, "x", "[1]", -2]
+    assert with_setting(choices, "e.f:G.y", True)[-1] == "e.f:G(y=true)"
+    assert [read_value(text) for text in ("1", "1e3", "true", "x", "[1]", "-2")] == [1, 1e3, True, "x", "[1]", -2]

@@ -71,11 +71,11 @@ def cases(op: str, n: int) -> list[tuple]:
         return [(x, np.array([[0, n - 1], [n // 2, 0]], np.int32)), (x, np.array([n - 1, 0], np.int32))]
     if op == "after":
         return [(draw(f"{op}/{n}", 2, n, 3), kept, draw(f"{op}/before", 2, 3))]
-    if op == "tail":
+    if op in ("ends", "tail"):
         before = np.concatenate([np.zeros((2, 3), np.int32), documents], axis=1)
-        return [
-            (draw(f"{op}/{n}", 2, 3 + n, 5), before, count, 3, -1.0) for count in (kept, np.array([n, n], np.int32))
-        ]
+        given = [(before, count, 3) for count in (kept, np.array([n, n], np.int32))]
+        x = draw(f"{op}/{n}", 2, 3 + n, 5)
+        return given if op == "ends" else [(x, *reference.ends(*one), -1.0) for one in given]
     assert op == "hash32"
     return [(5, np.arange(n, dtype=np.uint32))]
 

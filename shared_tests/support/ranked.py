@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -233,9 +234,15 @@ def environments(backend: str, world: int, folder: Path) -> list[dict[str, str]]
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
+def read_hosts() -> list[list[str]]:
+    """Return the hosts of the ring that this process is a rank of."""
+    return json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text())
+
+
 def start(backend: str, world: int, command: list[str], folder: Path, **more: str) -> list[subprocess.Popen]:
     """Start `world` ranks of `python COMMAND ...` and return their processes; what they print goes to folder/rank-N."""
-    processes = []
+    processes, meeting = [], tempfile.mkdtemp(prefix="meeting-", dir=folder)
+    more = {**more, "SKC_TEST_MEETING": meeting}
     for rank, variables in enumerate(environments(backend, world, folder)):
         with open(folder / f"rank-{rank}", "wb") as file:
             processes.append(
@@ -267,9 +274,27 @@ def _ports(count: int) -> list[int]:
     return ports
 
 
+def meet(meeting: Path, rank: int, world: int, seconds: float = 240.0) -> None:
+    """Wait until all ranks have been started and have loaded what they import; RuntimeError after `seconds`.
+
+    MLX's ring tries for 31 s to reach a neighbour. On a busy machine the imports of two ranks may end further
+    apart; then one of them gives up, and the others wait for it for ever.
+    """
+    (meeting / str(rank)).touch()
+    until = time.monotonic() + seconds
+    while len(list(meeting.iterdir())) < world:
+        if time.monotonic() > until:
+            raise RuntimeError(f"only ranks {sorted(path.name for path in meeting.iterdir())} of {world} were started")
+        time.sleep(0.02)
+
+
 def main() -> None:
     """Be one rank."""
     backend, folder = sys.argv[1], Path(sys.argv[2])
+    if backend == "mlx":
+        import mlx.core  # noqa: F401  # before the meeting: it takes longest
+
+        meet(Path(os.environ["SKC_TEST_MEETING"]), int(os.environ["MLX_RANK"]), len(read_hosts()))
     ranks = join(backend)
     if backend == "cuda":
         import torch

@@ -19,7 +19,7 @@ from core import presets
 from core.ablation.plan import Ablation, Job, read_plan
 from core.ablation.records import read_job, read_members, read_shown, starts
 from core.ablation.stats.results import read_result
-from core.compare.runs import compare, lines, table
+from core.compare.runs import compare, comparison_table, lines
 from core.config import to_json
 from core.console import MESSAGE
 from core.data.dataset import open_dataset
@@ -125,7 +125,7 @@ def look_at_run(path: Path) -> None:
     """Read a run as `skc compare` and `skc ablate` do, and say what they say."""
     folder = path.parent
     found, _ = compare([str(folder), str(folder.with_name("other"))])
-    assert all(isinstance(line, str) for line in lines(found)) and table(found)
+    assert all(isinstance(line, str) for line in lines(found)) and comparison_table(found)
     run = Run.open(folder)
     read_result(Job("plain", 1, "cuda", run.config, None), folder, "done")
     json.dumps(found.to_json(), allow_nan=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from core.engine.heartbeat import Heartbeat, HeartbeatError, _accept
+from core.engine.heartbeat import Heartbeat, HeartbeatError, _accept, _connect
 from core.training.run import Run
 from shared_tests.support.killed import small_data
 from shared_tests.support.ranked import Seat, start
@@ -102,6 +102,42 @@ def test_the_key_is_asked_for() -> None:
     thread.join(timeout=60)
     assert list(found) == [1] and found[1].recv(9) == b"beat\n", "what comes after the key is not lost"
     found[1].close()
+
+
+class Beside(Seat):
+    """Rank 1 of 2, whose rank 0 is a socket of the test."""
+
+    address = "127.0.0.1"
+
+    def __init__(self, port: int) -> None:
+        super().__init__(1, 2)
+        self.port = port
+
+    def broadcast(self, value: bytes) -> bytes:
+        return json.dumps([self.port, "key"]).encode()
+
+
+@pytest.mark.parametrize("news", [True, False])
+def test_a_rank_that_fails_hears_first_whether_another_died(news: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective fails when a rank dies: rank 0's word for that comes before the failure, which it caused."""
+    if not news:
+        monkeypatch.setattr("core.engine.heartbeat.HEARING", 0.2)
+    lost: list[str | None] = []
+    ours: list[socket.socket] = []
+    theirs: list[socket.socket] = []
+    monkeypatch.setattr("core.engine.heartbeat._connect", lambda *to: ours.append(_connect(*to)) or ours[-1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        heartbeat = Heartbeat(Beside(server.getsockname()[1]), lost.append, beat=0.05)
+        with pytest.raises(ValueError, match="a peer is gone"), heartbeat:
+            theirs.append(server.accept()[0])
+            if news:
+                threading.Timer(0.3, theirs[0].sendall, [b"lost\n"]).start()
+            raise ValueError("a peer is gone")
+    with theirs[0] as connection, ours[0]:  # a process that is lost ends, and closes its own
+        connection.settimeout(5)
+        sent = b"".join(iter(lambda: connection.recv(4096), b"")) if not news else connection.recv(4096)
+    assert lost == ([None] if news else [])
+    assert (b"failed ValueError: a peer is gone\n" in sent) is not news
 
 
 def test_a_rank_that_cannot_connect_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

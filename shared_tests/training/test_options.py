@@ -18,7 +18,7 @@ from core.config import ConfigError, EvalConfig, RunConfig, from_json, to_json
 from core.data.tokenizer_training import train_tokenizer
 from core.engine.loading import choose_backend
 from core.model.upgrade import MOVED
-from core.options import given, meant, options_of, spelled, unknown
+from core.options import given, meant_options, options_of, spelled, unknown
 from core.verbs.common import fit_tokens, judged
 from core.verbs.train import Train
 from shared_tests.support.command_line import Capture, call, refuse
@@ -127,9 +127,9 @@ def test_every_part_has_a_box_of_its_own(capsys: Capture) -> None:
 
 
 def test_the_last_part_of_a_name_comes_first() -> None:
-    assert meant("--steps", list(KNOWN)) == ["--train.steps"]
-    assert meant("--model.steps", list(KNOWN)) == ["--train.steps"]
-    assert meant("--windows", list(KNOWN)) == ["--eval.windows"]
+    assert meant_options("--steps", list(KNOWN)) == ["--train.steps"]
+    assert meant_options("--model.steps", list(KNOWN)) == ["--train.steps"]
+    assert meant_options("--windows", list(KNOWN)) == ["--eval.windows"]
 
 
 def test_nothing_and_switches_may_be_spelled_as_people_do() -> None:

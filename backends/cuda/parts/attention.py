@@ -53,9 +53,8 @@ class Attention(Part):
         return stream._replace(x=y_BTD), AttentionState(k_BGTK, v_BGTK, tail_BPD)
 
     def commit(self, tape, context, n_B):
-        """Return the state after the first n tokens of each row of a chunk: of its keys those in context.keep."""
-        k_BGSK, v_BGSK = (
-            torch.swapaxes(ops.pick(torch.swapaxes(x, 1, 2), context.keep), 1, 2) for x in (tape.k, tape.v)
-        )
-        tail_BPD = None if tape.tail is None else ops.tail(tape.tail, context.history, n_B, TAPS - 1, 0.0)
+        """Return the state after the first n tokens of each row of a chunk: of its keys those in kept.keys."""
+        kept = context.kept
+        k_BGSK, v_BGSK = (torch.swapaxes(ops.pick(torch.swapaxes(x, 1, 2), kept.keys), 1, 2) for x in (tape.k, tape.v))
+        tail_BPD = None if tape.tail is None else ops.tail(tape.tail, *kept.tail, 0.0)
         return AttentionState(k_BGSK, v_BGSK, tail_BPD)

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from backends.cuda import ops
 from core.model.capsules import COUPLING, FLOOR
-from core.model.context import CapsuleState, CapsuleTape
+from core.model.context import Blocks, CapsuleState, CapsuleTape
 
 
 class Capsules(nn.Module):
@@ -28,56 +28,50 @@ class Capsules(nn.Module):
 
     def forward(self, write_BTR, read_BTR, values_BTC, context, state):
         """Return what every token reads (B, T, C), and the tape; R = H * N routing logits."""
-        store = self._store
+        store, blocks = self._store, context.blocks
         rows, seq, width = values_BTC.shape
         state = state or self.start(values_BTC, context)
         keys_BTHN, reads_BTHN = self.route(write_BTR, 0, context), self.route(read_BTR, 1, context)
         writes_BTHN = self.shifted(keys_BTHN, context, state) if store.shift else keys_BTHN
-        phase_B = None if context.position is None else context.position % store.block
-        token_BP = self.tokens(phase_B, seq)
         template_QN = self.template(context)
-        w_BMHQN, q_BMHQN = self.blocks(writes_BTHN, token_BP), self.blocks(reads_BTHN, token_BP)
+        w_BMHQN, q_BMHQN = self.aligned(writes_BTHN, blocks), self.aligned(reads_BTHN, blocks)
         # A capsule is a sum over many tokens: bfloat16 would round the next one away.
         values_BTHK = values_BTC.to(context.wide).reshape(rows, seq, store.heads, -1)
-        v_BMHQK = self.blocks(values_BTHK, token_BP)
-        documents_BMQ, fresh_BMQ = self.borders(context, token_BP)
-        if token_BP is not None:
+        v_BMHQK = self.aligned(values_BTHK, blocks)
+        if blocks.inside is not None:
             # A place without a token holds a copy of some token, which must not be stored again.
-            inside_BMQ = ((token_BP >= 0) & (token_BP < seq)).reshape(documents_BMQ.shape)
-            w_BMHQN = torch.where(inside_BMQ[:, :, None, :, None], w_BMHQN, 0.0)
+            w_BMHQN = torch.where(blocks.inside, w_BMHQN, 0.0)
         # Written at the end of its block: what of it is in the document that is open then.
-        live_BMHQN = torch.where((documents_BMQ == documents_BMQ[..., -1:])[:, :, None, :, None], w_BMHQN, 0.0)
+        live_BMHQN = torch.where(blocks.live, w_BMHQN, 0.0)
         # The mass has no template: bands may cancel, and a mean over their sum would have no bound.
         mass_BMHN = torch.sum(live_BMHQN, dim=3)
         sums_BMHNK = torch.swapaxes(live_BMHQN * template_QN, -1, -2) @ v_BMHQK
-        if phase_B is not None:
+        if blocks.phase is not None:
             # The open block of the state is this first one, and lost once a document begins in it.
-            kept_B = fresh_BMQ[:, 0, -1].to(context.wide)
+            kept_B = blocks.fresh[:, 0, -1].to(context.wide)
             mass_BMHN = add_first(mass_BMHN, state.mass * kept_B[:, None, None])
             sums_BMHNK = add_first(sums_BMHNK, state.sums * kept_B[:, None, None, None])
         # The floor stands for half a token: a capsule that got nothing keeps almost nothing, and divides by no zero.
-        stored_BMHNK = self.evolve(sums_BMHNK / (mass_BMHN + FLOOR)[..., None], fresh_BMQ[..., -1], state)
+        stored_BMHNK = self.evolve(sums_BMHNK / (mass_BMHN + FLOOR)[..., None], blocks.fresh[..., -1], state)
         # A block reads what the blocks before it left: its own sum is not complete before its last token.
         before_BMHNK = torch.cat([state.stored[:, None], stored_BMHNK[:, :-1]], dim=1)
-        fresh_BMHQ1 = fresh_BMQ[:, :, None, :, None]
+        fresh_BMHQ1 = blocks.fresh[:, :, None, :, None]
         coupled_BMHQN = torch.where(fresh_BMHQ1, q_BMHQN + q_BMHQN @ self.coupling(), 0.0)
         y_BMHQK = coupled_BMHQN @ before_BMHNK
         if store.intra:
             # Not coupled: the open block is read as tokens, each under its own key.
-            seen_XQQ = ops.causal_mask(store.block, store.block, documents_BMQ.reshape(-1, store.block))
-            seen_BMQQ = seen_XQQ.reshape(*documents_BMQ.shape, store.block)
+            seen_XQQ = ops.causal_mask(store.block, store.block, blocks.documents.reshape(-1, store.block))
+            seen_BMQQ = seen_XQQ.reshape(*blocks.documents.shape, store.block)
             scores_BMHQQ = torch.where(seen_BMQQ[:, :, None], q_BMHQN @ torch.swapaxes(w_BMHQN, -1, -2), 0.0)
             inside_BMHQK = scores_BMHQQ @ v_BMHQK
-            if phase_B is not None:
+            if blocks.phase is not None:
                 # Such a read is linear in the tokens: of those before the chunk the sum is enough.
                 first_BHQN = torch.where(fresh_BMHQ1[:, 0], q_BMHQN[:, 0], 0.0)
                 inside_BMHQK = add_first(inside_BMHQK, first_BHQN @ state.plain)
             y_BMHQK = y_BMHQK + store.intra * inside_BMHQK
         y_BPC = torch.swapaxes(y_BMHQK, 2, 3).reshape(rows, -1, width)
-        y_BTC = y_BPC[:, :seq] if phase_B is None else ops.pick(y_BPC, ops.span(phase_B, seq))
-        tape = CapsuleTape(
-            state, phase_B, keys_BTHN, w_BMHQN, v_BMHQK, template_QN, stored_BMHNK, documents_BMQ, fresh_BMQ
-        )
+        y_BTC = y_BPC[:, :seq] if blocks.phase is None else ops.pick(y_BPC, blocks.place)
+        tape = CapsuleTape(state, keys_BTHN, w_BMHQN, v_BMHQK, template_QN, stored_BMHNK)
         return y_BTC, tape
 
     def start(self, values_BTC, context):
@@ -114,36 +108,11 @@ class Capsules(nn.Module):
         shape = (store.block, store.capsules)
         return torch.ones(shape, dtype=context.wide, device=context.documents.device)
 
-    def tokens(self, phase_B, seq):
-        """Return which of T tokens stands at each place of a row's blocks, (B, M * Q): none below 0 and from T on.
-
-        None where rows begin with a block. There are as many blocks as a row may need that is furthest into its first.
-        """
-        block = self._store.block
-        return None if phase_B is None else ops.span(-phase_B, -(-(seq + block - 1) // block) * block)
-
-    def aligned(self, x, token_BP):
-        """Return x (B, T, ...) at every place of the blocks (B, M * Q, ...), something of x where there is no token."""
-        seq = x.shape[1]
-        if token_BP is not None:
-            return ops.pick(x, torch.clamp(token_BP, 0, seq - 1))
-        end = -seq % self._store.block
-        return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, end)) if end else x
-
-    def blocks(self, x_BTHX, token_BP):
+    def aligned(self, x_BTHX, blocks):
         """Return (B, M, H, Q, X): whole blocks, of which places without a token are not to be looked at."""
         rows, _, heads, width = x_BTHX.shape
-        return torch.swapaxes(self.aligned(x_BTHX, token_BP).reshape(rows, -1, self._store.block, heads, width), 2, 3)
-
-    def borders(self, context, token_BP):
-        """Return the document of every place (B, M, Q), and whether none has begun in its block up to there."""
-        documents_BP = self.aligned(context.documents, token_BP)
-        if token_BP is not None:
-            documents_BP = torch.where(token_BP < 0, 0, documents_BP)
-        documents_BMQ = documents_BP.reshape(documents_BP.shape[0], -1, self._store.block)
-        # The first block follows document 0, which was open before the first token.
-        ends_BM1 = documents_BMQ[:, :, -1:]
-        return documents_BMQ, documents_BMQ == torch.cat([ends_BM1[:, :1] * 0, ends_BM1[:, :-1]], dim=1)
+        x_BPHX = aligned(x_BTHX, blocks.token, self._store.block)
+        return torch.swapaxes(x_BPHX.reshape(rows, -1, self._store.block, heads, width), 2, 3)
 
     def evolve(self, means_BMHNK, fresh_BM, state):
         """Return the capsules after every block: each forgets at its rate; a document that begins clears them all."""
@@ -170,26 +139,57 @@ class Capsules(nn.Module):
 
     def commit(self, tape, context, n_B):
         """Return the state after the first n tokens of each row of a chunk."""
-        before, block = tape.before, self._store.block
-        block_B, place_B = (tape.phase + n_B) // block, (tape.phase + n_B) % block
-        stored_BHNK = ops.after(tape.stored, block_B, before.stored)
-        open_B = torch.clamp(block_B, max=tape.stored.shape[1] - 1)  # of a row that ended with its last block: masked
-        fresh_B = ops.pick(ops.pick(tape.fresh, open_B), torch.clamp(place_B - 1, min=0)) | (place_B == 0)
+        before, kept = tape.before, context.kept
         # All of the block, zeros for what is not kept: n must not become a shape.
-        same_BQ = (ops.pick(tape.documents, open_B) == context.last) & (ops.span(-place_B, block) < 0)
-        w_BHQN = torch.where(same_BQ[:, None, :, None], ops.pick(tape.writes, open_B), 0.0)
-        v_BHQK = ops.pick(tape.values, open_B)
+        w_BHQN, v_BHQK = torch.where(kept.live, ops.pick(tape.writes, kept.open), 0.0), ops.pick(tape.values, kept.open)
         sums_BHNK = torch.swapaxes(w_BHQN * tape.template, -1, -2) @ v_BHQK
         plain_BHNK, mass_BHN = torch.swapaxes(w_BHQN, -1, -2) @ v_BHQK, torch.sum(w_BHQN, dim=2)
         # A row that is still in the block that it came with adds to what the state has of it.
-        first_B11 = (fresh_B & (block_B == 0))[:, None, None]
-        mass_BHN = mass_BHN + torch.where(first_B11, before.mass, 0.0)
-        sums_BHNK = sums_BHNK + torch.where(first_B11[..., None], before.sums, 0.0)
+        mass_BHN = mass_BHN + torch.where(kept.first, before.mass, 0.0)
+        sums_BHNK = sums_BHNK + torch.where(kept.first[..., None], before.sums, 0.0)
         if before.plain is not None:
-            plain_BHNK = plain_BHNK + torch.where(first_B11[..., None], before.plain, 0.0)
-        stored_BHNK = torch.where(fresh_B[:, None, None, None], stored_BHNK, 0.0)
+            plain_BHNK = plain_BHNK + torch.where(kept.first[..., None], before.plain, 0.0)
+        stored_BHNK = torch.where(kept.fresh, ops.after(tape.stored, kept.full, before.stored), 0.0)
         key_BHN = ops.after(tape.keys, n_B, before.key) if self._store.shift else None
         return self.state(stored_BHNK, sums_BHNK, plain_BHNK, mass_BHN, key_BHN)
+
+
+def blocks(size, position, documents_BT):
+    """Return where tokens stand in blocks of `size` tokens; without `position` (B,) rows begin with a block."""
+    (rows, seq), phase_B, token_BP, place_BT, inside_BMHQ1 = documents_BT.shape, None, None, None, None
+    if position is not None:
+        # As many blocks as a row needs that is furthest into its first: no shape may depend on a position.
+        phase_B = position % size
+        chunk_BP = ops.span(-phase_B, -(-(seq + size - 1) // size) * size)
+        token_BP, place_BT = torch.clamp(chunk_BP, 0, seq - 1), ops.span(phase_B, seq)
+        inside_BMHQ1 = ((chunk_BP >= 0) & (chunk_BP < seq)).reshape(rows, -1, 1, size, 1)
+    documents_BP = aligned(documents_BT, token_BP, size)
+    if position is not None:
+        documents_BP = torch.where(chunk_BP < 0, 0, documents_BP)
+    documents_BMQ = documents_BP.reshape(rows, -1, size)
+    ends_BM1 = documents_BMQ[:, :, -1:]
+    # The first block follows document 0, which was open before the first token.
+    fresh_BMQ = documents_BMQ == torch.cat([ends_BM1[:, :1] * 0, ends_BM1[:, :-1]], dim=1)
+    live_BMHQ1 = (documents_BMQ == ends_BM1)[:, :, None, :, None]
+    return Blocks(phase_B, token_BP, place_BT, inside_BMHQ1, documents_BMQ, fresh_BMQ, live_BMHQ1)
+
+
+def aligned(x, token_BP, size):
+    """Return x (B, T, ...) at every place of the blocks (B, M * Q, ...), something of x where there is no token."""
+    if token_BP is not None:
+        return ops.pick(x, token_BP)
+    end = -x.shape[1] % size
+    return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, end)) if end else x
+
+
+def opened(size, blocks, kept, n_B):
+    """Return `kept` with the block that is open after n tokens of each row."""
+    full_B, place_B = (blocks.phase + n_B) // size, (blocks.phase + n_B) % size
+    open_B = torch.clamp(full_B, max=blocks.fresh.shape[1] - 1)  # of a row that ended with its last block: masked
+    fresh_B = ops.pick(ops.pick(blocks.fresh, open_B), torch.clamp(place_B - 1, min=0)) | (place_B == 0)
+    live_BQ = (ops.pick(blocks.documents, open_B) == kept.last) & (ops.span(-place_B, size) < 0)
+    fresh_B111, first_B11 = fresh_B[:, None, None, None], (fresh_B & (full_B == 0))[:, None, None]
+    return kept._replace(full=full_B, open=open_B, live=live_BQ[:, None, :, None], fresh=fresh_B111, first=first_B11)
 
 
 def add_first(x, more):

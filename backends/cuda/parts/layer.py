@@ -39,7 +39,6 @@ class Layer(Part):
     def forward(self, stream, context, stage, state):
         x_BTD = stream.x
 
-        # A block that several layers use has a row of scales for each: all else is shared.
         def scale_D(weight):
             return (weight if weight.ndim == 1 else weight[stage.row]).to(x_BTD.dtype)
 

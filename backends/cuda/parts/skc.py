@@ -27,7 +27,7 @@ class SKC(Koopman):
         state = state or self.start(x_BTD, context)
         z_BTC, s_BTC, koopman = self.recur(x_BTD, context, state.koopman)
         write_BTR = self.write(x_BTD) + self.write_bias.to(kind)
-        # The values behind the convolution: a capsule stores what a few tokens say, not one alone.
+        # Behind the convolution: a capsule stores what a few tokens say, not one alone.
         y_BTC, capsules = self.capsules(write_BTR, self.read(x_BTD), s_BTC, context, state.capsules)
         # The norm of nothing is nothing: in its first block a document reads no capsules.
         y_BTC = ops.rms_norm(y_BTC, self._config.norm_eps, self._exact).to(kind)

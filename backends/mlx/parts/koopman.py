@@ -35,7 +35,6 @@ class Koopman(Part):
     def start(self, x_BTD, context):
         """Return the state before the first token."""
         rows, width = x_BTD.shape[0], self._config.koopman.dim
-        # The tail is as narrow as its values; the recurrence adds up and is wide.
         tail_BPC = mx.zeros((rows, TAPS - 1, width), dtype=x_BTD.dtype)
         return KoopmanState(tail_BPC, mx.zeros((rows, width), dtype=context.wide))
 
@@ -46,7 +45,7 @@ class Koopman(Part):
         s_BTC = ops.short_conv(values_BPC, self.conv, context.history)
         # float32 or wider: a decay near 1 is a long memory, and bfloat16 has no number between 0.996 and 1.
         decay_BTC, scale_BTC = ops.decay(self.decay(x_BTD).astype(wide) + self.decay_bias, self._exact)
-        # A factor of 0 forgets the document before; no mask is needed behind the recurrence.
+        # A factor of 0 forgets the document before.
         decay_BTC = mx.where(context.starts[..., None], 0.0, decay_BTC)
         # Mixed channels, so that every time constant sees every feature.
         drive_BTC = ops.hadamard(s_BTC, context.hadamard).astype(wide) * scale_BTC
@@ -63,5 +62,5 @@ class Koopman(Part):
 
     def commit(self, tape, context, n_B):
         """Return the state after the first n tokens of each row of a chunk."""
-        tail_BPC = ops.tail(tape.values, context.history, n_B, TAPS - 1, 0.0)
+        tail_BPC = ops.tail(tape.values, *context.kept.tail, 0.0)
         return KoopmanState(tail_BPC, ops.after(tape.states, n_B, tape.before))
