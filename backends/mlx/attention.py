@@ -56,7 +56,8 @@ def attention(q, k, v, mask, exact, least, recomputed=RECOMPUTED):
     """
     rows, heads, queries, width = q.shape
     shared, keys = k.shape[1], k.shape[2]
-    ops.check_keys(mask, queries, keys)
+    if mask is None and queries != keys:
+        raise ValueError(f"attention without a mask needs as many queries as keys, got {queries} and {keys}")
     again = queries >= recomputed
     size = least if again else max(least, -(-queries // BLOCKS))  # made again, a block is as small as it may be
     ends = [min(start + size, queries) for start in range(0, queries, size)]
