@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
+import numpy as np
 
 EPS, ROTATION, CAP = 1e-6, 10_000.0, 30.0
 RATE, EMBED_RATE = 0.04, 0.05
@@ -19,7 +20,7 @@ FIRST_MOMENTUM, MOMENTUM, MOMENTUM_STEPS = 0.85, 0.95, 500
 EMBEDDING = "tok_emb.weight"
 
 
-def normed(x):
+def normed(x: Any) -> Any:
     """Return x over its root mean square."""
     return x * mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + EPS)
 
@@ -104,4 +105,4 @@ class OfficialStep:
         self.weights = {name: new[name] for name in self.weights}
         self.steps += 1
         mx.eval(self.weights, self.momenta, [adam.state for adam in self.adams.values()])
-        return value.item()
+        return float(np.array(value))
