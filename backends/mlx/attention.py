@@ -90,7 +90,7 @@ def _joined(blocks, repeats):
     return mx.concatenate([x.reshape(*x.shape[:2], repeats, -1, x.shape[-1]) for x in blocks], axis=3)
 
 
-def _blocks(spans, hidden, again):
+def _blocks(spans, hidden, again) -> Any:
     """Return a function of (q, k, v) to the output of every block, and, if not `again`, its weights."""
 
     def weights(q, k, i):
