@@ -56,7 +56,8 @@ def attention(q, k, v, mask, exact, least, recomputed=RECOMPUTED):
     """
     rows, heads, queries, width = q.shape
     shared, keys = k.shape[1], k.shape[2]
-    ops.check_keys(mask, queries, keys)
+    if mask is None and queries != keys:
+        raise ValueError(f"attention without a mask needs as many queries as keys, got {queries} and {keys}")
     again = queries >= recomputed
     size = least if again else max(least, -(-queries // BLOCKS))  # made again, a block is as small as it may be
     ends = [min(start + size, queries) for start in range(0, queries, size)]
@@ -89,7 +90,7 @@ def _joined(blocks, repeats):
     return mx.concatenate([x.reshape(*x.shape[:2], repeats, -1, x.shape[-1]) for x in blocks], axis=3)
 
 
-def _blocks(spans, hidden, again):
+def _blocks(spans, hidden, again) -> Any:
     """Return a function of (q, k, v) to the output of every block, and, if not `again`, its weights."""
 
     def weights(q, k, i):

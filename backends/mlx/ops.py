@@ -89,12 +89,6 @@ def causal_mask(queries, keys, documents):
     return mx.logical_and(same, mask)[:, None]
 
 
-def check_keys(mask, queries, keys):
-    """Raise ValueError where a mask is needed and there is none: which keys are new cannot be known."""
-    if mask is None and queries != keys:
-        raise ValueError(f"attention without a mask needs as many queries as keys, got {queries} and {keys}")
-
-
 def attention(q, k, v, mask, exact):
     """Return softmax(q k^T / sqrt(K), hidden keys left out) v, each key/value head shared by H / G query heads.
 
@@ -102,7 +96,8 @@ def attention(q, k, v, mask, exact):
     """
     rows, heads, queries, width = q.shape
     shared, keys = k.shape[1], k.shape[2]
-    check_keys(mask, queries, keys)
+    if mask is None and queries != keys:
+        raise ValueError(f"attention without a mask needs as many queries as keys, got {queries} and {keys}")
     if not exact:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=width**-0.5, mask="causal" if mask is None else mask)
     mask = causal_mask(queries, keys, None) if mask is None else mask

@@ -19,12 +19,12 @@ from shared_tests.support.harness import module
 ROOT = Path(__file__).resolve().parents[2]
 FRAMEWORKS = {"torch", "mlx", "triton"}
 ONE_TWIN_ONLY = {
-    *("blas.py", "device.py", "fused.py", "official.py", "attention.py", "staging.py"),
+    *("blas.py", "device.py", "fused.py", "official.py", "staging.py"),
     *("kernels/cross_entropy.py", "kernels/short_conv.py", "kernels/trial.py"),
 }
 """MLX: its Linux wheel needs a fast BLAS loaded first; Macs of many generations run it (device). CUDA: eager torch
 needs hand-written gradients, MLX compiles.
-Attention and staging: a GPU has several forms of attention to choose from, and memory of its own to bring batches to.
+Staging: a GPU has memory of its own to bring batches to.
 Official: reads what torch.save wrote.
 
 Kernels: on a Mac many small launches cost most, so that the convolution has one there; MLX's are tried on the device

@@ -2,6 +2,7 @@
 
 import functools
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_training_takes_the_blocks_and_scoring_what_was_chosen(monkeypatch: pyte
     assert forms.scoring is ops.attention and forms.training is not ops.attention
     forms = forms._replace(training=said("training", forms.training), scoring=said("scoring", forms.scoring))
     monkeypatch.setattr(attention, "choose", lambda exact, gpu: forms)
-    engine = load_engine("mlx", mini("ablate_float"), options=EngineOptions(compile=False))
+    engine: Any = load_engine("mlx", mini("ablate_float"), options=EngineOptions(compile=False))
     rows = np.arange(2 * 33, dtype=np.int32).reshape(2, 33) % engine._config.vocab
     batch = Batch(rows[:, :-1], rows[:, 1:], 2)
     engine.nll(*batch[:2])

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers
+import numpy as np
 
 EPS, ROTATION, CAP = 1e-6, 10_000.0, 30.0
 RATE, EMBED_RATE = 0.04, 0.05
@@ -19,7 +20,7 @@ FIRST_MOMENTUM, MOMENTUM, MOMENTUM_STEPS = 0.85, 0.95, 500
 EMBEDDING = "tok_emb.weight"
 
 
-def normed(x):
+def normed(x: Any) -> Any:
     """Return x over its root mean square."""
     return x * mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + EPS)
 
@@ -30,7 +31,7 @@ def attention(weights, prefix, x, heads):
     q, k, v = (mx.swapaxes((x @ weights[f"{prefix}.c_{n}.weight"].T).reshape(split), 1, 2) for n in "qkv")
     q, k = (mx.fast.rope(normed(h), split[3], traditional=False, base=ROTATION, scale=1.0, offset=0) for h in (q, k))
     q = q * weights[f"{prefix}.q_gain"][:, None, None]
-    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=split[3] ** -0.5, mask="causal")
+    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=float(split[3] ** -0.5), mask="causal")
     return mx.swapaxes(y, 1, 2).reshape(x.shape) @ weights[f"{prefix}.proj.weight"].T
 
 
@@ -104,4 +105,4 @@ class OfficialStep:
         self.weights = {name: new[name] for name in self.weights}
         self.steps += 1
         mx.eval(self.weights, self.momenta, [adam.state for adam in self.adams.values()])
-        return value.item()
+        return float(np.array(value))
