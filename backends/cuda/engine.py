@@ -406,3 +406,8 @@ def _sum(grads, share, name, grad):
 def _send(reducer, grads, share, name, grad):
     """Send the gradient of a step to the other ranks: of the last micro-batch, while its backward pass goes on."""
     reducer.add(name, _sum(grads, share, name, grad.detach()))
+
+
+def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks, kind=Engine):
+    """Return the engine of `config` with `weights`, of class `kind`."""
+    return kind(config, weights, options, quantise, ranks)

@@ -73,5 +73,5 @@ class Measured(engine.Engine):
 
 
 def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks) -> Measured:
-    """Return the engine of `config` with `weights`."""
-    return Measured(config, weights, options, quantise, ranks)
+    """Return an engine as backends/cuda/engine.py builds it."""
+    return engine.build(config, weights, options, quantise, ranks, Measured)

@@ -136,7 +136,7 @@ def _blocks(spans, hidden, again) -> Any:
 def _summed(parts, spans):
     """Return the sum of parts of which each reaches as far as its block's keys: (B, G, S', K) -> (B, G, S, K)."""
     edges = [0, *(last for _, _, last in spans)]
-    pieces = (
-        sum(part[:, :, a:b] for part in parts[i:]) for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False))
-    )
-    return mx.concatenate(list(pieces), axis=2)
+    pieces: list[mx.array] = []
+    for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False)):
+        pieces.append(functools.reduce(mx.add, [part[:, :, a:b] for part in parts[i:]]))
+    return mx.concatenate(pieces, axis=2)

@@ -97,18 +97,18 @@ def banks(config, owner):
         size = table[name].size
         return width(name), -(size & -size), table[name].shape, owner.get(name, 0)
 
-    def bank(key, names):
+    def bank(group, storage, names):
         stacks, begin = [], 0
         for shape, same in itertools.groupby(sorted(names, key=place), key=lambda name: table[name].shape):
             stack = tuple(same)
             end = begin + len(stack) * table[stack[0]].size
             stacks.append(Stack(stack, shape, begin, end, width(stack[0])))
             begin = end
-        return Bank(*key, tuple(stacks))
+        return Bank(group, storage, tuple(stacks))
 
     for name, row in table.items():
         members.setdefault((row.group, row.storage), []).append(name)
-    return [bank(key, names) for key, names in members.items()]
+    return [bank(*key, names) for key, names in members.items()]
 
 
 def parts(banks, rows):

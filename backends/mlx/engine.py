@@ -1,5 +1,6 @@
 """The MLX engine: model, optimizer and device behind core.engine.protocol.Engine; the PyTorch engine's twin."""
 
+import functools
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -348,3 +349,9 @@ class Engine:
             return made._replace(position=mx.array(position))
         self._tables[seq] = made
         return made
+
+
+def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks, kind=Engine):
+    """Return the engine of `config` with `weights`, of class `kind`."""
+    make = functools.partial(kind, config, weights, options, quantise, ranks)
+    return device.OnTheCPU(make) if options.dtype == "float64" and device.chip().gpu else make()

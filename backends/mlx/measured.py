@@ -1,12 +1,11 @@
 """The MLX engine with what only checks and benchmarks ask of it; the PyTorch file's twin."""
 
-import functools
 import time
 
 import mlx.core as mx
 import numpy as np
 
-from backends.mlx import device, engine
+from backends.mlx import engine
 from core.data.batch import Batch
 from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays, EngineOptions
@@ -55,8 +54,5 @@ class Measured(engine.Engine):
 
 
 def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks) -> Measured:
-    """Return the engine of `config` with `weights`."""
-    make = functools.partial(Measured, config, weights, options, quantise, ranks)
-    if options.dtype == "float64" and device.chip().gpu:
-        return device.OnTheCPU(make)  # pyright: ignore[reportReturnType]
-    return make()
+    """Return an engine as backends/mlx/engine.py builds it."""
+    return engine.build(config, weights, options, quantise, ranks, Measured)

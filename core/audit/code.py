@@ -12,7 +12,7 @@ from core.files import read_file
 MAX_SOURCE = 1 << 30
 EVALUATION = ("core.audit.watch.watched_process", "core.audit.watch.evaluation")
 """What an audited evaluation begins with, beside its backend."""
-ENGINES = {"mlx": ("backends.mlx.blas", "backends.mlx.measured"), "cuda": ("backends.cuda.measured",)}
+ENGINES = {"mlx": ("backends.mlx.blas", "backends.mlx.engine"), "cuda": ("backends.cuda.engine",)}
 
 
 def packed_bytes(files: Sequence[Path]) -> int:
@@ -29,6 +29,12 @@ def packed_code() -> dict[str, int]:
     Kernels count, which are imported on a GPU only.
     """
     return {name: packed_bytes(imported(*EVALUATION, *engine)) for name, engine in ENGINES.items()}
+
+
+def against_reserve(code: int, reserve: int) -> str:
+    """Return, in words, how the bytes of code stand to export.code_bytes, which training leaves for them."""
+    more = f"{code - reserve:,} more than" if code > reserve else "within"
+    return f"{more} the {reserve:,} of export.code_bytes"
 
 
 def imported(*modules: str) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import IO
 from core import PYTHON, rng
 from core.config import RunConfig, from_json, to_json
 from core.data.batch import Batch
-from core.engine.loading import load_engine
+from core.engine.measured import load_measured
 from core.engine.protocol import EngineOptions
 from core.engine.ranks import Alone, Ranks
 from core.training import schedule
@@ -79,7 +79,7 @@ def serve(variant: str, config: RunConfig, ranks: int, lines: IO[str]) -> None:
     options = EngineOptions(fast_blas=fast_blas, compile=compiled)
     if backend == "mlx" and fast_blas:  # before anything imports MLX
         importlib.import_module("backends.mlx.blas").load_fast_blas()
-    engine = load_engine(backend, config, options=options, ranks=rank_of(ranks, backend))
+    engine = load_measured(backend, config, options=options, ranks=rank_of(ranks, backend))
     shape = (config.train.batch // ranks, config.train.seq + 1)
     flat = rng.integers16(config.seed, "bench", shape[0] * shape[1]).astype("int32") % config.model.vocab
     rows = flat.reshape(shape)

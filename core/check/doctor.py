@@ -11,7 +11,7 @@ import numpy as np
 
 import core
 from core import presets
-from core.check.dtypes import in_words, step_milliseconds
+from core.check.dtypes import speeds_in_words, step_milliseconds
 from core.check.parity import run_parity
 from core.console import Console
 from core.engine.loading import BACKENDS, EXTRAS, available_backends, load_engine
@@ -38,7 +38,7 @@ def examine(say: Console) -> dict[str, Any]:
     if mlx.get("ok") and mlx["device"].endswith("(GPU)"):  # a CPU has fast products of float32 alone
         try:
             value["types"] = step_milliseconds(gpu=True)
-            say(f"mlx: {in_words(value['types'], mlx['dtype'])}")
+            say(f"mlx: {speeds_in_words(value['types'], mlx['dtype'])}")
         except (RuntimeError, ValueError) as error:
             mlx |= {"ok": False, "error": f"{type(error).__name__}: {error}"}
             say(f"mlx: training FAILED: {mlx['error']}")

@@ -44,7 +44,7 @@ def step_milliseconds(gpu: bool) -> dict[str, float]:
     return {dtype: min(each) for dtype, each in times.items()}
 
 
-def in_words(times: dict[str, float], taken: str) -> str:
+def speeds_in_words(times: dict[str, float], taken: str) -> str:
     """Return which type was faster, and what to do where the engine takes another one."""
     figures = ", ".join(f"{dtype} {value:.1f} ms" for dtype, value in times.items())
     fastest = min(times, key=lambda dtype: times[dtype])

@@ -10,8 +10,8 @@ from core import presets, rng
 from core.config import ConfigError, ModelConfig, RunConfig
 from core.data.bundled import open_data
 from core.data.dataset import batch as batch_at
-from core.engine.loading import BACKENDS, EXTRAS, available_backends, load_engine
-from core.engine.measured import Measured
+from core.engine.loading import BACKENDS, EXTRAS, available_backends
+from core.engine.measured import Measured, load_measured
 from core.engine.protocol import Arrays, Batch, DType, Engine, EngineOptions
 from core.model.params import by_group, count, param_table, start_values
 from core.training import schedule
@@ -95,7 +95,7 @@ def run_parity(
     engines = []
     for name in BACKENDS:
         report(f"building {config.preset} on {name}")
-        engines.append(load_engine(name, config, options=EngineOptions(dtype=dtype, compile=False)))
+        engines.append(load_measured(name, config, options=EngineOptions(dtype=dtype, compile=False)))
     report("comparing start values, activations and gradients")
     checks = _forward_checks(config, engines, batches[0], dtype)
     limits, curves = _limits(dtype), {}

@@ -7,9 +7,8 @@ import numpy as np
 
 from core.config import RunConfig
 from core.engine.loading import choose_backend, load_engine
-from core.engine.measured import Measured
 from core.engine.optimizer_state import optimizer_slots
-from core.engine.protocol import Arrays, EngineOptions
+from core.engine.protocol import Arrays, Engine, EngineOptions
 from core.engine.ranks import Ranks
 
 
@@ -21,11 +20,9 @@ class KeptEngine:
 
     def __init__(self) -> None:
         self._key: Any = None
-        self._engine: Measured | None = None
+        self._engine: Engine | None = None
 
-    def load(
-        self, backend: str, config: RunConfig, weights: Arrays, options: EngineOptions, *, ranks: Ranks
-    ) -> Measured:
+    def load(self, backend: str, config: RunConfig, weights: Arrays, options: EngineOptions, *, ranks: Ranks) -> Engine:
         """Return what `load_engine` would."""
         key = choose_backend(backend), replace(config, seed=0), options, ranks.world
         if self._engine is None or key != self._key:

@@ -4,8 +4,7 @@ import importlib
 import importlib.util
 
 from core.config import ConfigError, RunConfig
-from core.engine.measured import Measured
-from core.engine.protocol import Arrays, EngineOptions
+from core.engine.protocol import Arrays, Engine, EngineOptions
 from core.engine.ranks import Alone, Ranks
 
 BACKENDS = {"mlx": "mlx.core", "cuda": "torch"}
@@ -50,10 +49,12 @@ def load_engine(
     options: EngineOptions | None = None,
     quantise: bool = False,
     ranks: Ranks | None = None,
-) -> Measured:
+    module: str = "engine",
+) -> Engine:
     """Build the model of `config` on `backend` with `weights` (None: the start values of config.seed).
 
     `quantise` is that of `Engine.load_params`; `ranks` are what `core.engine.ranks.join` gave, None: this process.
+    `module` is the backend's file that builds it (core/engine/measured.py).
     """
     from core.model.params import start_values
 
@@ -62,7 +63,7 @@ def load_engine(
         raise ConfigError("--dtype float16: is for MLX (M1, M2), expected bfloat16, float32 or float64 with PyTorch")
     if name == "mlx" and options.fast_blas:  # before anything imports MLX
         importlib.import_module("backends.mlx.blas").load_fast_blas()
-    module = importlib.import_module(f"backends.{name}.measured")
     if weights is None:
         weights = start_values(config.model, config.seed)
-    return module.build(config, weights, options, quantise, ranks or Alone())
+    loaded = importlib.import_module(f"backends.{name}.{module}")
+    return loaded.build(config, weights, options, quantise, ranks or Alone())

@@ -1,10 +1,12 @@
 """What only checks and benchmarks ask of an engine, beside what the lab asks (core/engine/protocol.py)."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from core.config import RunConfig
 from core.data.batch import Batch
+from core.engine.loading import load_engine
 from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays, Engine
 
@@ -37,3 +39,11 @@ class Measured(Engine, Protocol):
         the best of several would flatter the update's share of a step on a busy machine.
         """
         ...
+
+
+def load_measured(
+    backend: str, config: RunConfig, weights: Arrays | None = None, *given: Any, **options: Any
+) -> Measured:
+    """Build an engine as `load_engine` does, with the rest of its arguments; its insides can be looked at and timed."""
+    engine: Any = load_engine(backend, config, weights, *given, **options, module="measured")
+    return engine

@@ -30,9 +30,8 @@ from core.data.bundled import open_data
 from core.data.dataset import Dataset, batch, identity
 from core.data.tokenizer import Tokenizer
 from core.engine.loading import load_engine
-from core.engine.measured import Measured
 from core.engine.optimizer_state import exported
-from core.engine.protocol import Arrays
+from core.engine.protocol import Arrays, Engine
 from core.engine.ranks import Ranks, check_same
 from core.export.artifact import ArtifactError, read_artifact
 from core.scoring.accounting import count_bytes
@@ -53,7 +52,7 @@ class Context(NamedTuple):
     say: Console
     command: str
     """The command line, as it could be typed again."""
-    load: Callable[..., Measured] = load_engine
+    load: Callable[..., Engine] = load_engine
     """How `skc train` gets its engine; the worker of an ablation hands out the same one for every seed."""
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tyro.conf import Positional
 
-from core.audit.code import packed_code
+from core.audit.code import against_reserve, packed_code
 from core.config import ConfigError, RunConfig
 from core.console import Console
 from core.data.dataset import identity
@@ -83,12 +83,12 @@ def _export(options: Export, context: Context) -> Outcome:
         value = finish(run, engine, dataset, saved.step, context.say, path)
         code = _say_code(run.config, context.say)
     value["artifact"]["packed_code"] = code
-    return Outcome(value["artifact"]["within"] and code <= run.config.export.code_bytes, value)
+    size = value["artifact"]["bytes"] + code
+    return Outcome(value["artifact"]["within"] and size <= run.config.export.budget, value)
 
 
 def _say_code(config: RunConfig, say: Console) -> int:
     """Say how many bytes of code an audit would count, and return that."""
-    code, room = max(packed_code().values()), config.export.code_bytes
-    verdict = "within" if code <= room else f"OVER by {code - room:,}:"
-    say(f"code {code:,} bytes, packed as the audit counts it: {verdict} the {room:,} of export.code_bytes")
+    code = max(packed_code().values())
+    say(f"code {code:,} bytes, packed as the audit counts it: {against_reserve(code, config.export.code_bytes)}")
     return code

@@ -9,7 +9,7 @@ from typing import Self
 from tyro.conf import Suppress
 
 from core import presets
-from core.audit.code import packed_code
+from core.audit.code import against_reserve, packed_code
 from core.config import RunConfig
 from core.data.bundled import open_data
 from core.export.budget import predicted_bytes, with_tables
@@ -52,10 +52,10 @@ def info(options: Info, context: Context) -> Outcome:
     model, export = config.model, config.export
     say.table(("parameter", "shape", "count", "values", "group", "storage", "start"), _grouped(config))
     storage, predicted, tables = bytes_by_storage(model), predicted_bytes(model), with_tables(model)
-    total = predicted + export.code_bytes
     packed = packed_code()
-    code = max(packed.values())
-    fits, room = total <= export.budget, code <= export.code_bytes
+    code = max(export.code_bytes, *packed.values())
+    total = predicted + code
+    fits = total <= export.budget
     parts = shares(model, config.train.seq)
     flops, state = flops_per_token(model, config.train.seq), decoding_state(model)
     say()
@@ -68,10 +68,9 @@ def info(options: Info, context: Context) -> Outcome:
         say(f"{name:<17} {size:,.0f} bytes before compression, scales included")
     verdict = "within" if fits else f"OVER by {total - export.budget:,}"
     say(f"artifact          {predicted:,} bytes, predicted for trained weights (docs/log.md: how well)")
-    say(f"with code         {total:,} of {export.budget:,} bytes: {verdict} ({export.code_bytes:,} for code)")
+    say(f"with code         {total:,} of {export.budget:,} bytes: {verdict} ({code:,} for code)")
     took = ", ".join(f"{size:,} ({name})" for name, size in packed.items())
-    verdict = "within" if room else f"OVER by {code - export.code_bytes:,}:"
-    say(f"code, as audited  {took} bytes packed: {verdict} the {export.code_bytes:,} of export.code_bytes")
+    say(f"code, as audited  {took} bytes packed: {against_reserve(max(packed.values()), export.code_bytes)}")
     others = ", ".join(f"{name} {size:,}" for name, size in tables.items())
     say(f"by table storage  {others} bytes ({model.embedding.storage} in use)")
     say(f"FLOPs per token   {flops:,} at seq {config.train.seq} (docs/performance.md: how counted)")
@@ -97,7 +96,7 @@ def info(options: Info, context: Context) -> Outcome:
     }
     if reader is not None:
         value["statistics"] = statistics(reader, context)
-    return Outcome(fits and room, value)
+    return Outcome(fits, value)
 
 
 def _row(part: str, share: Share) -> tuple[str | int, ...]:

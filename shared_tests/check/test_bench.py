@@ -13,7 +13,7 @@ from core.check.bench_worker import rank_of
 from core.cli import main
 from core.config import ConfigError, RunConfig
 from core.data.batch import Batch
-from core.engine.loading import load_engine
+from core.engine.measured import load_measured
 from core.engine.protocol import EngineOptions
 from core.engine.ranks import buckets, updated_by
 from core.training import schedule
@@ -214,7 +214,7 @@ def test_one_rank_of_several_does_its_part_and_sends_nothing(backend: str) -> No
     config = unusual(1)
     ranks = rank_of(2, backend)
     options = EngineOptions(dtype="float32", compile=False)
-    made = load_engine(backend, config, working_weights(config.model, 1.0), options, True, ranks)
+    made = load_measured(backend, config, working_weights(config.model, 1.0), options, True, ranks)
     before, (batch,) = {**made.params(), **made.optimizer()}, batches(config, 1)
     mine = Batch(batch.tokens[:2], batch.targets[:2], 4)
     assert made.update_seconds(schedule.plan(0, 0.5, config.train), 1) > 0

@@ -133,7 +133,7 @@ def test_no_arrow_leads_to_the_tests_and_the_wheel_ships_none() -> None:
 
 
 TWICE = {
-    "Context", "State", "as_toml", "below", "choose", "closest", "draw", "flat", "number", "to_json",
+    "Context", "State", "below", "choose", "closest", "draw", "flat", "number", "to_json",
 }  # fmt: skip
 """Public names that core still has more than once: each is to get its room in its name, none may join them."""
 

@@ -156,16 +156,20 @@ def test_doctor_times_the_types_where_mlx_has_a_gpu(capsys: Capture, monkeypatch
         "takes float32: --dtype float16 may be faster\n"
     ) in capsys.readouterr().out
     times["float32"] = 5.0
-    assert dtypes.in_words(times, "float32").endswith("bfloat16 12.0 ms: float32 was fastest")
+    assert dtypes.speeds_in_words(times, "float32").endswith("bfloat16 12.0 ms: float32 was fastest")
 
 
 def test_code_over_its_share_of_the_budget(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes are those of test_audit.py's audit; info and export fail where the code takes more than is reserved."""
+    """The bytes are those of test_audit.py's audit; code that takes more than is reserved counts as it is."""
     packed = max(audit_code.packed_code().values())
     value = call(capsys, "info", "debug", "--export.code-bytes", str(packed))
     assert value["within_budget"] and max(value["packed_code"].values()) == packed
-    assert main(["info", "debug", "--export.code-bytes", str(packed - 7)]) == 1
-    assert f"packed: OVER by 7: the {packed - 7:,} of export.code_bytes" in capsys.readouterr().out
+    assert value["bytes_total"] == value["bytes_predicted"] + packed
+    small = ("info", "debug", "--export.code-bytes", str(packed - 7), "--export.budget")
+    assert main([*small, str(value["bytes_total"])]) == 0
+    assert f"packed: 7 more than the {packed - 7:,} of export.code_bytes" in capsys.readouterr().out
+    assert main([*small, str(value["bytes_total"] - 1)]) == 1
+    assert "OVER by 1" in capsys.readouterr().out
     names = {path.name for path in audit_code.imported(*audit_code.EVALUATION, *audit_code.ENGINES["cuda"])}
     assert {"watched_process.py", "evaluation.py", "ledger.py", "engine.py", "cross_entropy.py"} <= names
     assert not {"train.py", "cli.py", "report.py", "blas.py"} & names
@@ -174,6 +178,11 @@ def test_code_over_its_share_of_the_budget(capsys: Capture, monkeypatch: pytest.
 def test_export_fails_where_the_code_is_over(
     runs: tuple[Path, str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("core.verbs.export.packed_code", lambda: {"mlx": 1, "cuda": 140_001})
-    value = call(capsys, "export", str(runs[0] / "b"), "--backend", "mlx", code=1)
-    assert value["artifact"]["within"] and value["artifact"]["packed_code"] == 140_001
+    def export(code: int, status: int) -> dict:
+        monkeypatch.setattr("core.verbs.export.packed_code", lambda: {"mlx": 1, "cuda": code})
+        return call(capsys, "export", str(runs[0] / "b"), "--backend", "mlx", code=status)["artifact"]
+
+    artifact = export(140_001, 0)
+    assert artifact["within"] and artifact["packed_code"] == 140_001
+    room = 16_000_000 - artifact["bytes"]
+    assert export(room, 0)["within"] and export(room + 1, 1)["within"]

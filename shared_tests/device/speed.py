@@ -13,8 +13,7 @@ from core import presets, rng
 from core.check.bench_worker import RANKS, rank_of
 from core.config import RunConfig
 from core.data.batch import Batch
-from core.engine.loading import load_engine
-from core.engine.measured import Measured
+from core.engine.measured import Measured, load_measured
 from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays, Engine, EngineOptions
 from core.model.params import param_table
@@ -92,7 +91,7 @@ def built(child: Child, config: RunConfig) -> tuple[Measured, Batch]:
     """Return an engine and its rows of one step."""
     ranks = rank_of((RANKS if child.gpu else 2) if child.backend == "cuda" else 1, child.backend)
     options = EngineOptions(compile=None if child.gpu else False)
-    engine = load_engine(child.backend, config, drawn(config), options, ranks=ranks)
+    engine = load_measured(child.backend, config, drawn(config), options, ranks=ranks)
     rows, seq = config.train.batch // ranks.world, config.train.seq + 1
     tokens = rng.integers16(config.seed, "bench", rows * seq).astype("int32").reshape(rows, seq) % config.model.vocab
     return engine, Batch(tokens[:, :-1], tokens[:, 1:], config.train.batch)

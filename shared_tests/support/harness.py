@@ -15,8 +15,7 @@ from core import presets, rng
 from core.check.parity import perturbed
 from core.config import ModelConfig, RunConfig, changed
 from core.data.batch import Batch
-from core.engine.loading import load_engine
-from core.engine.measured import Measured
+from core.engine.measured import Measured, load_measured
 from core.engine.protocol import Arrays, EngineOptions
 from shared_tests.oracle import everything
 
@@ -203,7 +202,7 @@ def mini(name: str) -> RunConfig:
 def engine(backend: str, config: RunConfig, weights: Arrays | None = None, **options: Any) -> Measured:
     """Build an eager engine (compiling costs a minute here); with stored weights if the run trains so."""
     quantise = config.train.quantise == "always"
-    return load_engine(backend, config, weights, EngineOptions(**{"compile": False, **options}), quantise)
+    return load_measured(backend, config, weights, EngineOptions(**{"compile": False, **options}), quantise)
 
 
 @functools.lru_cache(maxsize=48)

@@ -6,6 +6,7 @@ Newton-Schulz chain of its own, the optimizer not compiled, gradients scaled for
 Its losses over four steps are held to the official ones (shared_tests/check/test_official_step.py).
 """
 
+import math
 from typing import Any
 
 import mlx.core as mx
@@ -31,7 +32,7 @@ def attention(weights, prefix, x, heads):
     q, k, v = (mx.swapaxes((x @ weights[f"{prefix}.c_{n}.weight"].T).reshape(split), 1, 2) for n in "qkv")
     q, k = (mx.fast.rope(normed(h), split[3], traditional=False, base=ROTATION, scale=1.0, offset=0) for h in (q, k))
     q = q * weights[f"{prefix}.q_gain"][:, None, None]
-    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=float(split[3] ** -0.5), mask="causal")
+    y = mx.fast.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(split[3]), mask="causal")
     return mx.swapaxes(y, 1, 2).reshape(x.shape) @ weights[f"{prefix}.proj.weight"].T
 
 

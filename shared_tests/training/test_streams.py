@@ -119,7 +119,7 @@ def test_export_takes_the_data_from_elsewhere(place: Path, capsys: Capture, monk
     run = place / "r3" if (place / "r3").exists() else moved(place)
     monkeypatch.chdir(place / "r0")
     found = call(capsys, "export", str(run), "--data", str(place / "data"), "--backend", "mlx")
-    assert found["artifact"]["within"] and 50_000 < found["artifact"]["packed_code"] <= 140_000
+    assert found["artifact"]["within"] and 50_000 < found["artifact"]["packed_code"] < 400_000
     other = small_data(place / "other", 40)
     assert main(["export", str(run), "--data", other, "--backend", "mlx"]) == 2
     assert "holds another text than it was trained on" in capsys.readouterr().err

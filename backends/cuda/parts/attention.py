@@ -56,5 +56,5 @@ class Attention(Part):
         """Return the state after the first n tokens of each row of a chunk: of its keys those in kept.keys."""
         kept = context.kept
         k_BGSK, v_BGSK = (torch.swapaxes(ops.pick(torch.swapaxes(x, 1, 2), kept.keys), 1, 2) for x in (tape.k, tape.v))
-        tail_BPD = None if tape.tail is None else ops.tail(tape.tail, *kept.tail, 0.0)
+        tail_BPD = None if tape.tail is None else ops.tail(tape.tail, *kept.tail, empty=0.0)
         return AttentionState(k_BGSK, v_BGSK, tail_BPD)

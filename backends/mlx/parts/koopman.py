@@ -62,5 +62,5 @@ class Koopman(Part):
 
     def commit(self, tape, context, n_B):
         """Return the state after the first n tokens of each row of a chunk."""
-        tail_BPC = ops.tail(tape.values, *context.kept.tail, 0.0)
+        tail_BPC = ops.tail(tape.values, *context.kept.tail, empty=0.0)
         return KoopmanState(tail_BPC, ops.after(tape.states, n_B, tape.before))
