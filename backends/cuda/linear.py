@@ -44,5 +44,6 @@ class Output(Linear):
             self.gain = nn.Parameter(torch.zeros(into))
 
     def forward(self, x):
-        x = ops.rms_norm(x, self._eps, self._exact) if self._norm != "none" else x
-        return super().forward(x * self.gain.to(x.dtype) if self._norm == "gain" else x)
+        if self._norm != "none":
+            x = ops.rms_norm(x, self._eps, self._exact, self.gain if self._norm == "gain" else None)
+        return super().forward(x)

@@ -47,13 +47,17 @@ def linear(x, weight):
     return F.linear(x, weight.to(x.dtype))
 
 
-def rms_norm(x, eps, exact):
-    """Return x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 for bfloat16 input."""
+def rms_norm(x, eps, exact, gain=None):
+    """Return x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 for bfloat16 input, times gain (D,)."""
+    gain = None if gain is None else gain.to(x.dtype)
+    if not exact and x.is_cuda:
+        return F.rms_norm(x, (x.shape[-1],), gain, eps)
     if not exact:
-        return F.rms_norm(x, (x.shape[-1],), None, eps) if x.is_cuda else RMSNorm.apply(x, eps)
+        return RMSNorm.apply(x, eps) if gain is None else RMSNorm.apply(x, eps) * gain
     # A mean of squares over a thousand channels needs more than bfloat16's eight bits.
     wide = x if x.dtype == torch.float64 else x.float()
-    return (wide * torch.rsqrt(torch.mean(torch.square(wide), dim=-1, keepdim=True) + eps)).to(x.dtype)
+    normed = (wide * torch.rsqrt(torch.mean(torch.square(wide), dim=-1, keepdim=True) + eps)).to(x.dtype)
+    return normed if gain is None else normed * gain
 
 
 def rope(x, cos, sin):

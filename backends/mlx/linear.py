@@ -44,5 +44,6 @@ class Output(Linear):
             self.gain = mx.zeros((into,))
 
     def __call__(self, x):
-        x = ops.rms_norm(x, self._eps, self._exact) if self._norm != "none" else x
-        return super().__call__(x * self.gain.astype(x.dtype) if self._norm == "gain" else x)
+        if self._norm != "none":
+            x = ops.rms_norm(x, self._eps, self._exact, self.gain if self._norm == "gain" else None)
+        return super().__call__(x)

@@ -50,13 +50,15 @@ def linear(x, weight):
     return x @ weight.astype(x.dtype).T
 
 
-def rms_norm(x, eps, exact):
-    """Return x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 for bfloat16 input."""
+def rms_norm(x, eps, exact, gain=None):
+    """Return x / sqrt(mean(x^2) + eps) over the last axis, computed in float32 for bfloat16 input, times gain (D,)."""
+    gain = None if gain is None else gain.astype(x.dtype)
     if not exact:
-        return mx.fast.rms_norm(x, None, eps)
+        return mx.fast.rms_norm(x, gain, eps)
     # A mean of squares over a thousand channels needs more than bfloat16's eight bits.
     wide = x if x.dtype == mx.float64 else x.astype(mx.float32)
-    return (wide * mx.rsqrt(mx.mean(mx.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    normed = (wide * mx.rsqrt(mx.mean(mx.square(wide), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return normed if gain is None else normed * gain
 
 
 def rope(x, cos, sin):

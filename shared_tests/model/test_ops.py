@@ -112,3 +112,18 @@ def test_a_bias_of_the_cross_entropy_is_added_before_the_cap(backend: str, exact
         assert relative_rms(ours, theirs) <= (P1_EXACT if exact else P1_FAST)
     bare = call(backend, lambda x, t: ops.cross_entropy(x, t, exact, 15.0), given[:2], dtype)
     assert relative_rms(sides[0][0], bare[0]) > 0.01
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gain_of_the_norm_multiplies_what_is_normed(backend: str, exact: bool) -> None:
+    ops, dtype = module(backend, "ops"), "float64" if exact else "float32"
+    given, cotangents = (draw("gain/x", 2, 3, 9), draw("gain/gain", 9)), [draw("gain/slope", 2, 3, 9)]
+    sides = []
+    for function in (lambda x, g: ops.rms_norm(x, 1e-6, exact, g), lambda x, g: ops.rms_norm(x, 1e-6, exact) * g):
+        grads = gradients(backend, function, given, cotangents, dtype)
+        sides.append([*call(backend, function, given, dtype), grads["0"], grads["1"]])
+    sides.append([reference.rms_norm(given[0], 1e-6, exact, given[1])])
+    for side in sides[1:]:
+        for ours, theirs in zip(sides[0], side, strict=False):
+            assert relative_rms(ours, theirs) <= (P1_EXACT if exact else P1_FAST)

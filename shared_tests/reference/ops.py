@@ -27,8 +27,8 @@ def linear(x: Array, weight: Array) -> Array:
     return np.einsum("...i,oi->...o", x, weight)
 
 
-def rms_norm(x: Array, eps: float, exact: bool) -> Array:
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+def rms_norm(x: Array, eps: float, exact: bool, gain: Array | None = None) -> Array:
+    return (1.0 if gain is None else gain) * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
 
 
 def rope(x: Array, cos: Array, sin: Array) -> Array:

@@ -54,8 +54,9 @@ class Koopman(Part):
         h_BTC = states_BTC.to(kind)
         # The coupling acts on what is read, not on what is kept: so it needs no bound to be stable.
         h_BTC = h_BTC + ops.linear(h_BTC @ self.couple_in.to(kind), self.couple_out)
-        h_BTC = ops.rms_norm(ops.hadamard(h_BTC, context.hadamard), self._config.norm_eps, self._exact)
-        return h_BTC * self.state_gain.to(kind), s_BTC, KoopmanTape(values_BPC, states_BTC, state.last)
+        h_BTC = ops.hadamard(h_BTC, context.hadamard)
+        h_BTC = ops.rms_norm(h_BTC, self._config.norm_eps, self._exact, self.state_gain)
+        return h_BTC, s_BTC, KoopmanTape(values_BPC, states_BTC, state.last)
 
     def gated(self, x_BTD, z_BTC):
         """Return the layer's output: the gate follows the recurrence."""

@@ -29,8 +29,8 @@ class SKC(Koopman):
         # Behind the convolution: a capsule stores what a few tokens say, not one alone.
         y_BTC, capsules = self.capsules(write_BTR, self.read(x_BTD), s_BTC, context, state.capsules)
         # The norm of nothing is nothing: in its first block a document reads no capsules.
-        y_BTC = ops.rms_norm(y_BTC, self._config.norm_eps, self._exact).astype(kind)
-        z_BTC = z_BTC + y_BTC * self.capsule_gain.astype(kind)
+        y_BTC = ops.rms_norm(y_BTC, self._config.norm_eps, self._exact, self.capsule_gain)
+        z_BTC = z_BTC + y_BTC.astype(kind)
         return stream._replace(x=self.gated(x_BTD, z_BTC)), SKCTape(koopman, capsules)
 
     def start(self, x_BTD, context):
