@@ -176,9 +176,9 @@ def test_what_is_timed_is_the_whole_update(backend: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(made, "_finish", spy)
     made.update_seconds(schedule.plan(3, 0.5, config.train), 2)
-    everything = {*made.params(), *made.optimizer()}
+    everything = {*made._params, *made._state}
     assert [count for count, _ in calls] == [2.0] * 3, "one update more than is timed, and as many micro-batches"
-    assert len(everything) > 100 and calls[0][1] == everything
+    assert len(everything) > 10 and calls[0][1] == everything
 
 
 def test_the_verb_compares_two_presets(capsys: pytest.CaptureFixture[str]) -> None:

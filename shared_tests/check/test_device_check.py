@@ -357,8 +357,8 @@ def test_a_float64_engine_that_moves_the_process_fails_the_smoke_item(
     child = Child("mlx", item("measured"), tmp_path, tmp_path, False)
     smoke.beside(child)
     assert [line["ok"] for line in records.read(tmp_path)] == [True] * 3
-    places = iter(["gpu", "cpu"])
-    monkeypatch.setattr(mx, "default_device", lambda: next(places))
+    places = [mx.Device(mx.gpu)]  # before, and then the engines' own device
+    monkeypatch.setattr(mx, "default_device", lambda: places.pop() if places else mx.Device(mx.cpu))
     monkeypatch.setattr("backends.mlx.device.chip", lambda: Chip(False, False, "CPU"))
     smoke.beside(child)
     assert [line["ok"] for line in records.read(tmp_path)[3:]] == [False, True, True]

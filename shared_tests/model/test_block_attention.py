@@ -9,7 +9,7 @@ import pytest
 
 from core.check.tolerances import P1_EXACT, P1_FAST, relative_rms
 from core.data.batch import Batch
-from core.engine.loading import load_engine
+from core.engine.measured import load_measured
 from core.engine.protocol import EngineOptions
 from core.model.attention import Attention
 from core.model.tables import rope_tables
@@ -116,7 +116,7 @@ def test_training_takes_the_blocks_and_scoring_what_was_chosen(monkeypatch: pyte
     assert forms.scoring is ops.attention and forms.training is not ops.attention
     forms = forms._replace(training=said("training", forms.training), scoring=said("scoring", forms.scoring))
     monkeypatch.setattr(attention, "choose", lambda exact, gpu: forms)
-    engine: Any = load_engine("mlx", mini("ablate_float"), options=EngineOptions(compile=False))
+    engine: Any = load_measured("mlx", mini("ablate_float"), options=EngineOptions(compile=False))
     rows = np.arange(2 * 33, dtype=np.int32).reshape(2, 33) % engine._config.vocab
     batch = Batch(rows[:, :-1], rows[:, 1:], 2)
     engine.nll(*batch[:2])

@@ -249,10 +249,11 @@ def test_rows_are_asked_for_on_the_command_line_or_by_an_ablation(
         options.append(choices)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("core.verbs.train.load_engine", stopped)
     monkeypatch.setattr("core.verbs.train.start_weights", lambda config, split: {})
     with pytest.raises(KeyboardInterrupt):
-        train_run(dataclasses.replace(Train.of(config), given=given, dry_run=True), Context(Console(), "skc train"))
+        train_run(
+            dataclasses.replace(Train.of(config), given=given, dry_run=True), Context(Console(), "skc train", stopped)
+        )
     assert options[0].micro_tokens == (None if asked else 8192)
 
 

@@ -60,7 +60,7 @@ def test_help_says_what_the_first_argument_may_be(capsys: Capture) -> None:
         ("train debug --seed=3 --data x", "unknown option --data; did you mean --data.path?"),
         (
             "train debug --layers 3",
-            "unknown option --layers; did you mean --model.layers or --model.value_embed.layers?",
+            "unknown option --layers; did you mean --model.layers or --model.value-embed.layers?",
         ),
         ("train debug --hidden 3", "unknown option --hidden; did you mean --model.mlp.hidden?"),
         ("train debug --model.bank head", "unknown option --model.bank; did you mean --model.bank.at?"),
@@ -122,8 +122,8 @@ def test_a_wrong_field_of_an_ablation_file_is_told_what_was_meant(table: dict[st
 def test_every_part_has_a_box_of_its_own(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
-    boxes = re.findall(r"(model[\w.]*) options", capsys.readouterr().out)
-    assert boxes == ["model", *(f"model.{part}" for part in RunConfig().model.parts)]
+    boxes = re.findall(r"(model[\w.-]*) options", capsys.readouterr().out)
+    assert [box.replace("-", "_") for box in boxes] == ["model", *(f"model.{part}" for part in RunConfig().model.parts)]
 
 
 def test_the_last_part_of_a_name_comes_first() -> None:
