@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -408,6 +409,6 @@ def _send(reducer, grads, share, name, grad):
     reducer.add(name, _sum(grads, share, name, grad.detach()))
 
 
-def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks, kind=Engine):
+def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks, kind=Engine) -> Any:
     """Return the engine of `config` with `weights`, of class `kind`."""
     return kind(config, weights, options, quantise, ranks)

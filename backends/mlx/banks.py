@@ -108,7 +108,7 @@ def banks(config, owner):
 
     for name, row in table.items():
         members.setdefault((row.group, row.storage), []).append(name)
-    return [bank(*key, names) for key, names in members.items()]
+    return [bank(group, storage, names) for (group, storage), names in members.items()]
 
 
 def parts(banks, rows):

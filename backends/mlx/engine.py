@@ -4,6 +4,7 @@ import functools
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -351,7 +352,7 @@ class Engine:
         return made
 
 
-def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks, kind=Engine):
+def build(config, weights: Arrays, options: EngineOptions, quantise: bool, ranks, kind=Engine) -> Any:
     """Return the engine of `config` with `weights`, of class `kind`."""
     make = functools.partial(kind, config, weights, options, quantise, ranks)
     return device.OnTheCPU(make) if options.dtype == "float64" and device.chip().gpu else make()

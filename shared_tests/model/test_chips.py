@@ -245,7 +245,7 @@ def test_rows_are_asked_for_on_the_command_line_or_by_an_ablation(
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
     options = []
 
-    def stopped(backend: str, config: RunConfig, weights: Any, choices: EngineOptions, **more: Any) -> None:
+    def stopped(backend: str, config: RunConfig, weights: Any, choices: EngineOptions, **more: Any) -> Any:
         options.append(choices)
         raise KeyboardInterrupt
 

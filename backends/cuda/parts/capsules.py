@@ -165,7 +165,7 @@ def blocks(size, position, documents_BT):
         inside_BMHQ1 = ((chunk_BP >= 0) & (chunk_BP < seq)).reshape(rows, -1, 1, size, 1)
     documents_BP = aligned(documents_BT, token_BP, size)
     if position is not None:
-        documents_BP = torch.where(chunk_BP < 0, 0, documents_BP)
+        documents_BP = torch.where(torch.lt(chunk_BP, 0), 0, documents_BP)
     documents_BMQ = documents_BP.reshape(rows, -1, size)
     ends_BM1 = documents_BMQ[:, :, -1:]
     # The first block follows document 0, which was open before the first token.
