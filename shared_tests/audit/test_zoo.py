@@ -286,7 +286,7 @@ def test_a_table_beside_the_artifact_counts(audit: Audit, place: Zoo) -> None:
 
 @pytest.mark.long
 def test_an_oversize_artifact(audit: Audit, place: Zoo) -> None:
-    config = zoo_data.small(place.data, bigram_buckets=65_521, bigram_dim=168)
+    config = zoo_data.small(place.data, model={"bigram.buckets": 65_521, "bigram.dim": 168})
     path = place.folder / "wide.skc"
     zoo_data.write_model(path, config, zoo_data.half_weights(config, wide=True))
     assert path.stat().st_size > 16_000_000

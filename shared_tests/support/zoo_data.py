@@ -77,12 +77,13 @@ def change_tokens(data: str, split: str, change: Callable[[np.ndarray], np.ndarr
     Path(path).write_text(json.dumps(manifest))
 
 
-def small(data: str, name: str = "debug", **model: Any) -> RunConfig:
-    """Return the mini of a preset for the bundled tokenizer, with windows of 64 tokens, 4 at once."""
+def small(data: str, name: str = "debug", model: dict[str, Any] | None = None) -> RunConfig:
+    """Return the mini of a preset for the bundled tokenizer, with windows of 64 tokens, 4 at once, and other settings
+    of the `model`, by dotted name."""
     config = presets.mini(presets.get(name).config)
-    model = {"vocab": 1024, "bos": 1, **model}
+    model = {"vocab": 1024, "bos": 1, **(model or {})}
     return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, **model), data=DataConfig(data),
+        config, model=changed(config.model, model), data=DataConfig(data),
         eval=dataclasses.replace(config.eval, seq=ROW // 4, batch=4, documents=None),
         train=dataclasses.replace(config.train, batch=1, seq=ROW),
     )  # fmt: skip
