@@ -48,9 +48,9 @@ class Chip(NamedTuple):
         """Compute type where nobody asks for one: bfloat16 where the chip has it."""
         if not self.gpu:
             return "float32"
-        found = re.match(r"applegpu_g(\d+)", self.architecture)
+        generation = re.match(r"applegpu_g(\d+)", self.architecture)
         if self.metal:
-            return "float32" if found and int(found[1]) < BFLOAT16_FROM else "bfloat16"
+            return "float32" if generation and int(generation[1]) < BFLOAT16_FROM else "bfloat16"
         return "bfloat16" if self.capability >= 8 else "float32"
 
 
@@ -124,7 +124,7 @@ def check_memory(chip, config, rows, seq, dtype, composed):
     )
 
 
-def wire(engine, chip) -> bool:
+def keep_resident(engine, chip) -> bool:
     """Keep MLX's memory resident while `engine` lives, where more than half of a Mac's is in use; True: it does now.
 
     macOS else takes pages away from what a step needs again. It has no such limit before version 15.

@@ -73,7 +73,7 @@ class Engine:
     backend = "mlx"
 
     def __init__(self, config, weights: Arrays, options: EngineOptions, quantise: bool, ranks):
-        self._chip, self._wired = device.chip(), False
+        self._chip, self._resident = device.chip(), False
         gpu, self.device = self._chip.gpu, self._chip.words
         self.dtype = options.dtype or self._chip.dtype
         self._compute, self._wide = DTYPES[self.dtype], mx.float64 if self.dtype == "float64" else mx.float32
@@ -113,6 +113,7 @@ class Engine:
         self._finish = compiled(self._update.alone)
         self._tokens, self._memory = device.micro_batch(self._chip, options.micro_tokens, ranks)
         self._fitting: dict[int, int] = {}
+        self._checked: set[int] = set()
         self._score = compiled(self._costs)
         self._predict = compiled(self._logits)
         self._store = compiled(self._stored)
@@ -186,7 +187,9 @@ class Engine:
         if self._weights is not None:
             mx.clear_cache()  # MLX: memory of scoring's shapes serves no step
         rows = self._rows(seq)
-        device.check_memory(self._chip, self._run, rows, seq, self.dtype, self._composed(seq))
+        if seq not in self._checked:
+            device.check_memory(self._chip, self._run, rows, seq, self.dtype, self._composed(seq))
+            self._checked.add(seq)
         parts, shares, count = micro_batches(batch, rows, self.ranks.world)
         tables, number = self._constants(seq), mx.array(count, self._wide)
         weights = self._trained(self._params, plan.quantise)
@@ -211,7 +214,7 @@ class Engine:
         self._state = {name: state[name] for name in self._state}
         self.quantise, self._weights = plan.quantise, None
         mx.async_eval(self._params, self._state, *numbers)
-        self._wired = self._wired or device.wire(self, self._chip)
+        self._resident = self._resident or device.keep_resident(self, self._chip)
         self._in_flight.append(Pending(*numbers))
         if len(self._in_flight) > IN_FLIGHT:
             mx.eval(self._in_flight.popleft().values)

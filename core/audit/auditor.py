@@ -193,7 +193,7 @@ def _evaluate(
         dataclasses.asdict(order),
         hidden=hidden,
         writable=[ledger.parent, ledger, Path(f"{ledger}.plugins")],
-        warm=("core.audit.watch.evaluation", f"backends.{plan.backend}.measured"),
+        warm=("core.audit.watch.evaluation", f"backends.{plan.backend}.engine"),
     )
     return understood(process, flips > 0)
 

@@ -289,7 +289,7 @@ def _between(logprobs: np.ndarray) -> bool:
 
 
 def _check_order(given: Windows, order: Windows, starts: np.ndarray) -> None:
-    """Raise LedgerError unless `found` are the windows of `given`, with those of each document in the text's order."""
+    """Raise LedgerError unless `order` holds the windows of `given`, those of each document in the text's order."""
     first, place = (np.argsort(side.start + side.first, kind="stable") for side in (given, order))
     if any(not np.array_equal(a[first], b[place]) for a, b in zip(given, order, strict=True)):
         raise LedgerError("the windows were cut anew: a plug-in may change their order, not what they read", "D10")

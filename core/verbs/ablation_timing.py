@@ -23,14 +23,14 @@ def time_runs(jobs: Sequence[Job], say: Console) -> dict[tuple[str, str], float]
 
 def _start_of(backend: str) -> float:
     """Return the seconds that a worker takes before it begins to build; this process has what it imports then."""
-    code = f"import core.verbs.ablation_worker, backends.{backend}.measured"
+    code = f"import core.verbs.ablation_worker, backends.{backend}.engine"
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     took = time.perf_counter() - began
     choose_backend(backend)
     if backend == "mlx":  # before anything imports MLX
         importlib.import_module("backends.mlx.blas").load_fast_blas()
-    importlib.import_module(f"backends.{backend}.measured")
+    importlib.import_module(f"backends.{backend}.engine")
     return took
 
 

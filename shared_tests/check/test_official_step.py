@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from shared_tests.support import official_step
 from shared_tests.support.official_files import RECIPE, ROOT, drawn
 
-mx = pytest.importorskip("mlx.core")
 GOLDEN = json.loads(Path(ROOT / "shared_tests/golden/official_losses.json").read_text())["losses"]
 CLOSE, FAR = 1e-5, 1e-4
 

@@ -4,6 +4,7 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -15,7 +16,6 @@ from core.model.attention import Attention
 from core.model.tables import rope_tables
 from shared_tests.support.harness import call, draw, gradients, mini, module
 
-mx = pytest.importorskip("mlx.core")
 attention, ops = module("mlx", "attention"), module("mlx", "ops")
 LEAST = 16
 """Queries of a block here: rows of 100 have seven, the last one shorter."""

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from backends.mlx import device
-from backends.mlx.device import Chip, OnTheCPU, check_memory, micro_batch, products, value_and_grad, wire
+from backends.mlx.device import Chip, OnTheCPU, check_memory, keep_resident, micro_batch, products, value_and_grad
 from backends.mlx.model import Model
 from core import presets
 from core.check.tolerances import P2_FLOAT16, P2_FLOAT64, P3_FLOAT32, relative_rms
@@ -302,7 +302,7 @@ def test_a_mac_without_a_wired_limit_trains_all_the_same(on: Any, monkeypatch: p
 
     monkeypatch.setattr(mx, "get_active_memory", lambda: 9 * GB)
     monkeypatch.setattr(mx, "set_wired_limit", refused)
-    assert wire(object, M4)
+    assert keep_resident(object, M4)
 
 
 # A device of its own.

@@ -197,7 +197,7 @@ def judge(ran: Ran, codes: Sequence[int] = (0, 2)) -> None:
 class Server:
     """A process that runs `skc` command lines, each in a fork of its own; `with` or `close` ends it."""
 
-    def __init__(self, imports: Sequence[str] = ("core.cli", "backends.cuda.measured", "core.verbs.train")) -> None:
+    def __init__(self, imports: Sequence[str] = ("core.cli", "backends.cuda.engine", "core.verbs.train")) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "shared_tests.support.hostile", *imports],
             stdin=subprocess.PIPE,
