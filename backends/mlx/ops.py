@@ -109,6 +109,22 @@ def attention(q, k, v, mask, exact):
     return (softmax(scores, exact) @ v[:, :, None]).reshape(rows, heads, queries, width)
 
 
+def exclude(y, v, projected, exact):
+    """Return y - v, each v shared by H / G heads; if `projected` only what of it is orthogonal to v.
+
+    y (B, H, T, K), v (B, G, T, K).
+    """
+    rows, shared, seq, width = v.shape
+    v = v[:, :, None]
+    rest = y.reshape(rows, shared, -1, seq, width) - v
+    if projected:
+        # v's own projection is v: with it taken off first, what is left is exactly 0 where y is v. The norm's eps keeps
+        # the gradient finite where v is 0: unit / sqrt(width) is v / sqrt(|v|^2 + 1e-12).
+        unit = rms_norm(v, 1e-12 / width, exact)
+        rest = rest - mx.mean(rest * unit, axis=-1, keepdims=True) * unit
+    return rest.reshape(y.shape)
+
+
 def relu2(x, exact):
     """Return max(x, 0)^2."""
     return mx.square(mx.maximum(x, 0))

@@ -8,7 +8,7 @@ import pytest
 from core import presets
 from core.check.tolerances import P2_FLOAT64, relative_rms
 from core.config import ConfigError, ModelConfig, RunConfig, changed
-from core.model.params import param_table
+from core.model.params import count, param_table
 from core.model.shares import Share, shares
 from shared_tests import oracle
 from shared_tests.support.harness import BACKENDS, engine, tokens, working_weights
@@ -72,6 +72,23 @@ def test_counted_by_hand() -> None:
     assert {name.removeprefix("value_embed."): (row.shape, row.group) for name, row in rows.items()} == {
         "table": ((29, 5), "embed"), "proj.weight": ((16, 5), "matrix"), "scale": ((1,), "vector"),
         "gains": ((3,), "vector"),
+    }  # fmt: skip
+
+
+def test_a_record_with_value_embeddings_has_its_logged_count() -> None:
+    """27,067,484 of pull request 1019, 163,843 of them here; one of them scales its bigrams."""
+    model = changed(ModelConfig(), {
+        "vocab": 1024, "dim": 512, "layers": 11, "residual_mix": True, "attention.heads": 8, "attention.kv_heads": 4,
+        "mlp.hidden": 1536, "skips.on": True, "bigram.buckets": 3072, "bigram.dim": 112, "smear.on": True,
+        "value_embed.dim": 128, "value_embed.layers": (9, 10), "attention.xsa": "projected",
+    })  # fmt: skip
+    assert count(model) + 1 == 27_067_484
+    rows = {name: row for name, row in param_table(model).items() if name.startswith("value_embed.")}
+    assert sum(row.size for row in rows.values()) == 1024 * 128 + 256 * 128 + 1 + 2
+    starts = {name.removeprefix("value_embed."): (row.init.kind, row.init.scale) for name, row in rows.items()}
+    assert starts == {
+        "table": ("normal", 0.01), "proj.weight": ("normal", 0.02), "scale": ("constant", 0.1),
+        "gains": ("constant", 1.0),
     }  # fmt: skip
 
 
