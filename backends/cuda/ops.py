@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from backends.cuda import scan as recurrence
-from backends.cuda.fused import CrossEntropy, Decay, RMSNorm, Softcap, SquaredLeaky
+from backends.cuda.fused import CrossEntropy, Decay, Orthogonal, RMSNorm, Softcap, SquaredLeaky
 
 MASKED = -1e30
 """Score of a hidden key: its weight underflows to exactly 0, and no inf - inf can arise."""
@@ -111,20 +111,14 @@ def attention(q, k, v, mask, exact):
     return (softmax(scores, exact) @ v[:, :, None]).reshape(rows, heads, queries, width)
 
 
-def exclude(y, v, projected, exact):
+def exclude(y, v, projected):
     """Return y - v, each v shared by H / G heads; if `projected` only what of it is orthogonal to v.
 
     y (B, H, T, K), v (B, G, T, K).
     """
     rows, shared, seq, width = v.shape
-    v = v[:, :, None]
-    rest = y.reshape(rows, shared, -1, seq, width) - v
-    if projected:
-        # v's own projection is v: with it taken off first, what is left is exactly 0 where y is v. The norm's eps keeps
-        # the gradient finite where v is 0: unit / sqrt(width) is v / sqrt(|v|^2 + 1e-12).
-        unit = rms_norm(v, 1e-12 / width, exact)
-        rest = rest - torch.mean(rest * unit, dim=-1, keepdim=True) * unit
-    return rest.reshape(y.shape)
+    y, v = y.reshape(rows, shared, -1, seq, width), v[:, :, None]
+    return (Orthogonal.apply(y, v) if projected else y - v).reshape(rows, -1, seq, width)
 
 
 def relu2(x, exact):

@@ -109,20 +109,35 @@ def attention(q, k, v, mask, exact):
     return (softmax(scores, exact) @ v[:, :, None]).reshape(rows, heads, queries, width)
 
 
-def exclude(y, v, projected, exact):
+def exclude(y, v, projected):
     """Return y - v, each v shared by H / G heads; if `projected` only what of it is orthogonal to v.
 
     y (B, H, T, K), v (B, G, T, K).
     """
     rows, shared, seq, width = v.shape
-    v = v[:, :, None]
-    rest = y.reshape(rows, shared, -1, seq, width) - v
-    if projected:
-        # v's own projection is v: with it taken off first, what is left is exactly 0 where y is v. The norm's eps keeps
-        # the gradient finite where v is 0: unit / sqrt(width) is v / sqrt(|v|^2 + 1e-12).
-        unit = rms_norm(v, 1e-12 / width, exact)
-        rest = rest - mx.mean(rest * unit, axis=-1, keepdims=True) * unit
-    return rest.reshape(y.shape)
+    y, v = y.reshape(rows, shared, -1, seq, width), v[:, :, None]
+    return (_orthogonal(y, v)[0] if projected else y - v).reshape(rows, -1, seq, width)
+
+
+@mx.custom_function
+def _orthogonal(y, v):
+    wide = y if y.dtype == mx.float64 else y.astype(mx.float32)
+    # v's own projection is v: with it taken off first, what is left is exactly 0 where y is v. 1e-12 keeps the
+    # gradient finite where v is 0.
+    rest = wide - v
+    scale = mx.rsqrt(mx.sum(mx.square(v.astype(wide.dtype)), axis=-1, keepdims=True) + 1e-12)
+    along = mx.sum(rest * (v * scale), axis=-1, keepdims=True)
+    return (rest - along * (v * scale)).astype(y.dtype), scale, along
+
+
+@_orthogonal.vjp
+def _orthogonal_gradients(primals, grads, results):
+    """By the symmetry of the projection: as an autograd of the norm, it would walk memory twice as often."""
+    v, grad, (out, scale, along) = primals[1], grads[0], results
+    slope = mx.sum(grad * (v * scale), axis=-1, keepdims=True)
+    dy = grad - slope * (v * scale)
+    dv = mx.sum((1 + scale * along) * dy + scale * slope * out, axis=2, keepdims=True)
+    return dy.astype(grad.dtype), -dv.astype(v.dtype)
 
 
 def relu2(x, exact):

@@ -97,7 +97,7 @@ def test_what_is_left_is_orthogonal_to_the_own_value(dtype: str, backend: str) -
     """To 1e-6 of the lengths of y and v; and it is y - (y . u) u, head by head."""
     exclude = module(backend, "ops").exclude
     y, v = draw("exclusion/y", 2, 4, 9, 8), draw("exclusion/v", 2, 2, 9, 8)
-    (left,) = call(backend, lambda y, v: exclude(y, v, True, dtype == "float64"), (y, v), dtype)
+    (left,) = call(backend, lambda y, v: exclude(y, v, True), (y, v), dtype)
     own = np.repeat(v, 2, axis=1)
     unit = own / np.linalg.norm(own, axis=-1, keepdims=True)
     expected = y - (y * unit).sum(-1, keepdims=True) * unit
@@ -108,14 +108,13 @@ def test_what_is_left_is_orthogonal_to_the_own_value(dtype: str, backend: str) -
 
 @pytest.mark.pair
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("exact", [True, False])
-def test_the_gradient_is_finite_where_the_own_value_vanishes(exact: bool, backend: str) -> None:
+def test_the_gradient_is_finite_where_the_own_value_vanishes(backend: str) -> None:
     exclude = module(backend, "ops").exclude
     y, v = draw("vanishing/y", 1, 2, 5, 8), draw("vanishing/v", 1, 1, 5, 8)
     v *= np.array([0.0, 1e-30, 1e-9, 1e-6, 1.0])[:, None]
     for given in ((y, v), (np.repeat(v, 2, axis=1), v)):
-        out = call(backend, lambda y, v: exclude(y, v, True, exact), given, "float32")
-        grads = gradients(backend, lambda y, v: exclude(y, v, True, exact), given, [np.ones_like(y)], "float32")
+        out = call(backend, lambda y, v: exclude(y, v, True), given, "float32")
+        grads = gradients(backend, lambda y, v: exclude(y, v, True), given, [np.ones_like(y)], "float32")
         for value in (*out, *grads.values()):
             assert np.isfinite(value).all()
     assert np.abs(grads["1"][0, 0, 0]).max() > 0, "y is v = 0: what is left moves with v as the projection says"

@@ -63,7 +63,7 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None, exact: bool) -> 
     return out
 
 
-def exclude(y: Array, v: Array, projected: bool, exact: bool) -> Array:
+def exclude(y: Array, v: Array, projected: bool) -> Array:
     """Take v off y, head by head, and then what is left along v, by a projection matrix."""
     out = np.empty_like(y)
     for head in range(y.shape[1]):

@@ -52,7 +52,7 @@ class Attention(Part):
             k_BGTK, v_BGTK = torch.cat([state.k, k_BGTK], dim=2), torch.cat([state.v, v_BGTK], dim=2)
         y_BHTK = context.attend(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)  # CUDA: the form chosen at build
         if settings.excludes(config, stage.layer):
-            y_BHTK = ops.exclude(y_BHTK, own_BGTK, settings.xsa == "projected", exact)
+            y_BHTK = ops.exclude(y_BHTK, own_BGTK, settings.xsa == "projected")
         if settings.head_gate != "none":
             gate_BTH = self.gate(stream.x)
             y_BHTK = torch.swapaxes(gate_BTH, 1, 2)[..., None] * y_BHTK
@@ -62,8 +62,10 @@ class Attention(Part):
     def gate(self, x_BTD):
         """Return the factor of every head, by the first channels of what entered the layer."""
         settings = self._config.attention
-        weight = self.head_gate * settings.head_gate_scale
-        gate_BTH = ops.sigmoid(ops.linear(x_BTD[..., : settings.head_gate_width], weight), self._exact)
+        weight_HD, rest = self.head_gate * settings.head_gate_scale, x_BTD.shape[-1] - settings.head_gate_width
+        if rest:  # zeros for the channels that it does not read: a slice's gradient would be written into zeros instead
+            weight_HD = torch.nn.functional.pad(weight_HD, (0, rest))
+        gate_BTH = ops.sigmoid(ops.linear(x_BTD, weight_HD), self._exact)
         return 2 * gate_BTH if settings.head_gate == "double" else gate_BTH
 
     def commit(self, tape, context, n_B):
