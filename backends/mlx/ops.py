@@ -121,23 +121,24 @@ def exclude(y, v, projected):
 
 @mx.custom_function
 def _orthogonal(y, v):
-    wide = y if y.dtype == mx.float64 else y.astype(mx.float32)
+    wide = mx.float64 if y.dtype == mx.float64 else mx.float32
     # v's own projection is v: with it taken off first, what is left is exactly 0 where y is v. 1e-12 keeps the
     # gradient finite where v is 0.
-    rest = wide - v
-    scale = mx.rsqrt(mx.sum(mx.square(v.astype(wide.dtype)), axis=-1, keepdims=True) + 1e-12)
-    along = mx.sum(rest * (v * scale), axis=-1, keepdims=True)
-    return (rest - along * (v * scale)).astype(y.dtype), scale, along
+    rest = (y - v).astype(wide)
+    scale = mx.rsqrt(mx.sum(mx.square(v.astype(wide)), axis=-1, keepdims=True) + 1e-12)
+    unit = v * scale
+    along = mx.sum(rest * unit, axis=-1, keepdims=True)
+    return (rest - along * unit).astype(y.dtype), unit, scale, along
 
 
 @_orthogonal.vjp
 def _orthogonal_gradients(primals, grads, results):
     """By the symmetry of the projection: as an autograd of the norm, it would walk memory twice as often."""
-    v, grad, (out, scale, along) = primals[1], grads[0], results
-    slope = mx.sum(grad * (v * scale), axis=-1, keepdims=True)
-    dy = grad - slope * (v * scale)
-    dv = mx.sum((1 + scale * along) * dy + scale * slope * out, axis=2, keepdims=True)
-    return dy.astype(grad.dtype), -dv.astype(v.dtype)
+    grad, (out, unit, scale, along) = grads[0], results
+    slope = mx.sum(grad * unit, axis=-1, keepdims=True)
+    dy = grad - slope * unit
+    dv = -mx.sum(dy + scale * (along * dy + slope * out), axis=2, keepdims=True)
+    return dy.astype(grad.dtype), dv.astype(grad.dtype)
 
 
 def relu2(x, exact):

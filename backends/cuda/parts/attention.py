@@ -25,6 +25,7 @@ class Attention(Part):
         if settings.conv:
             self.conv = nn.Parameter(torch.zeros(config.dim, TAPS))
         self.q_gain = nn.Parameter(torch.zeros(settings.heads))
+        self._exclusive = tuple(i for i in range(config.layers) if settings.excludes(config, i))
         if settings.head_gate != "none":
             self.head_gate = nn.Parameter(torch.zeros(settings.heads, settings.head_gate_width))
 
@@ -51,7 +52,7 @@ class Attention(Part):
         if state is not None:
             k_BGTK, v_BGTK = torch.cat([state.k, k_BGTK], dim=2), torch.cat([state.v, v_BGTK], dim=2)
         y_BHTK = context.attend(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)  # CUDA: the form chosen at build
-        if settings.excludes(config, stage.layer):
+        if stage.layer in self._exclusive:
             y_BHTK = ops.exclude(y_BHTK, own_BGTK, settings.xsa == "projected")
         if settings.head_gate != "none":
             gate_BTH = self.gate(stream.x)

@@ -24,6 +24,7 @@ class Attention(Part):
         if settings.conv:
             self.conv = mx.zeros((config.dim, TAPS))
         self.q_gain = mx.zeros((settings.heads,))
+        self._exclusive = tuple(i for i in range(config.layers) if settings.excludes(config, i))
         if settings.head_gate != "none":
             self.head_gate = mx.zeros((settings.heads, settings.head_gate_width))
 
@@ -51,7 +52,7 @@ class Attention(Part):
         if state is not None:
             k_BGTK, v_BGTK = mx.concatenate([state.k, k_BGTK], axis=2), mx.concatenate([state.v, v_BGTK], axis=2)
         y_BHTK = context.attend(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)
-        if settings.excludes(config, stage.layer):
+        if stage.layer in self._exclusive:
             y_BHTK = ops.exclude(y_BHTK, own_BGTK, settings.xsa == "projected")
         if settings.head_gate != "none":
             gate_BTH = self.gate(stream.x)
