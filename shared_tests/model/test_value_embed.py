@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from core import presets
@@ -59,6 +60,21 @@ def test_a_fresh_model_is_the_one_without(backend: str) -> None:
     bare = of({"value_embed.dim": 0})
     ours, theirs = (engine(backend, c, dtype="float64").logits(rows) for c in (config, bare))
     assert ours.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.pair
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_are_read_by_their_ids_alone(backend: str) -> None:
+    """Other numbers for the same tokens, in the text and in the tables, are the same model."""
+    config, rows = of(CASES["three"] | {"attention.xsa": "full"}), tokens("value_embed", 2, 29, 29, 1)
+    weights, other = dict(working_weights(config.model, 5.0)), np.roll(np.arange(29), 7)
+    other[[1, 8]] = other[[8, 1]]  # a BOS stays one
+    assert other[1] == 1 and sorted(other) == list(range(29))
+    moved = weights | {name: weights[name][np.argsort(other)] for name in ("embed.weight", "value_embed.table")}
+    before, after = (
+        engine(backend, config, w, dtype="float64").logits(r) for w, r in ((weights, rows), (moved, other[rows]))
+    )
+    assert relative_rms(after[..., other], before) <= P2_FLOAT64
 
 
 def test_counted_by_hand() -> None:
