@@ -27,6 +27,34 @@ class RMSNorm(Function):
         return torch.addcmul(wide, y, inner).mul_(scale).to(grad.dtype), None
 
 
+class Orthogonal(Function):
+    """o = P (y - v) with P = 1 - u u^T, u = v / sqrt(|v|^2 + 1e-12); dy = P g, dv = -sum over heads of dy + a dy + b o.
+
+    a = u . (y - v) / sqrt(...), b = u . g / sqrt(...). y (B, G, R, T, K), v (B, G, 1, T, K).
+    """
+
+    @staticmethod
+    def forward(ctx, y, v):
+        wide = v.float() if v.dtype == torch.bfloat16 else v
+        # v's own projection is v: with it taken off first, what is left is exactly 0 where y is v. 1e-12 keeps the
+        # gradient finite where v is 0.
+        rest = y - wide
+        scale = torch.sum(wide * wide, dim=-1, keepdim=True).add_(1e-12).rsqrt_()
+        unit = wide * scale
+        along = torch.sum(rest * unit, dim=-1, keepdim=True)
+        out = rest.addcmul_(along, unit, value=-1).to(y.dtype)
+        ctx.save_for_backward(unit, scale, along, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore
+        unit, scale, along, out = ctx.saved_tensors
+        slope = torch.sum(grad * unit, dim=-1, keepdim=True)
+        dy = torch.addcmul(grad, slope, unit, value=-1)
+        dv = torch.mul(dy, (scale * along).add_(1)).addcmul_(scale * slope, out).sum(dim=2, keepdim=True)
+        return dy.to(grad.dtype), dv.neg_().to(grad.dtype)
+
+
 class SquaredLeaky(Function):
     """y = max(x, slope * x)^2; with r = max(x, slope * x): dx = 2 g r where x > 0, 2 g r slope elsewhere."""
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from backends.cuda import scan as recurrence
-from backends.cuda.fused import CrossEntropy, Decay, RMSNorm, Softcap, SquaredLeaky
+from backends.cuda.fused import CrossEntropy, Decay, Orthogonal, RMSNorm, Softcap, SquaredLeaky
 
 MASKED = -1e30
 """Score of a hidden key: its weight underflows to exactly 0, and no inf - inf can arise."""
@@ -109,6 +109,16 @@ def attention(q, k, v, mask, exact):
     scores = grouped @ torch.swapaxes(k, -1, -2)[:, :, None] * width**-0.5
     scores = torch.where(mask if mask.ndim == 2 else mask[:, :, None], scores, MASKED)
     return (softmax(scores, exact) @ v[:, :, None]).reshape(rows, heads, queries, width)
+
+
+def exclude(y, v, projected):
+    """Return y - v, each v shared by H / G heads; if `projected` only what of it is orthogonal to v.
+
+    y (B, H, T, K), v (B, G, T, K).
+    """
+    rows, shared, seq, width = v.shape
+    y, v = y.reshape(rows, shared, -1, seq, width), v[:, :, None]
+    return (Orthogonal.apply(y, v) if projected else y - v).reshape(rows, -1, seq, width)
 
 
 def relu2(x, exact):

@@ -1,8 +1,10 @@
 """Attention: causal, with grouped queries, normalised queries and keys, a gain per head, and partial RoPE."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from core.checks import require, require_least
+from core.model.layer import KINDS
 from core.model.table import TAPS, Init, Model, Part, Rows, State, matrix, output, vector
 
 
@@ -22,8 +24,21 @@ class Attention(Part):
     """Start value of the per-head gain on normalised queries."""
     conv: bool = False
     """A short convolution of what enters attention, as the recurrent mixers have one; it starts as the identity."""
+    xsa: Literal["none", "projected", "full"] = "none"
+    """What a head leaves out of its sum of values (exclusive self-attention): nothing, the part of the sum that points
+    along the token's own value, or that value itself."""
+    xsa_layers: int | None = None
+    """The last so many layers leave it out; None: all."""
+    head_gate: Literal["none", "sigmoid", "double"] = "none"
+    """A factor per head by some channels of what enters the layer: none, sigmoid (starts at 0.5), double (at 1)."""
+    head_gate_width: int = 12
+    """How many channels a gate reads; model.dim: all."""
+    head_gate_scale: float = 1.0
+    """What the gates' products are multiplied by: how fast gates learn, as their weights start at 0."""
 
-    FLOPS = "attention 2 * seq * dim"
+    FLOPS = (
+        "attention 2 * seq * dim, 4 * dim more where it leaves out its own value, 2 * heads * head_gate_width of gates"
+    )
 
     def check(self, model: Model) -> None:
         """Raise ConfigError for settings that cannot be built."""
@@ -36,9 +51,40 @@ class Attention(Part):
         where = f"model.attention.rope_dims={self.rope_dims}"
         require(good, f"{where}: expected an even number from 0 to dim / heads = {width}")
         require(self.rope_base > 0, f"model.attention.rope_base={self.rope_base}: expected a positive number")
-        used = not self.conv or "attention" in model.blocks
+        used = model.mixes("attention")
         # A setting without a use would give one model two names in an ablation.
-        require(used, f"model.attention.conv={self.conv}: no layer has a use for it")
+        require(used or not self.conv, f"model.attention.conv={self.conv}: no layer has a use for it")
+        self._check_exclusion(model)
+        self._check_gates(model, used)
+
+    def _check_exclusion(self, model: Model) -> None:
+        last, where = self.xsa_layers, f"model.attention.xsa_layers={self.xsa_layers}"
+        if self.xsa == "none":
+            require(last is None, f"{where}: model.attention.xsa=none leaves nothing out; set it, or leave this away")
+            return
+        good = last is None or 1 <= last <= model.layers
+        require(good, f"{where}: expected 1 to {model.layers}, the number of layers, or none for all")
+        among = "no layer" if last is None else f"none of the last {last} layers"
+        used = any(self.excludes(model, i) for i in range(model.layers))
+        require(used, f"model.attention.xsa={self.xsa}: {among} has attention; name such a kind in model.blocks")
+
+    def _check_gates(self, model: Model, used: bool) -> None:
+        width, scale = self.head_gate_width, self.head_gate_scale
+        if self.head_gate == "none":
+            for name, value in (("head_gate_width", width), ("head_gate_scale", scale)):
+                where = f"model.attention.{name}={value}"
+                known = value == getattr(Attention, name)
+                require(known, f"{where}: model.attention.head_gate=none has no use for it; set it, or leave this away")
+            return
+        require(used, f"model.attention.head_gate={self.head_gate}: no layer has a use for it")
+        where = f"model.attention.head_gate_width={width}: expected 1 to {model.dim}, the width of the stream"
+        require(1 <= width <= model.dim, where)
+        require(scale > 0, f"model.attention.head_gate_scale={scale}: expected a positive number")
+
+    def excludes(self, model: Model, layer: int) -> bool:
+        """Return whether a layer leaves its own values out of attention's sum."""
+        last = model.layers if self.xsa_layers is None else self.xsa_layers
+        return self.xsa != "none" and layer >= model.layers - last and attends(model, layer)
 
     def width(self, model: Model) -> int:
         """Return the channels of one head."""
@@ -48,21 +94,24 @@ class Attention(Part):
         """Return the parameters of one layer."""
         kv = self.kv_heads * self.width(model)
         conv = {"conv": vector(model.dim, TAPS, init=Init("columns", 1.0, 1))} if self.conv else {}
+        gate = {"head_gate": vector(self.heads, self.head_gate_width)} if self.head_gate != "none" else {}
         return conv | {
             "q.weight": matrix(model, model.dim, model.dim),
             "k.weight": matrix(model, kv, model.dim),
             "v.weight": matrix(model, kv, model.dim),
             **output(model, "o", model.dim),
             "q_gain": vector(self.heads, init=self.q_gain),
+            **gate,
         }
 
     def flops(self, model: Model, seq: int) -> int:
-        """Return the FLOPs of scores and sums: a causal token sees half the row."""
-        return 2 * seq * model.dim
+        """Return the FLOPs of scores, sums and gates: a causal token sees half the row."""
+        return 2 * seq * model.dim + (2 * self.heads * self.head_gate_width if self.head_gate != "none" else 0)
 
     def values(self, model: Model, seq: int, scores: bool) -> int:
         """Return about how many numbers of one token the backward pass needs again."""
-        return 12 * model.dim + (3 * self.heads * seq if scores else 0)
+        beside = (self.xsa != "none") + (self.head_gate != "none")  # what each is a function of
+        return (12 + beside) * model.dim + (3 * self.heads * seq if scores else 0)
 
     def state(self, model: Model) -> State:
         """Return the size of the decoding state: what enters the convolution, and keys and values of every token."""
@@ -70,6 +119,26 @@ class Attention(Part):
 
     def mini(self, model: Model, dim: int) -> "Attention":
         """Return settings of at most 4 heads with the same sharing, and the same share of rotated channels."""
-        heads = min(self.heads, 4)
+        heads, there = min(self.heads, 4), [attends(model, i) for i in range(min(model.layers, 4))]
         rotated = max(2, round(dim // heads * self.rope_dims / self.width(model) / 2) * 2) if self.rope_dims else 0
-        return replace(self, heads=heads, kv_heads=max(1, heads * self.kv_heads // self.heads), rope_dims=rotated)
+        # A model without attention may have no setting that only attention uses.
+        small = self if any(there) else Attention(rope_base=self.rope_base, q_gain=self.q_gain)
+        if small.xsa_layers is not None:  # so many of the last that one of them has attention
+            nearest = 1 + there[::-1].index(True)
+            small = replace(small, xsa_layers=min(max(small.xsa_layers, nearest), len(there)))
+        if small.head_gate != "none":
+            small = replace(small, head_gate_width=min(small.head_gate_width, dim))
+        return replace(small, heads=heads, kv_heads=max(1, heads * self.kv_heads // self.heads), rope_dims=rotated)
+
+
+def attends(model: Model, layer: int) -> bool:
+    """Return whether a layer mixes positions by attention."""
+    return KINDS[model.kind(layer)].mixer == "attention"
+
+
+class Exclusion(Part):
+    """Count what it costs one layer that it leaves out its own values."""
+
+    def flops(self, model: Model, seq: int) -> int:
+        """Return the FLOPs of a product with the own value and of taking the projection away."""
+        return 4 * model.dim

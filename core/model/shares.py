@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from core.model.attention import Exclusion
 from core.model.config import ModelConfig
 from core.model.layer import Layer
 from core.model.params import named_parts, param_table
@@ -67,6 +68,10 @@ def _pieces(config: ModelConfig) -> Iterator[tuple[str, Part, dict[str, Param], 
             yield "layer", Part(), beside, uses[name]
         else:
             yield kinds[name], part, rows, uses[name]
+    passes = [stage.layer for stage in config.stages(True) if stage.part == "layer"]
+    excluding = sum(config.attention.excludes(config, layer) for layer in passes)
+    if excluding:  # not all attention layers do, so that it is no FLOP of the part
+        yield "attention", Exclusion(), {}, excluding
     yield "head", config.head, config.head.rows(config), 1
 
 

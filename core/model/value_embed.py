@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from core.checks import require, require_least
-from core.model.layer import KINDS
+from core.model.attention import attends
 from core.model.table import Init, Model, Param, Part, Rows, matrix, vector
 
 
@@ -28,7 +28,7 @@ class ValueEmbed(Part):
         require(all(a < b for a, b in pairwise(self.layers)), f"{given}: expected rising numbers, each layer once")
         for i in self.layers:
             where = f"{given}: layer {i} is of kind {model.kind(i)}, expected attention layers"
-            require(_attends(model, i), where)
+            require(attends(model, i), where)
 
     def width(self, model: Model) -> int:
         """Return the channels of all key and value heads together."""
@@ -49,10 +49,5 @@ class ValueEmbed(Part):
 
     def mini(self, model: Model, dim: int) -> "ValueEmbed":
         """Return settings of the same width, measured by the stream's, for as many of the first 4 layers as can be."""
-        there = [i for i in range(min(model.layers, 4)) if _attends(model, i)][: len(self.layers)]
+        there = [i for i in range(min(model.layers, 4)) if attends(model, i)][: len(self.layers)]
         return replace(self, dim=max(1, self.dim * dim // model.dim) if there else 0, layers=tuple(there))
-
-
-def _attends(model: Model, layer: int) -> bool:
-    """Return whether a layer mixes positions by attention."""
-    return KINDS[model.kind(layer)].mixer == "attention"

@@ -3,12 +3,13 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from core import presets
 from core.check.tolerances import P2_FLOAT64, relative_rms
 from core.config import ConfigError, ModelConfig, RunConfig, changed
-from core.model.params import param_table
+from core.model.params import count, param_table
 from core.model.shares import Share, shares
 from shared_tests import oracle
 from shared_tests.support.harness import BACKENDS, engine, tokens, working_weights
@@ -61,6 +62,21 @@ def test_a_fresh_model_is_the_one_without(backend: str) -> None:
     assert ours.tobytes() == theirs.tobytes()
 
 
+@pytest.mark.pair
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_are_read_by_their_ids_alone(backend: str) -> None:
+    """Other numbers for the same tokens, in the text and in the tables, are the same model."""
+    config, rows = of(CASES["three"] | {"attention.xsa": "full"}), tokens("value_embed", 2, 29, 29, 1)
+    weights, other = dict(working_weights(config.model, 5.0)), np.roll(np.arange(29), 7)
+    other[[1, 8]] = other[[8, 1]]  # a BOS stays one
+    assert other[1] == 1 and sorted(other) == list(range(29))
+    moved = weights | {name: weights[name][np.argsort(other)] for name in ("embed.weight", "value_embed.table")}
+    before, after = (
+        engine(backend, config, w, dtype="float64").logits(r) for w, r in ((weights, rows), (moved, other[rows]))
+    )
+    assert relative_rms(after[..., other], before) <= P2_FLOAT64
+
+
 def test_counted_by_hand() -> None:
     """One table and one projection for all layers; looking up takes no products."""
     model = of(CASES["three"]).model
@@ -72,6 +88,23 @@ def test_counted_by_hand() -> None:
     assert {name.removeprefix("value_embed."): (row.shape, row.group) for name, row in rows.items()} == {
         "table": ((29, 5), "embed"), "proj.weight": ((16, 5), "matrix"), "scale": ((1,), "vector"),
         "gains": ((3,), "vector"),
+    }  # fmt: skip
+
+
+def test_a_record_with_value_embeddings_has_its_logged_count() -> None:
+    """27,067,484 of pull request 1019, 163,843 of them here; one of them scales its bigrams."""
+    model = changed(ModelConfig(), {
+        "vocab": 1024, "dim": 512, "layers": 11, "residual_mix": True, "attention.heads": 8, "attention.kv_heads": 4,
+        "mlp.hidden": 1536, "skips.on": True, "bigram.buckets": 3072, "bigram.dim": 112, "smear.on": True,
+        "value_embed.dim": 128, "value_embed.layers": (9, 10), "attention.xsa": "projected",
+    })  # fmt: skip
+    assert count(model) + 1 == 27_067_484
+    rows = {name: row for name, row in param_table(model).items() if name.startswith("value_embed.")}
+    assert sum(row.size for row in rows.values()) == 1024 * 128 + 256 * 128 + 1 + 2
+    starts = {name.removeprefix("value_embed."): (row.init.kind, row.init.scale) for name, row in rows.items()}
+    assert starts == {
+        "table": ("normal", 0.01), "proj.weight": ("normal", 0.02), "scale": ("constant", 0.1),
+        "gains": ("constant", 1.0),
     }  # fmt: skip
 
 

@@ -7,20 +7,21 @@ from core.model.tables import rope_tables
 from core.model.trunk import Stage
 from shared_tests.oracle import Array, Stream, Text, Weights, output
 from shared_tests.oracle.koopman import convolve
-from shared_tests.reference.ops import linear, rms_norm, rope, softmax
+from shared_tests.reference.ops import linear, rms_norm, rope, sigmoid, softmax
 
 EXAMPLE = {
     "blocks": ("attention",), "attention.heads": 2, "attention.kv_heads": 1, "attention.rope_dims": 8,
-    "attention.conv": True,
+    "attention.conv": True, "attention.xsa": "projected", "attention.xsa_layers": 2, "attention.head_gate": "double",
+    "attention.head_gate_width": 5, "attention.head_gate_scale": 0.7,
 }  # fmt: skip
 
 
 def attention(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, text: Text) -> Stream:
     """Return what attention of the normalised stream puts out."""
-    settings, n = config.attention, stream.x
-    rows, seq, dim = n.shape
+    settings, entered = config.attention, stream.x
+    rows, seq, dim = entered.shape
     turn = rope_tables(seq, settings.rope_dims, settings.rope_base)
-    n = convolve(n, w["conv"], text.starts) if settings.conv else n
+    n = convolve(entered, w["conv"], text.starts) if settings.conv else entered
 
     def heads(name: str) -> Array:
         y = linear(n, w[f"{name}.weight"])
@@ -38,4 +39,13 @@ def attention(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, tex
                 shared = head * settings.kv_heads // settings.heads
                 scores = k[row, shared, start : t + 1] @ q[row, head, t] / np.sqrt(dim // settings.heads)
                 y[row, t, head] = softmax(scores, True) @ v[row, shared, start : t + 1]
+                if settings.xsa != "none" and config.layers - stage.layer <= (settings.xsa_layers or config.layers):
+                    own = v[row, shared, t]
+                    rest = y[row, t, head] - own
+                    along = rest @ own / (own @ own + 1e-12)
+                    y[row, t, head] = rest - own * along if settings.xsa == "projected" else rest
+                if settings.head_gate != "none":
+                    product = w["head_gate"][head] @ entered[row, t, : settings.head_gate_width]
+                    most = {"sigmoid": 1.0, "double": 2.0}[settings.head_gate]
+                    y[row, t, head] *= most * sigmoid(settings.head_gate_scale * product, True)
     return stream._replace(x=output(config, w, "o", y.reshape(rows, seq, dim)))

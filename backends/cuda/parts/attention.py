@@ -16,31 +16,34 @@ class Attention(Part):
 
     def __init__(self, config, exact):
         super().__init__()
-        self._config, self._exact, attention = config, exact, config.attention
-        kv = attention.kv_heads * attention.width(config)
+        self._config, self._exact, settings = config, exact, config.attention
+        kv = settings.kv_heads * settings.width(config)
         self.q = Linear(config.dim, config.dim)
         self.k = Linear(config.dim, kv)
         self.v = Linear(config.dim, kv)
         self.o = Output(config.dim, config, exact)
-        if attention.conv:
+        if settings.conv:
             self.conv = nn.Parameter(torch.zeros(config.dim, TAPS))
-        self.q_gain = nn.Parameter(torch.zeros(attention.heads))
+        self.q_gain = nn.Parameter(torch.zeros(settings.heads))
+        self._exclusive = tuple(i for i in range(config.layers) if settings.excludes(config, i))
+        if settings.head_gate != "none":
+            self.head_gate = nn.Parameter(torch.zeros(settings.heads, settings.head_gate_width))
 
     def forward(self, stream, context, stage, state):
-        config, exact, x_BTD = self._config, self._exact, stream.x
+        config, exact, x_BTD, settings = self._config, self._exact, stream.x, self._config.attention
         rows, seq, dim = x_BTD.shape
         tail_BPD = None
-        if config.attention.conv:
+        if settings.conv:
             zeros_BPD = torch.zeros((rows, TAPS - 1, dim), dtype=x_BTD.dtype, device=x_BTD.device)
             tail_BPD = torch.cat([zeros_BPD if state is None else state.tail, x_BTD], dim=1)
             x_BTD = ops.short_conv(tail_BPD, self.conv, context.history)
-        split = (rows, seq, -1, config.attention.width(config))
+        split = (rows, seq, -1, settings.width(config))
         q_BHTK = torch.swapaxes(self.q(x_BTD).reshape(split), 1, 2)
         k_BGTK = torch.swapaxes(self.k(x_BTD).reshape(split), 1, 2)
         v_BTC = self.v(x_BTD)
         if stage.layer in stream.to_values:
             v_BTC = v_BTC + stream.to_values[stage.layer]
-        v_BGTK = torch.swapaxes(v_BTC.reshape(split), 1, 2)
+        own_BGTK = v_BGTK = torch.swapaxes(v_BTC.reshape(split), 1, 2)
         # Normalised queries and keys bound the scores; the gain learns how sharp they get.
         q_BHTK = ops.rope(ops.rms_norm(q_BHTK, config.norm_eps, exact), context.cos, context.sin)
         k_BGTK = ops.rope(ops.rms_norm(k_BGTK, config.norm_eps, exact), context.cos, context.sin)
@@ -49,8 +52,22 @@ class Attention(Part):
         if state is not None:
             k_BGTK, v_BGTK = torch.cat([state.k, k_BGTK], dim=2), torch.cat([state.v, v_BGTK], dim=2)
         y_BHTK = context.attend(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)  # CUDA: the form chosen at build
+        if stage.layer in self._exclusive:
+            y_BHTK = ops.exclude(y_BHTK, own_BGTK, settings.xsa == "projected")
+        if settings.head_gate != "none":
+            gate_BTH = self.gate(stream.x)
+            y_BHTK = torch.swapaxes(gate_BTH, 1, 2)[..., None] * y_BHTK
         y_BTD = self.o(torch.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim))
         return stream._replace(x=y_BTD), AttentionState(k_BGTK, v_BGTK, tail_BPD)
+
+    def gate(self, x_BTD):
+        """Return the factor of every head, by the first channels of what entered the layer."""
+        settings = self._config.attention
+        weight_HD, rest = self.head_gate * settings.head_gate_scale, x_BTD.shape[-1] - settings.head_gate_width
+        if rest:  # zeros for the channels that it does not read: a slice's gradient would be written into zeros instead
+            weight_HD = torch.nn.functional.pad(weight_HD, (0, rest))
+        gate_BTH = ops.sigmoid(ops.linear(x_BTD, weight_HD), self._exact)
+        return 2 * gate_BTH if settings.head_gate == "double" else gate_BTH
 
     def commit(self, tape, context, n_B):
         """Return the state after the first n tokens of each row of a chunk: of its keys those in kept.keys."""
