@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from backends.cuda import scan as recurrence
 from backends.cuda.fused import CrossEntropy, Decay, Orthogonal, RMSNorm, Softcap, SquaredLeaky
+from core.model.ngrams import XOR_MULTIPLIERS
 
 MASKED = -1e30
 """Score of a hidden key: its weight underflows to exactly 0, and no inf - inf can arise."""
@@ -177,6 +178,19 @@ def ngram_buckets(ids, documents, multipliers, buckets):
                 h = (h * (p % buckets) + safe[:, before - lag : before - lag + seq]) % buckets
             rows.append(torch.where(live, h + len(rows) * buckets, -1))
     return torch.stack(rows, dim=-1).to(torch.int32)
+
+
+def xor_buckets(ids, documents, buckets):
+    """Return the row of the table that every pair reads by the hash xor, the last where the pair does not count.
+
+    ids and documents (B, 1 + T) int, of which one position comes before. Returns (B, T, 1) int32.
+    """
+    # int64 holds the products of ids up to 65,535, the largest that are hashed; int32 ends at 36,313 * 59,138.
+    safe, last = torch.clamp(ids, min=0).to(torch.int64), buckets - 1  # CUDA: torch has no uint32 products
+    newer, older = XOR_MULTIPLIERS
+    rows = ((safe[:, 1:] * newer) ^ (safe[:, :-1] * older)) % last
+    live = (ids[:, 1:] >= 0) & (ids[:, :-1] >= 0) & (documents[:, 1:] == documents[:, :-1])
+    return torch.where(live, rows, last)[..., None].to(torch.int32)
 
 
 def hashed_rows(table, rows):

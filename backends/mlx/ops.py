@@ -13,6 +13,7 @@ import mlx.core as mx
 from backends.mlx import scan as recurrence
 from backends.mlx.kernels import short_conv as kernels
 from backends.mlx.kernels import trusted
+from core.model.ngrams import XOR_MULTIPLIERS
 
 MASKED = -1e30
 """Score of a hidden key: its weight underflows to exactly 0, and no inf - inf can arise."""
@@ -197,6 +198,19 @@ def ngram_buckets(ids, documents, multipliers, buckets):
                 h = (h * mx.array(p % buckets, mx.uint32) + step) % mx.array(buckets, mx.uint32)
             rows.append(mx.where(live, h.astype(mx.int32) + len(rows) * buckets, -1))
     return mx.stack(rows, axis=-1).astype(mx.int32)
+
+
+def xor_buckets(ids, documents, buckets):
+    """Return the row of the table that every pair reads by the hash xor, the last where the pair does not count.
+
+    ids and documents (B, 1 + T) int, of which one position comes before. Returns (B, T, 1) int32.
+    """
+    # uint32 holds the products of ids up to 65,535, the largest that are hashed; int32 ends at 36,313 * 59,138.
+    safe, last = mx.maximum(ids, 0).astype(mx.uint32), buckets - 1
+    newer, older = (mx.array(multiplier, mx.uint32) for multiplier in XOR_MULTIPLIERS)
+    rows = ((safe[:, 1:] * newer) ^ (safe[:, :-1] * older)) % mx.array(last, mx.uint32)
+    live = (ids[:, 1:] >= 0) & (ids[:, :-1] >= 0) & (documents[:, 1:] == documents[:, :-1])
+    return mx.where(live, rows.astype(mx.int32), last)[..., None]
 
 
 def hashed_rows(table, rows):

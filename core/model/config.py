@@ -53,8 +53,9 @@ class ModelConfig:
     """isolated: nothing crosses a BOS token; packed: BOS is an ordinary token (the official behaviour)."""
     bos: int = 1
     """Token id that starts a document."""
-    matrix_init: Literal["normal", "uniform"] = "normal"
-    """Start of matrices: N(0, matrix_std^2), or U(-1/sqrt(in), 1/sqrt(in)). Output projections always start at 0."""
+    matrix_init: Literal["normal", "uniform", "orthogonal"] = "normal"
+    """Start of matrices: N(0, matrix_std^2), U(-1/sqrt(in), 1/sqrt(in)), or rows (columns, if there are fewer) at right
+    angles and of length 1. Output projections always start at 0."""
     matrix_std: float = 0.02
     """Standard deviation of matrices that start normal."""
     matrix_storage: Storage = "float16"
@@ -89,6 +90,8 @@ class ModelConfig:
             require(kind in KINDS, f"model.blocks: unknown layer kind {kind!r}; known kinds: {', '.join(KINDS)}")
         require(0 <= self.bos < self.vocab, f"model.bos={self.bos}: expected a token id below model.vocab={self.vocab}")
         require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps}: expected a positive number")
+        used, given = self.matrix_init != "orthogonal" or self.matrix_std == ModelConfig.matrix_std, self.matrix_std
+        require(used, f"model.matrix_std={given}: orthogonal matrices have no use for it; leave it out")
         for part in self.parts.values():
             part.check(self)
         self._check_trunk()

@@ -16,6 +16,8 @@ MULTIPLIERS = (
 """[order][head]: bigrams, trigrams, 4-grams. shared_tests/model/test_engram.py says what they were chosen for."""
 BIGRAM_MULTIPLIER = 1_998_257
 """The multiplier of the hashed bigrams that are added to the embedding."""
+XOR_MULTIPLIERS = (36_313, 27_191)
+"""What the newer and the older id of a pair are multiplied by under the hash xor, as the Parameter Golf records do."""
 MOST_ID = 65_535
 """Largest token id that may be hashed."""
 MOST_HASHES = 4

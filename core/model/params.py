@@ -11,6 +11,7 @@ import numpy as np
 from core import rng
 from core.checks import require
 from core.model.config import ModelConfig
+from core.model.orthogonal import orthogonal
 from core.model.storage import Storage
 from core.model.table import GROUPS, Group, Param, Part, below
 
@@ -48,6 +49,8 @@ def _start(row: Param, seed: int, name: str) -> np.ndarray:
     if kind in ("normal", "uniform"):
         draw = rng.normal if kind == "normal" else rng.uniform
         return (draw(seed, name, row.size) * scale).reshape(row.shape)
+    if kind == "orthogonal":
+        return orthogonal(seed, name, *row.shape) * scale
     values = np.full(row.shape, scale)
     if kind == "rows":
         values[int(until) :] = 0.0

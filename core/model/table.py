@@ -20,10 +20,11 @@ TAPS = 4
 class Init(NamedTuple):
     """A start value: normal (scale = standard deviation), uniform (scale = bound), constant (scale = value); rows and
     columns: the value in the first `until` of them, 0 in the others; rates: log(expm1(1 / t)), so that softplus gives
-    1 / t back, with time constants t spread over the last axis from `scale` to `until` at equal ratios.
+    1 / t back, with time constants t spread over the last axis from `scale` to `until` at equal ratios; orthogonal:
+    rows or columns, whichever are fewer, are at right angles and `scale` long.
     """
 
-    kind: Literal["normal", "uniform", "constant", "rows", "columns", "rates"]
+    kind: Literal["normal", "uniform", "constant", "rows", "columns", "rates", "orthogonal"]
     scale: float
     until: float = 0.0
 
@@ -84,8 +85,8 @@ class Part:
 
 def matrix(model: Model, out: int, into: int, **other: Any) -> Param:
     """Return the row of a linear layer, a weight (out, in)."""
-    normal = model.matrix_init == "normal"
-    drawn = Init("normal", model.matrix_std) if normal else Init("uniform", into**-0.5)
+    scales = {"normal": model.matrix_std, "uniform": into**-0.5, "orthogonal": 1.0}
+    drawn = Init(model.matrix_init, scales[model.matrix_init])
     return Param((out, into), drawn, "matrix", model.matrix_storage)._replace(**other)
 
 

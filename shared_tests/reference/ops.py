@@ -102,6 +102,16 @@ def hadamard(x: Array, matrix: Array) -> Array:
     return x @ matrix
 
 
+def xor_buckets(ids: Array, documents: Array, buckets: int) -> Array:
+    """Return the row that every pair reads by the hash xor, pair by pair in Python's unbounded integers."""
+    out = np.full((len(ids), ids.shape[1] - 1, 1), buckets - 1, np.int32)
+    for row, t in np.ndindex(out.shape[:2]):
+        older, newer = ids[row, t : t + 2].tolist()
+        if min(older, newer) >= 0 and documents[row, t] == documents[row, t + 1]:
+            out[row, t] = (36_313 * newer ^ 27_191 * older) % (buckets - 1)
+    return out
+
+
 def hashed_rows(table: Array, rows: Array) -> Array:
     """Return rows of `table` side by side, zeros where the index is -1: (B, T, N) -> (B, T, N * width)."""
     out = np.zeros((*rows.shape, table.shape[1]))

@@ -44,6 +44,11 @@ def cases(op: str, n: int) -> list[tuple]:
         ids[0, :2], ids[1, -1] = -1, 65_535
         late = np.cumsum(ids == 1, axis=1).astype(np.int32)
         return [(ids, late, MULTIPLIERS, buckets) for buckets in (2, 3067, 4096, 65_521)]
+    if op == "xor_buckets":
+        ids = tokens(f"{op}/{n}", 2, 1 + n, 65_535, 1)
+        ids[0, 0], ids[1, -1] = -1, 65_535
+        late = np.cumsum(ids == 1, axis=1).astype(np.int32)
+        return [(ids, late, buckets) for buckets in (2, 3072, 65_521)]
     if op == "hashed_rows":
         return [(draw(f"{op}/{n}", 11, n), tokens(op, 2, 4, 12, 12, documents=False).reshape(2, 2, 2) - 1)]
     if op == "hadamard":

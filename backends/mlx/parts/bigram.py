@@ -16,11 +16,18 @@ class Bigram(Part):
         self._config, self._exact = config, exact
         self.table = mx.zeros((config.bigram.buckets, config.bigram.dim))
         self.value = Linear(config.bigram.dim, config.dim)
+        if config.bigram.scale is not None:
+            self.scale = mx.ones((1,))
 
     def __call__(self, stream, context, stage, state):
-        ids, documents = context.last_ids(1)
-        rows_BT1 = ops.ngram_buckets(ids, documents, [(BIGRAM_MULTIPLIER,)], self._config.bigram.buckets)
+        pairs, buckets = context.last_ids(1), self._config.bigram.buckets
+        if self._config.bigram.hash == "xor":
+            rows_BT1 = ops.xor_buckets(*pairs, buckets)
+        else:
+            rows_BT1 = ops.ngram_buckets(*pairs, [(BIGRAM_MULTIPLIER,)], buckets)
         added_BTD = self.value(ops.hashed_rows(self.table, rows_BT1).astype(stream.x.dtype))
+        if self._config.bigram.scale is not None:
+            added_BTD = self.scale.astype(added_BTD.dtype) * added_BTD
         # The raw vectors, then one norm: the stream starts at the size that it has without the table.
         x_BTD = ops.rms_norm(stream.raw + added_BTD, self._config.norm_eps, self._exact)
         return stream._replace(x=x_BTD, embedded=x_BTD), None
