@@ -25,7 +25,7 @@ GOLDEN_START = {
     "skc_600": "46cb42366a2a21df",
     "skc_8xh100": "8aaf6c1cda40fbf5",
     "skc_proxy": "dd86c4edc2676fcc",
-    "everything": "79d7a1b3257e5827",
+    "everything": "271036a12c7793b4",
     "opposite": "5d9f357234fad7bd",
     "hybrid": "bef7557557ab7051",
 }
