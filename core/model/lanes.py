@@ -43,7 +43,7 @@ class Lanes(Part):
 
     def values(self, model: Model, seq: int, scores: bool) -> int:
         """Return about how many numbers of one token the backward pass needs again."""
-        return 4 * model.dim
+        return 2 * model.dim
 
     def mini(self, model: Model, dim: int) -> "Lanes":
         """Return settings whose lanes begin at the last of 4 layers, if they begin later."""

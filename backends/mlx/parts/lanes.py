@@ -20,7 +20,7 @@ class Lanes(Part):
         mixed_BTD, changed_BTD = stream.branches
         write_22, keep_2 = (weight[stage.row].astype(stream.x.dtype) for weight in (self.write, self.keep))
         x_BTD, lane_BTD = (
-            keep_2[i] * old_BTD + write_22[0, i] * mixed_BTD + write_22[1, i] * changed_BTD
+            keep_2[i] * old_BTD + write_22[0][i] * mixed_BTD + write_22[1][i] * changed_BTD
             for i, old_BTD in enumerate((stream.x, stream.lane))
         )
         if stage.layer == self._last:
