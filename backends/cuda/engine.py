@@ -191,10 +191,15 @@ class Engine:
         tables, begins = self._constants(tokens.shape[1]), self._begins(batch.tokens[part])
         objective, loss = self._objective(weights, tokens, targets, tables, repeat, begins)
         hooks = [weights[n].register_hook(functools.partial(ready, n)) for n in self._table] if ready else []
-        grads = torch.autograd.grad(objective, [weights[name] for name in self._table])
+        found = torch.autograd.grad(objective, [weights[name] for name in self._table], allow_unused=True)
         for hook in hooks:
             hook.remove()
-        return objective.detach(), loss.detach(), dict(zip(self._table, grads, strict=True))
+        grads = dict(zip(self._table, found, strict=True))
+        for name in (name for name, grad in grads.items() if grad is None):  # what only repeats use, while they are off
+            grads[name] = torch.zeros_like(weights[name])
+            if ready:
+                ready(name, grads[name])
+        return objective.detach(), loss.detach(), grads
 
     # The protocol.
 

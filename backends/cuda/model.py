@@ -13,6 +13,7 @@ from backends.cuda.parts.capsules import blocks, opened
 from backends.cuda.parts.embedding import Embedding
 from backends.cuda.parts.engram import Engram
 from backends.cuda.parts.head import Head
+from backends.cuda.parts.lanes import Lanes
 from backends.cuda.parts.layer import Layer
 from backends.cuda.parts.skips import Skips
 from backends.cuda.parts.smear import Smear
@@ -20,7 +21,10 @@ from backends.cuda.parts.value_embed import ValueEmbed
 from core.model.context import Context, Kept, ModelState, Stream, each_array
 from core.model.table import TAPS
 
-PARTS = {"bank": Bank, "bigram": Bigram, "engram": Engram, "skips": Skips, "smear": Smear, "value_embed": ValueEmbed}
+PARTS = {
+    "bank": Bank, "bigram": Bigram, "engram": Engram, "lanes": Lanes, "skips": Skips, "smear": Smear,
+    "value_embed": ValueEmbed,
+}  # fmt: skip
 """What stands beside the layers."""
 
 

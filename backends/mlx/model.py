@@ -11,6 +11,7 @@ from backends.mlx.parts.capsules import blocks, opened
 from backends.mlx.parts.embedding import Embedding
 from backends.mlx.parts.engram import Engram
 from backends.mlx.parts.head import Head
+from backends.mlx.parts.lanes import Lanes
 from backends.mlx.parts.layer import Layer
 from backends.mlx.parts.skips import Skips
 from backends.mlx.parts.smear import Smear
@@ -18,7 +19,10 @@ from backends.mlx.parts.value_embed import ValueEmbed
 from core.model.context import Context, Kept, ModelState, Stream, each_array
 from core.model.table import TAPS
 
-PARTS = {"bank": Bank, "bigram": Bigram, "engram": Engram, "skips": Skips, "smear": Smear, "value_embed": ValueEmbed}
+PARTS = {
+    "bank": Bank, "bigram": Bigram, "engram": Engram, "lanes": Lanes, "skips": Skips, "smear": Smear,
+    "value_embed": ValueEmbed,
+}  # fmt: skip
 """What stands beside the layers."""
 
 

@@ -14,6 +14,7 @@ from core.model.embedding import Embedding
 from core.model.engram import Engram
 from core.model.head import Head
 from core.model.koopman import Koopman
+from core.model.lanes import Lanes
 from core.model.layer import KINDS, Layer
 from core.model.mlp import MLP
 from core.model.skc import SKC
@@ -27,6 +28,8 @@ MOST_WIDE = 1 << 20
 """Largest vocabulary, width and number of heads."""
 MOST_LAYERS = 1024
 """Most layers."""
+MOST_REPEATS = 16
+"""Most times that a layer is repeated."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,15 @@ class ModelConfig:
     """Distinct blocks: layer i has the weights of block i mod shared_blocks, and residual scales of its own.
     None: every layer has its own weights."""
     repeat_layers: tuple[int, ...] = ()
-    """Consecutive layers (from 0) that run a second time after the last of them, with residual scales of their own that
-    start at 0; train.repeat_from says from when on."""
+    """Consecutive layers (from 0) that run again after the last of them; train.repeat_from says from when on."""
+    repeat_times: int = 1
+    """How often they run again."""
+    repeat_scales: Literal["own", "shared"] = "own"
+    """Residual scales and mixes of a repeat: its own, which start at 0, or those of the layer that it repeats."""
+    repeat_order: Literal["after", "at_once"] = "after"
+    """after: they run again as a block, after the last of them; at_once: each runs again before the next layer."""
+    repeat_blend: bool = False
+    """A repeat puts out g times what it computes and 1 - g times what it was given, g learned (starts at 1/2)."""
 
     embedding: Embedding = field(default_factory=Embedding)
     smear: Smear = field(default_factory=Smear)
@@ -78,12 +88,13 @@ class ModelConfig:
     mlp: MLP = field(default_factory=MLP)
     bank: Bank = field(default_factory=Bank)
     skips: Skips = field(default_factory=Skips)
+    lanes: Lanes = field(default_factory=Lanes)
     head: Head = field(default_factory=Head)
 
     def __post_init__(self) -> None:
-        many = MOST_LAYERS
-        require_limits("model", self, MOST_WIDE, layers=many, shared_blocks=many, repeat_layers=many, layer=many)
-        require_least("model", self, 1, "vocab", "dim", "layers")
+        many = dict.fromkeys(("layers", "shared_blocks", "repeat_layers", "layer", "start"), MOST_LAYERS)
+        require_limits("model", self, MOST_WIDE, **many, repeat_times=MOST_REPEATS)
+        require_least("model", self, 1, "vocab", "dim", "layers", "repeat_times")
         require_least("model", self, 0, "matrix_std")
         require(len(self.blocks) >= 1, "model.blocks is empty: name at least one layer kind")
         for kind in self.blocks:
@@ -113,6 +124,10 @@ class ModelConfig:
             all(0 <= i < self.layers for i in again),
             f"model.repeat_layers={again}: expected layers from 0 to {self.layers - 1}",
         )
+        for name in ("repeat_times", "repeat_scales", "repeat_order", "repeat_blend"):
+            given, unset = getattr(self, name), getattr(ModelConfig, name)
+            where = f"model.{name}={given}: name layers to repeat in model.repeat_layers, or leave it out"
+            require(bool(again) or given == unset, where)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -151,7 +166,7 @@ class ModelConfig:
     def uses_of(self, block: int) -> tuple[int, int]:
         """Return how many layers use a block, and how many repeats."""
         first = len(range(block, self.layers, self.shared_blocks or self.layers))
-        return first, sum(self.block_of(i) == block for i in self.repeat_layers)
+        return first, self.repeat_times * sum(self.block_of(i) == block for i in self.repeat_layers)
 
     @property
     def reach(self) -> int:

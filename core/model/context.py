@@ -112,6 +112,8 @@ class Stream(NamedTuple):
     embedded: Any  # (B, T, D): what entered the first layer
     skips: tuple = ()  # what layers put out that others will add
     to_values: Any = ()  # layer -> (B, T, G * K): what its attention adds to its values, of the layers that do
+    lane: Any = None  # (B, T, D): of two lanes the one that MLPs read, x is the other; None: there is one
+    branches: tuple = ()  # in lanes: what a layer's mixer and its MLP add, (B, T, D) each
 
 
 class ModelState(NamedTuple):

@@ -13,14 +13,25 @@ class Kind(NamedTuple):
     """The part that mixes positions."""
     parallel: bool = False
     """Whether the MLP stands beside the mixer instead of behind it."""
+    gated: bool = False
+    """Whether a gate divides the sum between the mixer and the MLP beside it."""
 
 
 KINDS = {
     "attention": Kind("attention"),
+    "attention_parallel": Kind("attention", parallel=True),
+    "attention_gated": Kind("attention", parallel=True, gated=True),
     "koopman": Kind("koopman"),
     "skc": Kind("skc"),
     "skc_parallel": Kind("skc", parallel=True),
 }
+
+
+def per_pass(model: Model, block: int, width: int) -> tuple[int, ...]:
+    """Return the shape of what each pass through a block has of its own: one row for each if there are several."""
+    first, again = model.uses_of(block)
+    passes = first if model.repeat_scales == "shared" else first + again
+    return (width,) if passes == 1 else (passes, width)
 
 
 @dataclass(frozen=True)
@@ -37,18 +48,20 @@ class Layer(Part):
     def rows(self, model: Model) -> Rows:
         """Return the parameters; what belongs to a pass through the block has one row per pass if there are several."""
         first, again = model.uses_of(self.block)
-        passes = first + again
-        shape = (model.dim,) if passes == 1 else (passes, model.dim)
-        # A repeat's scales start at 0: switched on in the middle of a run, it changes nothing at first; one that never
-        # was switched on changes nothing at all, so that scoring may always run the whole depth.
-        scale = 1.0 if passes == 1 else Init("rows", 1.0, first)
+        shape = per_pass(model, self.block, model.dim)
+        # A repeat's own scales start at 0: switched on in the middle of a run, it changes nothing at first; one that
+        # never was switched on changes nothing at all, so that scoring may always run the whole depth.
+        scale = 1.0 if len(shape) == 1 else Init("rows", 1.0, first)
         mix = {"stream_mix": vector(*shape, init=1.0), "embed_mix": vector(*shape)} if model.residual_mix else {}
+        gate = vector(*per_pass(model, self.block, 1), init=0.5)
         return {
             **below("mixer", self.mixer(model).rows(model)),
             "mixer_scale": vector(*shape, init=scale),
             **below("mlp", model.mlp.rows(model)),
             "mlp_scale": vector(*shape, init=scale),
             **mix,
+            **({"gate": gate} if KINDS[model.kind(self.block)].gated else {}),
+            **({"blend": vector(again, init=0.5)} if model.repeat_blend and again else {}),
         }
 
     def values(self, model: Model, seq: int, scores: bool) -> int:

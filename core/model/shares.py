@@ -21,8 +21,8 @@ def bytes_by_storage(config: ModelConfig) -> dict[str, float]:
 
 
 FLOP_RULE = (
-    "training FLOPs per token = 3 * (2 * matmul weights, head included and a repeated layer's twice + per layer: "
-    f"{'; '.join(part.FLOPS for part in ModelConfig().parts.values() if part.FLOPS)})"
+    "training FLOPs per token = 3 * (2 * matmul weights, head included and a repeated layer's once per pass "
+    f"+ per layer: {'; '.join(part.FLOPS for part in ModelConfig().parts.values() if part.FLOPS)})"
 )
 
 

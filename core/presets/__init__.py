@@ -40,6 +40,7 @@ def mini(config: RunConfig) -> RunConfig:
     """
     model = config.model
     dim, layers = min(model.dim, 16 * min(model.attention.heads, 4)), min(model.layers, 4)
+    last = layers - 1 if model.lanes.start is None else min(model.lanes.start, 3) - 1  # repeats end before the lanes
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -48,7 +49,7 @@ def mini(config: RunConfig) -> RunConfig:
             dim=dim,
             layers=layers,
             shared_blocks=None if model.shared_blocks is None else min(model.shared_blocks, 4),
-            repeat_layers=tuple(sorted({min(i, layers - 1) for i in model.repeat_layers})),
+            repeat_layers=tuple(sorted({min(i, last) for i in model.repeat_layers})),
             **{name: part.mini(model, dim) for name, part in model.parts.items()},
         ),
         train=dataclasses.replace(

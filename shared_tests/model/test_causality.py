@@ -233,7 +233,7 @@ def last_loss(backend: str, config: RunConfig, enough: float = -math.inf) -> flo
     model = dataclasses.replace(config.model, vocab=VOCAB)
     kinds = tuple(dict.fromkeys(map(model.kind, range(model.layers))))
     fewer: dict[str, Any] = {"layers": max(2, len(kinds)), "blocks": kinds}
-    if config.preset == EVERYTHING:
+    if model.repeat_layers:
         fewer = {"repeat_layers": model.repeat_layers[:1]}
     model = dataclasses.replace(model, **fewer)
     rates: dict[str, Any] = {f"lr_{group}": 3e-3 for group in ("embed", "matrix", "vector")}

@@ -58,9 +58,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {name: module.EXAMPLE for name, module in 
 
 
 def everything() -> dict[str, Any]:
-    """Return all examples together: every kind of layer, and every option that a preset leaves off."""
+    """Return all examples together but those that stand ALONE: every mixer, every option that a preset leaves off."""
     merged: dict[str, Any] = {}
-    for name in sorted(EXAMPLES, reverse=True):
+    for name in sorted((name for name in EXAMPLES if not hasattr(MODULES[name], "ALONE")), reverse=True):
         for field, value in EXAMPLES[name].items():
             if field == "blocks":
                 value = (*merged.get(field, ()), *value)

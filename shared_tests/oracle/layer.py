@@ -28,12 +28,23 @@ def layer(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, text: T
         """Return a vector: its row of this pass, if there is one for each."""
         return w[name] if w[name].ndim == 1 else w[name][stage.row]
 
+    given = x
     if config.residual_mix:
         x = own("stream_mix") * x + own("embed_mix") * stream.embedded
     n = rms_norm(x, config.norm_eps, True) * damp
     stream = MIXERS[kind.mixer](config, below(w, "mixer."), stream._replace(x=n), stage, text)
-    x = x + own("mixer_scale") * stream.x
+    mixed = own("mixer_scale") * stream.x
+    if kind.gated:
+        mixed = own("gate") * mixed
     if not kind.parallel:
-        n = rms_norm(x, config.norm_eps, True) * damp
+        n = rms_norm(x + mixed if stream.lane is None else stream.lane, config.norm_eps, True) * damp
     stream = mlp(config, below(w, "mlp."), stream._replace(x=n), stage, text)
-    return stream._replace(x=x + own("mlp_scale") * stream.x)
+    changed = own("mlp_scale") * stream.x
+    if stream.lane is not None:
+        return stream._replace(x=given, branches=(mixed, changed))
+    if kind.gated:
+        changed = changed - own("gate") * changed
+    x = x + mixed + changed
+    if config.repeat_blend and stage.again:
+        x = given + w["blend"][stage.repeat] * (x - given)
+    return stream._replace(x=x)

@@ -9,7 +9,7 @@ from backends.cuda.parts.attention import Attention
 from backends.cuda.parts.koopman import Koopman
 from backends.cuda.parts.mlp import MLP
 from backends.cuda.parts.skc import SKC
-from core.model.layer import KINDS
+from core.model.layer import KINDS, per_pass
 
 MIXERS = {"attention": Attention, "koopman": Koopman, "skc": SKC}
 
@@ -19,17 +19,19 @@ class Layer(Part):
 
     def __init__(self, config, block, exact):
         super().__init__()
-        self._config, self._exact = config, exact
-        kind, passes = KINDS[config.kind(block)], sum(config.uses_of(block))
-        shape = (config.dim,) if passes == 1 else (passes, config.dim)
-        self._parallel = kind.parallel
-        self.mixer = MIXERS[kind.mixer](config, exact)
+        self._config, self._exact, self._kind = config, exact, KINDS[config.kind(block)]
+        shape, repeats = per_pass(config, block, config.dim), config.uses_of(block)[1]
+        self.mixer = MIXERS[self._kind.mixer](config, exact)
         self.mixer_scale = nn.Parameter(torch.zeros(shape))
         self.mlp = MLP(config, exact)
         self.mlp_scale = nn.Parameter(torch.zeros(shape))
         if config.residual_mix:
             self.stream_mix = nn.Parameter(torch.zeros(shape))
             self.embed_mix = nn.Parameter(torch.zeros(shape))
+        if self._kind.gated:
+            self.gate = nn.Parameter(torch.zeros(per_pass(config, block, 1)))
+        if config.repeat_blend and repeats:
+            self.blend = nn.Parameter(torch.zeros(repeats))
 
     def norm(self, x_BTD, stage):
         """Return what enters mixer and MLP: a deeper layer's share of the stream is smaller, if damping is on."""
@@ -37,20 +39,33 @@ class Layer(Part):
         return x_BTD * (stage.layer + 1) ** -0.5 if self._config.depth_damping and stage.layer else x_BTD
 
     def forward(self, stream, context, stage, state):
-        x_BTD = stream.x
+        x_BTD = given_BTD = stream.x
 
-        def scale_D(weight):
+        def own(weight):
             return (weight if weight.ndim == 1 else weight[stage.row]).to(x_BTD.dtype)
 
         if self._config.residual_mix:
-            x_BTD = scale_D(self.stream_mix) * x_BTD + scale_D(self.embed_mix) * stream.embedded
+            x_BTD = own(self.stream_mix) * x_BTD + own(self.embed_mix) * stream.embedded
         n_BTD = self.norm(x_BTD, stage)
         stream, tape = self.mixer(stream._replace(x=n_BTD), context, stage, state)
-        x_BTD = x_BTD + scale_D(self.mixer_scale) * stream.x
+        mixed_BTD = own(self.mixer_scale) * stream.x
+        if self._kind.gated:
+            mixed_BTD = own(self.gate) * mixed_BTD
+        if stream.lane is None:
+            x_BTD = x_BTD + mixed_BTD
         # Beside the mixer, the MLP reads the same input: neither waits for the other.
-        n_BTD = n_BTD if self._parallel else self.norm(x_BTD, stage)
+        n_BTD = n_BTD if self._kind.parallel else self.norm(x_BTD if stream.lane is None else stream.lane, stage)
         stream, _ = self.mlp(stream._replace(x=n_BTD), context, stage, None)
-        return stream._replace(x=x_BTD + scale_D(self.mlp_scale) * stream.x), tape
+        changed_BTD = own(self.mlp_scale) * stream.x
+        if stream.lane is not None:  # the stage behind the layer adds both to both
+            return stream._replace(x=given_BTD, branches=(mixed_BTD, changed_BTD)), tape
+        if self._kind.gated:
+            changed_BTD = (1 - own(self.gate)) * changed_BTD
+        x_BTD = x_BTD + changed_BTD
+        if stage.again and self._config.repeat_blend:
+            share = self.blend[stage.repeat].to(x_BTD.dtype)
+            x_BTD = share * x_BTD + (1 - share) * given_BTD
+        return stream._replace(x=x_BTD), tape
 
     def commit(self, tape, context, n_B):
         """Return the state after the first n tokens of each row of a chunk."""

@@ -3,6 +3,7 @@
 import torch
 import torch.nn as nn
 
+from backends.cuda import ops
 from backends.cuda.parts import Part
 
 
@@ -11,12 +12,18 @@ class Skips(Part):
 
     def __init__(self, config, exact):
         super().__init__()
+        self._exact, self._gates = exact, config.skips.gates
         self.weight = nn.Parameter(torch.zeros(config.skips.count(config), config.dim))
+        if self._gates:
+            self.gate = nn.Parameter(torch.zeros_like(self.weight))
 
     def forward(self, stream, context, stage, state):
         if stage.row < 0:
             return stream._replace(skips=(*stream.skips, stream.x)), None
         # Last in, first out: the middle layers are nearest to each other.
         *skips, last_BTD = stream.skips
-        x_BTD = stream.x + self.weight[stage.row].to(last_BTD.dtype) * last_BTD
-        return stream._replace(x=x_BTD, skips=tuple(skips)), None
+        x_BTD, added_BTD = stream.x, self.weight[stage.row].to(last_BTD.dtype) * last_BTD
+        if self._gates:
+            share_D = ops.sigmoid(self.gate[stage.row], self._exact).to(x_BTD.dtype)
+            x_BTD, added_BTD = share_D * x_BTD, (1 - share_D) * added_BTD
+        return stream._replace(x=x_BTD + added_BTD, skips=tuple(skips)), None
