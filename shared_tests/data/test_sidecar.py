@@ -1,4 +1,4 @@
-"""Byte sidecars of published shards: held to the tokens, used where they agree, refused with the reason. Budget: 5 s."""
+"""Byte sidecars of published shards: held to the tokens, used where they agree, refused with a reason. Budget: 5 s."""
 
 import json
 from pathlib import Path
@@ -59,11 +59,9 @@ def published(
         costs = change(stream, costs.copy())
     folder.mkdir()
     write_shard(str(folder / "fineweb_train_000000.bin"), stream[:50])
-    for i, (tokens, sizes) in enumerate(
-        zip(np.array_split(stream, shards), np.array_split(costs, shards), strict=True)
-    ):
-        write_shard(str(folder / f"fineweb_val_{i:06d}.bin"), tokens)
-        write_shard(str(folder / f"fineweb_val_bytes_{i:06d}.bin"), sizes)
+    for name, numbers in (("val", stream), ("val_bytes", costs)):
+        for i, part in enumerate(np.array_split(numbers, shards)):
+            write_shard(str(folder / f"fineweb_{name}_{i:06d}.bin"), part)
     return str(folder), stream, costs
 
 
@@ -100,6 +98,11 @@ def test_a_sidecar_that_agrees_is_what_a_score_goes_by(
     for data in (dataset, table):
         assert check_bytes(data, "table", None, None, sum(wanted)).verdict == "PASS"
         assert check_reversible(data, None, None).verdict == "PASS"
+    for piece in (4, int(stream[-1])):  # planted: markers that cost 3 bytes, and a piece that costs a letter more
+        wrong = open_dataset(folder)
+        wrong.tokenizer.table.base[piece] += 3 if piece == 4 else 1
+        finding = check_bytes(wrong, "table", None, None)
+        assert finding.verdict == "FAIL" and "bytes in the table (document" in finding.evidence
 
 
 def three_bytes(stream: np.ndarray, costs: np.ndarray) -> np.ndarray:
@@ -164,7 +167,7 @@ def test_bytes_before_normalisation_are_noted_and_not_used(tmp_path: Path, model
     folder, _, _ = published(tmp_path / "a", model, [NOVEL[:3000], SENTENCE], put(50, 1))
     manifest = core.data.adopt.adopt_shards(folder, model, transform="caseops")
     assert "token_bytes" not in manifest["splits"]["val"]
-    size = len(NOVEL[:3000].split()) and manifest["splits"]["val"]["table_bytes"]
+    size = manifest["splits"]["val"]["table_bytes"]
     assert manifest["notes"] == [
         f"the byte sidecar is not used: {size + 1:,} bytes where the text has {size:,}, as normalisation left it (1 "
         "documents differ)"
