@@ -15,7 +15,7 @@ from core.data.manifest import MANIFEST, SCHEMA
 from core.data.prepare import Progress, silent, tokenizer_record
 from core.data.shards import DataError, open_shard, shard_record
 from core.data.tokenizer import MARKER_BYTES, Tokenizer
-from core.data.transform import Transform
+from core.data.transform import MARKERS, Transform
 from core.files import replace_file
 
 COUNTED = ("documents", "tokens", "table_bytes")
@@ -43,6 +43,11 @@ def adopt_shards(
     if not again and os.path.lexists(os.path.join(folder, MANIFEST)):
         raise DataError(f"{folder}: has a manifest.json already; move it away to make a new one")
     model = Tokenizer.load(tokenizer).transformed(transform, tokenizer)
+    if transform == "none" and len(set(model.encode("".join(MARKERS)).tolist()) - {model.unknown}) == len(MARKERS):
+        raise DataError(
+            f"{tokenizer}: has pieces for case markers, so the text of these shards is transformed: give --transform "
+            "caseops (published shards), or case"
+        )
     splits, notes = {}, []
     for split in ("train", "val"):
         sidecars = sorted(map(str, Path(folder).glob(f"*_{split}_bytes_*.bin")))
@@ -53,8 +58,6 @@ def adopt_shards(
         stream = Split(shards, model, os.path.join(folder, split))
         if stream.read(0, 1)[0] != model.bos:
             raise DataError(f"{paths[0]}: does not start with BOS (id {model.bos}), so its documents are unknown")
-        if sidecars and transform == "none":
-            raise DataError(f"{sidecars[0]}: bytes of transformed text: give the --transform, or move this file away")
         counts = _counts(stream, model, functools.partial(progress or silent, f"counting {split}"))
         if counts["tokens"] <= counts["documents"]:
             raise DataError(f"{paths[0]}: {split}: {counts['tokens']} tokens, none of which is text; give more shards")

@@ -183,7 +183,7 @@ def _told(manifest: dict, out: str, context: Context) -> Outcome:
         context.say(note)
     context.say(f"wrote {out}")
     value = {"path": out, "name": manifest["name"], "tokenizer": manifest["tokenizer"], "splits": splits}
-    value["notes"] = notes
+    value |= {"notes": notes, "transform": manifest.get("transform") or "none"}
     if manifest.get("published"):
         context.say(published.line(manifest["published"]))
         value["published"] = manifest["published"]
