@@ -38,7 +38,7 @@ class DataConfig:
     """Where tokens come from."""
 
     path: str = "sample"
-    """Folder written by `skc data prepare`; `sample` is the bundled text, prepared in the user's cache folder."""
+    """Folder written by `skc data prepare`; `sample`, `sample-case`: the bundled text, in the user's cache folder."""
 
     def __post_init__(self) -> None:
         require_limits("data", self, 0)

@@ -63,6 +63,7 @@ def write_changed(dataset: Dataset, tokens: np.ndarray, folder: Path) -> None:
         **dataset.manifest["splits"]["val"],
         "files": [shard_record(str(folder / "val_000000.bin"), len(tokens))],
         "document_bytes": None,
+        "token_bytes": None,
     }
     if dataset.val.document_bytes is not None:
         with new_file(folder / "val_document_bytes.npy") as file:

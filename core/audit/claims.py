@@ -54,6 +54,7 @@ def check_size(plan: Plan, process: Isolated, dataset: Dataset) -> Finding:
     """
     data, val = Path(dataset.path), dataset.manifest["splits"]["val"]
     names = ["manifest.json", *(entry["file"] for entry in val["files"]), val.get("document_bytes")]
+    names += [entry["file"] for entry in val.get("token_bytes") or ()]
     text = {str((data / name).resolve()) for name in names if name}
     tokenizer = str((data / dataset.manifest["tokenizer"]["file"]).resolve())
     artifact = plan.artifact.stat().st_size

@@ -22,11 +22,11 @@ import numpy as np
 from core import rng
 from core.data.batch import Batch
 from core.data.column import Column
-from core.data.manifest import MANIFEST, read_manifest
+from core.data.manifest import CURE, MANIFEST, read_manifest
 from core.data.shards import DataError as DataError
 from core.data.shards import open_shard as open_shard
 from core.data.shards import write_shard as write_shard
-from core.data.tokenizer import Tokenizer
+from core.data.tokenizer import Tokenizer, token_bytes
 from core.files import FileError, note_input, open_input
 from core.formats.npy import NpyError, read_header
 
@@ -41,6 +41,8 @@ class Split:
 
     unknown_tokens: int | None
     """How many tokens are the unknown id; None if not recorded."""
+    sidecar: "Split | None"
+    """What each token costs in bytes, where that is recorded; else the tokenizer's table says it."""
 
     def __init__(
         self,
@@ -51,7 +53,9 @@ class Split:
         document_bytes: np.ndarray | Column | None = None,
         raw_bytes: int | None = None,
         unknown_tokens: int | None = None,
+        sidecar: "Split | None" = None,
     ) -> None:
+        """Make one stream of shards; `sidecar`: as many numbers, the bytes of each token, where these came along."""
         self._shards = list(shards)
         self._closed: str | None = None
         self._check: threading.Thread | None = None
@@ -62,15 +66,20 @@ class Split:
         self.name = name
         self._lengths, self._raw_bytes = document_bytes, raw_bytes
         self.unknown_tokens = unknown_tokens
+        self.sidecar = sidecar
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return tokens start to stop as (stop - start,) int32; DataError for an id outside the vocabulary."""
+        return self._checked(self.unchecked(start, stop))
+
+    def unchecked(self, start: int, stop: int) -> np.ndarray:
+        """Return numbers start to stop as they are, (stop - start,) int32: a sidecar's are no ids."""
         out = np.empty(max(stop - start, 0), np.int32)
         self._copy(start, out)
-        return self._checked(out)
+        return out
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Return `length` tokens from each start as (len(starts), length) int32; DataError as in `read`."""
@@ -81,6 +90,17 @@ class Split:
             self._copy(start, row)
         return self._checked(out)
 
+    def costs(self, start: int, stop: int) -> np.ndarray:
+        """Return the bytes that tokens start to stop cost as targets, (stop - start,) int32; DataError as in `read`."""
+        if self.sidecar is not None:
+            return self.sidecar.unchecked(start, stop)
+        before, table = max(start - 1, 0), self.tokenizer.table
+        while table.markers and before and self.read(before, before + 1)[0] == table.markers[-1]:
+            before -= 1  # whether an escape is itself escaped is decided by the tokens before it
+        stream = self.read(before, stop)
+        charged = token_bytes(table, stream[:-1], stream[1:])
+        return charged[start - before - 1 :] if start else np.append(table.base[stream[:1]], charged)
+
     def close(self, why: str) -> None:
         """Drop the shards: from here on every read is a DataError that says `why`. Lengths stay known.
 
@@ -90,7 +110,7 @@ class Split:
             self._check.join()
         if self._wrong is not None:
             raise self._wrong
-        for shard in self._shards:
+        for shard in [*self._shards, *(self.sidecar._shards if self.sidecar else [])]:
             if isinstance(shard, Column):
                 shard.close()
         self._shards, self._closed = [], why
@@ -117,7 +137,7 @@ class Split:
         Shards whose checksum is not known are taken as they are.
         """
         self._check_open()
-        for shard in self._shards:
+        for shard in [*self._shards, *(self.sidecar._shards if self.sidecar else [])]:
             if isinstance(shard, Column):
                 shard.verify()
 
@@ -144,8 +164,9 @@ class Split:
         stop = int(self.document_starts[count]) if count < len(self.document_starts) else len(self)
         lengths = None if self.document_bytes is None else self.document_bytes[:count]
         first = Split(
-            self._shards, self.tokenizer, self.name, document_bytes=lengths, unknown_tokens=self.unknown_tokens
-        )
+            self._shards, self.tokenizer, self.name, document_bytes=lengths, unknown_tokens=self.unknown_tokens,
+            sidecar=self.sidecar,
+        )  # fmt: skip
         first._ends = [min(end, stop) for end in self._ends]
         return first
 
@@ -216,7 +237,10 @@ class Dataset:
 
 def identity(dataset: Dataset) -> dict[str, str]:
     """Return what names the data of a run: its name and a hash of what the manifest says of its files."""
-    splits = json.dumps(dataset.manifest["splits"], sort_keys=True).encode()
+    files = dataset.manifest["splits"]
+    if dataset.tokenizer.transform != "none":
+        files = {**files, "transform": dataset.tokenizer.transform}
+    splits = json.dumps(files, sort_keys=True).encode()
     return {"name": dataset.name, "sha256": hashlib.sha256(splits).hexdigest()}
 
 
@@ -232,14 +256,20 @@ def open_dataset(path: str, train: bool = True) -> Dataset:
     tokenizer = Tokenizer.load(file)
     if tokenizer.sha256 != entry["sha256"]:
         raise DataError(f"{file}: sha256: not the tokenizer of the manifest; prepare the data again")
+    transform = manifest.get("transform") or "none"
+    if tokenizer.transform != transform:
+        raise DataError(
+            f"{os.path.join(path, MANIFEST)}: transform: {transform}, but its tokenizer is for text with transform "
+            f"{tokenizer.transform}; prepare the data again"
+        )
     text = _open_split(path, splits["train"], "train", tokenizer) if train else Split([], tokenizer, f"{path}/train")
     val = _open_split(path, splits["val"], "val", tokenizer)
     return Dataset(path, manifest["name"], tokenizer, manifest, text, val)
 
 
-def _open_split(path: str, entry: dict[str, Any], name: str, tokenizer: Tokenizer) -> Split:
+def _open_shards(path: str, records: list[dict[str, Any]]) -> list[np.ndarray | Column]:
     shards: list[np.ndarray | Column] = []
-    for record in entry["files"]:
+    for record in records:
         file = os.path.join(path, record["file"])
         try:
             shard = open_shard(file, record.get("sha256"))
@@ -248,6 +278,15 @@ def _open_split(path: str, entry: dict[str, Any], name: str, tokenizer: Tokenize
         if len(shard) != record["tokens"]:
             raise DataError(f"{file}: count: {len(shard)} tokens, the manifest says {record['tokens']}")
         shards.append(shard)
+    return shards
+
+
+def _open_split(path: str, entry: dict[str, Any], name: str, tokenizer: Tokenizer) -> Split:
+    shards, sidecar = _open_shards(path, entry["files"]), None
+    if entry.get("token_bytes") is not None:
+        sidecar = Split(_open_shards(path, entry["token_bytes"]), tokenizer, os.path.join(path, f"{name} bytes"))
+        if len(sidecar) != sum(map(len, shards)):
+            raise DataError(f"{sidecar.name}: {len(sidecar)} numbers, {sum(map(len, shards))} tokens; {CURE}")
     lengths = None
     if entry.get("document_bytes") is not None:
         lengths = _open_lengths(os.path.join(path, entry["document_bytes"]), sum(map(len, shards)))
@@ -255,6 +294,7 @@ def _open_split(path: str, entry: dict[str, Any], name: str, tokenizer: Tokenize
     return Split(
         shards, tokenizer, os.path.join(path, name), document_bytes=lengths,
         raw_bytes=entry.get("raw_bytes") if whole else None, unknown_tokens=entry.get("unknown_tokens"),
+        sidecar=sidecar,
     )  # fmt: skip
 
 

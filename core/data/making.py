@@ -144,5 +144,6 @@ def write_manifest(folder: str, manifest: dict[str, Any]) -> None:
 def _files(manifest: dict[str, Any]) -> set[str]:
     splits = manifest["splits"].values()
     names = {record["file"] for split in splits for record in split["files"]}
+    names |= {record["file"] for split in splits for record in split.get("token_bytes") or ()}
     names |= {split["document_bytes"] for split in splits if split.get("document_bytes")}
     return names | {manifest["tokenizer"]["file"]}

@@ -5,11 +5,12 @@ name in the folder.
 """
 
 import os
-from typing import Any
+from typing import Any, get_args
 
 from core.data.column import DataError
+from core.data.transform import Transform
 from core.files import FileError, read_json
-from core.formats.kinds import ANYTHING, COUNT, FLAG, NUMBER, Leaf, check_value, text, whole
+from core.formats.kinds import ANYTHING, COUNT, FLAG, NUMBER, Leaf, among, check_value, text, whole
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -33,8 +34,9 @@ TOKENIZER = {
     "file": NAME, "sha256": TEXT, "vocab??": COUNT, "bos??": COUNT, "unknown??": COUNT, "byte_pieces??": FLAG,
     "*": ANYTHING,
 }  # fmt: skip
+FILES = [{"file": NAME, "tokens": COUNT, "size??": COUNT, "sha256??": TEXT, "*": ANYTHING}]
 SPLIT = {
-    "files": [{"file": NAME, "tokens": COUNT, "size??": COUNT, "sha256??": TEXT, "*": ANYTHING}],
+    "files": FILES, "token_bytes??": FILES,
     "documents": COUNT, "tokens": COUNT, "raw_bytes??": COUNT, "table_bytes??": COUNT, "unknown_tokens??": COUNT,
     "bytes_per_token??": NUMBER, "document_bytes??": NAME, "*": ANYTHING,
 }  # fmt: skip
@@ -46,6 +48,7 @@ WHOLE = {
     "schema": whole(f"{SCHEMA}", SCHEMA, SCHEMA),
     "name": TEXT,
     "tokenizer": TOKENIZER,
+    "transform??": among(*get_args(Transform)),
     "splits": {"train": SPLIT, "val": SPLIT, "*": ANYTHING},
     "made_from??": ORIGIN,
     "published??": {"same??": FLAG, "documents": COUNT, "bytes_per_token": NUMBER, "differs": [TEXT], "*": ANYTHING},

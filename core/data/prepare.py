@@ -17,6 +17,7 @@ from core.data.manifest import SCHEMA
 from core.data.shards import DataError, SplitWriter, file_sha256, grouped
 from core.data.tokenizer import Tokenizer
 from core.data.tokenizer_training import VocabularyError, train_tokenizer, trained_identity
+from core.data.transform import Transform
 from core.files import replace_file
 
 Progress = Callable[[str, int, int], None]
@@ -37,6 +38,7 @@ def prepare(
     val_share: float = 0.05,
     tokenizer: str | None = None,
     vocab: int | None = None,
+    transform: Transform = "none",
     shard_tokens: int = 100_000_000,
     name: str | None = None,
     threads: int | None = None,
@@ -49,10 +51,11 @@ def prepare(
     Without `val`, about `val_share` of the documents (at least one) become validation, chosen by a hash of their
     tokens, so that what the model reads alike lands on one side; of a single text its end does. With `val`, training
     documents that are also in validation are dropped. Without `tokenizer`, one of `vocab` pieces is trained on the
-    training text (None: 1024, or as many as the text allows). A folder made from the same inputs is kept if it is
-    sound; one made from others is replaced only with `overwrite`. `notes` of the manifest are what a user must know.
-    The manifest is written last, into the folder that was named. DataError or TokenizerError says what is wrong with
-    the input.
+    training text (None: 1024, or as many as the text allows). `transform` is what is done to every document, once it is
+    normalised, before it becomes tokens; a given tokenizer must have pieces for its markers. A folder made from the
+    same inputs is kept if it is sound; one made from others is replaced only with `overwrite`. `notes` of the manifest
+    are what a user must know. The manifest is written last, into the folder that was named. DataError or TokenizerError
+    says what is wrong with the input.
     """
     if not inputs or (val is not None and not val):
         raise DataError("no input files: give at least one .txt, .jsonl (also .gz, .xz, .zst) or .parquet file")
@@ -66,7 +69,7 @@ def prepare(
         check_writable(out)
     inputs = find_inputs(inputs)
     val = None if val is None else find_inputs(val)
-    given = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    given = Tokenizer.load(tokenizer).transformed(transform, tokenizer) if tokenizer is not None else None
     trained = {"trained": vocab} if vocab is not None else {"trained_at_most": VOCAB}
     made_from = {
         "name": name or os.path.basename(os.path.abspath(out)),
@@ -74,6 +77,7 @@ def prepare(
         "val": {"share": val_share} if val is None else [_identity(path) for path in val],
         "tokenizer": trained if given is None else {"sha256": given.sha256},
         "shard_tokens": shard_tokens,
+        **({"transform": transform} if transform != "none" else {}),
         **{key: value for key, value in form._asdict().items() if value != getattr(PLAIN, key)},
     }
     if _kept(out, before, made_from, overwrite):
@@ -84,7 +88,7 @@ def prepare(
         if _kept(out, before, made_from, overwrite):
             assert before is not None
             return before
-        sources = _Sources(inputs, val, val_share, given, vocab, form, report)
+        sources = _Sources(inputs, val, val_share, given, vocab, transform, form, report)
         manifest = {"schema": SCHEMA, "name": made_from["name"], "made_from": made_from}
         manifest |= _fill(part, sources, shard_tokens, threads or os.cpu_count() or 1)
         install(part, out, manifest, before)
@@ -118,6 +122,7 @@ class _Sources(NamedTuple):
     val_share: float
     tokenizer: Tokenizer | None
     vocab: int | None
+    transform: Transform
     form: Format
     progress: Progress
 
@@ -173,7 +178,7 @@ def _fill(folder: Path, sources: _Sources, shard_tokens: int, threads: int) -> d
     if tokenizer is None:
         stage = "training the tokenizer"
         sample = _training_sample(sources, texts or sources.read(sources.inputs, stage), rule, survey.size)
-        tokenizer = Tokenizer(_trained(sample, sources.vocab, notes))
+        tokenizer = Tokenizer(_trained(sample, sources, notes))
     replace_file(folder / "tokenizer.model", tokenizer.model)
     writers = {name: SplitWriter(str(folder), name, tokenizer, shard_tokens) for name in ("train", "val")}
     empty = 0
@@ -184,7 +189,7 @@ def _fill(folder: Path, sources: _Sources, shard_tokens: int, threads: int) -> d
     read = texts or sources.read(sources.inputs, "tokenising train" if drop else "tokenising")
     empty += _write(sources, read, threads, lambda key: other if rule.takes(key) else writers["train"])
     return {
-        "tokenizer": tokenizer_record(tokenizer),
+        **tokenizer_record(tokenizer),
         "splits": {name: writer.close() for name, writer in writers.items()},
         "disjoint": {
             "compared": "blake2b-128 of each document's tokens",
@@ -279,16 +284,16 @@ def _breaks(text: str) -> list[re.Match[str]]:
     return next((matches for kind in BREAKS if (matches := list(re.finditer(kind, text)))), [])
 
 
-def _trained(sample: Iterator[str], vocab: int | None, notes: list[str]) -> bytes:
-    """Return a tokenizer of `vocab` pieces; None: VOCAB or, which goes into `notes`, as many as the text allows."""
-    if vocab is not None:
-        return train_tokenizer(sample, vocab)
+def _trained(sample: Iterator[str], sources: _Sources, notes: list[str]) -> bytes:
+    """Return a tokenizer of as many pieces as asked for; by default VOCAB or, noted, as many as the text allows."""
+    if sources.vocab is not None:
+        return train_tokenizer(sample, sources.vocab, sources.transform)
     texts = list(sample)
     try:
-        return train_tokenizer(texts, VOCAB)
+        return train_tokenizer(texts, VOCAB, sources.transform)
     except VocabularyError as error:
         notes.append(f"the tokenizer has {error.most} pieces: the text allows no more (the default is {VOCAB})")
-        return train_tokenizer(texts, error.most)
+        return train_tokenizer(texts, error.most, sources.transform)
 
 
 def _training_sample(sources: _Sources, texts: Iterator[str] | Sequence[str], rule: _Rule, size: int) -> Iterator[str]:
@@ -301,8 +306,8 @@ def _training_sample(sources: _Sources, texts: Iterator[str] | Sequence[str], ru
 
 
 def tokenizer_record(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the manifest's entry of the tokenizer."""
-    return {
+    """Return the manifest's entries of the tokenizer and, if there is one, of the transform before it."""
+    entry = {
         "file": "tokenizer.model",
         "sha256": tokenizer.sha256,
         "vocab": tokenizer.vocab,
@@ -310,3 +315,4 @@ def tokenizer_record(tokenizer: Tokenizer) -> dict[str, Any]:
         "unknown": tokenizer.unknown,
         "byte_pieces": tokenizer.byte_pieces,
     }
+    return {"tokenizer": entry, **({"transform": tokenizer.transform} if tokenizer.transform != "none" else {})}

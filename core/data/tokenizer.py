@@ -1,19 +1,29 @@
-"""SentencePiece tokenizers: loading, encoding, and the byte table that bits per byte rests on."""
+"""SentencePiece tokenizers: loading, encoding, and the byte table that bits per byte rests on.
+
+Where text is transformed before it becomes tokens (`core.data.transform`), the tokenizer does that and undoes it. Its
+file says so in a field of our own behind SentencePiece's, so its copies in run folders and beside artifacts do too.
+"""
 
 import functools
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import sentencepiece
 
+from core.data.transform import MARKERS, Transform, apply_transform, invert_transform, restore_text
 from core.files import open_input, read_bounded
 
 MAX_VOCAB = 65_535
 MAX_MODEL = 1 << 24
 """Bytes of a .model file."""
 SPACE = "\u2581"
+MARKER_BYTES = len(MARKERS[0].encode())
+TRANSFORMED = {name: b"\xc2\x0c" + bytes([len(name)]) + name.encode() for name in get_args(Transform)[1:]}
+"""Field 200 of the model, the first of those that SentencePiece leaves to others, at its end."""
+AS_IT_IS = b"\x1a\x10" + b"\x0a\x08identity\x12\x00\x18\x00\x20\x00"
+"""A normaliser_spec that, behind a model, takes the place of its own: no rules, no space in front, all spaces kept."""
 
 
 class TokenizerError(ValueError):
@@ -26,10 +36,15 @@ class ByteTable(NamedTuple):
     base: np.ndarray  # (V,) int32: bytes of the piece without its leading space
     leading: np.ndarray  # (V,) bool: the piece starts with a space, which costs one byte unless it follows a boundary
     boundary: np.ndarray  # (V,) bool: control, unknown and unused pieces
+    markers: tuple[int, ...] = ()
+    """Ids of the case markers, the escape last, where the text is transformed: they cost nothing, escaped 3 bytes."""
 
 
 class Tokenizer:
-    """A SentencePiece model; TokenizerError if it is not one, has no BOS id or too many pieces for uint16 shards."""
+    """A SentencePiece model; TokenizerError if it is not one, has no BOS id or too many pieces for uint16 shards.
+
+    TokenizerError also for one whose text is transformed that has no pieces for the markers.
+    """
 
     model: bytes
     sha256: str
@@ -38,6 +53,8 @@ class Tokenizer:
     unknown: int
     byte_pieces: bool
     """All 256 byte pieces are there: no text becomes unknown."""
+    transform: Transform
+    """What is done to a text before it becomes tokens, and undone behind them."""
 
     def __init__(self, model: bytes, name: str = "tokenizer") -> None:
         try:
@@ -58,6 +75,32 @@ class Tokenizer:
         if self.bos < 0:
             raise TokenizerError(f"{name}: no BOS id, so documents have no start; train one with bos_id=1")
         self.byte_pieces = sum(map(self._processor.is_byte, range(self.vocab))) == 256
+        self.transform = next((kind for kind, field in TRANSFORMED.items() if model.endswith(field)), "none")
+        if self.transform == "none":
+            return
+        # A text is normalised before it is transformed, and never after: that could join a letter and an accent that
+        # belong to different cases, and the marker between them would be lost.
+        self._spell = sentencepiece.SentencePieceProcessor(model_proto=model + AS_IT_IS)
+        self._markers = tuple(map(self._processor.piece_to_id, MARKERS))
+        if self._spell.encode("".join(MARKERS)) != list(self._markers):
+            raise TokenizerError(
+                f"{name}: has no pieces for the case markers U+E001 to U+E004, so each would be spelled in bytes: give "
+                "one that was trained with them as user_defined_symbols, or leave out --tokenizer to train one"
+            )
+
+    def transformed(self, transform: Transform, name: str = "tokenizer") -> "Tokenizer":
+        """Return the tokenizer of the same pieces for text that is transformed; TokenizerError.
+
+        One that was made for transformed text is no other's.
+        """
+        if self.transform == transform:
+            return self
+        if self.transform != "none":
+            raise TokenizerError(
+                f"{name}: was made for text with --transform {self.transform}, not {transform}; give that transform, "
+                "or another tokenizer"
+            )
+        return Tokenizer(self.model + TRANSFORMED[transform], name)
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":
@@ -67,22 +110,34 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Return the token ids of `text` (int32), without BOS."""
-        return np.array(self._processor.encode(text), np.int32)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """Return `encode` of every text, computed on `threads` threads."""
-        return [np.array(ids, np.int32) for ids in self._processor.encode(list(texts), num_threads=threads)]
+        if self.transform == "none":
+            encoded = self._processor.encode(list(texts), num_threads=threads)
+        else:
+            encoded = self._spell.encode([self._transform(text) for text in texts], num_threads=threads)
+        return [np.array(ids, np.int32) for ids in encoded]
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+    def _transform(self, text: str) -> str:
+        return apply_transform(self.normalise(text), self.transform)
+
+    def normalise(self, text: str) -> str:
+        """Return what the tokens of a text spell: the text as the model's normalisation leaves it."""
+        return self._processor.normalize(text).replace(SPACE, " ").removeprefix(" ")
+
+    def decode(self, ids: Iterable[int] | np.ndarray, *, strict: bool = False) -> str:
         """Return the text of token ids, without control ids such as BOS or a space in front of the first piece.
 
+        The transform is undone. `strict`: TransformError for tokens that no text becomes, as a model may write them.
         ValueError for an id that no piece has.
         """
         plain = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64).ravel()
         outside = plain[(plain < 0) | (plain >= self.vocab)]
         if outside.size:
             raise ValueError(f"token id {outside[0]}: expected from 0 to {self.vocab - 1}")
-        return self._processor.decode(plain.tolist())
+        return (invert_transform if strict else restore_text)(self._processor.decode(plain.tolist()), self.transform)
 
     def identity(self, text: str) -> bytes:
         """Return bytes that are equal for texts that become the same tokens, and empty for one that becomes none."""
@@ -101,7 +156,8 @@ class Tokenizer:
             return f"the tokenizer has no piece for a space alone: it would cost {charged - 6} bytes"
         plain = np.flatnonzero(~self.table.boundary & ~np.array(list(map(self._processor.is_byte, range(self.vocab)))))
         letter = self._processor.piece_to_id("<0x41>")
-        for i, text in zip(plain.tolist(), self._processor.decode([[letter, i] for i in plain.tolist()]), strict=True):
+        spelled = self._processor.decode([[letter, i] for i in plain.tolist()])
+        for i, text in zip(plain.tolist(), (restore_text(text, self.transform) for text in spelled), strict=True):
             charged, own = self._charged([letter, i]) - 1, len(text.encode()) - 1
             if charged != own:
                 piece = ascii(self._processor.id_to_piece(i))[:40]
@@ -128,9 +184,21 @@ class Tokenizer:
                 piece = processor.id_to_piece(i)
                 leading[i] = piece.startswith(SPACE)
                 base[i] = len(piece.removeprefix(SPACE).encode())
-        return ByteTable(base, leading, boundary)
+        if self.transform == "none":
+            return ByteTable(base, leading, boundary)
+        base[list(self._markers)] = 0
+        return ByteTable(base, leading, boundary, self._markers)
 
 
 def token_bytes(table: ByteTable, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return the bytes that each target costs after its previous token (same shapes, int32)."""
-    return table.base[targets] + (table.leading[targets] & ~table.boundary[previous])
+    """Return the bytes that each target of consecutive ones costs after its previous token (same shapes, int32).
+
+    The first previous token is no marker that is escaped.
+    """
+    charged = table.base[targets] + (table.leading[targets] & ~table.boundary[previous])
+    if table.markers:
+        escaped = -1  # an escaped escape escapes nothing
+        for i in np.flatnonzero(previous == table.markers[-1]).tolist():
+            if i != escaped and targets[i] in table.markers:
+                charged[i], escaped = MARKER_BYTES, i + 1
+    return charged

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
-from core.data.tokenizer import MAX_VOCAB, TokenizerError
+from core.data.tokenizer import MAX_VOCAB, SPACE, TRANSFORMED, TokenizerError
+from core.data.transform import MARKERS, Transform, apply_transform
 
 MAX_LINE = 100_000
 """Characters of one training line; SentencePiece drops lines over its `max_sentence_length`, so longer ones are cut."""
@@ -33,17 +34,19 @@ def trained_identity(text: str) -> bytes:
     return _normaliser().normalize(text).encode()
 
 
-def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
+def train_tokenizer(texts: Iterable[str], vocab: int, transform: Transform = "none") -> bytes:
     """Train a BPE model with the official settings and return its bytes; TokenizerError if the text does not allow it.
 
-    The settings are those of the published tokenizers (docs/challenge.md, 2). All of `texts` is held in memory.
+    The settings are those of the published tokenizers (docs/challenge.md, 2). All of `texts` is held in memory. For
+    text that is transformed the case markers are pieces of their own, ids 4 to 7.
     """
     if not 0 < vocab <= MAX_VOCAB:
         raise TokenizerError(f"vocab={vocab}: expected from 1 to {MAX_VOCAB}")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=_lines(texts, transform),
+            user_defined_symbols=list(MARKERS) if transform != "none" else [],
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab,
@@ -75,11 +78,13 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> bytes:
                 "training a tokenizer: the text has no letters to train it on; is it text at all?"
             ) from error
         raise TokenizerError(f"vocab={vocab}: training a tokenizer on this text failed: {reason}") from error
-    return model.getvalue()
+    return model.getvalue() + TRANSFORMED.get(transform, b"")
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
+def _lines(texts: Iterable[str], transform: Transform) -> Iterator[str]:
     for text in texts:
+        if transform != "none":
+            text = apply_transform(_normaliser().normalize(text).replace(SPACE, " "), transform)
         for line in text.splitlines():
             for start in range(0, len(line), MAX_LINE):
                 yield line[start : start + MAX_LINE]

@@ -8,7 +8,7 @@ import numpy as np
 
 from core.config import ConfigError
 from core.data.dataset import Dataset, Split
-from core.data.tokenizer import Tokenizer, token_bytes
+from core.data.tokenizer import Tokenizer
 
 UNKNOWN = "the text has unknown tokens, which would cost nothing"
 CHUNK = 1 << 20
@@ -83,10 +83,10 @@ def _table_bytes(split: Split, begins: np.ndarray, ends: np.ndarray) -> np.ndarr
     counted = np.zeros(len(begins), np.int64)
     for i, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
         for start in range(begin, end, CHUNK):
-            tokens = split.read(start, min(start + CHUNK, end) + 1)
-            if (tokens[1:] == tokenizer.unknown).any():
+            stop = min(start + CHUNK, end)
+            if (split.read(start + 1, stop + 1) == tokenizer.unknown).any():
                 return None
-            counted[i] += token_bytes(tokenizer.table, tokens[:-1], tokens[1:]).sum(dtype=np.int64)
+            counted[i] += split.costs(start + 1, stop + 1).sum(dtype=np.int64)
     return counted
 
 

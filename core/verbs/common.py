@@ -26,7 +26,7 @@ from core.config import (
     to_json,
 )
 from core.console import Console
-from core.data.bundled import open_data
+from core.data.bundled import SAMPLES, open_data
 from core.data.dataset import Dataset, batch, identity
 from core.data.tokenizer import Tokenizer
 from core.engine.loading import load_engine
@@ -170,7 +170,7 @@ def judged(base: EvalConfig, options: Any, path: str) -> EvalConfig:
 
 def open_named(path: str, config: RunConfig, data: str | None, train: bool = True, option: str = "--data") -> Dataset:
     """Open the data of a run or artifact, or `data` instead; ConfigError where config.json names a folder not here."""
-    if data is None and config.data.path != "sample" and not os.path.isdir(config.data.path):
+    if data is None and config.data.path not in SAMPLES and not os.path.isdir(config.data.path):
         raise ConfigError(
             f"{path}: was trained on {config.data.path}, which is not here (in {os.getcwd()}): give its data with "
             f"{option} PATH, or start from the folder that it was trained from"

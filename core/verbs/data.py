@@ -8,11 +8,12 @@ from tyro.conf import Positional, arg
 
 from core.data import fineweb, published
 from core.data.adopt import adopt_shards
-from core.data.bundled import prepare_sample, sample_folder
+from core.data.bundled import SAMPLES, prepare_sample, sample_folder
 from core.data.corpus import Format
 from core.data.prepare import Progress as StageProgress
 from core.data.prepare import prepare
 from core.data.tokenizer import Tokenizer
+from core.data.transform import Transform
 from core.scoring.accounting import byte_note
 from core.verbs.common import Context, Outcome
 
@@ -21,8 +22,10 @@ from core.verbs.common import Context, Outcome
 class BundledSample:
     """Options of `skc data sample`."""
 
+    transform: Literal["none", "case"] = "none"
+    """none: the data `sample`; case: the data `sample-case`, in lower case with markers of capitals."""
     out: str | None = None
-    """Folder to write; None: that in the user's cache folder which `data.path = sample` reads."""
+    """Folder to write; None: that in the user's cache folder which `data.path = sample` (`sample-case`) reads."""
     json: bool = False
     """Print one JSON object on stdout; everything else goes to stderr."""
 
@@ -47,6 +50,8 @@ class Prepare:
     """A SentencePiece .model; None: train one."""
     vocab: int | None = None
     """Pieces of the tokenizer that is trained; None: 1024, or as many as a small text allows."""
+    transform: Transform = "none"
+    """case: lower case with markers of capitals, which is undone exactly; caseops: the same as published shards."""
     shard_tokens: int = 100_000_000
     """Tokens of one shard."""
     name: str | None = None
@@ -67,6 +72,8 @@ class Adopt:
     """Folder with official shards: *_train_*.bin and *_val_*.bin."""
     tokenizer: str
     """The SentencePiece .model that they were made with."""
+    transform: Transform = "none"
+    """What was done to their text: none, or caseops for shards of lower-case text with markers of capitals."""
     name: str | None = None
     """Name of the data in reports; None: the folder's name."""
     json: bool = False
@@ -97,8 +104,9 @@ class Fineweb:
 
 def prepare_bundled(options: BundledSample, context: Context) -> Outcome:
     """Prepare the bundled text."""
-    out = options.out or sample_folder()
-    return _told(prepare_sample(out, progress=_stages(context)), out, context)
+    name = next(name for name, transform in SAMPLES.items() if transform == options.transform)
+    out = options.out or sample_folder(name)
+    return _told(prepare_sample(out, progress=_stages(context), name=name), out, context)
 
 
 def prepare_text(options: Prepare, context: Context) -> Outcome:
@@ -110,6 +118,7 @@ def prepare_text(options: Prepare, context: Context) -> Outcome:
         val_share=options.val_share,
         tokenizer=options.tokenizer,
         vocab=options.vocab,
+        transform=options.transform,
         shard_tokens=options.shard_tokens,
         name=options.name,
         threads=options.threads,
@@ -122,7 +131,9 @@ def prepare_text(options: Prepare, context: Context) -> Outcome:
 
 def adopt(options: Adopt, context: Context) -> Outcome:
     """Write the manifest that downloaded shards lack."""
-    manifest = adopt_shards(options.folder, options.tokenizer, name=options.name, progress=_stages(context))
+    manifest = adopt_shards(
+        options.folder, options.tokenizer, transform=options.transform, name=options.name, progress=_stages(context)
+    )
     return _told(manifest, options.folder, context)
 
 
@@ -172,7 +183,7 @@ def _told(manifest: dict, out: str, context: Context) -> Outcome:
         context.say(note)
     context.say(f"wrote {out}")
     value = {"path": out, "name": manifest["name"], "tokenizer": manifest["tokenizer"], "splits": splits}
-    value["notes"] = notes
+    value |= {"notes": notes, "transform": manifest.get("transform") or "none"}
     if manifest.get("published"):
         context.say(published.line(manifest["published"]))
         value["published"] = manifest["published"]

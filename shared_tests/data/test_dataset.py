@@ -198,6 +198,8 @@ TYPED = {
     "name": [None, 5, "x" * 20_000],
     "tokenizer.vocab": ["1024"],
     "notes": ["text", [5]],
+    "transform": ["upper", 5, True],
+    "splits.val.token_bytes": [{}, "val_bytes_000000.bin", [5]],
     "published": [5, {"same": 1, "documents": 1, "bytes_per_token": 1, "differs": []}],
     "made_from": ["me", {"train_shards": {"taken": "80", "published": 1}}],
     **{

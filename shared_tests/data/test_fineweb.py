@@ -347,8 +347,8 @@ def test_published_text_is_announced(tmp_path: Path, capsys: Capture, monkeypatc
     found = fetch_fineweb(Folder(folder), str(tmp_path / "measured"))["splits"]["val"]
     monkeypatch.setattr(published, "DOCUMENTS", found["documents"])
     monkeypatch.setattr(published, "BYTES", (found["table_bytes"],) * 2)
-    monkeypatch.setattr(published, "TARGETS", {1024: (found["tokens"] - 1,)})
-    monkeypatch.setattr(published, "BYTES_PER_TOKEN", {1024: (found["table_bytes"] / (found["tokens"] - 1),)})
+    monkeypatch.setattr(published, "TARGETS", {(1024, "none"): (found["tokens"] - 1,)})
+    monkeypatch.setattr(published, "BYTES_PER_TOKEN", {(1024, "none"): (found["table_bytes"] / (found["tokens"] - 1),)})
     assert main(["data", "fineweb", "--from", folder, "--out", out]) == 0
     said = capsys.readouterr().out
     assert "validation text: documents 5, tokens, bytes, " in said and "NOT" not in said

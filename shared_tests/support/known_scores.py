@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from core import rng
-from core.data.tokenizer import ByteTable
+from core.data.tokenizer import ByteTable, token_bytes
 
 BOS, UNKNOWN, VOCAB = 1, 3, 50
 
@@ -33,6 +33,10 @@ class FakeSplit:
     def read(self, start: int, stop: int) -> np.ndarray:
         assert 0 <= start <= stop <= len(self.tokens)
         return self.tokens[start:stop].copy()
+
+    def costs(self, start: int, stop: int) -> np.ndarray:
+        assert 1 <= start <= stop <= len(self.tokens)
+        return token_bytes(self.tokenizer.table, self.tokens[start - 1 : stop - 1], self.tokens[start:stop])
 
 
 def make_dataset(

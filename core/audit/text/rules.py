@@ -9,7 +9,8 @@ import numpy as np
 from core.audit.rules import Finding, Progress
 from core.data import published
 from core.data.dataset import Dataset
-from core.data.tokenizer import SPACE, token_bytes
+from core.data.tokenizer import SPACE
+from core.data.transform import TransformError
 
 REPLACED = "\ufffd"
 """What decoding gives for bytes that are no UTF-8."""
@@ -29,9 +30,10 @@ def check_bytes(
     score of all documents was divided by.
     """
     tokenizer, recorded = dataset.tokenizer, dataset.val.document_bytes is not None
+    source = "table" if dataset.val.sidecar is None else "sidecar"
     count, wrong = _recount(dataset, limit, progress)
     details: dict[str, Any] = {"claimed": claimed, **{name: int(value) for name, value in count.items()}}
-    sums = f"{_extent(dataset, count['documents'], limit)}: {count['table_bytes']} bytes by the table, "
+    sums = f"{_extent(dataset, count['documents'], limit)}: {count['table_bytes']} bytes by the {source}, "
     sums += f"{count['decoded_bytes']} decoded"
     if recorded and count["decoded_bytes"]:
         details["raw_per_decoded"] = count["raw_bytes"] / count["decoded_bytes"]
@@ -53,13 +55,13 @@ def check_bytes(
             f"{2 * count['spaces']} too many"
         )
     if wrong:
-        problems.append(f"{count['differ']} documents differ, {count['surplus']:+d} bytes in the table ({wrong})")
+        problems.append(f"{count['differ']} documents differ, {count['surplus']:+d} bytes in the {source} ({wrong})")
     if scored is not None and limit is None and scored != count["table_bytes"]:
         problems.append(f"the score was divided by {scored} bytes")
     if problems:
         return Finding("D13", "FAIL", f"{'; '.join(problems)}; {sums}", details)
     aside = f", {count['broken']} set aside: their tokens hold broken UTF-8, 1 byte a token" if count["broken"] else ""
-    evidence = f"{count['agreed']} documents decode to the bytes that the table charges{aside}; {sums}"
+    evidence = f"{count['agreed']} documents decode to the bytes that the {source} charges{aside}; {sums}"
     return Finding("D13", "PASS" if count["agreed"] else "NOT CHECKED", evidence, details)
 
 
@@ -70,8 +72,13 @@ def check_reversible(dataset: Dataset, limit: int | None, progress: Progress | N
     """
     tokenizer = dataset.tokenizer
     count, first = Counter[str](), ""
-    for number, ids in _documents(dataset, limit, progress):
-        text = tokenizer.decode(ids)
+    for number, _, ids in _documents(dataset, limit, progress):
+        try:
+            text = tokenizer.decode(ids, strict=True)
+        except TransformError as error:
+            count.update(documents=1)
+            first = first or f"; the first is document {number}: {error}"
+            continue
         again = tokenizer.encode(text)
         same = np.array_equal(ids, again)
         # Unknown tokens and broken bytes become signs that are text themselves and come back, but the text is lost.
@@ -89,8 +96,9 @@ def check_reversible(dataset: Dataset, limit: int | None, progress: Progress | N
             f"UTF-8{first}; their original text is not in the tokens, so nothing can be proved"
         )
         return Finding("D14", "NOT CHECKED", evidence, details)
+    does = "no transform but" if tokenizer.transform == "none" else f"transform {tokenizer.transform}, undone, and"
     evidence = (
-        f"no transform but the tokenizer's own normalisation; {extent}: decode(encode(text)) gives the text again, "
+        f"{does} the tokenizer's own normalisation; {extent}: decode(encode(text)) gives the text again, "
         f"{count['same_tokens']} of them by the same tokens"
     )
     return Finding("D14", "PASS", evidence, details)
@@ -101,7 +109,7 @@ def check_official(dataset: Dataset, documents: int, targets: int, byte_count: i
 
     `targets` are those of the whole stream, tokens - 1, untruncated; `byte_count` is theirs by the table.
     """
-    known = published.BYTES_PER_TOKEN.get(dataset.tokenizer.vocab)
+    known = published.BYTES_PER_TOKEN.get((dataset.tokenizer.vocab, dataset.tokenizer.transform))
     ratio = byte_count / max(targets, 1)
     low, high = published.BYTES
     details = {"documents": documents, "targets": targets, "bytes": byte_count, "vocab": dataset.tokenizer.vocab}
@@ -121,15 +129,15 @@ def check_official(dataset: Dataset, documents: int, targets: int, byte_count: i
     return Finding("D5", "PASS" if fits else "NOT CHECKED", f"{measured}: {expected}{own}", details)
 
 
-def _documents(dataset: Dataset, limit: int | None, progress: Progress | None) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (number, ids without BOS) of the validation documents that end within the first `limit` tokens."""
+def _documents(dataset: Dataset, limit: int | None, progress: Progress | None) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield (number, place of the first id, ids without BOS) of the documents that end within `limit` tokens."""
     starts = dataset.val.document_starts
     ends = np.append(starts[1:], len(dataset.val))
     total = len(dataset.val) if limit is None else min(limit, len(dataset.val))
     for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
         if end > total:
             return
-        yield number, dataset.val.read(start + 1, end)
+        yield number, start + 1, dataset.val.read(start + 1, end)
         if progress:
             progress(end, total)
 
@@ -138,13 +146,12 @@ def _recount(dataset: Dataset, limit: int | None, progress: Progress | None) -> 
     """Return what decoding counts, and the first document where the table and the text differ."""
     tokenizer, recorded = dataset.tokenizer, dataset.val.document_bytes
     count, wrong = Counter[str](), ""
-    for number, ids in _documents(dataset, limit, progress):
-        stream = np.append(np.int32(tokenizer.bos), ids)
+    for number, begin, ids in _documents(dataset, limit, progress):
         text = tokenizer.decode(ids)
-        charged = int(token_bytes(tokenizer.table, stream[:-1], stream[1:]).sum(dtype=np.int64))
+        charged = int(dataset.val.costs(begin, begin + len(ids)).sum(dtype=np.int64))
         decoded = len(text.encode())
         unknown = int(np.count_nonzero(ids == tokenizer.unknown))
-        count.update(documents=1, tokens=len(stream), table_bytes=charged, decoded_bytes=decoded)
+        count.update(documents=1, tokens=1 + len(ids), table_bytes=charged, decoded_bytes=decoded)
         count.update(unknown=unknown, spaces=text.count(SPACE))
         if recorded is not None:
             count.update(raw_bytes=int(recorded[number]), missed=int(recorded[number]) - charged if unknown else 0)
@@ -155,7 +162,7 @@ def _recount(dataset: Dataset, limit: int | None, progress: Progress | None) -> 
         elif _broken(decoded - charged, text):
             count.update(broken=1)
         else:
-            wrong = wrong or f"document {number}: {charged} by the table, {decoded} in the text"
+            wrong = wrong or f"document {number}: {charged} charged, {decoded} in the text"
             count.update(differ=1, surplus=charged - decoded)
     return count, wrong
 
