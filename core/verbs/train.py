@@ -15,7 +15,7 @@ from core.console import Console, duration
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
 from core.engine.heartbeat import Heartbeat
-from core.engine.loading import choose_backend
+from core.engine.loading import check_dtype, choose_backend
 from core.engine.memory import enough_memory
 from core.engine.protocol import DType, Engine, EngineOptions
 from core.engine.ranks import Ranks, agree, join
@@ -70,6 +70,7 @@ def train_run(options: Train, context: Context) -> Outcome:
     """Train, or go on training, then score, export and report; on every rank that a launcher started."""
     config, say = options.config(), context.say
     backend = choose_backend(options.backend)
+    check_dtype(backend, options.dtype)
     ranks = join(backend)
     if ranks.rank:
         say.mute()
