@@ -30,7 +30,7 @@ from core.ablation.fields import closest, flat, named, only, put, seeds, typed
 from core.ablation.search.space import FOUND, TRIAL, Field, Search, read_field
 from core.checks import in_words
 from core.config import MOST_STEPS, ConfigError, RunConfig, from_json, to_json
-from core.engine.loading import BACKENDS
+from core.engine.loading import BACKENDS, check_dtype, choose_backend
 from core.engine.protocol import DType
 from core.formats.toml import read_toml
 from core.scoring.plugins import load_plugins
@@ -167,6 +167,8 @@ def read_plan(path: str | Path) -> Ablation:
         path=where,
         text=text,
     )
+    for backend in plan.backends:
+        check_dtype(backend, plan.dtype, f"{where}: dtype:")
     runs = len(plan.seeds) * len(plan.backends) * len(plan.variants)
     if runs > MOST_RUNS:
         raise ConfigError(f"{where}: {runs:,} runs; expected at most {MOST_RUNS:,}: fewer seeds or variants")
@@ -194,8 +196,6 @@ def job_key(job: Job, code: str, data: dict[str, str]) -> str:
 
 
 def _backends(names: list[Any], where: str) -> tuple[str, ...]:
-    from core.engine.loading import choose_backend
-
     for name in names[: len(BACKENDS) + 1]:
         if name not in ("auto", *BACKENDS):
             raise ConfigError(f"{where}: backends: {in_words(name)}: expected auto, {', '.join(BACKENDS)}")

@@ -42,6 +42,12 @@ def choose_backend(name: str) -> str:
     return name
 
 
+def check_dtype(backend: str, dtype: str | None, option: str = "--dtype") -> None:
+    """Raise ConfigError for a compute type, given by `option`, that a backend (mlx or cuda) does not have."""
+    if backend == "cuda" and dtype == "float16":
+        raise ConfigError(f"{option} float16: is for MLX (M1, M2), expected bfloat16, float32 or float64 with PyTorch")
+
+
 def load_engine(
     backend: str,
     config: RunConfig,
@@ -59,8 +65,7 @@ def load_engine(
     from core.model.params import start_values
 
     name, options = choose_backend(backend), options or EngineOptions()
-    if name == "cuda" and options.dtype == "float16":
-        raise ConfigError("--dtype float16: is for MLX (M1, M2), expected bfloat16, float32 or float64 with PyTorch")
+    check_dtype(name, options.dtype)
     if name == "mlx" and options.fast_blas:  # before anything imports MLX
         importlib.import_module("backends.mlx.blas").load_fast_blas()
     if weights is None:

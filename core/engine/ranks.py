@@ -127,16 +127,16 @@ def only_rank_0(ranks: Ranks, act: Callable[[], Any]) -> Any:
     return agree(ranks, act() if ranks.rank == 0 else None)
 
 
-def check_same(ranks: Ranks, what: dict[str, str]) -> None:
+def check_same(
+    ranks: Ranks, what: dict[str, str], cure: str = "start every rank with the same command, code and data"
+) -> None:
     """Raise ConfigError, on every rank, unless all ranks have the same values; it names the first that differs."""
     for name, value in what.items():
         digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
         all_ = ranks.gather(digest)
         for rank, other in enumerate(all_):
             if not np.array_equal(other, all_[0]):
-                raise ConfigError(
-                    f"rank {rank} has another {name} than rank 0: start every rank with the same command, code and data"
-                )
+                raise ConfigError(f"rank {rank} has another {name} than rank 0: {cure}")
 
 
 def share(count: int, ranks: Ranks) -> slice:

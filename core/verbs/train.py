@@ -15,10 +15,10 @@ from core.console import Console, duration
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
 from core.engine.heartbeat import Heartbeat
-from core.engine.loading import choose_backend
+from core.engine.loading import check_dtype, choose_backend
 from core.engine.memory import enough_memory
 from core.engine.protocol import DType, Engine, EngineOptions
-from core.engine.ranks import Ranks, agree, join
+from core.engine.ranks import Ranks, agree, check_same, join
 from core.export.artifact import check_limits
 from core.export.budget import predicted_bytes
 from core.forecast.forecast import Forecast, check_steps, forecast
@@ -70,6 +70,7 @@ def train_run(options: Train, context: Context) -> Outcome:
     """Train, or go on training, then score, export and report; on every rank that a launcher started."""
     config, say = options.config(), context.say
     backend = choose_backend(options.backend)
+    check_dtype(backend, options.dtype)
     ranks = join(backend)
     if ranks.rank:
         say.mute()
@@ -120,6 +121,8 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
         if end is not None:
             return _shown(Path(out), config, end, say)
         engine = context.load(backend, config, start_weights(config, dataset.train), choices, ranks=ranks)
+        # Macs of several generations each have a type of their own: what they would train together is neither.
+        check_same(ranks, {"compute type": engine.dtype}, "their chips differ: give all ranks one, as --dtype float32")
         if run is None:
             return _forecast(engine, dataset, config, out, time.perf_counter() - began, say)
         if not ranks.rank:

@@ -75,6 +75,7 @@ def test_a_plan_is_its_runs(tmp_path: Path) -> None:
         ("seeds = [1, 2, 3, 4]", "seedz = [1]", "unknown key 'seedz'; did you mean seeds"),
         ('backends = ["cuda"]', 'backends = ["cuda", "auto"]', "backends: .*each once"),
         ('backends = ["cuda"]', 'backends = ["gpu"]', "backends: 'gpu': expected auto"),
+        ('backends = ["cuda"]', 'backends = ["mlx", "cuda"]\n    dtype = "float16"', "dtype: float16: is for MLX"),
         ('name = "widths"', 'name = "../widths"', "name: '../widths': expected letters"),
         ("[variants.plain]", '["variants"."pl ain"]', "'pl ain': expected letters"),
         ("[budget]", 'reference = "none"\n    [budget]', "reference: 'none' is not a variant"),

@@ -1,11 +1,12 @@
 """scripts/gpu_check and mac_check on the CPU: limits, kills, what is on the disk, and that faults fail. Budget: 30 s.
 
 `python -m shared_tests.check.test_device_check ITEM FOLDER TEMPORARY DEVICE` is one of the items below,
-`... drive FOLDER` a check made of them.
+`... drive FOLDER ITEM ...` a check made of them.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from shared_tests.device import records
+from shared_tests.device import driver, records
 from shared_tests.device.child import Child, die_with_the_driver
-from shared_tests.device.driver import Driver
+from shared_tests.device.driver import Driver, ended_by_signals
 from shared_tests.device.plan import NOT_MIXED, PLANS, Item
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,9 +173,52 @@ def test_a_model_that_crashes_is_said_at_once_and_ends_the_check(
     assert any('raise RuntimeError("no kernel' in line for line in said)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends the children of a killed process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_check_that_is_told_to_end_takes_all_along_and_leaves_one_file(number: int, tmp_path: Path) -> None:
+    """Ctrl-C, a kill, a terminal that is closed: items have a session of their own, and hear nothing of it."""
+    first = subprocess.Popen([*COMMAND, "drive", str(tmp_path), "quick", "hang"], stdout=subprocess.DEVNULL)
+    while not (tmp_path / "pids").exists() or len((tmp_path / "pids").read_text().split()) < 2:
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.send_signal(number)
+    assert first.wait(60) == 1
+    assert all(gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+    with zipfile.ZipFile(tmp_path / "report.zip") as bundle:
+        assert "| hang | not ended |" in bundle.read("report.md").decode() and b"before" in bundle.read(records.FILE)
+
+
+def test_an_item_ends_with_a_killed_driver_on_a_mac_too(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, time; from shared_tests.device.child import die_with_the_driver\n"
+        "sys.platform = 'darwin'; die_with_the_driver(); open('pid.part', 'w').write(str(os.getpid()))\n"
+        "os.rename('pid.part', 'pid'); time.sleep(600)"
+    )
+    starts = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}], start_new_session=True)"
+    first = subprocess.Popen([sys.executable, "-c", starts], cwd=tmp_path)
+    while not (tmp_path / "pid").exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_rehearsal_is_not_taken_for_what_a_gpu_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records.append(tmp_path, {"item": "quick", "state": "started", "device": "gpu"})
+    assert records.devices(tmp_path) == set(), "there was no GPU, and --device cpu is the advice"
+    drive(tmp_path, item("quick"))
+    assert records.devices(tmp_path) == {"cpu"}
+    monkeypatch.setattr(sys, "argv", ["mac_check", "--out", str(tmp_path)])
+    assert driver.main("mlx", "GPU", None) == 2
+    wanted = f"mac_check: {tmp_path} holds results of a rehearsal (--device cpu): choose another --out, or forget them"
+    assert capsys.readouterr().err == f"{wanted} with --again\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a killed driver is noticed within half a second")
 def test_a_killed_check_goes_on_where_it_was(tmp_path: Path) -> None:
-    command = [*COMMAND, "drive", str(tmp_path)]
+    command = [*COMMAND, "drive", str(tmp_path), "quick", "slow"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not (tmp_path / "running").exists():
         assert first.poll() is None
@@ -355,8 +399,12 @@ def test_extras_are_wheels_of_one_kind_each() -> None:
 if __name__ == "__main__":
     die_with_the_driver()
     if sys.argv[1] == "drive":
-        plan = (item("quick"), item("slow"))
-        sys.exit(Driver("a check", plan, COMMAND, Path(sys.argv[2]), 600.0, False, print).run())
+        with ended_by_signals():
+            plan = tuple(item(name) for name in sys.argv[3:])
+            try:
+                sys.exit(Driver("a check", plan, COMMAND, Path(sys.argv[2]), 600.0, False, print).run())
+            except KeyboardInterrupt:
+                sys.exit(1)
     work, arguments = sys.argv[1], sys.argv[1:]
     if work == "as":  # another item's work under a name
         work, arguments = sys.argv[2], sys.argv[3:]

@@ -1,6 +1,8 @@
 """The stand-in for the official MLX step has the official losses, step after step. Budget: 5 s (10 s with `long`)."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,14 @@ def test_a_wrong_setting_of_the_stand_in_is_seen(fault: dict[str, Any], monkeypa
     for name, value in fault.items():
         monkeypatch.setattr(official_step, name, value)
     assert np.abs(np.subtract(losses("mini"), GOLDEN["mini"]["mlx_steps"])).max() > FAR
+
+
+@pytest.mark.parametrize("given, code, words", [
+    ((), 0, "ratio "), (("--heads", "3"), 2, "bench_official: error: model.dim=64 is not divisible by model."),
+    (("--heads", "0"), 2, "bench_official: error: model.attention.heads=0"),
+])  # fmt: skip
+def test_the_command_compares_and_refuses(given: tuple[str, ...], code: int, words: str) -> None:
+    size = ("--layers", "2", "--dim", "64", "--rows", "1", "--seq", "32", "--rounds", "1")
+    command = [sys.executable, str(ROOT / "scripts" / "bench_official"), *size, *given]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code and words in done.stdout + done.stderr and "Traceback" not in done.stderr

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("bash", "sh", "cat", "dirname", "basename", "cksum", "mkdir", "sed", "rm", "mktemp")
 MAKES = """
 case "$*" in
-*"-m venv "*|*"venv --seed --python 3.12 "*)
+*"-m venv "*|*"venv --seed --allow-existing --python 3.12 "*)
     for folder in "$@"; do :; done
     mkdir -p "$folder/bin"
     sed "s/^# fake/# installed/" "$TREE/engine" >"$folder/bin/python"
@@ -27,6 +27,7 @@ esac
 """
 """What a fake Python and a fake uv do when they are asked for a virtual environment."""
 ENGINE = """#!/bin/sh
+if [ "$*" = "-m pip --version" ]; then exit; fi
 echo "$*" >>"$TREE/calls"
 case "$*" in
 *"core.cli train"*)
@@ -98,7 +99,9 @@ class Machine:
         ({"python3": (3, 9), "python3.14": (3, 14), "python3.13": (3, 13)}, "python3.14"),
         ({"python3": (3, 13), "python": (2, 7)}, "python3"),
         ({"python": (3, 11)}, "python"),
+        ({"python3": (3, 15), "python3.13": (3, 13)}, "python3.13"),  # Homebrew's newest, for which there are no wheels
         ({"python3.10": (3, 10), "python3": (3, 10)}, None),
+        ({"python3": (3, 15), "python": (3, 15)}, None),
     ],
 )
 def test_the_newest_python_that_fits_is_taken(pythons: dict[str, tuple[int, int]], taken: str | None, tmp_path: Path):
@@ -109,7 +112,7 @@ def test_the_newest_python_that_fits_is_taken(pythons: dict[str, tuple[int, int]
     if taken is None:
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert done.stderr.startswith(
-            "scripts/quickstart: needs Python 3.11 or newer with venv, or uv. No python3.14 to"
+            "scripts/quickstart: needs Python 3.11 to 3.14 with venv, or uv. No python3.14 to"
         )
     else:
         assert done.returncode == 0, done.stderr
@@ -125,8 +128,24 @@ def test_uv_is_taken_where_no_python_fits(tmp_path: Path) -> None:
     mac.fake("uv", f'echo "$*" >"$TREE/uv"{MAKES}')
     done = mac.run()
     assert done.returncode == 0 and "with uv\n" in done.stdout, done.stderr
-    assert (mac.tree / "uv").read_text() == "venv --seed --python 3.12 .venv\n"
+    assert (mac.tree / "uv").read_text() == "venv --seed --allow-existing --python 3.12 .venv\n"
     assert mac.calls()[1] == "-m core.cli train skc_mac --out runs/quickstart"
+
+
+@pytest.mark.parametrize("maker", ["python3.12", "uv"])
+def test_an_environment_without_pip_is_completed(maker: str, tmp_path: Path) -> None:
+    """Ctrl-C while it was made leaves one, and so does uv."""
+    mac = Machine(tmp_path, "Darwin", "arm64")
+    if maker == "uv":
+        mac.fake("uv", MAKES)
+    else:
+        mac.python(maker, (3, 12))
+    assert mac.run().returncode == 0
+    python = mac.tree / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\necho No module named pip >&2\nexit 1\n")
+    done = mac.run()
+    assert done.returncode == 0 and "making a virtual environment in .venv" in done.stdout, done.stderr
+    assert "already installed" not in done.stdout and "making" not in mac.run().stdout
 
 
 @pytest.mark.parametrize("script", ["quickstart", "test"])

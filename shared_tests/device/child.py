@@ -6,9 +6,11 @@
 import contextlib
 import fcntl
 import importlib
+import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -109,12 +111,21 @@ class Child:
 
 
 def die_with_the_driver() -> None:
-    """Let Linux end this process when the driver is killed: nothing may hold the device after that."""
+    """Let this process end when the driver is killed: nothing may hold the device after that."""
     if sys.platform == "linux":
         import ctypes
         import signal
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        return
+    driver = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == driver:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
 
 
 def _start_mlx(gpu: bool) -> None:

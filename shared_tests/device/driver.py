@@ -91,9 +91,9 @@ class Driver:
             finally:
                 for running in self.preparing.values():
                     running.end()
-                self._pack()
                 self._report()
                 self._bundle()
+                self._pack()  # last: it speaks, and who listened may be gone
         if self.no_device:
             return 2
         for item in self.pending:
@@ -140,11 +140,12 @@ class Driver:
 
     def _start(self, item: Item) -> Running:
         """Start an item's process, in a session of its own."""
-        records.append(self.folder, {"item": item.name, "state": "started"})
+        device = records.device(self.gpu)
+        records.append(self.folder, {"item": item.name, "state": "started", "device": device})
         variables = {**os.environ, **item.environment}
         if not self.gpu:
             variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **item.cpu}
-        given = [item.name, str(self.folder), str(self.temporary), "gpu" if self.gpu else "cpu"]
+        given = [item.name, str(self.folder), str(self.temporary), device]
         with (self.folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 [*self.command, *given], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables,
@@ -175,7 +176,8 @@ class Driver:
             code = running.process.wait(cap)
         except subprocess.TimeoutExpired:
             code = None
-        running.end()
+        finally:
+            running.end()  # also where this process is told to end: a session of its own hears nothing of that
         seconds = time.monotonic() - began
         if code is None:
             self._close(item, "capped", text=f"capped after {cap:g} s", seconds=seconds)
@@ -251,16 +253,18 @@ def _gap(line: records.Line) -> str:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM end this process as Ctrl-C does: its items end with it."""
+    """Let SIGTERM, and a terminal that is closed, end this process as Ctrl-C does: its items end with it."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(backend: str, kind: str, doc: str | None) -> int:
@@ -280,6 +284,11 @@ def main(backend: str, kind: str, doc: str | None) -> int:
     title = f"scripts/{' '.join([name, *sys.argv[1:]])}"
     command = [sys.executable, "-m", "shared_tests.device.child", backend]
     gpu = options.device != "cpu"
+    if records.device(not gpu) in records.devices(options.out):
+        whose = "a rehearsal (--device cpu)" if gpu else "a GPU"
+        where = f"{options.out} holds results of {whose}"
+        print(f"{name}: {where}: choose another --out, or forget them with --again", file=sys.stderr)
+        return 2
     with ended_by_signals():
         driver = Driver(title, items, command, options.out, options.budget, gpu, lambda line: print(line, flush=True))
         driver.go_on = options.go_on

@@ -1,7 +1,7 @@
 """results.jsonl: one JSON object a line, on the disk before the next one is measured. Standard library only.
 
-A line has `item`, and either `state` (started, done, failed, capped, skipped: said by the driver), or `what` with
-`value` and `unit` (a figure), `gap`, `limit` and `ok` (a check), `error` and `traceback`, or `text`.
+A line has `item`, and either `state` (started, with `device`; done, failed, capped, skipped: said by the driver), or
+`what` with `value` and `unit` (a figure), `gap`, `limit` and `ok` (a check), `error` and `traceback`, or `text`.
 """
 
 import json
@@ -49,6 +49,11 @@ def mend(folder: Path) -> None:
             file.write(b"\n")
 
 
+def device(gpu: bool) -> str:
+    """Return what an item is told of its device, and a line of its start says."""
+    return "gpu" if gpu else "cpu"
+
+
 def latest(lines: list[Line]) -> dict[str, list[Line]]:
     """Return the lines of every item's last run, by item, in the order in which items first appear."""
     runs: dict[str, list[Line]] = {}
@@ -57,6 +62,12 @@ def latest(lines: list[Line]) -> dict[str, list[Line]]:
             runs[line["item"]] = []
         runs.setdefault(line["item"], []).append(line)
     return runs
+
+
+def devices(folder: Path) -> set[str]:
+    """Return the devices of which there are results."""
+    runs = latest(read(folder)).values()
+    return {run[0].get("device", "") for run in runs if state(run) in ENDED}
 
 
 def state(run: list[Line]) -> str:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -126,9 +127,13 @@ def test_the_notes_say_how_float32_is_multiplied() -> None:
 # float16.
 
 
-def test_float16_is_for_mlx() -> None:
+def test_float16_is_for_mlx(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--dtype float16: is for MLX"):
         load_engine("cuda", mini("debug"), options=EngineOptions(dtype="float16"))
+    options = dataclasses.replace(Train.of(mini("debug")), backend="cuda", dtype="float16", out=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="--dtype float16: is for MLX"):
+        train_run(options, Context(Console(), "skc train"))
+    assert not (tmp_path / "run").exists(), "refused before anything is made"
 
 
 @pytest.mark.parametrize("name", ["debug", "skc_mac", "baseline"])

@@ -141,6 +141,22 @@ def test_the_command_line_with_two_ranks(data: str, tmp_path: Path) -> None:
     assert abs(scored["bpb"] - expected["bpb"]) < SCORES and abs(trained["score"]["bpb"] - expected["bpb"]) < SCORES
 
 
+def test_chips_of_two_generations_are_told_to_agree_on_a_type(data: str, tmp_path: Path) -> None:
+    """An M2 beside an M4 would compute in float32 and the other in bfloat16, and nothing would say so."""
+    program = (
+        "import os, sys; from backends.mlx import device; from core.cli import main\n"
+        "own = int(os.environ['MLX_RANK'])\n"
+        "device.chip = lambda: device.Chip(True, True, 'M', ('applegpu_g16g', 'applegpu_g14g')[own], 1e10)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["-c", program, "train", "debug", "--backend", "mlx", "--data.path", data, "--out", str(tmp_path / "run")]
+    command += ["--train.steps", "1", "--train.batch", "2", "--dry-run"]
+    processes = start("mlx", 2, command, tmp_path)
+    assert [process.wait(timeout=300) for process in processes] == [2, 2]
+    said = (tmp_path / "rank-0").read_text()
+    assert "rank 1 has another compute type than rank 0: their chips differ: give all ranks one, as --dtype" in said
+
+
 def test_two_ranks_score_as_one(both: Any) -> None:
     """Every kind of windows, whole text and estimate, and with a plug-in."""
     _, one, two = both
