@@ -372,10 +372,9 @@ class Engine:
     def _shapes(self):
         """Return how many times one part of the step may be compiled: for each shape that a run can have."""
         spans = self._attention.form is not None and self._attention.form.spans
-        losses = len(set(self._train.lengths)) * (1 + (self._train.repeat_from > 0))
-        losses *= (1 + (self.ranks.world > 1)) * (
-            ROOMS if spans else 1
-        )  # a rank's last micro-batch may have fewer rows
+        losses = len(self._train.shapes) * (1 + (self._train.repeat_from > 0))
+        # a rank's last micro-batch may have fewer rows, and that of a stage of fewer rows
+        losses *= (1 + (self.ranks.world > 1 or bool(self._train.batch_stages))) * (ROOMS if spans else 1)
         return max(losses, len(self._banks))
 
     def _constants(self, seq, position=None):

@@ -28,14 +28,15 @@ def adamw(param, grad, m, v, lr, decay, bias1, bias2, beta1, beta2, eps):
 def newton_schulz(x, iterations, coefficients, dtype=None):
     """Return each matrix of a stack (N, rows, columns) with its singular values brought near 1 (Jordan et al. 2024).
 
-    `dtype` is what its products are computed in, None: that of x.
+    `coefficients` are three, or three for every iteration. `dtype` is what its products are computed in, None: that
+    of x; the norm is taken in that of x, since Polar Express diverges from singular values above 1.05.
     """
-    a, b, c = coefficients
     kept, tall = x.dtype, x.shape[-2] > x.shape[-1]
     x = torch.swapaxes(x, -1, -2) if tall else x
     x = x / (length(x) + 1e-7)
     x = x.to(dtype or kept)
-    for _ in range(iterations):
+    numbers = iter(coefficients * (3 * iterations // len(coefficients)))
+    for a, b, c in zip(numbers, numbers, numbers, strict=True):
         gram = x @ torch.swapaxes(x, -1, -2)
         x = a * x + (b * gram + c * (gram @ gram)) @ x
     x = x.to(kept)

@@ -34,6 +34,7 @@ from core.engine.loading import BACKENDS, check_dtype, choose_backend
 from core.engine.protocol import DType
 from core.formats.toml import read_toml
 from core.scoring.plugins import load_plugins
+from core.training.schedule import steps_of
 
 KEYS = (
     "name", "purpose", "base", "seeds", "backends", "dtype", "reference", "budget", "settings", "variants", "search",
@@ -118,8 +119,8 @@ class Ablation(NamedTuple):
             if kind == "seconds":
                 train = dataclasses.replace(train, seconds=float(amount), steps=MOST_STEPS)
             else:
-                steps = int(amount) if kind == "steps" else -(-int(amount) // train.tokens_per_step)
-                train = dataclasses.replace(train, seconds=None, steps=steps)
+                steps = int(amount) if kind == "steps" else steps_of(int(amount), train)
+                train = dataclasses.replace(train, seconds=None, reserve_seconds=0.0, steps=steps)
             return dataclasses.replace(config, train=train)
         except ConfigError as error:
             raise ConfigError(f"{where}: {str(error).replace('config.', '', 1)}") from error

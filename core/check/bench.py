@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from core.check.bench_report import Against, BenchReport, BenchRow, PresetBench, Ratio
 from core.check.bench_worker import VARIANTS, Worker
-from core.config import ConfigError, RunConfig, differences
+from core.config import NO_STAGES, ConfigError, RunConfig, differences
 from core.engine.loading import available_backends
 from core.model.params import count
 from core.model.shares import FLOP_RULE, flops_per_token
@@ -88,8 +88,8 @@ def _check(names: list[str], rounds: int, seconds: float, threads: int) -> None:
 def same_work(other: RunConfig, config: RunConfig) -> RunConfig:
     """Return `other` with the rows, tokens per row and micro-batches of `config`, so that their steps compare."""
     t = config.train
-    shape = {"batch": t.batch, "seq": t.seq, "micro_batch": t.micro_batch, "seq_stages": (), "seq_until": ()}
-    return dataclasses.replace(other, train=dataclasses.replace(other.train, **shape))
+    shape = {"batch": t.batch, "seq": t.seq, "micro_batch": t.micro_batch}
+    return dataclasses.replace(other, train=dataclasses.replace(other.train, **shape, **NO_STAGES))
 
 
 def per_round(ours: list[float], theirs: list[float]) -> list[float]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from core import presets, rng
-from core.config import RunConfig, changed
+from core.config import NO_STAGES, RunConfig, changed
 from core.data.batch import Batch
 from core.engine.loading import load_engine
 from core.engine.protocol import DType, EngineOptions
@@ -54,6 +54,6 @@ def speeds_in_words(times: dict[str, float], taken: str) -> str:
 
 def _sized(gpu: bool) -> RunConfig:
     config = presets.get("baseline" if gpu else "debug").config
-    sizes: dict[str, Any] = {"batch": 2, "micro_batch": None, "seq": 1024 if gpu else 64}
+    sizes: dict[str, Any] = {"batch": 2, "micro_batch": None, "seq": 1024 if gpu else 64, **NO_STAGES}
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **sizes))
     return dataclasses.replace(config, model=changed(config.model, {"layers": 2})) if gpu else config

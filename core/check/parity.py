@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from core import presets, rng
-from core.config import ConfigError, ModelConfig, RunConfig
+from core.config import NO_STAGES, ConfigError, ModelConfig, RunConfig
 from core.data.bundled import open_data
 from core.data.dataset import batch as batch_at
 from core.engine.loading import BACKENDS, EXTRAS, available_backends
@@ -172,7 +172,7 @@ def _limits(dtype: DType) -> dict[str, float]:
 def _sized(config: RunConfig) -> RunConfig:
     """Return `config` with small batches of one row length: stages change the shape of a step, not its arithmetic."""
     rows, seq = min(config.train.batch, ROWS), min(config.train.seq, SEQ)
-    sizes = {"batch": rows, "seq": seq, "micro_batch": None, "seq_stages": (), "seq_until": ()}
+    sizes = {"batch": rows, "seq": seq, "micro_batch": None, **NO_STAGES}
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **sizes))
 
 

@@ -66,7 +66,8 @@ class RunPair:
 
 def choose_axis(configs: list[RunConfig], by: By) -> str:
     """Choose what curves are aligned by: as asked for, else by step if all runs take the same steps, else by tokens."""
-    settings = {(c.train.tokens_per_step, c.train.steps, c.train.seconds) for c in configs}
+    names = ("batch", "seq", "steps", "seconds", "batch_stages", "batch_until")
+    settings = {tuple(getattr(c.train, name) for name in names) for c in configs}
     return by if by != "auto" else "step" if len(settings) == 1 else "tokens"
 
 
@@ -77,7 +78,7 @@ def positions(run: Run, name: str, by: str) -> dict[float, dict[str, Any]]:
         if name not in row or row["step"] < 1:
             continue
         share = row["step"] / train.steps if train.seconds is None else row.get("progress", row["step"] / train.steps)
-        place = {"step": row["step"], "tokens": row["step"] * train.tokens_per_step, "share": share}[by]
+        place = {"step": row["step"], "tokens": run.tokens(row), "share": share}[by]
         if place > last:
             lines[place], last = row, place
     return lines
@@ -170,8 +171,8 @@ def _data(first: Run, other: Run) -> tuple[list[str], list[str]]:
 
 
 def _same_batches(a: RunConfig, b: RunConfig, by: str) -> bool:
-    names = ["batch", "seq", "seq_stages", "seq_until"]
-    if by == "share" or a.train.seq_stages:  # places or row lengths follow the schedule
+    names = ["batch", "seq", "seq_stages", "seq_until", "batch_stages", "batch_until"]
+    if by == "share" or a.train.seq_stages or a.train.batch_stages:  # places or row lengths follow the schedule
         names += ["steps", "seconds"]
         if a.train.seconds is not None:
             return False

@@ -93,7 +93,7 @@ def _row(run: Run) -> RunFigures:
         byte_rule=final.get("byte_rule"),
         targets=final.get("targets"),
         artifact_bytes=stored.get("bytes"),
-        tokens_per_second=steps * run.config.train.tokens_per_step / seconds if seconds else None,
+        tokens_per_second=run.tokens(lines[-1]) / seconds if seconds else None,
         seconds=seconds,
     )
 

@@ -318,10 +318,15 @@ def _open_lengths(path: str, tokens: int) -> Column:
 
 
 def batch(split: Split, step: int, rows: int, seq: int, seed: int, part: slice | None = None) -> Batch:
-    """Return the rows of step `step`, or `part` of them: a pure function of its arguments.
+    """Return the rows of step `step`, or `part` of them, where every step has as many: a pure function."""
+    return batch_from(split, step * rows, rows, seq, seed, part)
 
-    Windows of seq + 1 tokens lie on a grid of stride seq; row r of step s is window number s * rows + r. Each epoch
-    visits every window once, in the order (m * i + o) mod n with m coprime to n, drawn from (seed, epoch).
+
+def batch_from(split: Split, first: int, rows: int, seq: int, seed: int, part: slice | None = None) -> Batch:
+    """Return `rows` rows from window number `first` on, or `part` of them: a pure function of its arguments.
+
+    Windows of seq + 1 tokens lie on a grid of stride seq; row r is window number first + r. Each epoch visits every
+    window once, in the order (m * i + o) mod n with m coprime to n, drawn from (seed, epoch).
     DataError if the split is shorter than one window.
     """
     windows = (len(split) - 1) // seq
@@ -333,7 +338,7 @@ def batch(split: Split, step: int, rows: int, seq: int, seed: int, part: slice |
     wanted = range(rows)[part or slice(None)]
     starts = np.empty(len(wanted), np.int64)
     for place, row in enumerate(wanted):
-        epoch, i = divmod(step * rows + row, windows)
+        epoch, i = divmod(first + row, windows)
         if epoch not in orders:
             orders[epoch] = _order(seed, epoch, windows)
         multiplier, offset = orders[epoch]
@@ -352,28 +357,39 @@ def _order(seed: int, epoch: int, windows: int) -> tuple[int, int]:
 
 
 class Prefetch:
-    """Make the batches of consecutive steps on one thread, `depth` ahead, for the row length that is in use."""
+    """Make the batches of consecutive steps on one thread, `depth` ahead, for the rows that are in use."""
 
-    def __init__(self, make: Callable[[int, int], Batch], first: int, seq: int, depth: int = 2) -> None:
-        self._make, self._step = make, first
+    def __init__(
+        self, make: Callable[[int, int, int], Batch], tokens: int, rows: int, seq: int, depth: int = 2
+    ) -> None:
+        self._make, self._next, self._depth = make, tokens, depth
         self._pool = ThreadPoolExecutor(1, "prefetch")
-        self._ahead: deque[tuple[int, Future[Batch]]] = deque()
-        for i in range(depth):
-            self._start(first + i, seq)
+        self._ahead: deque[tuple[tuple[int, int, int], Future[Batch]]] = deque()
+        self._fill(tokens, rows, seq)
 
-    def get(self, step: int, seq: int) -> Batch:
-        """Return the batch of `step`, which must be the next one, in rows of `seq`, or raise what making it raised."""
-        if step != self._step:
-            raise ValueError(f"step {step} was asked of a prefetcher whose next step is {self._step}")
-        guessed, future = self._ahead[0]
-        batch = future.result() if guessed == seq else self._make(step, seq)  # the schedule has changed the length
+    def get(self, tokens: int, rows: int, seq: int) -> Batch:
+        """Return the batch of `rows` rows of `seq` behind `tokens` tokens, which must be where the last one ended.
+
+        It raises what making the batch raised.
+        """
+        if tokens != self._next:
+            raise ValueError(f"token {tokens} was asked of a prefetcher whose next token is {self._next}")
+        if self._ahead[0][0] != (tokens, rows, seq):  # the schedule has changed the rows
+            for _, future in self._ahead:
+                future.cancel()
+            self._ahead.clear()
+            self._fill(tokens, rows, seq)
+        batch = self._ahead[0][1].result()
         self._ahead.popleft()
-        self._step += 1
-        self._start(step + len(self._ahead) + 1, seq)
+        self._next = tokens + rows * seq
+        self._fill(self._next, rows, seq)
         return batch
 
-    def _start(self, step: int, seq: int) -> None:
-        self._ahead.append((seq, self._pool.submit(self._make, step, seq)))
+    def _fill(self, tokens: int, rows: int, seq: int) -> None:
+        """Start what is missing of the next batches, if they are like this one."""
+        for i in range(len(self._ahead), self._depth):
+            wanted = (tokens + i * rows * seq, rows, seq)
+            self._ahead.append((wanted, self._pool.submit(self._make, *wanted)))
 
     def close(self) -> None:
         """Drop what was made ahead and end the thread."""

@@ -9,6 +9,8 @@ class StepPlan:
     """Every number and switch of one step; the fields that are floats go to the device together (NUMBERS)."""
 
     step: int
+    rows: int
+    """Rows of the step, on all ranks together."""
     seq: int
     """Tokens per row."""
     lr_embed: float

@@ -24,6 +24,8 @@ MOST_WALKED = 200_000
 class StepKind(NamedTuple):
     """What decides the time of a step, as far as it changes during a run."""
 
+    rows: int
+    """Rows of the step."""
     seq: int
     """Tokens per row."""
     quantise: bool
@@ -34,14 +36,14 @@ class StepKind(NamedTuple):
     @classmethod
     def of(cls, now: StepPlan) -> "StepKind":
         """Return the kind of a planned step."""
-        return cls(now.seq, now.quantise, now.repeat)
+        return cls(now.rows, now.seq, now.quantise, now.repeat)
 
     def describe(self, config: RunConfig) -> str:
         """Return the kind in words."""
         stored = ", stored weights" if self.quantise else ""
-        return (
-            f"rows of {self.seq} tokens{stored}{', repeated layers' * bool(self.repeat and config.model.repeat_layers)}"
-        )
+        rows = f"{self.rows:,} rows" if config.train.batch_stages else "rows"
+        again = ", repeated layers" * bool(self.repeat and config.model.repeat_layers)
+        return f"{rows} of {self.seq} tokens{stored}{again}"
 
 
 class Passes(NamedTuple):
@@ -163,7 +165,9 @@ def phases(config: RunConfig, course: Course) -> list[Phase]:
         for i, rate in enumerate(course.rates)
     ]
     labels: list[Sequence[str | None]] = [rates]
-    if settings.seq_stages:
+    if settings.batch_stages:
+        labels.append([f"{now.rows:,} rows of {now.seq} tokens" for now in plans])
+    elif settings.seq_stages:
         labels.append([f"rows of {now.seq} tokens" for now in plans])
     if settings.quantise == "late":
         labels.append(["stored weights" if now.quantise else None for now in plans])
@@ -256,7 +260,7 @@ def forecast(
         Limit("training", asked, rule_seconds, "s", False, note),
         Limit("scoring", judged, rule_seconds, "s", False, note),
     ]
-    tokens = sum(settings.rows_of(now.seq)[0] * now.seq for now in course.plans)
+    tokens = sum(now.rows * now.seq for now in course.plans)
     kinds = [StepKind.of(now) for now in course.plans]
     return Forecast(
         preset=config.preset,

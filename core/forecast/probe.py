@@ -118,14 +118,14 @@ def _time_steps(engine: Engine, dataset: Dataset, config: RunConfig, kind: StepK
     """Return the seconds of a step, data included, and how many steps the host was ahead at the end."""
     settings, ranks = config.train, engine.ranks
     now = replace(plan(0, 0.0, settings), **kind._asdict())
-    feed = prefetch(config, ranks, dataset, 0, kind.seq)
+    feed, size = prefetch(config, ranks, dataset, 0, kind.rows, kind.seq), kind.rows * kind.seq
     try:
-        first = _timed(ranks, lambda: engine.train_step(feed.get(0, kind.seq), now).result())
+        first = _timed(ranks, lambda: engine.train_step(feed.get(0, kind.rows, kind.seq), now).result())
         wanted = max(STEPS, SECONDS / first) if first else STEPS
         clock, pending = Clock(), None
         for step in range(1, 1 + math.ceil(part * min(wanted, MOST))):
             agreed(clock, engine, settings)
-            pending = engine.train_step(feed.get(step, kind.seq), now)
+            pending = engine.train_step(feed.get(step * size, kind.rows, kind.seq), now)
         issued = clock.seconds
         assert pending is not None
         pending.result()

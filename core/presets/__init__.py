@@ -4,7 +4,7 @@ import dataclasses
 from typing import NamedTuple
 
 from core.checks import closest
-from core.config import ConfigError, RunConfig
+from core.config import NO_STAGES, ConfigError, RunConfig
 from core.presets import skc, transformers
 
 
@@ -53,7 +53,7 @@ def mini(config: RunConfig) -> RunConfig:
             **{name: part.mini(model, dim) for name, part in model.parts.items()},
         ),
         train=dataclasses.replace(
-            config.train, batch=4, seq=37, steps=50, micro_batch=None, seconds=None, seq_stages=(), seq_until=()
+            config.train, batch=4, seq=37, steps=50, micro_batch=None, seconds=None, reserve_seconds=0.0, **NO_STAGES
         ),
         eval=dataclasses.replace(config.eval, seq=32, stride=None, windows="plain", batch=4),
     )

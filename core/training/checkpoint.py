@@ -22,7 +22,7 @@ SCHEMA = 3
 READS = (2, SCHEMA)
 STATE = {
     "schema": whole("2 or 3", *READS), "step": COUNT, "dtype": among(*get_args(DType)), "quantise": FLAG,
-    "seconds": number("a number from 0 up", 0.0, 2.0**1023), "sha256": text(64),
+    "seconds": number("a number from 0 up", 0.0, 2.0**1023), "sha256": text(64), "tokens?": COUNT,
 }  # fmt: skip
 """What it says of itself."""
 CURE = "delete it to train from the start"
@@ -43,13 +43,19 @@ class Checkpoint(NamedTuple):
     """Compute type that it was trained in."""
     quantise: bool
     """Whether forward passes use the stored form of the weights."""
+    tokens: int
+    """Tokens of those steps: where the data goes on."""
 
 
-def write_checkpoint(path: Path, engine: Engine, step: int, seconds: float) -> None:
-    """Write what `engine` holds after `step` steps in place of `path`; OSError (a full disk) leaves what was there."""
+def write_checkpoint(path: Path, engine: Engine, step: int, seconds: float, tokens: int | None = None) -> None:
+    """Write what `engine` holds after `step` steps in place of `path`; OSError (a full disk) leaves what was there.
+
+    `tokens`: of those steps; None: each had as many.
+    """
     arrays = {f"param/{name}": value for name, value in engine.params().items()}
     arrays |= {f"optim/{name}": value for name, value in engine.optimizer().items()}
     meta = {"dtype": engine.dtype, "quantise": engine.quantise, "schema": SCHEMA, "seconds": seconds, "step": step}
+    meta |= {} if tokens is None else {"tokens": tokens}
     state = json.dumps({**meta, "sha256": digest(arrays)}, separators=(",", ":"), sort_keys=True)
     write_tensors(path, arrays, {"skc": state})
 
@@ -84,8 +90,8 @@ def read_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
         raise RunError(str(error)) from error
     if state["sha256"] != digest(arrays):
         raise RunError(f"{path}: skc: sha256: the tensors are not the ones that were saved; delete it")
-    seconds = float(state["seconds"])
-    return Checkpoint(state["step"], seconds, sides["param"], sides["optim"], state["dtype"], state["quantise"])
+    seconds, tokens = float(state["seconds"]), state.get("tokens", state["step"] * config.train.tokens_per_step)
+    return Checkpoint(state["step"], seconds, sides["param"], sides["optim"], state["dtype"], state["quantise"], tokens)
 
 
 def _check_type(path: Path, key: str, value: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """The training loop, on one screen: what happens, in the order in which it happens."""
 
 import contextlib
-import functools
+import math
 import os
 import signal
 import threading
@@ -16,7 +16,7 @@ from core import rng
 from core.config import ConfigError, RunConfig, TrainConfig
 from core.console import duration
 from core.data.batch import Batch
-from core.data.dataset import Dataset, Prefetch, batch
+from core.data.dataset import Dataset, Prefetch, batch_from
 from core.engine.protocol import Engine, Pending, StepResult
 from core.engine.ranks import Ranks, Stopped, agree, share
 from core.files import MAX_TEXT
@@ -124,26 +124,28 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say, show: Show | Non
     """
     config, settings, ranks = run.config, run.config.train, engine.ranks
     check_rows(settings, ranks)
-    step, seconds = run.restore(engine)
+    step, seconds, tokens = run.restore(engine)
     if step:
         say(f"resumed at step {step}")
     if not done(step, seconds, settings):
         warm_up(engine, config, show)
-    feed = prefetch(config, ranks, dataset, step, plan(step, progress_of(step, seconds, settings), settings).seq)
+    now = plan(step, progress_of(step, seconds, settings), settings)
+    feed = prefetch(config, ranks, dataset, tokens, now.rows, now.seq)
     clock, first = Clock(seconds), step
     ended = time.perf_counter()
     meter, saved, saved_at = Meter(run, engine, dataset, clock, say), step, time.monotonic()
-    line = StepLine(settings, lambda: clock.seconds, step, show)
+    line = StepLine(settings, lambda: clock.seconds, step, tokens, show)
     with Leave() as leave, contextlib.closing(feed):
         while not done(step, seconds := agreed(clock, engine, settings), settings):
             progress = progress_of(step, seconds, settings)
             now = plan(step, progress, settings)
             if settings.quantise == "late" and now.quantise and not engine.quantise:
                 say(f"step {step}: from here on forward passes use the stored form of the weights")
-            pending = engine.train_step(feed.get(step, now.seq), now)
-            meter.add(step, progress, pending)
+            pending = engine.train_step(feed.get(tokens, now.rows, now.seq), now)
+            tokens += now.rows * now.seq
+            meter.add(step, progress, pending, tokens)
             step += 1
-            line(step, pending)
+            line(step, tokens, pending)
             now_due = due(step, settings)
             leaving, late = _asked(ranks, leave, now_due, time.monotonic() - saved_at, settings)
             if now_due.read or leaving:
@@ -151,13 +153,13 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say, show: Show | Non
             ended = time.perf_counter()
             with clock.paused():
                 if now_due.evaluate:
-                    _estimate(run, engine, dataset, step, say)
+                    _estimate(run, engine, dataset, step, tokens, say)
                 if now_due.write and ranks.rank == 0:
                     write_samples(run, engine, dataset, step, say)
                 if leaving:
                     say(f"asked to stop: saving step {step} first")
                 if now_due.save or late or leaving:
-                    run.save(engine, step, clock.seconds)
+                    run.save(engine, step, clock.seconds, tokens)
                     saved, saved_at = step, time.monotonic()
             if leaving:
                 agree(ranks, None)  # no rank leaves before rank 0 has saved
@@ -166,7 +168,7 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say, show: Show | Non
         ended = time.perf_counter()
     seconds = clock.seconds
     if agree(ranks, saved != step or not run.checkpoint_path.exists()):
-        run.save(engine, step, seconds)
+        run.save(engine, step, seconds, tokens)
     if _any(ranks, leave.asked):
         raise Stopped
     return TrainingSummary(step, seconds, ended, step - first)
@@ -200,34 +202,41 @@ def check_rows(settings: TrainConfig, ranks: Ranks) -> None:
         )
     if settings.batch < ranks.world:
         raise ConfigError(f"train.batch={settings.batch} rows cannot be shared by {ranks.world} ranks: use fewer ranks")
+    rows, seq = min(settings.shapes)
+    if rows < ranks.world:
+        raise ConfigError(
+            f"train.batch_stages={settings.batch_stages}: a stage's {rows} rows of {seq} tokens cannot be shared by "
+            f"{ranks.world} ranks: use fewer ranks, or more rows"
+        )
 
 
-def prefetch(config: RunConfig, ranks: Ranks, dataset: Dataset, step: int, seq: int) -> Prefetch:
-    """Start to make this rank's batches from `step` on, in rows of `seq`, of shards that are as they were made."""
+def prefetch(config: RunConfig, ranks: Ranks, dataset: Dataset, tokens: int, rows: int, seq: int) -> Prefetch:
+    """Start to make this rank's batches behind `tokens` tokens, `rows` rows of `seq`, of shards as they were made."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
         dataset.train.start_verify()
-    rows, part = config.train.rows_of, functools.partial(share, ranks=ranks)
-    return Prefetch(
-        lambda s, seq: batch(dataset.train, s, rows(seq)[0], seq, config.seed, part(rows(seq)[0])), step, seq
-    )
+
+    def make(tokens: int, rows: int, seq: int) -> Batch:
+        return batch_from(dataset.train, tokens // seq, rows, seq, config.seed, share(rows, ranks))
+
+    return Prefetch(make, tokens, rows, seq)
 
 
 def warm_up(engine: Engine, config: RunConfig, show: Show | None = None) -> None:
-    """Let the engine compile its step for every row length, with and without repeated layers if the run has both.
+    """Let the engine compile its step for every shape of batches, with and without repeated layers if the run has both.
 
     It does so on random tokens; weights and optimizer are put back. `show` gets a line before every step.
     """
     params, optimizer, quantise = engine.params(), engine.optimizer(), engine.quantise
     settings, again = config.train, bool(config.model.repeat_layers)
-    for seq in sorted(set(settings.lengths)):
-        rows = settings.rows_of(seq)[0]
+    for rows, seq in sorted(settings.shapes, key=lambda shape: shape[::-1]):
         drawn = rng.integers16(config.seed, "warm-up", rows * (seq + 1)) % config.model.vocab
         drawn = drawn.astype(np.int32).reshape(rows, seq + 1)[share(rows, engine.ranks)]
         tokens, targets = np.ascontiguousarray(drawn[:, :-1]), np.ascontiguousarray(drawn[:, 1:])
         for repeat in {plan(0, 0.0, settings).repeat, True}:
             if show is not None:
                 show(f"compiling: a step of {rows} rows of {seq} tokens{', layers repeated' * again * repeat}")
-            first = replace(plan(0, 0.0, settings), seq=seq, quantise=settings.quantise != "never", repeat=repeat)
+            first = plan(0, 0.0, settings)
+            first = replace(first, rows=rows, seq=seq, quantise=settings.quantise != "never", repeat=repeat)
             engine.train_step(Batch(tokens, targets, rows), first).result()
     engine.load_params(params, quantise)
     engine.load_optimizer(optimizer)
@@ -240,13 +249,13 @@ class Meter:
         self._run, self._engine, self._clock, self._say = run, engine, clock, say
         self._traces = engine.stats()["traces"]
         self._tokens, self._bytes = len(dataset.train), training_bytes(dataset)
-        self._steps: list[tuple[int, float, Pending]] = []
+        self._steps: list[tuple[int, float, Pending, int]] = []
         self._shown = self._first = clock.seconds
         self._taken = self._overflows = 0
 
-    def add(self, step: int, progress: float, pending: Pending) -> None:
-        """Remember a step that was started."""
-        self._steps.append((step, progress, pending))
+    def add(self, step: int, progress: float, pending: Pending, tokens: int) -> None:
+        """Remember a step that was started, and the tokens of all steps up to it."""
+        self._steps.append((step, progress, pending, tokens))
 
     def read(self, step: int) -> bool:
         """Wait for the steps since the last line and record them, if there are any, and return whether there were.
@@ -255,24 +264,27 @@ class Meter:
         """
         if not self._steps:
             return False
-        results = [(number, pending.result()) for number, _, pending in self._steps]
+        results = [(number, pending.result()) for number, _, pending, _ in self._steps]
         self._check(results)
         now, settings = self._clock.seconds, self._run.config.train
         took, count = max(now - self._shown, 1e-9), len(results)
         loss = float(np.mean([result.loss for _, result in results]))
-        progress = [p for _, p, _ in self._steps]
+        progress = [p for _, p, _, _ in self._steps]
+        tokens = sum(math.prod(settings.shape(p)) for p in progress)
         norms = [result.grad_norm for _, result in results if result.finite]
         values: dict[str, Any] = {
             "train/loss": loss,
             **({"train/grad_norm": float(np.mean(norms))} if norms else {}),
             "opt/lr": plan(step - 1, progress[-1], settings).lr_matrix,
-            "perf/tok_s": count * settings.tokens_per_step / took,
+            "perf/tok_s": tokens / took,
             "perf/step_ms": 1000 * took / count,
             "clock/seconds": now,
             "progress": progress[-1],
         }
         if settings.seconds is not None:
             values["progress/each"] = progress
+        if settings.batch_stages:
+            values["tokens"] = self._steps[-1][3]
         if self._bytes is not None:
             values["train/bpb"] = bits_per_byte(loss * self._tokens, self._bytes[1])
         self._steps, self._shown, self._taken = [], now, self._taken + count
@@ -306,8 +318,8 @@ class Meter:
         """Say once that the device's code was compiled again: a step waited for it, and the clock went on."""
         more = self._engine.stats()["traces"] - self._traces
         if more > 0:
-            seq = plan(step - 1, progress, self._run.config.train).seq
-            rows = self._run.config.train.rows_of(seq)[1]
+            rows, seq = self._run.config.train.shape(progress)
+            rows = min(rows, self._run.config.train.rows_of(seq)[1])
             self._say(
                 f"compiled again by step {step} ({more:.0f} more): {rows} rows of {seq} tokens, in a shape "
                 "that the warm-up had not seen (said once)"
@@ -317,8 +329,8 @@ class Meter:
     def _line(self, step: int, values: dict[str, Any], now: float) -> str:
         settings = self._run.config.train
         left = (settings.steps - step) * (now - self._first) / self._taken
-        if settings.seconds is not None:
-            left = min(left, settings.seconds - now)
+        if settings.train_stop is not None:
+            left = min(left, settings.train_stop - now)
         bpb = f"  bpb {values['train/bpb']:.4f}" if "train/bpb" in values else ""
         return (
             f"step {step}/{settings.steps}  loss {values['train/loss']:.4f}{bpb}  lr {values['opt/lr']:.2e}  "
@@ -326,11 +338,12 @@ class Meter:
         )
 
 
-def _estimate(run: Run, engine: Engine, dataset: Dataset, step: int, say: Say) -> None:
+def _estimate(run: Run, engine: Engine, dataset: Dataset, step: int, tokens: int, say: Say) -> None:
     """Estimate the validation score on a few documents and record it."""
     evaluation = Evaluation.of(dataset.val, run.config, run.config.eval.train_documents)
     estimate = score(engine, evaluation, ranks=engine.ranks)
-    run.log(step, {"val/bpb": estimate.bpb} | ({} if estimate.error is None else {"val/error": estimate.error}))
+    values = {"val/bpb": estimate.bpb} | ({} if estimate.error is None else {"val/error": estimate.error})
+    run.log(step, values | ({"tokens": tokens} if run.config.train.batch_stages else {}))
     spread = f" ± {estimate.error:.4f}" if estimate.error else ""  # no error where the draw took all documents
     say(
         f"step {step}  validation estimate {estimate.bpb:.4f}{spread} bits per byte "
@@ -363,7 +376,7 @@ def _due(step: int, every: int | None) -> bool:
 
 def done(step: int, seconds: float, settings: TrainConfig) -> bool:
     """Return whether a run of `step` steps and `seconds` of training has reached its end."""
-    return step >= settings.steps or (settings.seconds is not None and seconds >= settings.seconds)
+    return step >= settings.steps or (settings.train_stop is not None and seconds >= settings.train_stop)
 
 
 def agreed(clock: Clock, engine: Engine, settings: TrainConfig) -> float:
@@ -373,4 +386,5 @@ def agreed(clock: Clock, engine: Engine, settings: TrainConfig) -> float:
 
 def progress_of(step: int, seconds: float, settings: TrainConfig) -> float:
     """Return the share of the run that the schedule sees at the start of `step`, after `seconds` of training."""
-    return progress_by_steps(step, settings) if settings.seconds is None else min(1.0, seconds / settings.seconds)
+    stop = settings.train_stop
+    return progress_by_steps(step, settings) if stop is None else min(1.0, seconds / stop)

@@ -110,6 +110,8 @@ METRICS: dict[str, tuple[Kind, str]] = {
     "clock/closed": (
         POSITIVE, "the same when the training text was closed; the last checkpoint, written in between, counts"
     ),
+    "clock/train_stop": (POSITIVE, "when training was to end (runs with train.reserve_seconds only)"),
+    "tokens": (COUNT, "tokens that the steps so far had (runs with train.batch_stages only)"),
     "progress": (SHARE, "share of the run that the schedule saw at the last step"),
     "progress/each": ([SHARE], "the same for every step since the last line (runs with train.seconds only)"),
     "val/bpb": (NUMBER, "validation estimate made during training"),

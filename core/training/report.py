@@ -93,8 +93,7 @@ def _speed(run: Run) -> str:
     rows = [row for row in run.metrics() if "train/loss" in row]
     if not rows:
         return "no steps"
-    seconds, train = rows[-1]["clock/seconds"], run.config.train
-    tokens = rows[-1]["step"] * train.tokens_per_step
+    seconds, tokens = rows[-1]["clock/seconds"], run.tokens(rows[-1])
     return (
         f"{rows[-1]['step']:,} steps, {tokens:,} tokens, {seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
     )

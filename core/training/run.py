@@ -172,6 +172,10 @@ class Run:
         """Return the newest value of a metric, or None."""
         return next((row[name] for row in reversed(self.metrics()) if name in row), None)
 
+    def tokens(self, row: dict[str, Any]) -> int:
+        """Return the tokens that the steps of a line of metrics.jsonl had."""
+        return row.get("tokens", row["step"] * self.config.train.tokens_per_step)
+
     def forget(self) -> None:
         """Drop what metrics.jsonl says of the finished run: it is to be scored anew."""
         rows = [row for row in self.metrics() if not any(name.startswith("final/") for name in row)]
@@ -200,7 +204,7 @@ class Run:
     def _write_rows(self, rows: list[dict[str, Any]]) -> None:
         replace_file(self.metrics_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def save(self, engine: Engine, step: int, seconds: float) -> None:
+    def save(self, engine: Engine, step: int, seconds: float, tokens: int | None = None) -> None:
         """Write the checkpoint of `step` in place of the last one; OSError (a full disk) leaves that one as it was.
 
         Every `train.keep_every`-th one is also copied to a name of its own, under which it stays.
@@ -209,7 +213,7 @@ class Run:
             if self.metrics_path.exists():
                 sync_file(self.metrics_path)  # before the checkpoint: it must not be ahead of what is recorded
             own_folder(self.checkpoint_path.parent)
-            write_checkpoint(self.checkpoint_path, engine, step, seconds)
+            write_checkpoint(self.checkpoint_path, engine, step, seconds, tokens)
             self._keep(step)
             sync_folder(self.checkpoint_path.parent)
 
@@ -249,8 +253,8 @@ class Run:
             raise RunError(f"{path}: holds step {checkpoint.step}, not {step}: it was renamed; delete it")
         return checkpoint
 
-    def restore(self, engine: Engine) -> tuple[int, float]:
-        """Load the checkpoint into `engine` and return (steps done, training seconds); (0, 0) where there is none.
+    def restore(self, engine: Engine) -> tuple[int, float, int]:
+        """Load the checkpoint into `engine` and return (steps done, training seconds, tokens); zeros without one.
 
         Metrics after the checkpoint's step are dropped, so that nothing is recorded twice. ConfigError if the engine
         computes in another type than the run was trained in.
@@ -261,7 +265,7 @@ class Run:
                 f"{self.path}: was trained in {saved.dtype}, this would go on in {engine.dtype}: "
                 f"add --dtype {saved.dtype}, or choose another --out"
             )
-        step, seconds = (saved.step, saved.seconds) if saved else (0, 0.0)
+        step, seconds, tokens = (saved.step, saved.seconds, saved.tokens) if saved else (0, 0.0, 0)
         _share(engine.ranks, saved)
         if saved:
             try:
@@ -275,7 +279,7 @@ class Run:
         self._write_rows(rows)
         if self.copies is not None:
             self.copies.rows(rows)
-        return step, seconds
+        return step, seconds, tokens
 
 
 class Follower(Run):
@@ -284,18 +288,18 @@ class Follower(Run):
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Leave it to rank 0."""
 
-    def save(self, engine: Engine, step: int, seconds: float) -> None:
+    def save(self, engine: Engine, step: int, seconds: float, tokens: int | None = None) -> None:
         """Give rank 0 what this rank knows of the optimizer's state."""
         engine.optimizer()
 
-    def restore(self, engine: Engine) -> tuple[int, float]:
+    def restore(self, engine: Engine) -> tuple[int, float, int]:
         """Load the checkpoint that rank 0 read."""
         saved = _share(engine.ranks, None)
         if saved is None:
-            return 0, 0.0
+            return 0, 0.0, 0
         engine.load_params(saved.params, saved.quantise)
         engine.load_optimizer(saved.optimizer)
-        return saved.step, saved.seconds
+        return saved.step, saved.seconds, saved.tokens
 
 
 def _share(ranks: Ranks, saved: Checkpoint | None) -> Checkpoint | None:

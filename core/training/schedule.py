@@ -1,5 +1,9 @@
 """The step plan: every number that changes during a run, as a pure function of step and progress."""
 
+import bisect
+import dataclasses
+import math
+
 from core.config import TrainConfig
 from core.engine.plan import StepPlan
 
@@ -10,9 +14,10 @@ def progress_by_steps(step: int, config: TrainConfig) -> float:
 
 
 def lr_scale(progress: float, config: TrainConfig) -> float:
-    """Return the learning-rate scale: linear warm-up, constant, linear warm-down to the floor.
+    """Return the learning-rate scale: linear warm-up, constant, linear or cosine warm-down to the floor.
 
-    `progress` is the share of the run that is done, from 0 to 1; past 1 the floor holds.
+    `progress` is the share of the run that is done, from 0 to 1; past 1 the floor holds. With floor_rule=clip the
+    warm-down is to 0, and the floor holds from where it is met.
     """
     if progress < config.warmup:
         return progress / config.warmup
@@ -20,7 +25,16 @@ def lr_scale(progress: float, config: TrainConfig) -> float:
     if progress <= start or config.warmdown == 0:
         return 1.0
     done = min((progress - start) / config.warmdown, 1.0)
-    return 1.0 + done * (config.floor - 1.0)
+    fallen = done if config.decay == "linear" else (1.0 - math.cos(math.pi * done)) / 2.0
+    return max(1.0 - fallen, config.floor) if config.floor_rule == "clip" else 1.0 + fallen * (config.floor - 1.0)
+
+
+def decay_scale(progress: float, config: TrainConfig) -> float:
+    """Return the factor of the matrix group's weight decay: 1, then in a straight line to `weight_decay_end`."""
+    start = config.weight_decay_from
+    if progress <= start:
+        return 1.0
+    return 1.0 + (min(progress, 1.0) - start) / (1.0 - start) * (config.weight_decay_end - 1.0)
 
 
 def momentum(step: int, config: TrainConfig) -> float:
@@ -29,12 +43,13 @@ def momentum(step: int, config: TrainConfig) -> float:
     return config.muon_momentum_start + done * (config.muon_momentum - config.muon_momentum_start)
 
 
-def row_length(progress: float, config: TrainConfig) -> int:
-    """Return the tokens per row at `progress`: the first stage that has not ended, else `seq`."""
-    for seq, until in zip(config.seq_stages, config.seq_until, strict=True):
-        if progress <= until:
-            return seq
-    return config.seq
+def tokens_before(step: int, config: TrainConfig) -> int:
+    """Return how many tokens the steps before `step` have, where progress is counted in steps."""
+    rows = begin = 0
+    for stage, until in zip(config.batch_stages, config.batch_until, strict=True):
+        end = bisect.bisect_right(range(config.steps), until, key=lambda step: progress_by_steps(step, config))
+        rows, begin = rows + stage * (min(step, end) - begin), min(step, end)
+    return (rows + config.batch * (step - begin)) * config.seq
 
 
 def quantise(progress: float, config: TrainConfig) -> bool:
@@ -52,20 +67,33 @@ def average(step: int, progress: float, config: TrainConfig) -> float:
     return config.average_decay if started else 0.0
 
 
+def steps_of(tokens: int, config: TrainConfig) -> int:
+    """Return the steps of the shortest run that has `tokens` tokens."""
+    fewest = min([config.batch, *config.batch_stages]) * config.seq
+    runs = range(1, 1 - (-tokens // fewest))
+
+    def size(steps: int) -> int:
+        return tokens_before(steps, dataclasses.replace(config, steps=steps))
+
+    return runs[bisect.bisect_left(runs, tokens, key=size)]
+
+
 def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
     """Return the plan of `step` (from 0) at `progress` (0 to 1)."""
     scale = lr_scale(progress, config)
+    rows, seq = config.shape(progress)
     return StepPlan(
         step=step,
-        seq=row_length(progress, config),
+        rows=rows,
+        seq=seq,
         lr_embed=config.lr_embed * scale,
         lr_matrix=config.lr_matrix * scale,
         lr_vector=config.lr_vector * scale,
         lr_hash=config.lr_hash * scale,
         decay_embed=config.weight_decay_embed,
-        decay_matrix=config.weight_decay,
-        decay_vector=0.0,
-        decay_hash=0.0,
+        decay_matrix=config.weight_decay * decay_scale(progress, config),
+        decay_vector=config.weight_decay_vector,
+        decay_hash=config.weight_decay_hash,
         momentum=momentum(step, config),
         bias1=1.0 - config.beta1 ** (step + 1),
         bias2=1.0 - config.beta2 ** (step + 1),

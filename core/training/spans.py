@@ -25,9 +25,10 @@ def rooms(split: Split, config: RunConfig, world: int) -> tuple[tuple[int, int, 
     model, shapes = config.model, []
     asked = model.documents == "isolated" and model.mixes("attention")
     for seq in sorted(set(config.train.lengths)) if asked else ():
-        of_step, most = config.train.rows_of(seq)
+        most = config.train.rows_of(seq)[1]
         counts = documents(split, seq, model.bos)
-        sizes = {min(n, -(-of_step // world)) for n in halves(most)}
+        steps = [-(-rows // world) for rows, length in config.train.shapes if length == seq]
+        sizes = {min(n, of_rank) for n in halves(most) for of_rank in steps}
         shapes += [(rows, seq, room(counts, rows)) for rows in sorted(sizes)]
     return tuple(shapes)
 

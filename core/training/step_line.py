@@ -20,30 +20,32 @@ RECENT = 16
 class StepLine:
     """Shows where training stands, a line in place of the last one; without `show` it does nothing."""
 
-    def __init__(self, settings: TrainConfig, seconds: Callable[[], float], step: int, show: Show | None) -> None:
-        """Begin at `step`; `seconds` tells the training time so far."""
+    def __init__(
+        self, settings: TrainConfig, seconds: Callable[[], float], step: int, tokens: int, show: Show | None
+    ) -> None:
+        """Begin at `step`, behind `tokens` tokens; `seconds` tells the training time so far."""
         self._settings, self._seconds, self._show = settings, seconds, show
         self._pending: deque[Pending] = deque(maxlen=AHEAD + 1)
-        self._marks = deque([(step, seconds())], maxlen=RECENT + 1)
+        self._marks = deque([(step, tokens, seconds())], maxlen=RECENT + 1)
         self._shown = 0.0
         if show is not None:
             show(f"step {step + 1}/{settings.steps}: under way")
 
-    def __call__(self, step: int, pending: Pending) -> None:
-        """Show that `step` steps were started, the last of which is `pending`."""
+    def __call__(self, step: int, tokens: int, pending: Pending) -> None:
+        """Show that `step` steps of `tokens` tokens were started, the last of which is `pending`."""
         if self._show is None:
             return
         self._pending.append(pending)
-        self._marks.append((step, self._seconds()))
+        self._marks.append((step, tokens, self._seconds()))
         now = time.monotonic()
         if now - self._shown < EVERY:
             return
         self._shown = now
-        (before, began), (_, seconds) = self._marks[0], self._marks[-1]
-        each = max(seconds - began, 1e-9) / (step - before)
-        left = (self._settings.steps - step) * each
-        if self._settings.seconds is not None:
-            left = min(left, self._settings.seconds - seconds)
+        (before, read, began), (_, _, seconds) = self._marks[0], self._marks[-1]
+        took = max(seconds - began, 1e-9)
+        left = (self._settings.steps - step) * took / (step - before)
+        if self._settings.train_stop is not None:
+            left = min(left, self._settings.train_stop - seconds)
         loss = f"loss {self._pending[0].result().loss:.4f}, " if len(self._pending) > AHEAD else ""
-        speed = f"{self._settings.tokens_per_step / each:,.0f} tok/s"
+        speed = f"{(tokens - read) / took:,.0f} tok/s"
         self._show(f"step {step}/{self._settings.steps}: {loss}{speed}, {duration(left)} left")

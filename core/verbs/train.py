@@ -195,8 +195,15 @@ def _close_training(run: Run, dataset: Dataset, summary: TrainingSummary, say: C
     dataset.train.close(f"training ended at {summary.seconds:.1f} s, and nothing reads its text after that")
     if not summary.taken:  # an earlier start trained, and its record stands
         return
-    run.log(summary.steps, {"clock/stopped": summary.seconds, "clock/closed": closed})
+    times = {"clock/stopped": summary.seconds, "clock/closed": closed}
     say(f"training stopped at {summary.seconds:.3f} s; training data was closed at {closed:.3f} s")
+    train = run.config.train
+    if train.seconds is not None and train.train_stop is not None and train.reserve_seconds:
+        times["clock/train_stop"] = train.train_stop
+        left = train.seconds - closed
+        over = "" if left >= 0 else "WARNING: more than train.reserve_seconds was used: "
+        say(f"{over}train_stop {train.train_stop:.3f} s; {left:.3f} s of train.seconds={train.seconds} are left")
+    run.log(summary.steps, times)
 
 
 def _forecast(engine: Engine, dataset: Dataset, config: RunConfig, out: str, build: float, say: Console) -> Outcome:

@@ -1,5 +1,6 @@
 """Shards, streams, documents, batches and prefetch: nothing lost, nothing doubled, damage named. Budget: 10 s."""
 
+import functools
 import struct
 import threading
 from collections import Counter
@@ -14,7 +15,7 @@ import core.data.dataset
 import core.data.prepare
 from core.data.batch import Batch
 from core.data.bundled import BUNDLED
-from core.data.dataset import DataError, Prefetch, Split, batch, open_shard, write_shard
+from core.data.dataset import DataError, Prefetch, Split, batch, batch_from, open_shard, write_shard
 from core.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(str(BUNDLED / "tokenizer.model"))
@@ -191,17 +192,17 @@ def test_prefetch_gives_the_same_batches_and_stays_ahead_by_depth() -> None:
     split = numbered(1000)
     made: list[int] = []
 
-    def make(step: int, seq: int) -> Batch:
-        made.append(step)
-        return batch(split, step, 2, seq, 3)
+    def make(tokens: int, rows: int, seq: int) -> Batch:
+        made.append(tokens // 20)
+        return batch(split, tokens // 20, rows, seq, 3)
 
-    prefetch = Prefetch(make, 5, 10, depth=3)
+    prefetch = Prefetch(make, 100, 2, 10, depth=3)
     try:
         for step in range(5, 12):
-            np.testing.assert_array_equal(prefetch.get(step, 10).tokens, batch(split, step, 2, 10, 3).tokens)
+            np.testing.assert_array_equal(prefetch.get(20 * step, 2, 10).tokens, batch(split, step, 2, 10, 3).tokens)
             assert max(made) <= step + 3
-        with pytest.raises(ValueError, match="step 5 was asked of a prefetcher whose next step is 12"):
-            prefetch.get(5, 10)
+        with pytest.raises(ValueError, match="token 100 was asked of a prefetcher whose next token is 240"):
+            prefetch.get(100, 2, 10)
     finally:
         prefetch.close()
     # what is dropped at the end goes one by one, while the thread may still take the one behind it
@@ -209,13 +210,20 @@ def test_prefetch_gives_the_same_batches_and_stays_ahead_by_depth() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-def test_prefetch_obeys_a_change_of_row_length_at_once() -> None:
-    """What was made ahead in the old length is dropped, not trained on."""
-    split = numbered(1000)
-    prefetch = Prefetch(lambda step, seq: batch(split, step, 80 // seq, seq, 3), 0, 10)
+def behind(split: Split, tokens: int, rows: int, seq: int) -> Batch:
+    """Return the rows behind `tokens` tokens."""
+    return batch_from(split, tokens // seq, rows, seq, 3)
+
+
+def test_prefetch_obeys_a_change_of_rows_at_once() -> None:
+    """What was made ahead in the old length, or of the old number of rows, is dropped, not trained on."""
+    split, tokens = numbered(1000), 0
+    prefetch = Prefetch(functools.partial(behind, split), 0, 8, 10)
     try:
-        for step, seq in enumerate([10, 10, 20, 20, 20, 40, 20, 20]):
-            np.testing.assert_array_equal(prefetch.get(step, seq).tokens, batch(split, step, 80 // seq, seq, 3).tokens)
+        for rows, seq in [(8, 10), (8, 10), (4, 20), (4, 20), (4, 20), (2, 40), (4, 40), (8, 20), (1, 20), (8, 20)]:
+            ours = prefetch.get(tokens, rows, seq)
+            np.testing.assert_array_equal(ours.tokens, behind(split, tokens, rows, seq).tokens)
+            tokens += rows * seq
     finally:
         prefetch.close()
 
@@ -223,15 +231,15 @@ def test_prefetch_obeys_a_change_of_row_length_at_once() -> None:
 def test_prefetch_raises_what_the_thread_raised() -> None:
     split = numbered(30)
 
-    def make(step: int, seq: int) -> Batch:
-        return batch(split, step, 1, 100 if step == 2 else seq, 3)
+    def make(tokens: int, rows: int, seq: int) -> Batch:
+        return behind(split, tokens, rows, 100 if tokens == 20 else seq)
 
-    prefetch = Prefetch(make, 0, 10)
+    prefetch = Prefetch(make, 0, 1, 10)
     try:
-        prefetch.get(0, 10)
-        prefetch.get(1, 10)
+        prefetch.get(0, 1, 10)
+        prefetch.get(10, 1, 10)
         for _ in range(2):
             with pytest.raises(DataError, match="shorter than one row"):
-                prefetch.get(2, 10)
+                prefetch.get(20, 1, 10)
     finally:
         prefetch.close()

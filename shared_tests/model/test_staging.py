@@ -89,7 +89,7 @@ def test_a_compilation_after_the_warm_up_is_said_once() -> None:
         patch.setattr("core.training.loop.training_bytes", lambda dataset: None)
         meter = Meter(run, counting, dataset, clock, said.append)
     for step in range(3):
-        meter.add(step, 0.5, pending)
+        meter.add(step, 0.5, pending, 148 * (step + 1))
         meter.read(step + 1)
     warnings = [line for line in said if line.startswith("compiled again")]
     assert warnings == [

@@ -39,8 +39,9 @@ def orthogonal(x: Array, settings: TrainConfig) -> Array:
     """Apply the Newton-Schulz polynomial to the singular values: the same map, by way of the SVD."""
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     s = s / (np.linalg.norm(x) + 1e-7)
-    a, b, c = settings.muon_coefficients
-    for _ in range(settings.muon_iterations):
+    triples = np.reshape(settings.muon_coefficients, (-1, 3))
+    for i in range(settings.muon_iterations):
+        a, b, c = triples[i % len(triples)]
         s = a * s + b * s**3 + c * s**5
     return u @ np.diag(s) @ vt
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from core.config import TrainConfig
+from core.config import POLAR_EXPRESS, TrainConfig
 from shared_tests.support.harness import draw, module, to_device, to_numpy
 
 SETTINGS = {"lr": 3e-3, "decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
@@ -24,6 +24,7 @@ MUON = {
     "plain": TrainConfig(),
     "rows": TrainConfig(muon_rows=True, muon_iterations=3),
     "rms": TrainConfig(muon_scale="rms", muon_coefficients=(2.0, -1.5, 0.5)),
+    "polar express": TrainConfig(muon_coefficients=POLAR_EXPRESS),
 }
 
 SHAPES = [(6, 6), (9, 4), (4, 9), (1, 5)]

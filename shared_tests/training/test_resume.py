@@ -167,8 +167,8 @@ def forget(*slots: str) -> Callable[[pytest.MonkeyPatch], None]:
 def start_data_again(patch: pytest.MonkeyPatch) -> None:
     """Plant a data order that starts from its beginning when a run is resumed."""
 
-    def again(make: Callable[[int, int], Batch], first: int, seq: int) -> Prefetch:
-        return Prefetch(lambda step, seq: make(step - first, seq), first, seq)
+    def again(make: Callable[[int, int, int], Batch], first: int, *shape: int) -> Prefetch:
+        return Prefetch(lambda tokens, *shape: make(tokens - first, *shape), first, *shape)
 
     patch.setattr(core.training.loop, "Prefetch", again)
 

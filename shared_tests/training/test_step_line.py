@@ -68,10 +68,10 @@ def test_the_time_left_is_the_clocks_where_the_clock_ends_the_run(
     lines: list[str] = []
     seconds = iter([0.0, 2.0, 4.0])
     settings = config_of(seconds=10.0, steps=1000).train
-    line = core.training.step_line.StepLine(settings, lambda: next(seconds), 0, lines.append)
+    line = core.training.step_line.StepLine(settings, lambda: next(seconds), 0, 0, lines.append)
     for step in (1, 2):
-        line(step, None)  # type: ignore[arg-type]
-    assert lines[-1].endswith(f" {settings.tokens_per_step / 2:,.0f} tok/s, 6s left")
+        line(step, 300 * step, None)  # type: ignore[arg-type]
+    assert lines[-1].endswith(" 150 tok/s, 6s left")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -218,7 +218,7 @@ def _read(place: Place) -> Recorded:
     try:
         last = _last_row(place.folder / "metrics.jsonl")
         step, seconds, bpb = last["step"], last["clock/seconds"], last.get("train/bpb")
-        share = seconds / train.seconds if train.seconds else step / train.steps
+        share = seconds / train.train_stop if train.train_stop else step / train.steps
         if type(step) is not int or not 0 <= seconds <= LONGEST or not (bpb is None or 0 <= bpb <= LONGEST):
             return Recorded()
         return Recorded(step, min(1.0, share), float(seconds), None if bpb is None else float(bpb))

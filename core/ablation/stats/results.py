@@ -163,7 +163,7 @@ def _curve(rows: list[dict[str, Any]], run: Run) -> tuple[Point, ...]:
         seconds = row.get("clock/seconds", before.seconds if before else None)
         if seconds is None:
             continue
-        old = before or Point(step, step * run.config.train.tokens_per_step, seconds, None, None)
+        old = before or Point(step, run.tokens(row), seconds, None, None)
         points[step] = old._replace(
             train_bpb=row.get("train/bpb", old.train_bpb), val_bpb=row.get("val/bpb", old.val_bpb)
         )

@@ -1,0 +1,171 @@
+"""Every setting of training changes what the compiled step computes: dead ones are the commonest fault. Budget: 25 s.
+
+A setting that only changes the plan must act in code that was compiled without it: it reaches the device as a number,
+or as one of the graphs that the warm-up makes. One that is a constant of the compiled code gets an engine of its own.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core import rng
+from core.config import POLAR_EXPRESS, RunConfig, TrainConfig, changed
+from core.data.batch import Batch
+from core.data.bundled import BUNDLED
+from core.data.dataset import Split, batch_from
+from core.data.tokenizer import Tokenizer
+from core.training.loop import progress_of
+from core.training.schedule import plan
+from shared_tests.support.harness import BACKENDS, engine, mini, working_weights
+
+pytestmark = pytest.mark.pair
+INERT = {
+    "log_every", "eval_every", "sample_every", "save_every", "save_minutes", "keep_every",
+    "micro_batch",  # but for rounding: test_model.py::test_micro_batches_give_the_gradient_of_the_whole
+}  # fmt: skip
+"""Settings of training that change nothing that is computed."""
+CLOCK = {"seconds": 6.0}
+LENGTHS, ROWS = {"seq_stages": (4,), "seq_until": (0.3,)}, {"batch_stages": (1,), "batch_until": (0.3,)}
+PLANNED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "steps": ({}, {"steps": 9}),
+    "seconds": (CLOCK, {"seconds": 12.0}),
+    "reserve_seconds": (CLOCK, {"reserve_seconds": 2.0}),
+    "batch": ({}, {"batch": 1}),
+    "seq": ({}, {"seq": 4}),
+    **{f"lr_{group}": ({}, {f"lr_{group}": 0.002}) for group in ("embed", "matrix", "vector", "hash")},
+    "warmup": ({}, {"warmup": 0.4}),
+    "warmdown": ({}, {"warmdown": 0.3}),
+    "decay": ({}, {"decay": "cosine"}),
+    "floor": ({}, {"floor": 0.3}),
+    "floor_rule": ({"floor": 0.6}, {"floor_rule": "clip"}),
+    "weight_decay": ({}, {"weight_decay": 0.2}),
+    "weight_decay_end": ({}, {"weight_decay_end": 0.5}),
+    "weight_decay_from": ({"weight_decay_end": 0.5}, {"weight_decay_from": 0.3}),
+    **{f"weight_decay_{group}": ({}, {f"weight_decay_{group}": 0.1}) for group in ("embed", "vector", "hash")},
+    "muon_momentum": ({}, {"muon_momentum": 0.8}),
+    "muon_momentum_start": ({}, {"muon_momentum_start": 0.7}),
+    "muon_momentum_steps": ({}, {"muon_momentum_steps": 2}),
+    "quantise": ({}, {"quantise": "always"}),
+    "quantise_below": ({"quantise": "late"}, {"quantise_below": 0.9}),
+    "average_from": ({}, {"average_from": 0.6}),
+    "average_decay": ({}, {"average_decay": 0.5}),
+    "seq_stages": ({}, LENGTHS),
+    "seq_until": (LENGTHS, {"seq_until": (0.6,)}),
+    "batch_stages": ({}, ROWS),
+    "batch_until": (ROWS, {"batch_until": (0.6,)}),
+    "repeat_from": ({}, {"repeat_from": 0.3}),
+}
+"""Setting -> what both runs have that it needs, and the change; the engine is that of BASE."""
+APART = {
+    "batch", "seq", "seq_stages", "seq_until", "batch_stages", "batch_until", "repeat_from", "quantise",
+    "quantise_below",
+}  # fmt: skip
+"""Of those, what has code of its own, which the warm-up makes: another shape, no repeats, quantisers."""
+BUILT: dict[str, Any] = {
+    "beta1": 0.8, "beta2": 0.9, "eps": 1e-3, "matrix_rule": "adamw", "muon_iterations": 3,
+    "muon_coefficients": POLAR_EXPRESS, "muon_rows": True, "muon_scale": "rms", "clip": 0.3, "z_loss": 0.1,
+    "average_ternary": True,
+}  # fmt: skip
+"""Setting -> its change; each has an engine of its own, since code is compiled with these."""
+
+
+def base() -> RunConfig:
+    """Return a run of one layer with parameters of every group, ternary matrices, Muon, averages and repeats."""
+    model = {
+        "model.layers": 1, "model.repeat_layers": (0,), "model.bigram.buckets": 13, "model.bigram.dim": 4,
+        "model.matrix_storage": "ternary/64",
+    }  # fmt: skip
+    train = {
+        "steps": 4, "batch": 2, "seq": 8, "matrix_rule": "muon", "warmup": 0.25, "warmdown": 0.6, "floor": 0.1,
+        "average_from": 0.3, "muon_momentum_steps": 6, "clip": 0.9,
+    }  # fmt: skip
+    return changed(mini("debug"), {**model, **{f"train.{name}": value for name, value in train.items()}})
+
+
+BASE = base()
+
+
+@functools.cache
+def text() -> Split:
+    """Return random tokens in documents of about nine."""
+    tokens = rng.integers16(0, "switches", 4096) % BASE.model.vocab
+    tokens[rng.integers16(0, "switches/bos", 4096) % 9 == 0] = BASE.model.bos
+    return Split([tokens.astype(np.uint16)], Tokenizer.load(str(BUNDLED / "tokenizer.model")))
+
+
+class Trained:
+    """An engine, and what four steps by any settings make of its start weights: losses, and the weights of a score."""
+
+    def __init__(self, backend: str, config: RunConfig, compiled: bool = True) -> None:
+        self.engine: Any = engine(
+            backend, config, working_weights(config.model, 1.0), dtype="float32", compile=compiled
+        )
+        self._start = self.engine.params(), self.engine.optimizer()
+
+    def steps(self, train: TrainConfig) -> list[bytes]:
+        """Train by the loop's own functions, on a clock by which a step takes 1.5 seconds."""
+        params, optimizer = self._start
+        self.engine.load_params(params)
+        self.engine.load_optimizer(optimizer)
+        tokens, found = 0, []
+        for step in range(4):
+            now = plan(step, progress_of(step, 1.5 * step, train), train)
+            batch: Batch = batch_from(text(), tokens // now.seq, now.rows, now.seq, 0)
+            found.append(np.float64(self.engine.train_step(batch, now).result().loss).tobytes())
+            tokens += now.rows * now.seq
+        return [*found, *(value.tobytes() for _, value in sorted(self.engine.weights().items()))]
+
+
+def pass_through(patch: pytest.MonkeyPatch) -> None:
+    """Let torch compile as it does, by a compiler that runs its graphs as they are: inductor takes a minute."""
+    import torch
+
+    patch.setattr(torch._dynamo, "lookup_backend", lambda name: lambda graph, inputs, **options: graph.forward)
+
+
+def test_every_setting_of_training_is_sorted() -> None:
+    """Whoever adds one says here whether it changes what is computed, and how that is seen."""
+    names = [*PLANNED, *BUILT, *INERT]
+    assert sorted(names) == sorted(field.name for field in dataclasses.fields(TrainConfig))
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def shared(request: pytest.FixtureRequest) -> Iterator[Trained]:
+    """The compiled engine of BASE, and no other: what it compiled stands."""
+    with pytest.MonkeyPatch.context() as patch:
+        pass_through(patch)
+        yield Trained(request.param, BASE)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_setting_of_the_plan_acts_in_code_that_is_compiled(name: str, shared: Trained) -> None:
+    given, change = PLANNED[name]
+    train = dataclasses.replace(BASE.train, **given)
+    before = shared.steps(train)
+    assert shared.steps(train) == before, "nothing but the setting makes a difference"
+    traces = shared.engine.stats()["traces"]
+    assert shared.steps(dataclasses.replace(train, **change)) != before
+    assert name in APART or shared.engine.stats()["traces"] == traces > 0
+
+
+@functools.cache
+def unchanged(backend: str, compiled: bool) -> list[bytes]:
+    """Return what BASE computes."""
+    return Trained(backend, BASE, compiled).steps(BASE.train)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", BUILT)
+def test_a_setting_that_is_compiled_in_acts(
+    name: str, compiled: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pass_through(monkeypatch)
+    config = changed(BASE, {f"train.{name}": BUILT[name]})
+    assert Trained(backend, config, compiled).steps(config.train) != unchanged(backend, compiled)
