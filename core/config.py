@@ -27,6 +27,8 @@ MOST_STEPS = 10_000_000
 """Most steps of a run: what a run has that only the clock ends."""
 MOST_ROWS = 1 << 20
 """Most rows of a batch."""
+MOST_HEADS = 64
+"""Most further heads of a run."""
 MOST_TOKENS = 1 << 24
 """Longest row."""
 MOST_TOGETHER = 1 << 28
@@ -103,6 +105,10 @@ class TrainConfig:
     """Largest global gradient norm; None: no clipping."""
     z_loss: float = 0.0
     """Weight of mean(logsumexp(logits)^2) in the training loss."""
+    mtp_heads: int = 0
+    """Further heads that stand while training only: head k predicts the token k places behind the next one."""
+    mtp_weight: float = 0.2
+    """Weight of the further heads' mean loss in the training loss."""
     quantise: Literal["never", "always", "late"] = "never"
     """When forward passes use the stored form of the weights (gradients go straight through): late: in the warm-down,
     once the learning-rate scale is below train.quantise_below; never: weights are rounded after training only."""
@@ -136,10 +142,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         limits = {"steps": MOST_STEPS, "batch": MOST_ROWS, "micro_batch": MOST_ROWS, "seq": MOST_TOKENS}
+        limits["mtp_heads"] = MOST_HEADS
         require_limits("train", self, MOST_STEPS, **limits, seq_stages=MOST_TOKENS)
         check_tokens("train", self.batch, self.seq)
         rates = ("lr_embed", "lr_matrix", "lr_vector", "lr_hash", "weight_decay", "weight_decay_embed")
-        for name in (*rates, "z_loss"):
+        for name in (*rates, "z_loss", "mtp_heads", "mtp_weight"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
         for name in ("steps", "batch", "seq", "log_every"):
@@ -185,6 +192,11 @@ class TrainConfig:
             "train.average_ternary averages nothing without train.average_from",
         )
         self._check_stages()
+        require(
+            self.mtp_heads < min(self.lengths),
+            f"train.mtp_heads={self.mtp_heads}: in rows of {min(self.lengths)} tokens the last head has no target; "
+            "expected fewer heads than tokens",
+        )
 
     def _check_stages(self) -> None:
         stages, until = self.seq_stages, self.seq_until
