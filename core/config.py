@@ -37,6 +37,8 @@ NO_STAGES: dict[str, Any] = dict.fromkeys(("seq_stages", "seq_until", "batch_sta
 """Changes that give every step of a run one shape."""
 MOST_ROWS = 1 << 20
 """Most rows of a batch."""
+MOST_HEADS = 64
+"""Most further heads of a run."""
 MOST_TOKENS = 1 << 24
 """Longest row."""
 MOST_TOGETHER = 1 << 28
@@ -127,6 +129,10 @@ class TrainConfig:
     """Largest global gradient norm; None: no clipping."""
     z_loss: float = 0.0
     """Weight of mean(logsumexp(logits)^2) in the training loss."""
+    mtp_heads: int = 0
+    """Further heads that stand while training only: head k predicts the token k places behind the next one."""
+    mtp_weight: float = 0.2
+    """Weight of the further heads' mean loss in the training loss."""
     quantise: Literal["never", "always", "late"] = "never"
     """When forward passes use the stored form of the weights (gradients go straight through): late: in the warm-down,
     once the learning-rate scale is below train.quantise_below; never: weights are rounded after training only."""
@@ -165,11 +171,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         limits = {"steps": MOST_STEPS, "batch": MOST_ROWS, "micro_batch": MOST_ROWS, "seq": MOST_TOKENS}
+        limits["mtp_heads"] = MOST_HEADS
         require_limits("train", self, MOST_STEPS, **limits, seq_stages=MOST_TOKENS, batch_stages=MOST_ROWS)
         check_tokens("train", self.batch, self.seq)
         rates = [f"lr_{group}" for group in ("embed", "matrix", "vector", "hash")]
         decays = ["weight_decay", *(f"weight_decay_{name}" for name in ("embed", "vector", "hash", "end"))]
-        for name in (*rates, *decays, "z_loss", "reserve_seconds"):
+        for name in (*rates, *decays, "z_loss", "reserve_seconds", "mtp_heads", "mtp_weight"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
         for name in ("steps", "batch", "seq", "log_every"):
@@ -233,6 +240,11 @@ class TrainConfig:
             "train.average_ternary averages nothing without train.average_from",
         )
         self._check_stages()
+        require(
+            self.mtp_heads < min(self.lengths),
+            f"train.mtp_heads={self.mtp_heads}: in rows of {min(self.lengths)} tokens the last head has no target; "
+            "expected fewer heads than tokens",
+        )
 
     def _check_stages(self) -> None:
         for name, what in (("seq", "lengths"), ("batch", "numbers of rows")):

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from backends.cuda import attention, ops, storage
 from backends.cuda.banks import Banked, Quantiser, compiler_options
 from backends.cuda.distributed import Reducer
+from backends.cuda.further import further_loss
 from backends.cuda.model import Model
 from backends.cuda.staging import to_gpu
 from backends.cuda.update import Update
@@ -34,6 +35,7 @@ from core.engine.protocol import (
     wire_note,
 )
 from core.engine.ranks import buckets, owners
+from core.engine.scaffolding import completed, scaffolding
 from core.model.context import Constants
 from core.model.params import banks, check_arrays, param_table
 from core.model.storage import Stored
@@ -92,7 +94,8 @@ class Engine:
         narrow = options.newton_schulz or ("bfloat16" if gpu and self.dtype == "bfloat16" else None)
         self._orthogonal = DTYPES[narrow] if narrow else self._wide
         self._wire = DTYPES[options.wire] if options.wire else None
-        self._table = param_table(config.model)
+        self._table, self._scaffolding = param_table(config.model), scaffolding(config.model, config.train)
+        self._trains = self._table | self._scaffolding
         wanted = options.compile if options.compile is not None else gpu
         self._attention = attention.choose(
             config.model, self.dtype, self._exact, self._device, config.train.seq, traced=wanted
@@ -102,7 +105,11 @@ class Engine:
         with torch.device("meta"):  # CUDA: the module holds no weights: as in MLX, they come as arguments
             self._model = Model(config.model, self._exact, attend)
         names = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
-        check_arrays(weights, names, "weights for the torch model")
+        check_arrays(
+            {name: weights[name] for name in weights if name not in self._scaffolding},
+            names,
+            "weights for the torch model",
+        )
         self._tables: dict[int, Constants] = {}
         self._mixing = [
             torch.tensor(table, dtype=self._wide, device=self._device) for table in mixer_tables(config.model)
@@ -113,7 +120,7 @@ class Engine:
         self._traces = 0
         self._slots = optimizer_slots(config.model, config.train)
         self.ranks, self._buckets = ranks, buckets(config, ranks.world)
-        self._banks = banks(config.model, owners(self._buckets))
+        self._banks = banks(config.model, owners(self._buckets), self._scaffolding)
         self._params, self._state = self._zeros(("",)), self._zeros(("m", "v", "ema"))
         self._weights: Banked | None = None
         self.load_params(weights, quantise)
@@ -157,9 +164,10 @@ class Engine:
         return self._count(graph, inputs, config_patches=compiler_options())
 
     def _stored(self, weights):
-        """Return every weight as the artifact would give it back."""
-        stored = self._store(list(weights.whole.values()), [bank.storage for bank, _ in weights.whole])
-        return Banked(dict(zip(weights.whole, stored, strict=True)))
+        """Return every weight as the artifact would give it back, the scaffolding as it is."""
+        kept = {key: value for key, value in weights.whole.items() if not key[0].scaffold}
+        stored = self._store(list(kept.values()), [bank.storage for bank, _ in kept])
+        return Banked(weights.whole | dict(zip(kept, stored, strict=True)))
 
     def _trained(self, params, quantise):
         """Return the weights of a training step's forward pass; gradients at them are those of `params`."""
@@ -175,26 +183,33 @@ class Engine:
         options["begins"] = self._begins(tokens)
         return self._forward(self._scored(), self._move(tokens), self._constants(tokens.shape[1]), **options)
 
-    def _costs(self, weights, tokens, targets, tables, repeat=True, begins=None):
+    def _costs(self, weights, tokens, targets, tables, repeat=True, begins=None, record=None):
         """Return -log p(target) and the logsumexp of every position."""
-        logits, _ = self._forward(weights, tokens, tables, repeat, capped=False, begins=begins)
+        logits, _ = self._forward(weights, tokens, tables, repeat, record, capped=False, begins=begins)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
     def _losses(self, weights, tokens, targets, tables, repeat, begins=None):
-        nll, total = self._costs(weights, tokens, targets, tables, repeat, begins)
+        model = {name: weights[name] for name in self._table}
+        record = {} if self._train.mtp_heads else None
+        nll, total = self._costs(model, tokens, targets, tables, repeat, begins, record)
         loss = torch.mean(nll)
-        return loss + self._train.z_loss * torch.mean(torch.square(total)) if self._train.z_loss else loss, loss
+        objective = loss + self._train.z_loss * torch.mean(torch.square(total)) if self._train.z_loss else loss
+        if record is not None:
+            heads = [weights[name] for name in self._scaffolding]
+            further = further_loss(record["hidden"], heads, targets, self._config, self._exact)
+            objective = objective + self._train.mtp_weight * further
+        return objective, loss
 
     def _gradient(self, weights, batch, part, repeat, ready=None):
         """Return (objective, loss, gradients) of one micro-batch; `ready` gets each gradient when it is there."""
         tokens, targets = self._move(batch.tokens[part]), self._move(batch.targets[part])
         tables, begins = self._constants(tokens.shape[1]), self._begins(batch.tokens[part])
         objective, loss = self._objective(weights, tokens, targets, tables, repeat, begins)
-        hooks = [weights[n].register_hook(functools.partial(ready, n)) for n in self._table] if ready else []
-        found = torch.autograd.grad(objective, [weights[name] for name in self._table], allow_unused=True)
+        hooks = [weights[n].register_hook(functools.partial(ready, n)) for n in self._trains] if ready else []
+        found = torch.autograd.grad(objective, [weights[name] for name in self._trains], allow_unused=True)
         for hook in hooks:
             hook.remove()
-        grads = dict(zip(self._table, found, strict=True))
+        grads = dict(zip(self._trains, found, strict=True))
         for name in (name for name, grad in grads.items() if grad is None):  # what only repeats use, while they are off
             grads[name] = torch.zeros_like(weights[name])
             if ready:
@@ -296,11 +311,12 @@ class Engine:
         return {name: storage.to_host(weights[name], row.storage) for name, row in self._table.items()}
 
     def params(self) -> Arrays:
-        return {name: self._params[name].cpu().numpy().copy() for name in self._table}
+        return {name: self._params[name].cpu().numpy().copy() for name in self._trains}
 
     def load_params(self, params: Arrays, quantise: bool = False) -> None:
-        check_arrays(params, {name: row.shape for name, row in self._table.items()}, "weights")
-        for name in self._table:
+        params = completed(self._config, self._train, params)
+        check_arrays(params, {name: row.shape for name, row in self._trains.items()}, "weights")
+        for name in self._trains:
             self._params[name].copy_(torch.from_numpy(np.ascontiguousarray(params[name])))
             if f"{name}.ema" in self._slots:
                 self._state[f"{name}.ema"].copy_(self._params[name])
@@ -346,7 +362,8 @@ class Engine:
     def _exported(self):
         """Return what core.engine.optimizer_state.exported would, in banks: the averages where there are any."""
         masters, averages = self._params.whole, self._state.whole
-        return Banked({(bank, ""): averages.get((bank, "ema"), masters[bank, ""]) for bank in self._banks})
+        kept = [bank for bank in self._banks if not bank.scaffold]
+        return Banked({(bank, ""): averages.get((bank, "ema"), masters[bank, ""]) for bank in kept})
 
     def _zeros(self, slots):
         """Return zeros for the parameters (the empty slot) or the state of every bank."""

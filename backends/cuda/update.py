@@ -28,7 +28,7 @@ class Update:
         `params` and `state` are Banked; loss and gradients are `count` times too large.
         """
         grads = {bank: joined(bank, [grads[name] for name in bank.names]) for bank in self._banks}
-        loss, norm, finite = _measured(loss / count, optim.global_norm(grads.values()) / count)
+        loss, norm, finite = _measured(loss / count, _norm(grads) / count)
         for bank, grad in grads.items():
             self._bank(bank, slice(None), params, state, grad, norm, finite, hyper, count)
         self._average(params, state, finite, hyper)
@@ -83,6 +83,13 @@ class Update:
         decay = dict(zip(NUMBERS, hyper, strict=True))["average"]
         new = [optim.average(old, param, decay) for old, param in zip(averages, params, strict=True)]
         _replace(averages, new, finite)
+
+
+def _norm(grads):
+    """Return the norm of all banks' gradients."""
+    model, scaffolding = ([grad for bank, grad in grads.items() if bank.scaffold == side] for side in (False, True))
+    norm = optim.global_norm(model)  # apart: a scaffolding whose gradients are zero changes no bit
+    return torch.hypot(norm, optim.global_norm(scaffolding)) if scaffolding else norm
 
 
 def _measured(loss, norm):

@@ -41,11 +41,12 @@ class Bank(NamedTuple):
     group: str
     storage: str
     stacks: tuple[Stack, ...]
+    scaffold: bool = False
 
     @property
     def key(self):
         """The bank's name among arrays by name."""
-        return f"{self.group}/{self.storage}"
+        return f"{self.group}/{'scaffold' if self.scaffold else self.storage}"
 
     @property
     def names(self):
@@ -72,7 +73,9 @@ class Bank(NamedTuple):
         return joined([arrays[name] for name in self.names])
 
     def stored(self, row):
-        """Return the row as the artifact would give it back."""
+        """Return the row as the artifact would give it back, of the scaffolding as it is."""
+        if self.scaffold:
+            return row
         if self.storage == "float16":
             return quantiser.stored(row, self.storage)
         parts = []
@@ -84,9 +87,12 @@ class Bank(NamedTuple):
         return joined(parts)
 
 
-def banks(config, owner):
-    """Return the banks of a model; in a stack the parameters of one `owner` (a rank, by name) are neighbours."""
-    table, members = param_table(config), {}
+def banks(config, owner, scaffolding=None):
+    """Return the banks of all parameters; in a stack those of one `owner` (a rank, by name) are neighbours.
+
+    Those of the scaffolding are the last.
+    """
+    table, members = param_table(config) | (scaffolding or {}), {}
 
     def width(name):
         row = table[name]
@@ -97,18 +103,18 @@ def banks(config, owner):
         size = table[name].size
         return width(name), -(size & -size), table[name].shape, owner.get(name, 0)
 
-    def bank(group, storage, names):
+    def bank(group, storage, scaffold, names):
         stacks, begin = [], 0
         for shape, same in itertools.groupby(sorted(names, key=place), key=lambda name: table[name].shape):
             stack = tuple(same)
             end = begin + len(stack) * table[stack[0]].size
             stacks.append(Stack(stack, shape, begin, end, width(stack[0])))
             begin = end
-        return Bank(group, storage, tuple(stacks))
+        return Bank(group, storage, tuple(stacks), scaffold)
 
     for name, row in table.items():
-        members.setdefault((row.group, row.storage), []).append(name)
-    return [bank(group, storage, names) for (group, storage), names in members.items()]
+        members.setdefault((row.group, row.storage, row.scaffold), []).append(name)
+    return [bank(*kind, names) for kind, names in members.items()]
 
 
 def parts(banks, rows):

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from backends.mlx import attention, device, ops, storage
 from backends.mlx.banks import banks, parts
 from backends.mlx.blas import load_fast_blas
+from backends.mlx.further import further_loss
 from backends.mlx.kernels import trial
 from backends.mlx.model import Model
 from backends.mlx.update import Update
@@ -32,6 +33,7 @@ from core.engine.protocol import (
     wire_note,
 )
 from core.engine.ranks import buckets, owners
+from core.engine.scaffolding import completed, scaffolding
 from core.model.context import Constants
 from core.model.params import check_arrays, param_table
 from core.model.storage import Stored
@@ -81,11 +83,16 @@ class Engine:
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         self._orthogonal = DTYPES[options.newton_schulz] if options.newton_schulz else self._wide
         self._wire = DTYPES[options.wire] if options.wire else None
-        self._table = param_table(config.model)
+        self._table, self._scaffolding = param_table(config.model), scaffolding(config.model, config.train)
+        self._trains = self._table | self._scaffolding
         self._attention = attention.choose(self._exact, gpu)
         self._model = Model(config.model, self._exact, self._attention)
         names = {name: tuple(value.shape) for name, value in dict(tree_flatten(self._model.parameters())).items()}
-        check_arrays(weights, names, "weights for the MLX model")
+        check_arrays(
+            {name: weights[name] for name in weights if name not in self._scaffolding},
+            names,
+            "weights for the MLX model",
+        )
         self._tables: dict[int, Constants] = {}
         self._mixing = [mx.array(table, self._wide) for table in mixer_tables(config.model)]
         self.scoring = Scoring()  # MLX: windows of eval.batch, one pass after the other
@@ -93,7 +100,8 @@ class Engine:
         self._traces = 0
         self._weights = None
         self.ranks, self._buckets = ranks, buckets(config, ranks.world)
-        self._banks = banks(config.model, owners(self._buckets))
+        self._banks = banks(config.model, owners(self._buckets), self._scaffolding)
+        self._kept = [bank for bank in self._banks if not bank.scaffold]
         self._once = not (config.model.shared_blocks or config.model.repeat_layers)
         self._slots = optimizer_slots(config.model, config.train)
         self._state = {
@@ -132,7 +140,7 @@ class Engine:
 
     def _stored(self, rows):
         """Return every bank's row as the artifact would give it back."""
-        return {bank.key: bank.stored(rows[bank.key]) for bank in self._banks}
+        return {bank.key: bank.stored(rows[bank.key]) for bank in self._banks if bank.key in rows}
 
     def _trained(self, params, quantise):
         """Return the rows of weights of a training step's forward pass; gradients at them are those of `params`."""
@@ -153,15 +161,23 @@ class Engine:
     def _logits(self, weights, tokens, tables):
         return self._forward(weights, tokens, tables)[0]
 
-    def _costs(self, weights, tokens, targets, tables, repeat=True, training=False):
+    def _costs(self, weights, tokens, targets, tables, repeat=True, training=False, record=None):
         """Return -log p(target) and the logsumexp of every position."""
-        logits, _ = self._forward(weights, tokens, tables, repeat, capped=False, training=training)
+        logits, _ = self._forward(weights, tokens, tables, repeat, record, capped=False, training=training)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
     def _losses(self, rows, tokens, targets, tables, repeat):
-        nll, total = self._costs(self._named(rows), tokens, targets, tables, repeat, training=True)
+        weights = self._named(rows)
+        model = {name: weights[name] for name in self._table}
+        record = {} if self._train.mtp_heads else None
+        nll, total = self._costs(model, tokens, targets, tables, repeat, training=True, record=record)
         loss = mx.mean(nll)
-        return loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss, loss
+        objective = loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss
+        if record is not None:
+            heads = [weights[name] for name in self._scaffolding]
+            further = further_loss(record["hidden"], heads, targets, self._config, self._exact)
+            objective = objective + self._train.mtp_weight * further
+        return objective, loss
 
     def _gradient(self, weights, tokens, targets, tables, repeat):
         """Return (objective, loss, gradients) of one micro-batch."""
@@ -272,14 +288,15 @@ class Engine:
         return {name: np.array(weights[name]) for name in self._table}
 
     def quantised(self) -> dict[str, Stored]:
-        weights = parts(self._banks, self._exported())
+        weights = parts(self._kept, self._exported())
         return {name: storage.to_host(weights[name], row.storage) for name, row in self._table.items()}
 
     def params(self) -> Arrays:
         return self._to_host(self._params)
 
     def load_params(self, params: Arrays, quantise: bool = False) -> None:
-        check_arrays(params, {name: row.shape for name, row in self._table.items()}, "weights")
+        params = completed(self._config, self._train, params)
+        check_arrays(params, {name: row.shape for name, row in self._trains.items()}, "weights")
         self._params = {bank.key: self._row(bank, params) for bank in self._banks}
         for key, row in self._params.items():
             if f"{key}.ema" in self._state:
@@ -315,16 +332,16 @@ class Engine:
         if self._weights is None:
             mx.clear_cache()  # MLX: memory of the step's shapes serves no scoring
             rows = self._exported()
-            self._weights = parts(self._banks, self._store(rows) if self.quantise else rows)
+            self._weights = parts(self._kept, self._store(rows) if self.quantise else rows)
         return self._weights
 
     def _exported(self):
         """Return what core.engine.optimizer_state.exported would, in rows: the averages where there are any."""
-        return {key: self._state.get(f"{key}.ema", row) for key, row in self._params.items()}
+        return {bank.key: self._state.get(f"{bank.key}.ema", self._params[bank.key]) for bank in self._kept}
 
     def _to_host(self, rows):
         named = parts(self._banks, rows)
-        return {name: np.array(named[name]) for name in self._table}
+        return {name: np.array(named[name]) for name in self._trains}
 
     def _row(self, bank, arrays, slot=""):
         """Return a bank's row of arrays from the host."""

@@ -66,11 +66,10 @@ class Model(nn.Module):
         n_BTD = self.norm(x_BTD)
         return Stream(n_BTD, x_BTD, n_BTD, n_BTD)
 
-    def logits(self, x_BTD):
-        """Return logits before bias and softcap, as wide as they come."""
+    def hidden(self, x_BTD):
+        """Return what the tied head multiplies, (B, T, E)."""
         x_BTD = self.norm(x_BTD)
-        x_BTE = self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
-        return self.embed.product(x_BTE)
+        return self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
 
     def context(self, tokens_BT, constants, state, wide, training):
         """Return the Context of these rows."""
@@ -95,9 +94,9 @@ class Model(nn.Module):
     def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=False):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
-        `record` (a dict) collects the stream after every stage. `repeat`: layers that are to be repeated are. Not
-        `capped`: logits before bias and softcap, as wide as they come, for ops.cross_entropy. `training`: with the form
-        of attention whose gradients cost least.
+        `record` (a dict) collects the stream after every stage, and what the head reads. `repeat`: layers that are to
+        be repeated are. Not `capped`: logits before bias and softcap, as wide as they come, for ops.cross_entropy.
+        `training`: with the form of attention whose gradients cost least.
         """
         wide = mx.float64 if dtype == mx.float64 else mx.float32
         context = self.context(tokens_BT, constants, state, wide, training)
@@ -110,9 +109,11 @@ class Model(nn.Module):
             tapes.append(None if state is None else tape)  # only a chunk is committed: else memory for nothing
             if record is not None:
                 record[stage.label] = stream.x
-        logits_BTV = self.head(self.logits(stream.x)) if capped else self.logits(stream.x)
+        hidden_BTE = self.hidden(stream.x)
+        logits_BTV = self.embed.product(hidden_BTE)
+        logits_BTV = self.head(logits_BTV) if capped else logits_BTV
         if record is not None:
-            record["logits"] = logits_BTV
+            record |= {"hidden": hidden_BTE, "logits": logits_BTV}
         return logits_BTV, (state, context, tapes)
 
     def start(self, rows):

@@ -51,8 +51,13 @@ class Update:
         """Return the root of the sum of all squared gradients."""
         squares = [(bank, mx.square(grads[bank.key])) for bank in self._banks]
         # Parameter by parameter: a CPU adds one value after the other, and would lose digits over a whole row.
-        sums = [mx.sum(s.of(row).reshape(len(s.names), -1), axis=1) for bank, row in squares for s in bank.stacks]
-        return mx.sqrt(mx.sum(mx.concatenate(sums)))
+        sums = [[], []]
+        for bank, row in squares:
+            sums[bank.scaffold] += [mx.sum(s.of(row).reshape(len(s.names), -1), axis=1) for s in bank.stacks]
+        total = mx.sum(mx.concatenate(sums[False]))
+        if sums[True]:  # apart: a scaffolding whose gradients are zero changes no bit
+            total = total + mx.sum(mx.concatenate(sums[True]))
+        return mx.sqrt(total)
 
     def _rules(self, params, state, grads, norm, finite, hyper, count):
         """Return params, and the state of the rules; of Muon's matrices this rank updates its own."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from core.config import ModelConfig, RunConfig
 from core.engine.ranks import Ranks
+from core.engine.scaffolding import scaffolding
 from core.model.params import count
 
 KEPT = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.2, "float16": 2.2}
@@ -39,8 +40,10 @@ def halves(rows: int) -> list[int]:
 
 def needed(config: RunConfig, rows: int, seq: int, dtype: str, composed: bool = False) -> float:
     """Estimate the bytes of a training step with micro-batches of `rows` rows of `seq`."""
-    fixed = (1 + COPIES) * count(config.model) * max(4.0, KEPT[dtype])
-    return fixed + PEAK * KEPT[dtype] * values_per_token(config.model, seq, composed) * seq * rows
+    further = sum(row.size for row in scaffolding(config.model, config.train).values())
+    fixed = (1 + COPIES) * (count(config.model) + further) * max(4.0, KEPT[dtype])
+    values = values_per_token(config.model, seq, composed) + 2 * config.model.vocab * config.train.mtp_heads
+    return fixed + PEAK * KEPT[dtype] * values * seq * rows
 
 
 def fitting(

@@ -1,6 +1,7 @@
 """What an engine keeps beside the weights: the optimizer's state, and running averages that replace weights."""
 
 from core.config import ModelConfig, TrainConfig
+from core.engine.scaffolding import scaffolding, trained_table
 from core.model.params import param_table
 from core.model.storage import storage_class
 
@@ -8,7 +9,7 @@ from core.model.storage import storage_class
 def optimizer_slots(config: ModelConfig, train: TrainConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every optimizer state, `<param>.<slot>`: m and v of AdamW, m alone of Muon; ema: average."""
     slots, averages = {}, averaged(config, train)
-    for name, row in param_table(config).items():
+    for name, row in trained_table(config, train).items():
         muon = row.group == "matrix" and train.matrix_rule == "muon"
         moments = ("m",) if muon else ("m", "v")
         slots |= {f"{name}.{slot}": row.shape for slot in (*moments, *(("ema",) if name in averages else ()))}
@@ -26,7 +27,10 @@ def averaged(config: ModelConfig, train: TrainConfig) -> tuple[str, ...]:
 def exported(config: ModelConfig, train: TrainConfig, params: dict, state: dict) -> dict:
     """Return the one set of weights that is scored and stored: averages where the run keeps them, else the weights.
 
+    The scaffolding is left out.
+
     `params` and `state` are keyed by name; their values may be arrays of any library.
     """
-    averages = averaged(config, train)
-    return {name: state[f"{name}.ema"] if name in averages else value for name, value in params.items()}
+    averages, left = averaged(config, train), scaffolding(config, train)
+    kept = {name: value for name, value in params.items() if name not in left}
+    return {name: state[f"{name}.ema"] if name in averages else value for name, value in kept.items()}

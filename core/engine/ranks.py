@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from core.config import ConfigError, RunConfig
-from core.model.params import param_table
+from core.engine.scaffolding import trained_table
 
 VARIABLES = {"cuda": ("RANK", "torchrun"), "mlx": ("MLX_RANK", "mlx.launch")}
 """What a launcher sets in each process's environment, and its name."""
@@ -162,23 +162,24 @@ def buckets(config: RunConfig, world: int) -> list[Bucket]:
     Muon's matrices go in groups of `world` of one shape and storage, neighbours in depth, so that their sums can start
     while the backward pass still runs; what is left of a shape goes to the ranks that have least to do.
     """
-    table, muon = param_table(config.model), config.train.matrix_rule == "muon"
+    table, muon = trained_table(config.model, config.train), config.train.matrix_rule == "muon"
     load, parts = [0.0] * world, []
     rest: list[str] = []
-    open_groups: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    open_groups: dict[tuple[tuple[int, ...], str, bool], list[str]] = {}
     for name, row in reversed(table.items()):
         if muon and row.group == "matrix":
-            group = open_groups.setdefault((row.shape, row.storage), [])
+            kind = row.shape, row.storage, row.scaffold
+            group = open_groups.setdefault(kind, [])
             group.append(name)
             if len(group) == world:
                 parts.append(Bucket(tuple(group), tuple(group)))
-                open_groups[row.shape, row.storage] = []
+                open_groups[kind] = []
             continue
         rest.append(name)
         if sum(int(np.prod(table[n].shape)) for n in rest) >= BUCKET:
             parts.append(Bucket(tuple(rest)))
             rest = []
-    for (shape, _), group in open_groups.items():
+    for (shape, *_), group in open_groups.items():
         slots: list[str | None] = [None] * world
         for name in group:
             least = min((r for r in range(world) if slots[r] is None), key=lambda r: load[r])

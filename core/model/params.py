@@ -13,7 +13,7 @@ from core.checks import require
 from core.model.config import ModelConfig
 from core.model.orthogonal import orthogonal
 from core.model.storage import Storage
-from core.model.table import GROUPS, Group, Param, Part, below
+from core.model.table import GROUPS, Group, Param, Part, Rows, below
 
 MOST_VALUES = 1 << 28
 """Most parameters of a model: several times what an artifact holds."""
@@ -73,6 +73,7 @@ class ParamBank(NamedTuple):
     stacked: bool
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    scaffold: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,21 +82,23 @@ class ParamBank(NamedTuple):
         return (len(self.names), *self.shapes[0]) if self.stacked else (sum(sizes),)
 
 
-def banks(config: ModelConfig, owner: dict[str, int] | None = None) -> list[ParamBank]:
-    """Return the banks of all parameters; in a stack those of one `owner` (a rank, by name) are neighbours."""
-    table, members = param_table(config), {}
+def banks(config: ModelConfig, owner: dict[str, int] | None = None, scaffolding: Rows | None = None) -> list[ParamBank]:
+    """Return the banks of all parameters; in a stack those of one `owner` (a rank, by name) are neighbours.
+
+    Those of the scaffolding are the last.
+    """
+    table, members = param_table(config) | (scaffolding or {}), {}
     for name, row in table.items():
-        key = row.group, row.storage, row.shape if row.group != "vector" else None
+        key = row.group, row.storage, row.shape if row.group != "vector" else None, row.scaffold
         members.setdefault(key, []).append(name)
     stacks = []
-    for (group, storage, shape), names in members.items():
+    for (group, storage, shape, scaffold), names in members.items():
         if shape is None:  # so that each begins at a multiple of the power of two in its size, as devices like it
             names.sort(key=lambda name: -(table[name].size & -table[name].size))
         elif owner is not None:
             names.sort(key=lambda name: owner.get(name, 0))
-        stacks.append(
-            ParamBank(group, storage, shape is not None, tuple(names), tuple(table[name].shape for name in names))
-        )
+        shapes = tuple(table[name].shape for name in names)
+        stacks.append(ParamBank(group, storage, shape is not None, tuple(names), shapes, scaffold))
     return stacks
 
 

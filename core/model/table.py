@@ -36,6 +36,8 @@ class Param(NamedTuple):
     init: Init
     group: Group
     storage: Storage = "float16"
+    scaffold: bool = False
+    """Whether it stands while training only (core/engine/scaffolding.py)."""
 
     @property
     def size(self) -> int:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from core.checks import closest
 from core.config import NO_STAGES, ConfigError, RunConfig
-from core.presets import skc, transformers
+from core.presets import records, skc, transformers
 
 
 class Preset(NamedTuple):
@@ -19,9 +19,9 @@ class Preset(NamedTuple):
 
 PRESETS: dict[str, Preset] = {
     name: Preset(purpose, dataclasses.replace(config, preset=name), params)
-    for name, (purpose, config, params) in (*transformers.PRESETS.items(), *skc.PRESETS.items())
+    for name, (purpose, config, params) in (*transformers.PRESETS.items(), *skc.PRESETS.items(), *records.PRESETS.items())
 }
-assert len(PRESETS) == len(transformers.PRESETS) + len(skc.PRESETS), "two presets of one name"
+assert len(PRESETS) == sum(len(file.PRESETS) for file in (transformers, skc, records)), "two presets of one name"
 
 
 def get(name: str) -> Preset:

@@ -11,10 +11,11 @@ import numpy as np
 from core.config import RunConfig
 from core.engine.optimizer_state import optimizer_slots
 from core.engine.protocol import Arrays, DType, Engine
+from core.engine.scaffolding import trained_table
 from core.files import FileError, parse_json
 from core.formats.kinds import COUNT, FLAG, among, check_value, number, text, whole
 from core.formats.tensors import read_tensors, write_tensors
-from core.model.params import check_arrays, param_table
+from core.model.params import check_arrays
 from core.model.upgrade import parameter
 from core.training.records import RunError
 
@@ -63,9 +64,9 @@ def write_checkpoint(path: Path, engine: Engine, step: int, seconds: float, toke
 def read_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
     """Read the checkpoint of a run of `config`; RunError names the file and the field that is wrong, OSError.
 
-    No more is read than the model's table and the optimizer's states can have.
+    No more is read than the table of what is trained and the optimizer's states can have.
     """
-    table = {name: row.shape for name, row in param_table(config.model).items()}
+    table = {name: row.shape for name, row in trained_table(config.model, config.train).items()}
     slots = optimizer_slots(config.model, config.train)
     shapes = [*table.values(), *slots.values()]
     limit = SLACK + sum(512 + 8 * math.prod(shape) for shape in shapes)

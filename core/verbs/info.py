@@ -12,6 +12,7 @@ from core import presets
 from core.audit.code import against_reserve, packed_code
 from core.config import RunConfig
 from core.data.bundled import open_data
+from core.engine.scaffolding import standing
 from core.export.budget import predicted_bytes, with_tables
 from core.model.params import count, param_table
 from core.model.shares import FLOP_RULE, Share, bytes_by_storage, decoding_state, flops_per_token, shares
@@ -63,7 +64,7 @@ def info(options: Info, context: Context) -> Outcome:
         ("part", "parameters", "bytes", "FLOPs per token", "state", "per token"), [_row(*p) for p in parts.items()]
     )
     say()
-    say(f"parameters        {count(model):,}")
+    say(f"parameters        {count(model):,}{standing(model, config.train)}")
     for name, size in storage.items():
         say(f"{name:<17} {size:,.0f} bytes before compression, scales included")
     verdict = "within" if fits else f"OVER by {total - export.budget:,}"

@@ -19,6 +19,7 @@ from core.engine.loading import check_dtype, choose_backend
 from core.engine.memory import enough_memory
 from core.engine.protocol import DType, Engine, EngineOptions
 from core.engine.ranks import Ranks, agree, check_same, join
+from core.engine.scaffolding import standing
 from core.export.artifact import check_limits
 from core.export.budget import predicted_bytes
 from core.forecast.forecast import Forecast, check_steps, forecast
@@ -246,7 +247,8 @@ def _introduce(run: Run, engine: Engine, dataset: Dataset, context: Context) -> 
     config, say = run.config, context.say
     say(f"{context.command}")
     say.note(f"settings sha256 {config_digest(config)} (all that decides the weights, but the seed)")
-    say(f"run {run.path}: {_purpose(config)}; {count(config.model):,} parameters, seed {config.seed}")
+    size = f"{count(config.model):,}{standing(config.model, config.train)}"
+    say(f"run {run.path}: {_purpose(config)}; {size} parameters, seed {config.seed}")
     model = config.model
     tables, quantise = model.embedding.storage, config.train.quantise
     say(f"stores matrices as {model.matrix_storage}, tables as {tables}; quantise {quantise}")
