@@ -1,6 +1,6 @@
 """Hashed bigrams: a row of a table for every pair of tokens, added to the embedding (docs/model.md)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from core.checks import require, require_least
@@ -39,3 +39,7 @@ class Bigram(Part):
         value = matrix(model, model.dim, self.dim, init=Init("constant", 0.0))
         rows = {"table": hashed((self.buckets, self.dim), model.engram.storage), "value.weight": value}
         return rows if self.scale is None else rows | {"scale": vector(1, init=self.scale)}
+
+    def mini(self, model: Model, dim: int) -> "Bigram":
+        """Return settings of the same width, measured by the stream's, and of few rows."""
+        return replace(self, buckets=min(self.buckets, 101), dim=max(1, self.dim * dim // model.dim))

@@ -21,7 +21,7 @@ PRESETS: dict[str, Preset] = {
     name: Preset(purpose, dataclasses.replace(config, preset=name), params)
     for name, (purpose, config, params) in (*transformers.PRESETS.items(), *skc.PRESETS.items(), *records.PRESETS.items())
 }
-assert len(PRESETS) == sum(len(file.PRESETS) for file in (transformers, skc, records)), "two presets of one name"
+assert len(PRESETS) == sum(len(room.PRESETS) for room in (transformers, skc, records)), "two presets of one name"
 
 
 def get(name: str) -> Preset:
@@ -40,7 +40,11 @@ def mini(config: RunConfig) -> RunConfig:
     """
     model = config.model
     dim, layers = min(model.dim, 16 * min(model.attention.heads, 4)), min(model.layers, 4)
+    # Of more kinds than layers those of layers that stand far apart.
+    apart = tuple(model.kind((2 * i + 1) * model.layers // (2 * layers)) for i in range(layers))
+    blocks = model.blocks if len(model.blocks) <= layers else apart
     last = layers - 1 if model.lanes.start is None else min(model.lanes.start, 3) - 1  # repeats end before the lanes
+    again = tuple(range(max(0, last - 1), last + 1))[-len(model.repeat_layers) :] if model.repeat_layers else ()
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -49,7 +53,8 @@ def mini(config: RunConfig) -> RunConfig:
             dim=dim,
             layers=layers,
             shared_blocks=None if model.shared_blocks is None else min(model.shared_blocks, 4),
-            repeat_layers=tuple(sorted({min(i, last) for i in model.repeat_layers})),
+            blocks=blocks,
+            repeat_layers=again,
             **{name: part.mini(model, dim) for name, part in model.parts.items()},
         ),
         train=dataclasses.replace(
