@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from core import presets
-from core.check.tolerances import CAUSAL, P2_FLOAT64, relative_rms
+from core.check.tolerances import CAUSAL, P2_BFLOAT16, P2_FLOAT64, relative_rms
 from core.config import ModelConfig, RunConfig, changed
 from core.engine.protocol import Arrays
 from core.model.params import param_table
 from core.training import schedule
 from shared_tests import oracle
-from shared_tests.support.harness import BACKENDS, batches, engine, reader, tokens, working_weights
+from shared_tests.support.harness import BACKENDS, batches, engine, module, reader, tokens, working_weights
 from shared_tests.support.twins import assert_same
 
 pytestmark = pytest.mark.pair
@@ -113,6 +113,20 @@ def test_decoding_in_chunks_equals_the_whole(name: str, backend: str) -> None:
     assert begin == SEQ and all(kept is not None for kept in state.model.parts if kept is not None)
     passes = sum(kept is not None for kept in state.model.parts)
     assert passes == sum(stage.part == "layer" for stage in of(CASES[name]).model.stages(True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["lanes behind a loop", "at once"])
+def test_the_stream_stays_narrow_in_bfloat16(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share in float32 would widen it from there up to the logits, and with it what a step keeps."""
+    config, ops, seen = of(CASES[name]), module(backend, "ops"), []
+    weights, batch = working_weights(config.model, 1.0), batches(config, 1)[0]
+    wide, narrow = (engine(backend, config, weights, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert relative_rms(narrow.logits(batch.tokens), wide.logits(batch.tokens)) <= P2_BFLOAT16
+    costs = ops.cross_entropy
+    monkeypatch.setattr(ops, "cross_entropy", lambda x, *given: seen.append(str(x.dtype)) or costs(x, *given))
+    narrow.nll(batch.tokens, batch.targets)
+    assert len(seen) == 1 and seen[0].endswith("bfloat16")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -55,12 +55,13 @@ FILES = [module.name for module in pkgutil.iter_modules(__path__)]
 MODULES = {name: importlib.import_module(f"{__name__}.{name}") for name in FILES}
 PARTS = {name: getattr(module, name) for name, module in MODULES.items()}
 EXAMPLES: dict[str, dict[str, Any]] = {name: module.EXAMPLE for name, module in MODULES.items()}
+ALONE = {name for name, module in MODULES.items() if hasattr(module, "ALONE")}
 
 
 def everything() -> dict[str, Any]:
     """Return all examples together but those that stand ALONE: every mixer, every option that a preset leaves off."""
     merged: dict[str, Any] = {}
-    for name in sorted((name for name in EXAMPLES if not hasattr(MODULES[name], "ALONE")), reverse=True):
+    for name in sorted(EXAMPLES.keys() - ALONE, reverse=True):
         for field, value in EXAMPLES[name].items():
             if field == "blocks":
                 value = (*merged.get(field, ()), *value)
