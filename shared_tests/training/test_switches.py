@@ -98,7 +98,7 @@ def text() -> Split:
 
 
 class Trained:
-    """An engine, and what four steps by any settings make of its start weights: losses, and the weights of a score."""
+    """An engine, and what four steps by any settings make of its start: losses, parameters, optimizer state."""
 
     def __init__(self, backend: str, config: RunConfig, compiled: bool = True) -> None:
         self.engine: Any = engine(
@@ -117,7 +117,8 @@ class Trained:
             batch: Batch = batch_from(text(), tokens // now.seq, now.rows, now.seq, 0)
             found.append(np.float64(self.engine.train_step(batch, now).result().loss).tobytes())
             tokens += now.rows * now.seq
-        return [*found, *(value.tobytes() for _, value in sorted(self.engine.weights().items()))]
+        state = self.engine.params() | self.engine.optimizer()
+        return [*found, *(value.tobytes() for _, value in sorted(state.items()))]
 
 
 def pass_through(patch: pytest.MonkeyPatch) -> None:
@@ -154,9 +155,15 @@ def test_a_setting_of_the_plan_acts_in_code_that_is_compiled(name: str, shared: 
 
 
 @functools.cache
-def unchanged(backend: str, compiled: bool) -> list[bytes]:
-    """Return what BASE computes."""
-    return Trained(backend, BASE, compiled).steps(BASE.train)
+def unchanged(backend: str, compiled: bool) -> tuple[list[bytes], list[bytes]]:
+    """Return what BASE computes, and the weights that are scored then."""
+    found = Trained(backend, BASE, compiled)
+    return found.steps(BASE.train), scored(found)
+
+
+def scored(trained: Trained) -> list[bytes]:
+    """Return the weights that would be scored and stored."""
+    return [value.tobytes() for _, value in sorted(trained.engine.weights().items())]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -168,4 +175,6 @@ def test_a_setting_that_is_compiled_in_acts(
 ) -> None:
     pass_through(monkeypatch)
     config = changed(BASE, {f"train.{name}": BUILT[name]})
-    assert Trained(backend, config, compiled).steps(config.train) != unchanged(backend, compiled)
+    found = Trained(backend, config, compiled)
+    assert found.steps(config.train) != unchanged(backend, compiled)[0]
+    assert scored(found) != unchanged(backend, compiled)[1]
