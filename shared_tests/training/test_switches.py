@@ -18,7 +18,7 @@ from core.data.batch import Batch
 from core.data.bundled import BUNDLED
 from core.data.dataset import Split, batch_from
 from core.data.tokenizer import Tokenizer
-from core.training.loop import progress_of
+from core.training.loop import progress_of, warm_up
 from core.training.schedule import plan
 from shared_tests.support.harness import BACKENDS, engine, mini, working_weights
 
@@ -178,3 +178,25 @@ def test_a_setting_that_is_compiled_in_acts(
     found = Trained(backend, config, compiled)
     assert found.steps(config.train) != unchanged(backend, compiled)[0]
     assert scored(found) != unchanged(backend, compiled)[1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("backend", ["mlx", pytest.param("cuda", marks=pytest.mark.long)])
+def test_the_warm_up_compiles_all_that_a_run_takes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape of its stages, before and after layers are repeated and weights are rounded; and leaves no trace."""
+    pass_through(monkeypatch)
+    config = changed(BASE, {"train.repeat_from": 0.6, "train.quantise": "late", "train.quantise_below": 0.4, "train.batch_stages": (1,),
+                            "train.batch_until": (0.3,)})  # fmt: skip
+    trained = Trained(backend, config)
+    made = trained.engine
+    before = made.params() | made.optimizer()
+    warm_up(made, config)
+    after, traces = made.params() | made.optimizer(), made.stats()["traces"]
+    assert before.keys() == after.keys() and all(before[name].tobytes() == after[name].tobytes() for name in before)
+    assert not made.quantise and traces > 0
+    plans = [plan(step, progress_of(step, 0.0, config.train), config.train) for step in range(4)]
+    assert [(now.rows, now.repeat, now.quantise) for now in plans] == [
+        (1, False, False), (2, False, False), (2, True, False), (2, True, True)
+    ]  # fmt: skip
+    trained.steps(config.train)
+    assert made.stats()["traces"] == traces, "a step waited for a compilation while the clock ran"
