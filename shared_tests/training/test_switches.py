@@ -185,8 +185,10 @@ def test_a_setting_that_is_compiled_in_acts(
 def test_the_warm_up_compiles_all_that_a_run_takes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every shape of its stages, before and after layers are repeated and weights are rounded; and leaves no trace."""
     pass_through(monkeypatch)
-    config = changed(BASE, {"train.repeat_from": 0.6, "train.quantise": "late", "train.quantise_below": 0.4, "train.batch_stages": (1,),
-                            "train.batch_until": (0.3,)})  # fmt: skip
+    changes = {
+        "repeat_from": 0.6, "quantise": "late", "quantise_below": 0.4, "batch_stages": (1,), "batch_until": (0.3,),
+    }  # fmt: skip
+    config = changed(BASE, {f"train.{name}": value for name, value in changes.items()})
     trained = Trained(backend, config)
     made = trained.engine
     before = made.params() | made.optimizer()
