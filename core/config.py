@@ -191,6 +191,10 @@ class TrainConfig:
             self.warmup + self.warmdown <= 1,
             f"train.warmup={self.warmup} and train.warmdown={self.warmdown} overlap: their sum may not exceed 1",
         )
+        self._check_rules()
+        self._check_stages()
+
+    def _check_rules(self) -> None:
         require(
             self.warmdown > 0 or (self.decay, self.floor_rule) == ("linear", "reach"),
             f"train.decay={self.decay} and train.floor_rule={self.floor_rule} change nothing without a train.warmdown",
@@ -232,7 +236,6 @@ class TrainConfig:
             not self.average_ternary or self.average_from is not None,
             "train.average_ternary averages nothing without train.average_from",
         )
-        self._check_stages()
 
     def _check_stages(self) -> None:
         for name, what in (("seq", "lengths"), ("batch", "numbers of rows")):
