@@ -213,7 +213,9 @@ class TrainConfig:
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
         numbers = len(self.muon_coefficients)
         require(
-            numbers in (3, 3 * max(1, self.muon_iterations)) and all(map(math.isfinite, self.muon_coefficients)),
+            numbers in (3, 3 * max(1, self.muon_iterations))
+            and all(map(math.isfinite, self.muon_coefficients))
+            and (numbers >= len(POLAR_EXPRESS) or self.muon_coefficients != POLAR_EXPRESS[:numbers]),
             f"train.muon_coefficients: {numbers} numbers for train.muon_iterations={self.muon_iterations}: expected "
             "three finite ones, or three for each iteration (made for that many: a part of a longer list will not do)",
         )
