@@ -198,6 +198,10 @@ class TrainConfig:
             self.warmup + self.warmdown <= 1,
             f"train.warmup={self.warmup} and train.warmdown={self.warmdown} overlap: their sum may not exceed 1",
         )
+        self._check_rules()
+        self._check_stages()
+
+    def _check_rules(self) -> None:
         require(
             self.warmdown > 0 or (self.decay, self.floor_rule) == ("linear", "reach"),
             f"train.decay={self.decay} and train.floor_rule={self.floor_rule} change nothing without a train.warmdown",
@@ -216,7 +220,9 @@ class TrainConfig:
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
         numbers = len(self.muon_coefficients)
         require(
-            numbers in (3, 3 * max(1, self.muon_iterations)) and all(map(math.isfinite, self.muon_coefficients)),
+            numbers in (3, 3 * max(1, self.muon_iterations))
+            and all(map(math.isfinite, self.muon_coefficients))
+            and (numbers >= len(POLAR_EXPRESS) or self.muon_coefficients != POLAR_EXPRESS[:numbers]),
             f"train.muon_coefficients: {numbers} numbers for train.muon_iterations={self.muon_iterations}: expected "
             "three finite ones, or three for each iteration (made for that many: a part of a longer list will not do)",
         )
@@ -239,7 +245,6 @@ class TrainConfig:
             not self.average_ternary or self.average_from is not None,
             "train.average_ternary averages nothing without train.average_from",
         )
-        self._check_stages()
         require(
             self.mtp_heads < min(self.lengths),
             f"train.mtp_heads={self.mtp_heads}: in rows of {min(self.lengths)} tokens the last head has no target; "

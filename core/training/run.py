@@ -173,7 +173,7 @@ class Run:
         return next((row[name] for row in reversed(self.metrics()) if name in row), None)
 
     def tokens(self, row: dict[str, Any]) -> int:
-        """Return the tokens that the steps of a line of metrics.jsonl had."""
+        """Return the tokens of the steps up to a line of metrics.jsonl that has a loss or an estimate."""
         return row.get("tokens", row["step"] * self.config.train.tokens_per_step)
 
     def forget(self) -> None:

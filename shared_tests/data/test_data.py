@@ -215,7 +215,7 @@ def behind(split: Split, tokens: int, rows: int, seq: int) -> Batch:
     return batch_from(split, tokens // seq, rows, seq, 3)
 
 
-def test_prefetch_obeys_a_change_of_rows_at_once() -> None:
+def test_prefetch_obeys_a_change_of_row_length_at_once() -> None:
     """What was made ahead in the old length, or of the old number of rows, is dropped, not trained on."""
     split, tokens = numbered(1000), 0
     prefetch = Prefetch(functools.partial(behind, split), 0, 8, 10)

@@ -107,6 +107,8 @@ def test_a_part_of_polar_express_would_not_do(backend: str) -> None:
         ),
         ({"muon_coefficients": POLAR_EXPRESS[:9]}, "9 numbers for train.muon_iterations=5"),
         ({"muon_coefficients": POLAR_EXPRESS[:4]}, "4 numbers"),
+        ({"muon_coefficients": POLAR_EXPRESS[:9], "muon_iterations": 3}, "a part of a longer list will not do"),
+        ({"muon_coefficients": POLAR_EXPRESS[:3]}, "a part of a longer list will not do"),
         ({"muon_coefficients": ()}, "0 numbers"),
         ({"muon_coefficients": POLAR_EXPRESS[:1], "muon_iterations": 0}, "1 numbers"),
     ],
@@ -115,7 +117,8 @@ def test_coefficients_of_another_number_of_iterations_are_refused(changes: dict,
     with pytest.raises(ConfigError, match=message) as error:
         TrainConfig(**changes)
     assert "\n" not in str(error.value)
-    assert TrainConfig(muon_coefficients=POLAR_EXPRESS[:9], muon_iterations=3), "three triples may be made for three"
+    own = (*TrainConfig().muon_coefficients, 3.0, -4.0, 2.0)
+    assert TrainConfig(muon_coefficients=own, muon_iterations=2), "two triples may be made for two"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -116,6 +116,7 @@ def timed(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Train for a second of rank 0's time; the clock of rank 1 goes ten times as fast, and neither waits for steps."""
     config = everything((folder / "data-path").read_text())
     settings = {"seconds": 1.0, "steps": 100_000, "save_every": None, "keep_every": None, "log_every": 10}
+    settings |= {"batch_stages": (2,), "batch_until": (0.5,)}
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **settings))
     dataset = open_dataset(config.data.path)
     path = folder / f"timed-{ranks.world}"

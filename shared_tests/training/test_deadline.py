@@ -19,7 +19,9 @@ from core.config import RunConfig
 from core.data import column
 from core.data.dataset import DataError, Dataset, open_dataset
 from core.training.finish import finish
+from core.training.loop import TrainingSummary
 from core.training.run import Run
+from core.training.schedule import plan
 from shared_tests.support.killed import debug_data, small_data
 
 
@@ -83,6 +85,27 @@ def test_what_follows_the_last_step_counts_until_the_close(tmp_path: Path, monke
     assert main(["train", "debug", *debug_data(tmp_path), "--train.save-every", "3"]) == 0
     run = Run.open(tmp_path / "run")
     assert run.last("clock/closed") - run.last("clock/stopped") >= 0.3
+
+
+def test_seconds_in_reserve_are_left_when_training_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training and what follows it are within train.seconds together; if a last step took too long, that is said."""
+    options = ["--train.steps", "100000", "--train.seconds", "60.5", "--train.reserve_seconds", "60"]
+    assert main(["train", "debug", *debug_data(tmp_path)[:-2], *options]) == 0
+    run = Run.open(tmp_path / "run")
+    stopped, closed = run.last("clock/stopped"), run.last("clock/closed")
+    assert run.last("clock/train_stop") == 0.5 <= stopped <= closed <= 60.5 and run.last("progress") <= 1.0
+    last = plan(0, 1.0, run.config.train).lr_matrix
+    assert run.last("opt/lr") < 0.5 * run.config.train.lr_matrix and last == pytest.approx(0.0003), "the end is 0.5 s"
+    text = run.log_path.read_text()
+    assert f"train_stop 0.500 s; {60.5 - closed:.3f} s of train.seconds=60.5 are left" in text and "WARNING" not in text
+    monkeypatch.setattr(time, "perf_counter", lambda: 100.0)
+    said: list[str] = []
+    core.verbs.train._close_training(
+        run, open_dataset(run.config.data.path), TrainingSummary(9, 1.0, 0.0, 9), said.append
+    )  # type: ignore[arg-type]
+    assert said[-1].startswith("WARNING: more than train.reserve_seconds was used: train_stop 0.500 s; -40.500 s of")
 
 
 def d2(run: Run | None) -> tuple[str, str]:

@@ -198,11 +198,13 @@ def happened(path: Path, config: RunConfig, dataset: Dataset, device: Device) ->
 
 
 STEPS = {"steps": {}, "odd": {"steps": 187, "eval_every": 7, "sample_every": None, "save_every": None,
-                              "keep_every": None, "log_every": 3}}  # fmt: skip
+                              "keep_every": None, "log_every": 3},
+         "rows": {"batch_stages": (2, 4), "batch_until": (0.1, 0.3)}}  # fmt: skip
 SECONDS = {
     "seconds": {"seconds": 6.01, "steps": 100_000},
     "short": {"seconds": 1.7, "steps": 100_000, "log_every": 4},
     "steps first": {"seconds": 100.0, "steps": 90},
+    "reserve": {"seconds": 7.01, "reserve_seconds": 1.0, "steps": 100_000, "batch_stages": (2,), "batch_until": (0.3,)},
 }
 
 
@@ -215,7 +217,8 @@ def test_the_plan_is_what_happens(name: str, device: Device, dataset: Dataset, t
     run, engine, (began, trained, ended, steps, seconds) = happened(tmp_path / "run", config, dataset, device)
     assert found.steps == steps and found.seconds == pytest.approx(seconds, rel=1e-9)
     rows = run.metrics()
-    limit = config.train.seconds
+    limit = config.train.train_stop
+    assert found.tokens == (run.last("tokens") if config.train.batch_stages else 512 * steps)
     assert rows[-1]["step"] == steps and (limit is None or steps == 90 or 1.0 <= seconds / limit < 1.15)
     works = {name: (times, took) for name, times, took in found.works}
     inside = ("compiling", "validation estimate", "checkpoint")

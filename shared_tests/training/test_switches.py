@@ -18,7 +18,7 @@ from core.data.batch import Batch
 from core.data.bundled import BUNDLED
 from core.data.dataset import Split, batch_from
 from core.data.tokenizer import Tokenizer
-from core.training.loop import progress_of
+from core.training.loop import progress_of, warm_up
 from core.training.schedule import plan
 from shared_tests.support.harness import BACKENDS, engine, mini, working_weights
 
@@ -98,7 +98,7 @@ def text() -> Split:
 
 
 class Trained:
-    """An engine, and what four steps by any settings make of its start weights: losses, and the weights of a score."""
+    """An engine, and what four steps by any settings make of its start: losses, parameters, optimizer state."""
 
     def __init__(self, backend: str, config: RunConfig, compiled: bool = True) -> None:
         self.engine: Any = engine(
@@ -117,7 +117,8 @@ class Trained:
             batch: Batch = batch_from(text(), tokens // now.seq, now.rows, now.seq, 0)
             found.append(np.float64(self.engine.train_step(batch, now).result().loss).tobytes())
             tokens += now.rows * now.seq
-        return [*found, *(value.tobytes() for _, value in sorted(self.engine.weights().items()))]
+        state = self.engine.params() | self.engine.optimizer()
+        return [*found, *(value.tobytes() for _, value in sorted(state.items()))]
 
 
 def pass_through(patch: pytest.MonkeyPatch) -> None:
@@ -154,9 +155,15 @@ def test_a_setting_of_the_plan_acts_in_code_that_is_compiled(name: str, shared: 
 
 
 @functools.cache
-def unchanged(backend: str, compiled: bool) -> list[bytes]:
-    """Return what BASE computes."""
-    return Trained(backend, BASE, compiled).steps(BASE.train)
+def unchanged(backend: str, compiled: bool) -> tuple[list[bytes], list[bytes]]:
+    """Return what BASE computes, and the weights that are scored then."""
+    found = Trained(backend, BASE, compiled)
+    return found.steps(BASE.train), scored(found)
+
+
+def scored(trained: Trained) -> list[bytes]:
+    """Return the weights that would be scored and stored."""
+    return [value.tobytes() for _, value in sorted(trained.engine.weights().items())]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -168,4 +175,30 @@ def test_a_setting_that_is_compiled_in_acts(
 ) -> None:
     pass_through(monkeypatch)
     config = changed(BASE, {f"train.{name}": BUILT[name]})
-    assert Trained(backend, config, compiled).steps(config.train) != unchanged(backend, compiled)
+    found = Trained(backend, config, compiled)
+    assert found.steps(config.train) != unchanged(backend, compiled)[0]
+    assert scored(found) != unchanged(backend, compiled)[1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("backend", ["mlx", pytest.param("cuda", marks=pytest.mark.long)])
+def test_the_warm_up_compiles_all_that_a_run_takes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape of its stages, before and after layers are repeated and weights are rounded; and leaves no trace."""
+    pass_through(monkeypatch)
+    changes = {
+        "repeat_from": 0.6, "quantise": "late", "quantise_below": 0.4, "batch_stages": (1,), "batch_until": (0.3,),
+    }  # fmt: skip
+    config = changed(BASE, {f"train.{name}": value for name, value in changes.items()})
+    trained = Trained(backend, config)
+    made = trained.engine
+    before = made.params() | made.optimizer()
+    warm_up(made, config)
+    after, traces = made.params() | made.optimizer(), made.stats()["traces"]
+    assert before.keys() == after.keys() and all(before[name].tobytes() == after[name].tobytes() for name in before)
+    assert not made.quantise and traces > 0
+    plans = [plan(step, progress_of(step, 0.0, config.train), config.train) for step in range(4)]
+    assert [(now.rows, now.repeat, now.quantise) for now in plans] == [
+        (1, False, False), (2, False, False), (2, True, False), (2, True, True)
+    ]  # fmt: skip
+    trained.steps(config.train)
+    assert made.stats()["traces"] == traces, "a step waited for a compilation while the clock ran"
