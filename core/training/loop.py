@@ -228,6 +228,7 @@ def warm_up(engine: Engine, config: RunConfig, show: Show | None = None) -> None
             if show is not None:
                 show(f"compiling: a step of {rows} rows of {seq} tokens{', layers repeated' * again * repeat}")
             first = replace(plan(0, 0.0, settings), seq=seq, quantise=settings.quantise != "never", repeat=repeat)
+            first = replace(first, snapshot=settings.snapshot_every is not None)
             engine.train_step(Batch(tokens, targets, rows), first).result()
     engine.load_params(params, quantise)
     engine.load_optimizer(optimizer)
