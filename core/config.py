@@ -353,11 +353,11 @@ class RunConfig:
             "take sliding ones",
         )
         if self.train.quantise_soft is not None:
-            classes = {row.storage for row in param_table(self.model).values()} - {"float16"}
-            other = sorted(storage for storage in classes if not gridded(storage))
+            classes = {row.storage for row in param_table(self.model).values()}
+            other = sorted(one for one in classes if one != "float16" and not gridded(one))
             found = f"has weights in {', '.join(other)}" if other else "has no such weights"
             require(
-                bool(classes) and not other,
+                any(map(gridded, classes)) and not other,
                 "train.quantise_soft is for int storages, whose grid reaches to the largest weight; "
                 f"the model {found}: leave it out, or take int8, int6 or int4",
             )

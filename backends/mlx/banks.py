@@ -119,7 +119,7 @@ def banks(config, owner, scaffolding=None):
 
     for name, row in table.items():
         members.setdefault((row.group, row.storage, row.scaffold), []).append(name)
-    return [bank(*kind, names) for kind, names in members.items()]
+    return [bank(group, storage, scaffold, names) for (group, storage, scaffold), names in members.items()]
 
 
 def parts(banks, rows):

@@ -355,7 +355,7 @@ class Engine:
 
     def _exported(self):
         """Return what core.engine.optimizer_state.exported would, in rows: the averages where there are any."""
-        taken = bool(self._means) and self._snapshots.item() > 0
+        taken = bool(self._means) and np.array(self._snapshots).any()
         held, slot = (self._means, "mean") if taken else (self._state, "ema")
         return {bank.key: held.get(f"{bank.key}.{slot}", self._params[bank.key]) for bank in self._kept}
 

@@ -172,8 +172,8 @@ def test_targets_end_with_the_document_and_the_row(documents: str, backend: str)
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
 def test_heads_of_no_weight_change_no_bit(rule: str, backend: str) -> None:
     """The norm that clips sees their gradients, which are zero."""
-    ends = []
-    for more in ({"mtp_heads": 0}, {"mtp_heads": 3, "mtp_weight": 0.0}):
+    ends, settings = [], list[dict[str, Any]](({"mtp_heads": 0}, {"mtp_heads": 3, "mtp_weight": 0.0}))
+    for more in settings:
         config = of(clip=0.1, matrix_rule=rule, average_from=0.0, micro_batch=1, **more)
         made = engine(backend, config, dtype="float32")
         for step, batch in enumerate(batches(config, 3)):
