@@ -353,11 +353,11 @@ class RunConfig:
             "take sliding ones",
         )
         if self.train.quantise_soft is not None:
-            classes = {row.storage for row in param_table(self.model).values()}
-            other = sorted(one for one in classes if one != "float16" and not gridded(one))
+            rows = [row for row in param_table(self.model).values() if row.storage != "float16"]
+            other = sorted({row.storage for row in rows if not gridded(row.storage)})
             found = f"has weights in {', '.join(other)}" if other else "has no such weights"
             require(
-                any(map(gridded, classes)) and not other,
+                bool(rows) and not other,
                 "train.quantise_soft is for int storages, whose grid reaches to the largest weight; "
                 f"the model {found}: leave it out, or take int8, int6 or int4",
             )
