@@ -139,7 +139,8 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say, show: Show | Non
             progress = progress_of(step, seconds, settings)
             now = plan(step, progress, settings)
             if settings.quantise == "late" and now.quantise and not engine.quantise:
-                say(f"step {step}: from here on forward passes use the stored form of the weights")
+                softly = ", rounded softly" if settings.quantise_soft else ""
+                say(f"step {step}: from here on forward passes use the stored form of the weights{softly}")
             pending = engine.train_step(feed.get(step, now.seq), now)
             meter.add(step, progress, pending)
             step += 1
