@@ -14,6 +14,8 @@ from core.checks import ConfigError as ConfigError
 from core.checks import in_words, require_limits, require_text, whole_in_words
 from core.checks import require as require
 from core.model.config import ModelConfig as ModelConfig
+from core.model.params import param_table
+from core.model.storage import gridded
 from core.plain import changed as changed
 from core.plain import departures, rebuilt
 from core.plain import differences as differences
@@ -138,6 +140,9 @@ class TrainConfig:
     once the learning-rate scale is below train.quantise_below; never: weights are rounded after training only."""
     quantise_below: float = 0.5
     """Learning-rate scale below which train.quantise=late switches on."""
+    quantise_soft: tuple[float, float] | None = None
+    """First and last sharpness of soft rounding, in place of rounding while train.quantise is on; between them it rises
+    at equal ratios. 0.01: next to no rounding, 1000: all but hard; int storages only. None: hard."""
     average_from: float | None = None
     """Share of the run after which weights are averaged (EMA), all but ternary ones; scored and stored is the average.
     None: nothing is averaged."""
@@ -145,6 +150,10 @@ class TrainConfig:
     """Decay of the average."""
     average_ternary: bool = False
     """Average ternary weights too (their averages re-quantise badly)."""
+    snapshot_every: int | None = None
+    """Steps between snapshots of the average, whose mean is scored and stored in its place; None: none are taken."""
+    snapshot_below: float = 0.2
+    """Learning-rate scale in the warm-down below which they are taken."""
     seq_stages: tuple[int, ...] = ()
     """Shorter rows for the start of the run, one length after the other; a step keeps its number of tokens."""
     seq_until: tuple[float, ...] = ()
@@ -181,7 +190,7 @@ class TrainConfig:
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
         for name in ("steps", "batch", "seq", "log_every"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: expected at least 1")
-        every = ("eval_every", "sample_every", "save_every", "save_minutes", "keep_every")
+        every = ("eval_every", "sample_every", "save_every", "save_minutes", "keep_every", "snapshot_every")
         for name in (*every, "seconds", "clip", "micro_batch"):
             value = getattr(self, name)
             require(value is None or value > 0, f"train.{name}={value}: expected a positive number, or None")
@@ -191,6 +200,7 @@ class TrainConfig:
         )
         for name in (
             "warmup", "warmdown", "floor", "quantise_below", "average_from", "repeat_from", "weight_decay_from",
+            "snapshot_below",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, f"train.{name}={value}: expected a share between 0 and 1")
@@ -245,10 +255,31 @@ class TrainConfig:
             not self.average_ternary or self.average_from is not None,
             "train.average_ternary averages nothing without train.average_from",
         )
+        self._check_rounding()
         require(
             self.mtp_heads < min(self.lengths),
             f"train.mtp_heads={self.mtp_heads}: in rows of {min(self.lengths)} tokens the last head has no target; "
             "expected fewer heads than tokens",
+        )
+
+    def _check_rounding(self) -> None:
+        soft, below = self.quantise_soft, self.snapshot_below
+        require(
+            soft is None or len(soft) == 2 and 0.01 <= soft[0] <= soft[1] <= 1000,
+            f"train.quantise_soft={soft}: expected two rising numbers from 0.01 to 1000, for example (1, 16)",
+        )
+        require(
+            soft is None or self.quantise != "never",
+            "train.quantise_soft rounds nothing with train.quantise=never: take late or always",
+        )
+        if self.snapshot_every is None:
+            return
+        require(self.average_from is not None, "train.snapshot_every takes nothing without train.average_from")
+        require(
+            self.snapshot_every <= self.steps and self.warmdown > 0 and self.floor < below,
+            f"train.snapshot_every={self.snapshot_every} would never take one: it needs so many train.steps "
+            f"({self.steps}), a train.warmdown ({self.warmdown}), and a train.snapshot_below ({below}) above "
+            f"train.floor ({self.floor})",
         )
 
     def _check_stages(self) -> None:
@@ -404,6 +435,15 @@ class RunConfig:
             "eval.windows=stateful with packed documents would keep the keys of every token of the text: "
             "take sliding ones",
         )
+        if self.train.quantise_soft is not None:
+            rows = [row for row in param_table(self.model).values() if row.storage != "float16"]
+            other = sorted({row.storage for row in rows if not gridded(row.storage)})
+            found = f"has weights in {', '.join(other)}" if other else "has no such weights"
+            require(
+                bool(rows) and not other,
+                "train.quantise_soft is for int storages, whose grid reaches to the largest weight; "
+                f"the model {found}: leave it out, or take int8, int6 or int4",
+            )
 
 
 def check_tokens(section: str, batch: int, seq: int) -> None:

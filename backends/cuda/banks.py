@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from backends.cuda.storage import stored
+from backends.cuda.storage import softened, stored
 from core.model.storage import KINDS, storage_class
 
 DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding")
@@ -87,3 +87,8 @@ class Quantiser:
 def stored_all(weights, storages):
     """Return the stored form of every weight or stack."""
     return [stored(weight, storage) for weight, storage in zip(weights, storages, strict=True)]
+
+
+def softened_all(weights, storages, softness):
+    """Return the value and the slope of every weight or stack of an int class."""
+    return [softened(weight, storage, softness) for weight, storage in zip(weights, storages, strict=True)]

@@ -13,7 +13,7 @@ import torch
 from torch.func import functional_call
 
 from backends.cuda import attention, ops, storage
-from backends.cuda.banks import Banked, Quantiser, compiler_options
+from backends.cuda.banks import Banked, Quantiser, compiler_options, softened_all
 from backends.cuda.distributed import Reducer
 from backends.cuda.further import further_loss
 from backends.cuda.model import Model
@@ -38,7 +38,7 @@ from core.engine.ranks import buckets, owners
 from core.engine.scaffolding import completed, scaffolding
 from core.model.context import Constants
 from core.model.params import banks, check_arrays, param_table
-from core.model.storage import Stored
+from core.model.storage import Stored, gridded
 from core.model.tables import mixer_tables, rope_tables
 
 IN_FLIGHT = 2
@@ -122,6 +122,7 @@ class Engine:
         self.ranks, self._buckets = ranks, buckets(config, ranks.world)
         self._banks = banks(config.model, owners(self._buckets), self._scaffolding)
         self._params, self._state = self._zeros(("",)), self._zeros(("m", "v", "ema"))
+        self._means, self._snapshots = self._zeros(("mean",)), torch.zeros(1, dtype=self._wide, device=self._device)
         self._weights: Banked | None = None
         self.load_params(weights, quantise)
         wanted = options.compile if options.compile is not None else gpu
@@ -131,6 +132,7 @@ class Engine:
         self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, compiled)
         self._finish = self._update.alone
         self._store = Quantiser(functools.partial(compiled, backend=self._count_exact) if wanted else None)
+        self._soften = compiled(softened_all)
         self._memory = usable(torch.cuda.mem_get_info()[1] if gpu else None, ranks)
         self._fitting: dict[int, int] = {}
         if wanted:  # past its limit, which is that of all engines together, torch goes on eagerly
@@ -173,6 +175,20 @@ class Engine:
         """Return the weights of a training step's forward pass; gradients at them are those of `params`."""
         weights = self._stored(params) if quantise else params
         return {name: value.detach().requires_grad_() for name, value in weights.items()}
+
+    @torch.no_grad()
+    def _softened(self, params, softness):
+        """Return the weights of a forward pass that rounds softly, and slopes by bank.
+
+        Gradients at the weights, times slopes where there are any, are those of `params`.
+        """
+        soft = [bank for bank in self._banks if gridded(bank.storage)]
+        given = [params.whole[bank, ""] for bank in soft], [bank.storage for bank in soft]
+        made = dict(zip(soft, self._soften(*given, self._numbers(softness)), strict=True))
+        values = {(bank, ""): value.contiguous() for bank, (value, _) in made.items()}  # CUDA: as in Quantiser
+        weights = Banked(self._stored(params).whole | values)
+        slopes = {bank: slope.contiguous() for bank, (_, slope) in made.items()}
+        return {name: value.requires_grad_() for name, value in weights.items()}, slopes
 
     def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, begins=None):
         given = (tokens, tables, self._compute, repeat, record, state, capped, begins)
@@ -225,7 +241,9 @@ class Engine:
         count = self._numbers(number)  # CUDA: a number of the host's would be a constant of the compiled code
         reducer = Reducer(self.ranks, self._buckets, self._wire) if self.ranks.world > 1 else None
         loss, grads = 0.0, {}
-        weights = self._trained(self._params, plan.quantise)
+        weights, slopes = self._trained(self._params, plan.quantise), {}
+        if plan.quantise and self._train.quantise_soft is not None:
+            weights, slopes = self._softened(self._params, plan.softness)
         for part, share in zip(parts, shares, strict=True):
             last = part is parts[-1]
             ready = functools.partial(_send, reducer, grads, share) if reducer is not None and last else None
@@ -235,9 +253,11 @@ class Engine:
                 grads = {name: _sum(grads, share, name, g) for name, g in more.items()}
         del weights
         if reducer is None:
-            numbers = self._finish(self._params, self._state, grads, loss, hyper, count)
+            numbers = self._finish(self._params, self._state, grads, loss, hyper, count, slopes)
         else:
-            numbers = self._update.together(self._params, self._state, reducer, loss, hyper, count)
+            numbers = self._update.together(self._params, self._state, reducer, loss, hyper, count, slopes)
+        if plan.snapshot:
+            self._update.collect(self._means, self._snapshots, self._state, numbers[2])
         self.quantise, self._weights = plan.quantise, None
         self._in_flight.append(Pending(*numbers, self._mark()))
         if len(self._in_flight) > IN_FLIGHT:
@@ -320,6 +340,8 @@ class Engine:
             self._params[name].copy_(torch.from_numpy(np.ascontiguousarray(params[name])))
             if f"{name}.ema" in self._slots:
                 self._state[f"{name}.ema"].copy_(self._params[name])
+        for value in (*self._means.whole.values(), self._snapshots):
+            value.zero_()
         self.quantise, self._weights = quantise, None
 
     @torch.no_grad()
@@ -327,12 +349,14 @@ class Engine:
         if self.ranks.world > 1:  # each rank has the momentum of the matrices that it updates
             shared = {name: self._state[f"{name}.m"] for b in self._buckets for name in b.names}
             self.ranks.share_updates([b for b in self._buckets if b.slots], shared)()
-        return {name: self._state[name].cpu().numpy().copy() for name in self._slots}
+        held = self._held()
+        return {name: held[name].cpu().numpy().copy() for name in self._slots}
 
     def load_optimizer(self, state: Arrays) -> None:
         check_arrays(state, self._slots, "optimizer state")
+        held = self._held()
         for name in self._slots:
-            self._state[name].copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
+            held[name].copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
         self._weights = None
 
     def stats(self) -> dict[str, float]:
@@ -362,8 +386,14 @@ class Engine:
     def _exported(self):
         """Return what core.engine.optimizer_state.exported would, in banks: the averages where there are any."""
         masters, averages = self._params.whole, self._state.whole
+        if self._means and float(self._snapshots) > 0:
+            averages = {(bank, "ema"): mean for (bank, _), mean in self._means.whole.items()}
         kept = [bank for bank in self._banks if not bank.scaffold]
         return Banked({(bank, ""): averages.get((bank, "ema"), masters[bank, ""]) for bank in kept})
+
+    def _held(self):
+        """Return all that core.engine.optimizer_state.optimizer_slots names."""
+        return {**self._state, **self._means, "snapshots": self._snapshots}
 
     def _zeros(self, slots):
         """Return zeros for the parameters (the empty slot) or the state of every bank."""

@@ -31,4 +31,5 @@ def further_loss(hidden_BTE, heads, targets_BT, config, exact):
 
 def _later(x_BT, k):
     """Return the values of k positions later, zeros (of bool: False) past the end."""
+    k = min(k, x_BT.shape[1])  # what learns while it is scored may be given rows of few tokens
     return F.pad(x_BT[:, k:], (0, k))

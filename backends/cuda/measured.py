@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from backends.cuda import engine
+from backends.cuda.banks import Banked
 from backends.cuda.distributed import Reducer
 from core.data.batch import Batch
 from core.engine.plan import StepPlan
@@ -15,9 +16,13 @@ from core.engine.protocol import Arrays, EngineOptions
 class Measured(engine.Engine):
     """See core.engine.measured.Measured for every public method."""
 
-    def gradients(self, batch: Batch) -> tuple[float, Arrays]:
-        weights = self._trained(self._params, self.quantise)
+    def gradients(self, batch: Batch, softness: float | None = None) -> tuple[float, Arrays]:
+        weights, slopes = self._trained(self._params, self.quantise), {}
+        if softness is not None:
+            weights, slopes = self._softened(self._params, softness)
         objective, _, grads = self._gradient(weights, batch, slice(None), True)
+        named = Banked({(bank, ""): slope for bank, slope in slopes.items()})
+        grads = {name: g * named[name] if name in named else g for name, g in grads.items()}
         return objective.item(), {name: g.cpu().numpy() for name, g in grads.items()}
 
     @torch.no_grad()

@@ -86,3 +86,8 @@ def rule(train, group, param, grad, slots, hyper, dtype=None):
 def average(old, param, decay):
     """Return the running average of a parameter after an update of it."""
     return decay * old + (1 - decay) * param
+
+
+def running_mean(old, value, count):
+    """Return the mean of `count` values of which `value` is the last and `old` the mean of those before it."""
+    return old + (value - old) / count

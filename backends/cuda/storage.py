@@ -28,6 +28,25 @@ def stored(weight, storage):
     return _flat(codes_RGg * scales_RG1.to(weight.dtype), rows.shape[1]).view(weight.shape)
 
 
+def softened(weight, storage, softness):
+    """Return (value, slope) of a weight of an int class, or a stack of them: where it is on its way to the stored form.
+
+    With u = w / s and f = u - floor(u), value = s (floor(u) + 1/2 + tanh(a (f - 1/2)) / (2 tanh(a / 2))), a = softness,
+    a number on the device: w itself for a small one, rounded for a large one. slope is its derivative by w at a fixed
+    s: 0 past the grid's ends.
+    """
+    rows, largest = weight.flatten(0, -2), LARGEST[storage_class(storage)]
+    u_RGg, scales_RG1 = _on_grid(_grouped(rows, group_size(storage, rows.shape[1])), largest)
+    inside = torch.abs(u_RGg) <= largest
+    u_RGg = torch.clamp(u_RGg, -largest, largest)
+    low_RGg, end = torch.floor(u_RGg), 2 * torch.tanh(softness * 0.5)
+    bend_RGg = torch.tanh(softness * (u_RGg - low_RGg - 0.5))
+    value_RGg = (low_RGg + (0.5 + bend_RGg / end)) * scales_RG1.to(weight.dtype)
+    slope_RGg = torch.where(inside, softness * (1 - bend_RGg * bend_RGg) / end, 0.0)
+    value, slope = (_flat(x, rows.shape[1]).reshape(weight.shape) for x in (value_RGg, slope_RGg))
+    return value, slope
+
+
 def to_host(weight, storage):
     """Return core.model.storage.Stored of a weight."""
     codes, scales = quantise(weight, storage)
@@ -48,12 +67,18 @@ def _quantised(weight, storage):
         half = scales_RG1.to(weight.dtype) * 0.5  # round(w / s) is not 0 where |w| > s / 2: a tie goes to even
         codes = (w_RGg > half).to(weight.dtype) - (w_RGg < -half).to(weight.dtype)
     else:
-        top = torch.amax(torch.abs(w_RGg), dim=-1, keepdim=True)
-        scales_RG1 = _scales(top * (1 / LARGEST[name]))
-        exact = torch.clamp(w_RGg / scales_RG1.to(weight.dtype), -LARGEST[name], LARGEST[name])
+        exact, scales_RG1 = _on_grid(w_RGg, LARGEST[name])
+        exact = torch.clamp(exact, -LARGEST[name], LARGEST[name])
         codes = _to_e4m3(exact) if name == "fp8" else torch.round(exact)
         codes = codes if name == "fp8" else torch.where(codes == 0, torch.zeros_like(codes), codes)  # no minus zero
     return codes, scales_RG1
+
+
+def _on_grid(w_RGg, largest):
+    """Return weights measured by the scale of their group, and the scales."""
+    top = torch.amax(torch.abs(w_RGg), dim=-1, keepdim=True)
+    scales_RG1 = _scales(top * (1 / largest))
+    return w_RGg / scales_RG1.to(w_RGg.dtype), scales_RG1
 
 
 def _shares(columns, size, weight):

@@ -20,14 +20,17 @@ class Update:
         self._orthogonal = orthogonal
         # CUDA: neither is decorated: all that no_grad wraps is one function to the compiler, with one limit
         self._change, self._after = compiled(self._rules), compiled(self._follow)
+        self._take = compiled(self._mean)
 
     @torch.no_grad()
-    def alone(self, params, state, grads, loss, hyper, count):
+    def alone(self, params, state, grads, loss, hyper, count, slopes=None):
         """Return (mean loss, norm, finite) after one clipped and guarded update of params and state, in place.
 
-        `params` and `state` are Banked; loss and gradients are `count` times too large.
+        `params` and `state` are Banked; loss and gradients are `count` times too large. `slopes`, by bank, are what
+        gradients are multiplied by.
         """
         grads = {bank: joined(bank, [grads[name] for name in bank.names]) for bank in self._banks}
+        grads = {bank: grad * slopes[bank] if slopes and bank in slopes else grad for bank, grad in grads.items()}
         loss, norm, finite = _measured(loss / count, _norm(grads) / count)
         for bank, grad in grads.items():
             self._bank(bank, slice(None), params, state, grad, norm, finite, hyper, count)
@@ -35,7 +38,7 @@ class Update:
         return loss, norm, finite
 
     @torch.no_grad()
-    def together(self, params, state, reducer, loss, hyper, count):
+    def together(self, params, state, reducer, loss, hyper, count, slopes=None):
         """Do what `alone` does with all ranks: each updates its part of Muon's matrices, which then go to all."""
         sums, work = reducer.finish(), {}
         alone = updated_by(self._buckets, self._ranks.rank)[0]
@@ -43,10 +46,12 @@ class Update:
         for bank in self._banks:
             mine = [i for i, name in enumerate(bank.names) if name in sums]
             if mine:
-                grad = joined(bank, [sums[bank.names[i]] for i in mine])
-                (ours if bank.names[mine[0]] in alone else common).append(grad)
                 # The matrices of one rank are neighbours; what every rank updates is whole.
-                work[bank] = slice(mine[0], mine[-1] + 1) if bank.stacked else slice(None), grad
+                part = slice(mine[0], mine[-1] + 1) if bank.stacked else slice(None)
+                grad = joined(bank, [sums[bank.names[i]] for i in mine])
+                grad = grad * slopes[bank][part] if slopes and bank in slopes else grad
+                (ours if bank.names[mine[0]] in alone else common).append(grad)
+                work[bank] = part, grad
         ours, common = (torch.square(optim.global_norm(grads)) for grads in (ours, common))
         loss, ours = self._ranks.sum(torch.stack([loss, ours]))
         loss, norm, finite = _measured(loss / count, torch.sqrt(ours + common) / count)
@@ -61,6 +66,17 @@ class Update:
             wait()
         self._average(params, state, finite, hyper)
         return loss, norm, finite
+
+    @torch.no_grad()
+    def collect(self, means, snapshots, state, finite):
+        """Take the averages into their running means, in place, after the step that gave them; `snapshots` counts."""
+        averages = [state.whole[bank, "ema"] for bank, _ in means.whole]
+        self._take(list(means.whole.values()), averages, snapshots, finite)
+
+    def _mean(self, means, averages, snapshots, finite):
+        count = snapshots + 1
+        new = [optim.running_mean(old, average, count) for old, average in zip(means, averages, strict=True)]
+        _replace([*means, snapshots], [*new, count], finite)
 
     def _bank(self, bank, part, params, state, *numbers):
         """Update a part of a bank and its state, in place; `numbers` are the rest of _rules' arguments."""

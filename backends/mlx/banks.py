@@ -78,13 +78,18 @@ class Bank(NamedTuple):
             return row
         if self.storage == "float16":
             return quantiser.stored(row, self.storage)
-        parts = []
+        return joined([quantiser.stored(matrix, self.storage) for matrix in self._matrices(row)])
+
+    def softened(self, row, softness):
+        """Return the row as soft rounding gives it, and the slopes of it."""
+        pairs = [quantiser.softened(matrix, self.storage, softness) for matrix in self._matrices(row)]
+        return joined([value for value, _ in pairs]), joined([slope for _, slope in pairs])
+
+    def _matrices(self, row):
+        """Return views of the row whose rows are quantised each by itself."""
         # Whole groups are quantised as rows of their own, whatever matrix they are of: a quantiser sees no further.
-        for width, stacks in itertools.groupby(self.stacks, key=lambda stack: stack.width):
-            run = list(stacks)
-            matrix = row[run[0].begin : run[-1].end].reshape(-1, width)
-            parts.append(quantiser.stored(matrix, self.storage))
-        return joined(parts)
+        runs = [list(stacks) for _, stacks in itertools.groupby(self.stacks, key=lambda stack: stack.width)]
+        return [row[run[0].begin : run[-1].end].reshape(-1, run[0].width) for run in runs]
 
 
 def banks(config, owner, scaffolding=None):
@@ -114,7 +119,7 @@ def banks(config, owner, scaffolding=None):
 
     for name, row in table.items():
         members.setdefault((row.group, row.storage, row.scaffold), []).append(name)
-    return [bank(*kind, names) for kind, names in members.items()]
+    return [bank(group, storage, scaffold, names) for (group, storage, scaffold), names in members.items()]
 
 
 def parts(banks, rows):

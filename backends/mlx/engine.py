@@ -36,11 +36,11 @@ from core.engine.ranks import buckets, owners
 from core.engine.scaffolding import completed, scaffolding
 from core.model.context import Constants
 from core.model.params import check_arrays, param_table
-from core.model.storage import Stored
+from core.model.storage import Stored, gridded
 from core.model.tables import mixer_tables, rope_tables
 
 IN_FLIGHT = 2
-SLOTS = ("m", "v", "ema")
+SLOTS = ("m", "v", "ema", "mean")
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16, "float64": mx.float64}
 
 
@@ -104,12 +104,8 @@ class Engine:
         self._kept = [bank for bank in self._banks if not bank.scaffold]
         self._once = not (config.model.shared_blocks or config.model.repeat_layers)
         self._slots = optimizer_slots(config.model, config.train)
-        self._state = {
-            f"{bank.key}.{slot}": mx.zeros(bank.stacks[-1].end, self._wide)
-            for bank in self._banks
-            for slot in SLOTS
-            if f"{bank.names[0]}.{slot}" in self._slots
-        }
+        self._state, self._means = self._zeros(("m", "v", "ema")), self._zeros(("mean",))
+        self._snapshots = mx.zeros(1, self._wide)
         self.load_params(weights, quantise)
         compiler = gpu or shutil.which("g++") is not None
         wanted = options.compile if options.compile is not None else True
@@ -124,7 +120,7 @@ class Engine:
         self._checked: set[int] = set()
         self._score = compiled(self._costs)
         self._predict = compiled(self._logits)
-        self._store = compiled(self._stored)
+        self._store, self._soften = compiled(self._stored), compiled(self._soft)
         self.notes = (
             f"compile: {'whole step (mx.compile)' if self._compiled else 'off' if compiler else 'off, no g++'}",
             self._attention.note,
@@ -145,6 +141,19 @@ class Engine:
     def _trained(self, params, quantise):
         """Return the rows of weights of a training step's forward pass; gradients at them are those of `params`."""
         return self._store(params) if quantise else params
+
+    def _soft(self, rows, softness):
+        """Return (values, slopes) of every bank that can be rounded softly."""
+        made = {bank.key: bank.softened(rows[bank.key], softness) for bank in self._banks if gridded(bank.storage)}
+        return {key: value for key, (value, _) in made.items()}, {key: slope for key, (_, slope) in made.items()}
+
+    def _softened(self, params, softness):
+        """Return the weights of a forward pass that rounds softly, and slopes by bank.
+
+        Gradients at the weights, times slopes where there are any, are those of `params`.
+        """
+        values, slopes = self._soften(params, mx.array(softness, self._wide))
+        return self._store(params) | values, slopes
 
     def _named(self, rows):
         """Return the weights by name that a training step's rows of them hold, matrices in the compute type."""
@@ -208,8 +217,10 @@ class Engine:
             self._checked.add(seq)
         parts, shares, count = micro_batches(batch, rows, self.ranks.world)
         tables, number = self._constants(seq), mx.array(count, self._wide)
-        weights = self._trained(self._params, plan.quantise)
-        if count == 1 and self.ranks.world == 1:
+        weights, slopes = self._trained(self._params, plan.quantise), {}
+        if plan.quantise and self._train.quantise_soft is not None:
+            weights, slopes = self._softened(self._params, plan.softness)
+        if count == 1 and self.ranks.world == 1 and self._train.quantise_soft is None:
             tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
             out = self._whole(self._params, weights, self._state, tokens, targets, tables, hyper, plan.repeat)
         else:
@@ -220,6 +231,7 @@ class Engine:
                 share = mx.array(share, self._wide)
                 loss, grads = self._accumulate(weights, grads, loss, share, tokens, targets, tables, plan.repeat)
                 mx.eval(loss, grads)  # MLX: one micro-batch's activations at a time
+            grads = {name: grad * slopes[name] if name in slopes else grad for name, grad in grads.items()}
             if self.ranks.world == 1:
                 out = self._finish(self._params, self._state, grads, loss, hyper, number)
             else:
@@ -229,7 +241,9 @@ class Engine:
         self._params = {name: params[name] for name in self._params}  # MLX: another order would be compiled again
         self._state = {name: state[name] for name in self._state}
         self.quantise, self._weights = plan.quantise, None
-        mx.async_eval(self._params, self._state, *numbers)
+        if plan.snapshot:
+            self._means, self._snapshots = self._update.collect(self._means, self._snapshots, self._state, numbers[2])
+        mx.async_eval(self._params, self._state, self._means, self._snapshots, *numbers)
         self._resident = self._resident or device.keep_resident(self, self._chip)
         self._in_flight.append(Pending(*numbers))
         if len(self._in_flight) > IN_FLIGHT:
@@ -301,15 +315,17 @@ class Engine:
         for key, row in self._params.items():
             if f"{key}.ema" in self._state:
                 self._state[f"{key}.ema"] = row
+        self._means = {name: mx.zeros_like(row) for name, row in self._means.items()}
+        self._snapshots = mx.zeros(1, self._wide)
         self.quantise, self._weights = quantise, None
         mx.eval(self._params)
 
     def optimizer(self) -> Arrays:
         if self.ranks.world > 1:  # each rank has the momentum of the matrices that it updates
             self._state = self._update.shared(self._state, ".m")
-        arrays = {}
+        arrays, held = {"snapshots": np.array(self._snapshots)}, self._state | self._means
         for slot in SLOTS:
-            rows = {b.key: self._state[f"{b.key}.{slot}"] for b in self._banks if f"{b.key}.{slot}" in self._state}
+            rows = {b.key: held[f"{b.key}.{slot}"] for b in self._banks if f"{b.key}.{slot}" in held}
             named = parts([bank for bank in self._banks if bank.key in rows], rows)
             arrays |= {f"{name}.{slot}": np.array(value) for name, value in named.items()}
         return {name: arrays[name] for name in self._slots}
@@ -317,11 +333,13 @@ class Engine:
     def load_optimizer(self, state: Arrays) -> None:
         check_arrays(state, self._slots, "optimizer state")
         for bank in self._banks:
-            for slot in SLOTS:
-                if f"{bank.key}.{slot}" in self._state:
-                    self._state[f"{bank.key}.{slot}"] = self._row(bank, state, f".{slot}")
+            for held in (self._state, self._means):
+                for slot in SLOTS:
+                    if f"{bank.key}.{slot}" in held:
+                        held[f"{bank.key}.{slot}"] = self._row(bank, state, f".{slot}")
+        self._snapshots = mx.array(state.get("snapshots", np.zeros(1)), self._wide)
         self._weights = None
-        mx.eval(self._state)
+        mx.eval(self._state, self._means, self._snapshots)
 
     def stats(self) -> dict[str, float]:
         memory = {"peak_bytes": float(mx.get_peak_memory()), "active_bytes": float(mx.get_active_memory())}
@@ -337,7 +355,14 @@ class Engine:
 
     def _exported(self):
         """Return what core.engine.optimizer_state.exported would, in rows: the averages where there are any."""
-        return {bank.key: self._state.get(f"{bank.key}.ema", self._params[bank.key]) for bank in self._kept}
+        taken = bool(self._means) and np.array(self._snapshots).any()
+        held, slot = (self._means, "mean") if taken else (self._state, "ema")
+        return {bank.key: held.get(f"{bank.key}.{slot}", self._params[bank.key]) for bank in self._kept}
+
+    def _zeros(self, slots):
+        """Return zeros for the state of every bank, `<bank>.<slot>`."""
+        kept = [(bank, slot) for bank in self._banks for slot in slots if f"{bank.names[0]}.{slot}" in self._slots]
+        return {f"{bank.key}.{slot}": mx.zeros(bank.stacks[-1].end, self._wide) for bank, slot in kept}
 
     def _to_host(self, rows):
         named = parts(self._banks, rows)

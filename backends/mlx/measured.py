@@ -14,11 +14,14 @@ from core.engine.protocol import Arrays, EngineOptions
 class Measured(engine.Engine):
     """See core.engine.measured.Measured for every public method."""
 
-    def gradients(self, batch: Batch) -> tuple[float, Arrays]:
-        weights = self._trained(self._params, self.quantise)
+    def gradients(self, batch: Batch, softness: float | None = None) -> tuple[float, Arrays]:
+        weights, slopes = self._trained(self._params, self.quantise), {}
+        if softness is not None:
+            weights, slopes = self._softened(self._params, softness)
         objective, _, grads = self._gradient(
             weights, mx.array(batch.tokens), mx.array(batch.targets), self._constants(batch.tokens.shape[1]), True
         )
+        grads = {key: grad * slopes[key] if key in slopes else grad for key, grad in grads.items()}
         return float(np.array(objective)), self._to_host(grads)
 
     def activations(self, tokens: np.ndarray) -> Arrays:

@@ -27,6 +27,24 @@ def stored(weight, storage):
     return _flat(codes_RGg * scales_RG1.astype(weight.dtype), weight.shape[1])
 
 
+def softened(weight, storage, softness):
+    """Return (value, slope) of a weight of an int class: where it is on its way to the stored form.
+
+    With u = w / s and f = u - floor(u), value = s (floor(u) + 1/2 + tanh(a (f - 1/2)) / (2 tanh(a / 2))), a = softness,
+    a number on the device: w itself for a small one, rounded for a large one. slope is its derivative by w at a fixed
+    s: 0 past the grid's ends.
+    """
+    columns, largest = weight.shape[1], LARGEST[storage_class(storage)]
+    u_RGg, scales_RG1 = _on_grid(_grouped(weight, group_size(storage, columns)), largest)
+    inside = mx.abs(u_RGg) <= largest
+    u_RGg = mx.clip(u_RGg, -largest, largest)
+    low_RGg, end = mx.floor(u_RGg), 2 * mx.tanh(softness * 0.5)
+    bend_RGg = mx.tanh(softness * (u_RGg - low_RGg - 0.5))
+    value_RGg = (low_RGg + (0.5 + bend_RGg / end)) * scales_RG1.astype(weight.dtype)
+    slope_RGg = mx.where(inside, softness * (1 - bend_RGg * bend_RGg) / end, 0.0)
+    return _flat(value_RGg, columns), _flat(slope_RGg, columns)
+
+
 def to_host(weight, storage):
     """Return core.model.storage.Stored of a weight."""
     codes, scales = quantise(weight, storage)
@@ -47,12 +65,18 @@ def _quantised(weight, storage):
         half = scales_RG1.astype(weight.dtype) * 0.5  # round(w / s) is not 0 where |w| > s / 2: a tie goes to even
         codes = (w_RGg > half).astype(weight.dtype) - (w_RGg < -half).astype(weight.dtype)
     else:
-        top = mx.max(mx.abs(w_RGg), axis=-1, keepdims=True)
-        scales_RG1 = _scales(top * mx.array(1 / LARGEST[name], weight.dtype))
-        exact = mx.clip(w_RGg / scales_RG1.astype(weight.dtype), -LARGEST[name], LARGEST[name])
+        exact, scales_RG1 = _on_grid(w_RGg, LARGEST[name])
+        exact = mx.clip(exact, -LARGEST[name], LARGEST[name])
         codes = _to_e4m3(exact) if name == "fp8" else mx.round(exact)
         codes = codes if name == "fp8" else mx.where(codes == 0, mx.zeros_like(codes), codes)  # no minus zero
     return codes, scales_RG1
+
+
+def _on_grid(w_RGg, largest):
+    """Return weights measured by the scale of their group, and the scales."""
+    top = mx.max(mx.abs(w_RGg), axis=-1, keepdims=True)
+    scales_RG1 = _scales(top * mx.array(1 / largest, w_RGg.dtype))
+    return w_RGg / scales_RG1.astype(w_RGg.dtype), scales_RG1
 
 
 def _grouped(x, size):

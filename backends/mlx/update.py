@@ -21,6 +21,7 @@ class Update:
         self._shared = [bucket for bucket in buckets if bucket.slots]
         self._owner = owners(buckets)
         self._change, self._after = compiled(self._rules), compiled(self._follow)
+        self.collect = compiled(self._mean)
 
     def alone(self, params, state, grads, loss, hyper, count):
         """Return (params, state, mean loss, norm, finite) after one clipped and guarded update.
@@ -102,6 +103,15 @@ class Update:
             if old is not None:
                 new[f"{bank.key}.ema"] = mx.where(finite, optim.average(old, params[bank.key], decay), old)
         return new
+
+    def _mean(self, means, snapshots, state, finite):
+        """Return the running means of averages, `<bank>.mean`, with those of a step, and the number of snapshots."""
+        count = snapshots + 1
+        new = {
+            name: mx.where(finite, optim.running_mean(old, state[f"{name.removesuffix('.mean')}.ema"], count), old)
+            for name, old in means.items()
+        }
+        return new, mx.where(finite, count, snapshots)
 
 
 def _measured(loss, norm):

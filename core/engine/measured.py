@@ -14,11 +14,11 @@ from core.engine.protocol import Arrays, Engine
 class Measured(Engine, Protocol):
     """An engine whose insides can be looked at and timed."""
 
-    def gradients(self, batch: Batch) -> tuple[float, Arrays]:
+    def gradients(self, batch: Batch, softness: float | None = None) -> tuple[float, Arrays]:
         """Return the training loss (z-loss included) and its gradient by parameter name, without an update.
 
         With `quantise` it is the gradient at the stored weights, which the step gives to the weights as it is: the
-        straight-through estimator (Bengio et al. 2013).
+        straight-through estimator (Bengio et al. 2013). With `softness` weights are rounded softly, by that sharpness.
         """
         ...
 

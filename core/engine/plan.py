@@ -32,6 +32,10 @@ class StepPlan:
     """Decay of the running average of the weights; 0: the average is the weights."""
     quantise: bool
     """Whether the forward pass uses the stored form of the weights."""
+    softness: float
+    """How near to rounding the forward pass comes while `quantise` is on (train.quantise_soft); 0: it rounds."""
+    snapshot: bool
+    """Whether the running mean of the average takes it in after this step."""
     repeat: bool
     """Whether layers that are to be repeated are."""
 

@@ -44,6 +44,11 @@ def storage_class(storage: Storage) -> Kind:
     return storage.partition("/")[0]  # pyright: ignore[reportReturnType]
 
 
+def gridded(storage: Storage) -> bool:
+    """Return whether a storage rounds to a grid of equal steps that reaches to the largest weight of a group."""
+    return storage_class(storage).startswith("int")
+
+
 def group_size(storage: Storage, columns: int) -> int:
     """Return how many values share a scale in a matrix of `columns` columns; the last group may hold fewer."""
     grouping = storage.partition("/")[2]

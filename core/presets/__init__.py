@@ -17,11 +17,13 @@ class Preset(NamedTuple):
     """Expected number of parameters."""
 
 
+FAMILIES = (transformers.PRESETS, skc.PRESETS, records.PRESETS)
 PRESETS: dict[str, Preset] = {
     name: Preset(purpose, dataclasses.replace(config, preset=name), params)
-    for name, (purpose, config, params) in (*transformers.PRESETS.items(), *skc.PRESETS.items(), *records.PRESETS.items())
+    for family in FAMILIES
+    for name, (purpose, config, params) in family.items()
 }
-assert len(PRESETS) == sum(len(room.PRESETS) for room in (transformers, skc, records)), "two presets of one name"
+assert len(PRESETS) == sum(map(len, FAMILIES)), "two presets of one name"
 
 
 def get(name: str) -> Preset:

@@ -32,7 +32,7 @@ PR401 = changed(ELEVEN, {
     "train.lr_embed": 0.035, "train.lr_matrix": 0.025, "train.lr_vector": 0.025, "train.lr_hash": 0.035,
     "train.weight_decay": 0.04, "train.weight_decay_embed": 0.04, "train.weight_decay_vector": 0.04,
     "train.weight_decay_hash": 0.04, "train.warmdown": 0.5, "train.quantise": "late", "train.quantise_below": 0.15,
-    
+    "train.snapshot_every": 50,
 })  # fmt: skip
 """The record of EMA and late rounding."""
 
@@ -41,7 +41,7 @@ PR550 = changed(ELEVEN, {
     "model.bigram": Bigram(buckets=4096, dim=128, scale=0.05), "train.batch": 48, "train.lr_embed": 0.035,
     "train.lr_matrix": 0.025, "train.lr_vector": 0.025, "train.lr_hash": 0.035, "train.weight_decay": 0.04,
     "train.weight_decay_embed": 0.04, "train.weight_decay_vector": 0.04, "train.weight_decay_hash": 0.04,
-    "train.warmdown": 0.5, "train.quantise": "late", "train.quantise_below": 0.04, 
+    "train.warmdown": 0.5, "train.quantise": "late", "train.quantise_below": 0.04, "train.quantise_soft": (1.0, 16.0),
     "train.mtp_heads": 2,
 })  # fmt: skip
 """The int6 system that adapts by LoRA: for one GPU, with two heads for the tokens behind the next."""
@@ -52,7 +52,7 @@ PR1619 = changed(PR401, {
     "model.blocks": ("attention",) * 7 + ("attention_gated",) * 4, "model.repeat_layers": (3, 4, 5),
     "model.repeat_order": "at_once", "model.repeat_scales": "shared", "model.repeat_blend": True,
     "train.lr_matrix": 0.022, "train.muon_momentum": 0.97, "train.weight_decay": 0.095, "train.warmdown": 0.75,
-     "eval.windows": "documents", "eval.stride": None,
+    "train.snapshot_every": None, "eval.windows": "documents", "eval.stride": None,
 })  # fmt: skip
 """The stack of vocabulary 8,192 whose middle layers run twice at once."""
 
@@ -88,7 +88,7 @@ NARROW = {"model.dim": 144, "model.mlp.hidden": 432, "model.attention.rope_dims"
 WIDE = {"model.mlp.hidden": 512, "model.attention.rope_dims": 8}
 
 PR401_MAC = changed(PR401, SMALL | NARROW | {
-    "model.bigram.buckets": 1024, "model.bigram.dim": 32, "model.value_embed.dim": 32, 
+    "model.bigram.buckets": 1024, "model.bigram.dim": 32, "model.value_embed.dim": 32, "train.snapshot_every": 5,
 })  # fmt: skip
 PR550_MAC = changed(PR550, SMALL | NARROW | {
     "model.attention.rope_dims": 36, "model.bigram.buckets": 1024, "model.bigram.dim": 32,
@@ -105,9 +105,9 @@ PRESETS = {
     "pr1619": ("pull request 1619: vocabulary 8,192, gated parallel layers, three that run twice", PR1619, 31_655_011),
     "pr1394": ("pull request 1394: the best record without adaptation, two layers run three times", PR1394, 35_943_512),
     "pr1855": ("pull request 1855: the top record's model, on text with case operators", PR1855, 35_945_671),
-    "pr401_mac": ("pr401 for a laptop: minutes on the bundled text", PR401_MAC, 0),
-    "pr550_mac": ("pr550 for a laptop", PR550_MAC, 0),
-    "pr1619_mac": ("pr1619 for a laptop", PR1619_MAC, 0),
-    "pr1394_mac": ("pr1394 for a laptop: the base of scripts/ablations/records.toml", PR1394_MAC, 0),
-    "pr1855_mac": ("pr1855 for a laptop: on the bundled text with case operators", PR1855_MAC, 0),
+    "pr401_mac": ("pr401 for a laptop: minutes on the bundled text", PR401_MAC, 2_280_016),
+    "pr550_mac": ("pr550 for a laptop", PR550_MAC, 2_244_941),
+    "pr1619_mac": ("pr1619 for a laptop", PR1619_MAC, 2_280_023),
+    "pr1394_mac": ("pr1394 for a laptop: the base of scripts/ablations/records.toml", PR1394_MAC, 2_121_004),
+    "pr1855_mac": ("pr1855 for a laptop: on the bundled text with case operators", PR1855_MAC, 2_121_867),
 }

@@ -140,7 +140,8 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say, show: Show | Non
             progress = progress_of(step, seconds, settings)
             now = plan(step, progress, settings)
             if settings.quantise == "late" and now.quantise and not engine.quantise:
-                say(f"step {step}: from here on forward passes use the stored form of the weights")
+                softly = ", rounded softly" if settings.quantise_soft else ""
+                say(f"step {step}: from here on forward passes use the stored form of the weights{softly}")
             pending = engine.train_step(feed.get(tokens, now.rows, now.seq), now)
             tokens += now.rows * now.seq
             meter.add(step, progress, pending, tokens)
@@ -237,6 +238,7 @@ def warm_up(engine: Engine, config: RunConfig, show: Show | None = None) -> None
                 show(f"compiling: a step of {rows} rows of {seq} tokens{', layers repeated' * again * repeat}")
             first = plan(0, 0.0, settings)
             first = replace(first, rows=rows, seq=seq, quantise=settings.quantise != "never", repeat=repeat)
+            first = replace(first, snapshot=settings.snapshot_every is not None)
             engine.train_step(Batch(tokens, targets, rows), first).result()
     engine.load_params(params, quantise)
     engine.load_optimizer(optimizer)

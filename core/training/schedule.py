@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import math
 
 from core.config import TrainConfig
@@ -58,13 +59,47 @@ def quantise(progress: float, config: TrainConfig) -> bool:
     return config.quantise == "always" or (config.quantise == "late" and falling)
 
 
+@functools.cache
+def quantise_from(config: TrainConfig) -> float:
+    """Return the progress from which forward passes use the stored form, to 2^-50: found by halving where it begins."""
+    low, high = 0.0, 1.0
+    for _ in range(0 if config.quantise == "always" else 50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if quantise(middle, config) else (middle, high)
+    return low
+
+
+def softness(progress: float, config: TrainConfig) -> float:
+    """Return how near to rounding the forward pass comes: from first to last at equal ratios, over the span of it."""
+    if config.quantise_soft is None:
+        return 0.0
+    (first, last), begin = config.quantise_soft, quantise_from(config)
+    share = min(max((progress - begin) / (1.0 - begin), 0.0), 1.0)
+    return first * (last / first) ** share
+
+
+def snapshot(step: int, progress: float, config: TrainConfig) -> bool:
+    """Return whether the average after `step` is taken into the running mean: every so often, at low rates.
+
+    Those are the rates of the warm-down; a run that averages nothing yet has nothing to take.
+    """
+    if config.snapshot_every is None or not averages(step, progress, config):
+        return False
+    falling = progress > 1.0 - config.warmdown and lr_scale(progress, config) < config.snapshot_below
+    return falling and (step + 1) % config.snapshot_every == 0
+
+
+def averages(step: int, progress: float, config: TrainConfig) -> bool:
+    """Return whether the running average has begun: never with step 0, whose start values must not linger in it."""
+    return config.average_from is not None and step > 0 and progress > config.average_from
+
+
 def average(step: int, progress: float, config: TrainConfig) -> float:
     """Return the decay of the running average: 0 before it starts, so that it is seeded with the weights of then.
 
     Step 0 is always such a seed: start values must not linger in the average.
     """
-    started = config.average_from is not None and step > 0 and progress > config.average_from
-    return config.average_decay if started else 0.0
+    return config.average_decay if averages(step, progress, config) else 0.0
 
 
 def steps_of(tokens: int, config: TrainConfig) -> int:
@@ -99,5 +134,7 @@ def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
         bias2=1.0 - config.beta2 ** (step + 1),
         average=average(step, progress, config),
         quantise=quantise(progress, config),
+        softness=softness(progress, config),
+        snapshot=snapshot(step, progress, config),
         repeat=progress >= config.repeat_from,
     )

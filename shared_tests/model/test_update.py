@@ -74,7 +74,7 @@ def test_launches_do_not_grow_with_depth(name: str) -> None:
 def test_launches_that_grow_with_depth_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bank for every parameter is what there was."""
 
-    def apart(model: ModelConfig, owner: dict[str, int]) -> list[params.ParamBank]:
+    def apart(model: ModelConfig, owner: dict[str, int], scaffolding: Any) -> list[params.ParamBank]:
         rows = params.param_table(model).items()
         return [params.ParamBank(r.group, r.storage, r.group != "vector", (name,), (r.shape,)) for name, r in rows]
 

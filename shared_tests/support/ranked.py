@@ -76,7 +76,8 @@ def curves(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 
 def cases(world: int) -> dict[str, RunConfig]:
-    """Return what `curves` trains: every optimizer, stored weights, averages, clipping, rows that do not divide.
+    """Return what `curves` trains: every optimizer, stored and soft weights, averages and their mean, further heads,
+    clipping, rows that do not divide.
 
     Four ranks, which here share two cores, do the two that differ most.
     """
@@ -84,15 +85,15 @@ def cases(world: int) -> dict[str, RunConfig]:
     made = {}
     for name, preset, changes in (
         ("adamw", "ablate_float", {"matrix_rule": "adamw", "batch": 4}),
-        (
-            "uneven",
-            "ablate_float",
-            {"matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3, "average_from": 0.3},
-        ),
+        ("uneven", "ablate_float", {
+            "matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3, "average_from": 0.3, "mtp_heads": 3,
+            "snapshot_every": 4, "snapshot_below": 0.6, "quantise": "always", "quantise_soft": (1.0, 8.0),
+        }),
         ("micro", "ablate", {"matrix_rule": "muon", "batch": 6, "micro_batch": 2}),
-    ):
+    ):  # fmt: skip
         config = mini(preset)
         model = dataclasses.replace(config.model, layers=1, blocks=config.model.blocks[:1])
+        model = dataclasses.replace(model, matrix_storage="int6/row") if "quantise_soft" in changes else model
         train = dataclasses.replace(config.train, steps=50, seq=16, **changes)
         made[name] = dataclasses.replace(config, model=model, train=train)
     return made if world < 4 else {name: made[name] for name in ("uneven", "micro")}
