@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+import core.data.dataset
 import core.scoring.accounting
 from core.cli import main
 from core.data.bundled import BUNDLED, TOKENIZERS, open_data, prepare_sample
@@ -147,8 +148,10 @@ def test_what_a_model_writes_costs_what_it_prints(ids: list[int]) -> None:
     assert stream_bytes(CASE, np.array([ord("x") + 8, *ids])) == len(text.encode())
 
 
-def test_costs_do_not_depend_on_where_they_are_read_from() -> None:
+@pytest.mark.parametrize("block", [3, 1 << 20])
+def test_costs_do_not_depend_on_where_they_are_read_from(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """A run of escapes is read back to its start, however the stream and the reading are cut."""
+    monkeypatch.setattr(core.data.dataset, "SCAN", block)
     ids = CASE.encode(f"A{ESCAPE * 5}{TITLE} Bob {ESCAPE}{ALL}{NEXT * 2} the NASA")
     stream = np.concatenate([[CASE.bos], ids, [CASE.bos], ids]).astype("<u2")
     split = Split(np.split(stream, [3, 6, 7]), CASE)
