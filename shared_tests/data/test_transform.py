@@ -33,6 +33,7 @@ from core.data.transform import (
 )
 from core.scoring.accounting import count_bytes
 from core.training.generate import Text, read_as
+from shared_tests.support.harness import tiny_tokenizer
 from shared_tests.support.texts import MODEL, documents, jsonl
 
 CASE = Tokenizer.load(str(BUNDLED / TOKENIZERS["sample-case"]))
@@ -187,6 +188,15 @@ def test_one_tokenizer_is_of_one_transform(ops: Tokenizer) -> None:
         CASE.transformed("none")
     with pytest.raises(TokenizerError, match="no pieces for the case markers U.E001 to U.E004"):
         Tokenizer.load(MODEL).transformed("case")
+
+
+def test_pieces_that_hold_a_marker_and_letters_do_not_go_by_the_table() -> None:
+    """What such a piece costs would depend on the escape before it; then raw bytes count, and it is said why."""
+    symbols = [*MARKERS, f"{TITLE}the"]
+    mixed = Tokenizer(tiny_tokenizer(vocab_size=320, byte_fallback=True, user_defined_symbols=symbols))
+    mixed = mixed.transformed("case")
+    assert mixed.decode(mixed.encode("The old"), strict=True) == "The old"
+    assert mixed.table_fault == "the tokenizer's piece '\\ue001the' would cost 6 bytes and stands for 3"
 
 
 @pytest.fixture(scope="module")
