@@ -94,12 +94,22 @@ class Split:
         """Return the bytes that tokens start to stop cost as targets, (stop - start,) int32; DataError as in `read`."""
         if self.sidecar is not None:
             return self.sidecar.unchecked(start, stop)
-        before, table = max(start - 1, 0), self.tokenizer.table
-        while table.markers and before and self.read(before, before + 1)[0] == table.markers[-1]:
-            before -= 1  # whether an escape is itself escaped is decided by the tokens before it
+        table, escapes = self.tokenizer.table, self._escapes(start) if self.tokenizer.table.markers else 0
+        before = max(start - 1, 0) - (escapes > 0 and escapes % 2 == 0)  # from an escape that is not itself escaped
         stream = self.read(before, stop)
         charged = token_bytes(table, stream[:-1], stream[1:])
         return charged[start - before - 1 :] if start else np.append(table.base[stream[:1]], charged)
+
+    def _escapes(self, stop: int) -> int:
+        """Return how many of the tokens before `stop` are escapes, without any other token in between."""
+        begin, escape = stop, self.tokenizer.table.markers[-1]
+        while begin:
+            block = self.read(max(begin - SCAN, 0) if begin < stop else begin - 1, begin)
+            others = np.flatnonzero(block != escape)
+            if others.size:
+                return stop - begin + len(block) - 1 - int(others[-1])
+            begin -= len(block)
+        return stop
 
     def close(self, why: str) -> None:
         """Drop the shards: from here on every read is a DataError that says `why`. Lengths stay known.

@@ -193,12 +193,11 @@ class Tokenizer:
 def token_bytes(table: ByteTable, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Return the bytes that each target of consecutive ones costs after its previous token (same shapes, int32).
 
-    The first previous token is no marker that is escaped.
+    An escape that is itself escaped escapes nothing: a run of them counts from the first previous token on.
     """
     charged = table.base[targets] + (table.leading[targets] & ~table.boundary[previous])
     if table.markers:
-        escaped = -1  # an escaped escape escapes nothing
-        for i in np.flatnonzero(previous == table.markers[-1]).tolist():
-            if i != escaped and targets[i] in table.markers:
-                charged[i], escaped = MARKER_BYTES, i + 1
+        place = np.arange(len(previous))
+        run = place - np.maximum.accumulate(np.where(previous == table.markers[-1], -1, place))
+        charged[(run % 2 == 1) & np.isin(targets, table.markers)] = MARKER_BYTES
     return charged

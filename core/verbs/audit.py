@@ -33,7 +33,7 @@ class Audit:
     path: Positional[str]
     """Run folder (its artifact is audited) or artifact."""
     data: str | None = None
-    """Prepared folder, or sample; None: what the run was trained on (a bare artifact: sample)."""
+    """Prepared folder, sample or sample-case; None: what the run was trained on (a bare artifact: sample)."""
     tokens: int | None = None
     """Score only the first documents, about so many tokens: quicker; no rule about the whole set is checked."""
     windows: Literal["plain", "sliding", "documents", "stateful"] | None = None

@@ -37,7 +37,7 @@ class Eval:
     path: Positional[str]
     """Run folder (its checkpoint is scored) or artifact."""
     data: str | None = None
-    """Prepared folder, or sample; None: what the run was trained on (a bare artifact: sample)."""
+    """Prepared folder, sample or sample-case; None: what the run was trained on (a bare artifact: sample)."""
     windows: Literal["plain", "sliding", "documents", "stateful"] | None = None
     """plain: consecutive windows; sliding: overlapping; documents: inside documents; stateful: with exact carry."""
     seq: int | None = None

@@ -34,7 +34,7 @@ class Sample:
     seed: int = 0
     """Seed of the draws: they follow from it, the sample's number and the place, whatever the other prompts are."""
     data: str | None = None
-    """Where a bare artifact's tokenizer is: a prepared folder; None: sample."""
+    """Where a bare artifact's tokenizer is: a prepared folder or sample-case; None: sample."""
     step: int | None = None
     """Step of a checkpoint that train.keep_every kept; None: the last one."""
     backend: Backend = "auto"

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+import core.data.dataset
 import core.scoring.accounting
 from core.cli import main
 from core.data.bundled import BUNDLED, TOKENIZERS, open_data, prepare_sample
@@ -32,6 +33,7 @@ from core.data.transform import (
 )
 from core.scoring.accounting import count_bytes
 from core.training.generate import Text, read_as
+from shared_tests.support.harness import tiny_tokenizer
 from shared_tests.support.texts import MODEL, documents, jsonl
 
 CASE = Tokenizer.load(str(BUNDLED / TOKENIZERS["sample-case"]))
@@ -147,8 +149,10 @@ def test_what_a_model_writes_costs_what_it_prints(ids: list[int]) -> None:
     assert stream_bytes(CASE, np.array([ord("x") + 8, *ids])) == len(text.encode())
 
 
-def test_costs_do_not_depend_on_where_they_are_read_from() -> None:
+@pytest.mark.parametrize("block", [3, 1 << 20])
+def test_costs_do_not_depend_on_where_they_are_read_from(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """A run of escapes is read back to its start, however the stream and the reading are cut."""
+    monkeypatch.setattr(core.data.dataset, "SCAN", block)
     ids = CASE.encode(f"A{ESCAPE * 5}{TITLE} Bob {ESCAPE}{ALL}{NEXT * 2} the NASA")
     stream = np.concatenate([[CASE.bos], ids, [CASE.bos], ids]).astype("<u2")
     split = Split(np.split(stream, [3, 6, 7]), CASE)
@@ -184,6 +188,15 @@ def test_one_tokenizer_is_of_one_transform(ops: Tokenizer) -> None:
         CASE.transformed("none")
     with pytest.raises(TokenizerError, match="no pieces for the case markers U.E001 to U.E004"):
         Tokenizer.load(MODEL).transformed("case")
+
+
+def test_pieces_that_hold_a_marker_and_letters_do_not_go_by_the_table() -> None:
+    """What such a piece costs would depend on the escape before it; then raw bytes count, and it is said why."""
+    symbols = [*MARKERS, f"{TITLE}the"]
+    mixed = Tokenizer(tiny_tokenizer(vocab_size=320, byte_fallback=True, user_defined_symbols=symbols))
+    mixed = mixed.transformed("case")
+    assert mixed.decode(mixed.encode("The old"), strict=True) == "The old"
+    assert mixed.table_fault == "the tokenizer's piece '\\ue001the' would cost 6 bytes and stands for 3"
 
 
 @pytest.fixture(scope="module")
