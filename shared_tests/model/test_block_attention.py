@@ -76,8 +76,8 @@ def test_rope_of_half_precision_turns_as_the_exact_one_does(position: tuple | No
     assert relative_rms(found[dtype], found["float64"]) < (4e-3 if dtype == "bfloat16" else 6e-4)
 
 
-def peak(form, layers: int = 4, seq: int = 1024) -> int:
-    """Return the bytes at the fullest moment of a forward and backward pass through layers of attention."""
+def peak(form, layers: int = 4, seq: int = 1024, backward: bool = True) -> int:
+    """Return the bytes at the fullest moment of a forward (and backward) pass through layers of attention."""
     q, k, v = (mx.array(draw(f"peak/{name}", 1, 4, seq, 8), mx.float32) for name in "qkv")
 
     def loss(q, k, v):
@@ -85,7 +85,7 @@ def peak(form, layers: int = 4, seq: int = 1024) -> int:
             q = q + form(q, k, v, None, False)
         return mx.sum(mx.square(q))
 
-    step = mx.compile(mx.grad(loss, argnums=(0, 1, 2)))
+    step = mx.compile(mx.grad(loss, argnums=(0, 1, 2)) if backward else loss)
     mx.eval(q, k, v)
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -103,6 +103,23 @@ def test_scores_that_are_made_again_do_not_live_at_once() -> None:
     assert kept < 0.6 * own
     assert again < own / 4
     assert again < 2 * scores  # of two layers: what is under way when a block begins still counts
+    forward = peak(functools.partial(attention.attention, least=64, recomputed=1), backward=False)
+    assert forward < scores / 2  # 16 blocks, the last of which has a sixteenth
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(("seq", "again"), [(2047, False), (2048, True)])
+def test_scores_are_made_again_from_2048_tokens_on(
+    gpu: bool, seq: int, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The form that engines train with, and what the estimate of their memory takes it for; nothing is computed."""
+    seen: list[bool] = []
+    blocks = attention._blocks
+    monkeypatch.setattr(attention, "_blocks", lambda *given: (seen.append(given[2]), blocks(*given))[1])
+    q = mx.zeros((1, 1, seq, 4))
+    attention.choose(False, gpu).training(q, q, q, None, False)
+    engine: Any = load_measured("mlx", mini("ablate_float"), options=EngineOptions(compile=False))
+    assert seen == [again] and engine._composed(seq) is not again
 
 
 def test_training_takes_the_blocks_and_scoring_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

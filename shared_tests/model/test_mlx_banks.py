@@ -125,3 +125,14 @@ def test_an_embedding_in_another_storage_is_another_bank() -> None:
     """A bank has one storage, since it is quantised at once."""
     model = changed(mini("tiny").model, {"matrix_storage": "int8/64", "embedding.storage": "int6/row"})
     assert [bank.key for bank in banks.banks(model, {})][:2] == ["embed/int6/row", "matrix/int8/64"]
+
+
+@pytest.mark.parametrize("shared, wide", [(None, False), (1, True)])
+def test_the_gradients_of_a_matrix_that_is_used_twice_are_added_up_wide(shared: int | None, wide: bool) -> None:
+    """In bfloat16: what one use gives has 8 digits, the sum of two uses more."""
+    config = mini("debug")
+    config = dataclasses.replace(config, model=changed(config.model, {"layers": 2, "shared_blocks": shared}))
+    made: Any = engine("mlx", config, working_weights(config.model, 1.0), dtype="bfloat16")
+    _, grads = made.gradients(batches(config, 1)[0])
+    digits = grads["blocks.0.mlp.up.weight"].view(np.uint32) & 0xFFFF
+    assert (np.mean(digits != 0) > 0.1) == wide
