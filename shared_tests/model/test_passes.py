@@ -195,5 +195,6 @@ def test_what_can_be_built_is_not_refused() -> None:
         model = of(changes)
         small = presets.mini(dataclasses.replace(base, model=model)).model
         assert isinstance(RunConfig(model=small), RunConfig) and small.layers == 4
-        if model.lanes.start is not None:
-            assert all(i < small.lanes.start <= 3 for i in small.repeat_layers) or not small.repeat_layers
+        start = small.lanes.start
+        assert (start is None) == (model.lanes.start is None)
+        assert start is None or (start <= 3 and all(i < start for i in small.repeat_layers))

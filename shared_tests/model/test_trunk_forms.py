@@ -146,7 +146,7 @@ def test_the_twins_take_the_same_steps_before_and_after_the_switch(name: str) ->
         ends.append({**made.params(), **made.optimizer(), "first": np.array(loss), "second": losses[0]})
         for key, value in {**again.params(), **again.optimizer()}.items():
             assert value.tobytes() == ends[-1][key].tobytes(), key
-    assert_same(*ends, P2_FLOAT64)
+    assert_same(ends[0], ends[1], P2_FLOAT64)
 
 
 def without(model: ModelConfig, weights: Arrays) -> tuple[ModelConfig, Arrays]:
