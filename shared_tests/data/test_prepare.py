@@ -179,7 +179,7 @@ def test_a_tokenizer_is_trained_on_train_only(tmp_path: Path) -> None:
 def test_training_sample_is_bounded_by_hash(tmp_path: Path) -> None:
     texts = words(0, 2000)
     size = sum(len(text.encode()) for text in texts)
-    sources = core.data.prepare._Sources([], None, 0.05, None, None, PLAIN, lambda *_: None)
+    sources = core.data.prepare._Sources([], None, 0.05, None, None, "none", PLAIN, lambda *_: None)
     rule, claimed = core.data.prepare._Rule(frozenset()), size * core.data.prepare.TRAINING_BYTES // (size // 4)
     kept = list(core.data.prepare._training_sample(sources, texts, rule, claimed))
     assert 400 <= len(kept) <= 600, "about a quarter"
