@@ -195,22 +195,26 @@ def beaten(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 
 def wired(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """Train in float64, with gradients sent in bfloat16; return losses, notes, and each rank's final bits."""
+    """Train in float64, with gradients sent in bfloat16; return losses, norms, notes, and each rank's final bits."""
     from shared_tests.support.harness import batches
 
     found: dict[str, Any] = {}
     for name, config in cases(ranks.world).items():
         options = EngineOptions(dtype="float64", compile=False, wire="bfloat16")
         engine, losses = load_engine(backend, config, options=options, ranks=ranks), []
+        norms = []
         for step, batch in enumerate(batches(config, 8)):
             part = share(len(batch.tokens), ranks)
             mine = Batch(batch.tokens[part], batch.targets[part], len(batch.tokens))
             now = plan(step, progress_by_steps(step, config.train), config.train)
-            losses.append(engine.train_step(mine, now).result().loss)
+            result = engine.train_step(mine, now).result()
+            losses.append(result.loss)
+            norms.append(result.grad_norm)
         state = b"".join(value.tobytes() for value in {**engine.params(), **engine.optimizer()}.values())
         bits = ranks.gather(np.frombuffer(hashlib.sha256(state).digest(), np.uint8))
         notes = [note for note in engine.notes if "sent" in note]
-        found[name] = {"losses": losses, "bits": [row.tobytes().hex() for row in bits], "notes": notes}
+        digests = [row.tobytes().hex() for row in bits]
+        found[name] = {"losses": losses, "norms": norms, "bits": digests, "notes": notes}
     return found
 
 
