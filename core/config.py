@@ -208,8 +208,8 @@ class TrainConfig:
             self.warmup + self.warmdown <= 1,
             f"train.warmup={self.warmup} and train.warmdown={self.warmdown} overlap: their sum may not exceed 1",
         )
-        self._check_rules()
         self._check_stages()
+        self._check_rules()
 
     def _check_rules(self) -> None:
         require(
