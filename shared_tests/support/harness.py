@@ -164,7 +164,10 @@ def minis() -> list[str]:
     return [*presets.PRESETS, EVERYTHING, OPPOSITE, HYBRID]
 
 
-SIBLINGS = ("ablate_float", "ablate", "skc_ablate", "skc_600", "skc_proxy")
+SIBLINGS = (
+    "ablate_float", "ablate", "skc_ablate", "skc_600", "skc_proxy",
+    "pr1394", *(f"{name}_mac" for name in ("pr401", "pr550", "pr1619", "pr1394", "pr1855")),
+)  # fmt: skip
 """Presets whose minis have no option that another mini lacks (test_minis.py): their cases wait for the long run."""
 
 
