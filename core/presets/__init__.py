@@ -15,13 +15,15 @@ class Preset(NamedTuple):
     config: RunConfig
     params: int
     """Expected number of parameters."""
+    lacks: str = ""
+    """What of the system that it stands for this project does not do yet."""
 
 
 FAMILIES = (transformers.PRESETS, skc.PRESETS, records.PRESETS)
 PRESETS: dict[str, Preset] = {
-    name: Preset(purpose, dataclasses.replace(config, preset=name), params)
+    name: Preset(purpose, dataclasses.replace(config, preset=name), *rest)
     for family in FAMILIES
-    for name, (purpose, config, params) in family.items()
+    for name, (purpose, config, *rest) in family.items()
 }
 assert len(PRESETS) == sum(map(len, FAMILIES)), "two presets of one name"
 

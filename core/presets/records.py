@@ -99,15 +99,40 @@ PR1619_MAC = changed(PR1619, SMALL | NARROW | {
 PR1394_MAC = changed(PR1394, SMALL | WIDE)
 PR1855_MAC = changed(PR1855, SMALL | WIDE | {"data.path": "sample-case"})
 
+CODED = "codes at the entropy bound: artifacts of six-bit weights are over the budget"
+ROUNDED = f"GPTQ with steps by standard deviations, and {CODED}"
+LARGE = f"GPTQ with five or six bits by the trace of second moments (here six, rounded late), and {CODED}"
+ADAPTS = "adapters that learn from text that has been scored"
+
 PRESETS = {
-    "pr401": ("pull request 401: EMA and late rounding, 11 layers, vocabulary 1,024", PR401, 26_993_756),
-    "pr550": ("pull request 550: int6, heads for later tokens; a score by adaptation comes later", PR550, 27_092_057),
-    "pr1619": ("pull request 1619: vocabulary 8,192, gated parallel layers, three that run twice", PR1619, 31_655_011),
-    "pr1394": ("pull request 1394: the best record without adaptation, two layers run three times", PR1394, 35_943_512),
-    "pr1855": ("pull request 1855: the top record's model, on text with case operators", PR1855, 35_945_671),
-    "pr401_mac": ("pr401 for a laptop: minutes on the bundled text", PR401_MAC, 2_280_016),
-    "pr550_mac": ("pr550 for a laptop", PR550_MAC, 2_244_941),
-    "pr1619_mac": ("pr1619 for a laptop", PR1619_MAC, 2_280_023),
-    "pr1394_mac": ("pr1394 for a laptop: the base of scripts/ablations/records.toml", PR1394_MAC, 2_121_004),
-    "pr1855_mac": ("pr1855 for a laptop: on the bundled text with case operators", PR1855_MAC, 2_121_867),
+    "pr401": ("pull request 401: averages, late rounding; vocabulary 1,024", PR401, 26_993_756, CODED),
+    "pr550": (
+        "pull request 550: soft late rounding, heads for later tokens; one GPU",
+        PR550,
+        27_092_057,
+        f"{CODED}; {ADAPTS}",
+    ),
+    "pr1619": (
+        "pull request 1619: vocabulary 8,192, gated parallel layers, three that run twice",
+        PR1619,
+        31_655_011,
+        f"{LARGE}; {ADAPTS}",
+    ),
+    "pr1394": ("pull request 1394: the best record without adaptation", PR1394, 35_943_512, ROUNDED),
+    "pr1855": (
+        "pull request 1855: the top record, on text with case operators",
+        PR1855,
+        35_945_671,
+        f"{ROUNDED}; {ADAPTS}, and phases of SGD",
+    ),
+    "pr401_mac": ("pr401 for a laptop, narrow, on the bundled text", PR401_MAC, 2_280_016),
+    "pr550_mac": ("pr550 for a laptop", PR550_MAC, 2_244_941, ADAPTS),
+    "pr1619_mac": ("pr1619 for a laptop", PR1619_MAC, 2_280_023, f"{LARGE}; {ADAPTS}"),
+    "pr1394_mac": ("pr1394 for a laptop", PR1394_MAC, 2_121_004, ROUNDED),
+    "pr1855_mac": (
+        "pr1855 for a laptop: bundled text with case operators",
+        PR1855_MAC,
+        2_121_867,
+        f"{ROUNDED}; {ADAPTS}",
+    ),
 }

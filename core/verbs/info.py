@@ -65,6 +65,9 @@ def info(options: Info, context: Context) -> Outcome:
     )
     say()
     say(f"parameters        {count(model):,}{standing(model, config.train)}")
+    lacks = presets.PRESETS[config.preset].lacks if config.preset in presets.PRESETS else ""
+    if lacks:
+        say(f"not here yet      {lacks}")
     for name, size in storage.items():
         say(f"{name:<17} {size:,.0f} bytes before compression, scales included")
     verdict = "within" if fits else f"OVER by {total - export.budget:,}"
