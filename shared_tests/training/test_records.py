@@ -23,6 +23,7 @@ ARTIFACT = {"score": SCORE, "gap": 0.0, "bytes": 5000, "allowed": 9000, "within"
 WHOLE = {
     "step": 4, "train/loss": 3.0, "train/bpb": 2.5, "train/grad_norm": 1.0, "opt/lr": 0.1, "perf/tok_s": 100.0,
     "perf/step_ms": 1.5, "clock/seconds": 2, "clock/stopped": 2.0, "clock/closed": 2.5, "progress": 1.0,
+    "clock/train_stop": 1.5, "tokens": 640,
     "progress/each": [0.5, 1.0], "val/bpb": 2.5, "val/error": 0.01, "samples": ["it was"], "final/score": SCORE,
     "final/artifact": ARTIFACT, "final/plugins": {**SCORE, "error": 0.5, "bpb_raw": 2.0, "plugins": ["temperature"]},
 }  # fmt: skip
@@ -62,7 +63,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("train/loss", "3.0", "a finite number"), ("train/loss", None, "a finite number"),
     ("train/loss", [3.0], "a finite number"), ("train/bpb", True, "a finite number"),
     ("train/bpb", 10**400, "a finite number"), ("clock/seconds", -1, "from 0 up"), ("clock/seconds", GONE, "missing"),
-    ("progress", 1.5, "a share"), ("progress/each", 0.5, "a list"), ("progress/each", ["0.5"], "a share"),
+    ("tokens", 0.5, "a whole number"), ("clock/train_stop", "1", "from 0 up"), ("progress", 1.5, "a share"),
+    ("progress/each", 0.5, "a list"), ("progress/each", ["0.5"], "a share"),
     ("samples", "it was", "a list"), ("samples", [5], "a text"), ("val/error", -0.1, "from 0 up"),
     ("final/score", 5, "an object"), ("final/score.bpb", "2.5", "a finite"), ("final/score.bpb", GONE, "missing"),
     ("final/score.label", "best", "score or estimate"), ("final/score.full", 1, "true or false"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import core.training.loop
+import core.training.run
 from core.compare.pair import choose_axis, positions
 from core.config import ConfigError, RunConfig, TrainConfig
 from core.data.batch import Batch
