@@ -107,7 +107,7 @@ def test_data_is_held_to_the_transform_and_a_model_is_not(marked: str) -> None:
 
 
 def test_the_space_is_where_the_order_has_it() -> None:
-    for marked, order in ((f"a{TITLE} b", "caseops"), (f"a {TITLE}b", "case")):
+    for order, marked in zip(ORDERS, (f"a {TITLE}b", f"a{TITLE} b"), strict=True):
         with pytest.raises(TransformError):
             invert_transform(marked, order)
 
