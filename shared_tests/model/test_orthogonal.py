@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core import presets, rng
+from core import rng
 from core.config import ConfigError, ModelConfig, changed
 from core.model import orthogonal as spec
 from core.model.orthogonal import TILE, orthogonal
@@ -129,7 +129,7 @@ def test_a_spread_for_matrices_without_one_is_refused() -> None:
 @pytest.mark.long
 def test_a_model_of_36_million_weights_starts_in_a_minute() -> None:
     """Of processor time, on one core: 11 layers, 512 wide."""
-    model = changed(presets.get("debug").config.model, {
+    model = changed(ModelConfig(), {
         "vocab": 8192, "dim": 512, "layers": 11, "attention.heads": 8, "attention.kv_heads": 4, "mlp.hidden": 2048,
         "matrix_init": "orthogonal",
     })  # fmt: skip

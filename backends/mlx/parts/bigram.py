@@ -20,13 +20,13 @@ class Bigram(Part):
             self.scale = mx.ones((1,))
 
     def __call__(self, stream, context, stage, state):
-        pairs, buckets = context.last_ids(1), self._config.bigram.buckets
-        if self._config.bigram.hash == "xor":
-            rows_BT1 = ops.xor_buckets(*pairs, buckets)
+        (ids, documents), settings = context.last_ids(1), self._config.bigram
+        if settings.hash == "xor":
+            rows_BT1 = ops.xor_buckets(ids, documents, settings.buckets)
         else:
-            rows_BT1 = ops.ngram_buckets(*pairs, [(BIGRAM_MULTIPLIER,)], buckets)
+            rows_BT1 = ops.ngram_buckets(ids, documents, [(BIGRAM_MULTIPLIER,)], settings.buckets)
         added_BTD = self.value(ops.hashed_rows(self.table, rows_BT1).astype(stream.x.dtype))
-        if self._config.bigram.scale is not None:
+        if settings.scale is not None:
             added_BTD = self.scale.astype(added_BTD.dtype) * added_BTD
         # The raw vectors, then one norm: the stream starts at the size that it has without the table.
         x_BTD = ops.rms_norm(stream.raw + added_BTD, self._config.norm_eps, self._exact)
