@@ -145,7 +145,7 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
 def _asks_for_rows(config: RunConfig, given: Sequence[str]) -> bool:
     """Return whether someone chose train.micro_batch for this run: here, or in an ablation; else it is the preset's."""
     theirs = presets.get(config.preset).config.train.micro_batch
-    return "--train.micro_batch" in given or config.train.micro_batch != theirs
+    return "--train.micro-batch" in given or config.train.micro_batch != theirs
 
 
 def _begin(

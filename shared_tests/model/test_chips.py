@@ -23,6 +23,7 @@ from backends.mlx.device import Chip, OnTheCPU, check_memory, keep_resident, mic
 from backends.mlx.model import Model
 from core import presets
 from core.check.tolerances import P2_FLOAT16, P2_FLOAT64, P3_FLOAT32, relative_rms
+from core.cli import _parse
 from core.config import ConfigError, RunConfig
 from core.console import Console
 from core.engine.fitting import fitting
@@ -241,13 +242,18 @@ def test_the_engine_keeps_to_that(on: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "given, changes, asked", [((), {}, False), (("--train.micro_batch",), {}, True), ((), {"micro_batch": 16}, True)]
-)
+    "given, changes, asked",
+    [
+        ("", {}, False), ("--train.micro-batch 64", {}, True), ("--train.micro_batch=64", {}, True),
+        ("--train.micro-batch none", {}, True), ("", {"micro_batch": 16}, True),
+    ],
+)  # fmt: skip
 def test_rows_are_asked_for_on_the_command_line_or_by_an_ablation(
-    given: tuple[str, ...], changes: dict[str, Any], asked: bool, on: Any, monkeypatch: pytest.MonkeyPatch
+    given: str, changes: dict[str, Any], asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = presets.get("baseline").config
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+    """Also those that the preset has anyway."""
+    asking = _parse("train", ["baseline", *given.split(), "--dry-run"])
+    asking = dataclasses.replace(asking, train=dataclasses.replace(asking.train, **changes))
     options = []
 
     def stopped(backend: str, config: RunConfig, weights: Any, choices: EngineOptions, **more: Any) -> Any:
@@ -256,9 +262,7 @@ def test_rows_are_asked_for_on_the_command_line_or_by_an_ablation(
 
     monkeypatch.setattr("core.verbs.train.start_weights", lambda config, split: {})
     with pytest.raises(KeyboardInterrupt):
-        train_run(
-            dataclasses.replace(Train.of(config), given=given, dry_run=True), Context(Console(), "skc train", stopped)
-        )
+        train_run(asking, Context(Console(), "skc train", stopped))
     assert options[0].micro_tokens == (None if asked else 8192)
 
 
