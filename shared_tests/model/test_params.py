@@ -8,6 +8,7 @@ import pytest
 
 from core import presets, rng
 from core.config import ConfigError, changed
+from core.engine.scaffolding import trained_table
 from core.model.params import count, param_table, start_values
 from core.model.shares import decoding_state, flops_per_token
 from core.training import schedule
@@ -105,7 +106,7 @@ def test_baseline_is_the_official_model() -> None:
 def test_a_backend_starts_from_the_tables_bits(name: str, backend: str) -> None:
     config = mini(name)
     start, got = start_values(config.model, config.seed), engine(backend, config, dtype="float32").params()
-    assert list(got) == list(param_table(config.model))
+    assert list(got) == list(trained_table(config.model, config.train))
     for key, value in start.items():
         assert got[key].dtype == np.float32 and got[key].tobytes() == value.tobytes(), key
 
