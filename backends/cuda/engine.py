@@ -105,11 +105,8 @@ class Engine:
         with torch.device("meta"):  # CUDA: the module holds no weights: as in MLX, they come as arguments
             self._model = Model(config.model, self._exact, attend)
         names = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
-        check_arrays(
-            {name: weights[name] for name in weights if name not in self._scaffolding},
-            names,
-            "weights for the torch model",
-        )
+        own = {name: value for name, value in weights.items() if name not in self._scaffolding}
+        check_arrays(own, names, "weights for the torch model")
         self._tables: dict[int, Constants] = {}
         self._mixing = [
             torch.tensor(table, dtype=self._wide, device=self._device) for table in mixer_tables(config.model)
@@ -188,7 +185,7 @@ class Engine:
         values = {(bank, ""): value.contiguous() for bank, (value, _) in made.items()}  # CUDA: as in Quantiser
         weights = Banked(self._stored(params).whole | values)
         slopes = {bank: slope.contiguous() for bank, (_, slope) in made.items()}
-        return {name: value.requires_grad_() for name, value in weights.items()}, slopes
+        return {name: value.detach().requires_grad_() for name, value in weights.items()}, slopes
 
     def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, begins=None):
         given = (tokens, tables, self._compute, repeat, record, state, capped, begins)

@@ -88,11 +88,8 @@ class Engine:
         self._attention = attention.choose(self._exact, gpu)
         self._model = Model(config.model, self._exact, self._attention)
         names = {name: tuple(value.shape) for name, value in dict(tree_flatten(self._model.parameters())).items()}
-        check_arrays(
-            {name: weights[name] for name in weights if name not in self._scaffolding},
-            names,
-            "weights for the MLX model",
-        )
+        own = {name: value for name, value in weights.items() if name not in self._scaffolding}
+        check_arrays(own, names, "weights for the MLX model")
         self._tables: dict[int, Constants] = {}
         self._mixing = [mx.array(table, self._wide) for table in mixer_tables(config.model)]
         self.scoring = Scoring()  # MLX: windows of eval.batch, one pass after the other

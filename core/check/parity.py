@@ -13,6 +13,7 @@ from core.data.dataset import batch as batch_at
 from core.engine.loading import BACKENDS, EXTRAS, available_backends
 from core.engine.measured import Measured, load_measured
 from core.engine.protocol import Arrays, Batch, DType, Engine, EngineOptions
+from core.engine.scaffolding import scaffolding
 from core.model.params import by_group, count, param_table, start_values
 from core.training import schedule
 
@@ -199,7 +200,8 @@ def _forward_checks(config: RunConfig, engines: list[Measured], batch: Batch, dt
     ours, theirs = (engine.activations(batch.tokens) for engine in engines)
     checks += [Check(name, relative_rms(ours[name], theirs[name]), limit) for name in ours]
     grads = [engine.gradients(batch)[1] for engine in engines]
-    for group, names in by_group(config.model).items():
+    beside = {"scaffolding": list(rows)} if (rows := scaffolding(config.model, config.train)) else {}
+    for group, names in {**by_group(config.model), **beside}.items():
         a, b = (np.concatenate([g[name].ravel() for name in names]) for g in grads)
         checks.append(Check(f"gradients, {group}", relative_rms(a, b), limit))
     for engine, values in zip(engines, start, strict=True):

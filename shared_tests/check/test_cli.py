@@ -85,7 +85,7 @@ def test_info_gives_every_preset_its_recorded_count(name: str, capsys: Capture) 
 @pytest.mark.long
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_preset_builds_with_its_recorded_count(name: str) -> None:
-    built = load_engine("cuda", presets.get(name).config).params()
+    built = load_engine("cuda", presets.get(name).config).weights()
     assert sum(array.size for array in built.values()) == presets.get(name).params
 
 

@@ -15,18 +15,24 @@ from core.training import schedule
 from shared_tests.support.by_name import ByName
 from shared_tests.support.harness import batches, draw, engine, mini, minis, working_weights
 
-SHORT = {("debug", "adamw"), ("ablate", "muon")}
+SCAFFOLDED = "scaffolded"
+"""`ablate_float` with further heads, snapshots of the average, and stored weights that round softly."""
+SHORT = {("debug", "adamw"), ("ablate", "muon"), (SCAFFOLDED, "muon")}
 CASES = [
     pytest.param(name, rule, marks=() if (name, rule) in SHORT else pytest.mark.long)
-    for name in minis()
+    for name in (*minis(), SCAFFOLDED)
     for rule in ("adamw", "muon")
 ]
 
 
 def averaging(name: str, rule: str) -> RunConfig:
     """Return the mini with a matrix rule, running averages of every parameter, and gradients that are clipped."""
-    config = mini(name)
-    changes: Any = {"matrix_rule": rule, "average_from": 0.3, "average_ternary": True, "clip": 0.5, "steps": 20}
+    config, more = mini("ablate_float" if name == SCAFFOLDED else name), {}
+    if name == SCAFFOLDED:
+        config = dataclasses.replace(config, model=changed(config.model, {"matrix_storage": "int4/64", "layers": 1}))
+        more = {"mtp_heads": 2, "snapshot_every": 3, "snapshot_below": 0.7, "quantise_soft": (1.0, 16.0)}
+        more |= {"quantise": "late"}
+    changes: Any = {"matrix_rule": rule, "average_from": 0.3, "average_ternary": True, "clip": 0.5, "steps": 20, **more}
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
 
 

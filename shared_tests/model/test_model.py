@@ -107,7 +107,7 @@ def test_bfloat16_computes_the_same_model_with_float32_masters(name: str, backen
     assert narrow.logits(batch.tokens).dtype == np.float32
     narrow.train_step(batch, schedule.plan(0, 0.5, config.train)).result()
     for key, value in narrow.params().items():
-        assert value.dtype == np.float32 and not np.array_equal(value, weights[key]), key
+        assert value.dtype == np.float32 and not np.array_equal(value, wide.params()[key]), key
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

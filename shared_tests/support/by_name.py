@@ -9,12 +9,15 @@ import mlx.core as mx
 import numpy as np
 
 from backends.mlx import optim, storage
+from backends.mlx.further import further_loss
 from core.config import RunConfig
 from core.data.batch import Batch
 from core.engine.optimizer_state import averaged
 from core.engine.plan import NUMBERS, StepPlan
 from core.engine.protocol import Arrays
-from core.model.params import banks, param_table
+from core.engine.scaffolding import scaffolding, trained_table
+from core.model.params import banks
+from core.model.storage import gridded
 
 
 class ByName:
@@ -22,7 +25,8 @@ class ByName:
 
     def __init__(self, config: RunConfig, engine: Any) -> None:
         self._config, self._train, self._engine = config, config.train, engine
-        self._table, self._banks = param_table(config.model), banks(config.model)
+        beside = scaffolding(config.model, config.train)
+        self._table, self._banks = trained_table(config.model, config.train), banks(config.model, None, beside)
         self._order = [name for bank in engine._banks for name in bank.names]
         self.load(engine.params(), engine.optimizer())
 
@@ -39,30 +43,57 @@ class ByName:
     def train_step(self, batch: Batch, plan: StepPlan) -> tuple[float, float, bool]:
         """Return (loss, norm, finite) of one step."""
         engine, hyper = self._engine, mx.array(np.array(plan.numbers), self._engine._wide)
-        weights = self._params
-        if plan.quantise:
-            weights = {n: mx.contiguous(storage.stored(w, self._table[n].storage)) for n, w in weights.items()}
+        weights, slopes = dict(self._params), {}
+        for name, row in self._table.items() if plan.quantise else ():
+            if self._train.quantise_soft and gridded(row.storage):
+                softness = mx.array(plan.softness, engine._wide)
+                soft = storage.softened(weights[name], row.storage, softness)
+                weights[name], slopes[name] = (mx.contiguous(side) for side in soft)
+            elif not row.scaffold:
+                weights[name] = mx.contiguous(storage.stored(weights[name], row.storage))
         constants = engine._constants(batch.tokens.shape[1])
 
         def losses(weights: Any) -> Any:
-            nll, total = engine._costs(weights, mx.array(batch.tokens), mx.array(batch.targets), constants, plan.repeat)
+            tokens, targets, record = mx.array(batch.tokens), mx.array(batch.targets), {}
+            model, heads = ({n: w for n, w in weights.items() if self._table[n].scaffold == side} for side in (0, 1))
+            nll, total = engine._costs(model, tokens, targets, constants, plan.repeat, record=record)
             loss = mx.mean(nll)
             z_loss = self._train.z_loss
-            return loss + z_loss * mx.mean(mx.square(total)) if z_loss else loss, loss
+            objective = loss + z_loss * mx.mean(mx.square(total)) if z_loss else loss
+            if heads:
+                further = further_loss(record["hidden"], [*heads.values()], targets, self._config.model, engine._exact)
+                objective = objective + self._train.mtp_weight * further
+            return objective, loss
 
         (_, loss), grads = mx.value_and_grad(losses)(weights)
-        # The order in which squares are added up is the banks': a gradient's rows, then the parameters of a bank.
-        norm = optim.global_norm([mx.contiguous(grads[name]) for name in self._order])
+        grads = {name: grad * slopes[name] if name in slopes else grad for name, grad in grads.items()}
+        norm = self._norm(grads)
         finite = mx.isfinite(loss) & mx.isfinite(norm)
         numbers = {**dict(zip(NUMBERS, hyper, strict=True)), "finite": mx.array(True)}
         scale = optim.clip_scale(norm, self._train.clip)
         params, state = self._updated({name: g * scale for name, g in grads.items()}, numbers)
         for name in averaged(self._config.model, self._train):
             state[f"{name}.ema"] = optim.average(self._state[f"{name}.ema"], params[name], numbers["average"])
+        state |= {name: value for name, value in self._state.items() if name not in state}
+        if plan.snapshot:
+            count = state["snapshots"] = self._state["snapshots"] + 1
+            for name in averaged(self._config.model, self._train):
+                old, value = self._state[f"{name}.mean"], state[f"{name}.ema"]
+                state[f"{name}.mean"] = optim.running_mean(old, value, count)
         self._params = {n: mx.contiguous(mx.where(finite, params[n], old)) for n, old in self._params.items()}
         self._state = {n: mx.contiguous(mx.where(finite, state[n], old)) for n, old in self._state.items()}
         mx.eval(self._params, self._state)
         return float(np.array(loss)), float(np.array(norm)), bool(finite.item())
+
+    def _norm(self, grads: Any) -> Any:
+        """Return the norm of all gradients, those of the scaffolding added up apart.
+
+        The order in which squares are added up is the banks': a gradient's rows, then the parameters of a bank.
+        """
+        sides = [[name for name in self._order if self._table[name].scaffold == side] for side in (False, True)]
+        sums = [[mx.sum(mx.square(mx.contiguous(grads[name]))) for name in side] for side in sides]
+        total = mx.sum(mx.stack(sums[0]))
+        return mx.sqrt(total + mx.sum(mx.stack(sums[1])) if sums[1] else total)
 
     def _updated(self, grads: Any, numbers: Any) -> Any:
         params, state, train = {}, {}, self._train

@@ -60,6 +60,7 @@ def everything(data: str, **changes: Any) -> RunConfig:
         "steps": 16, "batch": 4, "seq": 32, "seq_stages": (8, 16), "seq_until": (0.25, 0.5), "warmdown": 0.6,
         "matrix_rule": "muon", "muon_iterations": 3, "muon_momentum_steps": 10,
         "quantise": "late", "quantise_below": 0.7, "average_from": 0.45, "average_decay": 0.9,
+        "mtp_heads": 2, "snapshot_every": 3, "snapshot_below": 0.7,
         "log_every": 1, "eval_every": None, "save_every": 2, "keep_every": 3,
     }  # fmt: skip
     return dataclasses.replace(
