@@ -68,16 +68,24 @@ APART = {
 BUILT: dict[str, Any] = {
     "beta1": 0.8, "beta2": 0.9, "eps": 1e-3, "matrix_rule": "adamw", "muon_iterations": 3,
     "muon_coefficients": POLAR_EXPRESS, "muon_rows": True, "muon_scale": "rms", "clip": 0.3, "z_loss": 0.1,
-    "average_ternary": True,
+    "average_ternary": True, "mtp_heads": 2, "mtp_weight": 0.9, "quantise_soft": (1.0, 4.0), "snapshot_every": 1,
+    "snapshot_below": 0.99,
 }  # fmt: skip
 """Setting -> its change; each has an engine of its own, since code is compiled with these."""
+NEEDED: dict[str, dict[str, Any]] = {
+    "mtp_weight": {"train.mtp_heads": 2},
+    "quantise_soft": {"train.quantise": "always", "model.matrix_storage": "int4/row"},
+    "snapshot_every": {"train.snapshot_below": 0.99},
+    "snapshot_below": {"train.snapshot_every": 1, "train.snapshot_below": 0.3},
+}  # fmt: skip
+"""What a change of BUILT has no use without."""
 
 
 def base() -> RunConfig:
     """Return a run of one layer with parameters of every group, ternary matrices, Muon, averages and repeats."""
     model = {
         "model.layers": 1, "model.repeat_layers": (0,), "model.bigram.buckets": 13, "model.bigram.dim": 4,
-        "model.matrix_storage": "ternary/64",
+        "model.matrix_storage": "ternary/64", "model.embedding.storage": "int6/row",
     }  # fmt: skip
     train = {
         "steps": 4, "batch": 2, "seq": 8, "matrix_rule": "muon", "warmup": 0.25, "warmdown": 0.6, "floor": 0.1,
@@ -155,10 +163,11 @@ def test_a_setting_of_the_plan_acts_in_code_that_is_compiled(name: str, shared: 
 
 
 @functools.cache
-def unchanged(backend: str, compiled: bool) -> tuple[list[bytes], list[bytes]]:
-    """Return what BASE computes, and the weights that are scored then."""
-    found = Trained(backend, BASE, compiled)
-    return found.steps(BASE.train), scored(found)
+def unchanged(backend: str, compiled: bool, needed: tuple[tuple[str, Any], ...]) -> tuple[list[bytes], list[bytes]]:
+    """Return what BASE computes with what a change needs, and the weights that are scored then."""
+    config = changed(BASE, dict(needed))
+    found = Trained(backend, config, compiled)
+    return found.steps(config.train), scored(found)
 
 
 def scored(trained: Trained) -> list[bytes]:
@@ -174,10 +183,12 @@ def test_a_setting_that_is_compiled_in_acts(
     name: str, compiled: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pass_through(monkeypatch)
-    config = changed(BASE, {f"train.{name}": BUILT[name]})
+    needed = NEEDED.get(name, {})
+    config = changed(BASE, {**needed, f"train.{name}": BUILT[name]})
     found = Trained(backend, config, compiled)
-    assert found.steps(config.train) != unchanged(backend, compiled)[0]
-    assert scored(found) != unchanged(backend, compiled)[1]
+    steps, weights = unchanged(backend, compiled, tuple(needed.items()))
+    assert found.steps(config.train) != steps
+    assert scored(found) != weights
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
