@@ -53,7 +53,7 @@ class Attention(Part):
             k_BGTK, v_BGTK = torch.cat([state.k, k_BGTK], dim=2), torch.cat([state.v, v_BGTK], dim=2)
         y_BHTK = context.attend(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)  # CUDA: the form chosen at build
         if stage.layer in self._exclusive:
-            y_BHTK = ops.exclude(y_BHTK, own_BGTK, settings.xsa == "projected")
+            y_BHTK = ops.exclude(y_BHTK, own_BGTK, context.alone, settings.xsa == "projected")
         if settings.head_gate != "none":
             gate_BTH = self.gate(stream.x)
             y_BHTK = torch.swapaxes(gate_BTH, 1, 2)[..., None] * y_BHTK

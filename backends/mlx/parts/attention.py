@@ -53,7 +53,7 @@ class Attention(Part):
             k_BGTK, v_BGTK = mx.concatenate([state.k, k_BGTK], axis=2), mx.concatenate([state.v, v_BGTK], axis=2)
         y_BHTK = context.attend(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)
         if stage.layer in self._exclusive:
-            y_BHTK = ops.exclude(y_BHTK, own_BGTK, settings.xsa == "projected")
+            y_BHTK = ops.exclude(y_BHTK, own_BGTK, context.alone, settings.xsa == "projected")
         if settings.head_gate != "none":
             gate_BTH = self.gate(stream.x)
             y_BHTK = mx.swapaxes(gate_BTH, 1, 2)[..., None] * y_BHTK
