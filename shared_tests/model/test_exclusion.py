@@ -146,7 +146,7 @@ def test_gates_start_at_a_half_and_at_one(backend: str) -> None:
 
 
 def test_a_layer_takes_few_more_launches() -> None:
-    """Of a compiled step in bfloat16, forward and backward: 18 for the projection, 16 for the gate, 2 for all layers."""
+    """Of a compiled step in bfloat16, there and back: 18 for the projection, 16 for the gate, 2 for all layers."""
     plain, on = mini("debug"), {"attention.xsa": "projected", "attention.head_gate": "sigmoid"}
     steps = [launches.step(dataclasses.replace(plain, model=changed(plain.model, c)))["step"] for c in ({}, on)]
     assert 2 * 20 < steps[1].total() - steps[0].total() <= 2 * 34 + 2
