@@ -30,7 +30,7 @@ class RMSNorm(Function):
 class Orthogonal(Function):
     """o = P y, P = 1 - u u^T, u = v / sqrt(|v|^2 + 1e-12); dy = P g, dv = -((u . y) dy + (u . g) o) / sqrt(...) in sum.
 
-    y (B, G, R, T, K), v (B, G, 1, T, K), alone (B, 1, 1, T, 1) bool: o and its gradient are 0 there.
+    y (B, T, G, R, K), v (B, T, G, 1, K), alone (B, T, 1, 1, 1) bool: o and its gradient are 0 there.
     """
 
     @staticmethod
@@ -49,7 +49,7 @@ class Orthogonal(Function):
         unit, scale, along, out, alone = ctx.saved_tensors
         slope = torch.sum(grad * unit, dim=-1, keepdim=True)
         dy = torch.addcmul(grad.to(unit.dtype), slope, unit, value=-1).masked_fill_(alone, 0.0)
-        dv = torch.mul(dy, along).addcmul_(slope, out).sum(dim=2, keepdim=True)
+        dv = torch.mul(dy, along).addcmul_(slope, out).sum(dim=3, keepdim=True)
         return dy.to(grad.dtype), dv.mul_(scale).neg_().to(grad.dtype), None
 
 

@@ -114,13 +114,13 @@ def attention(q, k, v, mask, exact):
 def exclude(y, v, alone, projected):
     """Return y - v, each v shared by H / G heads, or, if `projected`, y without its part along v; 0 where `alone`.
 
-    y (B, H, T, K), v (B, G, T, K), alone (B, T) bool: tokens of which y is v, exactly 0 then and without a gradient.
+    y (B, T, H, K), v (B, T, G, K), alone (B, T) bool: tokens of which y is v, exactly 0 then and without a gradient.
     """
-    rows, shared, seq, width = v.shape
+    rows, seq, shared, width = v.shape
     # A norm behind it multiplies gradients of nothing by 1 / sqrt(eps): y's and v's would cancel, their rounding not.
-    y, v, alone = y.reshape(rows, shared, -1, seq, width), v[:, :, None], alone[:, None, None, :, None]
+    y, v, alone = y.reshape(rows, seq, shared, -1, width), v[..., None, :], alone[..., None, None, None]
     left = Orthogonal.apply(y, v, alone) if projected else (y - v).masked_fill(alone, 0.0)
-    return left.reshape(rows, -1, seq, width)
+    return left.reshape(rows, seq, -1, width)
 
 
 def relu2(x, exact):

@@ -112,13 +112,13 @@ def attention(q, k, v, mask, exact):
 def exclude(y, v, alone, projected):
     """Return y - v, each v shared by H / G heads, or, if `projected`, y without its part along v; 0 where `alone`.
 
-    y (B, H, T, K), v (B, G, T, K), alone (B, T) bool: tokens of which y is v, exactly 0 then and without a gradient.
+    y (B, T, H, K), v (B, T, G, K), alone (B, T) bool: tokens of which y is v, exactly 0 then and without a gradient.
     """
-    rows, shared, seq, width = v.shape
+    rows, seq, shared, width = v.shape
     # A norm behind it multiplies gradients of nothing by 1 / sqrt(eps): y's and v's would cancel, their rounding not.
-    y, v, alone = y.reshape(rows, shared, -1, seq, width), v[:, :, None], alone[:, None, None, :, None]
+    y, v, alone = y.reshape(rows, seq, shared, -1, width), v[..., None, :], alone[..., None, None, None]
     left = _orthogonal(y, v, alone)[0] if projected else mx.where(alone, mx.array(0.0, y.dtype), y - v)
-    return left.reshape(rows, -1, seq, width)
+    return left.reshape(rows, seq, -1, width)
 
 
 @mx.custom_function
@@ -138,7 +138,7 @@ def _orthogonal_gradients(primals, grads, results):
     grad = mx.where(alone, mx.array(0.0, unit.dtype), grads[0])
     slope = mx.sum(grad * unit, axis=-1, keepdims=True)
     dy = grad - slope * unit
-    dv = -mx.sum(scale * (along * dy + slope * out), axis=2, keepdims=True)
+    dv = -mx.sum(scale * (along * dy + slope * out), axis=3, keepdims=True)
     return dy.astype(out.dtype), dv.astype(out.dtype), mx.zeros_like(alone)
 
 

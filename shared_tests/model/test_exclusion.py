@@ -98,9 +98,9 @@ def test_a_documents_first_token_gets_nothing_from_attention(documents: str, for
 def test_what_is_left_is_orthogonal_to_the_own_value(dtype: str, backend: str) -> None:
     """To 1e-6 of the lengths of y and v; and it is y - (y . u) u, head by head."""
     exclude = module(backend, "ops").exclude
-    y, v, alone = draw("exclusion/y", 2, 4, 9, 8), draw("exclusion/v", 2, 2, 9, 8), np.zeros((2, 9), bool)
+    y, v, alone = draw("exclusion/y", 2, 9, 4, 8), draw("exclusion/v", 2, 9, 2, 8), np.zeros((2, 9), bool)
     (left,) = call(backend, lambda *given: exclude(*given, True), (y, v, alone), dtype)
-    own = np.repeat(v, 2, axis=1)
+    own = np.repeat(v, 2, axis=2)
     unit = own / np.linalg.norm(own, axis=-1, keepdims=True)
     expected = y - (y * unit).sum(-1, keepdims=True) * unit
     lengths = np.linalg.norm(y, axis=-1) + np.linalg.norm(own, axis=-1)
@@ -112,9 +112,9 @@ def test_what_is_left_is_orthogonal_to_the_own_value(dtype: str, backend: str) -
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_gradient_is_finite_where_the_own_value_vanishes(backend: str) -> None:
     exclude = module(backend, "ops").exclude
-    y, v, alone = draw("vanishing/y", 1, 2, 5, 8), draw("vanishing/v", 1, 1, 5, 8), np.zeros((1, 5), bool)
-    v *= np.array([0.0, 1e-30, 1e-9, 1e-6, 1.0])[:, None]
-    for first in (y, np.repeat(v, 2, axis=1)):
+    y, v, alone = draw("vanishing/y", 1, 5, 2, 8), draw("vanishing/v", 1, 5, 1, 8), np.zeros((1, 5), bool)
+    v *= np.array([0.0, 1e-30, 1e-9, 1e-6, 1.0])[:, None, None]
+    for first in (y, np.repeat(v, 2, axis=2)):
         given = (first, v, alone)
         out = call(backend, lambda *given: exclude(*given, True), given, "float32")
         grads = gradients(backend, lambda *given: exclude(*given, True), given, [np.ones_like(y)], "float32")

@@ -66,12 +66,12 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None, exact: bool) -> 
 def exclude(y: Array, v: Array, alone: Array, projected: bool) -> Array:
     """Take v off y, or multiply y by the matrix that projects it to what is across v, head by head."""
     out = np.empty_like(y)
-    for head in range(y.shape[1]):
-        own = v[:, head * v.shape[1] // y.shape[1]]
+    for head in range(y.shape[2]):
+        own = v[:, :, head * v.shape[2] // y.shape[2]]
         unit = own / np.sqrt((own * own).sum(-1, keepdims=True) + 1e-12)
         across = np.eye(own.shape[-1]) - unit[..., :, None] * unit[..., None, :]
-        out[:, head] = (across @ y[:, head][..., None])[..., 0] if projected else y[:, head] - own
-    return out * ~alone[:, None, :, None]
+        out[:, :, head] = (across @ y[:, :, head][..., None])[..., 0] if projected else y[:, :, head] - own
+    return out * ~alone[..., None, None]
 
 
 def relu2(x: Array, exact: bool) -> Array:
