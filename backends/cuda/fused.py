@@ -28,31 +28,29 @@ class RMSNorm(Function):
 
 
 class Orthogonal(Function):
-    """o = P (y - v) with P = 1 - u u^T, u = v / sqrt(|v|^2 + 1e-12); dy = P g, dv = -sum over heads of dy + a dy + b o.
+    """o = P y, P = 1 - u u^T, u = v / sqrt(|v|^2 + 1e-12); dy = P g, dv = -((u . y) dy + (u . g) o) / sqrt(...) in sum.
 
-    a = u . (y - v) / sqrt(...), b = u . g / sqrt(...). y (B, G, R, T, K), v (B, G, 1, T, K).
+    y (B, T, G, R, K), v (B, T, G, 1, K), alone (B, T, 1, 1, 1) bool: o and its gradient are 0 there.
     """
 
     @staticmethod
-    def forward(ctx, y, v):
+    def forward(ctx, y, v, alone):
         wide = v.float() if v.dtype == torch.bfloat16 else v
-        # v's own projection is v: with it taken off first, what is left is exactly 0 where y is v. 1e-12 keeps the
-        # gradient finite where v is 0.
-        rest = y - wide
+        # 1e-12 keeps the gradient finite where v is 0.
         scale = torch.sum(wide * wide, dim=-1, keepdim=True).add_(1e-12).rsqrt_()
         unit = wide * scale
-        along = torch.sum(rest * unit, dim=-1, keepdim=True)
-        out = rest.addcmul_(along, unit, value=-1).to(y.dtype)
-        ctx.save_for_backward(unit, scale, along, out)
+        along = torch.sum(y * unit, dim=-1, keepdim=True)
+        out = torch.addcmul(y.to(unit.dtype), along, unit, value=-1).masked_fill_(alone, 0.0).to(y.dtype)
+        ctx.save_for_backward(unit, scale, along, out, alone)
         return out
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore
-        unit, scale, along, out = ctx.saved_tensors
+        unit, scale, along, out, alone = ctx.saved_tensors
         slope = torch.sum(grad * unit, dim=-1, keepdim=True)
-        dy = torch.addcmul(grad, slope, unit, value=-1)
-        dv = torch.mul(dy, (scale * along).add_(1)).addcmul_(scale * slope, out).sum(dim=2, keepdim=True)
-        return dy.to(grad.dtype), dv.neg_().to(grad.dtype)
+        dy = torch.addcmul(grad.to(unit.dtype), slope, unit, value=-1).masked_fill_(alone, 0.0)
+        dv = torch.mul(dy, along).addcmul_(slope, out).sum(dim=3, keepdim=True)
+        return dy.to(grad.dtype), dv.mul_(scale).neg_().to(grad.dtype), None
 
 
 class SquaredLeaky(Function):

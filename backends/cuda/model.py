@@ -93,7 +93,11 @@ class Model(nn.Module):
             ids = torch.nn.functional.pad(ids, (self._config.reach, 0), value=-1)
         tables = (hadamard, walsh, position, ids)
         stored = blocks(self._config.skc.block, position, ids_BT) if self._config.stores else None
-        return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, stored, attend=self._attend)
+        attend, alone = self._attend, None
+        if self._config.attention.xsa != "none":
+            before = torch.nn.functional.pad(ids_BS, (1, 0), value=-1)
+            alone = before[:, keys - seq : keys] != ids_BT
+        return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, stored, attend=attend, alone=alone)
 
     def forward(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, begins=None):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.

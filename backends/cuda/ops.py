@@ -112,14 +112,16 @@ def attention(q, k, v, mask, exact):
     return (softmax(scores, exact) @ v[:, :, None]).reshape(rows, heads, queries, width)
 
 
-def exclude(y, v, projected):
-    """Return y - v, each v shared by H / G heads; if `projected` only what of it is orthogonal to v.
+def exclude(y, v, alone, projected):
+    """Return y - v, each v shared by H / G heads, or, if `projected`, y without its part along v; 0 where `alone`.
 
-    y (B, H, T, K), v (B, G, T, K).
+    y (B, T, H, K), v (B, T, G, K), alone (B, T) bool: tokens of which y is v, exactly 0 then and without a gradient.
     """
-    rows, shared, seq, width = v.shape
-    y, v = y.reshape(rows, shared, -1, seq, width), v[:, :, None]
-    return (Orthogonal.apply(y, v) if projected else y - v).reshape(rows, -1, seq, width)
+    rows, seq, shared, width = v.shape
+    # A norm behind it multiplies gradients of nothing by 1 / sqrt(eps): y's and v's would cancel, their rounding not.
+    y, v, alone = y.reshape(rows, seq, shared, -1, width), v[..., None, :], alone[..., None, None, None]
+    left = Orthogonal.apply(y, v, alone) if projected else (y - v).masked_fill(alone, 0.0)
+    return left.reshape(rows, seq, -1, width)
 
 
 def relu2(x, exact):

@@ -89,7 +89,11 @@ class Model(nn.Module):
         tables = (hadamard, walsh, position, ids)
         attend = self._attention.training if training else self._attention.scoring
         stored = blocks(self._config.skc.block, position, ids_BT) if self._config.stores else None
-        return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, stored, attend=attend)
+        alone = None
+        if self._config.attention.xsa != "none":
+            before = mx.pad(ids_BS, [(0, 0), (1, 0)], constant_values=-1)
+            alone = before[:, keys - seq : keys] != ids_BT
+        return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, stored, attend=attend, alone=alone)
 
     def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=False):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.

@@ -110,36 +110,37 @@ def attention(q, k, v, mask, exact):
     return (softmax(scores, exact) @ v[:, :, None]).reshape(rows, heads, queries, width)
 
 
-def exclude(y, v, projected):
-    """Return y - v, each v shared by H / G heads; if `projected` only what of it is orthogonal to v.
+def exclude(y, v, alone, projected):
+    """Return y - v, each v shared by H / G heads, or, if `projected`, y without its part along v; 0 where `alone`.
 
-    y (B, H, T, K), v (B, G, T, K).
+    y (B, T, H, K), v (B, T, G, K), alone (B, T) bool: tokens of which y is v, exactly 0 then and without a gradient.
     """
-    rows, shared, seq, width = v.shape
-    y, v = y.reshape(rows, shared, -1, seq, width), v[:, :, None]
-    return (_orthogonal(y, v)[0] if projected else y - v).reshape(rows, -1, seq, width)
+    rows, seq, shared, width = v.shape
+    # A norm behind it multiplies gradients of nothing by 1 / sqrt(eps): y's and v's would cancel, their rounding not.
+    y, v, alone = y.reshape(rows, seq, shared, -1, width), v[..., None, :], alone[..., None, None, None]
+    left = _orthogonal(y, v, alone)[0] if projected else mx.where(alone, mx.array(0.0, y.dtype), y - v)
+    return left.reshape(rows, seq, -1, width)
 
 
 @mx.custom_function
-def _orthogonal(y, v):
+def _orthogonal(y, v, alone):
     wide = mx.float64 if y.dtype == mx.float64 else mx.float32
-    # v's own projection is v: with it taken off first, what is left is exactly 0 where y is v. 1e-12 keeps the
-    # gradient finite where v is 0.
-    rest = (y - v).astype(wide)
+    # 1e-12 keeps the gradient finite where v is 0.
     scale = mx.rsqrt(mx.sum(mx.square(v.astype(wide)), axis=-1, keepdims=True) + 1e-12)
     unit = v * scale
-    along = mx.sum(rest * unit, axis=-1, keepdims=True)
-    return (rest - along * unit).astype(y.dtype), unit, scale, along
+    along = mx.sum(y * unit, axis=-1, keepdims=True)
+    return mx.where(alone, 0.0, y - along * unit).astype(y.dtype), unit, scale, along
 
 
 @_orthogonal.vjp
 def _orthogonal_gradients(primals, grads, results):
     """By the symmetry of the projection: as an autograd of the norm, it would walk memory twice as often."""
-    grad, (out, unit, scale, along) = grads[0], results
+    (out, unit, scale, along), alone = results, primals[2]
+    grad = mx.where(alone, mx.array(0.0, unit.dtype), grads[0])
     slope = mx.sum(grad * unit, axis=-1, keepdims=True)
     dy = grad - slope * unit
-    dv = -mx.sum(dy + scale * (along * dy + slope * out), axis=2, keepdims=True)
-    return dy.astype(grad.dtype), dv.astype(grad.dtype)
+    dv = -mx.sum(scale * (along * dy + slope * out), axis=3, keepdims=True)
+    return dy.astype(out.dtype), dv.astype(out.dtype), mx.zeros_like(alone)
 
 
 def relu2(x, exact):

@@ -141,6 +141,7 @@ class Context(NamedTuple):
     blocks: Any = None  # Blocks, or None: no capsules
     kept: Any = None  # Kept, when the chunk is committed
     attend: Any = None  # the form of attention that was chosen at build; MLX: one to train, one to score
+    alone: Any = None  # (B, T) bool: tokens that see no other; None: no attention leaves out its own value
 
     @property
     def continues(self):

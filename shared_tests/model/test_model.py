@@ -16,6 +16,7 @@ from core.check.tolerances import P2_BFLOAT16, P2_FLOAT32, P2_FLOAT64, relative_
 from core.config import changed
 from core.data.batch import Batch
 from core.model import params
+from core.model.attention import Attention
 from core.training import schedule
 from shared_tests import oracle
 from shared_tests.reference.storage import stored_weights
@@ -170,6 +171,9 @@ def test_one_layer_trains(name: str, seq: int) -> None:
     alone: dict[str, Any] = {"layers": 1, "shared_blocks": None, "repeat_layers": (), "engram.layer": 0}
     alone["bank.at"] = "none" if config.model.bank.at == "none" else "head"
     alone |= {"value_embed.dim": 0, "value_embed.layers": ()}
+    if config.model.kind(0) != "attention":  # then no setting may be on that only attention has a use for
+        alone |= {f"attention.{name}": getattr(Attention, name) for name in ("conv", "xsa", "xsa_layers", "head_gate")}
+        alone |= {f"attention.{name}": getattr(Attention, name) for name in ("head_gate_width", "head_gate_scale")}
     config = dataclasses.replace(
         config,
         model=changed(config.model, alone),

@@ -41,9 +41,9 @@ def attention(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, tex
                 y[row, t, head] = softmax(scores, True) @ v[row, shared, start : t + 1]
                 if settings.xsa != "none" and config.layers - stage.layer <= (settings.xsa_layers or config.layers):
                     own = v[row, shared, t]
-                    rest = y[row, t, head] - own
-                    along = rest @ own / (own @ own + 1e-12)
-                    y[row, t, head] = rest - own * along if settings.xsa == "projected" else rest
+                    along = y[row, t, head] @ own / (own @ own + 1e-12) if settings.xsa == "projected" else 1.0
+                    # A token that sees itself alone has y = own.
+                    y[row, t, head] = 0.0 if t == start else y[row, t, head] - own * along
                 if settings.head_gate != "none":
                     product = w["head_gate"][head] @ entered[row, t, : settings.head_gate_width]
                     most = {"sigmoid": 1.0, "double": 2.0}[settings.head_gate]

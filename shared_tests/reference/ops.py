@@ -63,17 +63,15 @@ def attention(q: Array, k: Array, v: Array, mask: Array | None, exact: bool) -> 
     return out
 
 
-def exclude(y: Array, v: Array, projected: bool) -> Array:
-    """Take v off y, head by head, and then what is left along v, by a projection matrix."""
+def exclude(y: Array, v: Array, alone: Array, projected: bool) -> Array:
+    """Take v off y, or multiply y by the matrix that projects it to what is across v, head by head."""
     out = np.empty_like(y)
-    for head in range(y.shape[1]):
-        own = v[:, head * v.shape[1] // y.shape[1]]
-        out[:, head] = y[:, head] - own
-        if projected:
-            unit = own / np.sqrt((own * own).sum(-1, keepdims=True) + 1e-12)
-            keeps = np.eye(own.shape[-1]) - unit[..., :, None] * unit[..., None, :]
-            out[:, head] = (keeps @ out[:, head][..., None])[..., 0]
-    return out
+    for head in range(y.shape[2]):
+        own = v[:, :, head * v.shape[2] // y.shape[2]]
+        unit = own / np.sqrt((own * own).sum(-1, keepdims=True) + 1e-12)
+        across = np.eye(own.shape[-1]) - unit[..., :, None] * unit[..., None, :]
+        out[:, :, head] = (across @ y[:, :, head][..., None])[..., 0] if projected else y[:, :, head] - own
+    return out * ~alone[..., None, None]
 
 
 def relu2(x: Array, exact: bool) -> Array:

@@ -37,8 +37,9 @@ def cases(op: str, n: int) -> list[tuple]:
         tail = reference.causal_mask(late, n, documents)
         return [(q, k, v, None), (q, k, v, mask), (q[:, :, -late:], k, v, tail), (q, q, q, mask)]
     if op == "exclude":
-        y, v = draw(f"y/{n}", 2, 4, n, 6), draw(f"own/{n}", 2, 2, n, 6)
-        return [(y, v, True), (y, v, False), (y, draw(f"own/each/{n}", 2, 4, n, 6), True)]
+        y, v = draw(f"y/{n}", 2, n, 4, 6), draw(f"own/{n}", 2, n, 2, 6)
+        alone = tokens(f"{op}/{n}", 2, n, 50, 1) == 1
+        return [(y, v, alone, True), (y, v, alone, False), (y, draw(f"own/each/{n}", 2, n, 4, 6), alone, True)]
     if op == "ngram_buckets":
         ids = tokens(f"{op}/{n}", 2, 3 + n, 65_535, 1)
         ids[0, :2], ids[1, -1] = -1, 65_535

@@ -42,7 +42,8 @@ class Attention(Part):
         v_BTC = self.v(x_BTD)
         if stage.layer in stream.to_values:
             v_BTC = v_BTC + stream.to_values[stage.layer]
-        own_BGTK = v_BGTK = mx.swapaxes(v_BTC.reshape(split), 1, 2)
+        own_BTGK = v_BTC.reshape(split)
+        v_BGTK = mx.swapaxes(own_BTGK, 1, 2)
         # Normalised queries and keys bound the scores; the gain learns how sharp they get.
         q_BHTK, k_BGTK = (
             attention.rope(ops.rms_norm(x, config.norm_eps, exact), context, settings, exact) for x in (q_BHTK, k_BGTK)
@@ -52,12 +53,12 @@ class Attention(Part):
         if state is not None:
             k_BGTK, v_BGTK = mx.concatenate([state.k, k_BGTK], axis=2), mx.concatenate([state.v, v_BGTK], axis=2)
         y_BHTK = context.attend(q_BHTK, k_BGTK, v_BGTK, context.mask, exact)
+        y_BTHK = mx.swapaxes(y_BHTK, 1, 2)
         if stage.layer in self._exclusive:
-            y_BHTK = ops.exclude(y_BHTK, own_BGTK, settings.xsa == "projected")
+            y_BTHK = ops.exclude(y_BTHK, own_BTGK, context.alone, settings.xsa == "projected")
         if settings.head_gate != "none":
-            gate_BTH = self.gate(stream.x)
-            y_BHTK = mx.swapaxes(gate_BTH, 1, 2)[..., None] * y_BHTK
-        y_BTD = self.o(mx.swapaxes(y_BHTK, 1, 2).reshape(rows, seq, dim))
+            y_BTHK = self.gate(stream.x)[..., None] * y_BTHK
+        y_BTD = self.o(y_BTHK.reshape(rows, seq, dim))
         return stream._replace(x=y_BTD), AttentionState(k_BGTK, v_BGTK, tail_BPD)
 
     def gate(self, x_BTD):
