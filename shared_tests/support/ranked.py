@@ -87,13 +87,13 @@ def cases(world: int) -> dict[str, RunConfig]:
         ("adamw", "ablate_float", {"matrix_rule": "adamw", "batch": 4}),
         ("uneven", "ablate_float", {
             "matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3, "average_from": 0.3, "mtp_heads": 3,
-            "snapshot_every": 4, "snapshot_below": 0.6, "quantise": "always", "quantise_soft": (1.0, 8.0),
+            "snapshot_every": 4, "snapshot_below": 0.6, "quantise": "always", "quantise_soft": (0.3, 1.0),
         }),
         ("micro", "ablate", {"matrix_rule": "muon", "batch": 6, "micro_batch": 2}),
     ):  # fmt: skip
         config = mini(preset)
         model = dataclasses.replace(config.model, layers=1, blocks=config.model.blocks[:1])
-        model = dataclasses.replace(model, matrix_storage="int6/row") if "quantise_soft" in changes else model
+        model = dataclasses.replace(model, matrix_storage="int4/64") if "quantise_soft" in changes else model
         train = dataclasses.replace(config.train, steps=50, seq=16, **changes)
         made[name] = dataclasses.replace(config, model=model, train=train)
     return made if world < 4 else {name: made[name] for name in ("uneven", "micro")}
