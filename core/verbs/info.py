@@ -88,6 +88,7 @@ def info(options: Info, context: Context) -> Outcome:
         "bytes_total": total,
         "budget": export.budget,
         "within_budget": fits,
+        "not_here_yet": lacks,
         "packed_code": packed,
         "code_bytes": export.code_bytes,
         "flops_per_token": flops,

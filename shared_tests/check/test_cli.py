@@ -16,6 +16,7 @@ from core import presets
 from core.cli import VERBS, main
 from core.config import RunConfig, changed
 from core.engine.loading import load_engine
+from core.export.budget import predicted_bytes
 from core.model.params import count, param_table
 from core.training.run import Run
 from core.verbs.common import PresetOptions
@@ -74,12 +75,15 @@ def test_presets_lists_what_is_recorded(capsys: Capture) -> None:
 
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_info_gives_every_preset_its_recorded_count(name: str, capsys: Capture) -> None:
-    config = presets.get(name).config
-    value = call(capsys, "info", name)
-    assert value["parameters"] == presets.get(name).params
+    config, lacks = presets.get(name).config, presets.get(name).lacks
+    # Six bits a weight are too many for the records' presets, until codes are stored at their entropy.
+    over = predicted_bytes(config.model) > config.export.budget - config.export.code_bytes
+    value = call(capsys, "info", name, code=int(over))
+    assert not over or "over the budget" in lacks
+    assert value["parameters"] == presets.get(name).params and value["not_here_yet"] == lacks
     code = max(config.export.code_bytes, *value["packed_code"].values())
-    assert value["bytes_total"] == value["bytes_predicted"] + code <= config.export.budget
-    assert value["within_budget"] is True and list(value["table"]) == list(param_table(config.model))
+    assert value["bytes_total"] == value["bytes_predicted"] + code
+    assert value["within_budget"] is not over and list(value["table"]) == list(param_table(config.model))
 
 
 @pytest.mark.long
