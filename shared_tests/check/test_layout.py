@@ -270,12 +270,12 @@ def test_every_preset_has_a_purpose_and_a_mini() -> None:
 
 
 def test_every_setting_is_read() -> None:
-    """A field that no code outside core/config.py names would be a setting that does nothing."""
+    """A field that no code outside the files of settings names would be a setting that does nothing."""
     code = "".join(
         path.read_text()
         for folder in ("core", "backends/cuda")
         for path in (ROOT / folder).rglob("*.py")
-        if path.name != "config.py" and path.parent.name != "presets"
+        if path.name not in ("config.py", "train_config.py") and path.parent.name != "presets"
     )
     for section in (config.ModelConfig, config.TrainConfig, config.EvalConfig, config.ExportConfig, config.DataConfig):
         for field in dataclasses.fields(section):
