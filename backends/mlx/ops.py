@@ -7,6 +7,7 @@ Shapes: B rows, T positions, S key positions, H heads, G key/value heads, K chan
 """
 
 import math
+from typing import Any
 
 import mlx.core as mx
 
@@ -118,8 +119,8 @@ def exclude(y, v, alone, projected):
     rows, seq, shared, width = v.shape
     # A norm behind it multiplies gradients of nothing by 1 / sqrt(eps): y's and v's would cancel, their rounding not.
     y, v, alone = y.reshape(rows, seq, shared, -1, width), v[..., None, :], alone[..., None, None, None]
-    left = _orthogonal(y, v, alone)[0] if projected else mx.where(alone, mx.array(0.0, y.dtype), y - v)
-    return left.reshape(rows, seq, -1, width)
+    left: Any = _orthogonal(y, v, alone) if projected else [mx.where(alone, mx.array(0.0, y.dtype), y - v)]
+    return left[0].reshape(rows, seq, -1, width)
 
 
 @mx.custom_function

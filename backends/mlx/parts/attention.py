@@ -66,7 +66,7 @@ class Attention(Part):
         settings = self._config.attention
         weight_HD, rest = self.head_gate * settings.head_gate_scale, x_BTD.shape[-1] - settings.head_gate_width
         if rest:  # zeros for the channels that it does not read: a slice's gradient would be written into zeros instead
-            weight_HD = mx.pad(weight_HD, ((0, 0), (0, rest)))
+            weight_HD = mx.pad(weight_HD, [(0, 0), (0, rest)])
         gate_BTH = ops.sigmoid(ops.linear(x_BTD, weight_HD), self._exact)
         return 2 * gate_BTH if settings.head_gate == "double" else gate_BTH
 
