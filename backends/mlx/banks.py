@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from backends.mlx import storage as quantiser
 from core.model.params import param_table
-from core.model.storage import group_size
+from core.model.storage import Storage, group_size
 
 
 class Stack(NamedTuple):
@@ -39,7 +39,7 @@ class Bank(NamedTuple):
     """All parameters of one optimizer group and storage class."""
 
     group: str
-    storage: str
+    storage: Storage
     stacks: tuple[Stack, ...]
     scaffold: bool = False
 
