@@ -58,10 +58,11 @@ def test_the_prediction_is_within_two_percent(name: str) -> None:
     assert size + config.export.code_bytes <= config.export.budget
 
 
-def test_every_preset_fits() -> None:
+def test_every_preset_fits_or_says_that_it_does_not() -> None:
     for name, preset in presets.PRESETS.items():
         left = preset.config.export.budget - preset.config.export.code_bytes
-        assert left == 15_860_000 and predicted_bytes(preset.config.model) <= left, name
+        fits = predicted_bytes(preset.config.model) <= left
+        assert left == 15_860_000 and (fits or "over the budget" in preset.lacks), name
 
 
 @pytest.mark.parametrize("storage", MATRICES)
