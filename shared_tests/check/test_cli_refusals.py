@@ -43,7 +43,10 @@ def sample() -> None:
             r"would have about [\d,]+ bytes, [\d,]+ over what export.budget",
         ),
         ("train debug --train.repeat_from 0.5", "train.repeat_from=0.5: .* model.repeat_layers"),
-        ("train debug --model.blocks koopmann", "unknown layer kind 'koopmann'; known kinds: attention, koopman, skc"),
+        (
+            "train debug --model.blocks koopmann",
+            "unknown layer kind 'koopmann'; known kinds: attention, attention_parallel, attention_gated, koopman, skc",
+        ),
         ("train debug --model.blocks skc --model.koopman.dim 48", "model.koopman.dim=48: expected a power of two"),
         ("train debug --model.engram.orders 2 --model.engram.dim 12", "model.engram.dim=12 is not divisible by the 8"),
         (

@@ -217,13 +217,13 @@ def test_a_new_setting_changes_no_header() -> None:
 
     @dataclasses.dataclass(frozen=True)
     class Later(ModelConfig):
-        lanes: int = 1
+        later: int = 1
         smear: LaterSmear = dataclasses.field(default_factory=LaterSmear)
 
     model = MODELS["ternary"]
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name != "smear"}
     assert chosen(Later(**fields)) == chosen(model)
-    assert chosen(Later(**fields, lanes=2)) == {**chosen(model), "lanes": 2}
+    assert chosen(Later(**fields, later=2)) == {**chosen(model), "later": 2}
     assert chosen(Later(**fields, smear=LaterSmear(strength=6)))["smear"] == {"strength": 6}
 
 

@@ -245,7 +245,7 @@ def test_they_stand_while_training_only(backend: str, tmp_path: Path) -> None:
     go(half, range(2))
     run.save(half, 2, 1.0)
     resumed = engine(backend, config, dtype="float32")
-    assert run.restore(resumed) == (2, 1.0)
+    assert run.restore(resumed)[:2] == (2, 1.0)
     go(resumed, range(2, 4))
     for name, value in {**whole.params(), **whole.optimizer()}.items():
         assert {**resumed.params(), **resumed.optimizer()}[name].tobytes() == value.tobytes(), name

@@ -159,7 +159,9 @@ def test_a_setting_changes_what_is_predicted() -> None:
 
 def test_the_key_of_an_evaluation_includes_settings() -> None:
     engine: Any = SimpleNamespace(weights=lambda: {"w": np.ones(3)}, backend="mlx", dtype="float32")
-    dataset: Any = SimpleNamespace(name="d", manifest={"splits": {}})
+    dataset: Any = SimpleNamespace(
+        name="d", manifest={"splits": {}}, tokenizer=SimpleNamespace(sha256="0", transform="none")
+    )
 
     def key(*choices: str, plugins: bool = True) -> str:
         config = dataclasses.replace(RunConfig(), eval=EvalConfig(plugins=choices))

@@ -61,7 +61,7 @@ def test_files_that_cannot_grow(data: str, calm: Path, tmp_path: Path, monkeypat
     out = tmp_path / "run"
     reason, todo = "File too large", "raise the limit on the size of a file (ulimit -f)"
     faults: dict[str, tuple[type, str, Callable[..., bool], Callable[..., int]]] = {
-        LAST: (Run, "save", lambda run, engine, step, seconds: step == 4, lambda *_: (calm / LAST).stat().st_size // 2),
+        LAST: (Run, "save", lambda run, engine, step, *_: step == 4, lambda *_: (calm / LAST).stat().st_size // 2),
         "metrics.jsonl": (
             Run, "log", lambda run, step, values: step == 3, lambda run, *_: run.metrics_path.stat().st_size + 10
         ),
@@ -94,11 +94,11 @@ def test_no_space_at_any_moment_of_a_save(
             return call(target)  # its fsync comes first and is no part of the checkpoint
         raise OSError(errno.ENOSPC, reason)
 
-    def save(run: Run, engine: Any, step: int, seconds: float) -> None:
+    def save(run: Run, engine: Any, step: int, seconds: float, tokens: int) -> None:
         with monkeypatch.context() as patch:
             if step == 4:
                 patch.setattr(os, name, full)
-            honest(run, engine, step, seconds)
+            honest(run, engine, step, seconds, tokens)
 
     keep = ("--train.keep-every", "2")
     with monkeypatch.context() as patch:

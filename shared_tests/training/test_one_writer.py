@@ -144,7 +144,7 @@ def test_checkpoints_by_the_minute(
 
     engine.train_step = slow
     monkeypatch.setattr(core.training.loop.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(run, "save", lambda engine, at, seconds: (saves.append(at), save(engine, at, seconds)))
+    monkeypatch.setattr(run, "save", lambda engine, at, *given: (saves.append(at), save(engine, at, *given)))
     train(run, engine, dataset, lambda line: None)
     assert saves == expected
     assert [row["step"] for row in run.metrics()] == [5, 10, 15, 20, 24]
