@@ -38,6 +38,8 @@ LIBRARIES = ("OMP_NUM", "MKL_NUM", "OPENBLAS_NUM", "VECLIB_MAXIMUM")
 """Variables NAME_THREADS that say how many threads a worker uses; the last one is that of Accelerate on a Mac."""
 LAST_WORDS = 600
 """Characters of a failed run's last line that are kept."""
+LAST_BYTES = 20_000
+"""Bytes at the end of a worker's output in which that line is looked for."""
 
 
 class Slot(NamedTuple):
@@ -318,8 +320,8 @@ def _last_line(path: Path) -> str:
     """Return the last line that a worker said."""
     try:
         with open_file(path) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 20_000))
-            lines = file.read().decode(errors="replace").split("\n")
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LAST_BYTES))
+            lines = file.read(LAST_BYTES).decode(errors="replace").split("\n")
     except (OSError, FileError):
         return ""
     texts = [line.strip() for line in lines if line.strip()]

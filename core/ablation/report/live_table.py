@@ -16,7 +16,7 @@ from core.ablation.runner import RunnerProgress
 from core.ablation.stats.results import Result
 from core.ablation.store import Place
 from core.console import PLAIN_EVERY, Console, duration
-from core.files import open_file, parse_json
+from core.files import MAX_TEXT, open_file, parse_json
 
 TAIL = 1 << 15
 """Bytes of a metrics file that are looked at first."""
@@ -227,12 +227,12 @@ def _read(place: Place) -> Recorded:
 
 
 def _last_row(path: Path) -> dict[str, Any]:
-    """Return the last line of a metrics file that has a training loss; KeyError without any.
+    """Return the last line of a metrics file that has a training loss; KeyError without any, FileError, OSError.
 
     Read from the end: the whole of a long run twice a second would take this process from the runs.
     """
     size = TAIL
-    with open_file(path) as file:
+    with open_file(path, MAX_TEXT) as file:  # without such a line all of it is read
         end = file.seek(0, os.SEEK_END)
         while True:
             file.seek(max(0, end - size))
