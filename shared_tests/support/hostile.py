@@ -182,6 +182,10 @@ class Ran(NamedTuple):
     """Resident at most; Python, numpy and a framework are about 300 of them."""
 
 
+class Slow(AssertionError):
+    """A command took too much processor time."""
+
+
 def judge(ran: Ran, codes: Sequence[int] = (0, 2), untouched: float = 0.0) -> None:
     """AssertionError unless a command did its work, or refused in one short line; either in little time and memory.
 
@@ -189,7 +193,8 @@ def judge(ran: Ran, codes: Sequence[int] = (0, 2), untouched: float = 0.0) -> No
     """
     assert "Traceback" not in ran.err, f"{ran.argv}: {ran.err[-3000:]}"
     assert ran.code in codes, f"{ran.argv}: ended with {ran.code}: {ran.err[-1000:]}"
-    assert ran.seconds <= untouched + SECONDS, f"{ran.argv}: {ran.seconds:.1f} s of processor time, {untouched:.1f}"
+    if ran.seconds > untouched + SECONDS:
+        raise Slow(f"{ran.argv}: {ran.seconds:.1f} s of processor time, untouched {untouched:.1f}")
     assert ran.megabytes <= MEGABYTES, f"{ran.argv}: {ran.megabytes:.0f} MB"
     if ran.code == 2:
         line = ran.err.removesuffix("\n")

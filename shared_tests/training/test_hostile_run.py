@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from shared_tests.support.hostile import KINDS, Server, contents, copied, drawn, judge, plant, played
+from shared_tests.support.hostile import KINDS, Server, Slow, contents, copied, drawn, judge, plant, played
 from shared_tests.support.killed import small_data
 
 SHORT = ("--train.steps", "4", "--train.save-every", "2", "--train.keep-every", "1", "--train.log-every", "1")
@@ -78,15 +78,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         yield Place(server, data, base, folder)
 
 
-@pytest.fixture(scope="module")
-def honest(place: Place) -> float:
-    """Seconds of processor time that an audit of the untouched run takes: its processes import a framework each."""
+def untouched(place: Place) -> float:
+    """Return the processor time in seconds of an audit of the untouched run: its processes import a framework each."""
     ran = place.server.run(place.command("audit", copied(place.base, place.folder / "run")), place.folder)
     assert ran.code in (0, 1) and "wrote" in ran.out, ran
     return ran.seconds
 
 
-def play(place: Place, verb: str, file: str, kind: str, untouched: float = 0.0) -> int:
+@pytest.fixture(scope="module")
+def honest(place: Place) -> float:
+    """What every audit is compared with."""
+    return untouched(place)
+
+
+def play(place: Place, verb: str, file: str, kind: str, allowed: float = 0.0) -> int:
     """Plant a kind in the place of a file of a run, let a verb meet it, and return its exit code."""
     run = copied(place.base, place.folder / "run")
     strangers = place.folder / "strangers"
@@ -95,7 +100,7 @@ def play(place: Place, verb: str, file: str, kind: str, untouched: float = 0.0) 
     plant(kind, run / file, strangers)
     theirs, saved = contents(strangers), contents(run / "state") if not file.startswith("state") else {}
     ran = place.server.run(place.command(verb, run), place.folder)
-    judge(ran, (0, 1, 2) if verb == "audit" else (0, 2), untouched)
+    judge(ran, (0, 1, 2) if verb == "audit" else (0, 2), allowed)
     assert contents(strangers) == theirs, "a file that is none of the run's was changed"
     if ran.code == 2:
         assert "training stopped" not in ran.out, f"a whole training was lost: {ran.err}"
@@ -135,7 +140,14 @@ def test_every_case(place: Place, verb: str, file: str) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("file", FILES["audit"])
 def test_every_audit(place: Place, honest: float, file: str) -> None:
-    """An audit may take as much longer as any command may take."""
+    """An audit may take as much longer than an untouched one as any command may take."""
+
+    def attempt(*case: str) -> int:
+        try:
+            return play(place, *case, allowed=honest)
+        except Slow:  # a busy machine makes one audit twice as slow as another: both once more, next to each other
+            return play(place, *case, allowed=untouched(place))
+
     others = [kind for kind in KINDS if kind not in ALWAYS]
     kinds = [*ALWAYS, *drawn(others, 2, f"hostile/{file}")] if file in TOUCHED else list(KINDS)
-    played([("audit", file, kind) for kind in kinds], functools.partial(play, place, untouched=honest))
+    played([("audit", file, kind) for kind in kinds], attempt)
