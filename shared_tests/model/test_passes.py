@@ -122,6 +122,10 @@ def test_lanes_begin_in_front_of_the_skip_and_end_behind_the_last_layer() -> Non
     [
         (35_943_512, {**LOOP, **OVER, "repeat_layers": (4, 5)}),
         (35_944_536, {**LOOP, **OVER, "blocks": ("attention",) * 7 + ("attention_parallel",) * 4}),
+        (
+            35_989_658,
+            {**LOOP, **OVER, "lanes.start": 8, "attention.head_gate": "sigmoid", "attention.head_gate_width": 512},
+        ),
         (34_401_371, {"vocab": 4096, "skips.gates": True, "value_embed.dim": 128, "value_embed.layers": (9, 10)}),
     ],
 )
