@@ -21,17 +21,17 @@ def table() -> dict[str, list[str]]:
 
 def shown(value: Any) -> str:
     """Return a setting as the page has it."""
-    if isinstance(value, list):
-        return "Polar Express" if value == list(POLAR_EXPRESS) else " ".join(map(shown, runs(value))) or "-"
+    if isinstance(value, tuple):
+        return "Polar Express" if value == POLAR_EXPRESS else " ".join(map(shown, runs(value))) or "-"
     if value is None:
         return "-"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def runs(values: list[Any]) -> list[Any]:
+def runs(values: tuple[Any, ...]) -> list[Any]:
     """Return a list with what stands in it several times on end counted: attention, attention becomes 2 attention."""
     if len(set(values)) == len(values):
-        return values
+        return list(values)
     return [f"{values.count(value)} {value}" for value in dict.fromkeys(values)]
 
 

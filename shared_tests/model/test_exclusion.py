@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full, with value embeddings": {
         "attention.xsa": "full", "value_embed.dim": 5, "value_embed.layers": (0, 2), "documents": "packed",
     },
+    "full, then gated": {"attention.xsa": "full", "attention.head_gate": "sigmoid", "attention.head_gate_width": 5},
     "gates of all channels": {
         "attention.head_gate": "sigmoid", "attention.head_gate_width": 32, "attention.head_gate_scale": 2.0,
         "depth_damping": True, "attention.conv": True,

@@ -115,6 +115,9 @@ def test_lanes_begin_in_front_of_the_skip_and_end_behind_the_last_layer() -> Non
         "lanes.10",
     ]  # fmt: skip
     assert [stage.row for stage in stages if stage.part == "lanes"] == [-1, 8, 9, 10]
+    stages = of({"layers": 2, "lanes.start": 0}).stages(True)  # what a layer pushes has its branches in it
+    labels = ["lanes", "blocks.0", "lanes.0", "skips.0", "skips.1", "blocks.1", "lanes.1"]
+    assert [stage.label for stage in stages] == labels
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,10 @@ def test_lanes_begin_in_front_of_the_skip_and_end_behind_the_last_layer() -> Non
     [
         (35_943_512, {**LOOP, **OVER, "repeat_layers": (4, 5)}),
         (35_944_536, {**LOOP, **OVER, "blocks": ("attention",) * 7 + ("attention_parallel",) * 4}),
+        (
+            35_989_658,
+            {**LOOP, **OVER, "lanes.start": 8, "attention.head_gate": "sigmoid", "attention.head_gate_width": 512},
+        ),
         (34_401_371, {"vocab": 4096, "skips.gates": True, "value_embed.dim": 128, "value_embed.layers": (9, 10)}),
     ],
 )

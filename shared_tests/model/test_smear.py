@@ -12,7 +12,19 @@ from core.config import ConfigError, ModelConfig, RunConfig, changed
 from core.engine.protocol import step
 from core.model.params import count, start_values
 from shared_tests import oracle
-from shared_tests.support.harness import BACKENDS, batches, engine, reader, tokens, working_weights
+from shared_tests.reference.ops import sigmoid
+from shared_tests.support.harness import (
+    BACKENDS,
+    batches,
+    draw,
+    engine,
+    module,
+    reader,
+    to_device,
+    to_numpy,
+    tokens,
+    working_weights,
+)
 
 TINY: dict[str, Any] = {
     "vocab": 29, "dim": 16, "layers": 1, "attention.heads": 2, "attention.kv_heads": 1, "attention.rope_dims": 4,
@@ -25,6 +37,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "lerp": {"smear.on": True, "smear.form": "lerp"},
     "packed": {"smear.on": True, "smear.form": "lerp", "documents": "packed"},
 }
+
+GATE, ONE = draw("smear/gate", 12), np.ones(1)
 
 
 def of(changes: dict[str, Any]) -> RunConfig:
@@ -80,6 +94,21 @@ def test_a_fresh_window_is_the_model_without_it_and_learns(backend: str) -> None
     assert np.abs(gradients["smear.scale"]).min() > 0 and not gradients["smear.gate"].any()
     _, gradients = reader(backend, config, 5.0, dtype="float64").gradients(batches(config, 1)[0])
     assert np.abs(gradients["smear.gate"]).min() > 0
+
+
+@pytest.mark.pair
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_reads_bfloat16_with_all_digits(backend: str) -> None:
+    """The sum of its products in bfloat16 would leave two digits of the share."""
+    given = draw("smear/bfloat16", 2, 9, 16)
+    x, gate, scale = (to_device(backend, v, t) for v, t in ((given, "bfloat16"), (GATE, "float32"), (ONE, "float32")))
+    part: Any = module(backend, "parts.smear").Smear(of(FORMS["window"]).model, False)
+    if backend == "mlx":
+        part.gate, part.scale = gate, scale
+    else:
+        part.gate.data, part.scale.data = gate, scale
+    share = to_numpy(part._share(x, scale.dtype))
+    assert np.abs(share - sigmoid(to_numpy(x)[..., :12] @ GATE, True)[..., None]).max() < 1e-6
 
 
 def test_what_a_form_adds_and_where_it_starts() -> None:
