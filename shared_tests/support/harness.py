@@ -165,10 +165,11 @@ def minis() -> list[str]:
 
 
 SIBLINGS = (
-    "ablate_float", "ablate", "skc_ablate", "skc_600", "skc_proxy",
-    "pr1394", *(f"{name}_mac" for name in ("pr401", "pr550", "pr1619", "pr1394", "pr1855")),
+    "ablate_float", "ablate", "skc_ablate", "skc_600", "skc_proxy", "pr401", "pr550", "pr1394",
+    *(f"{name}_mac" for name in ("pr401", "pr550", "pr1619", "pr1394", "pr1855")),
 )  # fmt: skip
-"""Presets whose minis have no option that another mini lacks (test_minis.py): their cases wait for the long run."""
+"""Presets whose minis have no option that another mini lacks (test_minis.py), or that has a test file of its own: their
+cases wait for the long run."""
 
 
 def shortened(names: Iterable[str]) -> list[Any]:
