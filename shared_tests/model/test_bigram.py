@@ -1,24 +1,17 @@
 """Hashed bigrams: the hash xor on all pairs, both hashes in the model, counts, and what is refused. Budget: 5 s."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 
-from core import presets, rng
-from core.check.tolerances import CAUSAL, P2_FLOAT64, relative_rms
-from core.config import ConfigError, ModelConfig, RunConfig, changed
-from core.engine.protocol import step
+from core import rng
+from core.config import ConfigError, RunConfig
 from core.model.ngrams import MOST_ID, XOR_MULTIPLIERS
 from core.model.params import count, start_values
-from shared_tests import oracle
-from shared_tests.support.harness import BACKENDS, batches, call, engine, module, reader, tokens, working_weights
+from shared_tests.support.harness import BACKENDS, batches, call, engine, module, reader
+from shared_tests.support.one_layer import ONE_LAYER, check_reading_back, run_of
 
-TINY: dict[str, Any] = {
-    "vocab": 29, "dim": 16, "layers": 1, "attention.heads": 2, "attention.kv_heads": 1, "attention.rope_dims": 4,
-    "mlp.hidden": 20,
-}  # fmt: skip
 SOME: dict[str, Any] = {"bigram.buckets": 53, "bigram.dim": 6}
 HASHES: dict[str, dict[str, Any]] = {
     "multiply": SOME,
@@ -32,8 +25,7 @@ WRAPS = 59_139
 
 def of(changes: dict[str, Any]) -> RunConfig:
     """Return a run of the tiny model with other settings."""
-    config = presets.mini(presets.get("debug").config)
-    return dataclasses.replace(config, model=changed(ModelConfig(), TINY | changes))
+    return run_of(ONE_LAYER | changes)
 
 
 @pytest.fixture(scope="module")
@@ -69,20 +61,7 @@ def test_32_bits_with_a_sign_would_wrap_and_without_do_not(pairs: np.ndarray) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", HASHES)
 def test_a_hash_equals_the_oracle_keeps_documents_apart_and_decodes(name: str, backend: str) -> None:
-    config, rows = of(HASHES[name]), tokens("bigram", 2, 23, 29, 1, documents=False)
-    rows[:, [9, 15]] = config.model.bos
-    model, weights = reader(backend, config, 5.0, dtype="float64"), working_weights(config.model, 5.0)
-    whole = model.logits(rows)
-    assert relative_rms(whole, oracle.model(config.model, weights, rows)) <= P2_FLOAT64
-    other = rows.copy()
-    other[:, 8] = (rows[:, 8] + 3) % 27 + 2
-    effect = np.abs(model.logits(other) - whole).max(axis=(0, 2)) > 0
-    assert not effect[:8].any() and effect[8] and effect[9:].any() == (name == "packed")
-    assert np.abs(model.logits(rows[:, :13]) - whole[:, :13]).max() <= CAUSAL
-    state = model.start(len(rows))
-    for t in range(rows.shape[1]):
-        logits, state = step(model, state, rows[:, t])
-        assert np.abs(logits - whole[:, t]).max() <= CAUSAL, t
+    check_reading_back(ONE_LAYER | HASHES[name], "bigram", backend)
 
 
 @pytest.mark.pair

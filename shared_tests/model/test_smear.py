@@ -1,15 +1,12 @@
 """Smear in its forms: oracle, documents, decoding, start, counts, and what is refused. Budget: 5 s."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 
 from core import presets
-from core.check.tolerances import CAUSAL, P2_FLOAT64, relative_rms
-from core.config import ConfigError, ModelConfig, RunConfig, changed
-from core.engine.protocol import step
+from core.config import ConfigError, RunConfig
 from core.model.params import count, start_values
 from shared_tests import oracle
 from shared_tests.reference.ops import sigmoid
@@ -23,13 +20,9 @@ from shared_tests.support.harness import (
     to_device,
     to_numpy,
     tokens,
-    working_weights,
 )
+from shared_tests.support.one_layer import ONE_LAYER, check_reading_back, run_of
 
-TINY: dict[str, Any] = {
-    "vocab": 29, "dim": 16, "layers": 1, "attention.heads": 2, "attention.kv_heads": 1, "attention.rope_dims": 4,
-    "mlp.hidden": 20,
-}  # fmt: skip
 FORMS: dict[str, dict[str, Any]] = {
     "channel": {"smear.on": True},
     "window": {"smear.on": True, "smear.form": "window"},
@@ -43,28 +36,14 @@ GATE, ONE = draw("smear/gate", 12), np.ones(1)
 
 def of(changes: dict[str, Any]) -> RunConfig:
     """Return a run of the tiny model with other settings."""
-    config = presets.mini(presets.get("debug").config)
-    return dataclasses.replace(config, model=changed(ModelConfig(), TINY | changes))
+    return run_of(ONE_LAYER | changes)
 
 
 @pytest.mark.pair
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_equals_the_oracle_keeps_documents_apart_and_decodes(form: str, backend: str) -> None:
-    config, rows = of(FORMS[form]), tokens("smear", 2, 23, 29, 1, documents=False)
-    rows[:, [9, 15]] = config.model.bos
-    model, weights = reader(backend, config, 5.0, dtype="float64"), working_weights(config.model, 5.0)
-    whole = model.logits(rows)
-    assert relative_rms(whole, oracle.model(config.model, weights, rows)) <= P2_FLOAT64
-    other = rows.copy()
-    other[:, 8] = (rows[:, 8] + 3) % 27 + 2
-    effect = np.abs(model.logits(other) - whole).max(axis=(0, 2)) > 0
-    assert not effect[:8].any() and effect[8] and effect[9:].any() == (form == "packed")
-    assert np.abs(model.logits(rows[:, :13]) - whole[:, :13]).max() <= CAUSAL
-    state = model.start(len(rows))
-    for t in range(rows.shape[1]):
-        logits, state = step(model, state, rows[:, t])
-        assert np.abs(logits - whole[:, t]).max() <= CAUSAL, t
+    check_reading_back(ONE_LAYER | FORMS[form], "smear", backend)
 
 
 def test_forms_by_hand() -> None:

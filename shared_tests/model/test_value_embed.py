@@ -13,6 +13,7 @@ from core.model.params import count, param_table
 from core.model.shares import Share, shares
 from shared_tests import oracle
 from shared_tests.support.harness import BACKENDS, engine, tokens, working_weights
+from shared_tests.support.one_layer import run_of
 
 TINY: dict[str, Any] = {
     "vocab": 29, "dim": 32, "layers": 4, "attention.heads": 4, "attention.kv_heads": 2, "attention.rope_dims": 4,
@@ -28,8 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def of(changes: dict[str, Any]) -> RunConfig:
     """Return a run of the tiny model with value embeddings."""
-    config = presets.mini(presets.get("debug").config)
-    return dataclasses.replace(config, model=changed(ModelConfig(), TINY | changes))
+    return run_of(TINY | changes)
 
 
 @pytest.mark.pair
