@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch.func import functional_call
 
-from backends.cuda import attention, ops, storage
-from backends.cuda.banks import Banked, Quantiser, compiler_options, softened_all
+from backends.cuda import attention, ops
+from backends.cuda.banks import Quantiser, compiler_options, softened_all
 from backends.cuda.distributed import Reducer
 from backends.cuda.further import further_loss
+from backends.cuda.masters import Masters
 from backends.cuda.model import Model
 from backends.cuda.staging import to_gpu
 from backends.cuda.update import Update
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
-from core.engine.optimizer_state import optimizer_slots
 from core.engine.plan import StepPlan
 from core.engine.protocol import (
     Arrays,
@@ -34,11 +34,8 @@ from core.engine.protocol import (
     named_matrices,
     wire_note,
 )
-from core.engine.ranks import buckets, owners
-from core.engine.scaffolding import completed, scaffolding
 from core.model.context import Constants
-from core.model.params import banks, check_arrays, param_table
-from core.model.storage import Stored, gridded
+from core.model.params import check_arrays
 from core.model.tables import mixer_tables, rope_tables
 
 IN_FLIGHT = 2
@@ -77,7 +74,7 @@ class Tape:
         return ops.cross_entropy(self._logits, wanted, self._exact)[0].cpu().numpy()
 
 
-class Engine:
+class Engine(Masters):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "cuda"
@@ -85,17 +82,15 @@ class Engine:
     def __init__(self, config, weights: Arrays, options: EngineOptions, quantise: bool, ranks):
         gpu = torch.cuda.is_available()
         self.dtype = options.dtype or ("bfloat16" if gpu else "float32")
-        self._device = torch.device("cuda" if gpu else "cpu")
+        wide = torch.float64 if self.dtype == "float64" else torch.float32
+        super().__init__(config, ranks, wide, torch.device("cuda" if gpu else "cpu"))
         self.device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
         torch.set_float32_matmul_precision("highest")  # CUDA: NVIDIA's images turn TF32 on by a variable
-        self._compute, self._wide = DTYPES[self.dtype], torch.float64 if self.dtype == "float64" else torch.float32
-        self._run, self._config, self._train = config, config.model, config.train
+        self._compute = DTYPES[self.dtype]
         self._exact = self.dtype == "float64" if options.exact is None else options.exact
         narrow = options.newton_schulz or ("bfloat16" if gpu and self.dtype == "bfloat16" else None)
         self._orthogonal = DTYPES[narrow] if narrow else self._wide
         self._wire = DTYPES[options.wire] if options.wire else None
-        self._table, self._scaffolding = param_table(config.model), scaffolding(config.model, config.train)
-        self._trains = self._table | self._scaffolding
         wanted = options.compile if options.compile is not None else gpu
         self._attention = attention.choose(
             config.model, self.dtype, self._exact, self._device, config.train.seq, traced=wanted
@@ -115,12 +110,6 @@ class Engine:
         self._staging = to_gpu(self._device) if gpu else None
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
-        self._slots = optimizer_slots(config.model, config.train)
-        self.ranks, self._buckets = ranks, buckets(config, ranks.world)
-        self._banks = banks(config.model, owners(self._buckets), self._scaffolding)
-        self._params, self._state = self._zeros(("",)), self._zeros(("m", "v", "ema"))
-        self._means, self._snapshots = self._zeros(("mean",)), torch.zeros(1, dtype=self._wide, device=self._device)
-        self._weights: Banked | None = None
         self.load_params(weights, quantise)
         wanted = options.compile if options.compile is not None else gpu
         compiled = functools.partial(torch.compile, backend=self._count, dynamic=False) if wanted else lambda f: f
@@ -161,31 +150,6 @@ class Engine:
     def _count_exact(self, graph, inputs):
         """Compile so that every operation rounds as it does eagerly, and count it."""
         return self._count(graph, inputs, config_patches=compiler_options())
-
-    def _stored(self, weights):
-        """Return every weight as the artifact would give it back, the scaffolding as it is."""
-        kept = {key: value for key, value in weights.whole.items() if not key[0].scaffold}
-        stored = self._store(list(kept.values()), [bank.storage for bank, _ in kept])
-        return Banked(weights.whole | dict(zip(kept, stored, strict=True)))
-
-    def _trained(self, params, quantise):
-        """Return the weights of a training step's forward pass; gradients at them are those of `params`."""
-        weights = self._stored(params) if quantise else params
-        return {name: value.detach().requires_grad_() for name, value in weights.items()}
-
-    @torch.no_grad()
-    def _softened(self, params, softness):
-        """Return the weights of a forward pass that rounds softly, and slopes by bank.
-
-        Gradients at the weights, times slopes where there are any, are those of `params`.
-        """
-        soft = [bank for bank in self._banks if gridded(bank.storage)]
-        given = [params.whole[bank, ""] for bank in soft], [bank.storage for bank in soft]
-        made = dict(zip(soft, self._soften(*given, self._numbers(softness)), strict=True))
-        values = {(bank, ""): value.contiguous() for bank, (value, _) in made.items()}  # CUDA: as in Quantiser
-        weights = Banked(self._stored(params).whole | values)
-        slopes = {bank: slope.contiguous() for bank, (_, slope) in made.items()}
-        return {name: value.detach().requires_grad_() for name, value in weights.items()}, slopes
 
     def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, begins=None):
         given = (tokens, tables, self._compute, repeat, record, state, capped, begins)
@@ -319,43 +283,6 @@ class Engine:
         model = self._model.forget(state.model, torch.from_numpy(rows).to(self._device))
         return State(model, np.where(rows, 0, state.position), np.where(rows, 0, state.seen))
 
-    def weights(self) -> Arrays:
-        weights = self._scored()
-        return {name: weights[name].cpu().numpy().copy() for name in self._table}
-
-    def quantised(self) -> dict[str, Stored]:
-        weights = self._exported()
-        return {name: storage.to_host(weights[name], row.storage) for name, row in self._table.items()}
-
-    def params(self) -> Arrays:
-        return {name: self._params[name].cpu().numpy().copy() for name in self._trains}
-
-    def load_params(self, params: Arrays, quantise: bool = False) -> None:
-        params = completed(self._config, self._train, params)
-        check_arrays(params, {name: row.shape for name, row in self._trains.items()}, "weights")
-        for name in self._trains:
-            self._params[name].copy_(torch.from_numpy(np.ascontiguousarray(params[name])))
-            if f"{name}.ema" in self._slots:
-                self._state[f"{name}.ema"].copy_(self._params[name])
-        for value in (*self._means.whole.values(), self._snapshots):
-            value.zero_()
-        self.quantise, self._weights = quantise, None
-
-    @torch.no_grad()
-    def optimizer(self) -> Arrays:
-        if self.ranks.world > 1:  # each rank has the momentum of the matrices that it updates
-            shared = {name: self._state[f"{name}.m"] for b in self._buckets for name in b.names}
-            self.ranks.share_updates([b for b in self._buckets if b.slots], shared)()
-        held = self._held()
-        return {name: held[name].cpu().numpy().copy() for name in self._slots}
-
-    def load_optimizer(self, state: Arrays) -> None:
-        check_arrays(state, self._slots, "optimizer state")
-        held = self._held()
-        for name in self._slots:
-            held[name].copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
-        self._weights = None
-
     def stats(self) -> dict[str, float]:
         if self._device.type == "cuda":
             memory = {
@@ -368,43 +295,11 @@ class Engine:
             memory = {"process_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
         return {**memory, "traces": float(self._traces)}
 
-    def _scored(self):
-        """Return the weights that are scored, made anew after every change of the masters."""
-        if self._weights is None:
-            self._weights = self._stored(self._exported()) if self.quantise else self._exported()
-        return self._weights
-
     def _rows(self, seq):
         """Return how many rows of `seq` tokens go through the model at once."""
         if seq not in self._fitting:
             self._fitting[seq] = fitting(self._run, seq, self.dtype, self._memory, self._exact)
         return self._fitting[seq]
-
-    def _exported(self):
-        """Return what core.engine.optimizer_state.exported would, in banks: the averages where there are any."""
-        masters, averages = self._params.whole, self._state.whole
-        if self._means and float(self._snapshots) > 0:
-            averages = {(bank, "ema"): mean for (bank, _), mean in self._means.whole.items()}
-        kept = [bank for bank in self._banks if not bank.scaffold]
-        return Banked({(bank, ""): averages.get((bank, "ema"), masters[bank, ""]) for bank in kept})
-
-    def _held(self):
-        """Return all that core.engine.optimizer_state.optimizer_slots names."""
-        return {**self._state, **self._means, "snapshots": self._snapshots}
-
-    def _zeros(self, slots):
-        """Return zeros for the parameters (the empty slot) or the state of every bank."""
-        kept = [
-            (bank, slot)
-            for slot in slots
-            for bank in self._banks
-            if not slot or f"{bank.names[0]}.{slot}" in self._slots
-        ]
-        return Banked({key: torch.zeros(key[0].shape, dtype=self._wide, device=self._device) for key in kept})
-
-    def _numbers(self, value):
-        """Return numbers of the host on the device."""
-        return torch.tensor(value, dtype=self._wide).to(self._device, non_blocking=True)
 
     def _begins(self, tokens):
         """Return where documents begin in rows from the host, or None where attention takes a mask."""
