@@ -283,6 +283,11 @@ class TrainConfig:
                 )
 
     @property
+    def auxiliary(self) -> dict[str, float]:
+        """Weights of the auxiliary losses that the training loss has, by name (core.model.context.Training)."""
+        return {}
+
+    @property
     def rows(self) -> int:
         """Rows of one micro-batch, at the full row length."""
         return self.micro_batch or self.batch

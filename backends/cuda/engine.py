@@ -34,7 +34,7 @@ from core.engine.protocol import (
     named_matrices,
     wire_note,
 )
-from core.model.context import Constants
+from core.model.context import Constants, Training
 from core.model.params import check_arrays
 from core.model.tables import mixer_tables, rope_tables
 
@@ -151,8 +151,10 @@ class Engine(Masters):
         """Compile so that every operation rounds as it does eagerly, and count it."""
         return self._count(graph, inputs, config_patches=compiler_options())
 
-    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, begins=None):
-        given = (tokens, tables, self._compute, repeat, record, state, capped, begins)
+    def _forward(
+        self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None, begins=None
+    ):
+        given = (tokens, tables, self._compute, repeat, record, state, capped, training, begins)
         return functional_call(self._model, weights, given, strict=True)
 
     def _read(self, tokens, **options):
@@ -160,21 +162,26 @@ class Engine(Masters):
         options["begins"] = self._begins(tokens)
         return self._forward(self._scored(), self._move(tokens), self._constants(tokens.shape[1]), **options)
 
-    def _costs(self, weights, tokens, targets, tables, repeat=True, begins=None, record=None):
+    def _costs(self, weights, tokens, targets, tables, repeat=True, training=None, record=None, begins=None):
         """Return -log p(target) and the logsumexp of every position."""
-        logits, _ = self._forward(weights, tokens, tables, repeat, record, capped=False, begins=begins)
+        given = (tokens, tables, repeat, record)
+        logits, _ = self._forward(weights, *given, capped=False, training=training, begins=begins)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
     def _losses(self, weights, tokens, targets, tables, repeat, begins=None):
         model = {name: weights[name] for name in self._table}
-        record = {} if self._train.mtp_heads else None
-        nll, total = self._costs(model, tokens, targets, tables, repeat, begins, record)
+        auxiliary = self._train.auxiliary
+        record = {} if self._train.mtp_heads or auxiliary else None
+        training = Training(frozenset(auxiliary))
+        nll, total = self._costs(model, tokens, targets, tables, repeat, training, record, begins)
         loss = torch.mean(nll)
         objective = loss + self._train.z_loss * torch.mean(torch.square(total)) if self._train.z_loss else loss
-        if record is not None:
+        if self._train.mtp_heads:
             heads = [weights[name] for name in self._scaffolding]
             further = further_loss(record["hidden"], heads, targets, self._config, self._exact)
             objective = objective + self._train.mtp_weight * further
+        for name, loss_B in record["auxiliary"] if auxiliary else ():
+            objective = objective + auxiliary[name] * torch.mean(loss_B)
         return objective, loss
 
     def _gradient(self, weights, batch, part, repeat, ready=None):

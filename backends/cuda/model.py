@@ -74,8 +74,8 @@ class Model(nn.Module):
         x_BTD = self.norm(x_BTD)
         return self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
 
-    def context(self, tokens_BT, constants, state, wide, begins=None):
-        """Return the Context of these rows; `begins` as in forward."""
+    def context(self, tokens_BT, constants, state, wide, begins=None, training=None):
+        """Return the Context of these rows; `begins` and `training` as in forward."""
         seq, isolated = tokens_BT.shape[1], self._config.documents == "isolated"
         starts_BT = tokens_BT == self._config.bos if isolated else torch.zeros_like(tokens_BT, dtype=torch.bool)
         ids_BT = ops.document_ids(tokens_BT, self._config.bos) if isolated else torch.zeros_like(tokens_BT)
@@ -97,17 +97,21 @@ class Model(nn.Module):
         if self._config.attention.xsa != "none":
             before = torch.nn.functional.pad(ids_BS, (1, 0), value=-1)
             alone = before[:, keys - seq : keys] != ids_BT
-        return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, stored, attend=attend, alone=alone)
+        given = (cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, stored)
+        return Context(*given, attend=attend, alone=alone, training=training)
 
-    def forward(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, begins=None):
+    def forward(
+        self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=None, begins=None
+    ):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
-        `record` (a dict) collects the stream after every stage, and what the head reads. `repeat`: layers that are to
-        be repeated are. Not `capped`: logits before bias and softcap, as wide as they come, for ops.cross_entropy.
+        `record` (a dict) collects the stream after every stage, what the head reads and auxiliary losses. `repeat`:
+        layers that are to be repeated are. Not `capped`: logits before bias and softcap, as wide as they come, for
+        ops.cross_entropy. `training` (Training): this is a training step's pass.
         `begins`: where documents begin (attention.spans), for attention without a mask, which takes no state.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        context = self.context(tokens_BT, constants, state, wide, begins)
+        context = self.context(tokens_BT, constants, state, wide, begins, training)
         stream, stages, tapes = self.embedding(tokens_BT, dtype), self._stages[repeat], []
         if record is not None:
             record["embed"] = stream.x
@@ -122,6 +126,8 @@ class Model(nn.Module):
         logits_BTV = self.head(logits_BTV) if capped else logits_BTV
         if record is not None:
             record |= {"hidden": hidden_BTE, "logits": logits_BTV}
+            if training is not None:
+                record["auxiliary"] = stream.auxiliary
         return logits_BTV, (state, context, tapes)
 
     def start(self, rows, device):

@@ -32,7 +32,7 @@ from core.engine.protocol import (
     named_matrices,
     wire_note,
 )
-from core.model.context import Constants
+from core.model.context import Constants, Training
 from core.model.params import check_arrays
 from core.model.tables import mixer_tables, rope_tables
 
@@ -126,14 +126,14 @@ class Engine(Masters):
             }
         return parts(self._banks, rows)
 
-    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=False):
+    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None):
         self._model.update(tree_unflatten(list(weights.items())))
         return self._model(tokens, tables, self._compute, repeat, record, state, capped, training)
 
     def _logits(self, weights, tokens, tables):
         return self._forward(weights, tokens, tables)[0]
 
-    def _costs(self, weights, tokens, targets, tables, repeat=True, training=False, record=None):
+    def _costs(self, weights, tokens, targets, tables, repeat=True, training=None, record=None):
         """Return -log p(target) and the logsumexp of every position."""
         logits, _ = self._forward(weights, tokens, tables, repeat, record, capped=False, training=training)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
@@ -141,14 +141,18 @@ class Engine(Masters):
     def _losses(self, rows, tokens, targets, tables, repeat):
         weights = self._named(rows)
         model = {name: weights[name] for name in self._table}
-        record = {} if self._train.mtp_heads else None
-        nll, total = self._costs(model, tokens, targets, tables, repeat, training=True, record=record)
+        auxiliary = self._train.auxiliary
+        record = {} if self._train.mtp_heads or auxiliary else None
+        training = Training(frozenset(auxiliary))
+        nll, total = self._costs(model, tokens, targets, tables, repeat, training, record)
         loss = mx.mean(nll)
         objective = loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss
-        if record is not None:
+        if self._train.mtp_heads:
             heads = [weights[name] for name in self._scaffolding]
             further = further_loss(record["hidden"], heads, targets, self._config, self._exact)
             objective = objective + self._train.mtp_weight * further
+        for name, loss_B in record["auxiliary"] if auxiliary else ():
+            objective = objective + auxiliary[name] * mx.mean(loss_B)
         return objective, loss
 
     def _gradient(self, weights, tokens, targets, tables, repeat):

@@ -5,6 +5,7 @@ import numpy as np
 
 from backends.mlx import storage
 from backends.mlx.banks import banks, parts
+from backends.mlx.update import Update
 from core.engine.optimizer_state import optimizer_slots
 from core.engine.protocol import Arrays
 from core.engine.ranks import buckets, owners
@@ -17,6 +18,8 @@ SLOTS = ("m", "v", "ema", "mean")
 
 class Masters:
     """The part of core.engine.protocol.Engine that weights go through on their way in and out."""
+
+    _update: Update
 
     def __init__(self, config, ranks, wide):
         self._run, self._config, self._train = config, config.model, config.train

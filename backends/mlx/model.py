@@ -72,7 +72,7 @@ class Model(nn.Module):
         return self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
 
     def context(self, tokens_BT, constants, state, wide, training):
-        """Return the Context of these rows."""
+        """Return the Context of these rows; `training` as in __call__."""
         seq, isolated = tokens_BT.shape[1], self._config.documents == "isolated"
         starts_BT = tokens_BT == self._config.bos if isolated else mx.zeros(tokens_BT.shape, mx.bool_)
         ids_BT = ops.document_ids(tokens_BT, self._config.bos) if isolated else mx.zeros_like(tokens_BT)
@@ -87,20 +87,22 @@ class Model(nn.Module):
         if state is None:
             ids = mx.pad(ids, [(0, 0), (self._config.reach, 0)], constant_values=-1)
         tables = (hadamard, walsh, position, ids)
-        attend = self._attention.training if training else self._attention.scoring
+        attend = self._attention.scoring if training is None else self._attention.training
         stored = blocks(self._config.skc.block, position, ids_BT) if self._config.stores else None
         alone = None
         if self._config.attention.xsa != "none":
             before = mx.pad(ids_BS, [(0, 0), (1, 0)], constant_values=-1)
             alone = before[:, keys - seq : keys] != ids_BT
-        return Context(cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, stored, attend=attend, alone=alone)
+        given = (cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, stored)
+        return Context(*given, attend=attend, alone=alone, training=training)
 
-    def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=False):
+    def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=None):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
-        `record` (a dict) collects the stream after every stage, and what the head reads. `repeat`: layers that are to
-        be repeated are. Not `capped`: logits before bias and softcap, as wide as they come, for ops.cross_entropy.
-        `training`: with the form of attention whose gradients cost least.
+        `record` (a dict) collects the stream after every stage, what the head reads and auxiliary losses. `repeat`:
+        layers that are to be repeated are. Not `capped`: logits before bias and softcap, as wide as they come, for
+        ops.cross_entropy.
+        `training` (Training): this is a training step's pass, with the form of attention whose gradients cost least.
         """
         wide = mx.float64 if dtype == mx.float64 else mx.float32
         context = self.context(tokens_BT, constants, state, wide, training)
@@ -118,6 +120,8 @@ class Model(nn.Module):
         logits_BTV = self.head(logits_BTV) if capped else logits_BTV
         if record is not None:
             record |= {"hidden": hidden_BTE, "logits": logits_BTV}
+            if training is not None:
+                record["auxiliary"] = stream.auxiliary
         return logits_BTV, (state, context, tapes)
 
     def start(self, rows):

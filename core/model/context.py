@@ -76,6 +76,12 @@ class Blocks(NamedTuple):
     live: Any  # (B, M, 1, Q, 1) bool: in the document that is open when the block ends
 
 
+class Training(NamedTuple):
+    """What the forward pass of a training step has beside tokens."""
+
+    auxiliary: frozenset[str] = frozenset()  # the auxiliary losses that parts put into the stream, by name
+
+
 class Kept(NamedTuple):
     """The first n tokens of each row, which a commit keeps."""
 
@@ -114,6 +120,7 @@ class Stream(NamedTuple):
     to_values: Any = ()  # layer -> (B, T, G * K): what its attention adds to its values, of the layers that do
     lane: Any = None  # (B, T, D): of two lanes the one that MLPs read, x is the other; None: there is one
     branches: tuple = ()  # in lanes: what a layer's mixer and its MLP add, (B, T, D) each
+    auxiliary: tuple = ()  # (name, (B,)) of every auxiliary loss so far: one number per row, wide
 
 
 class ModelState(NamedTuple):
@@ -142,6 +149,7 @@ class Context(NamedTuple):
     kept: Any = None  # Kept, when the chunk is committed
     attend: Any = None  # the form of attention that was chosen at build; MLX: one to train, one to score
     alone: Any = None  # (B, T) bool: tokens that see no other; None: no attention leaves out its own value
+    training: Any = None  # Training, or None: not a step's forward pass
 
     @property
     def continues(self):
