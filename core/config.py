@@ -14,7 +14,7 @@ from core.checks import in_words, require_limits, require_text, whole_in_words
 from core.checks import require as require
 from core.model.config import ModelConfig as ModelConfig
 from core.model.params import param_table
-from core.model.storage import gridded
+from core.model.storage import gridded, storage_class
 from core.plain import changed as changed
 from core.plain import departures, rebuilt
 from core.plain import differences as differences
@@ -122,6 +122,16 @@ class RunConfig:
             self.train.repeat_from < 1 and (self.train.repeat_from == 0 or bool(self.model.repeat_layers)),
             f"train.repeat_from={self.train.repeat_from}: expected a share below 1, and model.repeat_layers to repeat",
         )
+        where = f"train.repeat_every={self.train.repeat_every}: expected model.repeat_layers to repeat, or leave it out"
+        require(self.train.repeat_every == 1 or bool(self.model.repeat_layers), where)
+        require(
+            self.train.untie_from < 1 and (self.train.untie_from == 0 or self.model.head.untied),
+            f"train.untie_from={self.train.untie_from}: expected a share below 1, and model.head.untied=True to untie",
+        )
+        if self.train.ternary_noise > 0:
+            ternary = any(storage_class(row.storage) == "ternary" for row in param_table(self.model).values())
+            where = f"train.ternary_noise={self.train.ternary_noise}: the model has no ternary weights; leave it out"
+            require(ternary, where)
         require(
             self.eval.windows != "stateful" or self.model.documents == "isolated" or not self.model.mixes("attention"),
             "eval.windows=stateful with packed documents would keep the keys of every token of the text: "

@@ -141,6 +141,18 @@ class TrainConfig:
     """Share of the run at which each of train.batch_stages ends."""
     repeat_from: float = 0.0
     """Share of the run after which model.repeat_layers run a second time (recurrence in depth)."""
+    repeat_every: int = 1
+    """Steps from one whose layers are repeated to the next; those between run every layer once. Scoring repeats."""
+    untie_from: float = 0.0
+    """Share of the run after which an untied head (model.head.untied) has vectors of its own."""
+    depth_drop: float = 0.0
+    """Share of rows in which the last pass through a layer leaves out its mixer, or its MLP; earlier passes fewer, in a
+    straight line (stochastic depth)."""
+    ternary_noise: float = 0.0
+    """Standard deviation of noise that is added to ternary weights before they are rounded, in scales of their groups;
+    it falls to 0 in the warm-down."""
+    quiet: float = 0.1
+    """Share of the run, at its end, without either noise."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int | None = 100
@@ -161,10 +173,11 @@ class TrainConfig:
         check_tokens("train", self.batch, self.seq)
         rates = [f"lr_{group}" for group in ("embed", "matrix", "vector", "hash")]
         decays = ["weight_decay", *(f"weight_decay_{name}" for name in ("embed", "vector", "hash", "end"))]
-        for name in (*rates, *decays, "z_loss", "reserve_seconds", "mtp_heads", "mtp_weight"):
+        others = ("z_loss", "reserve_seconds", "mtp_heads", "mtp_weight", "ternary_noise")
+        for name in (*rates, *decays, *others):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
-        for name in ("steps", "batch", "seq", "log_every"):
+        for name in ("steps", "batch", "seq", "log_every", "repeat_every"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)}: expected at least 1")
         every = ("eval_every", "sample_every", "save_every", "save_minutes", "keep_every", "snapshot_every")
         for name in (*every, "seconds", "clip", "micro_batch"):
@@ -176,7 +189,7 @@ class TrainConfig:
         )
         for name in (
             "warmup", "warmdown", "floor", "quantise_below", "average_from", "repeat_from", "weight_decay_from",
-            "snapshot_below",
+            "snapshot_below", "untie_from", "quiet",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, f"train.{name}={value}: expected a share between 0 and 1")
@@ -212,7 +225,7 @@ class TrainConfig:
             f"train.muon_coefficients: {numbers} numbers for train.muon_iterations={self.muon_iterations}: expected "
             "three finite ones, or three for each iteration (made for that many: a part of a longer list will not do)",
         )
-        for name in ("beta1", "beta2", "muon_momentum", "muon_momentum_start", "average_decay"):
+        for name in ("beta1", "beta2", "muon_momentum", "muon_momentum_start", "average_decay", "depth_drop"):
             require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)}: expected from 0 to below 1")
         require(
             self.quantise != "late" or (self.warmdown > 0 and self.floor < self.quantise_below),
@@ -232,6 +245,17 @@ class TrainConfig:
             "train.average_ternary averages nothing without train.average_from",
         )
         self._check_rounding()
+        noisy, quiet = self.depth_drop > 0 or self.ternary_noise > 0, f"train.quiet={self.quiet}"
+        require(
+            noisy or self.quiet == TrainConfig.quiet,
+            f"{quiet} ends no noise: it needs a train.depth_drop or a train.ternary_noise, or leave it out",
+        )
+        require(not noisy or 0 < self.quiet < 1, f"{quiet}: expected a share above 0 and below 1, without noise")
+        require(
+            self.ternary_noise == 0 or self.quantise == "always",
+            f"train.ternary_noise={self.ternary_noise} moves weights that are rounded from the first step on: it needs "
+            f"train.quantise=always, not {self.quantise}",
+        )
         require(
             self.mtp_heads < min(self.lengths),
             f"train.mtp_heads={self.mtp_heads}: in rows of {min(self.lengths)} tokens the last head has no target; "

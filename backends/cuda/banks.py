@@ -4,7 +4,8 @@ import warnings
 
 import torch
 
-from backends.cuda.storage import softened, stored
+from backends.cuda import noise
+from backends.cuda.storage import noised, softened, stored
 from core.model.storage import KINDS, storage_class
 
 DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding")
@@ -92,3 +93,9 @@ def stored_all(weights, storages):
 def softened_all(weights, storages, softness):
     """Return the value and the slope of every weight or stack of an int class."""
     return [softened(weight, storage, softness) for weight, storage in zip(weights, storages, strict=True)]
+
+
+def noised_all(weights, storages, names, key, scale):
+    """Return stacks of ternary weights as stored with noise, drawn by the step's key and those of their names (N,)."""
+    made = zip(weights, storages, names, strict=True)
+    return [noised(w, storage, noise.of_weights(key, keys, w.shape[1:], scale)) for w, storage, keys in made]

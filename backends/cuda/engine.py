@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.func import functional_call
 
-from backends.cuda import attention, ops
-from backends.cuda.banks import Quantiser, compiler_options, softened_all
+from backends.cuda import attention, noise, ops
+from backends.cuda.banks import Quantiser, compiler_options, noised_all, softened_all
 from backends.cuda.distributed import Reducer
 from backends.cuda.further import further_loss
 from backends.cuda.masters import Masters
@@ -22,7 +22,8 @@ from backends.cuda.staging import to_gpu
 from backends.cuda.update import Update
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
-from core.engine.plan import StepPlan
+from core.engine.noise import depth_keys, step_key
+from core.engine.plan import NUMBERS, StepPlan
 from core.engine.protocol import (
     Arrays,
     EngineOptions,
@@ -34,6 +35,7 @@ from core.engine.protocol import (
     named_matrices,
     wire_note,
 )
+from core.model import trunk
 from core.model.context import Constants, Training
 from core.model.params import check_arrays
 from core.model.tables import mixer_tables, rope_tables
@@ -110,6 +112,9 @@ class Engine(Masters):
         self._staging = to_gpu(self._device) if gpu else None
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
+        self._asked = bool(self._train.depth_drop) or self._config.head.untied
+        passes = len(trunk.layers(self._config, True)) if self._train.depth_drop else 0
+        self._depth = self._integers(depth_keys(passes))
         self.load_params(weights, quantise)
         wanted = options.compile if options.compile is not None else gpu
         compiled = functools.partial(torch.compile, backend=self._count, dynamic=False) if wanted else lambda f: f
@@ -118,7 +123,7 @@ class Engine(Masters):
         self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, compiled)
         self._finish = self._update.alone
         self._store = Quantiser(functools.partial(compiled, backend=self._count_exact) if wanted else None)
-        self._soften = compiled(softened_all)
+        self._soften, self._shake = compiled(softened_all), compiled(noised_all)
         self._memory = usable(torch.cuda.mem_get_info()[1] if gpu else None, ranks)
         self._fitting: dict[int, int] = {}
         if wanted:  # past its limit, which is that of all engines together, torch goes on eagerly
@@ -168,11 +173,22 @@ class Engine(Masters):
         logits, _ = self._forward(weights, *given, capped=False, training=training, begins=begins)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
-    def _losses(self, weights, tokens, targets, tables, repeat, begins=None):
+    def _training(self, tokens, given):
+        """Return what parts know of a training step's pass; `given`: what `_given` returned for these rows."""
+        auxiliary, kept = frozenset(self._train.auxiliary), None
+        if given is None:
+            return Training(auxiliary)
+        (key, first), hyper = given
+        numbers = dict(zip(NUMBERS, hyper, strict=True))
+        if self._train.depth_drop:
+            kept = noise.kept(key, first, len(tokens), numbers["drop"], self._depth)
+        return Training(auxiliary, kept, numbers["untie"])
+
+    def _losses(self, weights, tokens, targets, tables, repeat, begins=None, given=None):
         model = {name: weights[name] for name in self._table}
         auxiliary = self._train.auxiliary
         record = {} if self._train.mtp_heads or auxiliary else None
-        training = Training(frozenset(auxiliary))
+        training = self._training(tokens, given)
         nll, total = self._costs(model, tokens, targets, tables, repeat, training, record, begins)
         loss = torch.mean(nll)
         objective = loss + self._train.z_loss * torch.mean(torch.square(total)) if self._train.z_loss else loss
@@ -184,11 +200,11 @@ class Engine(Masters):
             objective = objective + auxiliary[name] * torch.mean(loss_B)
         return objective, loss
 
-    def _gradient(self, weights, batch, part, repeat, ready=None):
+    def _gradient(self, weights, batch, part, repeat, ready=None, given=None):
         """Return (objective, loss, gradients) of one micro-batch; `ready` gets each gradient when it is there."""
         tokens, targets = self._move(batch.tokens[part]), self._move(batch.targets[part])
         tables, begins = self._constants(tokens.shape[1]), self._begins(batch.tokens[part])
-        objective, loss = self._objective(weights, tokens, targets, tables, repeat, begins)
+        objective, loss = self._objective(weights, tokens, targets, tables, repeat, begins, given)
         hooks = [weights[n].register_hook(functools.partial(ready, n)) for n in self._trains] if ready else []
         found = torch.autograd.grad(objective, [weights[name] for name in self._trains], allow_unused=True)
         for hook in hooks:
@@ -209,13 +225,13 @@ class Engine(Masters):
         count = self._numbers(number)  # CUDA: a number of the host's would be a constant of the compiled code
         reducer = Reducer(self.ranks, self._buckets, self._wire) if self.ranks.world > 1 else None
         loss, grads = 0.0, {}
-        weights, slopes = self._trained(self._params, plan.quantise), {}
-        if plan.quantise and self._train.quantise_soft is not None:
-            weights, slopes = self._softened(self._params, plan.softness)
+        key = step_key(self._run.seed, plan.step)
+        weights, slopes = self._learned(plan, key)
         for part, share in zip(parts, shares, strict=True):
             last = part is parts[-1]
             ready = functools.partial(_send, reducer, grads, share) if reducer is not None and last else None
-            _, new, more = self._gradient(weights, batch, part, plan.repeat, ready)
+            given = self._given(key, batch.first + part.start, hyper)
+            _, new, more = self._gradient(weights, batch, part, plan.repeat, ready, given)
             loss = loss + new * share
             if ready is None:
                 grads = {name: _sum(grads, share, name, g) for name, g in more.items()}
@@ -302,6 +318,10 @@ class Engine(Masters):
             memory = {"process_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)}
         return {**memory, "traces": float(self._traces)}
 
+    def _given(self, key, first, hyper):
+        """Return what a compiled pass gets of a step beside rows, of which `first` come before; None: no use for it."""
+        return (self._integers([key, first]), hyper) if self._asked else None
+
     def _rows(self, seq):
         """Return how many rows of `seq` tokens go through the model at once."""
         if seq not in self._fitting:
@@ -318,7 +338,7 @@ class Engine(Masters):
     def _shapes(self):
         """Return how many times one part of the step may be compiled: for each shape that a run can have."""
         spans = self._attention.form is not None and self._attention.form.spans
-        losses = len(self._train.shapes) * (1 + (self._train.repeat_from > 0))
+        losses = len(self._train.shapes) * (1 + (self._train.repeat_from > 0 or self._train.repeat_every > 1))
         # a rank's last micro-batch may have fewer rows, and that of a stage of fewer rows
         losses *= (1 + (self.ranks.world > 1 or bool(self._train.batch_stages))) * (ROOMS if spans else 1)
         return max(losses, len(self._banks))

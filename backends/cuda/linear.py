@@ -15,12 +15,16 @@ class Matrix(nn.Module):
         super().__init__()
         self._moment: Any = None  # the sum so far; only Engine.second_moments sets one
 
-    def product(self, x):
-        """Return x @ weight.T."""
+    def watch(self, x):
+        """Add what comes in to the sum of second moments, if there is one."""
         if self._moment is not None:
             rows = x.reshape(-1, x.shape[-1]).to(self._moment.dtype)
             self._moment = self._moment + rows.T @ rows
-        return ops.linear(x, self.weight)
+
+    def product(self, x, weight=None):
+        """Return x @ weight.T, with another weight in place of this one if it is given."""
+        self.watch(x)
+        return ops.linear(x, self.weight if weight is None else weight)
 
 
 class Linear(Matrix):

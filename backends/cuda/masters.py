@@ -4,13 +4,14 @@ import numpy as np
 import torch
 
 from backends.cuda import storage
-from backends.cuda.banks import Banked, Quantiser, softened_all
+from backends.cuda.banks import Banked, Quantiser, noised_all, softened_all
+from core.engine.noise import byte_scale, weight_keys
 from core.engine.optimizer_state import optimizer_slots
 from core.engine.protocol import Arrays
 from core.engine.ranks import buckets, owners
 from core.engine.scaffolding import completed, scaffolding
 from core.model.params import banks, check_arrays, param_table
-from core.model.storage import Stored, gridded
+from core.model.storage import Stored, gridded, storage_class
 
 
 class Masters:
@@ -26,7 +27,7 @@ class Masters:
         self._banks = banks(config.model, owners(self._buckets), self._scaffolding)
         self._params, self._state = self._zeros(("",)), self._zeros(("m", "v", "ema"))
         self._means, self._snapshots = self._zeros(("mean",)), torch.zeros(1, dtype=wide, device=device)
-        self._store, self._soften = Quantiser(None), softened_all  # an engine may compile both
+        self._store, self._soften, self._shake = Quantiser(None), softened_all, noised_all  # an engine may compile them
         self.quantise = False
         self._weights: Banked | None = None
 
@@ -54,6 +55,26 @@ class Masters:
         weights = Banked(self._stored(params).whole | values)
         slopes = {bank: slope.contiguous() for bank, (_, slope) in made.items()}
         return {name: value.detach().requires_grad_() for name, value in weights.items()}, slopes
+
+    @torch.no_grad()
+    def _noisy(self, params, key, deviation):
+        """Return the weights of a forward pass with noise on the codes of ternary ones; gradients as in _trained."""
+        moved = [bank for bank in self._banks if storage_class(bank.storage) == "ternary"]
+        rest = Banked({place: value for place, value in params.whole.items() if place[0] not in moved})
+        given = [params.whole[bank, ""] for bank in moved], [bank.storage for bank in moved]
+        numbers = self._integers(key), self._numbers(byte_scale(deviation))
+        made = self._shake(*given, [self._integers(weight_keys(bank.names)) for bank in moved], *numbers)
+        values = {(bank, ""): value.contiguous() for bank, value in zip(moved, made, strict=True)}  # as in Quantiser
+        weights = Banked(self._stored(rest).whole | values)
+        return {name: value.detach().requires_grad_() for name, value in weights.items()}
+
+    def _learned(self, plan, key):
+        """Return the weights of a step's forward pass, and slopes by bank: see _softened."""
+        if plan.quantise and self._train.quantise_soft is not None:
+            return self._softened(self._params, plan.softness)
+        if plan.quantise and self._train.ternary_noise:
+            return self._noisy(self._params, key, plan.ternary_noise), {}
+        return self._trained(self._params, plan.quantise), {}
 
     def weights(self) -> Arrays:
         weights = self._scored()
@@ -119,6 +140,10 @@ class Masters:
             if not slot or f"{bank.names[0]}.{slot}" in self._slots
         ]
         return Banked({key: torch.zeros(key[0].shape, dtype=self._wide, device=self._device) for key in kept})
+
+    def _integers(self, value):
+        """Return uint32 numbers of the host on the device, where they are int64."""
+        return torch.tensor(np.asarray(value, np.int64)).to(self._device, non_blocking=True)
 
     def _numbers(self, value):
         """Return numbers of the host on the device."""

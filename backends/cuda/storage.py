@@ -28,6 +28,13 @@ def stored(weight, storage):
     return _flat(codes_RGg * scales_RG1.to(weight.dtype), rows.shape[1]).view(weight.shape)
 
 
+def noised(weight, storage, noise):
+    """Return ternary weights (N, O, I) as stored, but with the codes of w / s + noise; s is the scale of w alone."""
+    columns = weight.shape[-1]
+    codes_RGg, scales_RG1 = _quantised(weight.reshape(-1, columns), storage, noise.reshape(-1, columns))
+    return _flat(codes_RGg * scales_RG1.to(weight.dtype), columns).reshape(weight.shape)
+
+
 def softened(weight, storage, softness):
     """Return (value, slope) of a weight of an int class, or a stack of them: where it is on its way to the stored form.
 
@@ -56,16 +63,19 @@ def to_host(weight, storage):
     return Stored(codes.cpu().numpy(), scales.cpu().numpy())
 
 
-def _quantised(weight, storage):
-    """Return (codes, scales) in groups: (R, G, g) and (R, G, 1); not for float16."""
+def _quantised(weight, storage, noise=None):
+    """Return (codes, scales) in groups: (R, G, g) and (R, G, 1); not for float16. `noise`: see `noised`."""
     columns = weight.shape[1]
     size = group_size(storage, columns)
     w_RGg = _grouped(weight, size)
     name = storage_class(storage)
     if name == "ternary":
         scales_RG1 = _scales(_sum_by_halves(torch.abs(w_RGg)) * _shares(columns, size, weight))
-        half = scales_RG1.to(weight.dtype) * 0.5  # round(w / s) is not 0 where |w| > s / 2: a tie goes to even
-        codes = (w_RGg > half).to(weight.dtype) - (w_RGg < -half).to(weight.dtype)
+        s_RG1 = scales_RG1.to(weight.dtype)
+        noise = 0.0 if noise is None else _grouped(noise, size)
+        # round(w / s + noise) is not 0 where w / s + noise is past 1/2: a tie goes to even
+        up, down = w_RGg > s_RG1 * (0.5 - noise), w_RGg < s_RG1 * (-0.5 - noise)
+        codes = up.to(weight.dtype) - down.to(weight.dtype)
     else:
         exact, scales_RG1 = _on_grid(w_RGg, LARGEST[name])
         exact = torch.clamp(exact, -LARGEST[name], LARGEST[name])

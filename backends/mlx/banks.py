@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from backends.mlx import noise
 from backends.mlx import storage as quantiser
 from core.model.params import param_table
 from core.model.storage import Storage, group_size
@@ -84,6 +85,14 @@ class Bank(NamedTuple):
         """Return the row as soft rounding gives it, and the slopes of it."""
         pairs = [quantiser.softened(matrix, self.storage, softness) for matrix in self._matrices(row)]
         return joined([value for value, _ in pairs]), joined([slope for _, slope in pairs])
+
+    def noised(self, row, key, keys, scale):
+        """Return a row of ternary weights as stored with noise, drawn by the step's key and those of its names."""
+        made = []
+        for stack in self.stacks:
+            drawn = noise.of_weights(key, mx.array([keys[name] for name in stack.names], mx.uint32), stack.shape, scale)
+            made.append(quantiser.noised(stack.of(row), self.storage, drawn))
+        return joined(made)
 
     def _matrices(self, row):
         """Return views of the row whose rows are quantised each by itself."""

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from backends.mlx import attention, device, ops
+from backends.mlx import attention, device, noise, ops
 from backends.mlx.banks import parts
 from backends.mlx.blas import load_fast_blas
 from backends.mlx.further import further_loss
@@ -20,7 +20,8 @@ from backends.mlx.model import Model
 from backends.mlx.update import Update
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note
-from core.engine.plan import StepPlan
+from core.engine.noise import depth_keys, step_key
+from core.engine.plan import NUMBERS, StepPlan
 from core.engine.protocol import (
     Arrays,
     EngineOptions,
@@ -32,6 +33,7 @@ from core.engine.protocol import (
     named_matrices,
     wire_note,
 )
+from core.model import trunk
 from core.model.context import Constants, Training
 from core.model.params import check_arrays
 from core.model.tables import mixer_tables, rope_tables
@@ -89,6 +91,8 @@ class Engine(Masters):
         self.scoring = Scoring()  # MLX: windows of eval.batch, one pass after the other
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
+        self._asked = bool(self._train.depth_drop) or self._config.head.untied
+        self._depth = mx.array(depth_keys(len(trunk.layers(self._config, True)) if self._train.depth_drop else 0))
         self._once = not (config.model.shared_blocks or config.model.repeat_layers)
         self.load_params(weights, quantise)
         compiler = gpu or shutil.which("g++") is not None
@@ -105,6 +109,7 @@ class Engine(Masters):
         self._score = compiled(self._costs)
         self._predict = compiled(self._logits)
         self._store, self._soften = compiled(self._stored), compiled(self._soft)
+        self._shake = compiled(self._shaken)
         self.notes = (
             f"compile: {'whole step (mx.compile)' if self._compiled else 'off' if compiler else 'off, no g++'}",
             self._attention.note,
@@ -138,12 +143,23 @@ class Engine(Masters):
         logits, _ = self._forward(weights, tokens, tables, repeat, record, capped=False, training=training)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
-    def _losses(self, rows, tokens, targets, tables, repeat):
+    def _training(self, tokens, given):
+        """Return what parts know of a training step's pass; `given`: what `_given` returned for these rows."""
+        auxiliary, kept = frozenset(self._train.auxiliary), None
+        if given is None:
+            return Training(auxiliary)
+        (key, first), hyper = given
+        numbers = dict(zip(NUMBERS, hyper, strict=True))
+        if self._train.depth_drop:
+            kept = noise.kept(key, first, len(tokens), numbers["drop"], self._depth)
+        return Training(auxiliary, kept, numbers["untie"])
+
+    def _losses(self, rows, tokens, targets, tables, repeat, given=None):
         weights = self._named(rows)
         model = {name: weights[name] for name in self._table}
         auxiliary = self._train.auxiliary
         record = {} if self._train.mtp_heads or auxiliary else None
-        training = Training(frozenset(auxiliary))
+        training = self._training(tokens, given)
         nll, total = self._costs(model, tokens, targets, tables, repeat, training, record)
         loss = mx.mean(nll)
         objective = loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss
@@ -155,20 +171,20 @@ class Engine(Masters):
             objective = objective + auxiliary[name] * mx.mean(loss_B)
         return objective, loss
 
-    def _gradient(self, weights, tokens, targets, tables, repeat):
+    def _gradient(self, weights, tokens, targets, tables, repeat, given=None):
         """Return (objective, loss, gradients) of one micro-batch."""
         gradient = device.value_and_grad(self._losses, self.dtype)
-        (objective, loss), grads = gradient(weights, tokens, targets, tables, repeat)
+        (objective, loss), grads = gradient(weights, tokens, targets, tables, repeat, given)
         return objective, loss, grads
 
-    def _add_gradient(self, weights, grads, loss, share, tokens, targets, tables, repeat):
+    def _add_gradient(self, weights, grads, loss, share, tokens, targets, tables, repeat, given):
         self._traces += self._compiled  # compiled code runs in Python while it is traced only: this counts compilations
-        _, new, more = self._gradient(weights, tokens, targets, tables, repeat)
+        _, new, more = self._gradient(weights, tokens, targets, tables, repeat, given)
         return loss + new * share, {name: grads[name] + more[name] * share for name in grads}
 
-    def _step(self, params, weights, state, tokens, targets, tables, hyper, repeat):
+    def _step(self, params, weights, state, tokens, targets, tables, hyper, repeat, given):
         self._traces += self._compiled
-        _, loss, grads = self._gradient(weights, tokens, targets, tables, repeat)
+        _, loss, grads = self._gradient(weights, tokens, targets, tables, repeat, given)
         return self._update.alone(params, state, grads, loss, hyper, 1.0)
 
     # The protocol.
@@ -184,19 +200,21 @@ class Engine(Masters):
             self._checked.add(seq)
         parts, shares, count = micro_batches(batch, rows, self.ranks.world)
         tables, number = self._constants(seq), mx.array(count, self._wide)
-        weights, slopes = self._trained(self._params, plan.quantise), {}
-        if plan.quantise and self._train.quantise_soft is not None:
-            weights, slopes = self._softened(self._params, plan.softness)
+        key = step_key(self._run.seed, plan.step)
+        weights, slopes = self._learned(plan, key)
         if count == 1 and self.ranks.world == 1 and self._train.quantise_soft is None:
             tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
-            out = self._whole(self._params, weights, self._state, tokens, targets, tables, hyper, plan.repeat)
+            given = self._given(key, batch.first, hyper)
+            out = self._whole(self._params, weights, self._state, tokens, targets, tables, hyper, plan.repeat, given)
         else:
             loss = mx.zeros((), self._wide)
             grads = {name: mx.zeros_like(value) for name, value in self._params.items()}
             for part, share in zip(parts, shares, strict=True):
                 tokens, targets = mx.array(batch.tokens[part]), mx.array(batch.targets[part])
-                share = mx.array(share, self._wide)
-                loss, grads = self._accumulate(weights, grads, loss, share, tokens, targets, tables, plan.repeat)
+                more = tables, plan.repeat, self._given(key, batch.first + part.start, hyper)
+                loss, grads = self._accumulate(
+                    weights, grads, loss, mx.array(share, self._wide), tokens, targets, *more
+                )
                 mx.eval(loss, grads)  # MLX: one micro-batch's activations at a time
             grads = {name: grad * slopes[name] if name in slopes else grad for name, grad in grads.items()}
             if self.ranks.world == 1:
@@ -267,6 +285,10 @@ class Engine(Masters):
     def stats(self) -> dict[str, float]:
         memory = {"peak_bytes": float(mx.get_peak_memory()), "active_bytes": float(mx.get_active_memory())}
         return {**memory, "traces": float(self._traces)}
+
+    def _given(self, key, first, hyper):
+        """Return what a compiled pass gets of a step beside rows, of which `first` come before; None: no use for it."""
+        return (mx.array(np.array([key, first], np.uint32)), hyper) if self._asked else None
 
     def _rows(self, seq):
         """Return how many rows of `seq` tokens go through the model at once."""

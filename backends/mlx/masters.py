@@ -6,12 +6,13 @@ import numpy as np
 from backends.mlx import storage
 from backends.mlx.banks import banks, parts
 from backends.mlx.update import Update
+from core.engine.noise import byte_scale, weight_keys
 from core.engine.optimizer_state import optimizer_slots
 from core.engine.protocol import Arrays
 from core.engine.ranks import buckets, owners
 from core.engine.scaffolding import completed, scaffolding
 from core.model.params import check_arrays, param_table
-from core.model.storage import Stored, gridded
+from core.model.storage import Stored, gridded, storage_class
 
 SLOTS = ("m", "v", "ema", "mean")
 
@@ -32,7 +33,8 @@ class Masters:
         self._kept = [bank for bank in self._banks if not bank.scaffold]
         self._params, self._state, self._means = {}, self._zeros(("m", "v", "ema")), self._zeros(("mean",))
         self._snapshots = mx.zeros(1, wide)
-        self._store, self._soften = self._stored, self._soft  # an engine may compile both
+        self._store, self._soften, self._shake = self._stored, self._soft, self._shaken  # an engine may compile them
+        self._keys = dict(zip(self._table, map(int, weight_keys(list(self._table))), strict=True))
         self.quantise = False
         self._weights = None
 
@@ -56,6 +58,25 @@ class Masters:
         """
         values, slopes = self._soften(params, mx.array(softness, self._wide))
         return self._store(params) | values, slopes
+
+    def _noisy(self, params, key, deviation):
+        """Return the weights of a forward pass with noise on the codes of ternary ones; gradients as in _trained."""
+        moved = {bank.key: params[bank.key] for bank in self._banks if storage_class(bank.storage) == "ternary"}
+        rest = {name: row for name, row in params.items() if name not in moved}
+        scale = mx.array(byte_scale(deviation), self._wide)
+        return self._store(rest) | self._shake(moved, mx.array(key, mx.uint32), scale)
+
+    def _shaken(self, rows, key, scale):
+        """Return rows of ternary banks, stored with noise."""
+        return {b.key: b.noised(rows[b.key], key, self._keys, scale) for b in self._banks if b.key in rows}
+
+    def _learned(self, plan, key):
+        """Return the weights of a step's forward pass, and slopes by bank: see _softened."""
+        if plan.quantise and self._train.quantise_soft is not None:
+            return self._softened(self._params, plan.softness)
+        if plan.quantise and self._train.ternary_noise:
+            return self._noisy(self._params, key, plan.ternary_noise), {}
+        return self._trained(self._params, plan.quantise), {}
 
     def weights(self) -> Arrays:
         weights = self._scored()

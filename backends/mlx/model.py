@@ -116,7 +116,7 @@ class Model(nn.Module):
             if record is not None:
                 record[stage.label] = stream.x
         hidden_BTE = self.hidden(stream.x)
-        logits_BTV = self.embed.product(hidden_BTE)
+        logits_BTV = self.embed.product(hidden_BTE, self.head.vectors(self.embed.weight, hidden_BTE, training))
         logits_BTV = self.head(logits_BTV) if capped else logits_BTV
         if record is not None:
             record |= {"hidden": hidden_BTE, "logits": logits_BTV}

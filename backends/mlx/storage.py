@@ -27,6 +27,13 @@ def stored(weight, storage):
     return _flat(codes_RGg * scales_RG1.astype(weight.dtype), weight.shape[1])
 
 
+def noised(weight, storage, noise):
+    """Return ternary weights (N, O, I) as stored, but with the codes of w / s + noise; s is the scale of w alone."""
+    columns = weight.shape[-1]
+    codes_RGg, scales_RG1 = _quantised(weight.reshape(-1, columns), storage, noise.reshape(-1, columns))
+    return _flat(codes_RGg * scales_RG1.astype(weight.dtype), columns).reshape(weight.shape)
+
+
 def softened(weight, storage, softness):
     """Return (value, slope) of a weight of an int class: where it is on its way to the stored form.
 
@@ -53,8 +60,8 @@ def to_host(weight, storage):
     return Stored(np.array(codes.astype(mx.float32 if storage_class(storage) == "fp8" else mx.int8)), np.array(scales))
 
 
-def _quantised(weight, storage):
-    """Return (codes, scales) in groups: (R, G, g) and (R, G, 1); not for float16."""
+def _quantised(weight, storage, noise=None):
+    """Return (codes, scales) in groups: (R, G, g) and (R, G, 1); not for float16. `noise`: see `noised`."""
     columns = weight.shape[1]
     size = group_size(storage, columns)
     w_RGg = _grouped(weight, size)
@@ -62,8 +69,11 @@ def _quantised(weight, storage):
     if name == "ternary":
         shares = mx.array([[1 / count] for count in group_counts(columns, size)], weight.dtype)
         scales_RG1 = _scales(_sum_by_halves(mx.abs(w_RGg)) * shares)
-        half = scales_RG1.astype(weight.dtype) * 0.5  # round(w / s) is not 0 where |w| > s / 2: a tie goes to even
-        codes = (w_RGg > half).astype(weight.dtype) - (w_RGg < -half).astype(weight.dtype)
+        s_RG1 = scales_RG1.astype(weight.dtype)
+        noise = 0.0 if noise is None else _grouped(noise, size)
+        # round(w / s + noise) is not 0 where w / s + noise is past 1/2: a tie goes to even
+        up, down = w_RGg > s_RG1 * (0.5 - noise), w_RGg < s_RG1 * (-0.5 - noise)
+        codes = up.astype(weight.dtype) - down.astype(weight.dtype)
     else:
         exact, scales_RG1 = _on_grid(w_RGg, LARGEST[name])
         exact = mx.clip(exact, -LARGEST[name], LARGEST[name])

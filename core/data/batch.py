@@ -12,3 +12,5 @@ class Batch(NamedTuple):
     targets: np.ndarray  # (rows, seq) int32
     total: int = 0
     """Rows of the step on all ranks together; 0: these."""
+    first: int = 0
+    """How many of those come before these."""

@@ -354,7 +354,7 @@ def batch_from(split: Split, first: int, rows: int, seq: int, seed: int, part: s
         multiplier, offset = orders[epoch]
         starts[place] = (multiplier * i + offset) % windows * seq
     tokens = split.gather(starts, seq + 1)
-    return Batch(np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:]), rows)
+    return Batch(np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:]), rows, wanted.start)
 
 
 def _order(seed: int, epoch: int, windows: int) -> tuple[int, int]:

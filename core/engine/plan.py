@@ -30,6 +30,12 @@ class StepPlan:
     """1 - beta2^(step + 1)."""
     average: float
     """Decay of the running average of the weights; 0: the average is the weights."""
+    drop: float
+    """Share of rows in which the branches of the last pass through a layer are left out (train.depth_drop)."""
+    ternary_noise: float
+    """Standard deviation of the noise of ternary weights, in scales of their groups."""
+    untie: float
+    """Share with which an untied head's own table counts: 0 or 1."""
     quantise: bool
     """Whether the forward pass uses the stored form of the weights."""
     softness: float

@@ -80,6 +80,8 @@ class Training(NamedTuple):
     """What the forward pass of a training step has beside tokens."""
 
     auxiliary: frozenset[str] = frozenset()  # the auxiliary losses that parts put into the stream, by name
+    kept: Any = None  # (S, 2, B): factors of mixer and MLP in pass s through layers, by row; None: all branches stay
+    untied: Any = None  # (): share u with which an untied head's own table counts; None: 1
 
 
 class Kept(NamedTuple):

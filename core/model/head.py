@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from core.checks import require
-from core.model.table import Model, Part, Rows, vector
+from core.model.table import Init, Model, Param, Part, Rows, vector
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,8 @@ class Head(Part):
     """Add a learned bias per vocabulary entry to the logits."""
     softcap: float | None = 30.0
     """Logits become softcap * tanh(logits / softcap); None: no cap."""
+    untied: bool = False
+    """Have vectors of its own beside the embedding's (they start at 0); train.untie_from says from when on."""
 
     def check(self, model: Model) -> None:
         """Raise ConfigError for settings that cannot be built."""
@@ -22,4 +24,6 @@ class Head(Part):
 
     def rows(self, model: Model) -> Rows:
         """Return the parameters beside the embedding's, which the head shares."""
-        return {"bias": vector(model.vocab)} if self.bias else {}
+        shape = model.vocab, model.embedding.dim or model.dim
+        own = {"weight": Param(shape, Init("constant", 0.0), "embed", model.embedding.storage)} if self.untied else {}
+        return {**own, **({"bias": vector(model.vocab)} if self.bias else {})}

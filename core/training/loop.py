@@ -233,7 +233,7 @@ def warm_up(engine: Engine, config: RunConfig, show: Show | None = None) -> None
         drawn = rng.integers16(config.seed, "warm-up", rows * (seq + 1)) % config.model.vocab
         drawn = drawn.astype(np.int32).reshape(rows, seq + 1)[share(rows, engine.ranks)]
         tokens, targets = np.ascontiguousarray(drawn[:, :-1]), np.ascontiguousarray(drawn[:, 1:])
-        for repeat in {plan(0, 0.0, settings).repeat, True}:
+        for repeat in {plan(0, 0.0, settings).repeat, settings.repeat_every == 1, True}:
             if show is not None:
                 show(f"compiling: a step of {rows} rows of {seq} tokens{', layers repeated' * again * repeat}")
             first = plan(0, 0.0, settings)

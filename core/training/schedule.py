@@ -78,6 +78,17 @@ def softness(progress: float, config: TrainConfig) -> float:
     return first * (last / first) ** share
 
 
+def noise(progress: float, config: TrainConfig) -> tuple[float, float]:
+    """Return what is left of train.depth_drop and of train.ternary_noise at `progress`: none in the quiet end.
+
+    The noise of weights falls in a straight line there, from where the warm-down begins.
+    """
+    left, fall = 1.0 - config.quiet - progress, config.warmdown - config.quiet
+    if left <= 0:
+        return 0.0, 0.0
+    return config.depth_drop, config.ternary_noise * (min(1.0, left / fall) if fall > 0 else 1.0)
+
+
 def snapshot(step: int, progress: float, config: TrainConfig) -> bool:
     """Return whether the average after `step` is taken into the running mean: every so often, at low rates.
 
@@ -116,7 +127,7 @@ def steps_of(tokens: int, config: TrainConfig) -> int:
 def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
     """Return the plan of `step` (from 0) at `progress` (0 to 1)."""
     scale = lr_scale(progress, config)
-    rows, seq = config.shape(progress)
+    (rows, seq), (drop, ternary_noise) = config.shape(progress), noise(progress, config)
     return StepPlan(
         step=step,
         rows=rows,
@@ -133,8 +144,11 @@ def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
         bias1=1.0 - config.beta1 ** (step + 1),
         bias2=1.0 - config.beta2 ** (step + 1),
         average=average(step, progress, config),
+        drop=drop,
+        ternary_noise=ternary_noise,
+        untie=float(progress >= config.untie_from),
         quantise=quantise(progress, config),
         softness=softness(progress, config),
         snapshot=snapshot(step, progress, config),
-        repeat=progress >= config.repeat_from,
+        repeat=progress >= config.repeat_from and step % config.repeat_every == 0,
     )

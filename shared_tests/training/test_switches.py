@@ -58,18 +58,19 @@ PLANNED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "batch_stages": ({}, ROWS),
     "batch_until": (ROWS, {"batch_until": (0.6,)}),
     "repeat_from": ({}, {"repeat_from": 0.3}),
+    "repeat_every": ({}, {"repeat_every": 2}),
 }
 """Setting -> what both runs have that it needs, and the change; the engine is that of BASE."""
 APART = {
-    "batch", "seq", "seq_stages", "seq_until", "batch_stages", "batch_until", "repeat_from", "quantise",
-    "quantise_below",
+    "batch", "seq", "seq_stages", "seq_until", "batch_stages", "batch_until", "repeat_from", "repeat_every",
+    "quantise", "quantise_below",
 }  # fmt: skip
 """Of those, what has code of its own, which the warm-up makes: another shape, no repeats, quantisers."""
 BUILT: dict[str, Any] = {
     "beta1": 0.8, "beta2": 0.9, "eps": 1e-3, "matrix_rule": "adamw", "muon_iterations": 3,
     "muon_coefficients": POLAR_EXPRESS, "muon_rows": True, "muon_scale": "rms", "clip": 0.3, "z_loss": 0.1,
     "average_ternary": True, "mtp_heads": 2, "mtp_weight": 0.9, "quantise_soft": (1.0, 4.0), "snapshot_every": 1,
-    "snapshot_below": 0.99,
+    "snapshot_below": 0.99, "untie_from": 0.6, "depth_drop": 0.4, "ternary_noise": 0.3, "quiet": 0.6,
 }  # fmt: skip
 """Setting -> its change; each has an engine of its own, since code is compiled with these."""
 NEEDED: dict[str, dict[str, Any]] = {
@@ -77,6 +78,9 @@ NEEDED: dict[str, dict[str, Any]] = {
     "quantise_soft": {"train.quantise": "always", "model.matrix_storage": "int4/row"},
     "snapshot_every": {"train.snapshot_below": 0.99},
     "snapshot_below": {"train.snapshot_every": 1, "train.snapshot_below": 0.3},
+    "untie_from": {"model.head.untied": True},
+    "ternary_noise": {"train.quantise": "always"},
+    "quiet": {"train.depth_drop": 0.4},
 }  # fmt: skip
 """What a change of BUILT has no use without."""
 

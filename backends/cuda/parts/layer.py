@@ -48,7 +48,7 @@ class Layer(Part):
             x_BTD = own(self.stream_mix) * x_BTD + own(self.embed_mix) * stream.embedded
         n_BTD = self.norm(x_BTD, stage)
         stream, tape = self.mixer(stream._replace(x=n_BTD), context, stage, state)
-        mixed_BTD = own(self.mixer_scale) * stream.x
+        mixed_BTD = _kept(own(self.mixer_scale) * stream.x, context, stage, 0)
         if self._kind.gated:
             mixed_BTD = own(self.gate) * mixed_BTD
         if stream.lane is None:
@@ -56,7 +56,7 @@ class Layer(Part):
         # Beside the mixer, the MLP reads the same input: neither waits for the other.
         n_BTD = n_BTD if self._kind.parallel else self.norm(x_BTD if stream.lane is None else stream.lane, stage)
         stream, _ = self.mlp(stream._replace(x=n_BTD), context, stage, None)
-        changed_BTD = own(self.mlp_scale) * stream.x
+        changed_BTD = _kept(own(self.mlp_scale) * stream.x, context, stage, 1)
         if stream.lane is not None:  # the stage behind the layer adds both to both
             return stream._replace(x=given_BTD, branches=(mixed_BTD, changed_BTD)), tape
         if self._kind.gated:
@@ -70,3 +70,11 @@ class Layer(Part):
     def commit(self, tape, context, n_B):
         """Return the state after the first n tokens of each row of a chunk."""
         return self.mixer.commit(tape, context, n_B)
+
+
+def _kept(branch_BTD, context, stage, which):
+    """Return a pass' mixer (which = 0) or MLP (1), without the rows in which a training step leaves it out."""
+    training = context.training
+    if training is None or training.kept is None:
+        return branch_BTD
+    return branch_BTD * training.kept[stage.place, which][:, None, None].to(branch_BTD.dtype)
