@@ -12,6 +12,7 @@ from backends.cuda.parts.bigram import Bigram
 from backends.cuda.parts.capsules import blocks, opened
 from backends.cuda.parts.embedding import Embedding
 from backends.cuda.parts.engram import Engram
+from backends.cuda.parts.feedback import Feedback
 from backends.cuda.parts.head import Head
 from backends.cuda.parts.lanes import Lanes
 from backends.cuda.parts.layer import Layer
@@ -22,8 +23,8 @@ from core.model.context import Context, Kept, ModelState, Stream, each_array
 from core.model.table import TAPS
 
 PARTS = {
-    "bank": Bank, "bigram": Bigram, "engram": Engram, "lanes": Lanes, "skips": Skips, "smear": Smear,
-    "value_embed": ValueEmbed,
+    "bank": Bank, "bigram": Bigram, "engram": Engram, "feedback": Feedback, "lanes": Lanes, "skips": Skips,
+    "smear": Smear, "value_embed": ValueEmbed,
 }  # fmt: skip
 """What stands beside the layers."""
 

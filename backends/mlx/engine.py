@@ -92,7 +92,9 @@ class Engine(Masters):
         self._in_flight: deque[Pending] = deque()
         self._traces = 0
         self._asked = bool(self._train.depth_drop) or self._config.head.untied
-        self._depth = mx.array(depth_keys(len(trunk.layers(self._config, True)) if self._train.depth_drop else 0))
+        passes = {repeat: trunk.layers(self._config, repeat) for repeat in (False, True)}
+        self._labels = {repeat: [stage.label for stage in stages] for repeat, stages in passes.items()}
+        self._depth = mx.array(depth_keys(len(self._labels[True]) if self._train.depth_drop else 0))
         self._once = not (config.model.shared_blocks or config.model.repeat_layers)
         self.load_params(weights, quantise)
         compiler = gpu or shutil.which("g++") is not None
@@ -143,7 +145,7 @@ class Engine(Masters):
         logits, _ = self._forward(weights, tokens, tables, repeat, record, capped=False, training=training)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
-    def _training(self, tokens, given):
+    def _training(self, tokens, repeat, given):
         """Return what parts know of a training step's pass; `given`: what `_given` returned for these rows."""
         auxiliary, kept = frozenset(self._train.auxiliary), None
         if given is None:
@@ -151,7 +153,9 @@ class Engine(Masters):
         (key, first), hyper = given
         numbers = dict(zip(NUMBERS, hyper, strict=True))
         if self._train.depth_drop:
-            kept = noise.kept(key, first, len(tokens), numbers["drop"], self._depth)
+            labels = self._labels[repeat]
+            factors = noise.kept(key, first, len(tokens), numbers["drop"], self._depth[: len(labels)])
+            kept = dict(zip(labels, factors, strict=True))
         return Training(auxiliary, kept, numbers["untie"])
 
     def _losses(self, rows, tokens, targets, tables, repeat, given=None):
@@ -159,7 +163,7 @@ class Engine(Masters):
         model = {name: weights[name] for name in self._table}
         auxiliary = self._train.auxiliary
         record = {} if self._train.mtp_heads or auxiliary else None
-        training = self._training(tokens, given)
+        training = self._training(tokens, repeat, given)
         nll, total = self._costs(model, tokens, targets, tables, repeat, training, record)
         loss = mx.mean(nll)
         objective = loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss

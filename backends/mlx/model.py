@@ -10,6 +10,7 @@ from backends.mlx.parts.bigram import Bigram
 from backends.mlx.parts.capsules import blocks, opened
 from backends.mlx.parts.embedding import Embedding
 from backends.mlx.parts.engram import Engram
+from backends.mlx.parts.feedback import Feedback
 from backends.mlx.parts.head import Head
 from backends.mlx.parts.lanes import Lanes
 from backends.mlx.parts.layer import Layer
@@ -20,8 +21,8 @@ from core.model.context import Context, Kept, ModelState, Stream, each_array
 from core.model.table import TAPS
 
 PARTS = {
-    "bank": Bank, "bigram": Bigram, "engram": Engram, "lanes": Lanes, "skips": Skips, "smear": Smear,
-    "value_embed": ValueEmbed,
+    "bank": Bank, "bigram": Bigram, "engram": Engram, "feedback": Feedback, "lanes": Lanes, "skips": Skips,
+    "smear": Smear, "value_embed": ValueEmbed,
 }  # fmt: skip
 """What stands beside the layers."""
 

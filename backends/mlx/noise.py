@@ -9,7 +9,7 @@ from backends.mlx import ops
 
 
 def kept(key, first, rows, drop, keys_S2):
-    """Return the factors of mixer and MLP in every pass, by row, (S, 2, B): 0 where it is left out, else 1 / (1 - p).
+    """Return the factors of mixer and MLP in each pass and row, (S, 2, B): 0 where it is left out, else 1 / (1 - p).
 
     p rises in a straight line to `drop` in the last pass; the rows are those from `first` on of the step's.
     """

@@ -174,7 +174,9 @@ def phases(config: RunConfig, course: Course) -> list[Phase]:
     if settings.average_from is not None:
         labels.append(["averaging" if now.average else None for now in plans])
     if config.model.repeat_layers:
-        labels.append(["repeated layers" if now.repeat else None for now in plans])
+        every = settings.repeat_every  # those between count with the last one that repeats
+        words = "repeated layers" if every == 1 else f"repeated layers every {every} steps"
+        labels.append([words if plans[i - i % every].repeat else None for i in range(len(plans))])
     phases = []
     times = [*course.began, course.seconds]
     for row in labels:

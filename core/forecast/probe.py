@@ -111,7 +111,7 @@ def kinds(settings: TrainConfig) -> Counter[StepKind]:
         shares = [progress_by_steps(step, settings) for step in range(settings.steps)]
     else:
         shares = [i / GRID for i in range(GRID)]
-    return Counter(StepKind.of(plan(0, progress, settings)) for progress in shares)
+    return Counter(StepKind.of(plan(step, progress, settings)) for step, progress in enumerate(shares))
 
 
 def _time_steps(engine: Engine, dataset: Dataset, config: RunConfig, kind: StepKind, part: float) -> tuple[float, int]:

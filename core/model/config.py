@@ -12,6 +12,7 @@ from core.model.bank import Bank
 from core.model.bigram import Bigram
 from core.model.embedding import Embedding
 from core.model.engram import Engram
+from core.model.feedback import Feedback
 from core.model.head import Head
 from core.model.koopman import Koopman
 from core.model.lanes import Lanes
@@ -64,8 +65,10 @@ class ModelConfig:
     matrix_storage: Storage = "float16"
     """How the layers' matrices are stored: class and, behind the slash, how many weights share a scale."""
     shared_blocks: int | None = None
-    """Distinct blocks: layer i has the weights of block i mod shared_blocks, and residual scales of its own.
+    """Distinct blocks, which layers share in the order of share_order; each has residual scales of its own.
     None: every layer has its own weights."""
+    share_order: Literal["cycle", "mirror"] = "cycle"
+    """cycle: layer i has the weights of block i mod shared_blocks; mirror: of block min(i, layers - 1 - i)."""
     repeat_layers: tuple[int, ...] = ()
     """Consecutive layers (from 0) that run again after the last of them; train.repeat_from says from when on."""
     repeat_times: int = 1
@@ -89,6 +92,7 @@ class ModelConfig:
     bank: Bank = field(default_factory=Bank)
     skips: Skips = field(default_factory=Skips)
     lanes: Lanes = field(default_factory=Lanes)
+    feedback: Feedback = field(default_factory=Feedback)
     head: Head = field(default_factory=Head)
 
     def __post_init__(self) -> None:
@@ -110,9 +114,16 @@ class ModelConfig:
     def _check_trunk(self) -> None:  # of a hostile file too: nothing here may take time or memory by its numbers
         shared, again, period = self.shared_blocks, self.repeat_layers, len(self.blocks)
         require(shared is None or 1 <= shared <= self.layers, f"model.shared_blocks={shared}: expected 1 to layers")
-        alike = len(set(self.blocks)) == 1
+        alike, mirrored = len(set(self.blocks)) == 1, self.share_order == "mirror"
+        half = (self.layers + 1) // 2
+        where = f"model.share_order=mirror: expected model.shared_blocks={half} for {self.layers} layers, not {shared}"
+        require(not mirrored or shared == half, where)
+        for i in range(half * mirrored):
+            here, there = self.kind(i), self.kind(self.layers - 1 - i)
+            where = f"model.share_order=mirror: layers {i} and {self.layers - 1 - i} are of kinds {here} and {there}"
+            require(here == there, f"{where}: they share a block; expected kinds that read alike from both ends")
         require(
-            shared in (None, self.layers) or alike or shared % period == 0,
+            mirrored or shared in (None, self.layers) or alike or shared % period == 0,
             f"model.shared_blocks={shared}: layers of different kinds would share a block; "
             f"make it a multiple of the {period} kinds of model.blocks",
         )
@@ -161,11 +172,14 @@ class ModelConfig:
 
     def block_of(self, layer: int) -> int:
         """Return the block whose weights a layer uses."""
+        if self.share_order == "mirror":
+            return min(layer, self.layers - 1 - layer)
         return layer if self.shared_blocks is None else layer % self.shared_blocks
 
     def uses_of(self, block: int) -> tuple[int, int]:
         """Return how many layers use a block, and how many repeats."""
         first = len(range(block, self.layers, self.shared_blocks or self.layers))
+        first = len({block, self.layers - 1 - block}) if self.share_order == "mirror" else first
         return first, self.repeat_times * sum(self.block_of(i) == block for i in self.repeat_layers)
 
     @property

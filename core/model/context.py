@@ -80,7 +80,7 @@ class Training(NamedTuple):
     """What the forward pass of a training step has beside tokens."""
 
     auxiliary: frozenset[str] = frozenset()  # the auxiliary losses that parts put into the stream, by name
-    kept: Any = None  # (S, 2, B): factors of mixer and MLP in pass s through layers, by row; None: all branches stay
+    kept: Any = None  # by a layer's label (2, B): factors of its mixer and its MLP in every row; None: they stay
     untied: Any = None  # (): share u with which an untied head's own table counts; None: 1
 
 
@@ -122,6 +122,7 @@ class Stream(NamedTuple):
     to_values: Any = ()  # layer -> (B, T, G * K): what its attention adds to its values, of the layers that do
     lane: Any = None  # (B, T, D): of two lanes the one that MLPs read, x is the other; None: there is one
     branches: tuple = ()  # in lanes: what a layer's mixer and its MLP add, (B, T, D) each
+    entered: Any = None  # (B, T, D): what the first pass of repeated layers was given; None: no feedback
     auxiliary: tuple = ()  # (name, (B,)) of every auxiliary loss so far: one number per row, wide
 
 

@@ -51,7 +51,8 @@ class Layer(Part):
         shape = per_pass(model, self.block, model.dim)
         # A repeat's own scales start at 0: switched on in the middle of a run, it changes nothing at first; one that
         # never was switched on changes nothing at all, so that scoring may always run the whole depth.
-        scale = 1.0 if len(shape) == 1 else Init("rows", 1.0, first)
+        # With feedback a repeat begins again where its layers began: without them the pass before would be lost.
+        scale = 1.0 if len(shape) == 1 or model.feedback.width else Init("rows", 1.0, first)
         mix = {"stream_mix": vector(*shape, init=1.0), "embed_mix": vector(*shape)} if model.residual_mix else {}
         gate = vector(*per_pass(model, self.block, 1), init=0.5)
         return {

@@ -22,8 +22,6 @@ class Stage(NamedTuple):
     """How often the layer has run before."""
     repeat: int = -1
     """Which of its block's repeats it is, from 0; -1: none."""
-    place: int = -1
-    """Which of all passes through layers it is, from 0; -1: none."""
 
     @property
     def block(self) -> int:
@@ -56,13 +54,12 @@ def layers(model: Model, repeat: bool) -> list[Stage]:
             row = stage.row if model.repeat_scales == "shared" else used[block]
             again.append(stage._replace(row=row, again=turn, repeat=used[block] - own[block]))
             used[block] += 1
-    order = first
-    if repeat and again and model.repeat_order == "at_once":
-        order = sorted(first + again, key=lambda stage: (stage.layer, stage.again))
-    elif repeat and again:
-        after = again[-1].layer + 1
-        order = [*first[:after], *again, *first[after:]]
-    return [stage._replace(place=place) for place, stage in enumerate(order)]
+    if not repeat or not again:
+        return first
+    if model.repeat_order == "at_once":
+        return sorted(first + again, key=lambda stage: (stage.layer, stage.again))
+    after = again[-1].layer + 1
+    return [*first[:after], *again, *first[after:]]
 
 
 def stages(model: Model, repeat: bool) -> tuple[Stage, ...]:
@@ -74,6 +71,8 @@ def stages(model: Model, repeat: bool) -> tuple[Stage, ...]:
     for stage in passes:
         # A repeat runs the layer alone: bank and engram would else be added twice.
         i, first = stage.layer, not stage.again
+        if model.feedback.width and not first and i == model.repeat_layers[0]:
+            steps.append(Stage("feedback", "feedback", i, again=stage.again))
         if first and i == model.layers // 2 and "middle" in model.bank.places:
             steps.append(Stage("bank", "bank_middle"))
         if first and i == model.lanes.start:

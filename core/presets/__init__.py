@@ -48,6 +48,7 @@ def mini(config: RunConfig) -> RunConfig:
     apart = tuple(model.kind((2 * i + 1) * model.layers // (2 * layers)) for i in range(layers))
     blocks = model.blocks if len(model.blocks) <= layers else apart
     last = layers - 1 if model.lanes.start is None else min(model.lanes.start, 3) - 1  # repeats end before the lanes
+    shared = None if model.shared_blocks is None else min(model.shared_blocks, 4)
     again = tuple(range(max(0, last - 1), last + 1))[-len(model.repeat_layers) :] if model.repeat_layers else ()
     return dataclasses.replace(
         config,
@@ -56,7 +57,7 @@ def mini(config: RunConfig) -> RunConfig:
             vocab=min(model.vocab, 97),
             dim=dim,
             layers=layers,
-            shared_blocks=None if model.shared_blocks is None else min(model.shared_blocks, 4),
+            shared_blocks=(layers + 1) // 2 if model.share_order == "mirror" else shared,
             blocks=blocks,
             repeat_layers=again,
             **{name: part.mini(model, dim) for name, part in model.parts.items()},

@@ -169,6 +169,7 @@ def test_one_layer_trains(name: str, seq: int) -> None:
     """The twins take the same steps where there is nothing to skip to, and parameters of 0 rows would be."""
     config = mini(name)
     alone: dict[str, Any] = {"layers": 1, "shared_blocks": None, "repeat_layers": (), "engram.layer": 0}
+    alone["feedback.width"] = 0
     alone["bank.at"] = "none" if config.model.bank.at == "none" else "head"
     alone |= {"value_embed.dim": 0, "value_embed.layers": ()}
     if config.model.kind(0) != "attention":  # then no setting may be on that only attention has a use for

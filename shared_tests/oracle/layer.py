@@ -29,6 +29,8 @@ def layer(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, text: T
         return w[name] if w[name].ndim == 1 else w[name][stage.row]
 
     given = x
+    if config.feedback.width and stage.layer == config.repeat_layers[0] and not stage.again:
+        stream = stream._replace(entered=x)
     if config.residual_mix:
         x = own("stream_mix") * x + own("embed_mix") * stream.embedded
     n = rms_norm(x, config.norm_eps, True) * damp

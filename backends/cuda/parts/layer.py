@@ -40,6 +40,8 @@ class Layer(Part):
 
     def forward(self, stream, context, stage, state):
         x_BTD = given_BTD = stream.x
+        if self._config.feedback.width and stage.layer == self._config.repeat_layers[0] and not stage.again:
+            stream = stream._replace(entered=given_BTD)  # where repeats begin again
 
         def own(weight):
             return (weight if weight.ndim == 1 else weight[stage.row]).to(x_BTD.dtype)
@@ -77,4 +79,4 @@ def _kept(branch_BTD, context, stage, which):
     training = context.training
     if training is None or training.kept is None:
         return branch_BTD
-    return branch_BTD * training.kept[stage.place, which][:, None, None].to(branch_BTD.dtype)
+    return branch_BTD * training.kept[stage.label][which][:, None, None].to(branch_BTD.dtype)

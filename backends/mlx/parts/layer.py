@@ -39,6 +39,8 @@ class Layer(Part):
 
     def __call__(self, stream, context, stage, state):
         x_BTD = given_BTD = stream.x
+        if self._config.feedback.width and stage.layer == self._config.repeat_layers[0] and not stage.again:
+            stream = stream._replace(entered=given_BTD)  # where repeats begin again
 
         def own(weight):
             return (weight if weight.ndim == 1 else weight[stage.row]).astype(x_BTD.dtype)
@@ -76,4 +78,4 @@ def _kept(branch_BTD, context, stage, which):
     training = context.training
     if training is None or training.kept is None:
         return branch_BTD
-    return branch_BTD * training.kept[stage.place, which][:, None, None].astype(branch_BTD.dtype)
+    return branch_BTD * training.kept[stage.label][which][:, None, None].astype(branch_BTD.dtype)
