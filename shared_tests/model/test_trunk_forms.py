@@ -36,6 +36,13 @@ CASES: dict[str, dict[str, Any]] = {
         "layers": 4, "shared_blocks": 2, "repeat_layers": (1, 2), "repeat_times": 2, "repeat_blend": True,
         "skips.on": True, "skips.over": "passes",
     },
+    "corrected": {
+        "repeat_layers": (1, 2), "repeat_times": 2, "repeat_scales": "shared", "skips.on": True, "feedback.width": 3,
+    },
+    "corrected, mirrored": {
+        "shared_blocks": 3, "share_order": "mirror", "repeat_layers": (2, 3, 4), "feedback.width": 3,
+        "blocks": ("attention", "attention_gated", "attention_parallel", "attention_gated", "attention"),
+    },
 }  # fmt: skip
 """The second is the form of lanes, loop and skips that the records have, the third that of blended repeats."""
 LOOPED = [name for name, changes in CASES.items() if "repeat_layers" in changes]
@@ -152,6 +159,7 @@ def test_the_twins_take_the_same_steps_before_and_after_the_switch(name: str) ->
 def without(model: ModelConfig, weights: Arrays) -> tuple[ModelConfig, Arrays]:
     """Return the model that there is while repeats are off, made of its own settings, with its rows of the weights."""
     fewer = {"repeat_layers": (), "repeat_times": 1, "repeat_scales": "own", "repeat_order": "after"}
+    fewer |= {"feedback.width": 0}
     bare = changed(model, {**fewer, "repeat_blend": False, "skips.over": "layers"})
     kept = {}
     for name, row in param_table(bare).items():

@@ -65,7 +65,7 @@ def curves(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
         losses = []
         for step, batch in enumerate(batches(config, config.train.steps)):
             part = share(len(batch.tokens), ranks)
-            mine = Batch(batch.tokens[part], batch.targets[part], len(batch.tokens))
+            mine = Batch(batch.tokens[part], batch.targets[part], len(batch.tokens), part.start)
             now = plan(step, progress_by_steps(step, config.train), config.train)
             losses.append(engine.train_step(mine, now).result()._asdict())
         state = {**engine.params(), **engine.optimizer()}
@@ -77,19 +77,21 @@ def curves(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 def cases(world: int) -> dict[str, RunConfig]:
     """Return what `curves` trains: every optimizer, stored and soft weights, averages and their mean, further heads,
-    clipping, rows that do not divide.
+    clipping, stochastic depth, rows that do not divide.
 
     Four ranks, which here share two cores, do the two that differ most.
     """
 
     made = {}
     for name, preset, changes in (
-        ("adamw", "ablate_float", {"matrix_rule": "adamw", "batch": 4}),
+        ("adamw", "ablate_float", {"matrix_rule": "adamw", "batch": 4, "depth_drop": 0.3}),
         ("uneven", "ablate_float", {
             "matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3, "average_from": 0.3, "mtp_heads": 3,
             "snapshot_every": 4, "snapshot_below": 0.6, "quantise": "always", "quantise_soft": (0.3, 1.0),
         }),
-        ("micro", "ablate", {"matrix_rule": "muon", "batch": 6, "micro_batch": 2}),
+        ("micro", "ablate", {
+            "matrix_rule": "muon", "batch": 6, "micro_batch": 2, "depth_drop": 0.3, "ternary_noise": 0.2,
+        }),
     ):  # fmt: skip
         config = mini(preset)
         model = dataclasses.replace(config.model, layers=1, blocks=config.model.blocks[:1])
@@ -205,7 +207,7 @@ def wired(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
         norms = []
         for step, batch in enumerate(batches(config, 8)):
             part = share(len(batch.tokens), ranks)
-            mine = Batch(batch.tokens[part], batch.targets[part], len(batch.tokens))
+            mine = Batch(batch.tokens[part], batch.targets[part], len(batch.tokens), part.start)
             now = plan(step, progress_by_steps(step, config.train), config.train)
             result = engine.train_step(mine, now).result()
             losses.append(result.loss)

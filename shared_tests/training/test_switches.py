@@ -6,6 +6,7 @@ or as one of the graphs that the warm-up makes. One that is a constant of the co
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -193,6 +194,29 @@ def test_a_setting_that_is_compiled_in_acts(
     steps, weights = unchanged(backend, compiled, tuple(needed.items()))
     assert found.steps(config.train) != steps
     assert scored(found) != weights
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_noise_is_no_constant_of_compiled_code(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one start every step has another loss, by its key or by the plan, and none is compiled again."""
+    pass_through(monkeypatch)
+    noise, count = importlib.import_module(f"backends.{backend}.noise"), []
+    honest = noise.of_weights
+    monkeypatch.setattr(noise, "of_weights", lambda *given: count.append(0) or honest(*given))
+    train = {"depth_drop": 0.6, "ternary_noise": 0.4, "quantise": "always", "quiet": 0.2, "untie_from": 0.5}
+    changes = {"model.head.untied": True, "model.repeat_layers": (), **{f"train.{n}": v for n, v in train.items()}}
+    config = changed(BASE, changes)
+    made: Any = engine(backend, config, working_weights(config.model, 1.0), dtype="float32", compile=True)
+    start, batch = (made.params(), made.optimizer()), batch_from(text(), 0, 2, 8, 0)
+    losses, traces = [], []
+    for step, progress in ((0, 0.2), (1, 0.2), (2, 0.2), (2, 0.6), (3, 0.9)):
+        made.load_params(start[0], True)
+        made.load_optimizer(start[1])
+        losses.append(made.train_step(batch, plan(step, progress, config.train)).result().loss)
+        traces.append((made.stats()["traces"], len(count)))
+    assert len(set(losses)) == len(losses)
+    assert min(traces[0]) > 0 and len(set(traces)) == 1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
