@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from backends.cuda import noise
-from backends.cuda.storage import noised, softened, stored
+from backends.cuda.storage import softened, stored
 from core.model.storage import KINDS, storage_class
 
 DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding")
@@ -98,4 +98,4 @@ def softened_all(weights, storages, softness):
 def noised_all(weights, storages, names, key, scale):
     """Return stacks of ternary weights as stored with noise, drawn by the step's key and those of their names (N,)."""
     made = zip(weights, storages, names, strict=True)
-    return [noised(w, storage, noise.of_weights(key, keys, w.shape[1:], scale)) for w, storage, keys in made]
+    return [stored(w, storage, noise.of_weights(key, keys, w.shape[1:], scale)) for w, storage, keys in made]

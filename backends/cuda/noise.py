@@ -24,4 +24,4 @@ def of_weights(key, keys_N, shape, scale):
     index_I = torch.arange(shape[0] * shape[1], device=key.device)
     drawn = ops.hash32(key ^ keys_N[:, None], index_I).long()
     total = sum(((drawn >> bits) & 255 for bits in (8, 16, 24)), drawn & 255)
-    return ((total.to(scale.dtype) - 510) * scale).reshape(-1, *shape)
+    return ((total.to(scale.dtype) - 510) * scale).view(-1, *shape)

@@ -19,20 +19,16 @@ def quantise(weight, storage):
     return _flat(codes_RGg, weight.shape[1]), torch.squeeze(scales_RG1, -1)
 
 
-def stored(weight, storage):
-    """Return a weight, or a stack of them, as the artifact gives it back; its rows may have gaps between them."""
+def stored(weight, storage, noise=None):
+    """Return a weight, or a stack of them, as the artifact gives it back; its rows may have gaps between them.
+
+    noise, like the weight: of a ternary one the codes are those of w / s + noise, s the scale of w alone.
+    """
     if storage == "float16":
         return quantise(weight, storage)[0].to(weight.dtype)
     rows = weight.flatten(0, -2)
-    codes_RGg, scales_RG1 = _quantised(rows, storage)
+    codes_RGg, scales_RG1 = _quantised(rows, storage, None if noise is None else noise.flatten(0, -2))
     return _flat(codes_RGg * scales_RG1.to(weight.dtype), rows.shape[1]).view(weight.shape)
-
-
-def noised(weight, storage, noise):
-    """Return ternary weights (N, O, I) as stored, but with the codes of w / s + noise; s is the scale of w alone."""
-    columns = weight.shape[-1]
-    codes_RGg, scales_RG1 = _quantised(weight.reshape(-1, columns), storage, noise.reshape(-1, columns))
-    return _flat(codes_RGg * scales_RG1.to(weight.dtype), columns).reshape(weight.shape)
 
 
 def softened(weight, storage, softness):
@@ -64,7 +60,7 @@ def to_host(weight, storage):
 
 
 def _quantised(weight, storage, noise=None):
-    """Return (codes, scales) in groups: (R, G, g) and (R, G, 1); not for float16. `noise`: see `noised`."""
+    """Return (codes, scales) in groups: (R, G, g) and (R, G, 1); not for float16. `noise`: as in `stored`."""
     columns = weight.shape[1]
     size = group_size(storage, columns)
     w_RGg = _grouped(weight, size)

@@ -91,7 +91,7 @@ class Bank(NamedTuple):
         made = []
         for stack in self.stacks:
             drawn = noise.of_weights(key, mx.array([keys[name] for name in stack.names], mx.uint32), stack.shape, scale)
-            made.append(quantiser.noised(stack.of(row), self.storage, drawn))
+            made.append(quantiser.stored(stack.of(row).reshape(drawn.shape), self.storage, drawn))
         return joined(made)
 
     def _matrices(self, row):

@@ -19,19 +19,15 @@ def quantise(weight, storage):
     return _flat(codes_RGg, weight.shape[1]), mx.squeeze(scales_RG1, -1)
 
 
-def stored(weight, storage):
-    """Return a weight as the artifact gives it back; its rows may have gaps between them."""
+def stored(weight, storage, noise=None):
+    """Return a weight as the artifact gives it back; its rows may have gaps between them.
+
+    noise, like the weight: of a ternary one the codes are those of w / s + noise, s the scale of w alone.
+    """
     if storage == "float16":
         return quantise(weight, storage)[0].astype(weight.dtype)
-    codes_RGg, scales_RG1 = _quantised(weight, storage)
+    codes_RGg, scales_RG1 = _quantised(weight, storage, noise)
     return _flat(codes_RGg * scales_RG1.astype(weight.dtype), weight.shape[1])
-
-
-def noised(weight, storage, noise):
-    """Return ternary weights (N, O, I) as stored, but with the codes of w / s + noise; s is the scale of w alone."""
-    columns = weight.shape[-1]
-    codes_RGg, scales_RG1 = _quantised(weight.reshape(-1, columns), storage, noise.reshape(-1, columns))
-    return _flat(codes_RGg * scales_RG1.astype(weight.dtype), columns).reshape(weight.shape)
 
 
 def softened(weight, storage, softness):
@@ -61,7 +57,7 @@ def to_host(weight, storage):
 
 
 def _quantised(weight, storage, noise=None):
-    """Return (codes, scales) in groups: (R, G, g) and (R, G, 1); not for float16. `noise`: see `noised`."""
+    """Return (codes, scales) in groups: (R, G, g) and (R, G, 1); not for float16. `noise`: as in `stored`."""
     columns = weight.shape[1]
     size = group_size(storage, columns)
     w_RGg = _grouped(weight, size)

@@ -128,6 +128,8 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say, show: Show | Non
     if step:
         say(f"resumed at step {step}")
     if not done(step, seconds, settings):
+        if settings.ternary_noise:
+            say("ternary weights have noise: until the quiet end what is trained is what is stored on average only")
         warm_up(engine, config, show)
     now = plan(step, progress_of(step, seconds, settings), settings)
     feed = prefetch(config, ranks, dataset, tokens, now.rows, now.seq)
