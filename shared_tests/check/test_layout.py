@@ -280,7 +280,7 @@ def test_every_setting_is_read() -> None:
     for section in (config.ModelConfig, config.TrainConfig, config.EvalConfig, config.ExportConfig, config.DataConfig):
         for field in dataclasses.fields(section):
             # Read through ModelConfig's methods, which have tests of their own.
-            read = field.name in ("blocks", "repeat_layers")
+            read = field.name in ("blocks", "repeat_layers", "share_order")
             assert read or f".{field.name}" in code or f'"{field.name}"' in code, field.name
     for name, part in config.ModelConfig().parts.items():
         own = (ROOT / "core" / "model" / f"{name}.py").read_text()

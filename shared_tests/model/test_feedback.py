@@ -164,7 +164,7 @@ def test_counted_by_hand() -> None:
     [
         ({"repeat_layers": ()}, "feedback.width=3: no pass comes after another; name layers in model.repeat_layers"),
         ({"repeat_order": "at_once"}, "feedback.width=3 corrects a whole pass, with model.repeat_order=at_once"),
-        ({"feedback.width": -1}, "feedback.width=-1: expected at least 0"),
+        ({"feedback.width": -1}, "feedback.width=-1: expected a number from 0 up"),
         ({"share_order": "mirror"}, "share_order=mirror: expected model.shared_blocks=2 for 4 layers, not None"),
         ({"share_order": "mirror", "shared_blocks": 3}, "share_order=mirror: expected model.shared_blocks=2 for 4"),
         ({"share_order": "mirror", "shared_blocks": 2},

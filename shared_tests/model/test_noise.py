@@ -123,7 +123,7 @@ def test_the_codes_of_noisy_weights(dtype: str, backend: str) -> None:
         s = np.repeat(host.scales.astype(np.float64), 64, axis=1)[:, :70]
         codes = np.clip(np.round(w[matrix] / s + noise[matrix]), -1, 1)
         assert np.array_equal(found, (codes * s).astype(np.float32))
-        assert (found != still).mean() > 0.2
+        assert (found != still).mean() > 0.1
 
 
 # What a step does with it.
