@@ -53,7 +53,11 @@ PRESETS = {
     "skc_1609_mac": (
         "the original's best hour on a laptop, causal: attention and Koopman layers, bank, EngramHash",
         SKC_1609_MAC,
-        0,
+        1_090_168,
     ),
-    "skc_1609": ("the original's node setting that fits, causal: eleven SKC layers of four blocks", SKC_1609, 0),
+    "skc_1609": (
+        "the original's node setting that fits, causal: eleven SKC layers of four blocks",
+        SKC_1609,
+        11_388_040,
+    ),
 }
