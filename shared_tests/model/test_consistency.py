@@ -86,6 +86,19 @@ def test_the_training_loss_equals_the_oracle_and_gradients_agree(name: str) -> N
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seq", [3, 5])
+def test_rows_may_be_shorter_than_two_blocks(seq: int, backend: str) -> None:
+    """No run has such rows, but text that is learned while it is scored may."""
+    config = of("ahead")
+    weights, batch = working_weights(config.model, 5.0), rows_of(config)
+    batch = Batch(batch.tokens[:, :seq], batch.targets[:, :seq])
+    expected, stores = by_the_oracle(config, weights, batch)
+    loss, grads = engine(backend, config, weights, dtype="float64").gradients(batch)
+    assert loss == pytest.approx(expected, rel=1e-12) and not any(store.any() for store in stores)
+    assert all(np.isfinite(value).all() for value in grads.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_gradient_is_that_of_what_foresees(backend: str) -> None:
     """By finite differences, of weights that no target depends on; what is only a target learns nothing from it."""
     config = of("bank")
