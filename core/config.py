@@ -137,6 +137,8 @@ class RunConfig:
             "eval.windows=stateful with packed documents would keep the keys of every token of the text: "
             "take sliding ones",
         )
+        if self.train.consistency:
+            self._check_consistency()
         if self.train.quantise_soft is not None:
             rows = [row for row in param_table(self.model).values() if row.storage != "float16"]
             other = sorted({row.storage for row in rows if not gridded(row.storage)})
@@ -146,6 +148,15 @@ class RunConfig:
                 "train.quantise_soft is for int storages, whose grid reaches to the largest weight; "
                 f"the model {found}: leave it out, or take int8, int6 or int4",
             )
+
+    def _check_consistency(self) -> None:
+        where, shortest = f"train.consistency={self.train.consistency}", min(self.train.lengths)
+        require(self.model.stores, f"{where}: no part stores capsules; name skc layers, take a bank, or leave it out")
+        require(
+            shortest >= 2 * self.model.skc.block,
+            f"{where}: rows of {shortest} tokens hold no two blocks of model.skc.block={self.model.skc.block} tokens, "
+            "so that nothing is foreseen",
+        )
 
 
 def to_json(config: Any) -> dict[str, Any]:

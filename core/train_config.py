@@ -111,6 +111,8 @@ class TrainConfig:
     """Further heads that stand while training only: head k predicts the token k places behind the next one."""
     mtp_weight: float = 0.2
     """Weight of the further heads' mean loss in the training loss."""
+    consistency: float = 0.0
+    """Weight in the training loss of how far capsules are from what is shown of them a block before (docs/model.md)."""
     quantise: Literal["never", "always", "late"] = "never"
     """When forward passes use the stored form of the weights (gradients go straight through): late: in the warm-down,
     once the learning-rate scale is below train.quantise_below; never: weights are rounded after training only."""
@@ -173,7 +175,7 @@ class TrainConfig:
         check_tokens("train", self.batch, self.seq)
         rates = [f"lr_{group}" for group in ("embed", "matrix", "vector", "hash")]
         decays = ["weight_decay", *(f"weight_decay_{name}" for name in ("embed", "vector", "hash", "end"))]
-        others = ("z_loss", "reserve_seconds", "mtp_heads", "mtp_weight", "ternary_noise")
+        others = ("z_loss", "reserve_seconds", "mtp_heads", "mtp_weight", "ternary_noise", "consistency")
         for name in (*rates, *decays, *others):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
@@ -309,7 +311,8 @@ class TrainConfig:
     @property
     def auxiliary(self) -> dict[str, float]:
         """Weights of the auxiliary losses that the training loss has, by name (core.model.context.Training)."""
-        return {}
+        weights = {"consistency": self.consistency}
+        return {name: weight for name, weight in weights.items() if weight}
 
     @property
     def rows(self) -> int:

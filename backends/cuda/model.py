@@ -88,11 +88,11 @@ class Model(nn.Module):
             mask = ops.causal_mask(seq, keys, ids_BS) if begins is None else None
         if begins is not None:  # CUDA: some forms of attention take where documents begin instead
             mask = attention.Spans(begins, seq)
-        cos, sin, hadamard, walsh, position = constants
+        cos, sin, *mixing, position = constants
         ids = tokens_BT if state is None else torch.cat([state.ids, tokens_BT], dim=1)
         if state is None:
             ids = torch.nn.functional.pad(ids, (self._config.reach, 0), value=-1)
-        tables = (hadamard, walsh, position, ids)
+        tables = (*mixing, position, ids)
         stored = blocks(self._config.skc.block, position, ids_BT) if self._config.stores else None
         attend, alone = self._attend, None
         if self._config.attention.xsa != "none":

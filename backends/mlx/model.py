@@ -83,11 +83,11 @@ class Model(nn.Module):
         keys, mask = ids_BS.shape[1], None
         if self._config.mixes("attention") and (isolated or keys > seq):
             mask = ops.causal_mask(seq, keys, ids_BS)
-        cos, sin, hadamard, walsh, position = constants
+        cos, sin, *mixing, position = constants
         ids = tokens_BT if state is None else mx.concatenate([state.ids, tokens_BT], axis=1)
         if state is None:
             ids = mx.pad(ids, [(0, 0), (self._config.reach, 0)], constant_values=-1)
-        tables = (hadamard, walsh, position, ids)
+        tables = (*mixing, position, ids)
         attend = self._attention.scoring if training is None else self._attention.training
         stored = blocks(self._config.skc.block, position, ids_BT) if self._config.stores else None
         alone = None

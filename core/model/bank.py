@@ -6,6 +6,7 @@ from typing import Literal
 
 from core.checks import require, require_least
 from core.model.capsules import Store
+from core.model.koopman import require_power
 from core.model.table import Model, Part, Rows, State, below, matrix, require_times, vector
 
 PLACES = {"none": (), "head": ("head",), "middle": ("middle",), "both": ("middle", "head")}
@@ -26,6 +27,8 @@ class Bank(Part):
     """Start values of the time constants, in blocks: the shortest and the longest."""
     gate: float = 0.2
     """Start value of the gain per channel on what is read."""
+    ahead: bool = False
+    """A read also shows what a learned linear step makes of each capsule, as in model.skc.ahead."""
 
     def check(self, model: Model) -> None:
         """Raise ConfigError for settings that cannot be built."""
@@ -35,6 +38,9 @@ class Bank(Part):
         require(self.at == "none" or model.dim % self.heads == 0, where)
         where = f"model.bank.at={self.at} stands between two halves of the layers, but model.layers={model.layers}"
         require("middle" not in self.places or model.layers >= 2, where)
+        require(bool(self.places) or not self.ahead, f"model.bank.ahead={self.ahead}: model.bank.at=none has no store")
+        if self.ahead:
+            require_power("model.bank.ahead: model.dim / model.bank.heads", self.store(model).channels)
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -44,7 +50,8 @@ class Bank(Part):
     def store(self, model: Model) -> Store:
         """Return the store of one place: its keys are shifted, and the open block is read too."""
         # Without the shift it would store what a token looks like, which the token knows.
-        return Store(self.heads, self.capsules, model.skc.block, True, 1.0, model.skc.bands, self.times)
+        options = (True, 1.0, model.skc.bands, self.ahead, self.times)
+        return Store(model.dim, self.heads, self.capsules, model.skc.block, *options)
 
     def rows(self, model: Model) -> Rows:
         """Return the parameters of one place."""
@@ -58,7 +65,7 @@ class Bank(Part):
 
     def flops(self, model: Model, seq: int) -> int:
         """Return the FLOPs of one place."""
-        return self.store(model).flops(model.dim)
+        return self.store(model).flops()
 
     def values(self, model: Model, seq: int, scores: bool) -> int:
         """Return about how many numbers of one token the backward pass needs again."""
@@ -66,7 +73,7 @@ class Bank(Part):
 
     def state(self, model: Model) -> State:
         """Return the size of the decoding state of one place."""
-        return self.store(model).state(model.dim)
+        return self.store(model).state()
 
     def mini(self, model: Model, dim: int) -> "Bank":
         """Return settings of at most 4 capsules per head."""

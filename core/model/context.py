@@ -17,6 +17,7 @@ class Constants(NamedTuple):
     sin: Any
     hadamard: Any  # (C, C), Sylvester order
     walsh: Any  # (Q, Q), sequency order, Q tokens per capsule block
+    signs: Any  # (X, X) of 1 and -1, Sylvester order, X channels of the widest capsules that look ahead
     position: Any = None  # (B,) int: tokens before the first of each row; None: the rows begin here
 
 
@@ -145,6 +146,7 @@ class Context(NamedTuple):
     starts: Any  # (B, T) bool: where a document begins and recurrences start anew
     hadamard: Any
     walsh: Any
+    signs: Any
     position: Any  # (B,): tokens before the first; None: the rows begin here
     ids: Any  # (B, P + T): tokens, with those before in front
     wide: Any  # type of recurrent states: float32 or wider

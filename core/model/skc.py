@@ -28,6 +28,8 @@ class SKC(Part):
     """Weight of what earlier tokens of the open block add to a read; 0: completed blocks only."""
     bands: bool = True
     """Learn each capsule's weighting of time inside a block, as Walsh coefficients; False: plain sums."""
+    ahead: bool = False
+    """A read also shows what a learned linear step, in the Walsh basis of a head's channels, makes of each capsule."""
 
     FLOPS = Store.FLOPS
 
@@ -43,11 +45,12 @@ class SKC(Part):
         # A setting without a use would give one model two names in an ablation.
         require(used or not self.intra, f"model.skc.intra={self.intra}: no layer has a use for it")
         require(used or self.shift, f"model.skc.shift={self.shift}: no layer has capsules")
+        require(used or not self.ahead, f"model.skc.ahead={self.ahead}: no layer has capsules")
 
-    @property
-    def store(self) -> Store:
-        """The capsules of one layer."""
-        return Store(self.heads, self.capsules, self.block, self.shift, self.intra, self.bands, self.times)
+    def store(self, model: Model) -> Store:
+        """Return the capsules of one layer."""
+        options = (self.shift, self.intra, self.bands, self.ahead, self.times)
+        return Store(model.koopman.dim, self.heads, self.capsules, self.block, *options)
 
     def rows(self, model: Model) -> Rows:
         """Return the parameters of one layer."""
@@ -57,13 +60,13 @@ class SKC(Part):
             "write.weight": matrix(model, routes, model.dim),
             "write_bias": vector(routes),
             "read.weight": matrix(model, routes, model.dim),
-            **below("capsules", self.store.rows()),
+            **below("capsules", self.store(model).rows()),
             "capsule_gain": vector(model.koopman.dim, init=self.gain),
         }
 
     def flops(self, model: Model, seq: int) -> int:
         """Return the FLOPs of the recurrence and of the capsules."""
-        return model.koopman.flops(model, seq) + self.store.flops(model.koopman.dim)
+        return model.koopman.flops(model, seq) + self.store(model).flops()
 
     def values(self, model: Model, seq: int, scores: bool) -> int:
         """Return about how many numbers of one token the backward pass needs again."""
@@ -71,7 +74,7 @@ class SKC(Part):
 
     def state(self, model: Model) -> State:
         """Return the size of the decoding state: the recurrence's and the capsules'."""
-        return State(model.koopman.state(model).fixed + self.store.state(model.koopman.dim).fixed)
+        return State(model.koopman.state(model).fixed + self.store(model).state().fixed)
 
     def mini(self, model: Model, dim: int) -> "SKC":
         """Return settings of at most 8 capsules in 4 heads, in blocks of at most 8 tokens."""

@@ -36,7 +36,12 @@ def walsh(n: int) -> np.ndarray:
     return rows[np.argsort(np.count_nonzero(np.diff(np.sign(rows)), axis=1), kind="stable")]
 
 
-def mixer_tables(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the recurrent mixers and capsules of a model use: hadamard, walsh (1 x 1 if none)."""
-    recurs = config.mixes("koopman", "skc")
-    return hadamard(config.koopman.dim if recurs else 1), walsh(config.skc.block if config.stores else 1)
+def mixer_tables(config: ModelConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what the recurrent mixers and capsules of a model use: hadamard, walsh, signs (1 x 1 if none).
+
+    `signs` are those of the largest Walsh-Hadamard matrix of stores that look ahead: its corner is any smaller one's.
+    """
+    recurs, stores = config.mixes("koopman", "skc"), (config.skc, config.bank)
+    ahead = [part.store(config).channels for part in stores if part.ahead]
+    signs = np.sign(hadamard(max(ahead, default=1)))
+    return hadamard(config.koopman.dim if recurs else 1), walsh(config.skc.block if config.stores else 1), signs

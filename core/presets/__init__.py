@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from core.checks import closest
 from core.config import NO_STAGES, ConfigError, RunConfig
-from core.presets import records, skc, transformers
+from core.presets import original, records, skc, transformers
 
 
 class Preset(NamedTuple):
@@ -19,7 +19,7 @@ class Preset(NamedTuple):
     """What of the system that it stands for this project does not do yet."""
 
 
-FAMILIES = (transformers.PRESETS, skc.PRESETS, records.PRESETS)
+FAMILIES = (transformers.PRESETS, skc.PRESETS, original.PRESETS, records.PRESETS)
 PRESETS: dict[str, Preset] = {
     name: Preset(purpose, dataclasses.replace(config, preset=name), *rest)
     for family in FAMILIES

@@ -49,6 +49,11 @@ def test_a_plan_is_its_runs(tmp_path: Path) -> None:
     assert timed.seconds == 2.5 and timed.steps > 10**6
 
 
+def test_every_plan_that_comes_with_the_project_is_one() -> None:
+    plans = sorted((Path(__file__).parents[2] / "scripts/ablations").glob("*.toml"))
+    assert len(plans) > 5 and all(read_plan(path).jobs() for path in plans)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -12,9 +12,11 @@ from shared_tests.support.harness import SIBLINGS, mini, minis
 TESTS = Path(__file__).parents[1]
 OWN_FILES = {
     ".mtp_heads": "model/test_further_heads.py", ".quantise_soft": "model/test_soft_rounding.py",
-    ".snapshot_every": "model/test_snapshots.py",
+    ".snapshot_every": "model/test_snapshots.py", ".average_from": "model/test_snapshots.py",
+    ".bank.at": "model/test_parts.py", ".bank.gate": "model/test_parts.py",
+    ".embedding.storage": "model/test_storage.py",
 }  # fmt: skip
-"""Option of training that only minis of SIBLINGS have -> the file that holds it to the oracle on both backends."""
+"""Option that only minis of SIBLINGS have -> the file that holds it to the oracle on both backends."""
 
 
 def options(settings: Any, name: str = "") -> set[tuple[str, Any]]:

@@ -26,6 +26,8 @@ GOLDEN_START = {
     "skc_600": "46cb42366a2a21df",
     "skc_8xh100": "8aaf6c1cda40fbf5",
     "skc_proxy": "dd86c4edc2676fcc",
+    "skc_1609_mac": "dbd4c7a926fd3c04",
+    "skc_1609": "2f74b6150f37128c",
     "pr401": "831bbee3d3da97f2",
     "pr550": "e1375c9651159677",
     "pr1619": "7a1068cb93514ef9",

@@ -49,7 +49,7 @@ def test_a_fault_in_a_part_shows_in_its_example(name: str, monkeypatch: pytest.M
     def faulty(*given: Any) -> Any:
         out, before = right(*given), next((one for one in given if isinstance(one, oracle.Stream)), None)
         if not isinstance(out, oracle.Stream):
-            return uneven(out)
+            return each_uneven(out)
         made = {name: value for name, value in out._asdict().items() if value is not getattr(before, name, None)}
         return out._replace(**{name: each_uneven(value) for name, value in made.items()})
 

@@ -24,6 +24,7 @@ class Text(NamedTuple):
 
     tokens: Array  # (B, T) int
     starts: Array  # (B, T) bool: where a document begins that the one before it may not reach
+    auxiliary: frozenset[str] = frozenset()  # names of auxiliary losses that parts are to add to the stream
 
 
 def text_of(config: ModelConfig, tokens: Array) -> Text:

@@ -9,7 +9,7 @@ from shared_tests.reference.ops import linear, rms_norm
 
 EXAMPLE = {
     "blocks": ("skc", "skc_parallel"), "koopman.dim": 16, "skc.capsules": 5, "skc.heads": 2, "skc.block": 8,
-    "skc.intra": 0.25,
+    "skc.intra": 0.25, "skc.ahead": True,
 }  # fmt: skip
 
 
@@ -18,6 +18,6 @@ def skc(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, text: Tex
     n = stream.x
     s, z = recur(config, w, n, text.starts)
     write, read = linear(n, w["write.weight"]) + w["write_bias"], linear(n, w["read.weight"])
-    y = capsules(config.skc.store, config.norm_eps, below(w, "capsules."), write, read, s, text.starts)
+    y, losses = capsules(config.skc.store(config), config.norm_eps, below(w, "capsules."), write, read, s, text)
     z = z + rms_norm(y, config.norm_eps, True) * w["capsule_gain"]
-    return stream._replace(x=gated(config, w, n, z))
+    return stream._replace(x=gated(config, w, n, z), auxiliary=stream.auxiliary + losses)

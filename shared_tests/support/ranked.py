@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 import core.engine.ranks
 import core.training.loop
-from core.config import ConfigError, EvalConfig, RunConfig
+from core.config import ConfigError, EvalConfig, RunConfig, changed
 from core.data.batch import Batch
 from core.data.dataset import open_dataset
 from core.engine.heartbeat import Heartbeat
@@ -77,14 +77,14 @@ def curves(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 def cases(world: int) -> dict[str, RunConfig]:
     """Return what `curves` trains: every optimizer, stored and soft weights, averages and their mean, further heads,
-    clipping, stochastic depth, rows that do not divide.
+    a part's own loss, clipping, stochastic depth, rows that do not divide.
 
     Four ranks, which here share two cores, do the two that differ most.
     """
 
     made = {}
     for name, preset, changes in (
-        ("adamw", "ablate_float", {"matrix_rule": "adamw", "batch": 4, "depth_drop": 0.3}),
+        ("adamw", "ablate_float", {"matrix_rule": "adamw", "batch": 4, "depth_drop": 0.3, "consistency": 0.3}),
         ("uneven", "ablate_float", {
             "matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3, "average_from": 0.3, "mtp_heads": 3,
             "snapshot_every": 4, "snapshot_below": 0.6, "quantise": "always", "quantise_soft": (0.3, 1.0),
@@ -96,6 +96,8 @@ def cases(world: int) -> dict[str, RunConfig]:
         config = mini(preset)
         model = dataclasses.replace(config.model, layers=1, blocks=config.model.blocks[:1])
         model = dataclasses.replace(model, matrix_storage="int4/64") if "quantise_soft" in changes else model
+        if "consistency" in changes:
+            model = changed(model, {"bank.at": "head", "skc.block": 4})
         train = dataclasses.replace(config.train, steps=50, seq=16, **changes)
         made[name] = dataclasses.replace(config, model=model, train=train)
     return made if world < 4 else {name: made[name] for name in ("uneven", "micro")}

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from backends.cuda import ops
-from core.model.capsules import COUPLING, FLOOR
+from core.model.capsules import COUPLING, FLOOR, NOTHING
 from core.model.context import Blocks, CapsuleState, CapsuleTape
 
 
@@ -25,9 +25,13 @@ class Capsules(nn.Module):
         self.rate = nn.Parameter(torch.zeros(heads, count))
         self.couple_in = nn.Parameter(torch.zeros(heads, COUPLING, count))
         self.couple_out = nn.Parameter(torch.zeros(heads, count, COUPLING))
+        if store.ahead:
+            self.ahead_diag = nn.Parameter(torch.zeros(store.channels))
+            self.ahead_in = nn.Parameter(torch.zeros(store.channels, COUPLING))
+            self.ahead_out = nn.Parameter(torch.zeros(store.channels, COUPLING))
 
     def forward(self, write_BTR, read_BTR, values_BTC, context, state):
-        """Return what every token reads (B, T, C), and the tape; R = H * N routing logits."""
+        """Return what every token reads (B, T, C), the tape, and auxiliary losses; R = H * N routing logits."""
         store, blocks = self._store, context.blocks
         rows, seq, width = values_BTC.shape
         state = state or self.start(values_BTC, context)
@@ -57,7 +61,10 @@ class Capsules(nn.Module):
         before_BMHNK = torch.cat([state.stored[:, None], stored_BMHNK[:, :-1]], dim=1)
         fresh_BMHQ1 = blocks.fresh[:, :, None, :, None]
         coupled_BMHQN = torch.where(fresh_BMHQ1, q_BMHQN + q_BMHQN @ self.coupling(), 0.0)
-        y_BMHQK = coupled_BMHQN @ before_BMHNK
+        y_BMHQK, ahead_BMHNK = coupled_BMHQN @ before_BMHNK, None
+        if store.ahead:
+            ahead_BMHNK = before_BMHNK @ self.ahead(context)
+            y_BMHQK = y_BMHQK + torch.where(fresh_BMHQ1, q_BMHQN, 0.0) @ ahead_BMHNK
         if store.intra:
             # Not coupled: the open block is read as tokens, each under its own key.
             seen_XQQ = ops.causal_mask(store.block, store.block, blocks.documents.reshape(-1, store.block))
@@ -72,7 +79,7 @@ class Capsules(nn.Module):
         y_BPC = torch.swapaxes(y_BMHQK, 2, 3).reshape(rows, -1, width)
         y_BTC = y_BPC[:, :seq] if blocks.phase is None else ops.pick(y_BPC, blocks.place)
         tape = CapsuleTape(state, keys_BTHN, w_BMHQN, v_BMHQK, template_QN, stored_BMHNK)
-        return y_BTC, tape
+        return y_BTC, tape, self.losses(before_BMHNK, ahead_BMHNK, stored_BMHNK, context)
 
     def start(self, values_BTC, context):
         """Return the state before the first token."""
@@ -136,6 +143,31 @@ class Capsules(nn.Module):
         # Bounded, so that what is shown of other capsules never outgrows what is stored.
         norm_H11 = torch.sqrt(torch.sum(torch.square(coupling_HNN), dim=(-2, -1), keepdim=True))
         return coupling_HNN / torch.clamp(norm_H11, min=1.0)
+
+    def ahead(self, context):
+        """Return the step of capsules (K, K), from the right: diagonal and of low rank in their Walsh basis.
+
+        It acts on what is read, never on what is stored: so it needs no bound to be stable.
+        """
+        count = self._store.channels
+        walsh_KK = context.signs[:count, :count] * count**-0.5
+        low_KK = walsh_KK @ self.ahead_in @ self.ahead_out.T
+        return (walsh_KK * ops.sigmoid(self.ahead_diag, self._exact) + low_KK) @ walsh_KK
+
+    def losses(self, before_BMHNK, ahead_BMHNK, stored_BMHNK, context):
+        """Return by name how far what is shown of capsules lies from what the open block will leave in them, by row."""
+        if context.training is None or "consistency" not in context.training.auxiliary:
+            return ()
+        # The first block sees empty capsules, and the last one may have no end.
+        some = slice(1, context.documents.shape[1] // self._store.block)
+        shown_BMHNK = before_BMHNK + self.coupling() @ before_BMHNK if ahead_BMHNK is None else ahead_BMHNK
+        # A target is no way to learn: what is stored would become what is easy to foresee.
+        target_BMHNK = stored_BMHNK[:, some].detach()
+        same_BM111 = context.blocks.fresh[:, some, -1, None, None, None]
+        error_BMHNK = torch.where(same_BM111, shown_BMHNK[:, some] - target_BMHNK, 0.0)
+        energy_BMHNK = torch.where(same_BM111, target_BMHNK, 0.0)
+        error_B, energy_B = (torch.sum(torch.square(x), dim=(1, 2, 3, 4)) for x in (error_BMHNK, energy_BMHNK))
+        return (("consistency", error_B / (energy_B + NOTHING)),)
 
     def commit(self, tape, context, n_B):
         """Return the state after the first n tokens of each row of a chunk."""

@@ -25,10 +25,11 @@ class Bank(Part):
         kind, route_BTR = f_BTD.dtype, self.route(f_BTD)  # one router: what was written under is what is asked for
         write_BTR = route_BTR + self.write_bias.astype(kind)
         # The tokens' own vectors: the tied head turns what is read into logits of these tokens.
-        y_BTD, tape = self.capsules(write_BTR, route_BTR, stream.values, context, state)
+        y_BTD, tape, losses = self.capsules(write_BTR, route_BTR, stream.values, context, state)
         y_BTD = self.gate.astype(kind) * ops.rms_norm(y_BTD, self._config.norm_eps, self._exact).astype(kind)
         # In front of the head the stream is normalised, so that the gate weighs the same whatever its size has become.
-        return stream._replace(x=(f_BTD if stage.name == "bank_head" else stream.x) + y_BTD), tape
+        x_BTD = (f_BTD if stage.name == "bank_head" else stream.x) + y_BTD
+        return stream._replace(x=x_BTD, auxiliary=stream.auxiliary + losses), tape
 
     def commit(self, tape, context, n_B):
         """Return the state after the first n tokens of each row of a chunk."""

@@ -18,7 +18,7 @@ class SKC(Koopman):
         self.write = Linear(config.dim, routes)
         self.write_bias = mx.zeros((routes,))
         self.read = Linear(config.dim, routes)
-        self.capsules = Capsules(config.skc.store, config.norm_eps, exact)
+        self.capsules = Capsules(config.skc.store(config), config.norm_eps, exact)
         self.capsule_gain = mx.zeros((config.koopman.dim,))
 
     def __call__(self, stream, context, stage, state):
@@ -27,11 +27,12 @@ class SKC(Koopman):
         z_BTC, s_BTC, koopman = self.recur(x_BTD, context, state.koopman)
         write_BTR = self.write(x_BTD) + self.write_bias.astype(kind)
         # Behind the convolution: a capsule stores what a few tokens say, not one alone.
-        y_BTC, capsules = self.capsules(write_BTR, self.read(x_BTD), s_BTC, context, state.capsules)
+        y_BTC, capsules, losses = self.capsules(write_BTR, self.read(x_BTD), s_BTC, context, state.capsules)
         # The norm of nothing is nothing: in its first block a document reads no capsules.
         y_BTC = ops.rms_norm(y_BTC, self._config.norm_eps, self._exact, self.capsule_gain)
         z_BTC = z_BTC + y_BTC.astype(kind)
-        return stream._replace(x=self.gated(x_BTD, z_BTC)), SKCTape(koopman, capsules)
+        stream = stream._replace(x=self.gated(x_BTD, z_BTC), auxiliary=stream.auxiliary + losses)
+        return stream, SKCTape(koopman, capsules)
 
     def start(self, x_BTD, context):
         """Return the state before the first token."""
