@@ -122,6 +122,7 @@ class RunConfig:
             self.train.repeat_from < 1 and (self.train.repeat_from == 0 or bool(self.model.repeat_layers)),
             f"train.repeat_from={self.train.repeat_from}: expected a share below 1, and model.repeat_layers to repeat",
         )
+        self._check_experts()
         require(
             self.eval.windows != "stateful" or self.model.documents == "isolated" or not self.model.mixes("attention"),
             "eval.windows=stateful with packed documents would keep the keys of every token of the text: "
@@ -136,6 +137,17 @@ class RunConfig:
                 "train.quantise_soft is for int storages, whose grid reaches to the largest weight; "
                 f"the model {found}: leave it out, or take int8, int6 or int4",
             )
+
+    def _check_experts(self) -> None:
+        experts, balance, start = self.model.experts, self.train.router_balance, self.train.route_from
+        require(
+            experts.count > 0 or balance == TrainConfig.router_balance,
+            f"train.router_balance={balance}: there is no router; set model.experts.count, or leave it out",
+        )
+        require(
+            start < 1 and (start == 0 or experts.shared > 0),
+            f"train.route_from={start}: expected a share below 1, and a model.experts.shared to train until then",
+        )
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -141,6 +141,10 @@ class TrainConfig:
     """Share of the run at which each of train.batch_stages ends."""
     repeat_from: float = 0.0
     """Share of the run after which model.repeat_layers run a second time (recurrence in depth)."""
+    router_balance: float = 0.01
+    """Weight of the loss that grows when the routers of model.experts send most of a row to few of them."""
+    route_from: float = 0.0
+    """Share of the run after which tokens are sent to model.experts; before it only the shared one is trained."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int | None = 100
@@ -161,7 +165,7 @@ class TrainConfig:
         check_tokens("train", self.batch, self.seq)
         rates = [f"lr_{group}" for group in ("embed", "matrix", "vector", "hash")]
         decays = ["weight_decay", *(f"weight_decay_{name}" for name in ("embed", "vector", "hash", "end"))]
-        for name in (*rates, *decays, "z_loss", "reserve_seconds", "mtp_heads", "mtp_weight"):
+        for name in (*rates, *decays, "z_loss", "reserve_seconds", "mtp_heads", "mtp_weight", "router_balance"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
         for name in ("steps", "batch", "seq", "log_every"):
@@ -176,7 +180,7 @@ class TrainConfig:
         )
         for name in (
             "warmup", "warmdown", "floor", "quantise_below", "average_from", "repeat_from", "weight_decay_from",
-            "snapshot_below",
+            "snapshot_below", "route_from",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, f"train.{name}={value}: expected a share between 0 and 1")
@@ -285,7 +289,7 @@ class TrainConfig:
     @property
     def auxiliary(self) -> dict[str, float]:
         """Weights of the auxiliary losses that the training loss has, by name (core.model.context.Training)."""
-        return {}
+        return {"router_balance": self.router_balance} if self.router_balance else {}
 
     @property
     def rows(self) -> int:

@@ -168,11 +168,11 @@ class Engine(Masters):
         logits, _ = self._forward(weights, *given, capped=False, training=training, begins=begins)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
-    def _losses(self, weights, tokens, targets, tables, repeat, begins=None):
+    def _losses(self, weights, tokens, targets, tables, repeat, begins=None, route=True):
         model = {name: weights[name] for name in self._table}
         auxiliary = self._train.auxiliary
         record = {} if self._train.mtp_heads or auxiliary else None
-        training = Training(frozenset(auxiliary))
+        training = Training(frozenset(auxiliary), route)
         nll, total = self._costs(model, tokens, targets, tables, repeat, training, record, begins)
         loss = torch.mean(nll)
         objective = loss + self._train.z_loss * torch.mean(torch.square(total)) if self._train.z_loss else loss
@@ -184,17 +184,18 @@ class Engine(Masters):
             objective = objective + auxiliary[name] * torch.mean(loss_B)
         return objective, loss
 
-    def _gradient(self, weights, batch, part, repeat, ready=None):
+    def _gradient(self, weights, batch, part, repeat, route=True, ready=None):
         """Return (objective, loss, gradients) of one micro-batch; `ready` gets each gradient when it is there."""
         tokens, targets = self._move(batch.tokens[part]), self._move(batch.targets[part])
         tables, begins = self._constants(tokens.shape[1]), self._begins(batch.tokens[part])
-        objective, loss = self._objective(weights, tokens, targets, tables, repeat, begins)
+        objective, loss = self._objective(weights, tokens, targets, tables, repeat, begins, route)
         hooks = [weights[n].register_hook(functools.partial(ready, n)) for n in self._trains] if ready else []
         found = torch.autograd.grad(objective, [weights[name] for name in self._trains], allow_unused=True)
         for hook in hooks:
             hook.remove()
         grads = dict(zip(self._trains, found, strict=True))
-        for name in (name for name, grad in grads.items() if grad is None):  # what only repeats use, while they are off
+        # What only repeats or experts use has none while they are off.
+        for name in (name for name, grad in grads.items() if grad is None):
             grads[name] = torch.zeros_like(weights[name])
             if ready:
                 ready(name, grads[name])
@@ -215,7 +216,7 @@ class Engine(Masters):
         for part, share in zip(parts, shares, strict=True):
             last = part is parts[-1]
             ready = functools.partial(_send, reducer, grads, share) if reducer is not None and last else None
-            _, new, more = self._gradient(weights, batch, part, plan.repeat, ready)
+            _, new, more = self._gradient(weights, batch, part, plan.repeat, plan.route, ready)
             loss = loss + new * share
             if ready is None:
                 grads = {name: _sum(grads, share, name, g) for name, g in more.items()}
@@ -318,7 +319,7 @@ class Engine(Masters):
     def _shapes(self):
         """Return how many times one part of the step may be compiled: for each shape that a run can have."""
         spans = self._attention.form is not None and self._attention.form.spans
-        losses = len(self._train.shapes) * (1 + (self._train.repeat_from > 0))
+        losses = len(self._train.shapes) * (1 + (self._train.repeat_from > 0)) * (1 + (self._train.route_from > 0))
         # a rank's last micro-batch may have fewer rows, and that of a stage of fewer rows
         losses *= (1 + (self.ranks.world > 1 or bool(self._train.batch_stages))) * (ROOMS if spans else 1)
         return max(losses, len(self._banks))

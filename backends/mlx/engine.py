@@ -138,12 +138,12 @@ class Engine(Masters):
         logits, _ = self._forward(weights, tokens, tables, repeat, record, capped=False, training=training)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
-    def _losses(self, rows, tokens, targets, tables, repeat):
+    def _losses(self, rows, tokens, targets, tables, repeat, route=True):
         weights = self._named(rows)
         model = {name: weights[name] for name in self._table}
         auxiliary = self._train.auxiliary
         record = {} if self._train.mtp_heads or auxiliary else None
-        training = Training(frozenset(auxiliary))
+        training = Training(frozenset(auxiliary), route)
         nll, total = self._costs(model, tokens, targets, tables, repeat, training, record)
         loss = mx.mean(nll)
         objective = loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss
@@ -155,20 +155,20 @@ class Engine(Masters):
             objective = objective + auxiliary[name] * mx.mean(loss_B)
         return objective, loss
 
-    def _gradient(self, weights, tokens, targets, tables, repeat):
+    def _gradient(self, weights, tokens, targets, tables, *switches):
         """Return (objective, loss, gradients) of one micro-batch."""
         gradient = device.value_and_grad(self._losses, self.dtype)
-        (objective, loss), grads = gradient(weights, tokens, targets, tables, repeat)
+        (objective, loss), grads = gradient(weights, tokens, targets, tables, *switches)
         return objective, loss, grads
 
-    def _add_gradient(self, weights, grads, loss, share, tokens, targets, tables, repeat):
+    def _add_gradient(self, weights, grads, loss, share, tokens, targets, tables, *switches):
         self._traces += self._compiled  # compiled code runs in Python while it is traced only: this counts compilations
-        _, new, more = self._gradient(weights, tokens, targets, tables, repeat)
+        _, new, more = self._gradient(weights, tokens, targets, tables, *switches)
         return loss + new * share, {name: grads[name] + more[name] * share for name in grads}
 
-    def _step(self, params, weights, state, tokens, targets, tables, hyper, repeat):
+    def _step(self, params, weights, state, tokens, targets, tables, hyper, *switches):
         self._traces += self._compiled
-        _, loss, grads = self._gradient(weights, tokens, targets, tables, repeat)
+        _, loss, grads = self._gradient(weights, tokens, targets, tables, *switches)
         return self._update.alone(params, state, grads, loss, hyper, 1.0)
 
     # The protocol.
@@ -184,19 +184,19 @@ class Engine(Masters):
             self._checked.add(seq)
         parts, shares, count = micro_batches(batch, rows, self.ranks.world)
         tables, number = self._constants(seq), mx.array(count, self._wide)
-        weights, slopes = self._trained(self._params, plan.quantise), {}
+        weights, slopes, switches = self._trained(self._params, plan.quantise), {}, (plan.repeat, plan.route)
         if plan.quantise and self._train.quantise_soft is not None:
             weights, slopes = self._softened(self._params, plan.softness)
         if count == 1 and self.ranks.world == 1 and self._train.quantise_soft is None:
             tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
-            out = self._whole(self._params, weights, self._state, tokens, targets, tables, hyper, plan.repeat)
+            out = self._whole(self._params, weights, self._state, tokens, targets, tables, hyper, *switches)
         else:
             loss = mx.zeros((), self._wide)
             grads = {name: mx.zeros_like(value) for name, value in self._params.items()}
             for part, share in zip(parts, shares, strict=True):
                 tokens, targets = mx.array(batch.tokens[part]), mx.array(batch.targets[part])
                 share = mx.array(share, self._wide)
-                loss, grads = self._accumulate(weights, grads, loss, share, tokens, targets, tables, plan.repeat)
+                loss, grads = self._accumulate(weights, grads, loss, share, tokens, targets, tables, *switches)
                 mx.eval(loss, grads)  # MLX: one micro-batch's activations at a time
             grads = {name: grad * slopes[name] if name in slopes else grad for name, grad in grads.items()}
             if self.ranks.world == 1:

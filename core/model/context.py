@@ -80,6 +80,7 @@ class Training(NamedTuple):
     """What the forward pass of a training step has beside tokens."""
 
     auxiliary: frozenset[str] = frozenset()  # the auxiliary losses that parts put into the stream, by name
+    route: bool = True  # whether tokens are sent to experts
 
 
 class Kept(NamedTuple):
@@ -121,6 +122,7 @@ class Stream(NamedTuple):
     lane: Any = None  # (B, T, D): of two lanes the one that MLPs read, x is the other; None: there is one
     branches: tuple = ()  # in lanes: what a layer's mixer and its MLP add, (B, T, D) each
     auxiliary: tuple = ()  # (name, (B,)) of every auxiliary loss so far: one number per row, wide
+    routes: tuple = ()  # (B, T, k) int of every pass through experts so far: to which each token was sent, best first
 
 
 class ModelState(NamedTuple):

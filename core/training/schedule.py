@@ -137,4 +137,5 @@ def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
         softness=softness(progress, config),
         snapshot=snapshot(step, progress, config),
         repeat=progress >= config.repeat_from,
+        route=progress >= config.route_from,
     )
