@@ -25,7 +25,7 @@ def ranks(p):
     index, this, other = mx.arange(p.shape[-1]), p[..., :, None], p[..., None, :]
     # By comparison: no sort promises what it does with equal ones.
     before = (other > this) | ((other == this) & (index < index[:, None]))
-    return mx.sum(before.astype(mx.int32), axis=-1)
+    return mx.stop_gradient(mx.sum(before.astype(mx.int32), axis=-1))  # MLX: gather_mm asks for it
 
 
 def blocks(expert_N, count):

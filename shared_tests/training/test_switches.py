@@ -83,7 +83,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 
 def base() -> RunConfig:
-    """Return a run of one layer with all groups of parameters, ternary matrices, Muon, averages, experts and repeats."""
+    """Return a run of one layer with all groups of parameters, ternary matrices, Muon, averages, experts, repeats."""
     model = {
         "model.layers": 1, "model.repeat_layers": (0,), "model.bigram.buckets": 13, "model.bigram.dim": 4,
         "model.matrix_storage": "ternary/64", "model.embedding.storage": "int6/row", "model.experts.count": 2,
