@@ -36,7 +36,7 @@ GOLDEN_START = {
     "pr1619_mac": "bb4bf553788e0f7d",
     "pr1394_mac": "2aad4285a5a3d18e",
     "pr1855_mac": "b912476ecbe9f855",
-    "everything": "6f47883af3f0332d",
+    "everything": "8783b50081dfb627",
     "opposite": "5d9f357234fad7bd",
     "hybrid": "bef7557557ab7051",
 }
