@@ -132,6 +132,7 @@ class RunConfig:
             ternary = any(storage_class(row.storage) == "ternary" for row in param_table(self.model).values())
             where = f"train.ternary_noise={self.train.ternary_noise}: the model has no ternary weights; leave it out"
             require(ternary, where)
+        self._check_experts()
         require(
             self.eval.windows != "stateful" or self.model.documents == "isolated" or not self.model.mixes("attention"),
             "eval.windows=stateful with packed documents would keep the keys of every token of the text: "
@@ -156,6 +157,15 @@ class RunConfig:
             shortest >= 2 * self.model.skc.block,
             f"{where}: rows of {shortest} tokens hold no two blocks of model.skc.block={self.model.skc.block} tokens, "
             "so that nothing is foreseen",
+    def _check_experts(self) -> None:
+        experts, balance, start = self.model.experts, self.train.router_balance, self.train.route_from
+        require(
+            experts.count > 0 or balance == TrainConfig.router_balance,
+            f"train.router_balance={balance}: there is no router; set model.experts.count, or leave it out",
+        )
+        require(
+            start < 1 and (start == 0 or experts.shared > 0),
+            f"train.route_from={start}: expected a share below 1, and a model.experts.shared to train until then",
         )
 
 

@@ -155,6 +155,10 @@ class TrainConfig:
     it falls to 0 in the warm-down."""
     quiet: float = 0.1
     """Share of the run, at its end, without either noise."""
+    router_balance: float = 0.01
+    """Weight of the loss that grows when the routers of model.experts send most of a row to few of them."""
+    route_from: float = 0.0
+    """Share of the run after which tokens are sent to model.experts; before it only the shared one is trained."""
     log_every: int = 10
     """Steps between log lines."""
     eval_every: int | None = 100
@@ -175,7 +179,9 @@ class TrainConfig:
         check_tokens("train", self.batch, self.seq)
         rates = [f"lr_{group}" for group in ("embed", "matrix", "vector", "hash")]
         decays = ["weight_decay", *(f"weight_decay_{name}" for name in ("embed", "vector", "hash", "end"))]
-        others = ("z_loss", "reserve_seconds", "mtp_heads", "mtp_weight", "ternary_noise", "consistency")
+        others = (
+            "z_loss", "reserve_seconds", "mtp_heads", "mtp_weight", "ternary_noise", "consistency", "router_balance",
+        )  # fmt: skip
         for name in (*rates, *decays, *others):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
         require(self.eps > 0, f"train.eps={self.eps}: expected a positive number")
@@ -191,7 +197,7 @@ class TrainConfig:
         )
         for name in (
             "warmup", "warmdown", "floor", "quantise_below", "average_from", "repeat_from", "weight_decay_from",
-            "snapshot_below", "untie_from", "quiet",
+            "snapshot_below", "untie_from", "quiet", "route_from",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, f"train.{name}={value}: expected a share between 0 and 1")
@@ -311,7 +317,7 @@ class TrainConfig:
     @property
     def auxiliary(self) -> dict[str, float]:
         """Weights of the auxiliary losses that the training loss has, by name (core.model.context.Training)."""
-        weights = {"consistency": self.consistency}
+        weights = {"consistency": self.consistency, "router_balance": self.router_balance}
         return {name: weight for name, weight in weights.items() if weight}
 
     @property

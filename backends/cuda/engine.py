@@ -174,24 +174,24 @@ class Engine(Masters):
         logits, _ = self._forward(weights, *given, capped=False, training=training, begins=begins)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
-    def _training(self, tokens, repeat, given):
+    def _training(self, tokens, repeat, route, given):
         """Return what parts know of a training step's pass; `given`: what `_given` returned for these rows."""
-        auxiliary, kept = frozenset(self._train.auxiliary), None
+        training = Training(frozenset(self._train.auxiliary), route)
         if given is None:
-            return Training(auxiliary)
+            return training
         (key, first), hyper = given
         numbers = dict(zip(NUMBERS, hyper, strict=True))
         if self._train.depth_drop:
             labels = self._labels[repeat]
             factors = noise.kept(key, first, len(tokens), numbers["drop"], self._depth[: len(labels)])
-            kept = dict(zip(labels, factors, strict=True))
-        return Training(auxiliary, kept, numbers["untie"])
+            training = training._replace(kept=dict(zip(labels, factors, strict=True)))
+        return training._replace(untied=numbers["untie"])
 
-    def _losses(self, weights, tokens, targets, tables, repeat, begins=None, given=None):
+    def _losses(self, weights, tokens, targets, tables, repeat, route=True, begins=None, given=None):
         model = {name: weights[name] for name in self._table}
         auxiliary = self._train.auxiliary
         record = {} if self._train.mtp_heads or auxiliary else None
-        training = self._training(tokens, repeat, given)
+        training = self._training(tokens, repeat, route, given)
         nll, total = self._costs(model, tokens, targets, tables, repeat, training, record, begins)
         loss = torch.mean(nll)
         objective = loss + self._train.z_loss * torch.mean(torch.square(total)) if self._train.z_loss else loss
@@ -203,17 +203,18 @@ class Engine(Masters):
             objective = objective + auxiliary[name] * torch.mean(loss_B)
         return objective, loss
 
-    def _gradient(self, weights, batch, part, repeat, ready=None, given=None):
+    def _gradient(self, weights, batch, part, repeat, ready=None, route=True, given=None):
         """Return (objective, loss, gradients) of one micro-batch; `ready` gets each gradient when it is there."""
         tokens, targets = self._move(batch.tokens[part]), self._move(batch.targets[part])
         tables, begins = self._constants(tokens.shape[1]), self._begins(batch.tokens[part])
-        objective, loss = self._objective(weights, tokens, targets, tables, repeat, begins, given)
+        objective, loss = self._objective(weights, tokens, targets, tables, repeat, route, begins, given)
         hooks = [weights[n].register_hook(functools.partial(ready, n)) for n in self._trains] if ready else []
         found = torch.autograd.grad(objective, [weights[name] for name in self._trains], allow_unused=True)
         for hook in hooks:
             hook.remove()
         grads = dict(zip(self._trains, found, strict=True))
-        for name in (name for name, grad in grads.items() if grad is None):  # what only repeats use, while they are off
+        # What only repeats or experts use has none while they are off.
+        for name in (name for name, grad in grads.items() if grad is None):
             grads[name] = torch.zeros_like(weights[name])
             if ready:
                 ready(name, grads[name])
@@ -234,7 +235,7 @@ class Engine(Masters):
             last = part is parts[-1]
             ready = functools.partial(_send, reducer, grads, share) if reducer is not None and last else None
             given = self._given(key, batch.first + part.start, hyper)
-            _, new, more = self._gradient(weights, batch, part, plan.repeat, ready, given)
+            _, new, more = self._gradient(weights, batch, part, plan.repeat, ready, plan.route, given)
             loss = loss + new * share
             if ready is None:
                 grads = {name: _sum(grads, share, name, g) for name, g in more.items()}
@@ -342,6 +343,7 @@ class Engine(Masters):
         """Return how many times one part of the step may be compiled: for each shape that a run can have."""
         spans = self._attention.form is not None and self._attention.form.spans
         losses = len(self._train.shapes) * (1 + (self._train.repeat_from > 0 or self._train.repeat_every > 1))
+        losses *= 1 + (self._train.route_from > 0)
         # a rank's last micro-batch may have fewer rows, and that of a stage of fewer rows
         losses *= (1 + (self.ranks.world > 1 or bool(self._train.batch_stages))) * (ROOMS if spans else 1)
         return max(losses, len(self._banks))

@@ -29,7 +29,14 @@ class Measured(engine.Engine):
     def activations(self, tokens: np.ndarray) -> Arrays:
         record = {}
         self._read(tokens, record=record)
+        del record["routes"]
         return {name: value.to(self._wide).cpu().numpy() for name, value in record.items()}
+
+    @torch.no_grad()
+    def routes(self, tokens: np.ndarray) -> np.ndarray:
+        record: dict = {}
+        self._read(tokens, record=record)
+        return np.array([route.cpu().numpy() for route in record["routes"]])
 
     def matmul_rate(self) -> tuple[int, float]:
         gpu = self._device.type == "cuda"

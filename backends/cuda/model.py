@@ -106,9 +106,9 @@ class Model(nn.Module):
     ):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
-        `record` (a dict) collects the stream after every stage, what the head reads and auxiliary losses. `repeat`:
-        layers that are to be repeated are. Not `capped`: logits before bias and softcap, as wide as they come, for
-        ops.cross_entropy. `training` (Training): this is a training step's pass.
+        `record` (a dict) collects the stream after every stage, what the head reads, auxiliary losses and routes.
+        `repeat`: layers that are to be repeated are. Not `capped`: logits before bias and softcap, as wide as they
+        come, for ops.cross_entropy. `training` (Training): this is a training step's pass.
         `begins`: where documents begin (attention.spans), for attention without a mask, which takes no state.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -126,7 +126,7 @@ class Model(nn.Module):
         logits_BTV = self.embed.product(hidden_BTE, self.head.vectors(self.embed.weight, hidden_BTE, training))
         logits_BTV = self.head(logits_BTV) if capped else logits_BTV
         if record is not None:
-            record |= {"hidden": hidden_BTE, "logits": logits_BTV}
+            record |= {"hidden": hidden_BTE, "logits": logits_BTV, "routes": stream.routes}
             if training is not None:
                 record["auxiliary"] = stream.auxiliary
         return logits_BTV, (state, context, tapes)

@@ -48,14 +48,19 @@ def length(x):
     return torch.sqrt(torch.sum(torch.square(x), dim=(-2, -1), keepdim=True))
 
 
+def moves(grad):
+    """Return which matrices of a stack have a gradient that is neither zero nor other than finite, as `length` does."""
+    size = length(grad)
+    return (size > 1e-9) & torch.isfinite(size)
+
+
 def muon(param, grad, m, lr, decay, momentum, settings, dtype=None):
     """Return (param, m) of a stack (N, rows, columns) after one Muon update with Nesterov momentum and decoupled decay.
 
     A matrix whose gradient is zero or not finite gets no update and no decay. `settings` is a TrainConfig; `dtype` is
     that of newton_schulz.
     """
-    size = length(grad)
-    live = (size > 1e-9) & torch.isfinite(size)
+    live = moves(grad)
     buffer = momentum * m + grad
     update = grad + momentum * buffer
     if settings.muon_rows:
@@ -68,18 +73,20 @@ def muon(param, grad, m, lr, decay, momentum, settings, dtype=None):
     return torch.where(live, moved, param), torch.where(live, buffer, m)
 
 
-def rule(train, group, param, grad, slots, hyper, dtype=None):
+def rule(train, group, param, grad, slots, hyper, dtype=None, guarded=False):
     """Return (param, slots) after one update by the rule of a group: of a stack of matrices, for Muon, or of anything.
 
     `slots` holds the optimizer state by slot, `hyper` core.engine.plan.NUMBERS by name; `dtype` is
-    that of newton_schulz.
+    that of newton_schulz. `guarded`: a matrix of a stack without a gradient stays as it is by AdamW, too.
     """
     rate, decay = hyper[f"lr_{group}"], hyper[f"decay_{group}"]
     if group == "matrix" and train.matrix_rule == "muon":
         param, m = muon(param, grad, slots["m"], rate, decay, hyper["momentum"], train, dtype)
         return param, {"m": m}
     rates = rate, decay, hyper["bias1"], hyper["bias2"]
-    param, m, v = adamw(param, grad, slots["m"], slots["v"], *rates, train.beta1, train.beta2, train.eps)
+    old = param, slots["m"], slots["v"]
+    new = adamw(param, grad, *old[1:], *rates, train.beta1, train.beta2, train.eps)
+    param, m, v = [torch.where(moves(grad), a, b) for a, b in zip(new, old, strict=True)] if guarded else new
     return param, {"m": m, "v": v}
 
 

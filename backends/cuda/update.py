@@ -78,15 +78,21 @@ class Update:
         new = [optim.running_mean(old, average, count) for old, average in zip(means, averages, strict=True)]
         _replace([*means, snapshots], [*new, count], finite)
 
-    def _bank(self, bank, part, params, state, *numbers):
+    def _bank(self, bank, part, params, state, grad, *numbers):
         """Update a part of a bank and its state, in place; `numbers` are the rest of _rules' arguments."""
         slots = {slot: whole[part] for (of, slot), whole in state.whole.items() if of == bank and slot != "ema"}
-        self._change(bank.group, params.whole[bank, ""][part], slots, *numbers)
+        param = params.whole[bank, ""][part]
+        if bank.slices > 1:  # views, of matrices that are updated each by itself
+            _, rows, columns = param.shape
+            shape = (-1, rows // bank.slices, columns)
+            param, grad = param.view(shape), grad.view(shape)
+            slots = {slot: whole.view(shape) for slot, whole in slots.items()}
+        self._change(bank.group, bank.slices > 1, param, slots, grad, *numbers)
 
-    def _rules(self, group, param, slots, grad, norm, finite, hyper, count):
+    def _rules(self, group, guarded, param, slots, grad, norm, finite, hyper, count):
         numbers = dict(zip(NUMBERS, hyper, strict=True))
         grad = grad * (optim.clip_scale(norm, self._train.clip) / count)
-        new, changed = optim.rule(self._train, group, param, grad, slots, numbers, self._orthogonal)
+        new, changed = optim.rule(self._train, group, param, grad, slots, numbers, self._orthogonal, guarded)
         _replace([param, *slots.values()], [new, *(changed[slot] for slot in slots)], finite)
 
     def _average(self, params, state, finite, hyper):

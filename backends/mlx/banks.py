@@ -25,10 +25,15 @@ class Stack(NamedTuple):
     begin: int
     end: int
     width: int
+    slices: int = 1
 
     def of(self, row):
         """Return the stack (N, *shape), a view of the row."""
         return row[self.begin : self.end].reshape(len(self.names), *self.shape)
+
+    def sliced(self, stack):
+        """Return some of the stack as a stack of the matrices that the optimizer updates each by itself."""
+        return stack.reshape(-1, self.shape[0] // self.slices, self.shape[1]) if self.slices > 1 else stack
 
     def parts(self, row):
         """Return the parameters, views of the row."""
@@ -43,11 +48,14 @@ class Bank(NamedTuple):
     storage: Storage
     stacks: tuple[Stack, ...]
     scaffold: bool = False
+    slice: int = 0
+    """Values of a matrix that the optimizer updates by itself, if parameters hold several; else 0."""
 
     @property
     def key(self):
         """The bank's name among arrays by name."""
-        return f"{self.group}/{'scaffold' if self.scaffold else self.storage}"
+        own = f"/{self.slice}" if self.slice else ""
+        return f"{self.group}/{'scaffold' if self.scaffold else self.storage}{own}"
 
     @property
     def names(self):
@@ -117,18 +125,19 @@ def banks(config, owner, scaffolding=None):
         size = table[name].size
         return width(name), -(size & -size), table[name].shape, owner.get(name, 0)
 
-    def bank(group, storage, scaffold, names):
+    def bank(group, storage, scaffold, size, names):
         stacks, begin = [], 0
         for shape, same in itertools.groupby(sorted(names, key=place), key=lambda name: table[name].shape):
             stack = tuple(same)
             end = begin + len(stack) * table[stack[0]].size
-            stacks.append(Stack(stack, shape, begin, end, width(stack[0])))
+            stacks.append(Stack(stack, shape, begin, end, width(stack[0]), table[stack[0]].slices))
             begin = end
-        return Bank(group, storage, tuple(stacks), scaffold)
+        return Bank(group, storage, tuple(stacks), scaffold, size)
 
     for name, row in table.items():
-        members.setdefault((row.group, row.storage, row.scaffold), []).append(name)
-    return [bank(group, storage, scaffold, names) for (group, storage, scaffold), names in members.items()]
+        size = row.size // row.slices if row.slices > 1 else 0
+        members.setdefault((row.group, row.storage, row.scaffold, size), []).append(name)
+    return [bank(*kind, names) for kind, names in members.items()]
 
 
 def parts(banks, rows):

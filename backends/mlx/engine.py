@@ -145,25 +145,25 @@ class Engine(Masters):
         logits, _ = self._forward(weights, tokens, tables, repeat, record, capped=False, training=training)
         return ops.cross_entropy(logits, targets, self._exact, self._config.head.softcap, weights.get("head.bias"))
 
-    def _training(self, tokens, repeat, given):
+    def _training(self, tokens, repeat, route, given):
         """Return what parts know of a training step's pass; `given`: what `_given` returned for these rows."""
-        auxiliary, kept = frozenset(self._train.auxiliary), None
+        training = Training(frozenset(self._train.auxiliary), route)
         if given is None:
-            return Training(auxiliary)
+            return training
         (key, first), hyper = given
         numbers = dict(zip(NUMBERS, hyper, strict=True))
         if self._train.depth_drop:
             labels = self._labels[repeat]
             factors = noise.kept(key, first, len(tokens), numbers["drop"], self._depth[: len(labels)])
-            kept = dict(zip(labels, factors, strict=True))
-        return Training(auxiliary, kept, numbers["untie"])
+            training = training._replace(kept=dict(zip(labels, factors, strict=True)))
+        return training._replace(untied=numbers["untie"])
 
-    def _losses(self, rows, tokens, targets, tables, repeat, given=None):
+    def _losses(self, rows, tokens, targets, tables, repeat, route=True, given=None):
         weights = self._named(rows)
         model = {name: weights[name] for name in self._table}
         auxiliary = self._train.auxiliary
         record = {} if self._train.mtp_heads or auxiliary else None
-        training = self._training(tokens, repeat, given)
+        training = self._training(tokens, repeat, route, given)
         nll, total = self._costs(model, tokens, targets, tables, repeat, training, record)
         loss = mx.mean(nll)
         objective = loss + self._train.z_loss * mx.mean(mx.square(total)) if self._train.z_loss else loss
@@ -175,20 +175,20 @@ class Engine(Masters):
             objective = objective + auxiliary[name] * mx.mean(loss_B)
         return objective, loss
 
-    def _gradient(self, weights, tokens, targets, tables, repeat, given=None):
+    def _gradient(self, weights, tokens, targets, tables, *switches):
         """Return (objective, loss, gradients) of one micro-batch."""
         gradient = device.value_and_grad(self._losses, self.dtype)
-        (objective, loss), grads = gradient(weights, tokens, targets, tables, repeat, given)
+        (objective, loss), grads = gradient(weights, tokens, targets, tables, *switches)
         return objective, loss, grads
 
-    def _add_gradient(self, weights, grads, loss, share, tokens, targets, tables, repeat, given):
+    def _add_gradient(self, weights, grads, loss, share, tokens, targets, tables, *switches):
         self._traces += self._compiled  # compiled code runs in Python while it is traced only: this counts compilations
-        _, new, more = self._gradient(weights, tokens, targets, tables, repeat, given)
+        _, new, more = self._gradient(weights, tokens, targets, tables, *switches)
         return loss + new * share, {name: grads[name] + more[name] * share for name in grads}
 
-    def _step(self, params, weights, state, tokens, targets, tables, hyper, repeat, given):
+    def _step(self, params, weights, state, tokens, targets, tables, hyper, *switches):
         self._traces += self._compiled
-        _, loss, grads = self._gradient(weights, tokens, targets, tables, repeat, given)
+        _, loss, grads = self._gradient(weights, tokens, targets, tables, *switches)
         return self._update.alone(params, state, grads, loss, hyper, 1.0)
 
     # The protocol.
@@ -206,16 +206,17 @@ class Engine(Masters):
         tables, number = self._constants(seq), mx.array(count, self._wide)
         key = step_key(self._run.seed, plan.step)
         weights, slopes = self._learned(plan, key)
+        switches = plan.repeat, plan.route
         if count == 1 and self.ranks.world == 1 and self._train.quantise_soft is None:
             tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
-            given = self._given(key, batch.first, hyper)
-            out = self._whole(self._params, weights, self._state, tokens, targets, tables, hyper, plan.repeat, given)
+            switches = *switches, self._given(key, batch.first, hyper)
+            out = self._whole(self._params, weights, self._state, tokens, targets, tables, hyper, *switches)
         else:
             loss = mx.zeros((), self._wide)
             grads = {name: mx.zeros_like(value) for name, value in self._params.items()}
             for part, share in zip(parts, shares, strict=True):
                 tokens, targets = mx.array(batch.tokens[part]), mx.array(batch.targets[part])
-                more = tables, plan.repeat, self._given(key, batch.first + part.start, hyper)
+                more = tables, *switches, self._given(key, batch.first + part.start, hyper)
                 loss, grads = self._accumulate(
                     weights, grads, loss, mx.array(share, self._wide), tokens, targets, *more
                 )

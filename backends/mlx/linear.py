@@ -41,13 +41,17 @@ class Linear(Matrix):
 class Output(Linear):
     """A projection back to the stream: its input may be normalised, without or with a gain per channel."""
 
-    def __init__(self, into, config, exact):
-        super().__init__(into, config.dim)
+    def __init__(self, into, config, exact, slices=1):
+        super().__init__(into, slices * config.dim)
         self._norm, self._eps, self._exact = config.output_norm, config.norm_eps, exact
         if self._norm == "gain":
             self.gain = mx.zeros((into,))
 
+    def entering(self, x):
+        """Return what the weight multiplies."""
+        if self._norm == "none":
+            return x
+        return ops.rms_norm(x, self._eps, self._exact, self.gain if self._norm == "gain" else None)
+
     def __call__(self, x):
-        if self._norm != "none":
-            x = ops.rms_norm(x, self._eps, self._exact, self.gain if self._norm == "gain" else None)
-        return super().__call__(x)
+        return super().__call__(self.entering(x))

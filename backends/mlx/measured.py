@@ -27,7 +27,13 @@ class Measured(engine.Engine):
     def activations(self, tokens: np.ndarray) -> Arrays:
         record = {}
         self._forward(self._scored(), mx.array(tokens), self._constants(tokens.shape[1]), record=record)
+        del record["routes"]
         return {name: np.array(value.astype(self._wide)) for name, value in record.items()}
+
+    def routes(self, tokens: np.ndarray) -> np.ndarray:
+        record: dict = {}
+        self._forward(self._scored(), mx.array(tokens), self._constants(tokens.shape[1]), record=record)
+        return np.array([np.array(route) for route in record["routes"]])
 
     def matmul_rate(self) -> tuple[int, float]:
         n, repeats = (4096 if mx.default_device() == mx.Device(mx.gpu) else 1024), 5

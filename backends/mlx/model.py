@@ -100,9 +100,9 @@ class Model(nn.Module):
     def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=None):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
-        `record` (a dict) collects the stream after every stage, what the head reads and auxiliary losses. `repeat`:
-        layers that are to be repeated are. Not `capped`: logits before bias and softcap, as wide as they come, for
-        ops.cross_entropy.
+        `record` (a dict) collects the stream after every stage, what the head reads, auxiliary losses and routes.
+        `repeat`: layers that are to be repeated are. Not `capped`: logits before bias and softcap, as wide as they
+        come, for ops.cross_entropy.
         `training` (Training): this is a training step's pass, with the form of attention whose gradients cost least.
         """
         wide = mx.float64 if dtype == mx.float64 else mx.float32
@@ -120,7 +120,7 @@ class Model(nn.Module):
         logits_BTV = self.embed.product(hidden_BTE, self.head.vectors(self.embed.weight, hidden_BTE, training))
         logits_BTV = self.head(logits_BTV) if capped else logits_BTV
         if record is not None:
-            record |= {"hidden": hidden_BTE, "logits": logits_BTV}
+            record |= {"hidden": hidden_BTE, "logits": logits_BTV, "routes": stream.routes}
             if training is not None:
                 record["auxiliary"] = stream.auxiliary
         return logits_BTV, (state, context, tapes)

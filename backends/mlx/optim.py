@@ -49,14 +49,19 @@ def length(x):
     return mx.sqrt(mx.sum(mx.square(x), axis=(-2, -1), keepdims=True))
 
 
+def moves(grad):
+    """Return which matrices of a stack have a gradient that is neither zero nor other than finite, as `length` does."""
+    size = length(grad)
+    return (size > 1e-9) & mx.isfinite(size)
+
+
 def muon(param, grad, m, lr, decay, momentum, settings, dtype=None):
     """Return (param, m) of a stack (N, rows, columns) after one Muon update with Nesterov momentum and decoupled decay.
 
     A matrix whose gradient is zero or not finite gets no update and no decay. `settings` is a TrainConfig; `dtype` is
     that of newton_schulz.
     """
-    size = length(grad)
-    live = (size > 1e-9) & mx.isfinite(size)
+    live = moves(grad)
     buffer = momentum * m + grad
     update = grad + momentum * buffer
     if settings.muon_rows:
@@ -69,11 +74,12 @@ def muon(param, grad, m, lr, decay, momentum, settings, dtype=None):
     return mx.where(live, moved, param), mx.where(live, buffer, m)
 
 
-def rule(train, group, param, grad, slots, hyper, dtype=None):
+def rule(train, group, param, grad, slots, hyper, dtype=None, guarded=False):
     """Return (param, slots) after one update by the rule of a group: of a stack of matrices, for Muon, or of anything.
 
     `slots` holds the optimizer state by slot, `hyper` core.engine.plan.NUMBERS by name, and `finite`: where that is
-    false nothing changes; `dtype` is that of newton_schulz.
+    false nothing changes; `dtype` is that of newton_schulz. `guarded`: a matrix of a stack without a
+    gradient stays as it is by AdamW, too.
     """
     finite, decay = hyper["finite"], hyper[f"decay_{group}"]
     rate = mx.where(finite, hyper[f"lr_{group}"], 0.0)
@@ -88,7 +94,9 @@ def rule(train, group, param, grad, slots, hyper, dtype=None):
     )
     grad = mx.where(finite, grad, -0.0)  # what it is added to stays as it is, the sign of a zero too
     bias = hyper["bias1"], hyper["bias2"]
-    param, m, v = _adamw(param, grad, slots["m"], slots["v"], rate, decay, *bias, rates1, rates2, train.eps)
+    old = param, slots["m"], slots["v"]
+    new = _adamw(param, grad, *old[1:], rate, decay, *bias, rates1, rates2, train.eps)
+    param, m, v = [mx.where(moves(grad), a, b) for a, b in zip(new, old, strict=True)] if guarded else new
     return param, {"m": m, "v": v}
 
 

@@ -73,7 +73,12 @@ class Update:
         return new, changed
 
     def _row(self, bank, param, grad, slots, numbers):
-        return optim.rule(self._train, bank.group, param, grad, slots, numbers)
+        if not bank.slice:
+            return optim.rule(self._train, bank.group, param, grad, slots, numbers)
+        param, grad = (row.reshape(-1, 1, bank.slice) for row in (param, grad))
+        slots = {slot: row.reshape(param.shape) for slot, row in slots.items()}
+        param, slots = optim.rule(self._train, bank.group, param, grad, slots, numbers, guarded=True)
+        return param.reshape(-1), {slot: value.reshape(-1) for slot, value in slots.items()}
 
     def _stacks(self, bank, param, grad, slots, numbers):
         """Do what _row does, stack by stack."""
@@ -84,10 +89,8 @@ class Update:
             begin, end = (mine[0], mine[-1] + 1) if mine else (0, 0)  # those of one rank are neighbours
             old, g, m = given
             if mine:
-                part = slice(begin, end)
-                new, changed = optim.rule(
-                    self._train, bank.group, old[part], g[part], {"m": m[part]}, numbers, self._orthogonal
-                )
+                own, g, moment = (stack.sliced(x[begin:end]) for x in (old, g, m))
+                new, changed = optim.rule(self._train, bank.group, own, g, {"m": moment}, numbers, self._orthogonal)
                 params += [old[:begin], new, old[end:]]
                 moments += [m[:begin], changed["m"], m[end:]]
             else:

@@ -100,10 +100,12 @@ def run_parity(
     report("comparing start values, activations and gradients")
     checks = _forward_checks(config, engines, batches[0], dtype)
     limits, curves = _limits(dtype), {}
-    if dtype == "float32" and config.train.quantise != "never":
+    if dtype == "float32" and (config.train.quantise != "never" or config.model.experts.count):
         report(f"training {steps} steps on both, from common weights each")
-        curves, flips = teacher_forced(engines, config, batches)
-        checks.append(Check("codes and scales that differ", flips, limits["flips"]))
+        curves, codes, routes = teacher_forced(engines, config, batches)
+        checks.append(Check("codes and scales that differ", codes, limits["flips"]))
+        if config.model.experts.count:
+            checks.append(Check("tokens sent to other experts", routes, limits["flips"]))
         what, limit = f"loss over {steps} steps, common weights", limits["teacher"]
     else:
         for engine in engines:
@@ -118,20 +120,24 @@ def run_parity(
 
 def teacher_forced(
     engines: list[Measured], config: RunConfig, batches: list[Batch]
-) -> tuple[dict[str, tuple[float, ...]], float]:
+) -> tuple[dict[str, tuple[float, ...]], float, float]:
     """Train two engines, the second from the first one's weights and optimizer before every step.
 
     Left alone, float32 curves of models with stored weights part: a weight on the edge between two codes falls to
-    another side by its last bit. Returns the losses by backend, and the share of codes and scales that differ after a
-    step, over all steps.
+    another side by its last bit, and a token between two experts goes to the other one. Returns the losses by backend;
+    the share of codes and scales that differ after a step, and of tokens that a pass sends to other experts in it, over
+    all steps.
     """
     first, second = engines
     losses: dict[str, list[float]] = {engine.backend: [] for engine in engines}
-    different = total = 0
+    different = total = elsewhere = sent = 0
     for step, batch in enumerate(batches):
         plan = schedule.plan(step, (step + 1) / len(batches), config.train)
         second.load_params(first.params(), first.quantise)
         second.load_optimizer(first.optimizer())
+        if config.model.experts.count:
+            ours, theirs = (engine.routes(batch.tokens) for engine in engines)
+            elsewhere, sent = elsewhere + int(np.sum(np.any(ours != theirs, axis=-1))), sent + ours[..., 0].size
         for engine in engines:
             losses[engine.backend].append(engine.train_step(batch, plan).result().loss)
         ours, theirs = first.quantised(), second.quantised()
@@ -139,7 +145,7 @@ def teacher_forced(
             for a, b in zip(ours[name], theirs[name], strict=True):
                 if row.storage != "float16" and a is not None:
                     different, total = different + int(np.sum(a != b)), total + a.size
-    return {name: tuple(values) for name, values in losses.items()}, different / max(total, 1)
+    return {name: tuple(values) for name, values in losses.items()}, different / max(total, 1), elsewhere / max(sent, 1)
 
 
 def perturbed(config: ModelConfig, seed: int, scale: float = 1.0) -> Arrays:

@@ -26,6 +26,10 @@ class Measured(Engine, Protocol):
         """Return the residual stream after the embedding and after every stage, and the logits, by name."""
         ...
 
+    def routes(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the experts of every token in every pass through some, best first: (passes, B, T, k) int."""
+        ...
+
     def matmul_rate(self) -> tuple[int, float]:
         """Measure (n, FLOP/s of (n, n) @ (n, n)) in the compute type, n as large as fills the device: at best on a CPU,
         in a row on a GPU.

@@ -44,6 +44,8 @@ class StepPlan:
     """Whether the running mean of the average takes it in after this step."""
     repeat: bool
     """Whether layers that are to be repeated are."""
+    route: bool = True
+    """Whether tokens are sent to experts (train.route_from)."""
 
     @property
     def numbers(self) -> tuple[float, ...]:

@@ -32,18 +32,21 @@ class StepKind(NamedTuple):
     """Forward passes use the stored form of the weights."""
     repeat: bool
     """Repeated layers are repeated."""
+    route: bool = True
+    """Tokens are sent to experts."""
 
     @classmethod
     def of(cls, now: StepPlan) -> "StepKind":
         """Return the kind of a planned step."""
-        return cls(now.rows, now.seq, now.quantise, now.repeat)
+        return cls(now.rows, now.seq, now.quantise, now.repeat, now.route)
 
     def describe(self, config: RunConfig) -> str:
         """Return the kind in words."""
         stored = ", stored weights" if self.quantise else ""
         rows = f"{self.rows:,} rows" if config.train.batch_stages else "rows"
         again = ", repeated layers" * bool(self.repeat and config.model.repeat_layers)
-        return f"{rows} of {self.seq} tokens{stored}{again}"
+        sent = ", experts" * bool(self.route and config.train.route_from)
+        return f"{rows} of {self.seq} tokens{stored}{again}{sent}"
 
 
 class Passes(NamedTuple):
@@ -157,7 +160,7 @@ def walk(settings: TrainConfig, costs: Costs) -> Course:
 
 
 def phases(config: RunConfig, course: Course) -> list[Phase]:
-    """Return the phases of a run: learning rate, row lengths, stored weights, averaging, repeated layers."""
+    """Return the phases of a run: learning rate, row lengths, stored weights, averaging, repeated layers, experts."""
     plans, settings = course.plans, config.train
     top = int(np.argmax(course.rates))
     rates = [
@@ -177,6 +180,8 @@ def phases(config: RunConfig, course: Course) -> list[Phase]:
         every = settings.repeat_every  # those between count with the last one that repeats
         words = "repeated layers" if every == 1 else f"repeated layers every {every} steps"
         labels.append([words if plans[i - i % every].repeat else None for i in range(len(plans))])
+    if settings.route_from:
+        labels.append(["experts" if now.route else None for now in plans])
     phases = []
     times = [*course.began, course.seconds]
     for row in labels:

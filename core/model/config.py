@@ -12,6 +12,7 @@ from core.model.bank import Bank
 from core.model.bigram import Bigram
 from core.model.embedding import Embedding
 from core.model.engram import Engram
+from core.model.experts import Experts
 from core.model.feedback import Feedback
 from core.model.head import Head
 from core.model.koopman import Koopman
@@ -89,6 +90,7 @@ class ModelConfig:
     koopman: Koopman = field(default_factory=Koopman)
     skc: SKC = field(default_factory=SKC)
     mlp: MLP = field(default_factory=MLP)
+    experts: Experts = field(default_factory=Experts)
     bank: Bank = field(default_factory=Bank)
     skips: Skips = field(default_factory=Skips)
     lanes: Lanes = field(default_factory=Lanes)

@@ -81,6 +81,7 @@ class Training(NamedTuple):
     """What the forward pass of a training step has beside tokens."""
 
     auxiliary: frozenset[str] = frozenset()  # the auxiliary losses that parts put into the stream, by name
+    route: bool = True  # whether tokens are sent to experts
     kept: Any = None  # by a layer's label (2, B): factors of its mixer and its MLP in every row; None: they stay
     untied: Any = None  # (): share u with which an untied head's own table counts; None: 1
 
@@ -125,6 +126,7 @@ class Stream(NamedTuple):
     branches: tuple = ()  # in lanes: what a layer's mixer and its MLP add, (B, T, D) each
     entered: Any = None  # (B, T, D): what the first pass of repeated layers was given; None: no feedback
     auxiliary: tuple = ()  # (name, (B,)) of every auxiliary loss so far: one number per row, wide
+    routes: tuple = ()  # (B, T, k) int of every pass through experts so far: to which each token was sent, best first
 
 
 class ModelState(NamedTuple):

@@ -45,6 +45,10 @@ class Layer(Part):
         """Return the part that mixes positions: layers that share a block are of one kind."""
         return getattr(model, KINDS[model.kind(self.block)].mixer)
 
+    def mlp(self, model: Model) -> Part:
+        """Return the part that changes every position by itself."""
+        return model.experts if model.experts.within(model, self.block) else model.mlp
+
     def rows(self, model: Model) -> Rows:
         """Return the parameters; what belongs to a pass through the block has one row per pass if there are several."""
         first, again = model.uses_of(self.block)
@@ -53,13 +57,16 @@ class Layer(Part):
         # never was switched on changes nothing at all, so that scoring may always run the whole depth.
         # With feedback a repeat begins again where its layers began: without them the pass before would be lost.
         scale = 1.0 if len(shape) == 1 or model.feedback.width else Init("rows", 1.0, first)
+        mlp = self.mlp(model)
+        # Of experts a token gets one whole: the branch must start small, whatever the router's probabilities are.
+        small = 1.0 / model.experts.count if mlp is model.experts else 1.0
         mix = {"stream_mix": vector(*shape, init=1.0), "embed_mix": vector(*shape)} if model.residual_mix else {}
         gate = vector(*per_pass(model, self.block, 1), init=0.5)
         return {
             **below("mixer", self.mixer(model).rows(model)),
             "mixer_scale": vector(*shape, init=scale),
-            **below("mlp", model.mlp.rows(model)),
-            "mlp_scale": vector(*shape, init=scale),
+            **below("mlp", mlp.rows(model)),
+            "mlp_scale": vector(*shape, init=small if len(shape) == 1 else Init("rows", small, first)),
             **mix,
             **({"gate": gate} if KINDS[model.kind(self.block)].gated else {}),
             **({"blend": vector(again, init=0.5)} if model.repeat_blend and again else {}),
@@ -67,4 +74,4 @@ class Layer(Part):
 
     def values(self, model: Model, seq: int, scores: bool) -> int:
         """Return about how many numbers of one token the backward pass needs again."""
-        return self.mixer(model).values(model, seq, scores) + model.mlp.values(model, seq, scores)
+        return self.mixer(model).values(model, seq, scores) + self.mlp(model).values(model, seq, scores)

@@ -50,7 +50,9 @@ def _start(row: Param, seed: int, name: str) -> np.ndarray:
         draw = rng.normal if kind == "normal" else rng.uniform
         return (draw(seed, name, row.size) * scale).reshape(row.shape)
     if kind == "orthogonal":
-        return orthogonal(seed, name, *row.shape) * scale
+        high, wide = row.shape[0] // row.slices, row.shape[1]
+        names = [name] if row.slices == 1 else [f"{name}/{i}" for i in range(row.slices)]
+        return np.concatenate([orthogonal(seed, one, high, wide) for one in names]) * scale
     values = np.full(row.shape, scale)
     if kind == "rows":
         values[int(until) :] = 0.0
@@ -74,6 +76,7 @@ class ParamBank(NamedTuple):
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     scaffold: bool = False
+    slices: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,16 +92,16 @@ def banks(config: ModelConfig, owner: dict[str, int] | None = None, scaffolding:
     """
     table, members = param_table(config) | (scaffolding or {}), {}
     for name, row in table.items():
-        key = row.group, row.storage, row.shape if row.group != "vector" else None, row.scaffold
+        key = row.group, row.storage, row.shape if row.group != "vector" else None, row.scaffold, row.slices
         members.setdefault(key, []).append(name)
     stacks = []
-    for (group, storage, shape, scaffold), names in members.items():
+    for (group, storage, shape, scaffold, slices), names in members.items():
         if shape is None:  # so that each begins at a multiple of the power of two in its size, as devices like it
             names.sort(key=lambda name: -(table[name].size & -table[name].size))
         elif owner is not None:
             names.sort(key=lambda name: owner.get(name, 0))
         shapes = tuple(table[name].shape for name in names)
-        stacks.append(ParamBank(group, storage, shape is not None, tuple(names), shapes, scaffold))
+        stacks.append(ParamBank(group, storage, shape is not None, tuple(names), shapes, scaffold, slices))
     return stacks
 
 

@@ -61,7 +61,7 @@ def _pieces(config: ModelConfig) -> Iterator[tuple[str, Part, dict[str, Param], 
     for name, part in named_parts(config).items():
         rows = part.rows(config)
         if isinstance(part, Layer):
-            for inside in (part.mixer(config), config.mlp):
+            for inside in (part.mixer(config), part.mlp(config)):
                 owner = next(key for key, value in config.parts.items() if value is inside)
                 yield owner, inside, inside.rows(config), uses[name]
             beside = {key: row for key, row in rows.items() if not key.startswith(("mixer.", "mlp."))}

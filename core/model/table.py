@@ -38,6 +38,8 @@ class Param(NamedTuple):
     storage: Storage = "float16"
     scaffold: bool = False
     """Whether it stands while training only (core/engine/scaffolding.py)."""
+    slices: int = 1
+    """Matrices that lie one below the other in it, of which the optimizer updates each by itself."""
 
     @property
     def size(self) -> int:

@@ -225,22 +225,24 @@ def prefetch(config: RunConfig, ranks: Ranks, dataset: Dataset, tokens: int, row
 
 
 def warm_up(engine: Engine, config: RunConfig, show: Show | None = None) -> None:
-    """Let the engine compile its step for every shape of batches, with and without repeated layers if the run has both.
+    """Let the engine compile its step for every shape, with and without repeats and experts if the run has both.
 
     It does so on random tokens; weights and optimizer are put back. `show` gets a line before every step.
     """
     params, optimizer, quantise = engine.params(), engine.optimizer(), engine.quantise
-    settings, again = config.train, bool(config.model.repeat_layers)
+    settings, again, sends = config.train, bool(config.model.repeat_layers), bool(config.train.route_from)
+    firsts = [plan(0, progress, settings) for progress in (0.0, settings.repeat_from, settings.route_from, 1.0)]
     for rows, seq in sorted(settings.shapes, key=lambda shape: shape[::-1]):
         drawn = rng.integers16(config.seed, "warm-up", rows * (seq + 1)) % config.model.vocab
         drawn = drawn.astype(np.int32).reshape(rows, seq + 1)[share(rows, engine.ranks)]
         tokens, targets = np.ascontiguousarray(drawn[:, :-1]), np.ascontiguousarray(drawn[:, 1:])
-        for repeat in {plan(0, 0.0, settings).repeat, settings.repeat_every == 1, True}:
+        switches = [(now.repeat and every, now.route) for now in firsts for every in (True, settings.repeat_every == 1)]
+        for repeat, route in dict.fromkeys(switches):
             if show is not None:
-                show(f"compiling: a step of {rows} rows of {seq} tokens{', layers repeated' * again * repeat}")
-            first = plan(0, 0.0, settings)
-            first = replace(first, rows=rows, seq=seq, quantise=settings.quantise != "never", repeat=repeat)
-            first = replace(first, snapshot=settings.snapshot_every is not None)
+                words = ", layers repeated" * again * repeat + ", experts" * sends * route
+                show(f"compiling: a step of {rows} rows of {seq} tokens{words}")
+            first = replace(firsts[0], rows=rows, seq=seq, quantise=settings.quantise != "never")
+            first = replace(first, repeat=repeat, route=route, snapshot=settings.snapshot_every is not None)
             engine.train_step(Batch(tokens, targets, rows), first).result()
     engine.load_params(params, quantise)
     engine.load_optimizer(optimizer)

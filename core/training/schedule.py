@@ -151,4 +151,5 @@ def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
         softness=softness(progress, config),
         snapshot=snapshot(step, progress, config),
         repeat=progress >= config.repeat_from and step % config.repeat_every == 0,
+        route=progress >= config.route_from,
     )

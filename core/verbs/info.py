@@ -78,6 +78,12 @@ def info(options: Info, context: Context) -> Outcome:
     others = ", ".join(f"{name} {size:,}" for name, size in tables.items())
     say(f"by table storage  {others} bytes ({model.embedding.storage} in use)")
     say(f"FLOPs per token   {flops:,} at seq {config.train.seq} (docs/performance.md: how counted)")
+    sent = _experts(config)
+    if sent:
+        rounds = "" if config.train.quantise == "never" else ", all rounded in every step that rounds"
+        say(
+            f"experts           {sent['weights']:,} weights{rounds}; a token is sent through {sent['active']:,} of them"
+        )
     say(f"decoding state    {state.fixed:,} floats, and {state.per_token:,} more per token")
     value = {
         "preset": config.preset,
@@ -94,6 +100,7 @@ def info(options: Info, context: Context) -> Outcome:
         "flops_per_token": flops,
         "seq": config.train.seq,
         "flop_rule": FLOP_RULE,
+        "experts": sent,
         "state_per_token": state.per_token,
         "state_size": state.fixed,
         "parts": {name: {**share._asdict(), "state": share.state._asdict()} for name, share in parts.items()},
@@ -102,6 +109,13 @@ def info(options: Info, context: Context) -> Outcome:
     if reader is not None:
         value["statistics"] = statistics(reader, context)
     return Outcome(fits, value)
+
+
+def _experts(config: RunConfig) -> dict[str, int]:
+    """Return the weights of all experts, and of those that one token is sent to; nothing if there are none."""
+    rows, own = param_table(config.model).values(), config.model.experts
+    weights = sum(row.size for row in rows if row.slices > 1)
+    return {"weights": weights, "active": weights * own.active // own.count} if weights else {}
 
 
 def _row(part: str, share: Share) -> tuple[str | int, ...]:

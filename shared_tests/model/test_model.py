@@ -172,6 +172,7 @@ def test_one_layer_trains(name: str, seq: int) -> None:
     alone["feedback.width"] = 0
     alone["bank.at"] = "none" if config.model.bank.at == "none" else "head"
     alone |= {"value_embed.dim": 0, "value_embed.layers": ()}
+    alone |= {"experts.start": 0.0} if config.model.experts.count else {}
     if config.model.kind(0) != "attention":  # then no setting may be on that only attention has a use for
         alone |= {f"attention.{name}": getattr(Attention, name) for name in ("conv", "xsa", "xsa_layers", "head_gate")}
         alone |= {f"attention.{name}": getattr(Attention, name) for name in ("head_gate_width", "head_gate_scale")}

@@ -7,6 +7,7 @@ from core.model.layer import KINDS
 from core.model.trunk import Stage
 from shared_tests.oracle import Array, Stream, Text, Weights, below
 from shared_tests.oracle.attention import attention
+from shared_tests.oracle.experts import experts
 from shared_tests.oracle.koopman import koopman
 from shared_tests.oracle.mlp import mlp
 from shared_tests.oracle.skc import skc
@@ -40,7 +41,8 @@ def layer(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, text: T
         mixed = own("gate") * mixed
     if not kind.parallel:
         n = rms_norm(x + mixed if stream.lane is None else stream.lane, config.norm_eps, True) * damp
-    stream = mlp(config, below(w, "mlp."), stream._replace(x=n), stage, text)
+    changing = experts if config.experts.within(config, stage.block) else mlp
+    stream = changing(config, below(w, "mlp."), stream._replace(x=n), stage, text)
     changed = own("mlp_scale") * stream.x
     if stream.lane is not None:
         return stream._replace(x=given, branches=(mixed, changed))

@@ -16,6 +16,7 @@ from core.engine.optimizer_state import averaged
 from core.engine.plan import NUMBERS, StepPlan
 from core.engine.protocol import Arrays
 from core.engine.scaffolding import scaffolding, trained_table
+from core.model.context import Training
 from core.model.params import banks
 from core.model.storage import gridded
 
@@ -56,13 +57,16 @@ class ByName:
         def losses(weights: Any) -> Any:
             tokens, targets, record = mx.array(batch.tokens), mx.array(batch.targets), {}
             model, heads = ({n: w for n, w in weights.items() if self._table[n].scaffold == side} for side in (0, 1))
-            nll, total = engine._costs(model, tokens, targets, constants, plan.repeat, record=record)
+            training = Training(frozenset(self._train.auxiliary), plan.route)
+            nll, total = engine._costs(model, tokens, targets, constants, plan.repeat, training, record)
             loss = mx.mean(nll)
             z_loss = self._train.z_loss
             objective = loss + z_loss * mx.mean(mx.square(total)) if z_loss else loss
             if heads:
                 further = further_loss(record["hidden"], [*heads.values()], targets, self._config.model, engine._exact)
                 objective = objective + self._train.mtp_weight * further
+            for name, loss_B in record["auxiliary"]:
+                objective = objective + self._train.auxiliary[name] * mx.mean(loss_B)
             return objective, loss
 
         (_, loss), grads = mx.value_and_grad(losses)(weights)
@@ -102,7 +106,10 @@ class ByName:
             if bank.group == "matrix" and train.matrix_rule == "muon":
                 old, grad = (mx.stack([of[name] for name in bank.names]) for of in (self._params, grads))
                 slots = {"m": mx.stack([self._state[f"{name}.m"] for name in bank.names])}
-                new, slots = optim.rule(train, bank.group, old, grad, slots, numbers, self._engine._orthogonal)
+                whole, slices = old.shape, bank.slices
+                old, grad, m = (x.reshape(-1, whole[1] // slices, whole[2]) for x in (old, grad, slots["m"]))
+                new, slots = optim.rule(train, bank.group, old, grad, {"m": m}, numbers, self._engine._orthogonal)
+                new, slots = new.reshape(whole), {"m": slots["m"].reshape(whole)}
                 for i, name in enumerate(bank.names):
                     params[name], state[f"{name}.m"] = new[i], slots["m"][i]
                 continue
@@ -111,5 +118,10 @@ class ByName:
                 moments = [self._state[f"{name}.{slot}"] for slot in ("m", "v")]
                 given = (*rates, train.beta1, train.beta2, train.eps)
                 new = adamw(self._params[name], grads[name], *moments, *given)
+                if bank.slices > 1:
+                    live = optim.moves(grads[name].reshape(bank.slices, 1, -1))[:, 0]
+                    live = mx.repeat(live, grads[name].shape[0] // bank.slices, axis=0)
+                    old = self._params[name], *moments
+                    new = [mx.where(live, a, b) for a, b in zip(new, old, strict=True)]
                 params[name], state[f"{name}.m"], state[f"{name}.v"] = new
         return params, state

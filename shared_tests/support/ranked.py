@@ -46,6 +46,7 @@ from core.verbs.common import same_start
 from shared_tests.support.harness import mini
 from shared_tests.support.killed import everything
 from shared_tests.support.plugin_examples import Adaptation
+from shared_tests.support.sleepers import kept, sleeping
 
 
 class Seat(Alone):
@@ -222,9 +223,27 @@ def wired(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
     return found
 
 
+def dormant(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Train experts of which one gets no token, by each rule; return the losses, and which experts kept their bits."""
+    from shared_tests.support.harness import batches
+
+    found = {}
+    for rule in ("adamw", "muon"):
+        config, weights = sleeping(rule)
+        engine, losses = built(backend, config, ranks), []
+        engine.load_params(weights, True)
+        before = engine.params() | engine.optimizer()
+        for batch in batches(config, 20):
+            part = share(len(batch.tokens), ranks)
+            mine = Batch(batch.tokens[part], batch.targets[part], len(batch.tokens))
+            losses.append(engine.train_step(mine, plan(3, 0.5, config.train)).result().loss)
+        found[rule] = {"losses": losses, "kept": kept(before, engine.params() | engine.optimizer())}
+    return found
+
+
 TASKS: dict[str, Callable[[str, Ranks, Path], dict[str, Any]]] = {
     "curves": curves, "whole_run": whole_run, "timed": timed, "apart": apart, "scores": scores, "beaten": beaten,
-    "wired": wired,
+    "wired": wired, "dormant": dormant,
 }  # fmt: skip
 
 

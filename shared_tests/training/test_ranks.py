@@ -48,10 +48,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module", params=BACKENDS)
 def both(request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What one rank and two ranks did: (backend, folder and results of the one, of the two)."""
-    made = []
+    made, tasks = [], ("curves", "scores", "whole_run", "timed", "apart", "dormant")
     for world in (1, 2):
         folder = fresh(tmp_path_factory.mktemp(f"{world}-{request.param}"), data)
-        made.append((folder, together(request.param, world, folder, "curves", "scores", "whole_run", "timed", "apart")))
+        made.append((folder, together(request.param, world, folder, *tasks)))
     return request.param, *made
 
 
@@ -86,6 +86,16 @@ def test_two_ranks_train_as_one(both: Any) -> None:
     same_curves(one, two, 2)
     close(one[1]["whole_run"]["rows"], two[1]["whole_run"]["rows"])
     assert apart(one[0] / "run.safetensors", two[0] / "run.safetensors") < STATE
+
+
+def test_a_dormant_expert_keeps_its_bits(both: Any) -> None:
+    """On one rank and on two, by both rules, with decay; and the routers' balance is of rows, whoever has them."""
+    _, one, two = both
+    for rule, ours in one[1]["dormant"].items():
+        theirs = two[1]["dormant"][rule]
+        assert np.abs(np.array(ours["losses"]) - theirs["losses"]).max() < P4_FLOAT64
+        assert ours["kept"] == theirs["kept"] and len(ours["kept"]) == (4 if rule == "muon" else 6)
+        assert all(same == [False, False, True, False] for same in ours["kept"].values())
 
 
 WIRE = 0.1

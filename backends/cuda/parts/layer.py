@@ -6,6 +6,7 @@ import torch.nn as nn
 from backends.cuda import ops
 from backends.cuda.parts import Part
 from backends.cuda.parts.attention import Attention
+from backends.cuda.parts.experts import Experts
 from backends.cuda.parts.koopman import Koopman
 from backends.cuda.parts.mlp import MLP
 from backends.cuda.parts.skc import SKC
@@ -23,7 +24,7 @@ class Layer(Part):
         shape, repeats = per_pass(config, block, config.dim), config.uses_of(block)[1]
         self.mixer = MIXERS[self._kind.mixer](config, exact)
         self.mixer_scale = nn.Parameter(torch.zeros(shape))
-        self.mlp = MLP(config, exact)
+        self.mlp = (Experts if config.experts.within(config, block) else MLP)(config, exact)
         self.mlp_scale = nn.Parameter(torch.zeros(shape))
         if config.residual_mix:
             self.stream_mix = nn.Parameter(torch.zeros(shape))

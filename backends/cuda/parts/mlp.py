@@ -10,11 +10,12 @@ ACTIVATIONS = {"relu2": ops.relu2, "leaky_relu2": ops.leaky_relu2}
 class MLP(Part):
     """Change every position by itself: down(activation(up(x)))."""
 
-    def __init__(self, config, exact):
+    def __init__(self, config, exact, hidden=None):
         super().__init__()
         self._activation, self._exact = ACTIVATIONS[config.mlp.activation], exact
-        self.up = Linear(config.dim, config.mlp.hidden)
-        self.down = Output(config.mlp.hidden, config, exact)
+        hidden = hidden or config.mlp.hidden
+        self.up = Linear(config.dim, hidden)
+        self.down = Output(hidden, config, exact)
 
     def forward(self, stream, context, stage, state):
         return stream._replace(x=self.down(self._activation(self.up(stream.x), self._exact))), None

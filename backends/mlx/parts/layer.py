@@ -5,6 +5,7 @@ import mlx.core as mx
 from backends.mlx import ops
 from backends.mlx.parts import Part
 from backends.mlx.parts.attention import Attention
+from backends.mlx.parts.experts import Experts
 from backends.mlx.parts.koopman import Koopman
 from backends.mlx.parts.mlp import MLP
 from backends.mlx.parts.skc import SKC
@@ -22,7 +23,7 @@ class Layer(Part):
         shape, repeats = per_pass(config, block, config.dim), config.uses_of(block)[1]
         self.mixer = MIXERS[self._kind.mixer](config, exact)
         self.mixer_scale = mx.zeros(shape)
-        self.mlp = MLP(config, exact)
+        self.mlp = (Experts if config.experts.within(config, block) else MLP)(config, exact)
         self.mlp_scale = mx.zeros(shape)
         if config.residual_mix:
             self.stream_mix = mx.zeros(shape)
