@@ -157,6 +157,8 @@ class RunConfig:
             shortest >= 2 * self.model.skc.block,
             f"{where}: rows of {shortest} tokens hold no two blocks of model.skc.block={self.model.skc.block} tokens, "
             "so that nothing is foreseen",
+        )
+
     def _check_experts(self) -> None:
         experts, balance, start = self.model.experts, self.train.router_balance, self.train.route_from
         require(

@@ -64,8 +64,8 @@ PLANNED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Setting -> what both runs have that it needs, and the change; the engine is that of BASE."""
 APART = {
-    "batch", "seq", "seq_stages", "seq_until", "batch_stages", "batch_until", "repeat_from", "repeat_every", "route_from",
-    "quantise", "quantise_below",
+    "batch", "seq", "seq_stages", "seq_until", "batch_stages", "batch_until", "repeat_from", "repeat_every",
+    "route_from", "quantise", "quantise_below",
 }  # fmt: skip
 """Of those, what has code of its own, which the warm-up makes: another shape, no repeats, no experts, quantisers."""
 BUILT: dict[str, Any] = {
