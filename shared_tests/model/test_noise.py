@@ -20,6 +20,7 @@ from core.model.storage import decode
 from core.rng import hash32, hash_key
 from core.training import schedule
 from shared_tests import oracle
+from shared_tests.support import launches
 from shared_tests.support.harness import BACKENDS, batches, call, draw, engine, mini, module, to_device, working_weights
 from shared_tests.support.twins import assert_same
 
@@ -264,6 +265,15 @@ def test_untying_is_continuous(backend: str) -> None:
     tied, untied = (params for *_, params in ends)
     assert not tied["head.weight"].any() and (untied["head.weight"] != 0).mean() > 0.9
     assert relative_rms(untied["embed.weight"], tied["embed.weight"]) < 1e-3
+
+
+def test_a_branch_that_may_be_left_out_takes_few_launches() -> None:
+    """All factors are drawn at once; a layer of a compiled step in bfloat16 takes six launches more, there and back."""
+    plain, totals = mini("debug"), []
+    for changes in ({}, {"model.layers": 4}, DROP, {"model.layers": 4, **DROP}):
+        totals.append(launches.step(changed(plain, changes))["step"].total())
+    more = totals[2] - totals[0], totals[3] - totals[1]
+    assert more[0] <= 2 * 6 + 8 and more[1] - more[0] <= 2 * 6, more
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,8 @@ def step(config: RunConfig) -> dict[str, Counter[str]]:
     with on_metal(), host_kernels.opaque():
         engine_: Any = engine("mlx", config, weights, dtype="bfloat16", compile=True)
         rows = mx.zeros((min(train.rows, 8192 // train.seq), train.seq), mx.int32)
-        given = engine_._state, rows, rows, engine_._constants(train.seq), mx.ones((len(NUMBERS),)), True
+        hyper = mx.ones((len(NUMBERS),))
+        given = engine_._state, rows, rows, engine_._constants(train.seq), hyper, True, engine_._given(7, 0, hyper)
         trained = engine_._trained(engine_._params, train.quantise == "always")
         out = engine_._whole(engine_._params, trained, *given)
         inputs = [engine_._params, given[0], rows, *given[3][:2], given[4]]
