@@ -29,6 +29,7 @@ from core.scoring.accounting import byte_note
 from core.scoring.plugins import load_plugins
 from core.scoring.score import check_plugins
 from core.training import trackers
+from core.training.calibrate import calibrate
 from core.training.environment import environment
 from core.training.finish import finish
 from core.training.loop import TrainingSummary, check_rows, done, train
@@ -135,6 +136,7 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
             run.copies = trackers.start(options.track, run.path, config, say)
             stack.callback(run.copies.close)
         summary = train(run, engine, dataset, say, say.moving if say.terminal else None)
+        calibrate(run, engine, dataset, summary.steps, summary.taken, say)
         _close_training(run, dataset, summary, say)
         value = finish(run, engine, dataset, summary.steps, say)
         say(f"the whole run is in {run.path}")
