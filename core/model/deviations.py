@@ -29,7 +29,7 @@ class Deviations:
             storage = model.embedding.storage if field.name == "table" else model.matrix_storage
             factor, given = getattr(self, field.name), f"model.deviations.{field.name}={getattr(self, field.name)}"
             good = factor is None or LEAST <= factor <= MOST
-            require(good, f"{given}: expected from {LEAST:g} to {MOST:g}; leave it out for scales by the largest weight")
+            require(good, f"{given}: expected from {LEAST:g} to {MOST:g}; without it the largest weight decides")
             require(
                 factor is None or gridded(storage),
                 f"{given}: model.{where}={storage} has no steps of equal size: take int4 to int8, or leave it out",
