@@ -12,7 +12,7 @@ import numpy as np
 from core.model.params import Param
 from core.model.storage import KINDS, LARGEST, SCALE_FLOOR, Kind, Stored, scales_shape, storage_class
 
-STREAMS = ("float16", "scales", "ternary", "int4", "int6 high", "int6 low", "int8", "fp8")
+STREAMS = ("float16", "scales", "ternary", "int4", "int5", "int6 high", "int6 low", "int7", "int8", "fp8")
 PATIENT = ("float16", "scales")
 """Streams that gain by brotli's best quality, 11, up to PATIENT_BYTES; all else is at 5 (measured: docs/log.md)."""
 PATIENT_BYTES = 2 << 20
@@ -43,8 +43,10 @@ def stream_sizes(table: Table) -> dict[str, int]:
         "scales": 2 * scales,
         "ternary": -(-values["ternary"] // 5),
         "int4": -(-values["int4"] // 2),
+        "int5": values["int5"],
         "int6 high": -(-values["int6"] // 2),
         "int6 low": -(-values["int6"] // 4),
+        "int7": values["int7"],
         "int8": values["int8"],
         "fp8": values["fp8"],
     }
@@ -156,7 +158,7 @@ def _pack_codes(cls: Kind, codes: np.ndarray) -> dict[str, bytes]:
         low = _rows_of(unsigned & 3, 4)
         quarters = low[:, 0] | low[:, 1] << 2 | low[:, 2] << 4 | low[:, 3] << 6
         return {"int6 high": _nibbles(unsigned >> 2), "int6 low": quarters.tobytes()}
-    return {"int8": unsigned.tobytes()}
+    return {cls: unsigned.tobytes()}
 
 
 def _unpack_codes(cls: Kind, streams: dict[str, bytes], count: int) -> np.ndarray:
