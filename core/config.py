@@ -170,8 +170,12 @@ class RunConfig:
             f"{self.train.quantise} trains their stored form, which is never rounded again: leave it out, or train "
             "with train.quantise=never",
         )
-        require(not self.export.fit, "export.fit changes steps by standard deviations, of which the model has none")
-        rows = param_table(self.model).items() if gptq else ()
+        rows = param_table(self.model).items() if gptq or self.export.fit else ()
+        require(
+            not self.export.fit or any(row.deviation is not None for _, row in rows),
+            "export.fit changes steps that are so many deviations, and the model has none: set model.deviations.mlp, "
+            "attention or table, or leave it out",
+        )
         require(
             not gptq or any(gridded(row.storage) and (row.group == "matrix" or n == "embed.weight") for n, row in rows),
             "export.method=gptq is for matrices in int storages, of which the model has none: take export.method=round "

@@ -1,18 +1,18 @@
 """GPTQ on a GPU, for exports that would take minutes on the host: core/export/gptq.py in torch, float64 too.
 
-MLX has no such file: float64 and Cholesky factors are its CPU's alone, where numpy does as well.
+CUDA: MLX has no such file: float64 and Cholesky factors are its CPU's alone, where numpy does as well.
 """
 
 import numpy as np
 import torch
 
-from core.export.gptq import BLOCK, RoundingError, check
+from core.export.gptq import BLOCK, RoundingError, check_solvable
 from core.model.storage import LARGEST, group_size, storage_class
 
 
 def compensated(weight, moment, scales, storage, damping, device="cuda"):
     """See core.export.gptq.compensated."""
-    check(weight, moment, storage)
+    check_solvable(weight, moment, storage)
     weight_RC, moment_CC = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (weight, moment))
     order, factor_CC = _prepared(moment_CC.double(), damping)
     largest, columns = LARGEST[storage_class(storage)], weight.shape[1]

@@ -66,7 +66,7 @@ def prepared(weight: np.ndarray, moment: np.ndarray, storage: Storage, damping: 
     H is the damped moment in that order. With J the reversal, J H J = L L^T makes H = R R^T with R = J L J upper
     triangular, so that F = R^-T: one Cholesky factor and one triangular inverse, and H^-1 itself is never rounded.
     """
-    check(weight, moment, storage)
+    check_solvable(weight, moment, storage)
     sums_C = np.diagonal(moment).astype(np.float64)
     order, alive = np.argsort(-sums_C, kind="stable"), sums_C > 0
     mean = sums_C[alive].mean() if alive.any() else 1.0
@@ -80,7 +80,7 @@ def prepared(weight: np.ndarray, moment: np.ndarray, storage: Storage, damping: 
     return order, np.ascontiguousarray(np.tril(np.linalg.inv(root_CC[::-1, ::-1]).T))
 
 
-def check(weight: np.ndarray, moment: np.ndarray, storage: Storage) -> None:
+def check_solvable(weight: np.ndarray, moment: np.ndarray, storage: Storage) -> None:
     """Raise RoundingError unless GPTQ can choose the codes of a weight (R, C) with these second moments (C, C)."""
     if not gridded(storage):
         raise RoundingError(f"{storage} has no grid of equal steps: GPTQ is for int storages; take export.method=round")

@@ -1,5 +1,6 @@
 """What ends a run: the artifact, its score as its reader returns it, that of the weights in memory, the report."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +109,22 @@ def _store(
             provenance=provenance | codes.provenance,
         )
 
-    codes = chosen_codes(engine, config, moments, say, written) if ranks.rank == 0 else None
+    def chosen() -> Codes:
+        trial = target.with_suffix(".trial")
+        try:
+            return chosen_codes(engine, config, moments, say, partial(written, trial))
+        finally:
+            trial.unlink(missing_ok=True)
+
+    codes = chosen() if ranks.rank == 0 else None
     size = only_rank_0(ranks, lambda: written(target, codes) if codes else None)
     decoded = share_arrays(ranks, read_artifact(target).weights if ranks.rank == 0 else None)
     if engine.quantise:
         check_promise(decoded, engine.weights(), target)
     elif codes:
         check_promise(decoded, codes.weights(config), target)
-    if config.export.method == "round":
-        return size, decoded, None
-    return size, decoded, share_arrays(ranks, codes and codes.plain)
+    plain = share_arrays(ranks, codes and codes.plain) if config.export.method == "gptq" else None
+    return size, decoded, plain
 
 
 def _costs(

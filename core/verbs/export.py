@@ -100,7 +100,9 @@ def _asked(export: ExportConfig, options: Export) -> ExportConfig:
     own = {n: getattr(options, n) for n in ("method", "calibration") if getattr(options, n) is not None}
     if own.get("method") == "round" and "calibration" not in own:
         own |= {n: getattr(ExportConfig, n) for n in ("calibration", "calibration_tokens", "damping")}
-    return dataclasses.replace(export, **own, fit=options.fit or export.fit)
+    if options.fit or export.fit:
+        own |= {"fit": True, "code_bytes": max(export.code_bytes, *packed_code().values())}
+    return dataclasses.replace(export, **own)
 
 
 def _say_code(config: RunConfig, say: Console) -> int:

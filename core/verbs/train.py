@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from core import presets
 from core.audit.claims import SECONDS
-from core.config import ConfigError, RunConfig
+from core.config import ConfigError, RunConfig, changed
 from core.console import Console, duration
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
@@ -22,8 +22,10 @@ from core.engine.ranks import Ranks, agree, check_same, join
 from core.engine.scaffolding import standing
 from core.export.artifact import check_limits
 from core.export.budget import predicted_bytes
+from core.export.fit import COARSEST
 from core.forecast.forecast import Forecast, check_steps, forecast
 from core.forecast.probe import probe
+from core.model.deviations import MOST
 from core.model.params import count
 from core.scoring.accounting import byte_note
 from core.scoring.plugins import load_plugins
@@ -236,7 +238,11 @@ def _forecast(engine: Engine, dataset: Dataset, config: RunConfig, out: str, bui
 
 def check_budget(config: RunConfig) -> None:
     """Raise ConfigError if the artifact is predicted to be over the budget: better now than after the training."""
-    predicted, allowed = predicted_bytes(config.model), config.export.budget - config.export.code_bytes
+    model, allowed = config.model, config.export.budget - config.export.code_bytes
+    if config.export.fit:  # the end may take the coarsest step
+        steps = {name: k for name, k in vars(model.deviations).items() if k is not None}
+        model = changed(model, {f"deviations.{name}": min(COARSEST * k, MOST) for name, k in steps.items()})
+    predicted = predicted_bytes(model)
     if predicted > allowed:
         raise ConfigError(
             f"the artifact would have about {predicted:,} bytes, {predicted - allowed:,} over what export.budget "

@@ -1,6 +1,7 @@
 """What GPTQ does to a run's artifact: calibration, codes, the measured gap, and what is refused. Budget: 40 s."""
 
 import dataclasses
+import json
 import shutil
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import core.training.calibrate
 from core import rng
+from core.audit.code import packed_code
 from core.cli import main
 from core.config import ConfigError, ExportConfig, changed
 from core.console import Console
@@ -25,6 +27,7 @@ from core.export.gptq import compensate, compensated
 from core.model.params import param_table
 from core.training.calibrate import moments_of
 from core.training.generate import TEMPERATURE, choose, written_rows
+from core.training.rounding import stepped
 from core.training.run import Run
 from shared_tests.support.command_line import call, refuse
 from shared_tests.support.harness import BACKENDS, engine, mini, tokens, working_weights
@@ -239,3 +242,55 @@ def test_weights_that_cannot_be_rounded_so_are_refused(settings: dict[str, Any],
 def test_settings_without_a_use_are_refused(settings: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
         ExportConfig(**settings)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.7, 2.5])
+def test_steps_of_another_factor_are_those_of_other_deviations(factor: float) -> None:
+    """What an engine stores whose settings say so, bit for bit; at 1 nothing changes."""
+    config = changed(mini("debug"), {"model.matrix_storage": "int6/row", "model.embedding.storage": "int7/64"})
+    given, weights = {"mlp": 11.5, "table": 14.0}, working_weights(config.model, 3.0)
+    ours, theirs = (
+        engine("cuda", changed(config, {f"model.deviations.{n}": f * k for n, k in given.items()}), weights)
+        for f in (1.0, factor)
+    )
+    table = param_table(changed(config.model, {f"deviations.{n}": k for n, k in given.items()}))
+    made, expected = stepped(ours.quantised(), ours.weights(), table, factor), theirs.quantised()
+    for name, stored in expected.items():
+        assert made[name].codes.tobytes() == stored.codes.tobytes() and made[name].codes.dtype == stored.codes.dtype
+        assert (stored.scales is None) == (made[name].scales is None)
+        assert stored.scales is None or made[name].scales.tobytes() == stored.scales.tobytes()
+
+
+def test_a_fitted_artifact_fills_the_budget(place: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Artifact and code end below it by less than 0.2 %; what was scored is what lies there; the factor is recorded."""
+    deviations = ("--model.deviations.mlp", "8", "--model.deviations.attention", "8", "--model.deviations.table", "9")
+    storage = ("--model.matrix-storage", "int6/row", "--model.embedding.storage", "int7/row", "--train.steps", "2")
+    place_of = ("--data.path", str(place / "data"), "--out", str(tmp_path / "run"), "--backend", "cuda")
+    assert main([*SHORT, *storage, *deviations, *place_of]) == 0
+    run, code = Run.open(tmp_path / "run"), max(packed_code().values())
+    before = (run.path / "artifact.skc").stat().st_size
+    for budget, method in ((code + round(0.9 * before), "round"), (code + round(1.05 * before), "gptq")):
+        settings = json.loads((run.path / "config.json").read_text())
+        settings["export"] |= {"budget": budget, "code_bytes": 100}
+        (run.path / "config.json").write_text(json.dumps(settings))
+        capsys.readouterr()
+        assert main(["export", str(run.path), "--fit", "--method", method, "--backend", "cuda"]) == 0
+        said, size = capsys.readouterr().out, (run.path / "artifact.skc").stat().st_size
+        assert 0.998 * budget <= size + code <= budget and not list(run.path.glob("*.trial"))
+        artifact = read_artifact(run.path / "artifact.skc")
+        factor = artifact.provenance["step_factor"]
+        assert f"steps x {factor:.4f} give {size:,} of {budget - code:,} bytes" in said
+        assert run.last("final/artifact")["bytes"] == size and artifact.provenance.get("method", "round") == method
+        made = trained(run, "cuda")
+        plain = stepped(made.quantised(), made.weights(), param_table(run.config.model), float(factor))
+        same = [stored.codes.tobytes() == plain[name].codes.tobytes() for name, stored in artifact.stored.items()]
+        assert all(same) == (method == "round")
+        assert all(
+            stored.scales is None or stored.scales.tobytes() == plain[name].scales.tobytes()
+            for name, stored in artifact.stored.items()
+        )
+
+
+def test_what_has_no_deviations_is_not_fitted(place: Path, capsys: Capture) -> None:
+    line = refuse(capsys, "export", str(place / "timed"), "--fit", "--backend", "cuda")
+    assert "export.fit changes steps that are so many deviations, and the model has none: set model.deviations" in line
