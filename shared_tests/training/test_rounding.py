@@ -27,7 +27,7 @@ from core.export.gptq import compensate, compensated
 from core.model.params import param_table
 from core.training.calibrate import moments_of
 from core.training.generate import TEMPERATURE, choose, written_rows
-from core.training.rounding import stepped
+from core.training.rounding import decoded, stepped
 from core.training.run import Run
 from shared_tests.support.command_line import call, refuse
 from shared_tests.support.harness import BACKENDS, engine, mini, tokens, working_weights
@@ -39,9 +39,9 @@ GPTQ = ("--export.method", "gptq", "--export.calibration-tokens", "1024")
 SHORT = (
     "train", "debug", "--train.steps", "6", "--train.batch", "4", "--train.seq", "32", "--train.eval-every", "none",
     "--eval.seq", "32", "--eval.documents", "4", "--eval.train-documents", "4",
-    "--model.matrix-storage", "int4/row", "--model.embedding.storage", "int4/64",
+    "--model.matrix-storage", "int4/row", "--model.embedding.storage", "int8/64", "--train.lr-matrix", "0.02",
 )  # fmt: skip
-"""A short run on coarse grids."""
+"""A short run whose matrices, not their table, are on a coarse grid."""
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +64,7 @@ def trained(run: Run, backend: str) -> Engine:
     return load_engine(backend, run.config, exported(run.config.model, run.config.train, saved.params, saved.optimizer))
 
 
-@pytest.mark.parametrize(
-    ("calibration", "backend"), [("train", "mlx"), ("random", "cuda"), ("self", "cuda"), ("self", "mlx")]
-)
+@pytest.mark.parametrize(("calibration", "backend"), [("train", "mlx"), ("random", "cuda"), ("self", "cuda")])
 def test_the_artifact_holds_the_codes_of_gptq_and_is_what_is_scored(
     calibration: str, backend: str, place: Path, capsys: Capture
 ) -> None:
@@ -91,7 +89,13 @@ def test_the_artifact_holds_the_codes_of_gptq_and_is_what_is_scored(
     assert scored["bpb"] == value["artifact"]["score"]["bpb"]
     rounding = value["artifact"]["rounding"]
     assert value["artifact"]["gap"] == pytest.approx(rounding["gap"], abs=1e-9), "the same documents here"
-    assert abs(rounding["gap"]) < abs(rounding["plain"])
+    text = dataset.val.read(0, 320).reshape(10, 32)
+    before = made.logits(text)
+    lost = []
+    for weights in (artifact.weights, decoded(plain, run.config)):
+        made.load_params(weights)
+        lost.append(float(np.square(made.logits(text) - before).mean()))
+    assert lost[0] < 0.5 * lost[1], "of what the model says"
     report, log = (run.path / "report.md").read_text(), run.log_path.read_text()
     assert f"gptq {rounding['gap']:+.6f}, plain rounding {rounding['plain']:+.6f} (estimates)" in report
     assert f"plain rounding on the same steps {rounding['plain']:+.6f} (estimates, 4 documents)" in log
