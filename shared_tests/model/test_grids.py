@@ -9,17 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from core import presets
 from core.check.tolerances import P1_EXACT, relative_rms
 from core.cli import main
 from core.config import ConfigError, ModelConfig, RunConfig, changed
+from core.engine.ranks import buckets
 from core.export.artifact import read_artifact, write_artifact
 from core.export.budget import compressed_bits, gaussian_bits, predicted_bytes, with_tables
 from core.model import params
 from core.model import storage as core_storage
 from core.model.params import param_table
-from core.model.storage import LARGEST, RATIOS, STORAGES, decode, gridded, scales_of, storage_class
+from core.model.storage import LARGEST, RATIOS, STORAGES, by_ratios, decode, gridded, scales_of, storage_class
+from core.training import schedule
 from shared_tests.reference import storage as reference
 from shared_tests.support.by_name import ByName
 from shared_tests.support.harness import (
@@ -77,7 +80,7 @@ def test_both_backends_and_numpy_have_the_same_scales_and_the_oracle_but_for_tie
         expected = reference.quantise(weight, *rule)
         same = ours.scales == expected.scales
         steps = np.abs(ours.scales.view(np.int16).astype(int) - expected.scales.view(np.int16))  # type: ignore[union-attr]
-        assert steps.max() <= (1 if gridded(rule[0]) else 32), "no neighbour"
+        assert steps.max() <= (45 if by_ratios(rule[0]) else 1), "no neighbour"
         size = core_storage.group_size(rule[0], columns)
         wide = np.repeat(same, size, 1)[:, :columns]
         assert np.array_equal(ours.codes[wide], expected.codes[wide])
@@ -131,7 +134,7 @@ def test_the_table_of_ratios_is_what_a_logarithm_says_and_never_changes() -> Non
         edge = 2 ** ((2 * n + 1) / 64)
         assert 1 + (start - 1) / 2**23 < edge < 1 + start / 2**23
     digest = hashlib.sha256(struct.pack("<64i", *starts, *steps)).hexdigest()
-    assert digest == "GOLDEN"
+    assert digest == "4d2f65e5c1ac85359208f2e38c0f8a7f7a2f6b022a46427b5fe5939eb0756df0"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -168,7 +171,8 @@ def test_what_is_no_number_stays_none() -> None:
 
 
 GOLDEN = {
-    "int6/row 12.85": "GOLDEN", "int5/64 6.2": "GOLDEN", "int7/row None": "GOLDEN", "ternary/64g None": "GOLDEN",
+    "int6/row 12.85": "c764db503c23f490", "int5/64 6.2": "6c4105cb6e29dab7", "int7/row None": "55887c3c89019991",
+    "ternary/64g None": "a705ed7c75c2ed0c",
 }  # fmt: skip
 
 
@@ -222,8 +226,6 @@ def test_engines_store_and_use_each_role_by_its_own_rule() -> None:
 
 
 def test_banks_and_ranks_keep_rules_apart() -> None:
-    from core.engine.ranks import buckets
-
     config = of(
         {"matrix_storage": "int6/row", "deviations.mlp": 11.5, "deviations.attention": 13.0}, matrix_rule="muon"
     )
@@ -243,8 +245,6 @@ def test_banks_and_ranks_keep_rules_apart() -> None:
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_stack_is_stored_as_its_matrices_are(rule: Any) -> None:
-    import torch
-
     stack = np.stack([hard_weight(189), hard_weight(189)[::-1]])
     made = module("cuda", "storage").stored(torch.tensor(stack), *rule)
     for whole, weight in zip(made, stack, strict=True):
@@ -256,8 +256,6 @@ def test_mlx_trains_rows_of_two_rules_as_it_would_each_parameter_alone() -> None
     config = of({**GRIDDED, "matrix_storage": "int5/64"}, quantise="late", quantise_soft=(1.0, 16.0), steps=4)
     made: Any = engine("mlx", config, working_weights(config.model, 0.3), dtype="float32")
     apart = ByName(config, made)
-    from core.training import schedule
-
     for step, batch in enumerate(batches(config, 3)):
         plan = dataclasses.replace(schedule.plan(step, (step + 1) / 4, config.train), quantise=step > 0)
         assert tuple(made.train_step(batch, plan).result()) == apart.train_step(batch, plan)
@@ -274,7 +272,7 @@ def test_soft_rounding_is_on_the_same_grid(rule: Any) -> None:
     inside, u = np.abs(u) <= largest, np.clip(u, -largest, largest)
     bend, end = np.tanh(softness * (u - np.floor(u) - 0.5)), 2 * math.tanh(softness / 2)
     value, slope = scales * (np.floor(u) + 0.5 + bend / end), inside * softness * (1 - bend**2) / end
-    assert not inside.all() or rule[1] > 20
+    assert not inside.all() or rule[1] >= 14
     for backend in BACKENDS:
         number = to_device(backend, np.array(softness), "float64")
         made = module(backend, "storage").softened(to_device(backend, weight, "float64"), rule[0], number, rule[1])

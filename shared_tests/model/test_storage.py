@@ -163,11 +163,14 @@ def stored_mini(matrix: Storage, table: Storage, **changes: Any) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
+DEVIATIONS = {"deviations.mlp": 6.0, "deviations.attention": 5.0, "deviations.table": 14.0}
 STORED = {
     "ternary/64 int8": stored_mini("ternary/64", "int8/row", output_norm="gain"),
     "int6/64 fp8": stored_mini("int6/64", "fp8/row", output_norm="none"),
     "int4/128 int6": stored_mini("int4/128", "int6/row"),
     "int8/64 int4": stored_mini("int8/64", "int4/row", output_norm="gain"),
+    "int5/64 int7 by deviations": stored_mini("int5/64", "int7/row", **DEVIATIONS),
+    "ternary/64g": stored_mini("ternary/64g", "float16"),
 }
 
 
