@@ -1,18 +1,20 @@
-"""What artifact tests share: small models, tensors to store, and an artifact taken apart and put together again."""
+"""What artifact tests share: small models, tensors to store, an artifact taken apart and put together again."""
 
 import hashlib
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from core import rng
-from core.config import ModelConfig, changed
+from core.config import ModelConfig, changed, chosen
+from core.export import codecs
 from core.export.artifact import ArtifactError, read_artifact, write_artifact
+from core.export.coder import Run, encode, lanes
 from core.model.params import param_table
 from core.model.storage import Stored
 from shared_tests.reference import storage as reference
@@ -95,14 +97,45 @@ def parts(data: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(data[12 : 12 + length]), data[12 + length :]
 
 
-def payloads(data: bytes) -> dict[str, bytes]:
-    """The brotli streams of an artifact by name."""
-    header, rest = parts(data)
-    out = {}
-    for entry in header["streams"]:
-        out[entry["name"]], rest = rest[: entry["payload_bytes"]], rest[entry["payload_bytes"] :]
-    assert rest == b""
-    return out
+class Piece(NamedTuple):
+    """What is coded of one tensor (or of several, together) in one go: its codes, or its scales or float16 values."""
+
+    name: str
+    plan: bytes
+    runs: list[Run]
+
+
+def pieces(model: ModelConfig, stored: dict[str, Stored] | None = None) -> list[Piece]:
+    """The pieces of a payload, in its order."""
+    stored, table = some_stored(model) if stored is None else stored, param_table(model)
+    return [
+        Piece(names[0], plan.data, runs)
+        for names in codecs.together(table)
+        for plan, runs in codecs.planned(names, stored, table)
+    ]
+
+
+def assembled(model: ModelConfig, parts: list[Piece]) -> bytes:
+    """An artifact of pieces that may be no writer's, its sizes and checksums as if they were."""
+    plans = b"".join(piece.plan for piece in parts)
+    runs = [run for piece in parts for run in piece.runs]
+    coded = encode(runs, lanes(codecs.values_in(param_table(model))))
+    return repaired(model, len(plans).to_bytes(4, "little") + plans + coded)
+
+
+def repaired(model: ModelConfig, payload: bytes) -> bytes:
+    """An artifact of any payload, with the header that the writer gives it."""
+    tensors = [[name, row.storage, list(row.shape)] for name, row in param_table(model).items()]
+    header = {
+        "schema": 3,
+        "model": json.loads(json.dumps(chosen(model))),
+        "tokenizer_sha256": TOKENIZER,
+        "tensors_sha256": hashlib.sha256(json.dumps(tensors, separators=(",", ":")).encode()).hexdigest(),
+        "payload_bytes": len(payload),
+        "payload_sha256": hashlib.sha256(payload).hexdigest(),
+        "provenance": PROVENANCE,
+    }
+    return join(header, payload)
 
 
 def join(header: Any, payload: bytes, magic: bytes = b"SKCMODEL") -> bytes:
