@@ -133,8 +133,8 @@ class RunConfig:
             found = f"has weights in {', '.join(other)}" if other else "has no such weights"
             require(
                 bool(rows) and not other,
-                "train.quantise_soft is for int storages, whose grid reaches to the largest weight; "
-                f"the model {found}: leave it out, or take int8, int6 or int4",
+                "train.quantise_soft is for int storages, whose steps are of equal size; "
+                f"the model {found}: leave it out, or take int4 to int8",
             )
 
 

@@ -1,7 +1,7 @@
 """Parameters that lie together in memory, so that what is done to one is done to all at once.
 
-A bank is one row of values: all parameters of an optimizer group and storage class, one after the other. Parameters of
-one shape are neighbours in it: a stack, which is a view of the row. In the order of the table they are neighbours
+A bank is one row of values: all parameters of an optimizer group and rule of storage, one after the other. Parameters
+of one shape are neighbours in it: a stack, which is a view of the row. In the order of the table they are neighbours
 within a stack too, so that matrices of one shape that read the same input (keys and values; values, gates and decays)
 can be read as one.
 """
@@ -36,17 +36,19 @@ class Stack(NamedTuple):
 
 
 class Bank(NamedTuple):
-    """All parameters of one optimizer group and storage class."""
+    """All parameters of one optimizer group and rule of storage."""
 
     group: str
     storage: Storage
     stacks: tuple[Stack, ...]
     scaffold: bool = False
+    deviation: float | None = None
 
     @property
     def key(self):
         """The bank's name among arrays by name."""
-        return f"{self.group}/{'scaffold' if self.scaffold else self.storage}"
+        spread = f"/{self.deviation}" if self.deviation else ""
+        return f"{self.group}/{'scaffold' if self.scaffold else self.storage}{spread}"
 
     @property
     def names(self):
@@ -78,11 +80,12 @@ class Bank(NamedTuple):
             return row
         if self.storage == "float16":
             return quantiser.stored(row, self.storage)
-        return joined([quantiser.stored(matrix, self.storage) for matrix in self._matrices(row)])
+        return joined([quantiser.stored(matrix, self.storage, self.deviation) for matrix in self._matrices(row)])
 
     def softened(self, row, softness):
         """Return the row as soft rounding gives it, and the slopes of it."""
-        pairs = [quantiser.softened(matrix, self.storage, softness) for matrix in self._matrices(row)]
+        kind = self.storage, softness, self.deviation
+        pairs = [quantiser.softened(matrix, *kind) for matrix in self._matrices(row)]
         return joined([value for value, _ in pairs]), joined([slope for _, slope in pairs])
 
     def _matrices(self, row):
@@ -108,18 +111,18 @@ def banks(config, owner, scaffolding=None):
         size = table[name].size
         return width(name), -(size & -size), table[name].shape, owner.get(name, 0)
 
-    def bank(group, storage, scaffold, names):
+    def bank(group, storage, scaffold, deviation, names):
         stacks, begin = [], 0
         for shape, same in itertools.groupby(sorted(names, key=place), key=lambda name: table[name].shape):
             stack = tuple(same)
             end = begin + len(stack) * table[stack[0]].size
             stacks.append(Stack(stack, shape, begin, end, width(stack[0])))
             begin = end
-        return Bank(group, storage, tuple(stacks), scaffold)
+        return Bank(group, storage, tuple(stacks), scaffold, deviation)
 
     for name, row in table.items():
-        members.setdefault((row.group, row.storage, row.scaffold), []).append(name)
-    return [bank(group, storage, scaffold, names) for (group, storage, scaffold), names in members.items()]
+        members.setdefault((row.group, row.storage, row.scaffold, row.deviation), []).append(name)
+    return [bank(*kind, names) for kind, names in members.items()]
 
 
 def parts(banks, rows):

@@ -165,10 +165,10 @@ def buckets(config: RunConfig, world: int) -> list[Bucket]:
     table, muon = trained_table(config.model, config.train), config.train.matrix_rule == "muon"
     load, parts = [0.0] * world, []
     rest: list[str] = []
-    open_groups: dict[tuple[tuple[int, ...], str, bool], list[str]] = {}
+    open_groups: dict[tuple[tuple[int, ...], str, bool, float | None], list[str]] = {}
     for name, row in reversed(table.items()):
         if muon and row.group == "matrix":
-            kind = row.shape, row.storage, row.scaffold
+            kind = row.shape, row.storage, row.scaffold, row.deviation
             group = open_groups.setdefault(kind, [])
             group.append(name)
             if len(group) == world:

@@ -3,6 +3,7 @@
 Packing is lossless and canonical: what is coded follows from the tensors alone, and the reader refuses anything else.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -24,7 +25,17 @@ from core.export.coder import (
     table_of,
 )
 from core.model.params import Param
-from core.model.storage import LARGEST, SCALE_FLOOR, Kind, Stored, scales_shape, storage_class
+from core.model.storage import (
+    LARGEST,
+    RATIOS,
+    SCALE_FLOOR,
+    Kind,
+    Storage,
+    Stored,
+    by_ratios,
+    scales_shape,
+    storage_class,
+)
 
 ONE, ROWS, COLUMNS = range(3)
 """What a matrix has classes of: nothing, its rows, or its columns; each class has a table of its own."""
@@ -36,6 +47,8 @@ TOGETHER = 1 << 14
 MOST_SHIFT = 8
 CHUNK = 1 << 17
 """Codes that are counted at a time, so that counting takes little memory."""
+OCTAVE = np.array([0, *itertools.accumulate(RATIOS[1][:-1])]) >> 13
+"""The ten digits behind the leading one of the scales of an octave, on the grid of ratios."""
 Table = dict[str, Param]
 
 
@@ -117,7 +130,7 @@ def unpack(payload: memoryview, table: Table) -> dict[str, Stored]:
                 out[name] = Stored(part.reshape(table[name].shape), None)
         else:
             codes = _codes(names[0], cls, _read_matrix(names[0], reader, decoder, row.shape, _top(cls)))
-            scales = _read_halves(f"{names[0]}: scales", reader, decoder, math.prod(shape)).view(np.float16)
+            scales = _scales(_read_halves(f"{names[0]}: scales", reader, decoder, math.prod(shape)), row.storage)
             if not (np.isfinite(scales).all() and (scales >= SCALE_FLOOR).all()):
                 raise CodecError(names[0], f"its scales: expected finite numbers from {SCALE_FLOOR} up")
             out[names[0]] = Stored(codes, scales.reshape(shape))
@@ -151,6 +164,8 @@ def check_tensor(name: str, row: Param, stored: Stored) -> None:
         raise CodecError(name, "has a value that is not finite, or beyond float16's largest, 65504")
     if scales is not None and not (np.isfinite(scales).all() and (scales >= SCALE_FLOOR).all()):
         raise CodecError(name, "has a weight that is not finite, or too large for a float16 scale")
+    if scales is not None and not np.array_equal(_scales(_halves(scales, row.storage), row.storage), scales.ravel()):
+        raise CodecError(name, f"has a scale that is not on the grid of {row.storage}")
     if cls != "float16" and not (np.abs(codes.astype(np.float32)) <= LARGEST[cls]).all():
         raise CodecError(name, f"has a code beyond {LARGEST[cls]}, the largest of {cls}")
 
@@ -168,14 +183,14 @@ def planned(names: list[str], stored: dict[str, Stored], table: Table) -> Iterat
         symbols = _symbols(cls, codes)
         plan = matrix_plan(symbols, _top(cls))
         yield plan, _matrix_runs(symbols, plan)
-        values = scales.ravel().view(np.uint16)
-    plan = _halves_plan(values)
+        values = _halves(scales, table[names[0]].storage)
+    plan = halves_plan(values)
     shift, base = plan.data[0], int.from_bytes(plan.data[1:3], "little")
     parts = (values >> shift) - base, values & ((1 << shift) - 1)
     yield plan, [Run(part.astype(np.uint8), coded) for part, coded in zip(parts, plan.tables, strict=False)]
 
 
-def _halves_plan(values: np.ndarray) -> Plan:
+def halves_plan(values: np.ndarray) -> Plan:
     """Return the cheapest split of numbers of 16 bits into a high part of at most 256 values and a low one.
 
     A float16 number's bits grow with its size: the high part is its order of magnitude, the low one nearly noise.
@@ -299,7 +314,7 @@ def _read_halves(field: str, reader: PlanReader, decoder: Decoder, count: int) -
     values = decoder.take(reader.table(field, 255), count).astype(np.uint16) + np.uint16(base) << np.uint16(shift)
     if shift:
         values |= decoder.take(reader.table(field, (1 << shift) - 1), count)
-    if _halves_plan(values).data != reader.since(at):
+    if halves_plan(values).data != reader.since(at):
         raise CodecError(field, "other tables than the writer's")
     return values
 
@@ -350,6 +365,19 @@ def _codes(name: str, cls: Kind, symbols: np.ndarray) -> np.ndarray:
     if symbols.min() == 0 or symbols.max() == 255:
         raise CodecError(name, "has a code that is no number")
     return np.concatenate([-E4M3[::-1], E4M3])[symbols - 1]
+
+
+def _halves(scales: np.ndarray, storage: Storage) -> np.ndarray:
+    """Return the numbers of 16 bits that are coded of scales: their bits, or their places on the grid of ratios."""
+    bits = scales.ravel().view(np.uint16)
+    return (bits >> 10 << 5) + OCTAVE.searchsorted(bits & 1023).astype(np.uint16) if by_ratios(storage) else bits
+
+
+def _scales(halves: np.ndarray, storage: Storage) -> np.ndarray:
+    """Return the float16 scales that such numbers stand for."""
+    if by_ratios(storage):
+        halves = np.minimum((halves.astype(np.int64) >> 5 << 10) + OCTAVE[halves & 31], 0x7C00).astype(np.uint16)
+    return halves.view(np.float16)
 
 
 def _e4m3_sizes() -> np.ndarray:

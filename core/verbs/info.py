@@ -120,7 +120,7 @@ def _grouped(config: RunConfig) -> list[tuple[str, str, int, int, str, str, str]
         shape = " x ".join(map(str, row.shape))
         until = f" to {row.init.until:.4g}" if row.init.kind == "rates" else ""
         start = f"{row.init.kind} {row.init.scale:.4g}{until}"
-        groups.setdefault((place, shape, row.group, row.storage, start), []).append(row.size)
+        groups.setdefault((place, shape, row.group, row.rule, start), []).append(row.size)
     return [
         (place, shape, len(sizes), sum(sizes), group, storage, start)
         for (place, shape, group, storage, start), sizes in groups.items()

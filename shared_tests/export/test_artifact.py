@@ -39,8 +39,14 @@ GOLDEN_SHA256 = {
     "artifact_v3": "25976c9296b1c82bd3a340ff3d7cb6bcfb68c1102caa246de973a840f67ddb0e",
     "artifact_v3_nibbles": "534c835407e311a9324e257cd4f7d7cbd9de4d091abc0e6c9b9f6f8660592c30",
     "artifact_v3_bytes": "95c1344ce908c5310c703e3ce74e3242d09edd9b6e30230bf1d6a19e3dc2bd27",
+    "artifact_v3_ratios": "653772b54960b065a4e1b7a3bdcf5f20e2e98e82ecf8663c112bc9cdbc1157fb",
 }
-GOLDEN_MODELS = {"artifact_v3": "ternary", "artifact_v3_nibbles": "nibbles", "artifact_v3_bytes": "bytes"}
+GOLDEN_MODELS = {
+    "artifact_v3": "ternary",
+    "artifact_v3_nibbles": "nibbles",
+    "artifact_v3_bytes": "bytes",
+    "artifact_v3_ratios": "ratios",
+}
 
 
 def assert_same(ours: dict[str, Stored], theirs: dict[str, Stored]) -> None:
@@ -241,6 +247,16 @@ def test_values_that_a_storage_class_cannot_hold(tmp_path: Path, name: str, part
     with pytest.raises(ArtifactError, match=name if value not in (1.0625, 2.0**-10) else "e4m3"):
         write(tmp_path / "a.skc", MODELS["nibbles"], with_value(value, part, name))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_scale_that_is_not_on_the_grid_of_its_storage(tmp_path: Path) -> None:
+    for value in (1.5, 1.0 + 2.0**-10, 65504.0):  # all fine for ternary/64
+        stored = some_stored(MODELS["ratios"])
+        scales = stored[MATRIX].scales
+        assert scales is not None
+        scales[3, 0] = value
+        with pytest.raises(ArtifactError, match=f"{MATRIX}: has a scale that is not on the grid of ternary/64g"):
+            write(tmp_path / "a.skc", MODELS["ratios"], stored)
 
 
 def test_wrong_tensors_are_not_written(tmp_path: Path) -> None:

@@ -150,6 +150,19 @@ def test_numbers_that_no_writer_makes(refused: Refused, name: str, tmp_path: Pat
             refused(data, name)
 
 
+def test_a_place_beyond_the_grid_of_ratios(refused: Refused) -> None:
+    """992 would be infinite; 1024 and 2048 would be other numbers' places in 16 bits."""
+    model = MODELS["ratios"]
+    whole = pieces(model)
+    names = [piece.name for piece in whole]
+    place = names.index("blocks.0.mlp.up.weight") + 1
+    count = sum(run.symbols.size for run in whole[place].runs[:1])
+    for value in (992, 1023, 1024 + 480, 2048 + 480, 65_535, 0, 31):
+        plan = codecs.halves_plan(np.full(count, value, np.uint16))
+        bad = Piece(names[place], plan.data, [Run(np.zeros(count, np.uint8), plan.tables[0])])
+        refused(assembled(model, [*whole[:place], bad, *whole[place + 1 :]]), f"{names[place]}: its scales")
+
+
 def test_codes_of_fp8_that_are_no_numbers(refused: Refused) -> None:
     model = MODELS["nibbles"]
     whole = pieces(model)

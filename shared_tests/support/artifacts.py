@@ -16,7 +16,7 @@ from core.export import codecs
 from core.export.artifact import ArtifactError, read_artifact, write_artifact
 from core.export.coder import Run, encode, lanes
 from core.model.params import param_table
-from core.model.storage import Stored
+from core.model.storage import Stored, by_ratios
 from shared_tests.reference import storage as reference
 
 SMALL = changed(ModelConfig(), {
@@ -31,6 +31,8 @@ MODELS = {
     ),
     "bytes": changed(SMALL, {"matrix_storage": "int8/64", "embedding.storage": "ternary/128", "layers": 1}),
     "rows": changed(SMALL, {"matrix_storage": "int8/row", "embedding.storage": "float16", "layers": 1}),
+    "ratios": changed(SMALL, {"matrix_storage": "ternary/64g", "embedding.storage": "int5/row", "layers": 1}),
+    "sevens": changed(SMALL, {"matrix_storage": "int7/64", "embedding.storage": "ternary/128g", "layers": 1}),
 }
 """Groups of 64 and 128 of which the last is cut short, whole rows, and every class of storage."""
 
@@ -40,7 +42,7 @@ TOKENIZER = hashlib.sha256(b"tokenizer").hexdigest()
 
 PROVENANCE = {"seed": 1337, "steps": 20, "code": "0.1.0", "lr": 1e-3}
 
-LARGEST = {"ternary": 1, "int4": 7, "int6": 31, "int8": 127}
+LARGEST = {"ternary": 1, "int4": 7, "int5": 15, "int6": 31, "int7": 63, "int8": 127}
 
 E4M3 = {
     byte: math.copysign((m / 8 * 2.0**-6) if e == 0 else (1 + m / 8) * 2.0 ** (e - 7), -1 if byte >> 7 else 1)
@@ -64,7 +66,7 @@ def some_stored(model: ModelConfig = MODEL) -> dict[str, Stored]:
             largest = LARGEST.get(row.storage.split("/")[0], 448)
             codes.flat[:3] = [largest, -largest, -0.0]
             codes.flat[-1] = largest  # beside the padding
-            scales.flat[0], scales.flat[-1] = 2.0**-14, 65504.0
+            scales.flat[0], scales.flat[-1] = 2.0**-14, 2.0 ** (15 + 31 / 32) if by_ratios(row.storage) else 65504.0
     return stored
 
 
@@ -76,12 +78,14 @@ def full_range(model: ModelConfig) -> dict[str, Stored]:
             out[name] = Stored(noise.normal(0, 100, row.shape).astype(np.float16), None)
             continue
         cls, grouping = row.storage.split("/")
-        groups = 1 if grouping == "row" else -(-row.shape[1] // int(grouping))
+        groups = 1 if grouping == "row" else -(-row.shape[1] // int(grouping.removesuffix("g")))
         if cls == "fp8":
             codes = noise.choice(np.array(list(E4M3.values()), np.float32), row.shape)
         else:
             codes = noise.integers(-LARGEST[cls], LARGEST[cls] + 1, row.shape, np.int8)
-        scales = np.exp2(noise.uniform(-14, 15.99, (row.shape[0], groups))).astype(np.float16)
+        powers = noise.uniform(-14, 15.96, (row.shape[0], groups))
+        powers = np.floor(32 * powers) / 32 if grouping.endswith("g") else powers
+        scales = np.exp2(powers).astype(np.float16)
         out[name] = Stored(codes, scales)
     return out
 

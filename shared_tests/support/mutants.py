@@ -39,6 +39,7 @@ MODELS = [
         ("int4/64", "fp8/row", 3),
         ("int8/64", "float16", None),
         ("fp8/row", "ternary/128", 5),
+        ("ternary/64g", "int5/row", None),
     )
 ]
 RUN = RunConfig(model=MODELS[0])
