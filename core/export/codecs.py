@@ -3,10 +3,9 @@
 Packing is lossless and canonical: what is coded follows from the tensors alone, and the reader refuses anything else.
 """
 
-import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -24,15 +23,12 @@ from core.export.coder import (
     lanes,
     table_of,
 )
+from core.export.symbols import codes_of, halves_of, scales_of_halves, symbols_of, top_of
 from core.model.params import Param
 from core.model.storage import (
     LARGEST,
-    RATIOS,
     SCALE_FLOOR,
-    Kind,
-    Storage,
     Stored,
-    by_ratios,
     scales_shape,
     storage_class,
 )
@@ -40,15 +36,13 @@ from core.model.storage import (
 ONE, ROWS, COLUMNS = range(3)
 """What a matrix has classes of: nothing, its rows, or its columns; each class has a table of its own."""
 MOST_CLASSES = 16
-CLASSED = 4096
+CLASSED = 2048
 """Values from which on classes are tried: the tables of a smaller matrix cost more than they save."""
 TOGETHER = 1 << 14
 """Values up to which float16 tensors of one role, in all layers, have their tables together."""
 MOST_SHIFT = 8
 CHUNK = 1 << 17
 """Codes that are counted at a time, so that counting takes little memory."""
-OCTAVE = np.array([0, *itertools.accumulate(RATIOS[1][:-1])]) >> 13
-"""The ten digits behind the leading one of the scales of an octave, on the grid of ratios."""
 Table = dict[str, Param]
 
 
@@ -60,8 +54,10 @@ class Plan(NamedTuple):
     bits: int
     """What the part takes, plan and symbols, in 2^-FRACTION bits."""
     tables: list[SymbolTable]
-    classes: np.ndarray | None = None
-    """(lines,) uint8: the class of every row or column."""
+    """In the order of the runs."""
+    axis: int
+    classes: np.ndarray | None
+    """(lines,) uint8: the class of every row or column; None: one table."""
 
 
 class Size(NamedTuple):
@@ -104,7 +100,7 @@ def sizes(stored: dict[str, Stored], table: Table) -> dict[str, Size]:
         for name in names:
             cls, entropy = storage_class(table[name].storage), None
             if cls != "float16":
-                share = np.bincount(_symbols(cls, stored[name].codes).ravel()) / table[name].size
+                share = np.bincount(symbols_of(cls, stored[name].codes).ravel()) / table[name].size
                 entropy = float(-(share * np.log2(share, where=share > 0, out=np.zeros_like(share))).sum())
             out[name] = Size(bits * table[name].size / values, entropy)
     return {name: out[name] for name in table}
@@ -119,21 +115,22 @@ def unpack(payload: memoryview, table: Table) -> dict[str, Stored]:
     decoder = Decoder(payload[4 + length :], lanes(values_in(table)))
     out = {}
     for names in together(table):
-        row = table[names[0]]
-        cls, shape = storage_class(row.storage), scales_shape(row.storage, row.shape)
-        if shape is None:
-            values = _read_halves(names[0], reader, decoder, sum(table[name].size for name in names)).view(np.float16)
+        name, row = names[0], table[names[0]]
+        groups = scales_shape(row.storage, row.shape)
+        if groups is None:
+            counts = [table[name].size for name in names]
+            values = _read_halves(name, reader, decoder, (1, sum(counts))).view(np.float16).ravel()
             if not np.isfinite(values).all():
-                raise CodecError(names[0], "has a value that is not finite")
-            ends = np.cumsum([table[name].size for name in names])[:-1]
-            for name, part in zip(names, np.split(values, ends), strict=True):
+                raise CodecError(name, "has a value that is not finite")
+            for name, part in zip(names, np.split(values, np.cumsum(counts)[:-1]), strict=True):
                 out[name] = Stored(part.reshape(table[name].shape), None)
         else:
-            codes = _codes(names[0], cls, _read_matrix(names[0], reader, decoder, row.shape, _top(cls)))
-            scales = _scales(_read_halves(f"{names[0]}: scales", reader, decoder, math.prod(shape)), row.storage)
+            cls, (rows, columns) = storage_class(row.storage), row.shape
+            codes = codes_of(name, cls, _read_matrix(name, reader, decoder, (rows, columns), top_of(cls)))
+            scales = scales_of_halves(_read_halves(f"{name}: scales", reader, decoder, groups), row.storage)
             if not (np.isfinite(scales).all() and (scales >= SCALE_FLOOR).all()):
-                raise CodecError(names[0], f"its scales: expected finite numbers from {SCALE_FLOOR} up")
-            out[names[0]] = Stored(codes, scales.reshape(shape))
+                raise CodecError(name, f"its scales: expected finite numbers from {SCALE_FLOOR} up")
+            out[name] = Stored(codes, scales)
     if reader.rest():
         raise CodecError("payload", "tables are left over")
     decoder.close()
@@ -164,7 +161,7 @@ def check_tensor(name: str, row: Param, stored: Stored) -> None:
         raise CodecError(name, "has a value that is not finite, or beyond float16's largest, 65504")
     if scales is not None and not (np.isfinite(scales).all() and (scales >= SCALE_FLOOR).all()):
         raise CodecError(name, "has a weight that is not finite, or too large for a float16 scale")
-    if scales is not None and not np.array_equal(_scales(_halves(scales, row.storage), row.storage), scales.ravel()):
+    if scales is not None and not np.array_equal(scales_of_halves(halves_of(scales, row.storage), row.storage), scales):
         raise CodecError(name, f"has a scale that is not on the grid of {row.storage}")
     if cls != "float16" and not (np.abs(codes.astype(np.float32)) <= LARGEST[cls]).all():
         raise CodecError(name, f"has a code beyond {LARGEST[cls]}, the largest of {cls}")
@@ -177,63 +174,70 @@ def planned(names: list[str], stored: dict[str, Stored], table: Table) -> Iterat
     """Yield plan and runs of what is coded of tensors that have their tables in common: codes, then scales."""
     codes, scales = stored[names[0]]
     if scales is None:
-        values = np.concatenate([stored[name].codes.ravel() for name in names]).view(np.uint16)
+        values = np.concatenate([stored[name].codes.ravel() for name in names]).view(np.uint16)[None]
     else:
         cls = storage_class(table[names[0]].storage)
-        symbols = _symbols(cls, codes)
-        plan = matrix_plan(symbols, _top(cls))
+        symbols = symbols_of(cls, codes)
+        plan = matrix_plan(symbols, top_of(cls))
         yield plan, _matrix_runs(symbols, plan)
-        values = _halves(scales, table[names[0]].storage)
+        values = halves_of(scales, table[names[0]].storage)
     plan = halves_plan(values)
     shift, base = plan.data[0], int.from_bytes(plan.data[1:3], "little")
-    parts = (values >> shift) - base, values & ((1 << shift) - 1)
-    yield plan, [Run(part.astype(np.uint8), coded) for part, coded in zip(parts, plan.tables, strict=False)]
+    runs = _matrix_runs(((values >> shift) - base).astype(np.uint8), plan)
+    yield plan, runs + [Run((values & (1 << shift) - 1).ravel().astype(np.uint8), plan.tables[-1])] * (shift > 0)
 
 
 def halves_plan(values: np.ndarray) -> Plan:
-    """Return the cheapest split of numbers of 16 bits into a high part of at most 256 values and a low one.
+    """Return the cheapest split of (rows, groups) numbers of 16 bits into a high part, at most 256, and a low one.
 
     A float16 number's bits grow with its size: the high part is its order of magnitude, the low one nearly noise.
     """
-    low, high, plans = int(values.min()), int(values.max()), []
+    low, high, splits = int(values.min()), int(values.max()), []
     start = low >> MOST_SHIFT << MOST_SHIFT
-    counts = np.bincount(values - np.uint16(start), minlength=((high >> MOST_SHIFT) + 1 << MOST_SHIFT) - start)
+    size = ((high >> MOST_SHIFT) + 1 << MOST_SHIFT) - start
+    counts = np.bincount((values - np.uint16(start)).ravel(), minlength=size)
     for shift in range(0, MOST_SHIFT + 1, 2):
         base = low >> shift
         if (high >> shift) - base < 256:
             split = counts.reshape(-1, 1 << shift)
             parts = [fitted(split.sum(1)[base - (start >> shift) :]), *([fitted(split.sum(0))] if shift else [])]
-            data = bytes([shift]) + base.to_bytes(2, "little") + b"".join(coded.data for coded, _ in parts)
-            bits = (3 * 8 << FRACTION) + sum(cost for _, cost in parts)
-            plans.append(Plan(data, bits, [coded for coded, _ in parts]))
-    return min(plans, key=lambda plan: plan.bits)
+            splits.append((sum(cost for _, cost in parts), shift, base, parts[1:]))
+    _, shift, base, rest = min(splits, key=lambda split: split[0])
+    plan = matrix_plan(((values >> shift) - base).astype(np.uint8), (high >> shift) - base, _by_mean)
+    data = bytes([shift]) + base.to_bytes(2, "little") + plan.data + b"".join(table.data for table, _ in rest)
+    bits = (3 * 8 << FRACTION) + plan.bits + sum(cost for _, cost in rest)
+    return plan._replace(data=data, bits=bits, tables=plan.tables + [table for table, _ in rest])
 
 
-def matrix_plan(symbols: np.ndarray, top: int) -> Plan:
-    """Return the cheapest plan of (rows, columns) symbols up to `top`: one table, or one for each class of lines."""
-    plans = [_plan_along(symbols, ONE, top)]
+def matrix_plan(symbols: np.ndarray, top: int, classes: Callable[[np.ndarray, int], np.ndarray] | None = None) -> Plan:
+    """Return the cheapest plan of (rows, columns) symbols up to `top`: one table, or one for each class of lines.
+
+    Lines are classed by their sum of squares, or by `classes`.
+    """
+    plans = [_plan_along(symbols, ONE, top, None)]
     if symbols.size >= CLASSED and plans[0].tables[0].frequencies.max() < TOTAL:  # else it is as short as can be
-        plans += [_plan_along(_lines(symbols, axis), axis, top) for axis in (ROWS, COLUMNS)]
+        for axis in ROWS, COLUMNS:
+            lines = _lines(symbols, axis)
+            plans.append(_plan_along(lines, axis, top, (classes or _by_squares)(lines, top)))
     return min(plans, key=lambda plan: plan.bits)
 
 
-def _plan_along(lines: np.ndarray, axis: int, top: int) -> Plan:
-    classes = np.zeros(len(lines), np.uint8) if axis == ONE else _classes(lines, top)
-    counts = np.zeros((int(classes.max()) + 1, top + 1), np.int64)
-    for part, some in zip(_chunks(lines), _chunks(classes, lines.shape[1]), strict=True):
+def _plan_along(lines: np.ndarray, axis: int, top: int, classes: np.ndarray | None) -> Plan:
+    own = np.zeros(len(lines), np.uint8) if classes is None else classes
+    counts = np.zeros((int(own.max()) + 1, top + 1), np.int64)
+    for part, some in zip(_chunks(lines), _chunks(own, lines.shape[1]), strict=True):
         places = some[:, None] * np.int64(top + 1) + part
         counts += np.bincount(places.ravel(), minlength=counts.size).reshape(counts.shape)
-    data, bits, found = bytes([axis]), 8 << FRACTION, [fitted(row) for row in counts]
-    tables = [table for table, _ in found]
-    if axis != ONE:
-        table, cost = fitted(np.bincount(classes))
-        data, bits = bytes([axis, len(tables)]) + table.data, bits + cost + (8 << FRACTION)
-        tables.insert(0, table)
-    data += b"".join(table.data for table, _ in found)
-    return Plan(data, bits + sum(cost for _, cost in found), tables, classes)
+    fits = [fitted(row) for row in counts]
+    data, bits = bytes([axis]), 8 << FRACTION
+    if classes is not None:
+        fits.insert(0, fitted(np.bincount(classes)))
+        data, bits = bytes([axis, len(counts)]), 16 << FRACTION
+    data += b"".join(table.data for table, _ in fits)
+    return Plan(data, bits + sum(cost for _, cost in fits), [table for table, _ in fits], axis, classes)
 
 
-def _classes(lines: np.ndarray, top: int) -> np.ndarray:
+def _by_squares(lines: np.ndarray, top: int) -> np.ndarray:
     """Return the class of every line by its sum of squares, in steps of half an octave; lines of zeros are the first.
 
     Powers of two and one product: the same on every machine.
@@ -243,6 +247,13 @@ def _classes(lines: np.ndarray, top: int) -> np.ndarray:
     size = 2 * exponent + (mantissa * mantissa >= 0.5)
     size = np.where(squares > 0, np.maximum(size, size.max() - (MOST_CLASSES - 2)), 0)
     return np.unique(size, return_inverse=True)[1].astype(np.uint8)
+
+
+def _by_mean(lines: np.ndarray, top: int) -> np.ndarray:
+    """Return the class of every line by its sum, in equal steps from the least to the largest."""
+    sums = np.concatenate([part.sum(1, dtype=np.int64) for part in _chunks(lines)])
+    sums -= sums.min()
+    return np.unique(sums * MOST_CLASSES // (sums.max() + 1), return_inverse=True)[1].astype(np.uint8)
 
 
 def _lines(symbols: np.ndarray, axis: int) -> np.ndarray:
@@ -256,12 +267,11 @@ def _chunks(lines: np.ndarray, width: int | None = None) -> Iterator[np.ndarray]
 
 
 def _matrix_runs(symbols: np.ndarray, plan: Plan) -> list[Run]:
-    if plan.data[0] == ONE:
+    if plan.classes is None:
         return [Run(symbols.ravel(), plan.tables[0])]
-    classes, lines = plan.classes, _lines(symbols, plan.data[0])
-    assert classes is not None
-    runs = [Run(lines[classes == number].ravel(), table) for number, table in enumerate(plan.tables[1:])]
-    return [Run(classes, plan.tables[0]), *runs]
+    lines = _lines(symbols, plan.axis)
+    own = [lines[plan.classes == number].ravel() for number in range(int(plan.classes.max()) + 1)]
+    return [Run(part, table) for part, table in zip([plan.classes, *own], plan.tables, strict=False)]
 
 
 # Reading.
@@ -306,85 +316,37 @@ class PlanReader:
         return table_of(head + levels)
 
 
-def _read_halves(field: str, reader: PlanReader, decoder: Decoder, count: int) -> np.ndarray:
-    """Return numbers of 16 bits."""
+def _read_halves(field: str, reader: PlanReader, decoder: Decoder, shape: tuple[int, int]) -> np.ndarray:
+    """Return (rows, groups) numbers of 16 bits."""
     at = reader.at
     shift = reader.number(field, MOST_SHIFT)
     base = int.from_bytes(reader.take(2), "little")
-    values = decoder.take(reader.table(field, 255), count).astype(np.uint16) + np.uint16(base) << np.uint16(shift)
+    values = _take_matrix(field, reader, decoder, shape, 255).astype(np.uint16) + np.uint16(base) << np.uint16(shift)
     if shift:
-        values |= decoder.take(reader.table(field, (1 << shift) - 1), count)
+        values |= decoder.take(reader.table(field, (1 << shift) - 1), values.size).reshape(shape)
     if halves_plan(values).data != reader.since(at):
-        raise CodecError(field, "other tables than the writer's")
+        raise CodecError(field, "other tables or classes than the writer's")
     return values
 
 
-def _read_matrix(field: str, reader: PlanReader, decoder: Decoder, shape: tuple[int, ...], top: int) -> np.ndarray:
+def _read_matrix(field: str, reader: PlanReader, decoder: Decoder, shape: tuple[int, int], top: int) -> np.ndarray:
     """Return (rows, columns) symbols."""
     at = reader.at
-    axis = reader.number(field, COLUMNS)
-    if axis == ONE:
-        symbols = decoder.take(reader.table(field, top), math.prod(shape)).reshape(shape)
-    else:
-        count = reader.number(field, MOST_CLASSES)
-        lines = np.empty(shape if axis == ROWS else shape[::-1], np.uint8)
-        classes = decoder.take(reader.table(field, count - 1), len(lines))
-        for number in range(count):
-            own = np.flatnonzero(classes == number)
-            size = len(own), lines.shape[1]
-            lines[own] = decoder.take(reader.table(field, top), math.prod(size)).reshape(size)
-        symbols = _lines(lines, axis)
+    symbols = _take_matrix(field, reader, decoder, shape, top)
     if matrix_plan(symbols, top).data != reader.since(at):
         raise CodecError(field, "other tables or classes than the writer's")
     return symbols
 
 
-# Symbols: whole numbers from 0 up, in the order of what they stand for.
-
-
-def _top(cls: Kind) -> int:
-    """Return the largest symbol of a class."""
-    return 255 if cls == "fp8" else 2 * LARGEST[cls]
-
-
-def _symbols(cls: Kind, codes: np.ndarray) -> np.ndarray:
-    """Return (rows, columns) uint8 symbols of codes."""
-    if cls != "fp8":
-        return np.ascontiguousarray(codes + np.int8(LARGEST[cls])).view(np.uint8)
-    sizes = np.searchsorted(E4M3, np.abs(codes)).astype(np.uint8)
-    if not np.array_equal(E4M3[sizes], np.abs(codes)):
-        raise CodecError("fp8", "has a code that is not an e4m3 value")
-    return np.where(np.signbit(codes), 127 - sizes, 128 + sizes).astype(np.uint8)
-
-
-def _codes(name: str, cls: Kind, symbols: np.ndarray) -> np.ndarray:
-    """Return what symbols stand for, in their memory where it fits."""
-    if cls != "fp8":
-        symbols -= np.uint8(LARGEST[cls])  # in place: a large tensor takes its memory once
-        return symbols.view(np.int8)
-    if symbols.min() == 0 or symbols.max() == 255:
-        raise CodecError(name, "has a code that is no number")
-    return np.concatenate([-E4M3[::-1], E4M3])[symbols - 1]
-
-
-def _halves(scales: np.ndarray, storage: Storage) -> np.ndarray:
-    """Return the numbers of 16 bits that are coded of scales: their bits, or their places on the grid of ratios."""
-    bits = scales.ravel().view(np.uint16)
-    return (bits >> 10 << 5) + OCTAVE.searchsorted(bits & 1023).astype(np.uint16) if by_ratios(storage) else bits
-
-
-def _scales(halves: np.ndarray, storage: Storage) -> np.ndarray:
-    """Return the float16 scales that such numbers stand for."""
-    if by_ratios(storage):
-        halves = np.minimum((halves.astype(np.int64) >> 5 << 10) + OCTAVE[halves & 31], 0x7C00).astype(np.uint16)
-    return halves.view(np.float16)
-
-
-def _e4m3_sizes() -> np.ndarray:
-    """Return the float32 values of the 127 e4m3 bytes from 0 up that are numbers: 4 bits of exponent, 3 of mantissa."""
-    code = np.arange(127)
-    exponent, mantissa = code >> 3, code & 7
-    return np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0)).astype(np.float32)
-
-
-E4M3 = _e4m3_sizes()
+def _take_matrix(field: str, reader: PlanReader, decoder: Decoder, shape: tuple[int, int], top: int) -> np.ndarray:
+    axis = reader.number(field, COLUMNS)
+    if axis == ONE:
+        return decoder.take(reader.table(field, top), math.prod(shape)).reshape(shape)
+    count = reader.number(field, MOST_CLASSES)
+    lines = np.empty(shape if axis == ROWS else shape[::-1], np.uint8)
+    classes = decoder.take(reader.table(field, count - 1), len(lines))
+    for number in range(count):
+        own = np.flatnonzero(classes == number)
+        size = len(own), lines.shape[1]
+        lines[own] = decoder.take(reader.table(field, top), math.prod(size)).reshape(size)
+    return _lines(lines, axis)

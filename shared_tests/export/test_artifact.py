@@ -36,10 +36,10 @@ from shared_tests.support.artifacts import (
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_SHA256 = {
-    "artifact_v3": "25976c9296b1c82bd3a340ff3d7cb6bcfb68c1102caa246de973a840f67ddb0e",
-    "artifact_v3_nibbles": "534c835407e311a9324e257cd4f7d7cbd9de4d091abc0e6c9b9f6f8660592c30",
-    "artifact_v3_bytes": "95c1344ce908c5310c703e3ce74e3242d09edd9b6e30230bf1d6a19e3dc2bd27",
-    "artifact_v3_ratios": "653772b54960b065a4e1b7a3bdcf5f20e2e98e82ecf8663c112bc9cdbc1157fb",
+    "artifact_v3": "d7027ee5f5a11f5c61d514793bda04a7e30ea97e4848eeac510e8fa0e5078486",
+    "artifact_v3_nibbles": "597cbf401ffa1220adfcd029a6e29c6b5547c0ce1b392274d9d32d3fbfb55150",
+    "artifact_v3_bytes": "91c742f6d4a237678459f81c6cdbea51080140ad9eff77b4fff5f3b5073b9124",
+    "artifact_v3_ratios": "ca6c17705abe050950069cc2455dd94b54ed5fee52f7f6b0aeb5c995e46224bc",
 }
 GOLDEN_MODELS = {
     "artifact_v3": "ternary",
@@ -160,6 +160,20 @@ def test_classes_of_rows_and_of_columns_are_the_documented_ones(axis: int, tmp_p
     write(tmp_path / "a.skc", model, stored)
     plan = next(piece.plan for piece in pieces(model, stored) if piece.name == name)
     assert plan[0] == axis and plan[1] > 2, "its codes, which stand before its scales, have classes"
+    assert_documented((tmp_path / "a.skc").read_bytes(), model, stored)
+    assert_same(read_artifact(tmp_path / "a.skc").stored, stored)
+
+
+def test_classes_of_scales_are_the_documented_ones(tmp_path: Path) -> None:
+    """Rows whose scales are of very different sizes: 400 tokens in six groups of 64."""
+    name, noise = "embed.weight", np.random.default_rng(4)
+    model = changed(SMALL, {"vocab": 400, "embedding.dim": 384, "embedding.storage": "ternary/64", "layers": 1})
+    stored = some_stored(model)
+    sizes = np.exp2(noise.integers(-3, 4, (400, 1)) + 0.05 * noise.standard_normal((400, 6)))
+    stored[name] = Stored(stored[name].codes, sizes.astype(np.float16))
+    write(tmp_path / "a.skc", model, stored)
+    _, plan = (piece.plan for piece in pieces(model, stored) if piece.name == name)
+    assert plan[3] == 1 and plan[4] >= 7, "seven sizes of rows"
     assert_documented((tmp_path / "a.skc").read_bytes(), model, stored)
     assert_same(read_artifact(tmp_path / "a.skc").stored, stored)
 

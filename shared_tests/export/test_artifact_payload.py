@@ -158,7 +158,7 @@ def test_a_place_beyond_the_grid_of_ratios(refused: Refused) -> None:
     place = names.index("blocks.0.mlp.up.weight") + 1
     count = sum(run.symbols.size for run in whole[place].runs[:1])
     for value in (992, 1023, 1024 + 480, 2048 + 480, 65_535, 0, 31):
-        plan = codecs.halves_plan(np.full(count, value, np.uint16))
+        plan = codecs.halves_plan(np.full((count, 1), value, np.uint16))
         bad = Piece(names[place], plan.data, [Run(np.zeros(count, np.uint8), plan.tables[0])])
         refused(assembled(model, [*whole[:place], bad, *whole[place + 1 :]]), f"{names[place]}: its scales")
 

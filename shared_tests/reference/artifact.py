@@ -45,12 +45,12 @@ class Payload:
             found.append(symbol)
         return found
 
-    def halves(self, count: int, storage: str = "") -> list[float]:
+    def halves(self, rows: int, groups: int, storage: str = "") -> list[float]:
         """Return float16 numbers, each in a high and a low part."""
         shift, base = next(self.plan), next(self.plan) + 256 * next(self.plan)
-        bits = [(base + high) << shift for high in self.symbols(self.table(), count)]
+        bits = [(base + high) << shift for high in self.matrix(rows, groups)]
         if shift:
-            bits = [high + low for high, low in zip(bits, self.symbols(self.table(), count), strict=True)]
+            bits = [high + low for high, low in zip(bits, self.symbols(self.table(), len(bits)), strict=True)]
         if storage.endswith("g"):
             return [2.0 ** ((number - 480) / 32) for number in bits]
         return [struct.unpack("<e", struct.pack("<H", number))[0] for number in bits]
@@ -98,13 +98,13 @@ def read_payload(data: bytes, model: ModelConfig) -> dict[str, tuple[list[float]
     for names in roles(model):
         row, shape = table[names[0]], shapes[names[0]]
         if shape is None:
-            values = iter(payload.halves(sum(table[name].size for name in names)))
+            values = iter(payload.halves(1, sum(table[name].size for name in names)))
             found |= {name: ([next(values) for _ in range(table[name].size)], None) for name in names}
         else:
             rows, columns = row.shape
             symbols, cls = payload.matrix(rows, columns), row.storage.split("/")[0]
             codes = [e4m3(s) if cls == "fp8" else s - LARGEST[cls] for s in symbols]
-            found[names[0]] = codes, payload.halves(math.prod(shape), row.storage)
+            found[names[0]] = codes, payload.halves(*shape, row.storage)
     assert next(payload.plan, None) is next(payload.words, None) is None, "something is left over"
     assert set(payload.states) == {65536}, "a lane does not end where it began"
     return found

@@ -277,7 +277,7 @@ def bomb(rng: Random, header: dict[str, Any]) -> bytes:
     for names in codecs.together(table):
         if table[names[0]].storage != "float16":
             plans += bytes([0, 0, 1, 1])
-        plans += bytes([0, 0x00, 0x3C]) + alike
+        plans += bytes([0, 0x00, 0x3C, 0]) + alike
     states = encode([], lanes(codecs.values_in(table)))
     payload = len(plans).to_bytes(4, "little") + plans + states
     repair(header, payload)
