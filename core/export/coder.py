@@ -18,7 +18,7 @@ BETWEEN = WEIGHTS[1:-1] + WEIGHTS[2:]
 """Twice what lies half-way between neighbouring levels."""
 TABLE_HEAD = 3
 """Bytes of a table beside its levels: kind, first and last symbol."""
-SYMBOLS_PER_LANE, MOST_LANES, FEW_LANES = 2048, 1024, 32
+SYMBOLS_PER_LANE, MOST_LANES, FEW_LANES = 8192, 1024, 32
 FRACTION = 12
 """Code lengths are counted in 2^-12 bits."""
 

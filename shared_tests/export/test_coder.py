@@ -77,17 +77,17 @@ def test_the_size_is_the_code_length_of_the_tables(deviation: float) -> None:
     share = np.bincount(symbols)[np.bincount(symbols) > 0] / len(symbols)
     frequencies = table.frequencies[table.frequencies > 0] / TOTAL
     exact = -(share * np.log2(frequencies[np.bincount(symbols)[table.frequencies > 0] > 0])).sum() * len(symbols)
-    assert count == 512 and len(encode([run], count)) <= exact / 8 * 1.002 + 4 * count
+    assert count == 128 and len(encode([run], count)) <= exact / 8 * 1.002 + 4 * count
     assert run.bits / (1 << FRACTION) == pytest.approx(exact, rel=2e-4, abs=1)
     assert cost == run.bits + (8 * len(table.data) << FRACTION)
     assert exact <= -(share * np.log2(share)).sum() * len(symbols) * 1.001
 
 
-def test_lanes_are_a_power_of_two_that_2048_symbols_pay_for() -> None:
-    for values in (1, 2047, 2048, 4095, 4096, 65_536, 2_000_000, 1 << 21, 1 << 28):
+def test_lanes_are_a_power_of_two_that_8192_symbols_pay_for() -> None:
+    for values in (1, 8191, 8192, 16_383, 16_384, 65_536, 2_000_000, 1 << 21, 1 << 28):
         count = lanes(values)
-        assert count == 1 or (count & (count - 1) == 0 and count <= values / 2048 and count <= 1024)
-        assert 2 * count > min(values / 2048, 1024)
+        assert count == 1 or (count & (count - 1) == 0 and count <= values / 8192 and count <= 1024)
+        assert 2 * count > min(values / 8192, 1024)
 
 
 def test_code_lengths_are_logarithms() -> None:

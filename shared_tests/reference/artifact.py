@@ -16,7 +16,7 @@ class Payload:
 
     def __init__(self, data: bytes, values: int) -> None:
         end, count = 4 + int.from_bytes(data[:4], "little"), 1
-        while count < 1024 and 2 * count * 2048 <= values:
+        while count < 1024 and 2 * count * 8192 <= values:
             count *= 2
         self.plan, rest = iter(data[4:end]), data[end:]
         self.states = list(struct.unpack(f"<{count}I", rest[: 4 * count]))
