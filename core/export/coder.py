@@ -81,14 +81,19 @@ def fitted(counts: np.ndarray) -> tuple[SymbolTable, int]:
     """
     first, last = counts.nonzero()[0][[0, -1]].tolist()
     inside = counts[first : last + 1]
+    flat, cost = _priced(bytes([0, first, last]), inside)
+    if cost <= (TABLE_HEAD + len(inside)) * 8 << FRACTION:  # levels alone would cost as much
+        return flat, cost
     # To the nearest level, beside the most frequent symbol, which has the highest.
     levels = BETWEEN.searchsorted(2 * (inside * WEIGHTS[-1] // inside.max()), "right") + 1
     levels[inside == 0] = 0
-    found = []
-    for data in bytes([0, first, last]), bytes([1, first, last, *levels.tolist()]):
-        table = table_of(data)
-        found.append((table, (len(data) * 8 << FRACTION) + int(inside @ LENGTHS[table.frequencies[first:]])))
-    return found[found[1][1] < found[0][1]]
+    return min((flat, cost), _priced(bytes([1, first, last, *levels.tolist()]), inside), key=lambda found: found[1])
+
+
+def _priced(data: bytes, counts: np.ndarray) -> tuple[SymbolTable, int]:
+    """Return the table of its bytes, and what it costs with symbols that are there `counts` times."""
+    table = table_of(data)
+    return table, (len(data) * 8 << FRACTION) + int(counts @ LENGTHS[table.frequencies[data[1] :]])
 
 
 def table_of(data: bytes) -> SymbolTable:
