@@ -39,10 +39,10 @@ def error(weight: np.ndarray, stored: Stored, storage: Storage, moment: np.ndarr
     return float(np.sum((lost @ moment) * lost) / np.sum((wide @ moment) * wide))
 
 
-def by_definition(weight: np.ndarray, moment: np.ndarray, scales: np.ndarray, largest: int, size: int) -> np.ndarray:
-    """Return the codes of columns that are taken one by one, the rest being set anew to lose least."""
+def by_definition(weight: np.ndarray, moment: np.ndarray, steps: np.ndarray, largest: int) -> np.ndarray:
+    """Return the codes of columns that are taken one by one, the rest being set anew to lose least; a step a weight."""
     order = np.argsort(-np.diagonal(moment), kind="stable")
-    left, steps = weight.astype(np.float64)[:, order], np.repeat(scales.astype(np.float64), size, 1)[:, order]
+    left, steps = weight.astype(np.float64)[:, order], steps.astype(np.float64)[:, order]
     wide = moment.astype(np.float64)[np.ix_(order, order)]
     inverse = np.linalg.inv(wide + DAMPING * np.diagonal(wide).mean() * np.eye(len(wide)))
     codes = np.empty(weight.shape)
@@ -59,11 +59,11 @@ def test_codes_are_those_of_the_definition(solve) -> None:
     """Float64 weights, so that no quotient is rounded to float32; columns end inside a block and inside a group."""
     columns = BLOCK + 45
     weight, moment = gaussian("gptq/definition", 21, columns, "float64"), correlated("gptq/definition", columns, 900)
-    for storage, largest, size in (("int4/row", 7, columns), ("int6/64", 31, 64)):
+    cases: list[tuple[Storage, int, int]] = [("int4/row", 7, columns), ("int6/64", 31, 64)]
+    for storage, largest, size in cases:
         scales = plain(weight, storage).scales
         assert scales is not None
-        wide = np.repeat(scales, size, 1)[:, :columns]
-        expected = by_definition(weight, moment, wide, largest, 1)
+        expected = by_definition(weight, moment, np.repeat(scales, size, 1)[:, :columns], largest)
         assert np.array_equal(solve(weight, moment, scales, storage, DAMPING), expected), storage
         assert not np.array_equal(expected, plain(weight, storage).codes), "else this shows nothing"
 
@@ -128,8 +128,8 @@ def test_the_torch_twin_loses_as_much() -> None:
         for solve in (compensated, lambda *given: twin.compensated(*given, device="cpu"))
     )
     assert theirs.dtype == np.int8 and np.mean(ours != theirs) < 1e-3
-    ratio = np.divide(*(error(weight, Stored(c, stored.scales), "int6/64", moment) for c in (ours, theirs)))
-    assert abs(ratio - 1) < 0.01
+    lost = [error(weight, Stored(codes, stored.scales), "int6/64", moment) for codes in (ours, theirs)]
+    assert abs(lost[1] / lost[0] - 1) < 0.01
 
 
 def test_equal_weights_and_moments_give_equal_bits_whatever_the_moments_are_divided_by() -> None:
