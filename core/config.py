@@ -92,13 +92,36 @@ class ExportConfig:
     """Largest total of artifact and code, in bytes."""
     code_bytes: int = 140_000
     """Bytes of the budget that are reserved for code, packed (LZMA, base85); skc info says what it takes."""
+    method: Literal["round", "gptq"] = "round"
+    """How weights that were trained as they are get their codes: each to the nearest, or by GPTQ, which makes up for
+    rounding errors by what a matrix multiplies (matrices of int storages; the others are rounded)."""
+    calibration: Literal["train", "random", "self"] = "train"
+    """Text that GPTQ learns that from: train: training text, inside train.seconds (train.reserve_seconds is for it);
+    random: tokens at random; self: what the model writes. The last two need no data and no training time."""
+    calibration_tokens: int = 16_384
+    """Tokens of that text, in rows of train.seq."""
+    damping: float = 0.01
+    """Share of the mean second moment that GPTQ adds to all of them."""
+    fit: bool = False
+    """Make all steps of model.deviations finer or coarser by one factor, so that the artifact fills the budget."""
 
     def __post_init__(self) -> None:
-        require_limits("export", self, 1 << 40)
+        require_limits("export", self, 1 << 40, calibration_tokens=MOST_TOKENS)
         require(
             0 <= self.code_bytes < self.budget,
             f"export.code_bytes={self.code_bytes}: expected from 0 to below export.budget={self.budget}",
         )
+        require(
+            self.calibration_tokens >= 1,
+            f"export.calibration_tokens={self.calibration_tokens}: expected at least 1",
+        )
+        require(1e-6 <= self.damping <= 1, f"export.damping={self.damping}: expected from 1e-6 to 1")
+        for name in ("calibration", "calibration_tokens", "damping"):
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            require(
+                self.method == "gptq" or value == default,
+                f"export.{name}={value} changes nothing with export.method={self.method}: leave it out, or take gptq",
+            )
 
 
 @dataclass(frozen=True)
@@ -140,14 +163,15 @@ class RunConfig:
         )
         if self.train.consistency:
             self._check_consistency()
+        self._check_rounding()
         if self.train.quantise_soft is not None:
             rows = [row for row in param_table(self.model).values() if row.storage != "float16"]
             other = sorted({row.storage for row in rows if not gridded(row.storage)})
             found = f"has weights in {', '.join(other)}" if other else "has no such weights"
             require(
                 bool(rows) and not other,
-                "train.quantise_soft is for int storages, whose grid reaches to the largest weight; "
-                f"the model {found}: leave it out, or take int8, int6 or int4",
+                "train.quantise_soft is for int storages, whose steps are of equal size; "
+                f"the model {found}: leave it out, or take int4 to int8",
             )
 
     def _check_consistency(self) -> None:
@@ -168,6 +192,27 @@ class RunConfig:
         require(
             start < 1 and (start == 0 or experts.shared > 0),
             f"train.route_from={start}: expected a share below 1, and a model.experts.shared to train until then",
+        )
+
+    def _check_rounding(self) -> None:
+        """Raise ConfigError for what export cannot do to the weights after training."""
+        gptq = self.export.method == "gptq"
+        require(
+            not (gptq or self.export.fit) or self.train.quantise == "never",
+            f"export.{'method=gptq' if gptq else 'fit'} rounds weights after training, but train.quantise="
+            f"{self.train.quantise} trains their stored form, which is never rounded again: leave it out, or train "
+            "with train.quantise=never",
+        )
+        rows = param_table(self.model).items() if gptq or self.export.fit else ()
+        require(
+            not self.export.fit or any(row.deviation is not None for _, row in rows),
+            "export.fit changes steps that are so many deviations, and the model has none: set model.deviations.mlp, "
+            "attention or table, or leave it out",
+        )
+        require(
+            not gptq or any(gridded(row.storage) and (row.group == "matrix" or n == "embed.weight") for n, row in rows),
+            "export.method=gptq is for matrices in int storages, of which the model has none: take export.method=round "
+            "or, for example, model.matrix_storage=int6/row",
         )
 
 

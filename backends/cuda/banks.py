@@ -63,39 +63,43 @@ class Quantiser:
             self.note = f"compiled ({', '.join(self._classes)}), held to the eager bits at first use"
 
     @torch.no_grad()
-    def __call__(self, weights, storages):
-        """Return the stored form of every weight or stack, row after row: as a reader of the artifact has it."""
-        fit = [i for i, storage in enumerate(storages) if storage_class(storage) in self._classes]
-        made = self._made([weights[i] for i in fit], [storages[i] for i in fit])
+    def __call__(self, weights, rules):
+        """Return the stored form of every weight or stack, row after row: as a reader of the artifact has it.
+
+        A rule is (storage, deviation), as core.model.table.Param has them.
+        """
+        fit = [i for i, (storage, _) in enumerate(rules) if storage_class(storage) in self._classes]
+        made = self._made([weights[i] for i in fit], [rules[i] for i in fit])
         found = dict(zip(fit, made, strict=True))
-        values = [found[i] if i in found else stored(weights[i], storages[i]) for i in range(len(weights))]
+        values = [found[i] if i in found else stored(weights[i], *rules[i]) for i in range(len(weights))]
         # CUDA: not in the compiled code: there a slice of wider rows gave zeros (torch 2.13, on the CPU)
         values = [value.contiguous() for value in values]
-        return values if self._tried else self._compared(values, weights, storages)
+        return values if self._tried else self._compared(values, weights, rules)
 
-    def _compared(self, values, weights, storages):
+    def _compared(self, values, weights, rules):
         """Return `values` if they have the bits of the eager form, else that form, from now on."""
-        self._tried, eager = True, [value.contiguous() for value in stored_all(weights, storages)]
+        self._tried, eager = True, [value.contiguous() for value in stored_all(weights, rules)]
         same = [torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(values, eager, strict=True)]
         if all(same):
             return values
         self._made, self.note = stored_all, "eager"
-        other = ", ".join(sorted({storages[i] for i, equal in enumerate(same) if not equal}))
+        other = ", ".join(sorted({rules[i][0] for i, equal in enumerate(same) if not equal}))
         warnings.warn(f"the compiled quantisers give other bits ({other}): eager ones are used", stacklevel=2)
         return eager
 
 
-def stored_all(weights, storages):
+def stored_all(weights, rules):
     """Return the stored form of every weight or stack."""
-    return [stored(weight, storage) for weight, storage in zip(weights, storages, strict=True)]
+    return [stored(weight, *rule) for weight, rule in zip(weights, rules, strict=True)]
 
 
-def softened_all(weights, storages, softness):
+def softened_all(weights, rules, softness):
     """Return the value and the slope of every weight or stack of an int class."""
-    return [softened(weight, storage, softness) for weight, storage in zip(weights, storages, strict=True)]
+    made = zip(weights, rules, strict=True)
+    return [softened(weight, storage, softness, deviation) for weight, (storage, deviation) in made]
 
 
 def noised_all(weights, storages, names, key, scale):
     """Return stacks of ternary weights as stored with noise, drawn by the step's key and those of their names (N,)."""
     made = zip(weights, storages, names, strict=True)
-    return [stored(w, storage, noise.of_weights(key, keys, w.shape[1:], scale)) for w, storage, keys in made]
+    return [stored(w, storage, noise=noise.of_weights(key, keys, w.shape[1:], scale)) for w, storage, keys in made]

@@ -34,7 +34,7 @@ class Masters:
     def _stored(self, weights):
         """Return every weight as the artifact would give it back, the scaffolding as it is."""
         kept = {key: value for key, value in weights.whole.items() if not key[0].scaffold}
-        stored = self._store(list(kept.values()), [bank.storage for bank, _ in kept])
+        stored = self._store(list(kept.values()), [(bank.storage, bank.deviation) for bank, _ in kept])
         return Banked(weights.whole | dict(zip(kept, stored, strict=True)))
 
     def _trained(self, params, quantise):
@@ -49,7 +49,7 @@ class Masters:
         Gradients at the weights, times slopes where there are any, are those of `params`.
         """
         soft = [bank for bank in self._banks if gridded(bank.storage)]
-        given = [params.whole[bank, ""] for bank in soft], [bank.storage for bank in soft]
+        given = [params.whole[bank, ""] for bank in soft], [(bank.storage, bank.deviation) for bank in soft]
         made = dict(zip(soft, self._soften(*given, self._numbers(softness)), strict=True))
         values = {(bank, ""): value.contiguous() for bank, (value, _) in made.items()}  # CUDA: as in Quantiser
         weights = Banked(self._stored(params).whole | values)
@@ -82,7 +82,7 @@ class Masters:
 
     def quantised(self) -> dict[str, Stored]:
         weights = self._exported()
-        return {name: storage.to_host(weights[name], row.storage) for name, row in self._table.items()}
+        return {name: storage.to_host(weights[name], row.storage, row.deviation) for name, row in self._table.items()}
 
     def params(self) -> Arrays:
         return {name: self._params[name].cpu().numpy().copy() for name in self._trains}

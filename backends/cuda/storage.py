@@ -8,18 +8,32 @@ Letters: R rows, C columns, G groups of a row, g weights of a group.
 import torch
 import torch.nn.functional as F
 
-from core.model.storage import LARGEST, SCALE_FLOOR, Stored, group_counts, group_size, storage_class
+from core.model.storage import (
+    LARGEST,
+    RATIOS,
+    SCALE_FLOOR,
+    Stored,
+    by_ratios,
+    group_counts,
+    group_size,
+    storage_class,
+)
+
+STARTS_AND_STEPS = torch.tensor(RATIOS, dtype=torch.int32)
 
 
-def quantise(weight, storage):
-    """Return (codes, scales) of a weight (R, C): (R, C) and (R, G) float16; for float16: (values, None)."""
+def quantise(weight, storage, deviation=None):
+    """Return (codes, scales) of a weight (R, C): (R, C) and (R, G) float16; for float16: (values, None).
+
+    `deviation` here and below is that of core.model.table.Param.
+    """
     if storage == "float16":
         return weight.float().half(), None
-    codes_RGg, scales_RG1 = _quantised(weight, storage)
+    codes_RGg, scales_RG1 = _quantised(weight, storage, deviation)
     return _flat(codes_RGg, weight.shape[1]), torch.squeeze(scales_RG1, -1)
 
 
-def stored(weight, storage, noise=None):
+def stored(weight, storage, deviation=None, noise=None):
     """Return a weight, or a stack of them, as the artifact gives it back; its rows may have gaps between them.
 
     noise, like the weight: of a ternary one the codes are those of w / s + noise, s the scale of w alone.
@@ -27,11 +41,12 @@ def stored(weight, storage, noise=None):
     if storage == "float16":
         return quantise(weight, storage)[0].to(weight.dtype)
     rows = weight.flatten(0, -2)
-    codes_RGg, scales_RG1 = _quantised(rows, storage, None if noise is None else noise.flatten(0, -2))
+    noise = None if noise is None else noise.flatten(0, -2)
+    codes_RGg, scales_RG1 = _quantised(rows, storage, deviation, noise)
     return _flat(codes_RGg * scales_RG1.to(weight.dtype), rows.shape[1]).view(weight.shape)
 
 
-def softened(weight, storage, softness):
+def softened(weight, storage, softness, deviation=None):
     """Return (value, slope) of a weight of an int class, or a stack of them: where it is on its way to the stored form.
 
     With u = w / s and f = u - floor(u), value = s (floor(u) + 1/2 + tanh(a (f - 1/2)) / (2 tanh(a / 2))), a = softness,
@@ -39,7 +54,7 @@ def softened(weight, storage, softness):
     s: 0 past the grid's ends.
     """
     rows, largest = weight.flatten(0, -2), LARGEST[storage_class(storage)]
-    u_RGg, scales_RG1 = _on_grid(_grouped(rows, group_size(storage, rows.shape[1])), largest)
+    u_RGg, scales_RG1 = _on_grid(rows, storage, deviation)
     inside = torch.abs(u_RGg) <= largest
     u_RGg = torch.clamp(u_RGg, -largest, largest)
     low_RGg, end = torch.floor(u_RGg), 2 * torch.tanh(softness * 0.5)
@@ -50,41 +65,58 @@ def softened(weight, storage, softness):
     return value, slope
 
 
-def to_host(weight, storage):
+def to_host(weight, storage, deviation=None):
     """Return core.model.storage.Stored of a weight."""
-    codes, scales = quantise(weight, storage)
+    codes, scales = quantise(weight, storage, deviation)
     if scales is None:
         return Stored(codes.cpu().numpy(), None)
     codes = codes.to(torch.float32 if storage_class(storage) == "fp8" else torch.int8)
     return Stored(codes.cpu().numpy(), scales.cpu().numpy())
 
 
-def _quantised(weight, storage, noise=None):
+def _quantised(weight, storage, deviation, noise=None):
     """Return (codes, scales) in groups: (R, G, g) and (R, G, 1); not for float16. `noise`: as in `stored`."""
-    columns = weight.shape[1]
+    columns, name = weight.shape[1], storage_class(storage)
     size = group_size(storage, columns)
-    w_RGg = _grouped(weight, size)
-    name = storage_class(storage)
     if name == "ternary":
-        scales_RG1 = _scales(_sum_by_halves(torch.abs(w_RGg)) * _shares(columns, size, weight))
+        w_RGg = _grouped(weight, size)
+        exact = _sum_by_halves(torch.abs(w_RGg)) * _shares(columns, size, weight)
+        scales_RG1 = _scales(_on_ratios(exact) if by_ratios(storage) else exact)
         s_RG1 = scales_RG1.to(weight.dtype)
         noise = 0.0 if noise is None else _grouped(noise, size)
         # round(w / s + noise) is not 0 where w / s + noise is past 1/2: a tie goes to even
         up, down = w_RGg > s_RG1 * (0.5 - noise), w_RGg < s_RG1 * (-0.5 - noise)
         codes = up.to(weight.dtype) - down.to(weight.dtype)
     else:
-        exact, scales_RG1 = _on_grid(w_RGg, LARGEST[name])
+        exact, scales_RG1 = _on_grid(weight, storage, deviation)
         exact = torch.clamp(exact, -LARGEST[name], LARGEST[name])
         codes = _to_e4m3(exact) if name == "fp8" else torch.round(exact)
         codes = codes if name == "fp8" else torch.where(codes == 0, torch.zeros_like(codes), codes)  # no minus zero
     return codes, scales_RG1
 
 
-def _on_grid(w_RGg, largest):
+def _on_grid(weight, storage, deviation):
     """Return weights measured by the scale of their group, and the scales."""
-    top = torch.amax(torch.abs(w_RGg), dim=-1, keepdim=True)
-    scales_RG1 = _scales(top * (1 / largest))
+    columns, largest = weight.shape[1], LARGEST[storage_class(storage)]
+    w_RGg = _grouped(weight, group_size(storage, columns))
+    exact = torch.amax(torch.abs(w_RGg), dim=-1, keepdim=True) * (1 / largest)
+    if deviation is not None:
+        spread = _spread(w_RGg, columns) * (deviation / largest)
+        exact = torch.where(4 * spread < exact, exact, spread)  # nearly equal weights would be clipped to nothing
+    scales_RG1 = _scales(exact)
     return w_RGg / scales_RG1.to(w_RGg.dtype), scales_RG1
+
+
+def _spread(w_RGg, columns):
+    """Return the standard deviation of every group: (R, G, 1)."""
+    size = w_RGg.shape[-1]
+    counts = group_counts(columns, size)
+    # CUDA: by a number of the host's it would be multiplied by the inverse, which other compilers fuse with the sum
+    counts_G1 = w_RGg.new_full((len(counts), 1), counts[0])
+    counts_G1[-1:].fill_(counts[-1])
+    away_RGg = w_RGg - _sum_by_halves(w_RGg) / counts_G1
+    away_RGg = _grouped(_flat(away_RGg, columns), size)  # what fills the last group is zeros again
+    return torch.sqrt(_sum_by_halves(away_RGg * away_RGg) / counts_G1)
 
 
 def _shares(columns, size, weight):
@@ -110,7 +142,9 @@ def _flat(x_RGg, columns):
 
 
 def _sum_by_halves(x):
-    """Return the sum over the last axis, a power of two, adding its second half to its first until one is left."""
+    """Return the sum over the last axis, by adding its second half to its first; zeros fill it to a power of two."""
+    short = (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]
+    x = F.pad(x, (0, short)) if short else x
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
@@ -120,6 +154,15 @@ def _sum_by_halves(x):
 def _scales(exact):
     """Return float16 scales, never below the floor."""
     return torch.clamp(exact.float().half(), min=SCALE_FLOOR)
+
+
+def _on_ratios(exact):
+    """Return float32 scales on the grid of core.model.storage.RATIOS, the nearest by ratio."""
+    bits = torch.clamp(torch.bitwise_and(exact.float().view(torch.int32), 0x7FFFFFFF), max=0x7F800000)
+    starts, steps = STARTS_AND_STEPS.to(exact.device, non_blocking=True)
+    mantissa = torch.bitwise_and(bits, 0x7FFFFF)
+    above = torch.sum(torch.where(mantissa >= starts, steps, 0), -1, keepdim=True, dtype=torch.int32)
+    return (bits - mantissa + above).view(torch.float32)
 
 
 def _to_e4m3(x):

@@ -1,7 +1,7 @@
 """Parameters that lie together in memory, so that what is done to one is done to all at once.
 
-A bank is one row of values: all parameters of an optimizer group and storage class, one after the other. Parameters of
-one shape are neighbours in it: a stack, which is a view of the row. In the order of the table they are neighbours
+A bank is one row of values: all parameters of an optimizer group and rule of storage, one after the other. Parameters
+of one shape are neighbours in it: a stack, which is a view of the row. In the order of the table they are neighbours
 within a stack too, so that matrices of one shape that read the same input (keys and values; values, gates and decays)
 can be read as one.
 """
@@ -42,19 +42,20 @@ class Stack(NamedTuple):
 
 
 class Bank(NamedTuple):
-    """All parameters of one optimizer group and storage class."""
+    """All parameters of one optimizer group and rule of storage."""
 
     group: str
     storage: Storage
     stacks: tuple[Stack, ...]
     scaffold: bool = False
+    deviation: float | None = None
     slice: int = 0
     """Values of a matrix that the optimizer updates by itself, if parameters hold several; else 0."""
 
     @property
     def key(self):
         """The bank's name among arrays by name."""
-        own = f"/{self.slice}" if self.slice else ""
+        own = (f"/{self.deviation}" if self.deviation else "") + (f"/{self.slice}" if self.slice else "")
         return f"{self.group}/{'scaffold' if self.scaffold else self.storage}{own}"
 
     @property
@@ -87,11 +88,12 @@ class Bank(NamedTuple):
             return row
         if self.storage == "float16":
             return quantiser.stored(row, self.storage)
-        return joined([quantiser.stored(matrix, self.storage) for matrix in self._matrices(row)])
+        return joined([quantiser.stored(matrix, self.storage, self.deviation) for matrix in self._matrices(row)])
 
     def softened(self, row, softness):
         """Return the row as soft rounding gives it, and the slopes of it."""
-        pairs = [quantiser.softened(matrix, self.storage, softness) for matrix in self._matrices(row)]
+        kind = self.storage, softness, self.deviation
+        pairs = [quantiser.softened(matrix, *kind) for matrix in self._matrices(row)]
         return joined([value for value, _ in pairs]), joined([slope for _, slope in pairs])
 
     def noised(self, row, key, keys, scale):
@@ -99,7 +101,7 @@ class Bank(NamedTuple):
         made = []
         for stack in self.stacks:
             drawn = noise.of_weights(key, mx.array([keys[name] for name in stack.names], mx.uint32), stack.shape, scale)
-            made.append(quantiser.stored(stack.of(row).reshape(drawn.shape), self.storage, drawn))
+            made.append(quantiser.stored(stack.of(row).reshape(drawn.shape), self.storage, noise=drawn))
         return joined(made)
 
     def _matrices(self, row):
@@ -125,18 +127,18 @@ def banks(config, owner, scaffolding=None):
         size = table[name].size
         return width(name), -(size & -size), table[name].shape, owner.get(name, 0)
 
-    def bank(group, storage, scaffold, size, names):
+    def bank(group, storage, scaffold, deviation, size, names):
         stacks, begin = [], 0
         for shape, same in itertools.groupby(sorted(names, key=place), key=lambda name: table[name].shape):
             stack = tuple(same)
             end = begin + len(stack) * table[stack[0]].size
             stacks.append(Stack(stack, shape, begin, end, width(stack[0]), table[stack[0]].slices))
             begin = end
-        return Bank(group, storage, tuple(stacks), scaffold, size)
+        return Bank(group, storage, tuple(stacks), scaffold, deviation, size)
 
     for name, row in table.items():
         size = row.size // row.slices if row.slices > 1 else 0
-        members.setdefault((row.group, row.storage, row.scaffold, size), []).append(name)
+        members.setdefault((row.group, row.storage, row.scaffold, row.deviation, size), []).append(name)
     return [bank(*kind, names) for kind, names in members.items()]
 
 

@@ -84,7 +84,7 @@ class Masters:
 
     def quantised(self) -> dict[str, Stored]:
         weights = parts(self._kept, self._exported())
-        return {name: storage.to_host(weights[name], row.storage) for name, row in self._table.items()}
+        return {name: storage.to_host(weights[name], row.storage, row.deviation) for name, row in self._table.items()}
 
     def params(self) -> Arrays:
         return self._to_host(self._params)

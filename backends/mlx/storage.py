@@ -8,29 +8,41 @@ Letters: R rows, C columns, G groups of a row, g weights of a group.
 import mlx.core as mx
 import numpy as np
 
-from core.model.storage import LARGEST, SCALE_FLOOR, Stored, group_counts, group_size, storage_class
+from core.model.storage import (
+    LARGEST,
+    RATIOS,
+    SCALE_FLOOR,
+    Stored,
+    by_ratios,
+    group_counts,
+    group_size,
+    storage_class,
+)
 
 
-def quantise(weight, storage):
-    """Return (codes, scales) of a weight (R, C): (R, C) and (R, G) float16; for float16: (values, None)."""
+def quantise(weight, storage, deviation=None):
+    """Return (codes, scales) of a weight (R, C): (R, C) and (R, G) float16; for float16: (values, None).
+
+    `deviation` here and below is that of core.model.table.Param.
+    """
     if storage == "float16":
         return weight.astype(mx.float32).astype(mx.float16), None
-    codes_RGg, scales_RG1 = _quantised(weight, storage)
+    codes_RGg, scales_RG1 = _quantised(weight, storage, deviation)
     return _flat(codes_RGg, weight.shape[1]), mx.squeeze(scales_RG1, -1)
 
 
-def stored(weight, storage, noise=None):
+def stored(weight, storage, deviation=None, noise=None):
     """Return a weight as the artifact gives it back; its rows may have gaps between them.
 
     noise, like the weight: of a ternary one the codes are those of w / s + noise, s the scale of w alone.
     """
     if storage == "float16":
         return quantise(weight, storage)[0].astype(weight.dtype)
-    codes_RGg, scales_RG1 = _quantised(weight, storage, noise)
+    codes_RGg, scales_RG1 = _quantised(weight, storage, deviation, noise)
     return _flat(codes_RGg * scales_RG1.astype(weight.dtype), weight.shape[1])
 
 
-def softened(weight, storage, softness):
+def softened(weight, storage, softness, deviation=None):
     """Return (value, slope) of a weight of an int class: where it is on its way to the stored form.
 
     With u = w / s and f = u - floor(u), value = s (floor(u) + 1/2 + tanh(a (f - 1/2)) / (2 tanh(a / 2))), a = softness,
@@ -38,7 +50,7 @@ def softened(weight, storage, softness):
     s: 0 past the grid's ends.
     """
     columns, largest = weight.shape[1], LARGEST[storage_class(storage)]
-    u_RGg, scales_RG1 = _on_grid(_grouped(weight, group_size(storage, columns)), largest)
+    u_RGg, scales_RG1 = _on_grid(weight, storage, deviation)
     inside = mx.abs(u_RGg) <= largest
     u_RGg = mx.clip(u_RGg, -largest, largest)
     low_RGg, end = mx.floor(u_RGg), 2 * mx.tanh(softness * 0.5)
@@ -48,41 +60,56 @@ def softened(weight, storage, softness):
     return _flat(value_RGg, columns), _flat(slope_RGg, columns)
 
 
-def to_host(weight, storage):
+def to_host(weight, storage, deviation=None):
     """Return core.model.storage.Stored of a weight."""
-    codes, scales = quantise(weight, storage)
+    codes, scales = quantise(weight, storage, deviation)
     if scales is None:
         return Stored(np.array(codes), None)
     return Stored(np.array(codes.astype(mx.float32 if storage_class(storage) == "fp8" else mx.int8)), np.array(scales))
 
 
-def _quantised(weight, storage, noise=None):
+def _quantised(weight, storage, deviation, noise=None):
     """Return (codes, scales) in groups: (R, G, g) and (R, G, 1); not for float16. `noise`: as in `stored`."""
-    columns = weight.shape[1]
+    columns, name = weight.shape[1], storage_class(storage)
     size = group_size(storage, columns)
-    w_RGg = _grouped(weight, size)
-    name = storage_class(storage)
     if name == "ternary":
+        w_RGg = _grouped(weight, size)
         shares = mx.array([[1 / count] for count in group_counts(columns, size)], weight.dtype)
-        scales_RG1 = _scales(_sum_by_halves(mx.abs(w_RGg)) * shares)
+        exact = _sum_by_halves(mx.abs(w_RGg)) * shares
+        scales_RG1 = _scales(_on_ratios(exact) if by_ratios(storage) else exact)
         s_RG1 = scales_RG1.astype(weight.dtype)
         noise = 0.0 if noise is None else _grouped(noise, size)
         # round(w / s + noise) is not 0 where w / s + noise is past 1/2: a tie goes to even
         up, down = w_RGg > s_RG1 * (0.5 - noise), w_RGg < s_RG1 * (-0.5 - noise)
         codes = up.astype(weight.dtype) - down.astype(weight.dtype)
     else:
-        exact, scales_RG1 = _on_grid(w_RGg, LARGEST[name])
+        exact, scales_RG1 = _on_grid(weight, storage, deviation)
         exact = mx.clip(exact, -LARGEST[name], LARGEST[name])
         codes = _to_e4m3(exact) if name == "fp8" else mx.round(exact)
         codes = codes if name == "fp8" else mx.where(codes == 0, mx.zeros_like(codes), codes)  # no minus zero
     return codes, scales_RG1
 
 
-def _on_grid(w_RGg, largest):
+def _on_grid(weight, storage, deviation):
     """Return weights measured by the scale of their group, and the scales."""
-    top = mx.max(mx.abs(w_RGg), axis=-1, keepdims=True)
-    scales_RG1 = _scales(top * mx.array(1 / largest, w_RGg.dtype))
+    columns, largest = weight.shape[1], LARGEST[storage_class(storage)]
+    w_RGg = _grouped(weight, group_size(storage, columns))
+    exact = mx.max(mx.abs(w_RGg), axis=-1, keepdims=True) * mx.array(1 / largest, weight.dtype)
+    if deviation is not None:
+        spread = _spread(w_RGg, columns) * mx.array(deviation / largest, weight.dtype)
+        exact = mx.where(4 * spread < exact, exact, spread)  # nearly equal weights would be clipped to nothing
+    scales_RG1 = _scales(exact)
     return w_RGg / scales_RG1.astype(w_RGg.dtype), scales_RG1
+
+
+def _spread(w_RGg, columns):
+    """Return the standard deviation of every group: (R, G, 1)."""
+    size = w_RGg.shape[-1]
+    # MLX: a product with the inverse might be fused with the difference below, and rounded once less
+    counts_G1 = mx.array([[count] for count in group_counts(columns, size)], w_RGg.dtype)
+    away_RGg = w_RGg - _sum_by_halves(w_RGg) / counts_G1
+    away_RGg = _grouped(_flat(away_RGg, columns), size)  # what fills the last group is zeros again
+    return mx.sqrt(_sum_by_halves(away_RGg * away_RGg) / counts_G1)
 
 
 def _grouped(x, size):
@@ -98,7 +125,9 @@ def _flat(x_RGg, columns):
 
 
 def _sum_by_halves(x):
-    """Return the sum over the last axis, a power of two, adding its second half to its first until one is left."""
+    """Return the sum over the last axis, by adding its second half to its first; zeros fill it to a power of two."""
+    short = (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]
+    x = mx.pad(x, [(0, 0), (0, 0), (0, short)]) if short else x
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
@@ -108,6 +137,15 @@ def _sum_by_halves(x):
 def _scales(exact):
     """Return float16 scales, never below the floor."""
     return mx.maximum(exact.astype(mx.float32).astype(mx.float16), mx.array(SCALE_FLOOR, mx.float16))
+
+
+def _on_ratios(exact):
+    """Return float32 scales on the grid of core.model.storage.RATIOS, the nearest by ratio."""
+    bits = mx.minimum(mx.bitwise_and(mx.view(exact.astype(mx.float32), mx.int32), 0x7FFFFFFF), 0x7F800000)
+    starts, steps = mx.array(RATIOS, mx.int32)
+    mantissa = mx.bitwise_and(bits, 0x7FFFFF)
+    above = mx.sum(mx.where(mantissa >= starts, steps, 0), axis=-1, keepdims=True)
+    return mx.view(bits - mantissa + above, mx.float32)
 
 
 def _to_e4m3(x):

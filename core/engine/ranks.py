@@ -165,10 +165,10 @@ def buckets(config: RunConfig, world: int) -> list[Bucket]:
     table, muon = trained_table(config.model, config.train), config.train.matrix_rule == "muon"
     load, parts = [0.0] * world, []
     rest: list[str] = []
-    open_groups: dict[tuple[tuple[int, ...], str, bool, int], list[str]] = {}
+    open_groups: dict[tuple[tuple[int, ...], str, bool, float | None, int], list[str]] = {}
     for name, row in reversed(table.items()):
         if muon and row.group == "matrix":
-            kind = row.shape, row.storage, row.scaffold, row.slices
+            kind = row.shape, row.storage, row.scaffold, row.deviation, row.slices
             group = open_groups.setdefault(kind, [])
             group.append(name)
             if len(group) == world:

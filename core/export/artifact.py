@@ -1,7 +1,6 @@
-"""The artifact, schema 2: one file that holds a model, as docs/artifact.md says; its one writer and its one reader."""
+"""The artifact, schema 3: one file that holds a model, as docs/artifact.md says; its one writer and its one reader."""
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -14,12 +13,13 @@ from typing import Any, NoReturn
 from core.config import ConfigError, ModelConfig, chosen, from_json, to_json
 from core.engine.protocol import Arrays
 from core.export import codecs
+from core.export.coder import CodecError
 from core.files import FileError, open_input, replace_file
 from core.model.params import Param, check_arrays, count, param_table
-from core.model.storage import Stored, decode
+from core.model.storage import Stored, decode, raw_bits
 
 MAGIC = b"SKCMODEL"
-SCHEMA = 2
+SCHEMA = 3
 PREFIX = len(MAGIC) + 4
 """Bytes in front of the header: magic, then the header's length as little-endian uint32."""
 MAX_FILE = 64 << 20
@@ -72,24 +72,22 @@ def write_artifact(
     check_arrays({n: s.codes for n, s in stored.items()}, {n: row.shape for n, row in table.items()}, str(path))
     _check_strings(path, tokenizer_sha256, provenance)
     try:
-        raw = codecs.pack(stored, table)
-    except codecs.CodecError as error:
+        payload = codecs.pack(stored, table)
+    except CodecError as error:
         raise ArtifactError(f"{path}: {error}; train again from a sound checkpoint") from error
-    payloads = {name: codecs.compress(name, part) for name, part in raw.items()}
-    given = [{"payload_bytes": len(payloads[n]), "sha256": hashlib.sha256(part).hexdigest()} for n, part in raw.items()]
-    header = _dumps(_header(model, table, tokenizer_sha256, provenance, given, list(payloads.values())))
-    size = PREFIX + len(header) + sum(map(len, payloads.values()))
+    header = _dumps(_header(model, table, tokenizer_sha256, provenance, payload))
+    size = PREFIX + len(header) + len(payload)
     if len(header) > MAX_HEADER or size > MAX_FILE:
         _fail(path, "size", f"header {len(header)}, file {size} bytes; at most {MAX_HEADER} and {MAX_FILE}")
-    replace_file(path, MAGIC, len(header).to_bytes(4, "little"), header, *payloads.values())
+    replace_file(path, MAGIC, len(header).to_bytes(4, "little"), header, payload)
     return size
 
 
 def check_limits(model: ModelConfig) -> None:
     """Raise ArtifactError for a model that no artifact can hold, so that it is not trained in vain."""
-    size = sum(codecs.stream_sizes(_table("artifact", model)).values())
+    size = sum(raw_bits(row.storage, row.shape) for row in _table("artifact", model).values()) / 8
     if size > MAX_FILE:
-        _fail("artifact", "size", f"{size} bytes before compression; an artifact holds at most {MAX_FILE}")
+        _fail("artifact", "size", f"{size:.0f} bytes before compression; an artifact holds at most {MAX_FILE}")
 
 
 def read_artifact(path: str | Path) -> Artifact:
@@ -110,16 +108,10 @@ def read_artifact(path: str | Path) -> Artifact:
     if length > MAX_HEADER or PREFIX + length > len(data):
         _fail(path, "header length", f"{length} bytes; the file has {len(data)}, a header at most {MAX_HEADER}")
     payload = memoryview(data)[PREFIX + length :]
-    model, table, header, payloads = _parse(path, data[PREFIX : PREFIX + length], payload)
+    model, table, header = _parse(path, data[PREFIX : PREFIX + length], payload)
     try:
-        streams = {}
-        for entry, part in zip(header["streams"], payloads, strict=True):
-            raw = codecs.inflate(entry["name"], part, entry["raw_bytes"])
-            if hashlib.sha256(raw).hexdigest() != entry["sha256"]:
-                raise codecs.CodecError(entry["name"], "sha256: the bytes are not the ones that were written")
-            streams[entry["name"]] = raw
-        stored = codecs.unpack(streams, table)
-    except codecs.CodecError as error:
+        stored = codecs.unpack(payload, table)
+    except CodecError as error:
         raise ArtifactError(f"{path}: {error}") from error
     except MemoryError:
         _fail(path, "model", "this machine has too little memory for it")
@@ -157,23 +149,17 @@ def _header(
     table: Table,
     tokenizer_sha256: str,
     provenance: dict[str, Scalar],
-    given: list[dict[str, Any]],
-    payloads: list[Any],
+    payload: bytes | memoryview,
 ) -> dict[str, Any]:
-    """Return the header: the only one that these values can have, so the reader compares instead of interpreting.
-
-    `given` holds payload_bytes and sha256 of every stream.
-    """
-    streams = [
-        {"name": name, "raw_bytes": size, "window": codecs.window_bits(payload), **part}
-        for (name, size), part, payload in zip(codecs.stream_sizes(table).items(), given, payloads, strict=True)
-    ]
+    """Return the header: the only one that these values can have, so the reader compares instead of interpreting."""
+    tensors = _dumps([[name, row.storage, list(row.shape)] for name, row in table.items()])
     return {
         "schema": SCHEMA,
         "model": chosen(model),
         "tokenizer_sha256": tokenizer_sha256,
-        "tensors": [[name, row.storage, list(row.shape)] for name, row in table.items()],
-        "streams": streams,
+        "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
+        "payload_bytes": len(payload),
+        "payload_sha256": hashlib.sha256(payload).hexdigest(),
         "provenance": provenance,
     }
 
@@ -209,10 +195,8 @@ def _is_sha256(value: Any) -> bool:
     return type(value) is str and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
-def _parse(
-    path: str | Path, text: bytes, payload: memoryview
-) -> tuple[ModelConfig, Table, dict[str, Any], list[memoryview]]:
-    """Return what is in a header that is, byte for byte, what the writer makes of its values."""
+def _parse(path: str | Path, text: bytes, payload: memoryview) -> tuple[ModelConfig, Table, dict[str, Any]]:
+    """Return what is in a header that is, byte for byte, what the writer makes of its values and the payload."""
     try:
         header = json.loads(text.decode("ascii"))
         canonical = _dumps(header)
@@ -229,29 +213,9 @@ def _parse(
     except ConfigError as error:
         raise ArtifactError(f"{path}: {_printable(error)}") from error
     table = _table(path, model)
-    given = _given(path, header.get("streams"), len(codecs.stream_sizes(table)))
-    ends = [0, *itertools.accumulate(part["payload_bytes"] for part in given)]
-    if ends[-1] != len(payload):
-        _fail(path, "payload_bytes", f"the header says {ends[-1]} in all, the file has {len(payload)}")
-    payloads = [payload[a:b] for a, b in itertools.pairwise(ends)]
-    expected = _header(model, table, header["tokenizer_sha256"], header["provenance"], given, payloads)
+    expected = _header(model, table, header["tokenizer_sha256"], header["provenance"], payload)
     for name in expected | header:
         if name not in expected or name not in header or _dumps(header[name]) != _dumps(expected[name]):
-            _fail(path, _printable(name), "missing, unknown, or not what the model's table says")
-    return model, table, header, payloads
-
-
-def _given(path: str | Path, streams: Any, count: int) -> list[dict[str, Any]]:
-    """Return payload_bytes and sha256 of every stream of a header, checked."""
-    if type(streams) is not list or len(streams) != count:
-        _fail(path, "streams", f"expected a list of the {count} streams of the model's table")
-    out = []
-    for number, entry in enumerate(streams):
-        entry = entry if type(entry) is dict else {}
-        size, sha256 = entry.get("payload_bytes"), entry.get("sha256")
-        if type(size) is not int or not 0 <= size <= MAX_FILE:
-            _fail(path, f"streams[{number}].payload_bytes", f"expected a whole number from 0 to {MAX_FILE}")
-        if not _is_sha256(sha256):
-            _fail(path, f"streams[{number}].sha256", "expected 64 lower-case hexadecimal digits")
-        out.append({"payload_bytes": size, "sha256": sha256})
-    return out
+            what = "missing, unknown, or not that of the model's table or of the bytes that follow"
+            _fail(path, _printable(name), what)
+    return model, table, header

@@ -7,47 +7,69 @@ import math
 from statistics import NormalDist
 
 from core.config import ModelConfig, changed
+from core.export.codecs import together, values_in
+from core.export.coder import lanes
+from core.export.symbols import E4M3
 from core.model.params import param_table
-from core.model.storage import BITS, LARGEST, Storage, group_size, scales_shape, storage_class
+from core.model.storage import LARGEST, Storage, by_ratios, gridded, group_size, scales_shape, storage_class
 
-HEADER = 1500
-"""Bytes of a header beside its list of tensors, and per tensor, roughly."""
-HEADER_PER_TENSOR = 55
-TRIT_BITS = 1.595
-SCALE_BITS = 10.0
-FP8_BITS = 6.5
+HEADER = 700
+"""Bytes of a header, about."""
+TABLES_BYTES = 45
+"""Bytes of the tables of a tensor, or of a role of vectors, beside those of its codes."""
+SCALE_BITS, ROW_SCALE_BITS, RATIO_BITS = 9.3, 10.5, 4.4
+"""Bits of a scale: of a group, of a row, and on the grid of ratios, where rows differ in size by a fifth."""
 FLOAT16_BITS = 13.5
 TABLES: tuple[Storage, ...] = ("fp8/row", "int8/row", "int6/row")
 """What else the tables could be stored as, for comparison."""
 
 
-def compressed_bits(storage: Storage, columns: int) -> float:
-    """Return the bits per value of a tensor with rows of `columns` after compression, its scales not counted.
+def compressed_bits(storage: Storage, columns: int, deviation: float | None = None) -> float:
+    """Return the bits per value of a tensor with rows of `columns` in an artifact, scales and tables not counted.
 
-    Integers: the entropy of a Gaussian in steps of largest / LARGEST, where the largest of n values lies at the
-    quantile 1 - 1 / (2n + 1) of their sizes; the entropy coder adds half a percent (int4: 2).
+    They are the entropy of a Gaussian on the storage's grid, whose scale is the mean size of its values (ternary),
+    `deviation`, or the largest of n values: that lies at the quantile 1 - 1 / (2n + 1) of their sizes.
     """
-    cls = storage_class(storage)
-    if cls in ("float16", "ternary", "fp8"):
-        return {"float16": FLOAT16_BITS, "ternary": TRIT_BITS, "fp8": FP8_BITS}[cls]
-    count = min(group_size(storage, columns), columns)
+    cls, count = storage_class(storage), min(group_size(storage, columns), columns)
     largest = NormalDist().inv_cdf(1 - 0.25 / (count + 0.5))
-    entropy = math.log2(math.sqrt(2 * math.pi * math.e) * LARGEST[cls] / largest)
-    return min((1.02 if cls == "int4" else 1.005) * entropy, BITS[cls])
+    if cls == "float16":
+        return FLOAT16_BITS
+    if cls == "ternary":
+        return gaussian_bits(math.sqrt(2 / math.pi), 1)
+    if cls == "fp8":
+        return _bits([float(a + b) / 2 * largest / LARGEST[cls] for a, b in zip(E4M3, E4M3[1:], strict=False)])
+    return gaussian_bits((deviation or largest) / LARGEST[cls], LARGEST[cls])
+
+
+def gaussian_bits(step: float, largest: int | None = None) -> float:
+    """Return the entropy in bits of a Gaussian of deviation 1, rounded to multiples of `step` up to `largest`."""
+    return _bits([(code + 0.5) * step for code in range(largest or int(9 / step) + 2)])
+
+
+def _bits(ends: list[float]) -> float:
+    """Return the entropy of a Gaussian in cells of which those from 0 up end at `ends`, and the last one nowhere."""
+    below = [NormalDist().cdf(end) for end in ends]
+    shares = [2 * below[0] - 1, *(2 * [high - low for low, high in zip(below, [*below[1:], 1.0], strict=True)])]
+    return -sum(share * math.log2(share) for share in shares if share > 0)
 
 
 def predicted_bytes(model: ModelConfig) -> int:
     """Return the bytes of the artifact of a trained `model`, without code."""
-    bits = 0.0
     table = param_table(model)
+    bits = 8.0 * (HEADER + 4 * lanes(values_in(table)) + TABLES_BYTES * len(together(table)))
     for name, row in table.items():
-        scales = SCALE_BITS * math.prod(scales_shape(row.storage, row.shape) or (0,))
-        part = math.prod(row.shape) * compressed_bits(row.storage, row.shape[-1]) + scales
+        part = row.size * compressed_bits(row.storage, row.shape[-1], row.deviation)
+        if scales := scales_shape(row.storage, row.shape):
+            each = RATIO_BITS if by_ratios(row.storage) else ROW_SCALE_BITS if scales[1] == 1 else SCALE_BITS
+            levels = 2 * LARGEST[storage_class(row.storage)] if row.deviation is None else 9 * row.deviation
+            part += each * math.prod(scales) + 8 * min(levels, 255)
         shares = model.engram.keep if name == "engram.table" and model.engram.keep else (1.0,)
-        bits += part * sum(shares) / len(shares)  # a pruned row is all zeros, which compress to almost nothing
-    return round(bits / 8) + HEADER + HEADER_PER_TENSOR * len(table)
+        bits += part * sum(shares) / len(shares)  # a pruned row is all zeros, and those are a class of their own
+    return round(bits / 8)
 
 
 def with_tables(model: ModelConfig) -> dict[Storage, int]:
     """Return the predicted bytes for each storage in TABLES of what embedding.storage stores."""
-    return {storage: predicted_bytes(changed(model, {"embedding.storage": storage})) for storage in TABLES}
+    drop = {"deviations.table": None}
+    changes = {storage: {"embedding.storage": storage} | ({} if gridded(storage) else drop) for storage in TABLES}
+    return {storage: predicted_bytes(changed(model, change)) for storage, change in changes.items()}

@@ -1,132 +1,153 @@
-"""How tensors become the bytes of an artifact's streams, and back: docs/artifact.md, "Streams".
+"""How tensors become the payload of an artifact, and back: docs/artifact.md, "Payload".
 
-One stream holds one part of all tensors of one storage class, in table order. Packing is lossless and canonical: the
-reader refuses bytes that the writer would not make.
+Packing is lossless and canonical: what is coded follows from the tensors alone, and the reader refuses anything else.
 """
 
 import math
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-import brotli
 import numpy as np
 
+from core.export.coder import (
+    FRACTION,
+    TABLE_HEAD,
+    TOTAL,
+    CodecError,
+    Decoder,
+    Run,
+    SymbolTable,
+    encode,
+    fitted,
+    lanes,
+    table_of,
+)
+from core.export.symbols import codes_of, halves_of, scales_of_halves, symbols_of, top_of
 from core.model.params import Param
-from core.model.storage import KINDS, LARGEST, SCALE_FLOOR, Kind, Stored, scales_shape, storage_class
+from core.model.storage import (
+    LARGEST,
+    SCALE_FLOOR,
+    Stored,
+    scales_shape,
+    storage_class,
+)
 
-STREAMS = ("float16", "scales", "ternary", "int4", "int6 high", "int6 low", "int8", "fp8")
-PATIENT = ("float16", "scales")
-"""Streams that gain by brotli's best quality, 11, up to PATIENT_BYTES; all else is at 5 (measured: docs/log.md)."""
-PATIENT_BYTES = 2 << 20
-WINDOWS = (16, 24)
-"""Smallest and largest brotli window, as logarithm of its bytes, that a writer asks for and a reader takes."""
-TRIT_PLACES = np.array([1, 3, 9, 27, 81], np.uint8)
+ONE, ROWS, COLUMNS = range(3)
+"""What a matrix has classes of: nothing, its rows, or its columns; each class has a table of its own."""
+MOST_CLASSES = 16
+CLASSED = 2048
+"""Values from which on classes are tried: the tables of a smaller matrix cost more than they save."""
+TOGETHER = 1 << 14
+"""Values up to which float16 tensors of one role, in all layers, have their tables together."""
+MOST_SHIFT = 8
+CHUNK = 1 << 17
+"""Codes that are counted at a time, so that counting takes little memory."""
 Table = dict[str, Param]
-Arrays = dict[str, np.ndarray]
 
 
-class CodecError(ValueError):
-    """A stream or a tensor cannot be packed or unpacked: `field` is its name, the message what is wrong."""
+class Plan(NamedTuple):
+    """How one part of a tensor is coded."""
 
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}")
-        self.field, self.problem = field, problem
-
-
-def stream_sizes(table: Table) -> dict[str, int]:
-    """Return the bytes of every stream that a model of `table` has, before compression."""
-    values = dict.fromkeys(KINDS, 0)
-    scales = 0
-    for row in table.values():
-        values[storage_class(row.storage)] += math.prod(row.shape)
-        scales += math.prod(scales_shape(row.storage, row.shape) or (0,))
-    sizes = {
-        "float16": 2 * values["float16"],
-        "scales": 2 * scales,
-        "ternary": -(-values["ternary"] // 5),
-        "int4": -(-values["int4"] // 2),
-        "int6 high": -(-values["int6"] // 2),
-        "int6 low": -(-values["int6"] // 4),
-        "int8": values["int8"],
-        "fp8": values["fp8"],
-    }
-    return {name: sizes[name] for name in STREAMS if sizes[name]}
+    data: bytes
+    """As the artifact keeps it."""
+    bits: int
+    """What the part takes, plan and symbols, in 2^-FRACTION bits."""
+    tables: list[SymbolTable]
+    """In the order of the runs."""
+    axis: int
+    classes: np.ndarray | None
+    """(lines,) uint8: the class of every row or column; None: one table."""
 
 
-def pack(stored: dict[str, Stored], table: Table) -> dict[str, bytes]:
-    """Return the streams of a model's tensors; CodecError names a tensor that its storage class cannot hold."""
-    parts: dict[Kind, list[np.ndarray]] = {name: [] for name in KINDS}
-    scales = []
+class Size(NamedTuple):
+    """What a tensor takes of an artifact."""
+
+    bits: float
+    """Of codes, scales and tables, beside the lanes' states."""
+    entropy: float | None
+    """Bits a code, by how often each of its codes is there; None for float16."""
+
+
+def values_in(table: Table) -> int:
+    """Return how many codes and scales a model of `table` has."""
+    return sum(row.size + math.prod(scales_shape(row.storage, row.shape) or (0,)) for row in table.values())
+
+
+def pack(stored: dict[str, Stored], table: Table) -> bytes:
+    """Return the payload of a model's tensors; CodecError names a tensor that its storage class cannot hold."""
     for name, row in table.items():
-        _check_tensor(name, row, stored[name])
-        parts[storage_class(row.storage)].append(stored[name].codes.ravel())
-        if (part := stored[name].scales) is not None:
-            scales.append(part.ravel())
-    streams: dict[str, bytes] = {}
-    for name, codes in parts.items():
-        if codes:
-            joined = np.concatenate(codes)
-            streams |= {"float16": _planes(joined)} if name == "float16" else _pack_codes(name, joined)
-    if scales:
-        streams["scales"] = _planes(np.concatenate(scales))
-    return {name: streams[name] for name in STREAMS if name in streams}
+        check_tensor(name, row, stored[name])
+    return pack_unchecked(stored, table)
 
 
-def unpack(streams: dict[str, bytes], table: Table) -> dict[str, Stored]:
-    """Return the tensors of streams whose sizes are those of `stream_sizes`; CodecError names what is wrong."""
-    counts = dict.fromkeys(KINDS, 0)
-    for row in table.values():
-        counts[storage_class(row.storage)] += math.prod(row.shape)
-    codes = {name: _unpack_codes(name, streams, counts[name]) for name in KINDS if counts[name]}
-    scales = _from_planes("scales", streams.get("scales", b""))
-    if not (np.isfinite(scales).all() and (scales >= SCALE_FLOOR).all()):
-        raise CodecError("scales", f"expected finite numbers from {SCALE_FLOOR} up")
-    at = dict.fromkeys(KINDS, 0)
-    first, out = 0, {}
-    for name, row in table.items():
-        cls, size, shape = storage_class(row.storage), math.prod(row.shape), scales_shape(row.storage, row.shape)
-        part = codes[cls][at[cls] : at[cls] + size].reshape(row.shape)
-        at[cls] += size
-        if shape is None:
-            out[name] = Stored(part, None)
+def pack_unchecked(stored: dict[str, Stored], table: Table) -> bytes:
+    """Do what `pack` does with tensors that are known to fit."""
+    plans, runs = b"", []
+    for names in together(table):
+        for plan, part in planned(names, stored, table):
+            plans += plan.data
+            runs += part
+    return len(plans).to_bytes(4, "little") + plans + encode(runs, lanes(values_in(table)))
+
+
+def sizes(stored: dict[str, Stored], table: Table) -> dict[str, Size]:
+    """Return what each tensor takes; tensors that are coded together share by their values."""
+    out = {}
+    for names in together(table):
+        bits = sum(plan.bits for plan, _ in planned(names, stored, table)) / (1 << FRACTION)
+        values = sum(table[name].size for name in names)
+        for name in names:
+            cls, entropy = storage_class(table[name].storage), None
+            if cls != "float16":
+                share = np.bincount(symbols_of(cls, stored[name].codes).ravel()) / table[name].size
+                entropy = float(-(share * np.log2(share, where=share > 0, out=np.zeros_like(share))).sum())
+            out[name] = Size(bits * table[name].size / values, entropy)
+    return {name: out[name] for name in table}
+
+
+def unpack(payload: memoryview, table: Table) -> dict[str, Stored]:
+    """Return the tensors of a payload; CodecError names what is wrong."""
+    length = int.from_bytes(payload[:4], "little")
+    reader = PlanReader(payload[4 : 4 + length])
+    if len(payload) < 4 + length:
+        raise CodecError("payload", f"tables of {length} bytes in {len(payload)}")
+    decoder = Decoder(payload[4 + length :], lanes(values_in(table)))
+    out = {}
+    for names in together(table):
+        name, row = names[0], table[names[0]]
+        groups = scales_shape(row.storage, row.shape)
+        if groups is None:
+            counts = [table[name].size for name in names]
+            values = _read_halves(name, reader, decoder, (1, sum(counts))).view(np.float16).ravel()
+            if not np.isfinite(values).all():
+                raise CodecError(name, "has a value that is not finite")
+            for name, part in zip(names, np.split(values, np.cumsum(counts)[:-1]), strict=True):
+                out[name] = Stored(part.reshape(table[name].shape), None)
         else:
-            last = first + math.prod(shape)
-            out[name] = Stored(part, scales[first:last].reshape(shape))
-            first = last
-    return out
+            cls, (rows, columns) = storage_class(row.storage), row.shape
+            codes = codes_of(name, cls, _read_matrix(name, reader, decoder, (rows, columns), top_of(cls)))
+            scales = scales_of_halves(_read_halves(f"{name}: scales", reader, decoder, groups), row.storage)
+            if not (np.isfinite(scales).all() and (scales >= SCALE_FLOOR).all()):
+                raise CodecError(name, f"its scales: expected finite numbers from {SCALE_FLOOR} up")
+            out[name] = Stored(codes, scales)
+    if reader.rest():
+        raise CodecError("payload", "tables are left over")
+    decoder.close()
+    return {name: out[name] for name in table}
 
 
-def compress(name: str, raw: bytes) -> bytes:
-    """Return the brotli stream of a stream's bytes."""
-    low, high = WINDOWS
-    window = min(high, max(low, (len(raw) - 1).bit_length()))
-    quality = 11 if name in PATIENT and len(raw) <= PATIENT_BYTES else 5
-    return brotli.compress(raw, quality=quality, lgwin=window)
+def together(table: Table) -> list[list[str]]:
+    """Return the tensors in the order in which they are coded; those of one list have their tables in common."""
+    groups: dict[str, list[str]] = {}
+    for name, row in table.items():
+        small = row.storage == "float16" and row.size <= TOGETHER
+        groups.setdefault(re.sub("[0-9]+", "*", name) if small else name, []).append(name)
+    return list(groups.values())
 
 
-def window_bits(payload: bytes | memoryview) -> int:
-    """Return the logarithm of the window that a brotli stream declares in its first bits (RFC 7932, 9.1); 0: none."""
-    first = payload[0] if len(payload) else 0x11
-    if not first & 1:
-        return 16
-    if first >> 1 & 7:
-        return 17 + (first >> 1 & 7)
-    return {0: 17, 1: 0}.get(first >> 4 & 7, 8 + (first >> 4 & 7))
-
-
-def inflate(name: str, payload: bytes | memoryview, size: int) -> bytes:
-    """Return the `size` bytes of a brotli stream, stopping one buffer past them whatever it holds."""
-    if not WINDOWS[0] <= window_bits(payload) <= WINDOWS[1]:
-        raise CodecError(name, f"a brotli window of 2^{window_bits(payload)} bytes; expected 2^16 to 2^24")
-    decoder = brotli.Decompressor()
-    try:
-        raw = decoder.process(payload, output_buffer_limit=size + 1)
-    except brotli.error:
-        raise CodecError(name, "not one whole brotli stream") from None
-    if len(raw) != size or not decoder.is_finished():
-        raise CodecError(name, f"it does not hold the {size} bytes that the model's table says")
-    return raw
-
-
-def _check_tensor(name: str, row: Param, stored: Stored) -> None:
+def check_tensor(name: str, row: Param, stored: Stored) -> None:
+    """Raise CodecError for a tensor that its storage class cannot hold."""
     codes, scales, expected = stored.codes, stored.scales, scales_shape(row.storage, row.shape)
     cls = storage_class(row.storage)
     dtype = {"float16": np.float16, "fp8": np.float32}.get(cls, np.int8)
@@ -140,98 +161,192 @@ def _check_tensor(name: str, row: Param, stored: Stored) -> None:
         raise CodecError(name, "has a value that is not finite, or beyond float16's largest, 65504")
     if scales is not None and not (np.isfinite(scales).all() and (scales >= SCALE_FLOOR).all()):
         raise CodecError(name, "has a weight that is not finite, or too large for a float16 scale")
+    if scales is not None and not np.array_equal(scales_of_halves(halves_of(scales, row.storage), row.storage), scales):
+        raise CodecError(name, f"has a scale that is not on the grid of {row.storage}")
     if cls != "float16" and not (np.abs(codes.astype(np.float32)) <= LARGEST[cls]).all():
         raise CodecError(name, f"has a code beyond {LARGEST[cls]}, the largest of {cls}")
 
 
-def _pack_codes(cls: Kind, codes: np.ndarray) -> dict[str, bytes]:
-    if cls == "fp8":
-        return {"fp8": _e4m3_bytes(codes).tobytes()}
-    unsigned = (codes + np.int8(LARGEST[cls])).view(np.uint8)
-    if cls == "ternary":
-        return {"ternary": (_rows_of(unsigned, 5) @ TRIT_PLACES).tobytes()}
-    if cls == "int4":
-        return {"int4": _nibbles(unsigned)}
-    if cls == "int6":
-        low = _rows_of(unsigned & 3, 4)
-        quarters = low[:, 0] | low[:, 1] << 2 | low[:, 2] << 4 | low[:, 3] << 6
-        return {"int6 high": _nibbles(unsigned >> 2), "int6 low": quarters.tobytes()}
-    return {"int8": unsigned.tobytes()}
+# Plans: what the writer chooses, and the reader holds a file to.
 
 
-def _unpack_codes(cls: Kind, streams: dict[str, bytes], count: int) -> np.ndarray:
-    if cls == "float16":
-        values = _from_planes(cls, streams[cls])
-        if not np.isfinite(values).all():
-            raise CodecError(cls, "has a value that is not finite")
-        return values
-    if cls == "int6":
-        low = np.frombuffer(streams["int6 low"], np.uint8)[:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3
-        high = _cut("int6 high", _from_nibbles(streams["int6 high"]), count)
-        unsigned = high << 2 | _cut("int6 low", low.ravel(), count)
+def planned(names: list[str], stored: dict[str, Stored], table: Table) -> Iterator[tuple[Plan, list[Run]]]:
+    """Yield plan and runs of what is coded of tensors that have their tables in common: codes, then scales."""
+    codes, scales = stored[names[0]]
+    if scales is None:
+        values = np.concatenate([stored[name].codes.ravel() for name in names]).view(np.uint16)[None]
     else:
-        packed = np.frombuffer(streams[cls], np.uint8)
-        if cls == "fp8":
-            values = E4M3[packed]
-            if not np.isfinite(values).all():
-                raise CodecError(cls, "has a value that is not a number")
-            return values
-        if cls == "ternary" and packed.max(initial=0) >= 3**5:
-            raise CodecError(cls, "has a byte above 242, which five trits cannot make")
-        if cls == "ternary":
-            unsigned = _cut(cls, (packed[:, None] // TRIT_PLACES % np.uint8(3)).ravel(), count)
-        else:
-            unsigned = _cut(cls, _from_nibbles(streams[cls]), count) if cls == "int4" else packed
-    if unsigned.max(initial=0) > 2 * LARGEST[cls]:
-        raise CodecError(cls, f"has a code beyond {LARGEST[cls]}")
-    return unsigned.view(np.int8) - np.int8(LARGEST[cls])
+        cls = storage_class(table[names[0]].storage)
+        symbols = symbols_of(cls, codes)
+        plan = matrix_plan(symbols, top_of(cls))
+        yield plan, _matrix_runs(symbols, plan)
+        values = halves_of(scales, table[names[0]].storage)
+    plan = halves_plan(values)
+    shift, base = plan.data[0], int.from_bytes(plan.data[1:3], "little")
+    runs = _matrix_runs(((values >> shift) - base).astype(np.uint8), plan)
+    yield plan, runs + [Run((values & (1 << shift) - 1).ravel().astype(np.uint8), plan.tables[-1])] * (shift > 0)
 
 
-def _planes(values: np.ndarray) -> bytes:
-    """Return float16 values as all their low bytes, then all their high bytes: brotli finds more (docs/log.md)."""
-    return np.ascontiguousarray(values, "<f2").view(np.uint8).reshape(-1, 2).T.tobytes()
+def halves_plan(values: np.ndarray) -> Plan:
+    """Return the cheapest split of (rows, groups) numbers of 16 bits into a high part, at most 256, and a low one.
+
+    A float16 number's bits grow with its size: the high part is its order of magnitude, the low one nearly noise.
+    """
+    low, high, splits = int(values.min()), int(values.max()), []
+    start = low >> MOST_SHIFT << MOST_SHIFT
+    size = ((high >> MOST_SHIFT) + 1 << MOST_SHIFT) - start
+    counts = np.bincount((values - np.uint16(start)).ravel(), minlength=size)
+    for shift in range(0, MOST_SHIFT + 1, 2):
+        base = low >> shift
+        if (high >> shift) - base < 256:
+            split = counts.reshape(-1, 1 << shift)
+            parts = [fitted(split.sum(1)[base - (start >> shift) :]), *([fitted(split.sum(0))] if shift else [])]
+            splits.append((sum(cost for _, cost in parts), shift, base, parts[1:]))
+    _, shift, base, rest = min(splits, key=lambda split: split[0])
+    plan = matrix_plan(((values >> shift) - base).astype(np.uint8), (high >> shift) - base, _by_mean)
+    data = bytes([shift]) + base.to_bytes(2, "little") + plan.data + b"".join(table.data for table, _ in rest)
+    bits = (3 * 8 << FRACTION) + plan.bits + sum(cost for _, cost in rest)
+    return plan._replace(data=data, bits=bits, tables=plan.tables + [table for table, _ in rest])
 
 
-def _from_planes(name: str, raw: bytes) -> np.ndarray:
-    return np.frombuffer(np.frombuffer(raw, np.uint8).reshape(2, -1).T.tobytes(), "<f2").astype(np.float16)
+def matrix_plan(symbols: np.ndarray, top: int, classes: Callable[[np.ndarray, int], np.ndarray] | None = None) -> Plan:
+    """Return the cheapest plan of (rows, columns) symbols up to `top`: one table, or one for each class of lines.
+
+    Lines are classed by their sum of squares, or by `classes`.
+    """
+    plans = [_plan_along(symbols, ONE, top, None)]
+    if symbols.size >= CLASSED and plans[0].tables[0].frequencies.max() < TOTAL:  # else it is as short as can be
+        for axis in ROWS, COLUMNS:
+            lines = _lines(symbols, axis)
+            plans.append(_plan_along(lines, axis, top, (classes or _by_squares)(lines, top)))
+    return min(plans, key=lambda plan: plan.bits)
 
 
-def _rows_of(values: np.ndarray, width: int) -> np.ndarray:
-    """Return values as rows of `width`, the last one filled with zeros."""
-    return np.pad(values, (0, -len(values) % width)).reshape(-1, width)
+def _plan_along(lines: np.ndarray, axis: int, top: int, classes: np.ndarray | None) -> Plan:
+    own = np.zeros(len(lines), np.uint8) if classes is None else classes
+    counts = np.zeros((int(own.max()) + 1, top + 1), np.int64)
+    for part, some in zip(_chunks(lines), _chunks(own, lines.shape[1]), strict=True):
+        places = some[:, None] * np.int64(top + 1) + part
+        counts += np.bincount(places.ravel(), minlength=counts.size).reshape(counts.shape)
+    fits = [fitted(row) for row in counts]
+    data, bits = bytes([axis]), 8 << FRACTION
+    if classes is not None:
+        fits.insert(0, fitted(np.bincount(classes)))
+        data, bits = bytes([axis, len(counts)]), 16 << FRACTION
+    data += b"".join(table.data for table, _ in fits)
+    return Plan(data, bits + sum(cost for _, cost in fits), [table for table, _ in fits], axis, classes)
 
 
-def _cut(name: str, values: np.ndarray, count: int) -> np.ndarray:
-    """Return the first `count` values; what the writer filled the last byte with must be zeros."""
-    if values[count:].any():
-        raise CodecError(name, "its padding is not zero")
-    return values[:count]
+def _by_squares(lines: np.ndarray, top: int) -> np.ndarray:
+    """Return the class of every line by its sum of squares, in steps of half an octave; lines of zeros are the first.
+
+    Powers of two and one product: the same on every machine.
+    """
+    squares = np.concatenate([(((part.astype(np.int64) * 2) - top) ** 2).sum(1) for part in _chunks(lines)])
+    mantissa, exponent = np.frexp(squares.astype(np.float64))
+    size = 2 * exponent + (mantissa * mantissa >= 0.5)
+    size = np.where(squares > 0, np.maximum(size, size.max() - (MOST_CLASSES - 2)), 0)
+    return np.unique(size, return_inverse=True)[1].astype(np.uint8)
 
 
-def _nibbles(values: np.ndarray) -> bytes:
-    pairs = _rows_of(values, 2)
-    return (pairs[:, 0] | pairs[:, 1] << 4).tobytes()
+def _by_mean(lines: np.ndarray, top: int) -> np.ndarray:
+    """Return the class of every line by its sum, in equal steps from the least to the largest."""
+    sums = np.concatenate([part.sum(1, dtype=np.int64) for part in _chunks(lines)])
+    sums -= sums.min()
+    return np.unique(sums * MOST_CLASSES // (sums.max() + 1), return_inverse=True)[1].astype(np.uint8)
 
 
-def _from_nibbles(raw: bytes) -> np.ndarray:
-    packed = np.frombuffer(raw, np.uint8)
-    return np.stack([packed & 15, packed >> 4], 1).ravel()
+def _lines(symbols: np.ndarray, axis: int) -> np.ndarray:
+    return np.ascontiguousarray(symbols.T) if axis == COLUMNS else symbols
 
 
-def _e4m3_table() -> np.ndarray:
-    """Return the float32 value of every e4m3 byte: sign, 4 bits of exponent, 3 of mantissa; 0x7f and 0xff are NaN."""
-    code = np.arange(128)
-    exponent, mantissa = code >> 3, code & 7
-    values = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    values[127] = np.nan
-    return np.concatenate([values, -values]).astype(np.float32)
+def _chunks(lines: np.ndarray, width: int | None = None) -> Iterator[np.ndarray]:
+    """Yield some lines at a time, of about CHUNK values of `width` a line together."""
+    step = max(1, CHUNK // (width or lines.shape[1]))
+    return (lines[at : at + step] for at in range(0, len(lines), step))
 
 
-E4M3 = _e4m3_table()
+def _matrix_runs(symbols: np.ndarray, plan: Plan) -> list[Run]:
+    if plan.classes is None:
+        return [Run(symbols.ravel(), plan.tables[0])]
+    lines = _lines(symbols, plan.axis)
+    own = [lines[plan.classes == number].ravel() for number in range(int(plan.classes.max()) + 1)]
+    return [Run(part, table) for part, table in zip([plan.classes, *own], plan.tables, strict=False)]
 
 
-def _e4m3_bytes(values: np.ndarray) -> np.ndarray:
-    codes = np.searchsorted(E4M3[:127], np.abs(values)).astype(np.uint8)
-    if not np.array_equal(E4M3[codes], np.abs(values)):
-        raise CodecError("fp8", "has a code that is not an e4m3 value")
-    return codes | np.signbit(values).astype(np.uint8) << 7
+# Reading.
+
+
+class PlanReader:
+    """Takes the plans of a payload, byte by byte."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._at = bytes(data), 0
+
+    @property
+    def at(self) -> int:
+        return self._at
+
+    def since(self, at: int) -> bytes:
+        return self._data[at : self._at]
+
+    def rest(self) -> int:
+        return len(self._data) - self._at
+
+    def take(self, count: int) -> bytes:
+        if count > self.rest():
+            raise CodecError("payload", "its tables end early")
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def number(self, field: str, most: int) -> int:
+        (value,) = self.take(1)
+        if value > most:
+            raise CodecError(field, f"{value} in its tables, expected at most {most}")
+        return value
+
+    def table(self, field: str, top: int) -> SymbolTable:
+        """Return the next table, of symbols up to `top`."""
+        kind, first, last = head = self.take(TABLE_HEAD)
+        if kind > 1 or not first <= last <= top:
+            raise CodecError(field, f"a table of kind {kind} from {first} to {last}, expected 0 or 1 and up to {top}")
+        levels = self.take(last - first + 1) if kind else b""
+        if kind and not any(levels):
+            raise CodecError(field, "a table without a symbol")
+        return table_of(head + levels)
+
+
+def _read_halves(field: str, reader: PlanReader, decoder: Decoder, shape: tuple[int, int]) -> np.ndarray:
+    """Return (rows, groups) numbers of 16 bits."""
+    at = reader.at
+    shift = reader.number(field, MOST_SHIFT)
+    base = int.from_bytes(reader.take(2), "little")
+    values = _take_matrix(field, reader, decoder, shape, 255).astype(np.uint16) + np.uint16(base) << np.uint16(shift)
+    if shift:
+        values |= decoder.take(reader.table(field, (1 << shift) - 1), values.size).reshape(shape)
+    if halves_plan(values).data != reader.since(at):
+        raise CodecError(field, "other tables or classes than the writer's")
+    return values
+
+
+def _read_matrix(field: str, reader: PlanReader, decoder: Decoder, shape: tuple[int, int], top: int) -> np.ndarray:
+    """Return (rows, columns) symbols."""
+    at = reader.at
+    symbols = _take_matrix(field, reader, decoder, shape, top)
+    if matrix_plan(symbols, top).data != reader.since(at):
+        raise CodecError(field, "other tables or classes than the writer's")
+    return symbols
+
+
+def _take_matrix(field: str, reader: PlanReader, decoder: Decoder, shape: tuple[int, int], top: int) -> np.ndarray:
+    axis = reader.number(field, COLUMNS)
+    if axis == ONE:
+        return decoder.take(reader.table(field, top), math.prod(shape)).reshape(shape)
+    count = reader.number(field, MOST_CLASSES)
+    lines = np.empty(shape if axis == ROWS else shape[::-1], np.uint8)
+    classes = decoder.take(reader.table(field, count - 1), len(lines))
+    for number in range(count):
+        own = np.flatnonzero(classes == number)
+        size = len(own), lines.shape[1]
+        lines[own] = decoder.take(reader.table(field, top), math.prod(size)).reshape(size)
+    return _lines(lines, axis)

@@ -10,6 +10,7 @@ from core.model import trunk
 from core.model.attention import Attention
 from core.model.bank import Bank
 from core.model.bigram import Bigram
+from core.model.deviations import Deviations
 from core.model.embedding import Embedding
 from core.model.engram import Engram
 from core.model.experts import Experts
@@ -81,6 +82,7 @@ class ModelConfig:
     repeat_blend: bool = False
     """A repeat puts out g times what it computes and 1 - g times what it was given, g learned (starts at 1/2)."""
 
+    deviations: Deviations = field(default_factory=Deviations)
     embedding: Embedding = field(default_factory=Embedding)
     smear: Smear = field(default_factory=Smear)
     bigram: Bigram = field(default_factory=Bigram)
@@ -109,6 +111,7 @@ class ModelConfig:
         require(self.norm_eps > 0, f"model.norm_eps={self.norm_eps}: expected a positive number")
         used, given = self.matrix_init != "orthogonal" or self.matrix_std == ModelConfig.matrix_std, self.matrix_std
         require(used, f"model.matrix_std={given}: orthogonal matrices have no use for it; leave it out")
+        self.deviations.check(self)
         for part in self.parts.values():
             part.check(self)
         self._check_trunk()

@@ -25,11 +25,11 @@ class Embedding(Part):
 
     def rows(self, model: Model) -> Rows:
         """Return the parameters, by their whole names."""
-        width, stored = self.dim or model.dim, self.storage
-        rows = {"embed.weight": Param((model.vocab, width), Init("normal", self.std), "embed", stored)}
+        width, stored = self.dim or model.dim, {"storage": self.storage, "deviation": model.deviations.table}
+        rows = {"embed.weight": Param((model.vocab, width), Init("normal", self.std), "embed", **stored)}
         if self.dim is not None:
-            rows["embed_up.weight"] = matrix(model, model.dim, width, storage=stored)
-            rows["embed_down.weight"] = matrix(model, width, model.dim, storage=stored)
+            rows["embed_up.weight"] = matrix(model, model.dim, width, **stored)
+            rows["embed_down.weight"] = matrix(model, width, model.dim, **stored)
         return rows
 
     def flops(self, model: Model, seq: int) -> int:

@@ -22,7 +22,9 @@ class MLP(Part):
 
     def rows(self, model: Model) -> Rows:
         """Return the parameters of one layer."""
-        return {"up.weight": matrix(model, self.hidden, model.dim), **output(model, "down", self.hidden)}
+        k = model.deviations.mlp
+        up = matrix(model, self.hidden, model.dim, deviation=k)
+        return {"up.weight": up, **output(model, "down", self.hidden, deviation=k)}
 
     def values(self, model: Model, seq: int, scores: bool) -> int:
         """Return about how many numbers of one token the backward pass needs again."""

@@ -65,7 +65,7 @@ def _start(row: Param, seed: int, name: str) -> np.ndarray:
 
 
 class ParamBank(NamedTuple):
-    """Parameters of one optimizer group and storage that lie together: what is done to one can be done to all at once.
+    """Parameters of one group and rule of storage that lie together: what is done to one can be done to all at once.
 
     Of equal shapes they make a stack; vectors, of any shapes, lie in one row.
     """
@@ -76,6 +76,7 @@ class ParamBank(NamedTuple):
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     scaffold: bool = False
+    deviation: float | None = None
     slices: int = 1
 
     @property
@@ -92,16 +93,17 @@ def banks(config: ModelConfig, owner: dict[str, int] | None = None, scaffolding:
     """
     table, members = param_table(config) | (scaffolding or {}), {}
     for name, row in table.items():
-        key = row.group, row.storage, row.shape if row.group != "vector" else None, row.scaffold, row.slices
+        shape = row.shape if row.group != "vector" else None
+        key = row.group, row.storage, shape, row.scaffold, row.deviation, row.slices
         members.setdefault(key, []).append(name)
     stacks = []
-    for (group, storage, shape, scaffold, slices), names in members.items():
+    for (group, storage, shape, *others), names in members.items():
         if shape is None:  # so that each begins at a multiple of the power of two in its size, as devices like it
             names.sort(key=lambda name: -(table[name].size & -table[name].size))
         elif owner is not None:
             names.sort(key=lambda name: owner.get(name, 0))
         shapes = tuple(table[name].shape for name in names)
-        stacks.append(ParamBank(group, storage, shape is not None, tuple(names), shapes, scaffold, slices))
+        stacks.append(ParamBank(group, storage, shape is not None, tuple(names), shapes, *others))
     return stacks
 
 

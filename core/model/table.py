@@ -36,6 +36,8 @@ class Param(NamedTuple):
     init: Init
     group: Group
     storage: Storage = "float16"
+    deviation: float | None = None
+    """How many standard deviations of a group the largest code stands for; None: the group's largest weight."""
     scaffold: bool = False
     """Whether it stands while training only (core/engine/scaffolding.py)."""
     slices: int = 1
@@ -45,6 +47,11 @@ class Param(NamedTuple):
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    @property
+    def rule(self) -> str:
+        """How it is stored, in words."""
+        return self.storage + (f" by {self.deviation:g} deviations" if self.deviation else "")
 
 
 Rows = dict[str, Param]
@@ -91,7 +98,8 @@ def matrix(model: Model, out: int, into: int, **other: Any) -> Param:
     """Return the row of a linear layer, a weight (out, in)."""
     scales = {"normal": model.matrix_std, "uniform": into**-0.5, "orthogonal": 1.0}
     drawn = Init(model.matrix_init, scales[model.matrix_init])
-    return Param((out, into), drawn, "matrix", model.matrix_storage)._replace(**other)
+    row = Param((out, into), drawn, "matrix", model.matrix_storage, model.deviations.attention)
+    return row._replace(**other)
 
 
 def vector(*shape: int, init: Init | float = 0.0) -> Param:
@@ -99,9 +107,9 @@ def vector(*shape: int, init: Init | float = 0.0) -> Param:
     return Param(shape, init if isinstance(init, Init) else Init("constant", init), "vector")
 
 
-def output(model: Model, name: str, into: int) -> Rows:
+def output(model: Model, name: str, into: int, **other: Any) -> Rows:
     """Return the rows of a projection back to the stream, which starts at 0, and of the gain of the norm before it."""
-    rows = {f"{name}.weight": matrix(model, model.dim, into, init=Init("constant", 0.0))}
+    rows = {f"{name}.weight": matrix(model, model.dim, into, init=Init("constant", 0.0), **other)}
     return rows | ({f"{name}.gain": vector(into, init=1.0)} if model.output_norm == "gain" else {})
 
 

@@ -36,8 +36,9 @@ class ValueEmbed(Part):
 
     def rows(self, model: Model) -> Rows:
         """Return the parameters. None starts at 0: the output projection of attention does."""
+        stored = model.embedding.storage, model.deviations.table
         return {
-            "table": Param((model.vocab, self.dim), Init("normal", 0.01), "embed", model.embedding.storage),
+            "table": Param((model.vocab, self.dim), Init("normal", 0.01), "embed", *stored),
             "proj.weight": matrix(model, self.width(model), self.dim),
             "scale": vector(1, init=0.1),
             "gains": vector(len(self.layers), init=1.0),

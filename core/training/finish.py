@@ -1,5 +1,6 @@
 """What ends a run: the artifact, its score as its reader returns it, that of the weights in memory, the report."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from core.scoring.key import evaluation_key
 from core.scoring.ledger import Ledger
 from core.scoring.plugins import load_plugins
 from core.scoring.score import Score, score
+from core.training.calibrate import moments_of
 from core.training.loop import write_samples
 from core.training.report import write_run_report
+from core.training.rounding import Codes, chosen_codes
 from core.training.run import Run
 
 
@@ -40,7 +43,7 @@ def finish(
     target, exact = path or run.artifact_path, engine.quantise
     if config.train.quantise != "never" and not exact:
         say(f"WARNING: train.quantise={config.train.quantise} never switched on: weights are rounded only now")
-    size, decoded = _store(run, engine, dataset, step, target)
+    size, decoded, plain = _store(run, engine, dataset, step, target, say)
     once = agree(ranks, same_bits(decoded, engine.weights()))
     scored = None
     if once:
@@ -49,6 +52,7 @@ def finish(
         say("the artifact's weights are not those in memory: each get a score of their own")
         scored = judge("scoring", "score.ledger")
         say(f"{describe(scored)} (weights in memory)")
+    costs = {} if plain is None else {"rounding": _costs(engine, dataset, config, plain, decoded, say)}
     engine.load_params(decoded)
     stored = judge("scoring the artifact", "artifact.ledger")
     scored = scored or stored
@@ -59,7 +63,7 @@ def finish(
     verdict = "within" if size <= allowed else "OVER"
     say(f"artifact {size:,} bytes, {verdict} the {allowed:,} that are left of the budget beside the code")
     exported = {"score": stored.to_json(), "gap": gap, "bytes": size, "allowed": allowed, "within": size <= allowed}
-    exported |= {"exact": exact, "once": once}
+    exported |= {"exact": exact, "once": once, **costs}
     value = {"run": str(run.path), "step": step, "score": scored.to_json()}
     value["artifact"] = {"path": str(target), **exported}
     if path is not None:
@@ -85,24 +89,63 @@ def finish(
     return {**value, "samples": texts, "files": [str(file) for file in written]}
 
 
-def _store(run: Run, engine: Engine, dataset: Dataset, step: int, target: Path) -> tuple[int, Arrays]:
-    """Write the artifact and return its bytes and what its reader returns; PromiseError."""
+def _store(
+    run: Run, engine: Engine, dataset: Dataset, step: int, target: Path, say: Console
+) -> tuple[int, Arrays, Arrays | None]:
+    """Write the artifact and return its bytes, what its reader returns, and what plain rounding would have stored.
+
+    The last is None where that is what was stored. PromiseError.
+    """
     config, ranks = run.config, engine.ranks
     provenance = {"preset": config.preset, "seed": config.seed, "step": step, "train_seq": config.train.seq}
-    size = only_rank_0(
-        ranks,
-        lambda: write_artifact(
-            target,
+    moments = moments_of(run, engine, dataset, step, say) if config.export.method == "gptq" else {}
+
+    def written(path: Path, codes: Codes) -> int:
+        return write_artifact(
+            path,
             config.model,
-            engine.quantised(),
+            codes.stored,
             tokenizer_sha256=dataset.tokenizer.sha256,
-            provenance=provenance,
-        ),
-    )
+            provenance=provenance | codes.provenance,
+        )
+
+    def chosen() -> Codes:
+        trial = target.with_suffix(".trial")
+        try:
+            return chosen_codes(engine, config, moments, say, partial(written, trial))
+        finally:
+            trial.unlink(missing_ok=True)
+
+    codes = chosen() if ranks.rank == 0 else None
+    size = only_rank_0(ranks, lambda: written(target, codes) if codes else None)
     decoded = share_arrays(ranks, read_artifact(target).weights if ranks.rank == 0 else None)
     if engine.quantise:
         check_promise(decoded, engine.weights(), target)
-    return size, decoded
+    elif codes:
+        check_promise(decoded, codes.weights(config), target)
+    plain = share_arrays(ranks, codes and codes.plain) if config.export.method == "gptq" else None
+    return size, decoded, plain
+
+
+def _costs(
+    engine: Engine, dataset: Dataset, config: RunConfig, plain: Arrays, decoded: Arrays, say: Console
+) -> dict[str, Any]:
+    """Estimate what GPTQ's codes and plainly rounded ones cost in bits per byte, on the same documents.
+
+    The engine has the weights in memory, and is left with others.
+    """
+    evaluation = Evaluation.of(dataset.val, config, config.eval.train_documents)
+    estimates = [score(engine, evaluation, ranks=engine.ranks)]
+    for weights in (decoded, plain):
+        engine.load_params(weights)
+        estimates.append(score(engine, evaluation, ranks=engine.ranks))
+    trained, ours, theirs = (estimate.bpb for estimate in estimates)
+    say(
+        f"codes by {config.export.method} cost {ours - trained:+.6f} bits per byte, plain rounding on the same steps "
+        f"{theirs - trained:+.6f} (estimates, {estimates[0].documents} documents)"
+    )
+    about = {"method": config.export.method, "documents": estimates[0].documents}
+    return {**about, "gap": ours - trained, "plain": theirs - trained}
 
 
 def same_bits(decoded: Arrays, weights: Arrays) -> bool:

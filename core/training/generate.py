@@ -8,10 +8,12 @@ import numpy as np
 from core import rng
 from core.config import RunConfig, require
 from core.data.tokenizer import Tokenizer
-from core.engine.protocol import Engine
+from core.engine.protocol import Engine, step
 
 PROMPTS = ("", "The")
 SAMPLE_TOKENS = 64
+TEMPERATURE = 0.8
+"""Of samples and of text that a model writes for itself."""
 CHUNK = 512
 """Tokens that are read at once, in all rows together."""
 ROWS = 16
@@ -111,6 +113,20 @@ def read_as(tokenizer: Tokenizer, prompt: str) -> str:
     return tokenizer.decode(tokenizer.encode(prompt))
 
 
+def written_rows(engine: Engine, total: int, seq: int, bos: int, seed: int, part: slice) -> np.ndarray:
+    """Let a model write `total` rows of `seq` tokens from a BOS on, and return rows `part` of them, (rows, seq) int32.
+
+    A row goes on after the end of a document. Draws follow from the seed and the place, whoever writes which rows.
+    """
+    tokens = np.full((len(range(total)[part]), seq), bos, np.int32)
+    state = engine.start(len(tokens))
+    for place in range(1, seq):
+        logits, state = step(engine, state, tokens[:, place - 1])
+        draws = rng.uniform(seed, f"calibration/{place}", total)[part]
+        tokens[:, place] = [choose(row, TEMPERATURE, None, draw) for row, draw in zip(logits, draws, strict=True)]
+    return tokens
+
+
 def choose(logits: np.ndarray, temperature: float, top_k: int | None, draw: float) -> int:
     """Return the token that a uniform `draw` in (-1, 1) falls on, among (V,) logits."""
     values = np.asarray(logits, np.float64)
@@ -124,7 +140,7 @@ def choose(logits: np.ndarray, temperature: float, top_k: int | None, draw: floa
 
 def samples(engine: Engine, tokenizer: Tokenizer, config: RunConfig) -> list[str]:
     """Return the texts that are shown during training and in the report, one for each of PROMPTS."""
-    choices = (SAMPLE_TOKENS, 0.8, 40, config.seed, context_limit(config))
+    choices = (SAMPLE_TOKENS, TEMPERATURE, 40, config.seed, context_limit(config))
     texts = [Text(tokenizer, prompt) for prompt in PROMPTS]
     for _ in write(engine, texts, *choices):
         pass

@@ -94,8 +94,10 @@ SCORE = {
 """A core.scoring.score.Score."""
 ARTIFACT = {
     "score": SCORE, "bytes": COUNT, "gap?": NUMBER, "allowed?": COUNT, "within?": FLAG, "exact?": FLAG, "once?": FLAG,
+    "rounding?": {"method": among("round", "gptq"), "documents": ONE, "gap": NUMBER, "plain": NUMBER},
 }  # fmt: skip
-"""`exact`: forward passes used the stored form; `once`: the bits are those in memory, and one score stands for both."""
+"""`exact`: forward passes used the stored form; `once`: the bits are those in memory, and one score stands for both;
+`rounding`: estimates of what codes that were chosen after training cost, and plainly rounded ones would have cost."""
 METRICS: dict[str, tuple[Kind, str]] = {
     "train/loss": (NUMBER, "mean nats per target since the last line"),
     "train/bpb": (NUMBER, "estimate of bits per byte from train/loss and the bytes per token of the training text"),

@@ -32,6 +32,8 @@ def _markdown(run: Run) -> str:
     fits = "within" if stored["within"] else "**over**"
     exact = "the trained weights, bit for bit" if stored.get("exact") else "rounded after training"
     exact += ", so scored once" if stored.get("once") else ", scored apart from the weights in memory"
+    if chosen := stored.get("rounding"):
+        exact += f"; {chosen['method']} {chosen['gap']:+.6f}, plain rounding {chosen['plain']:+.6f} (estimates)"
     commit = f"{env.get('commit') or 'unknown'}{' (with uncommitted changes)' if env.get('dirty') else ''}"
     lines = [
         f"# {config.preset}, seed {config.seed}, {env.get('backend')}",

@@ -46,7 +46,7 @@ JUDGED = ("eval.", "export.")
 NAMES = (
     "config.json", "env.json", "metrics.jsonl", "log.txt", "tokenizer.model", "artifact.skc", "report.md", "curve.png",
     "lock", *(f"state/{name}" for name in ("checkpoint.safetensors", "score.ledger", "artifact.ledger")),
-    "state/plugins.ledger", "state/plugins.ledger.plugins",
+    "state/plugins.ledger", "state/plugins.ledger.plugins", "state/moments.safetensors",
 )  # fmt: skip
 """Files that training writes: better that none is a folder at its start than at its end."""
 MAX_TOKENIZER = 16 << 20

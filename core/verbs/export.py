@@ -3,11 +3,12 @@
 import dataclasses
 import shlex
 from dataclasses import dataclass
+from typing import Literal
 
 from tyro.conf import Positional
 
 from core.audit.code import against_reserve, packed_code
-from core.config import ConfigError, RunConfig
+from core.config import ConfigError, ExportConfig, RunConfig
 from core.console import Console
 from core.data.dataset import identity
 from core.engine.loading import load_engine
@@ -38,6 +39,12 @@ class Export:
     """Where the run's data are now; None: where they were."""
     backend: Backend = "auto"
     """What scores the artifact."""
+    method: Literal["round", "gptq"] | None = None
+    """How weights that were trained as they are get their codes; None: by the run's export.method."""
+    calibration: Literal["train", "random", "self"] | None = None
+    """Text that GPTQ learns from; None: the run's export.calibration."""
+    fit: bool = False
+    """Make all steps of model.deviations finer or coarser by one factor, so that the artifact fills the budget."""
     json: bool = False
     """Print one JSON object on stdout; everything else goes to stderr."""
 
@@ -54,6 +61,7 @@ def export_run(options: Export, context: Context) -> Outcome:
 def _export(options: Export, context: Context) -> Outcome:
     run = Run.open(options.run)
     run.check()
+    run.config = dataclasses.replace(run.config, export=_asked(run.config.export, options))
     saved = run.checkpoint(options.step)
     if saved is None:
         raise RunError(
@@ -85,6 +93,16 @@ def _export(options: Export, context: Context) -> Outcome:
     value["artifact"]["packed_code"] = code
     size = value["artifact"]["bytes"] + code
     return Outcome(value["artifact"]["within"] and size <= run.config.export.budget, value)
+
+
+def _asked(export: ExportConfig, options: Export) -> ExportConfig:
+    """Return the run's settings of the export with what this command has of its own; ConfigError."""
+    own = {n: getattr(options, n) for n in ("method", "calibration") if getattr(options, n) is not None}
+    if own.get("method") == "round" and "calibration" not in own:
+        own |= {n: getattr(ExportConfig, n) for n in ("calibration", "calibration_tokens", "damping")}
+    if options.fit or export.fit:
+        own |= {"fit": True, "code_bytes": max(export.code_bytes, *packed_code().values())}
+    return dataclasses.replace(export, **own)
 
 
 def _say_code(config: RunConfig, say: Console) -> int:

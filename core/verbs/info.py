@@ -1,4 +1,4 @@
-"""Verb `skc info PRESET|RUN|ARTIFACT`: what a model consists of, and what its matrices get to read."""
+"""Verb `skc info PRESET|RUN|ARTIFACT`: what a model consists of and takes, and what its matrices get to read."""
 
 import dataclasses
 import os
@@ -18,6 +18,7 @@ from core.model.params import count, param_table
 from core.model.shares import FLOP_RULE, Share, bytes_by_storage, decoding_state, flops_per_token, shares
 from core.scoring.plugins import load_plugins
 from core.verbs.common import Backend, Context, Outcome, PresetOptions, fit_tokens, open_subject
+from core.verbs.info_bytes import tensor_bytes
 from core.verbs.info_statistics import open_reader, statistics
 
 
@@ -106,6 +107,8 @@ def info(options: Info, context: Context) -> Outcome:
         "parts": {name: {**share._asdict(), "state": share.state._asdict()} for name, share in parts.items()},
         "table": {name: list(row.shape) for name, row in param_table(model).items()},
     }
+    if options.path is not None:
+        value["tensors"] = tensor_bytes(options.path, say)
     if reader is not None:
         value["statistics"] = statistics(reader, context)
     return Outcome(fits, value)
@@ -131,7 +134,7 @@ def _grouped(config: RunConfig) -> list[tuple[str, str, int, int, str, str, str]
         shape = " x ".join(map(str, row.shape))
         until = f" to {row.init.until:.4g}" if row.init.kind == "rates" else ""
         start = f"{row.init.kind} {row.init.scale:.4g}{until}"
-        groups.setdefault((place, shape, row.group, row.storage, start), []).append(row.size)
+        groups.setdefault((place, shape, row.group, row.rule, start), []).append(row.size)
     return [
         (place, shape, len(sizes), sum(sizes), group, storage, start)
         for (place, shape, group, storage, start), sizes in groups.items()

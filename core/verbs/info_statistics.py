@@ -9,10 +9,11 @@ from core.data.dataset import Dataset, batch
 from core.engine.loading import load_engine
 from core.engine.memory import enough_memory
 from core.engine.protocol import Engine
+from core.export.calibration import AT_ONCE, summed
 from core.verbs.common import Backend, Context, check_tokenizer, open_named, open_subject
 
-TOKENS, AT_ONCE = 1 << 16, 1 << 13
-"""Tokens of training text that are read, and those of one forward pass, about."""
+TOKENS = 1 << 16
+"""Tokens of training text that are read."""
 
 
 class Reader(NamedTuple):
@@ -41,14 +42,9 @@ def statistics(reader: Reader, context: Context) -> dict[str, Any]:
     seq = config.train.seq
     rows = max(1, AT_ONCE // seq)
     count = max(1, min(TOKENS, len(dataset.train)) // (rows * seq))
-    moments: dict[str, np.ndarray] = {}
-    report = say.progress("reading training text")
+    text = batch(dataset.train, 0, count * rows, seq, config.seed).tokens
     with enough_memory(config.model, rows, seq, "--train.seq", training=False):
-        for step in range(count):
-            text = batch(dataset.train, step, rows, seq, config.seed).tokens
-            for name, moment in engine.second_moments(text).items():
-                moments[name] = moments.get(name, 0.0) + moment.astype(np.float64)
-            report(step + 1, count)
+        moments = summed(engine, text, rows, say.progress("reading training text"))
     tokens, matrices = count * rows * seq, {}
     for name, moment in moments.items():
         sums = np.diagonal(moment)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from core import presets
 from core.audit.claims import SECONDS
-from core.config import ConfigError, RunConfig
+from core.config import ConfigError, RunConfig, changed
 from core.console import Console, duration
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
@@ -22,13 +22,16 @@ from core.engine.ranks import Ranks, agree, check_same, join
 from core.engine.scaffolding import standing
 from core.export.artifact import check_limits
 from core.export.budget import predicted_bytes
+from core.export.fit import COARSEST
 from core.forecast.forecast import Forecast, check_steps, forecast
 from core.forecast.probe import probe
+from core.model.deviations import MOST
 from core.model.params import count
 from core.scoring.accounting import byte_note
 from core.scoring.plugins import load_plugins
 from core.scoring.score import check_plugins
 from core.training import trackers
+from core.training.calibrate import calibrate
 from core.training.environment import environment
 from core.training.finish import finish
 from core.training.loop import TrainingSummary, check_rows, done, train
@@ -135,6 +138,7 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
             run.copies = trackers.start(options.track, run.path, config, say)
             stack.callback(run.copies.close)
         summary = train(run, engine, dataset, say, say.moving if say.terminal else None)
+        calibrate(run, engine, dataset, summary.steps, summary.taken, say)
         _close_training(run, dataset, summary, say)
         value = finish(run, engine, dataset, summary.steps, say)
         say(f"the whole run is in {run.path}")
@@ -234,7 +238,11 @@ def _forecast(engine: Engine, dataset: Dataset, config: RunConfig, out: str, bui
 
 def check_budget(config: RunConfig) -> None:
     """Raise ConfigError if the artifact is predicted to be over the budget: better now than after the training."""
-    predicted, allowed = predicted_bytes(config.model), config.export.budget - config.export.code_bytes
+    model, allowed = config.model, config.export.budget - config.export.code_bytes
+    if config.export.fit:  # the end may take the coarsest step
+        steps = {name: k for name, k in vars(model.deviations).items() if k is not None}
+        model = changed(model, {f"deviations.{name}": min(COARSEST * k, MOST) for name, k in steps.items()})
+    predicted = predicted_bytes(model)
     if predicted > allowed:
         raise ConfigError(
             f"the artifact would have about {predicted:,} bytes, {predicted - allowed:,} over what export.budget "

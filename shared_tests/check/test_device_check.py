@@ -23,7 +23,7 @@ from shared_tests.device.driver import Driver, ended_by_signals
 from shared_tests.device.plan import NOT_MIXED, PLANS, Item
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCKED = ("tyro", "brotli", "optuna", "hypothesis", "pytest", "xdist", "pyarrow", "zstandard")
+BLOCKED = ("tyro", "optuna", "hypothesis", "pytest", "xdist", "pyarrow", "zstandard")
 """What a bare machine lacks, with PyTorch or with MLX."""
 COMMAND = [sys.executable, "-m", "shared_tests.check.test_device_check"]
 

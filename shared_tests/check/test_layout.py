@@ -19,13 +19,14 @@ from shared_tests.support.harness import module
 ROOT = Path(__file__).resolve().parents[2]
 FRAMEWORKS = {"torch", "mlx", "triton"}
 ONE_TWIN_ONLY = {
-    *("blas.py", "device.py", "fused.py", "official.py", "staging.py"),
+    *("blas.py", "device.py", "fused.py", "gptq.py", "official.py", "staging.py"),
     *("kernels/cross_entropy.py", "kernels/short_conv.py", "kernels/trial.py"),
 }
 """MLX: its Linux wheel needs a fast BLAS loaded first; Macs of many generations run it (device). CUDA: eager torch
 needs hand-written gradients, MLX compiles.
 Staging: a GPU has memory of its own to bring batches to.
 Official: reads what torch.save wrote.
+GPTQ: in float64 on a GPU; MLX has that and Cholesky factors on the CPU alone, where numpy does as well.
 
 Kernels: on a Mac many small launches cost most, so that the convolution has one there; MLX's are tried on the device
 before they are used, as there is no machine with Metal here to test one on.

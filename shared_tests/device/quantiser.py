@@ -14,8 +14,10 @@ CASTS = {"emulate_precision_casts": True}
 """Keeps the roundings to float16 that inductor leaves out otherwise."""
 DIVISION = ("eager_numerics.division_rounding", "emulate_divison_rounding")
 """Inductor's option that divides as IEEE says, by its names of several versions."""
-DIVIDED = ("int8/row", "int6/row", "int4/row", "fp8/row")
+DIVIDED = ("int8/row", "int7/row", "int6/row", "int5/row", "int4/row", "fp8/row")
 """Classes that divide by their scale; ternary compares."""
+RULES: list[Any] = [(name, None) for name in STORAGES] + [("int6/row", 12.85), ("int5/64", 6.2)]
+"""Storage and deviation."""
 
 
 def run(child: Child) -> None:
@@ -26,28 +28,34 @@ def run(child: Child) -> None:
     weight[:8] *= torch.tensor([0.0, 1e-7, 1e-3, 1e4, 1.0, 1.0, 1.0, 1.0])[:, None]
     weight[4:6] = torch.round(weight[4:6] * 256) / 256
     there, forms = weight.to("cuda" if child.gpu else "cpu"), {}
-    for name in STORAGES:
-        with child.part(name):
-            forms[f"{name}, eager"] = functools.partial(storage.stored, there, name)
-            eager = storage.stored(there, name)
-            child.check(f"{name}: values that differ from the CPU's", different(eager, storage.stored(weight, name)), 0)
+    for rule in RULES:
+        words = in_words(*rule)
+        with child.part(words):
+            forms[f"{words}, eager"] = functools.partial(storage.stored, there, *rule)
+            gaps = different(storage.stored(there, *rule), storage.stored(weight, *rule))
+            child.check(f"{words}: values that differ from the CPU's", gaps, 0)
     if child.only_gpu("compiled"):
         known = [option for option in DIVISION if option in torch._inductor.list_options()][:1]
-        for name in STORAGES:
+        for name, deviation in RULES:
             for options in (CASTS, CASTS | {known[0]: True}) if known and name in DIVIDED else (CASTS,):
-                what = f"{name}, compiled with {', '.join(options)}"
+                what = f"{in_words(name, deviation)}, compiled with {', '.join(options)}"
                 with child.part(what):
-                    forms[what] = compiled(child, what, name, there, options)
+                    forms[what] = compiled(child, what, (name, deviation), there, options)
     child.turn()
     with child.alone():
         for what, work in forms.items():
             child.figure(what, child.milliseconds(work, 10), "ms")
 
 
-def compiled(child: Child, what: str, name: Any, weight: torch.Tensor, options: Any) -> Callable[[], Any]:
+def in_words(name: str, deviation: float | None) -> str:
+    """Return a rule of storage in words."""
+    return name + (f" by {deviation} deviations" if deviation else "")
+
+
+def compiled(child: Child, what: str, rule: Any, weight: torch.Tensor, options: Any) -> Callable[[], Any]:
     """Return a compiled quantiser; write how many values it gets differently: a figure, for the engine looks itself."""
-    made: Callable = torch.compile(lambda w: storage.stored(w, name), dynamic=False, options=options)
-    child.figure(f"{what}: values that differ", different(made(weight), storage.stored(weight, name)), "values")
+    made: Callable = torch.compile(lambda w: storage.stored(w, *rule), dynamic=False, options=options)
+    child.figure(f"{what}: values that differ", different(made(weight), storage.stored(weight, *rule)), "values")
     return functools.partial(made, weight)
 
 

@@ -5,48 +5,48 @@
 
 import dataclasses
 import hashlib
-import json
-import math
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
-import brotli
 import numpy as np
 import pytest
 
 from core.config import ModelConfig, changed, chosen
 from core.export.artifact import MAX_HEADER, ArtifactError, read_artifact
-from core.export.codecs import compress, window_bits
 from core.files import replace_file
 from core.model.params import param_table
 from core.model.smear import Smear
 from core.model.storage import STORAGES, Storage, Stored
 from core.presets import PRESETS
 from shared_tests.reference import storage as reference
+from shared_tests.reference.artifact import read_payload
 from shared_tests.support.artifacts import (
-    E4M3,
-    LARGEST,
     MODELS,
     PROVENANCE,
     SMALL,
     TOKENIZER,
     full_range,
-    join,
     parts,
-    payloads,
+    pieces,
+    repaired,
     some_stored,
     write,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_SHA256 = {
-    "artifact_v2": "a292e7d752e408751e34a822cc958762da4cf52b61926dd42f02bd55bc572225",
-    "artifact_v2_nibbles": "8a77a2dd006dc79c245a4720f9cd8c8c02dde2ea236811428aa614300ada512c",
-    "artifact_v2_bytes": "9660585077121a72dbfa2d433ecb4e2e2ab6f1ed3dc0100be6dd854a393deb2c",
+    "artifact_v3": "d7027ee5f5a11f5c61d514793bda04a7e30ea97e4848eeac510e8fa0e5078486",
+    "artifact_v3_nibbles": "597cbf401ffa1220adfcd029a6e29c6b5547c0ce1b392274d9d32d3fbfb55150",
+    "artifact_v3_bytes": "91c742f6d4a237678459f81c6cdbea51080140ad9eff77b4fff5f3b5073b9124",
+    "artifact_v3_ratios": "ca6c17705abe050950069cc2455dd94b54ed5fee52f7f6b0aeb5c995e46224bc",
 }
-GOLDEN_MODELS = {"artifact_v2": "ternary", "artifact_v2_nibbles": "nibbles", "artifact_v2_bytes": "bytes"}
+GOLDEN_MODELS = {
+    "artifact_v3": "ternary",
+    "artifact_v3_nibbles": "nibbles",
+    "artifact_v3_bytes": "bytes",
+    "artifact_v3_ratios": "ratios",
+}
 
 
 def assert_same(ours: dict[str, Stored], theirs: dict[str, Stored]) -> None:
@@ -127,76 +127,55 @@ def test_golden(tmp_path: Path, name: str) -> None:
     assert_same(read_artifact(golden).stored, some_stored(model))
 
 
-STREAMS = ["float16", "scales", "ternary", "int4", "int6 high", "int6 low", "int8", "fp8"]
-
-
-def planes(values: list[float]) -> bytes:
-    """The low bytes of float16 numbers, then their high bytes."""
-    halves = [struct.pack("<e", value) for value in values]
-    return bytes(h[0] for h in halves) + bytes(h[1] for h in halves)
-
-
-def digits(values: list[int], base: int, count: int) -> bytes:
-    """Whole numbers below `base`, `count` to a byte, the first one the lowest digit; the last byte is filled with 0."""
-    rows = [values[i : i + count] for i in range(0, len(values), count)]
-    return bytes(sum(value * base**place for place, value in enumerate(row)) for row in rows)
-
-
-def layout(model: ModelConfig, stored: dict[str, Stored]) -> dict[str, bytes]:
-    """The streams of a model, value by value, as docs/artifact.md says."""
-    codes: dict[str, list] = {}
-    scales: list[float] = []
-    for name, row in param_table(model).items():
-        codes.setdefault(row.storage.split("/")[0], []).extend(stored[name].codes.ravel().tolist())
-        given = stored[name].scales
-        scales += [] if given is None else given.ravel().tolist()
-    out = {}
-    for cls, values in codes.items():
-        if cls == "float16":
-            out[cls] = planes(values)
-        elif cls == "fp8":
-            byte_of = {(value, math.copysign(1, value)): byte for byte, value in E4M3.items()}
-            out[cls] = bytes(byte_of[value, math.copysign(1, value)] for value in values)
-        else:
-            above = [value + LARGEST[cls] for value in values]
-            if cls == "int6":
-                out["int6 high"] = digits([value // 4 for value in above], 16, 2)
-                out["int6 low"] = digits([value % 4 for value in above], 4, 4)
-            else:
-                out[cls] = digits(above, *{"ternary": (3, 5), "int4": (16, 2), "int8": (256, 1)}[cls])
-    if scales:
-        out["scales"] = planes(scales)
-    return {name: out[name] for name in STREAMS if name in out}
+def assert_documented(data: bytes, model: ModelConfig, stored: dict[str, Stored]) -> None:
+    """The payload of an artifact gives what was stored to a reader that knows docs/artifact.md alone."""
+    found = read_payload(parts(data)[1], model)
+    assert found.keys() == stored.keys()
+    for name, (codes, scales) in stored.items():
+        assert np.array(found[name][0], codes.dtype).tobytes() == codes.tobytes(), name
+        theirs = found[name][1]
+        assert (theirs is None) == (scales is None), name
+        assert scales is None or np.array(theirs, np.float16).tobytes() == scales.tobytes(), name
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_layout_is_the_documented_one(name: str, tmp_path: Path) -> None:
+def test_the_payload_is_the_documented_one(name: str, tmp_path: Path) -> None:
     model = MODELS[name]
     stored = some_stored(model)
     write(tmp_path / "a.skc", model, stored)
-    data, expected = (tmp_path / "a.skc").read_bytes(), layout(model, stored)
-    header, payload = parts(data)
-    packed = payloads(data)
-    assert {key: brotli.decompress(part) for key, part in packed.items()} == expected
-    assert list(packed) == list(expected)
-    assert header == {
-        "schema": 2,
-        "model": json.loads(json.dumps(chosen(model))),
-        "tokenizer_sha256": TOKENIZER,
-        "tensors": [[key, row.storage, list(row.shape)] for key, row in param_table(model).items()],
-        "streams": [
-            {
-                "name": key,
-                "raw_bytes": len(raw),
-                "payload_bytes": len(packed[key]),
-                "window": 16,
-                "sha256": hashlib.sha256(raw).hexdigest(),
-            }
-            for key, raw in expected.items()
-        ],
-        "provenance": PROVENANCE,
-    }
-    assert join(header, payload) == data
+    data = (tmp_path / "a.skc").read_bytes()
+    assert_documented(data, model, stored)
+    assert repaired(model, parts(data)[1]) == data, "the header is another one"
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_classes_of_rows_and_of_columns_are_the_documented_ones(axis: int, tmp_path: Path) -> None:
+    """Lines of very different sizes, and lines of zeros, get tables of their own; two lanes code them."""
+    model = changed(SMALL, {"matrix_storage": "int4/row", "mlp.hidden": 600, "layers": 1, "skips.on": False})
+    stored, noise = some_stored(model), np.random.default_rng(axis)
+    name = "blocks.0.mlp.up.weight"
+    deviations = np.exp2(noise.integers(-2, 3, 600 if axis == 1 else 8)) * (noise.random(600 if axis == 1 else 8) < 0.7)
+    values = noise.standard_normal((600, 8)) * (deviations[:, None] if axis == 1 else deviations)
+    stored[name] = Stored(np.clip(np.rint(values), -7, 7).astype(np.int8), stored[name].scales)
+    write(tmp_path / "a.skc", model, stored)
+    plan = next(piece.plan for piece in pieces(model, stored) if piece.name == name)
+    assert plan[0] == axis and plan[1] > 2, "its codes, which stand before its scales, have classes"
+    assert_documented((tmp_path / "a.skc").read_bytes(), model, stored)
+    assert_same(read_artifact(tmp_path / "a.skc").stored, stored)
+
+
+def test_classes_of_scales_are_the_documented_ones(tmp_path: Path) -> None:
+    """Rows whose scales are of very different sizes: 400 tokens in six groups of 64."""
+    name, noise = "embed.weight", np.random.default_rng(4)
+    model = changed(SMALL, {"vocab": 400, "embedding.dim": 384, "embedding.storage": "ternary/64", "layers": 1})
+    stored = some_stored(model)
+    sizes = np.exp2(noise.integers(-3, 4, (400, 1)) + 0.05 * noise.standard_normal((400, 6)))
+    stored[name] = Stored(stored[name].codes, sizes.astype(np.float16))
+    write(tmp_path / "a.skc", model, stored)
+    _, plan = (piece.plan for piece in pieces(model, stored) if piece.name == name)
+    assert plan[3] == 1 and plan[4] >= 7, "seven sizes of rows"
+    assert_documented((tmp_path / "a.skc").read_bytes(), model, stored)
+    assert_same(read_artifact(tmp_path / "a.skc").stored, stored)
 
 
 def test_the_header_holds_exactly_what_is_not_at_its_default(tmp_path: Path) -> None:
@@ -229,8 +208,7 @@ def test_a_new_setting_changes_no_header() -> None:
 
 @pytest.mark.parametrize("vocab", range(2, 7))
 @pytest.mark.parametrize("storage", ["ternary/64", "int4/row", "int6/row"])
-def test_a_last_byte_may_be_part_full(storage: Storage, vocab: int, tmp_path: Path) -> None:
-    """A table of 7 to a row: 14 to 42 values leave every possible number of places of the last byte free."""
+def test_the_smallest_tensors(storage: Storage, vocab: int, tmp_path: Path) -> None:
     model = changed(
         SMALL,
         {
@@ -245,8 +223,7 @@ def test_a_last_byte_may_be_part_full(storage: Storage, vocab: int, tmp_path: Pa
     )
     stored = full_range(model)
     write(tmp_path / "a.skc", model, stored)
-    packed = payloads((tmp_path / "a.skc").read_bytes())
-    assert {key: brotli.decompress(part) for key, part in packed.items()} == layout(model, stored)
+    assert_documented((tmp_path / "a.skc").read_bytes(), model, stored)
     assert_same(read_artifact(tmp_path / "a.skc").stored, stored)
 
 
@@ -259,23 +236,6 @@ def test_minus_zero_and_the_largest_numbers_survive(tmp_path: Path) -> None:
     assert table[:2].tolist() == [448.0, -448.0] and np.signbit(table[2]) and table[2] == 0
     assert np.signbit(artifact.weights["embed.weight"].ravel()[2])
     assert artifact.weights["embed.weight"].ravel()[0] == 448 * 2.0**-14
-
-
-WINDOWS = {
-    "0": 16, "0000001": 17, "0011": 18, "0101": 19, "0111": 20, "1001": 21, "1011": 22, "1101": 23, "1111": 24,
-    "0100001": 10, "0110001": 11, "1000001": 12, "1010001": 13, "1100001": 14, "1110001": 15, "0010001": 0,
-}  # fmt: skip
-"""RFC 7932, section 9.1: first bits of a stream, lowest last, and the window; 0010001 is not allowed."""
-
-
-def test_the_window_of_a_stream() -> None:
-    for first in range(256):
-        (expected,) = (window for bits, window in WINDOWS.items() if f"{first:08b}".endswith(bits))
-        assert window_bits(bytes([first])) == expected
-    assert window_bits(b"") == 0
-    for size, window in ((1, 16), (1 << 16, 16), ((1 << 16) + 1, 17), (1 << 20, 20), ((1 << 20) + 1, 21)):
-        payload = compress("int8", bytes(size))
-        assert window_bits(payload) == window and brotli.decompress(payload) == bytes(size)
 
 
 def with_value(value: Any, part: int, name: str) -> dict[str, Stored]:
@@ -301,6 +261,16 @@ def test_values_that_a_storage_class_cannot_hold(tmp_path: Path, name: str, part
     with pytest.raises(ArtifactError, match=name if value not in (1.0625, 2.0**-10) else "e4m3"):
         write(tmp_path / "a.skc", MODELS["nibbles"], with_value(value, part, name))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_scale_that_is_not_on_the_grid_of_its_storage(tmp_path: Path) -> None:
+    for value in (1.5, 1.0 + 2.0**-10, 65504.0):  # all fine for ternary/64
+        stored = some_stored(MODELS["ratios"])
+        scales = stored[MATRIX].scales
+        assert scales is not None
+        scales[3, 0] = value
+        with pytest.raises(ArtifactError, match=f"{MATRIX}: has a scale that is not on the grid of ternary/64g"):
+            write(tmp_path / "a.skc", MODELS["ratios"], stored)
 
 
 def test_wrong_tensors_are_not_written(tmp_path: Path) -> None:

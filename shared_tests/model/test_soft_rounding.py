@@ -231,7 +231,7 @@ def test_what_cannot_be_is_refused(given: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     "storages, words",
     [
-        (("ternary/64", "int8/row"), "the model has weights in ternary/64: leave it out, or take int8, int6 or int4"),
+        (("ternary/64", "int8/row"), "the model has weights in ternary/64: leave it out, or take int4 to int8"),
         (("int8/row", "fp8/row"), "the model has weights in fp8/row"),
         (("float16", "float16"), "the model has no such weights"),
     ],

@@ -155,7 +155,7 @@ def hard_weights(storage: str) -> torch.Tensor:
     weight[0, 1] = 1e-7
     weight[0, 2] = np.float32(0.25) * np.round(4 * draw("grid", 189)).astype(np.float32)
     weight[0, 3] = np.where(np.arange(189) % 2, 1.0, 0.5)  # half of a scale of 1
-    top = {"int4": 7, "int6": 31, "int8": 127, "fp8": 448}.get(storage.partition("/")[0], 1)
+    top = {"int4": 7, "int5": 15, "int6": 31, "int7": 63, "int8": 127, "fp8": 448}.get(storage.partition("/")[0], 1)
     weight[0, 4] = (np.arange(189) % (2 * top)) / 2  # every code, and half-way to the next
     weight[0, 4, ::64] = top
     weight[0, 5] = np.nextafter(weight[0, 4], np.float32(9e9))
@@ -169,34 +169,37 @@ def hard_weights(storage: str) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_compiled_quantisers_keep_every_bit() -> None:
     """Of every class and grouping that is not one of the others' code, in one graph, with ties."""
-    kinds: list[Storage] = ["float16", "ternary/64", "ternary/128", "int8/64", "int6/row", "int4/128", "fp8/row"]
+    kinds: list[Storage] = ["float16", "ternary/64", "ternary/128", "ternary/64g", "int8/64", "int6/row", "int4/128"]
+    kinds += ["fp8/row", "int7/row", "int5/row", "int6/row", "int5/64"]
     assert {storage_class(kind) for kind in kinds} == {*KINDS}
+    rules = list(zip(kinds, [None] * 10 + [12.85, 6.2], strict=True))
     weights = [hard_weights(name) for name in kinds]
     options: Any = banks.compiler_options()
     compiled = banks.Quantiser(lambda function: torch.compile(function, dynamic=False, options=options))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        found = compiled(weights, kinds)
-    assert compiled.note.startswith("compiled (float16, ternary, int8, int6, int4, fp8)")
-    for name, weight, value in zip(kinds, weights, found, strict=True):
-        apart = torch.stack([storage.stored(matrix, name) for matrix in weight])
-        assert torch.equal(value.view(torch.int32), apart.view(torch.int32)), name
+        found = compiled(weights, rules)
+    assert compiled.note.startswith("compiled (float16, ternary, int8, int7, int6, int5, int4, fp8)")
+    for rule, weight, value in zip(rules, weights, found, strict=True):
+        apart = torch.stack([storage.stored(matrix, *rule) for matrix in weight])
+        assert torch.equal(value.view(torch.int32), apart.view(torch.int32)), rule
 
 
 def test_a_quantiser_that_rounds_otherwise_is_not_used() -> None:
     """It is found out at its first use, said, and the eager one goes on."""
-    weights, kinds = [hard_weights("ternary/64"), hard_weights("int4/64")], ["ternary/64", "int4/64"]
+    weights = [hard_weights("ternary/64"), hard_weights("int4/64")]
+    rules: list[Any] = [("ternary/64", None), ("int4/64", 3.0)]
 
     def compiler(function: Any) -> Any:
-        return lambda weights, kinds: [
-            value + (kind == "int4/64") * 1e-9 for value, kind in zip(function(weights, kinds), kinds, strict=True)
+        return lambda weights, rules: [
+            value + (rule[0] == "int4/64") * 1e-9 for value, rule in zip(function(weights, rules), rules, strict=True)
         ]
 
     made = banks.Quantiser(compiler)
     with pytest.warns(UserWarning, match=r"compiled quantisers give other bits \(int4/64\): eager ones are used"):
-        first = made(weights, kinds)
-    for found in (first, made(weights, kinds)):
-        assert all(torch.equal(a, storage.stored(w, kind)) for a, w, kind in zip(found, weights, kinds, strict=True))
+        first = made(weights, rules)
+    for found in (first, made(weights, rules)):
+        assert all(torch.equal(a, storage.stored(w, *rule)) for a, w, rule in zip(found, weights, rules, strict=True))
     assert made.note == "eager"
 
 

@@ -1,20 +1,22 @@
-"""What artifact tests share: small models, tensors to store, and an artifact taken apart and put together again."""
+"""What artifact tests share: small models, tensors to store, an artifact taken apart and put together again."""
 
 import hashlib
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from core import rng
-from core.config import ModelConfig, changed
+from core.config import ModelConfig, changed, chosen
+from core.export import codecs
 from core.export.artifact import ArtifactError, read_artifact, write_artifact
+from core.export.coder import Run, encode, lanes
 from core.model.params import param_table
-from core.model.storage import Stored
+from core.model.storage import Stored, by_ratios
 from shared_tests.reference import storage as reference
 
 SMALL = changed(ModelConfig(), {
@@ -29,6 +31,8 @@ MODELS = {
     ),
     "bytes": changed(SMALL, {"matrix_storage": "int8/64", "embedding.storage": "ternary/128", "layers": 1}),
     "rows": changed(SMALL, {"matrix_storage": "int8/row", "embedding.storage": "float16", "layers": 1}),
+    "ratios": changed(SMALL, {"matrix_storage": "ternary/64g", "embedding.storage": "int5/row", "layers": 1}),
+    "sevens": changed(SMALL, {"matrix_storage": "int7/64", "embedding.storage": "ternary/128g", "layers": 1}),
 }
 """Groups of 64 and 128 of which the last is cut short, whole rows, and every class of storage."""
 
@@ -38,7 +42,7 @@ TOKENIZER = hashlib.sha256(b"tokenizer").hexdigest()
 
 PROVENANCE = {"seed": 1337, "steps": 20, "code": "0.1.0", "lr": 1e-3}
 
-LARGEST = {"ternary": 1, "int4": 7, "int6": 31, "int8": 127}
+LARGEST = {"ternary": 1, "int4": 7, "int5": 15, "int6": 31, "int7": 63, "int8": 127}
 
 E4M3 = {
     byte: math.copysign((m / 8 * 2.0**-6) if e == 0 else (1 + m / 8) * 2.0 ** (e - 7), -1 if byte >> 7 else 1)
@@ -62,7 +66,7 @@ def some_stored(model: ModelConfig = MODEL) -> dict[str, Stored]:
             largest = LARGEST.get(row.storage.split("/")[0], 448)
             codes.flat[:3] = [largest, -largest, -0.0]
             codes.flat[-1] = largest  # beside the padding
-            scales.flat[0], scales.flat[-1] = 2.0**-14, 65504.0
+            scales.flat[0], scales.flat[-1] = 2.0**-14, 2.0 ** (15 + 31 / 32) if by_ratios(row.storage) else 65504.0
     return stored
 
 
@@ -74,12 +78,14 @@ def full_range(model: ModelConfig) -> dict[str, Stored]:
             out[name] = Stored(noise.normal(0, 100, row.shape).astype(np.float16), None)
             continue
         cls, grouping = row.storage.split("/")
-        groups = 1 if grouping == "row" else -(-row.shape[1] // int(grouping))
+        groups = 1 if grouping == "row" else -(-row.shape[1] // int(grouping.removesuffix("g")))
         if cls == "fp8":
             codes = noise.choice(np.array(list(E4M3.values()), np.float32), row.shape)
         else:
             codes = noise.integers(-LARGEST[cls], LARGEST[cls] + 1, row.shape, np.int8)
-        scales = np.exp2(noise.uniform(-14, 15.99, (row.shape[0], groups))).astype(np.float16)
+        powers = noise.uniform(-14, 15.96, (row.shape[0], groups))
+        powers = np.floor(32 * powers) / 32 if grouping.endswith("g") else powers
+        scales = np.exp2(powers).astype(np.float16)
         out[name] = Stored(codes, scales)
     return out
 
@@ -95,14 +101,45 @@ def parts(data: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(data[12 : 12 + length]), data[12 + length :]
 
 
-def payloads(data: bytes) -> dict[str, bytes]:
-    """The brotli streams of an artifact by name."""
-    header, rest = parts(data)
-    out = {}
-    for entry in header["streams"]:
-        out[entry["name"]], rest = rest[: entry["payload_bytes"]], rest[entry["payload_bytes"] :]
-    assert rest == b""
-    return out
+class Piece(NamedTuple):
+    """What is coded of one tensor (or of several, together) in one go: its codes, or its scales or float16 values."""
+
+    name: str
+    plan: bytes
+    runs: list[Run]
+
+
+def pieces(model: ModelConfig, stored: dict[str, Stored] | None = None) -> list[Piece]:
+    """The pieces of a payload, in its order."""
+    stored, table = some_stored(model) if stored is None else stored, param_table(model)
+    return [
+        Piece(names[0], plan.data, runs)
+        for names in codecs.together(table)
+        for plan, runs in codecs.planned(names, stored, table)
+    ]
+
+
+def assembled(model: ModelConfig, parts: list[Piece]) -> bytes:
+    """An artifact of pieces that may be no writer's, its sizes and checksums as if they were."""
+    plans = b"".join(piece.plan for piece in parts)
+    runs = [run for piece in parts for run in piece.runs]
+    coded = encode(runs, lanes(codecs.values_in(param_table(model))))
+    return repaired(model, len(plans).to_bytes(4, "little") + plans + coded)
+
+
+def repaired(model: ModelConfig, payload: bytes) -> bytes:
+    """An artifact of any payload, with the header that the writer gives it."""
+    tensors = [[name, row.storage, list(row.shape)] for name, row in param_table(model).items()]
+    header = {
+        "schema": 3,
+        "model": json.loads(json.dumps(chosen(model))),
+        "tokenizer_sha256": TOKENIZER,
+        "tensors_sha256": hashlib.sha256(json.dumps(tensors, separators=(",", ":")).encode()).hexdigest(),
+        "payload_bytes": len(payload),
+        "payload_sha256": hashlib.sha256(payload).hexdigest(),
+        "provenance": PROVENANCE,
+    }
+    return join(header, payload)
 
 
 def join(header: Any, payload: bytes, magic: bytes = b"SKCMODEL") -> bytes:

@@ -48,10 +48,10 @@ class ByName:
         for name, row in self._table.items() if plan.quantise else ():
             if self._train.quantise_soft and gridded(row.storage):
                 softness = mx.array(plan.softness, engine._wide)
-                soft = storage.softened(weights[name], row.storage, softness)
+                soft = storage.softened(weights[name], row.storage, softness, row.deviation)
                 weights[name], slopes[name] = (mx.contiguous(side) for side in soft)
             elif not row.scaffold:
-                weights[name] = mx.contiguous(storage.stored(weights[name], row.storage))
+                weights[name] = mx.contiguous(storage.stored(weights[name], row.storage, row.deviation))
         constants = engine._constants(batch.tokens.shape[1])
 
         def losses(weights: Any) -> Any:

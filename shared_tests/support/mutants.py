@@ -1,6 +1,6 @@
 """Hostile files for `support.mutations`: whole artifacts, shards and checkpoints of a few KB, and changes of them.
 
-A change is made to what a file holds, which is then compressed and framed as a writer would, checksums repaired or not;
+A change is made to what a file holds, which is then coded and framed as a writer would, checksums repaired or not;
 or to the bytes of the finished file. All of it follows from the random generator that is given.
 """
 
@@ -13,19 +13,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import brotli
 import numpy as np
 
-from core.config import ConfigError, ModelConfig, RunConfig, changed, from_json
+from core.config import ConfigError, ModelConfig, RunConfig, changed, chosen, from_json
 from core.data.shards import write_shard
 from core.engine.optimizer_state import optimizer_slots
 from core.engine.protocol import Engine
-from core.export import codecs
+from core.export import codecs, coder
 from core.export.artifact import write_artifact
-from core.model.params import param_table, start_values
-from core.model.storage import STORAGES
+from core.export.coder import encode, lanes
+from core.model.params import Param, param_table, start_values
+from core.model.storage import LARGEST, STORAGES, Stored, storage_class
 from core.training.run import Run
-from shared_tests.reference.storage import stored_model
+from shared_tests.reference.storage import quantise, stored_model
 
 Random = random.Random
 SIZES: dict[str, Any] = {
@@ -39,6 +39,7 @@ MODELS = [
         ("int4/64", "fp8/row", 3),
         ("int8/64", "float16", None),
         ("fp8/row", "ternary/128", 5),
+        ("ternary/64g", "int5/row", None),
     )
 ]
 RUN = RunConfig(model=MODELS[0])
@@ -162,117 +163,145 @@ def artifact_files(folder: Path) -> list[bytes]:
     return out
 
 
-def artifact_parts(whole: bytes) -> tuple[bytes, tuple[bytes, ...]]:
-    """Return the header's text and the streams of an artifact, as docs/artifact.md says."""
-    at = 12 + int.from_bytes(whole[8:12], "little")
-    text, streams = whole[12:at], []
-    for entry in json.loads(text)["streams"]:
-        streams.append(brotli.decompress(whole[at : at + entry["payload_bytes"]]))
-        at += entry["payload_bytes"]
-    return text, tuple(streams)
-
-
-known_parts = functools.lru_cache(len(MODELS))(artifact_parts)
-
-
 def mutate_artifact(rng: Random, whole: bytes) -> bytes:
-    """Return an artifact with streams, model or header changed before it was compressed and framed."""
-    text, parts = known_parts(whole)
-    header, streams, what = json.loads(text), list(parts), rng.randrange(8)
+    """Return an artifact with tensors, tables, words, model or header changed before it was framed."""
+    at = 12 + int.from_bytes(whole[8:12], "little")
+    header, payload, what = json.loads(whole[12:at]), whole[at:], rng.randrange(8)
     if rng.random() < 1 / 1000:
         return bomb(rng, header)
-    if what == 0:
-        streams = other_model(rng, header, streams)
-    for _ in range(rng.randint(1, 2) if what < 5 else 0):
-        number = rng.randrange(len(streams))
-        streams[number] = edit_payload(rng, streams[number])
-    payloads = [compressed(rng, raw) for raw in streams]
-    for entry, raw, payload in zip(header["streams"], streams, payloads, strict=True):
-        if rng.random() < 0.95:
-            entry |= {"payload_bytes": len(payload), "window": codecs.window_bits(payload)}
-        if rng.random() < 0.9:
-            entry["sha256"] = hashlib.sha256(raw).hexdigest()
-        if rng.random() < 0.2:
-            entry["raw_bytes"] = len(raw)
+    if what < 3:
+        payload = other_tensors(rng, whole, header, what == 0)
+    elif what < 5:
+        payload = other_coding(rng, payload)
+    repair(header, payload, rng.random() < 0.95, rng.random() < 0.9)
     for _ in range(rng.randint(1, 2) if what >= 5 else rng.random() < 0.1):
         alter(rng, header)
     magic = b"SKCMODEM" if rng.random() < 0.01 else b"SKCMODEL"
-    return framed(rng, magic, json_text(rng, header), payloads)
+    return framed(rng, magic, json_text(rng, header), payload)
 
 
-def framed(rng: Random, magic: bytes, text: bytes, payloads: list[bytes]) -> bytes:
+def repair(header: dict[str, Any], payload: bytes, size: bool = True, checksum: bool = True) -> None:
+    """Make a header say what follows it."""
+    header |= {"payload_bytes": len(payload)} if size else {}
+    header |= {"payload_sha256": hashlib.sha256(payload).hexdigest()} if checksum else {}
+
+
+def framed(rng: Random, magic: bytes, text: bytes, payload: bytes) -> bytes:
     """Return the bytes of an artifact file."""
-    return magic + length_field(rng, len(text), 4) + text + b"".join(payloads)
+    return magic + length_field(rng, len(text), 4) + text + payload
 
 
-def compressed(rng: Random, raw: bytes) -> bytes:
-    """Return a brotli stream with a window that a writer may choose, at times one that it may not, or a damaged one."""
-    window = rng.randint(10, 24) if rng.random() < 0.1 else 16
-    payload = packed(raw, window)
-    return edit(rng, payload) if rng.random() < 0.02 else payload
+def other_coding(rng: Random, payload: bytes) -> bytes:
+    """Return a payload with its tables, its states and words, or the length between them changed."""
+    end = 4 + int.from_bytes(payload[:4], "little")
+    tables, coded = payload[4:end], payload[end:]
+    if rng.random() < 0.6:
+        tables = edit_payload(rng, tables)
+    else:
+        coded = edit_payload(rng, coded)
+    return length_field(rng, len(tables), 4) + tables + coded
 
 
-@functools.lru_cache(256)
-def packed(raw: bytes, window: int) -> bytes:
-    """Return a brotli stream; those of streams that were not changed are made once."""
-    return brotli.compress(raw, quality=2, lgwin=window)  # 0 and 1 take no window below 2^18
+@functools.lru_cache(len(MODELS))
+def tensors_of(whole: bytes) -> dict[str, Stored]:
+    """Return what an artifact holds."""
+    at = 12 + int.from_bytes(whole[8:12], "little")
+    model = from_json(ModelConfig, json.loads(whole[12:at])["model"])
+    return codecs.unpack(memoryview(whole)[at:], param_table(model))
 
 
-def other_model(rng: Random, header: dict[str, Any], streams: list[bytes]) -> list[bytes]:
-    """Change a field of the model, and tensors and streams with it: a consistent file of another small model."""
-    field = rng.choice([*(name for name in SIZES if name != "head.bias"), "matrix_storage", "embedding.storage"])
-    value = rng.choice(STORAGES) if "storage" in field else rng.choice((1, 2, 3, 4, 6, 8, 12, 64, 65, 1024))
-    before = {entry["name"]: raw for entry, raw in zip(header["streams"], streams, strict=True)}
-    sizes = set_model(header, field, value, 1 << 16)
-    if sizes is None:
-        return streams
-    return [np.resize(np.frombuffer(before.get(n, b"\x3c"), np.uint8), size).tobytes() for n, size in sizes.items()]
+def other_tensors(rng: Random, whole: bytes, header: dict[str, Any], other_model: bool) -> bytes:
+    """Return the payload of an artifact with some numbers changed, also to such that no writer codes.
+
+    With `other_model` a field of the model is changed first, and the tensors are made to fit.
+    """
+    table, stored = param_table(from_json(ModelConfig, header["model"])), dict(tensors_of(whole))
+    if other_model:
+        field = rng.choice([*(name for name in SIZES if name != "head.bias"), "matrix_storage", "embedding.storage"])
+        value = rng.choice(STORAGES) if "storage" in field else rng.choice((1, 2, 3, 4, 6, 8, 12, 64, 65, 1024))
+        changed_table = set_model(header, field, value, 1 << 14)
+        if changed_table is not None:
+            table, weights = changed_table, start_values(from_json(ModelConfig, header["model"]), 1)
+            stored = {name: quantise(weights[name], row.storage) for name, row in table.items()}
+    for _ in range(rng.randint(1, 2)):
+        name, row = rng.choice(list(table.items()))
+        stored[name] = other_numbers(rng, row, stored[name])
+    return codecs.pack_unchecked(stored, table) if rng.random() < 0.7 else by_other_tables(rng, stored, table)
 
 
-def set_model(header: dict[str, Any], field: str, value: Any, most: int) -> dict[str, int] | None:
-    """Set a field of a header's model and what follows from it, unless it is no model or has over `most` bytes.
+def by_other_tables(rng: Random, stored: dict[str, Stored], table: dict[str, Param]) -> bytes:
+    """Return the payload of the very same tensors, one run of it coded by a table that is not the writer's."""
+    plans, runs = [], []
+    for names in codecs.together(table):
+        for plan, part in codecs.planned(names, stored, table):
+            plans.append(plan.data)
+            runs.append(part)
+    number = rng.randrange(len(plans))
+    at = rng.randrange(len(runs[number]))
+    symbols, was = runs[number][at]
+    first, last = was.data[1:3]
+    other = bytes([0, rng.randint(0, first), last]) if rng.random() < 0.5 else bytes([1, first, last])
+    if other[0]:
+        other += bytes(rng.randint(1, 255) for _ in range(first, last + 1))
+    runs[number][at] = coder.Run(symbols, coder.table_of(other))
+    plans[number] = plans[number][:1] + plans[number][1:].replace(was.data, other)
+    coded = encode([run for part in runs for run in part], lanes(codecs.values_in(table)))
+    return sum(map(len, plans)).to_bytes(4, "little") + b"".join(plans) + coded
 
-    Returns the bytes of each stream; checksums and payload sizes are left open.
+
+def other_numbers(rng: Random, row: Param, stored: Stored) -> Stored:
+    """Return a tensor with some codes or scales changed: any of their type's bits that the coder has symbols for."""
+    codes, scales = stored.codes.copy(), None if stored.scales is None else stored.scales.copy()
+    cls = storage_class(row.storage)
+    halves = codes if scales is None else scales
+    for _ in range(rng.randint(1, 3)):
+        if scales is None or rng.random() < 0.5:
+            at, bits = rng.randrange(halves.size), rng.choice((rng.randrange(1 << 16), 0x7C00, 0x7E00, 0xFC00, 0x3FF))
+            halves.flat[at] = np.uint16(bits).view(np.float16)
+        elif cls == "fp8":
+            codes.flat[rng.randrange(codes.size)] = rng.choice((448.0, -0.0, 2.0**-9, -1.125))
+        else:
+            codes.flat[rng.randrange(codes.size)] = rng.randint(-LARGEST[cls], LARGEST[cls])
+    return Stored(codes, scales)
+
+
+def set_model(header: dict[str, Any], field: str, value: Any, most: int) -> dict[str, Param] | None:
+    """Set a field of a header's model and what follows from it, unless it is no model or has over `most` values.
+
+    Returns its table; what is said of the payload is left as it is.
     """
     part, _, name = field.rpartition(".")
-    (header["model"].setdefault(part, {}) if part else header["model"])[name] = (
-        value  # what is at its default is absent
-    )
+    model = copied(header["model"])
+    (model.setdefault(part, {}) if part else model)[name] = value
     try:
-        table = param_table(from_json(ModelConfig, header["model"]))
+        config = from_json(ModelConfig, model)
+        table = param_table(config)
     except ConfigError:
         return None
-    sizes = codecs.stream_sizes(table)
-    if sum(sizes.values()) > most:
+    if sum(row.size for row in table.values()) > most:
         return None
-    header["tensors"] = [[name, row.storage, list(row.shape)] for name, row in table.items()]
-    header["streams"] = [{"name": name, "raw_bytes": size, "sha256": ""} for name, size in sizes.items()]
-    return sizes
+    header["model"] = copied(chosen(config))  # what is at its default is absent
+    tensors = [[name, row.storage, list(row.shape)] for name, row in table.items()]
+    header["tensors_sha256"] = hashlib.sha256(json.dumps(tensors, separators=(",", ":")).encode()).hexdigest()
+    return table
 
 
 def bomb(rng: Random, header: dict[str, Any]) -> bytes:
-    """Return a small file that is right in every way and holds a model of up to 96 MB, all codes alike."""
-    header["model"]["dim"], field = 64, rng.choice(("vocab", "mlp.hidden"))
+    """Return a small file that is right in every way and holds a model of up to 96 M values, all codes alike."""
+    header["model"]["dim"], field, table = 64, rng.choice(("vocab", "mlp.hidden")), None
     for bits in range(20, 13, -1):
-        if set_model(header, field, 1 << bits, 96 << 20):
+        if table := set_model(header, field, 1 << bits, 96 << 20):
             break
-    payloads = []
-    for entry in header["streams"]:
-        payload, entry["sha256"] = alike(entry["raw_bytes"])
-        entry |= {"payload_bytes": len(payload), "window": codecs.window_bits(payload)}
-        payloads.append(payload)
-    return framed(rng, b"SKCMODEL", json_text(rng, header), payloads)
-
-
-@functools.lru_cache(64)
-def alike(size: int) -> tuple[bytes, str]:
-    """Return the brotli stream of `size` equal bytes and their checksum, without ever holding them."""
-    packer, digest, payload, block = brotli.Compressor(quality=1), hashlib.sha256(), b"", 1 << 20
-    for at in range(0, size, block):
-        part = b"\x3c" * min(block, size - at)
-        payload += packer.process(part)
-        digest.update(part)
-    return payload + packer.finish(), digest.hexdigest()
+    assert table is not None
+    alike, plans = bytes([0, 0, 0]), b""  # one symbol takes no bits, however often it is there
+    for names in codecs.together(table):
+        if table[names[0]].storage != "float16":
+            plans += bytes([0, 0, 1, 1])
+        plans += bytes([0, 0x00, 0x3C, 0]) + alike
+    states = encode([], lanes(codecs.values_in(table)))
+    payload = len(plans).to_bytes(4, "little") + plans + states
+    repair(header, payload)
+    return framed(rng, b"SKCMODEL", json_text(rng, header), payload)
 
 
 # Shards.

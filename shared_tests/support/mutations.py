@@ -104,14 +104,11 @@ def binaries(folder: Path) -> dict[str, Reader]:
 
 
 def read_one_artifact(path: Path) -> None:
-    """Read an artifact; it must be in range, and the same when written and read again, and its checksums right."""
+    """Read an artifact; it must be in range, and the same bytes when it is written again."""
     got = read_artifact(path)
     assert list(got.stored) == list(param_table(got.model)), "tensors are not the table's"
     if sum(stored.codes.size for stored in got.stored.values()) > REWRITTEN:
         return
-    text, streams = mutants.artifact_parts(path.read_bytes())
-    for entry, raw in zip(json.loads(text)["streams"], streams, strict=True):
-        assert entry["sha256"] == hashlib.sha256(raw).hexdigest(), f"{entry['name']}: another checksum"
     assert all(np.isfinite(value).all() for value in got.weights.values()), "a weight is not finite"
     for name, row in param_table(got.model).items():
         codes, scales = got.stored[name]
@@ -122,12 +119,7 @@ def read_one_artifact(path: Path) -> None:
             )
     again, words = path.with_name("again.skc"), (got.tokenizer_sha256, got.provenance)
     write_artifact(again, got.model, got.stored, tokenizer_sha256=words[0], provenance=words[1])
-    assert mutants.artifact_parts(again.read_bytes())[1] == streams, "other streams when rewritten"
-    back = read_artifact(again)
-    assert (back.model, back.tokenizer_sha256, back.provenance) == (got.model, *words), "another header when rewritten"
-    for name, stored in got.stored.items():
-        for ours, theirs in zip(stored, back.stored[name], strict=True):
-            assert same(ours, theirs), f"{name} is another tensor when rewritten"
+    assert again.read_bytes() == path.read_bytes(), "other bytes when written again"
 
 
 def same(ours: Any, theirs: Any) -> bool:

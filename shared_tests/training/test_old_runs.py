@@ -160,11 +160,13 @@ def test_an_old_artifact_is_written_anew(old: Path, capsys: Capture) -> None:
     assert said(capsys, 2, "eval", "alone.skc").count("write it again from its run: skc export RUN") == 1
     assert said(capsys, 2, "audit", "run").count("skc export run") == 1
     assert said(capsys, 0, "eval", "run", "--backend", "cuda").count("skc export run") == 1
+    assert said(capsys, 0, "info", "run").count("skc export run") == 1
     before = Run.open("run").last("final/artifact")["score"]["bpb"]
     said(capsys, 0, "export", "run", "--backend", "cuda")
     assert read_artifact("run/artifact.skc").model == Run.open("run").config.model
     assert abs(Run.open("run").last("final/artifact")["score"]["bpb"] - before) < P4_FLOAT64
     assert "skc export" not in said(capsys, 0, "eval", "run", "--backend", "cuda")
+    assert "bits a value" in said(capsys, 0, "info", "run")
 
 
 # Ablations.

@@ -19,7 +19,10 @@ SCORE = {
     "documents": 4, "total_documents": 4, "full": True, "error": None, "bpb_raw": None, "windows": "plain seq=64",
     "plugins": [],
 }  # fmt: skip
-ARTIFACT = {"score": SCORE, "gap": 0.0, "bytes": 5000, "allowed": 9000, "within": True, "exact": True}
+ARTIFACT = {
+    "score": SCORE, "gap": 0.0, "bytes": 5000, "allowed": 9000, "within": True, "exact": True,
+    "rounding": {"method": "gptq", "documents": 8, "gap": 0.01, "plain": 0.05},
+}  # fmt: skip
 WHOLE = {
     "step": 4, "train/loss": 3.0, "train/bpb": 2.5, "train/grad_norm": 1.0, "opt/lr": 0.1, "perf/tok_s": 100.0,
     "perf/step_ms": 1.5, "clock/seconds": 2, "clock/stopped": 2.0, "clock/closed": 2.5, "progress": 1.0,
@@ -71,6 +74,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("final/score.error", "none", "from 0 up"), ("final/score.windows", None, "a text"),
     ("final/artifact", SCORE, "missing"), ("final/artifact.score", 5, "an object"),
     ("final/artifact.bytes", 5000.0, "a whole number"), ("final/artifact.within", "yes", "true or false"),
+    ("final/artifact.rounding.plain", "0", "a finite number"), ("final/artifact.rounding.method", "dice", "gptq"),
     ("final/artifact.score.targets", 0, "a whole number"), ("val/bbp", 2.0, "unknown name"), ("\x1b[31m", 1, "unknown"),
 ]  # fmt: skip
 
