@@ -56,11 +56,12 @@ class Experts(Part):
 
     def rows(self, model: Model) -> Rows:
         """Return the parameters of one layer; the experts' matrices lie one below the other."""
-        count, down = self.count, output(model, "down", self.hidden)
+        count, k = self.count, model.deviations.mlp
+        down = output(model, "down", self.hidden, deviation=k)
         wide = {"shape": (count * model.dim, self.hidden), "slices": count}
         return {
             "router": vector(count, model.dim, init=Init("normal", 0.02)),
-            "up.weight": matrix(model, count * self.hidden, model.dim, slices=count),
+            "up.weight": matrix(model, count * self.hidden, model.dim, slices=count, deviation=k),
             **down,
             "down.weight": down["down.weight"]._replace(**wide),
             **(below("shared", replace(model.mlp, hidden=self.shared).rows(model)) if self.shared else {}),

@@ -6,6 +6,7 @@ from core.model.attention import Attention
 from core.model.bank import Bank
 from core.model.embedding import Embedding
 from core.model.engram import Engram
+from core.model.experts import Experts
 from core.model.head import Head
 from core.model.koopman import Koopman
 from core.model.mlp import MLP
@@ -19,7 +20,7 @@ SKC_1609_MAC = RunConfig(
         engram=Engram(orders=3, buckets=4093, dim=60, layer=4),
         attention=Attention(heads=4, kv_heads=2, rope_dims=16, rope_base=5000.0, q_gain=2.25), koopman=Koopman(dim=64),
         mlp=MLP(hidden=512, activation="leaky_relu2"), bank=Bank(at="middle", heads=1, gate=0.0), skips=Skips(on=True),
-        head=Head(bias=True),
+        head=Head(bias=True), experts=Experts(count=3, hidden=512, start=0.0),
     ),
     train=TrainConfig(
         steps=100_000, seconds=3600.0, batch=16, seq=1024, seq_stages=(256, 512), seq_until=(0.15, 0.4),
@@ -29,7 +30,8 @@ SKC_1609_MAC = RunConfig(
     ),
     eval=EvalConfig(seq=1024, batch=16),
 )  # fmt: skip
-"""Attention and Koopman layers in turn, two of each, each used twice; a bank between the halves, 4-grams behind it."""
+"""Attention and Koopman layers in turn, two of each, each used twice, with three experts; a bank between the halves and
+4-grams behind it."""
 
 SKC_1609 = RunConfig(
     model=ModelConfig(
@@ -51,9 +53,9 @@ SKC_1609 = RunConfig(
 
 PRESETS = {
     "skc_1609_mac": (
-        "the original's best hour on a laptop, causal: attention and Koopman layers, bank, EngramHash",
+        "the original's best hour on a laptop, causal: attention and Koopman layers, experts, bank, EngramHash",
         SKC_1609_MAC,
-        1_090_168,
+        2_140_280,
     ),
     "skc_1609": (
         "the original's node setting that fits, causal: eleven SKC layers of four blocks",

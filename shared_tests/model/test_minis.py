@@ -14,7 +14,7 @@ OWN_FILES = {
     ".mtp_heads": "model/test_further_heads.py", ".quantise_soft": "model/test_soft_rounding.py",
     ".snapshot_every": "model/test_snapshots.py", ".average_from": "model/test_snapshots.py",
     ".bank.at": "model/test_parts.py", ".bank.gate": "model/test_parts.py",
-    ".embedding.storage": "model/test_storage.py",
+    ".embedding.storage": "model/test_storage.py", ".experts.start": "model/test_experts.py",
 }  # fmt: skip
 """Option that only minis of SIBLINGS have -> the file that holds it to the oracle on both backends."""
 

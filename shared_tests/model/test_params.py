@@ -26,7 +26,7 @@ GOLDEN_START = {
     "skc_600": "46cb42366a2a21df",
     "skc_8xh100": "8aaf6c1cda40fbf5",
     "skc_proxy": "dd86c4edc2676fcc",
-    "skc_1609_mac": "dbd4c7a926fd3c04",
+    "skc_1609_mac": "e5bec53981a67775",
     "skc_1609": "2f74b6150f37128c",
     "pr401": "831bbee3d3da97f2",
     "pr550": "e1375c9651159677",
@@ -38,7 +38,7 @@ GOLDEN_START = {
     "pr1619_mac": "bb4bf553788e0f7d",
     "pr1394_mac": "2aad4285a5a3d18e",
     "pr1855_mac": "b912476ecbe9f855",
-    "everything": "e6fa539fc26c3032",
+    "everything": "317835651b1e88c0",
     "opposite": "5d9f357234fad7bd",
     "hybrid": "bef7557557ab7051",
 }
