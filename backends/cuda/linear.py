@@ -15,9 +15,14 @@ class Matrix(nn.Module):
         super().__init__()
         self._moment: Any = None  # the sum so far; only Engine.second_moments sets one
 
+    @property
+    def noting(self):
+        """Whether second moments of what the weight multiplies are asked for."""
+        return self._moment is not None
+
     def note(self, x):
         """Add up the second moments of what the weight multiplies, if they are asked for."""
-        if self._moment is not None:
+        if self.noting:
             rows = x.reshape(-1, x.shape[-1]).to(self._moment.dtype)
             self._moment = self._moment + rows.T @ rows
 
