@@ -15,9 +15,14 @@ class Matrix(nn.Module):
         super().__init__()
         self._moment: Any = None  # the sum so far; only Engine.second_moments sets one
 
+    @property
+    def watched(self):
+        """Whether second moments of what comes in are asked for."""
+        return self._moment is not None
+
     def watch(self, x):
         """Add what comes in to the sum of second moments, if there is one."""
-        if self._moment is not None:
+        if self.watched:
             rows = x.reshape(-1, x.shape[-1]).astype(self._moment.dtype)
             self._moment = self._moment + rows.T @ rows
 

@@ -17,7 +17,7 @@ class Blocks(NamedTuple):
 
     row: Any  # (M * Q,) int: the row at each place, -1 where there is none
     place: Any  # (N,) int: the place of each row
-    owner: Any  # (M,) int: the expert of each block, rising; unused ones are the last expert's
+    owner: Any  # (M,) int: the expert of each block, rising; the last expert's, too, of those that nobody needs
 
 
 def ranks(p):
@@ -45,21 +45,18 @@ def blocks(expert_N, count):
 
 
 def moved(x, there, back):
-    """Return x[there], zeros where that is -1; `back` is the way back, which gradients take: gathers both ways."""
+    """Return x[there], of -1 any row; `back` is the way back, which gradients take, 0 for -1: gathers both ways."""
 
     @mx.custom_function
     def move(x):
-        return _picked(x, there)
+        return x[mx.maximum(there, 0)]
 
     @move.vjp
     def backwards(x, grad, _):
-        return _picked(grad, back)
+        # What lies where there is no row gets no gradient, and so gives none to weights.
+        return mx.where((back >= 0)[:, None], grad[mx.maximum(back, 0)], mx.array(0.0, grad.dtype))
 
     return move(x)
-
-
-def _picked(x, index):
-    return mx.where((index >= 0)[:, None], x[mx.maximum(index, 0)], mx.array(0.0, x.dtype))
 
 
 def products(x, weight, owner_M):

@@ -60,24 +60,27 @@ PLANNED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "batch_until": (ROWS, {"batch_until": (0.6,)}),
     "repeat_from": ({}, {"repeat_from": 0.3}),
     "repeat_every": ({}, {"repeat_every": 2}),
-    "route_from": ({}, {"route_from": 0.3}),
 }
 """Setting -> what both runs have that it needs, and the change; the engine is that of BASE."""
 APART = {
     "batch", "seq", "seq_stages", "seq_until", "batch_stages", "batch_until", "repeat_from", "repeat_every",
-    "route_from", "quantise", "quantise_below",
+    "quantise", "quantise_below",
 }  # fmt: skip
-"""Of those, what has code of its own, which the warm-up makes: another shape, no repeats, no experts, quantisers."""
+"""Of those, what has code of its own, which the warm-up makes: another shape, no repeats, quantisers."""
+EXPERTS = {
+    "model.experts.count": 2, "model.experts.hidden": 3, "model.experts.shared": 2, "model.experts.start": 0.0,
+}  # fmt: skip
 BUILT: dict[str, Any] = {
     "beta1": 0.8, "beta2": 0.9, "eps": 1e-3, "matrix_rule": "adamw", "muon_iterations": 3,
     "muon_coefficients": POLAR_EXPRESS, "muon_rows": True, "muon_scale": "rms", "clip": 0.3, "z_loss": 0.1,
     "average_ternary": True, "mtp_heads": 2, "mtp_weight": 0.9, "quantise_soft": (1.0, 4.0), "snapshot_every": 1,
     "snapshot_below": 0.99, "untie_from": 0.6, "depth_drop": 0.4, "ternary_noise": 0.3, "quiet": 0.6,
-    "router_balance": 0.5,
+    "router_balance": 0.5, "route_from": 0.6,
 }  # fmt: skip
 """Setting -> its change; each has an engine of its own, since code is compiled with these."""
 NEEDED: dict[str, dict[str, Any]] = {
     "mtp_weight": {"train.mtp_heads": 2},
+    **dict.fromkeys(("router_balance", "route_from"), EXPERTS),
     "quantise_soft": {"train.quantise": "always", "model.matrix_storage": "int4/row"},
     "snapshot_every": {"train.snapshot_below": 0.99},
     "snapshot_below": {"train.snapshot_every": 1, "train.snapshot_below": 0.3},
@@ -89,11 +92,10 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 
 def base() -> RunConfig:
-    """Return a run of one layer with all groups of parameters, ternary matrices, Muon, averages, experts, repeats."""
+    """Return a run of one layer with parameters of every group, ternary matrices, Muon, averages and repeats."""
     model = {
         "model.layers": 1, "model.repeat_layers": (0,), "model.bigram.buckets": 13, "model.bigram.dim": 4,
-        "model.matrix_storage": "ternary/64", "model.embedding.storage": "int6/row", "model.experts.count": 2,
-        "model.experts.hidden": 3, "model.experts.shared": 2, "model.experts.start": 0.0,
+        "model.matrix_storage": "ternary/64", "model.embedding.storage": "int6/row",
     }  # fmt: skip
     train = {
         "steps": 4, "batch": 2, "seq": 8, "matrix_rule": "muon", "warmup": 0.25, "warmdown": 0.6, "floor": 0.1,
@@ -231,7 +233,7 @@ def test_the_warm_up_compiles_all_that_a_run_takes(backend: str, monkeypatch: py
         "repeat_from": 0.6, "route_from": 0.6, "quantise": "late", "quantise_below": 0.4, "batch_stages": (1,),
         "batch_until": (0.3,),
     }  # fmt: skip
-    config = changed(BASE, {f"train.{name}": value for name, value in changes.items()})
+    config = changed(BASE, EXPERTS | {f"train.{name}": value for name, value in changes.items()})
     trained = Trained(backend, config)
     made = trained.engine
     before = made.params() | made.optimizer()

@@ -65,13 +65,15 @@ class Experts(Part):
         blocks = routing.blocks(expert_BTk.reshape(-1), self._count)
         n_ND = mx.broadcast_to(n_BTD[:, :, None], (*weights_BTk.shape, dim)).reshape(-1, dim)
         n_PD = routing.moved(n_ND, blocks.row, blocks.place)
-        self.up.watch(n_PD)
+        self.up.watch(n_ND)
         u_Ph = routing.products(n_PD, self.up.weight.reshape(self._count, -1, dim), blocks.owner)
         a_Ph = self.down.entering(self._activation(u_Ph, self._exact))
-        self.down.watch(a_Ph)
+        if self.down.watched:
+            self.down.watch(routing.moved(a_Ph, blocks.place, blocks.row))
         y_PD = routing.products(a_Ph, self.down.weight.reshape(self._count, dim, -1), blocks.owner)
         y_BTkD = routing.moved(y_PD, blocks.place, blocks.row).reshape(rows, seq, -1, dim)
-        return mx.sum(weights_BTk[..., None].astype(y_BTkD.dtype) * y_BTkD, axis=2)
+        y_BTkD = weights_BTk[..., None].astype(y_BTkD.dtype) * y_BTkD
+        return y_BTkD[:, :, 0] if self._active == 1 else mx.sum(y_BTkD, axis=2)
 
 
 def weights(p_BTE, chosen_BTE, active):
