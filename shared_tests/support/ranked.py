@@ -84,7 +84,7 @@ def cases(world: int) -> dict[str, RunConfig]:
 
     made = {}
     for name, preset, changes in (
-        ("adamw", "ablate_float", {"matrix_rule": "adamw", "batch": 4, "consistency": 0.3}),
+        ("adamw", "ablate_float", {"matrix_rule": "adamw", "batch": 4, "consistency": 0.01}),
         ("uneven", "ablate_float", {
             "matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3, "average_from": 0.3, "mtp_heads": 3,
             "snapshot_every": 4, "snapshot_below": 0.6, "quantise": "always", "quantise_soft": (0.3, 1.0),
