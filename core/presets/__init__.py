@@ -1,7 +1,7 @@
 """Named runs. A preset is a RunConfig with one line of purpose and the counts that a test holds it to."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from core.checks import closest
 from core.config import NO_STAGES, ConfigError, RunConfig
@@ -19,7 +19,9 @@ class Preset(NamedTuple):
     """What of the system that it stands for this project does not do yet."""
 
 
-FAMILIES = (transformers.PRESETS, skc.PRESETS, original.PRESETS, records.PRESETS)
+FAMILIES: tuple[dict[str, tuple[Any, ...]], ...] = (
+    transformers.PRESETS, skc.PRESETS, original.PRESETS, records.PRESETS,
+)  # fmt: skip
 PRESETS: dict[str, Preset] = {
     name: Preset(purpose, dataclasses.replace(config, preset=name), *rest)
     for family in FAMILIES
