@@ -38,7 +38,7 @@ TOKENIZER = hashlib.sha256(b"tokenizer").hexdigest()
 
 PROVENANCE = {"seed": 1337, "steps": 20, "code": "0.1.0", "lr": 1e-3}
 
-LARGEST = {"ternary": 1, "int4": 7, "int6": 31, "int8": 127}
+LARGEST = {"ternary": 1, "int4": 7, "int5": 15, "int6": 31, "int7": 63, "int8": 127}
 
 E4M3 = {
     byte: math.copysign((m / 8 * 2.0**-6) if e == 0 else (1 + m / 8) * 2.0 ** (e - 7), -1 if byte >> 7 else 1)
@@ -74,7 +74,7 @@ def full_range(model: ModelConfig) -> dict[str, Stored]:
             out[name] = Stored(noise.normal(0, 100, row.shape).astype(np.float16), None)
             continue
         cls, grouping = row.storage.split("/")
-        groups = 1 if grouping == "row" else -(-row.shape[1] // int(grouping))
+        groups = 1 if grouping == "row" else -(-row.shape[1] // int(grouping.removesuffix("g")))
         if cls == "fp8":
             codes = noise.choice(np.array(list(E4M3.values()), np.float32), row.shape)
         else:
