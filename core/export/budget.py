@@ -70,6 +70,8 @@ def predicted_bytes(model: ModelConfig) -> int:
 
 def with_tables(model: ModelConfig) -> dict[Storage, int]:
     """Return the predicted bytes for each storage in TABLES of what embedding.storage stores."""
-    drop = {"deviations.table": None}
-    changes = {storage: {"embedding.storage": storage} | ({} if gridded(storage) else drop) for storage in TABLES}
-    return {storage: predicted_bytes(changed(model, change)) for storage, change in changes.items()}
+    found: dict[Storage, int] = {}
+    for storage in TABLES:
+        drop = {} if gridded(storage) else {"deviations.table": None}
+        found[storage] = predicted_bytes(changed(model, {"embedding.storage": storage} | drop))
+    return found

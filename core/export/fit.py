@@ -30,7 +30,7 @@ class Fit(NamedTuple):
         return f"{found}; that is the finest step, so it stops here" if self.factor == FINEST else found
 
 
-def fitted(size: Callable[[float], int], room: int, slack: int) -> Fit:
+def fit_factor(size: Callable[[float], int], room: int, slack: int) -> Fit:
     """Return the common factor whose `size` is at most `room` and, if factors can do it, more than `room - slack`.
 
     `size` falls as the factor rises, nearly by equal bytes for equal ratios: so the bracket is cut where that law puts

@@ -14,6 +14,8 @@ from core.model.storage import LARGEST, Storage, Stored, gridded, group_size, st
 
 BLOCK = 128
 """Columns whose errors reach the columns behind them in one product of matrices."""
+TIED = 1.0
+"""Least damping of a table that is tied to the head: it is also read row by row, where every error counts as it is."""
 
 
 class RoundingError(ValueError):
@@ -104,7 +106,8 @@ def compensate(
         try:
             if scales is None:
                 raise RoundingError(f"{table[name].storage} has no grid of equal steps: take export.method=round")
-            codes = solver(weights[name], moment, scales, table[name].storage, damping)
+            least = TIED if name == "embed.weight" else 0.0  # of an untied table there are no moments
+            codes = solver(weights[name], moment, scales, table[name].storage, max(damping, least))
         except RoundingError as error:
             raise RoundingError(f"{name}: {error}") from error
         result[name] = Stored(codes, scales)

@@ -175,12 +175,9 @@ def _time_scoring(engine: Engine, dataset: Dataset, config: RunConfig, documents
 
 
 def _export(engine: Engine, config: RunConfig) -> None:
-    """Make the streams of an artifact and read them again, in memory."""
+    """Make the payload of an artifact and read it again, in memory."""
     table = param_table(config.model)
-    raw = codecs.pack(engine.quantised(), table)
-    packed = {name: codecs.compress(name, part) for name, part in raw.items()}
-    read = {name: codecs.inflate(name, part, len(raw[name])) for name, part in packed.items()}
-    codecs.unpack(read, table)
+    codecs.unpack(memoryview(codecs.pack(engine.quantised(), table)), table)
 
 
 class Memory(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 from core.config import RunConfig
 from core.console import Console
 from core.engine.protocol import Arrays, Engine
-from core.export.fit import SLACK, fitted
+from core.export.fit import SLACK, fit_factor
 from core.export.gptq import Solver, compensate, compensated
 from core.model.params import param_table
 from core.model.storage import LARGEST, Stored, decode, group_size, scales_of, storage_class
@@ -69,7 +69,7 @@ def chosen_codes(
             fitting[factor] = trial
         return taken
 
-    fit = fitted(bytes_at, room, round(SLACK * export.budget))
+    fit = fit_factor(bytes_at, room, round(SLACK * export.budget))
     say(fit.words(room))
     return fitting[fit.factor]
 

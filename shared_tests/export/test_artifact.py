@@ -14,6 +14,8 @@ import pytest
 
 from core.config import ModelConfig, changed, chosen
 from core.export.artifact import MAX_HEADER, ArtifactError, read_artifact
+from core.export.codecs import sizes, values_in
+from core.export.coder import lanes
 from core.files import replace_file
 from core.model.params import param_table
 from core.model.smear import Smear
@@ -75,6 +77,8 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     for key, values in artifact.weights.items():
         assert values.dtype == np.float32 and values.flags.writeable
         assert values.tobytes() == reference.decode(stored[key], table[key].storage).astype(np.float32).tobytes()
+    length = sum(tensor.bits for tensor in sizes(stored, table).values()) / 8
+    assert len(parts((tmp_path / "a.skc").read_bytes())[1]) <= 1.002 * length + 4 + 4 * lanes(values_in(table))
     write(tmp_path / "b.skc", artifact.model, artifact.stored)
     assert (tmp_path / "a.skc").read_bytes() == (tmp_path / "b.skc").read_bytes()
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from core import presets
-from core.config import ModelConfig
+from core.config import ModelConfig, changed
 from core.export.artifact import write_artifact
 from core.export.budget import TABLES, predicted_bytes, with_tables
 from core.model.params import param_table
@@ -34,7 +34,7 @@ def gaussian(model: ModelConfig) -> dict[str, Stored]:
             tables = values.reshape(model.engram.orders, -1, values.shape[1])
             for part, share in zip(tables, model.engram.keep, strict=True):
                 part[noise.random(len(part)) >= share] = 0.0
-        out[name] = module("cuda", "storage").to_host(to_device("cuda", values, "float32"), row.storage)
+        out[name] = module("cuda", "storage").to_host(to_device("cuda", values, "float32"), row.storage, row.deviation)
     return out
 
 
@@ -68,6 +68,15 @@ def test_every_preset_fits_or_says_that_it_does_not() -> None:
 @pytest.mark.parametrize("storage", MATRICES)
 def test_the_prediction_holds_for_every_class(storage: Storage) -> None:
     model = dataclasses.replace(presets.get("ablate").config.model, matrix_storage=storage, layers=1)
+    assert predicted_bytes(model) == pytest.approx(written(model)[0], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "storage, factor", [("int6/row", 12.85), ("int6/row", 50.0), ("int7/64", 14.0), ("int4/row", 3.0)]
+)
+def test_the_prediction_holds_for_grids_by_deviations(storage: Storage, factor: float) -> None:
+    changes = {"matrix_storage": storage, "deviations.mlp": factor, "deviations.attention": factor, "layers": 1}
+    model = changed(presets.get("ablate").config.model, changes)
     assert predicted_bytes(model) == pytest.approx(written(model)[0], rel=0.02)
 
 

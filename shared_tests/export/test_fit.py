@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from core.export.fit import COARSEST, FINEST, FitError, fitted
+from core.export.fit import COARSEST, FINEST, FitError, fit_factor
 
 ROOM, SLACK = 15_841_188, 32_000
 
@@ -28,7 +28,7 @@ def test_the_artifact_ends_below_the_budget_by_little(size: Callable[[float], in
         asked.append(factor)
         return size(factor)
 
-    fit = fitted(counted, ROOM, SLACK)
+    fit = fit_factor(counted, ROOM, SLACK)
     assert ROOM - SLACK <= fit.size <= ROOM and fit.size == size(fit.factor) and FINEST < fit.factor < COARSEST
     assert fit.trials == len(asked) <= 8, "a trial is minutes of GPTQ"
     assert "fitted in" in fit.words(ROOM) and f"{fit.size:,} of 15,841,188 bytes" in fit.words(ROOM)
@@ -37,7 +37,7 @@ def test_the_artifact_ends_below_the_budget_by_little(size: Callable[[float], in
 
 def test_bytes_that_jump_are_never_above(monkeypatch: pytest.MonkeyPatch) -> None:
     for room in range(12_100_000, 23_000_000, 618_034):
-        fit = fitted(rough, room, SLACK)
+        fit = fit_factor(rough, room, SLACK)
         assert fit.size == rough(fit.factor) <= room and fit.trials < 40
         near = [rough(fit.factor * (1 - share)) for share in (0.002, 0.01)]
         assert room - fit.size <= SLACK or max(near) > room, "finer would be over"
@@ -45,11 +45,11 @@ def test_bytes_that_jump_are_never_above(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_finest_step_ends_the_search() -> None:
     small = by_law(1e6)
-    fit = fitted(small, ROOM, SLACK)
+    fit = fit_factor(small, ROOM, SLACK)
     assert fit == (FINEST, small(FINEST), 1)
     assert fit.words(ROOM).endswith("that is the finest step, so it stops here")
 
 
 def test_what_no_step_makes_fit_is_refused() -> None:
     with pytest.raises(FitError, match=r"^even steps x 4 give [\d,]+ bytes, [\d,]+ more than there is room for: make"):
-        fitted(by_law(9e7, 4.0), ROOM, SLACK)
+        fit_factor(by_law(9e7, 4.0), ROOM, SLACK)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from backends.cuda import gptq as twin
-from core.export.gptq import BLOCK, RoundingError, compensate, compensated
+from core.export.gptq import BLOCK, TIED, RoundingError, compensate, compensated
 from core.model.storage import STORAGES, Storage, Stored, decode, gridded
 from core.model.table import Init, Param
 from shared_tests.reference import storage as reference
@@ -144,6 +144,20 @@ def test_equal_weights_and_moments_give_equal_bits_whatever_the_moments_are_divi
     assert made[0]["v"].codes.tobytes() != made[0]["w"].codes.tobytes(), "without moments it stays as it was"
     again = compensated(weight, 1024 * moment, made[0]["w"].scales, "int4/row", DAMPING)
     assert again.tobytes() == made[0]["w"].codes.tobytes()
+
+
+def test_a_tied_table_is_damped_more_and_errs_less_as_a_table() -> None:
+    weight, moment = gaussian("gptq/tied", 60, 96), correlated("gptq/tied", 96)
+    stored, names = plain(weight, "int4/row"), ("embed.weight", "blocks.0.mlp.up.weight")
+    table = {name: Param((60, 96), Init("normal", 0.02), "embed", "int4/row") for name in names}
+    given = [{name: value for name in names} for value in (stored, weight, moment)]
+    tied, other = compensate(*given, table, DAMPING, compensated).values()
+    assert stored.scales is not None
+    assert np.array_equal(tied.codes, compensated(weight, moment, stored.scales, "int4/row", TIED))
+    assert np.array_equal(other.codes, compensated(weight, moment, stored.scales, "int4/row", DAMPING))
+    as_table, by_head = np.eye(96), moment
+    assert error(weight, tied, "int4/row", as_table) < 0.9 * error(weight, other, "int4/row", as_table)
+    assert error(weight, tied, "int4/row", by_head) < 0.9 * error(weight, stored, "int4/row", by_head)
 
 
 @pytest.mark.parametrize("solve", [compensated, lambda *given: twin.compensated(*given, device="cpu")])
