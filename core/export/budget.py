@@ -27,7 +27,8 @@ def compressed_bits(storage: Storage, columns: int, deviation: float | None = No
     """Return the bits per value of a tensor with rows of `columns` after compression, its scales not counted.
 
     Integers: the entropy of a Gaussian in steps of largest / LARGEST, where the largest of n values lies at the
-    quantile 1 - 1 / (2n + 1) of their sizes, or is `deviation`; the entropy coder adds half a percent (int4: 2).
+    quantile 1 - 1 / (2n + 1) of their sizes, or is `deviation`; the entropy coder adds half a percent (int4: 2, int5, a
+    byte a code: 9).
     """
     cls = storage_class(storage)
     if cls in ("float16", "ternary", "fp8"):
@@ -37,7 +38,7 @@ def compressed_bits(storage: Storage, columns: int, deviation: float | None = No
     entropy = math.log2(math.sqrt(2 * math.pi * math.e) * LARGEST[cls] / largest)
     if deviation is not None:  # steps that are not small beside the deviation
         entropy = gaussian_bits(deviation / LARGEST[cls])
-    return min((1.02 if cls == "int4" else 1.005) * entropy, BITS[cls])
+    return min({"int4": 1.02, "int5": 1.09}.get(cls, 1.005) * entropy, BITS[cls])
 
 
 def gaussian_bits(step: float) -> float:
@@ -62,6 +63,6 @@ def predicted_bytes(model: ModelConfig) -> int:
 
 def with_tables(model: ModelConfig) -> dict[Storage, int]:
     """Return the predicted bytes for each storage in TABLES of what embedding.storage stores."""
-    drop = {"deviations.table": None}
-    changes = {storage: {"embedding.storage": storage} | ({} if gridded(storage) else drop) for storage in TABLES}
-    return {storage: predicted_bytes(changed(model, change)) for storage, change in changes.items()}
+    plain = changed(model, {"deviations.table": None})  # what has no grid has no deviations
+    models = {storage: model if gridded(storage) else plain for storage in TABLES}
+    return {name: predicted_bytes(changed(models[name], {"embedding.storage": name})) for name in TABLES}

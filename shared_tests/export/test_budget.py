@@ -34,7 +34,7 @@ def gaussian(model: ModelConfig) -> dict[str, Stored]:
             tables = values.reshape(model.engram.orders, -1, values.shape[1])
             for part, share in zip(tables, model.engram.keep, strict=True):
                 part[noise.random(len(part)) >= share] = 0.0
-        out[name] = module("cuda", "storage").to_host(to_device("cuda", values, "float32"), row.storage)
+        out[name] = module("cuda", "storage").to_host(to_device("cuda", values, "float32"), row.storage, row.deviation)
     return out
 
 
