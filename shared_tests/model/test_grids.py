@@ -252,6 +252,16 @@ def test_a_stack_is_stored_as_its_matrices_are(rule: Any) -> None:
         assert np.array_equal(to_numpy(whole), to_numpy(apart))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("rule", [("int6/row", 12.85), ("int5/64", 6.2), ("ternary/64g", None)], ids=str)
+def test_mlx_compiled_gives_the_same_bits(rule: Any) -> None:
+    import mlx.core as mx
+
+    storage, weight = module("mlx", "storage"), mx.array(hard_weight(189))
+    made = mx.compile(lambda weight: storage.stored(weight, *rule))(weight)
+    assert to_numpy(made).tobytes() == to_numpy(storage.stored(weight, *rule)).tobytes()
+
+
 def test_mlx_trains_rows_of_two_rules_as_it_would_each_parameter_alone() -> None:
     config = of({**GRIDDED, "matrix_storage": "int5/64"}, quantise="late", quantise_soft=(1.0, 16.0), steps=4)
     made: Any = engine("mlx", config, working_weights(config.model, 0.3), dtype="float32")
