@@ -239,7 +239,7 @@ def test_banks_and_ranks_keep_rules_apart() -> None:
     assert len({bank.key for bank in rows}) == len(rows)
     for bank in (*stacks, *rows):
         assert {table[name].deviation for name in bank.names} == {bank.deviation}
-    slots = [bucket.names for bucket in buckets(config, 2) if bucket.slots]
+    slots = [bucket.names for bucket in buckets(config, 3) if bucket.slots]
     assert slots and all(len({table[name].deviation for name in names}) == 1 for names in slots)
 
 
