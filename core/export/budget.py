@@ -70,8 +70,6 @@ def predicted_bytes(model: ModelConfig) -> int:
 
 def with_tables(model: ModelConfig) -> dict[Storage, int]:
     """Return the predicted bytes for each storage in TABLES of what embedding.storage stores."""
-    found: dict[Storage, int] = {}
-    for storage in TABLES:
-        drop = {} if gridded(storage) else {"deviations.table": None}
-        found[storage] = predicted_bytes(changed(model, {"embedding.storage": storage} | drop))
-    return found
+    plain = changed(model, {"deviations.table": None})  # what has no grid has no deviations
+    models = {storage: model if gridded(storage) else plain for storage in TABLES}
+    return {name: predicted_bytes(changed(models[name], {"embedding.storage": name})) for name in TABLES}

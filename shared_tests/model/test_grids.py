@@ -239,7 +239,7 @@ def test_banks_and_ranks_keep_rules_apart() -> None:
     assert len({bank.key for bank in rows}) == len(rows)
     for bank in (*stacks, *rows):
         assert {table[name].deviation for name in bank.names} == {bank.deviation}
-    slots = [bucket.names for bucket in buckets(config, 2) if bucket.slots]
+    slots = [bucket.names for bucket in buckets(config, 3) if bucket.slots]
     assert slots and all(len({table[name].deviation for name in names}) == 1 for names in slots)
 
 
@@ -250,6 +250,16 @@ def test_a_stack_is_stored_as_its_matrices_are(rule: Any) -> None:
     for whole, weight in zip(made, stack, strict=True):
         apart = module("cuda", "storage").stored(torch.tensor(weight), *rule)
         assert np.array_equal(to_numpy(whole), to_numpy(apart))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rule", [("int6/row", 12.85), ("int5/64", 6.2), ("ternary/64g", None)], ids=str)
+def test_mlx_compiled_gives_the_same_bits(rule: Any) -> None:
+    import mlx.core as mx
+
+    storage, weight = module("mlx", "storage"), mx.array(hard_weight(189))
+    made = mx.compile(lambda weight: storage.stored(weight, *rule))(weight)
+    assert to_numpy(made).tobytes() == to_numpy(storage.stored(weight, *rule)).tobytes()
 
 
 def test_mlx_trains_rows_of_two_rules_as_it_would_each_parameter_alone() -> None:
@@ -356,10 +366,11 @@ def test_the_oracle_catches(fault: str, backend: str, monkeypatch: pytest.Monkey
     storage = module(backend, "storage")
     monkeypatch.setattr(storage, "core_counts", core_storage.group_counts, raising=False)
     weight, rule = hard_weight(189), ("int6/64", 12.85)
+    expected = reference.quantise(weight, "int6/64", 12.85).scales
     for name, value in FAULTS[fault](storage).items():
         monkeypatch.setattr(storage, name, value)
     grid = storage._on_grid(to_device(backend, weight, "float32"), *rule)[1]
-    assert (to_numpy(grid)[..., 0] != reference.quantise(weight, *rule).scales).mean() > 0.01
+    assert (to_numpy(grid)[..., 0] != expected).mean() > 0.01
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -169,8 +169,10 @@ def hard_weights(storage: str) -> torch.Tensor:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_compiled_quantisers_keep_every_bit() -> None:
     """Of every class and grouping that is not one of the others' code, in one graph, with ties."""
-    kinds: list[Storage] = ["float16", "ternary/64", "ternary/128", "ternary/64g", "int8/64", "int6/row", "int4/128"]
-    kinds += ["fp8/row", "int7/row", "int5/row", "int6/row", "int5/64"]
+    kinds: list[Storage] = [
+        "float16", "ternary/64", "ternary/128", "ternary/64g", "int8/64", "int6/row", "int4/128", "fp8/row", "int7/row",
+        "int5/row", "int6/row", "int5/64",
+    ]  # fmt: skip
     assert {storage_class(kind) for kind in kinds} == {*KINDS}
     rules = list(zip(kinds, [None] * 10 + [12.85, 6.2], strict=True))
     weights = [hard_weights(name) for name in kinds]
