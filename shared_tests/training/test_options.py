@@ -5,6 +5,7 @@ import functools
 import importlib
 import re
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from core import presets
 from core.ablation.fields import flat, put
 from core.cli import VERBS, main
-from core.config import ConfigError, EvalConfig, RunConfig, from_json, to_json
+from core.config import ConfigError, EvalConfig, ModelConfig, RunConfig, from_json, to_json
 from core.data.tokenizer_training import train_tokenizer
 from core.engine.loading import choose_backend
 from core.model.upgrade import MOVED
@@ -62,7 +63,10 @@ def test_help_says_what_the_first_argument_may_be(capsys: Capture) -> None:
             "train debug --layers 3",
             "unknown option --layers; did you mean --model.layers or --model.value-embed.layers?",
         ),
-        ("train debug --hidden 3", "unknown option --hidden; did you mean --model.mlp.hidden?"),
+        (
+            "train debug --hidden 3",
+            "unknown option --hidden; did you mean --model.mlp.hidden or --model.experts.hidden?",
+        ),
         ("train debug --model.bank head", "unknown option --model.bank; did you mean --model.bank.at?"),
         ("train debug --model.bank-heads=3", "unknown option --model.bank-heads; did you mean --model.bank.heads?"),
         ("train debug --model.sck.times 1 4", "unknown option --model.sck.times; did you mean --model.skc.times?"),
@@ -123,7 +127,9 @@ def test_every_part_has_a_box_of_its_own(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     boxes = re.findall(r"(model[\w.-]*) options", capsys.readouterr().out)
-    assert [box.replace("-", "_") for box in boxes] == ["model", *(f"model.{part}" for part in RunConfig().model.parts)]
+    nested = [field.name for field in fields(ModelConfig) if is_dataclass(getattr(RunConfig().model, field.name))]
+    assert [box.replace("-", "_") for box in boxes] == ["model", *(f"model.{name}" for name in nested)]
+    assert set(RunConfig().model.parts) <= set(nested)
 
 
 def test_the_last_part_of_a_name_comes_first() -> None:
