@@ -190,7 +190,7 @@ class Engine(Masters):
     def _losses(self, weights, tokens, targets, tables, repeat, route=True, begins=None, given=None):
         model = {name: weights[name] for name in self._table}
         auxiliary = self._train.auxiliary
-        record = {} if self._train.mtp_heads or auxiliary else None
+        record: Any = {} if self._train.mtp_heads or auxiliary else None
         training = self._training(tokens, repeat, route, given)
         nll, total = self._costs(model, tokens, targets, tables, repeat, training, record, begins)
         loss = torch.mean(nll)

@@ -162,7 +162,7 @@ class Engine(Masters):
         weights = self._named(rows)
         model = {name: weights[name] for name in self._table}
         auxiliary = self._train.auxiliary
-        record = {} if self._train.mtp_heads or auxiliary else None
+        record: Any = {} if self._train.mtp_heads or auxiliary else None
         training = self._training(tokens, repeat, route, given)
         nll, total = self._costs(model, tokens, targets, tables, repeat, training, record)
         loss = mx.mean(nll)

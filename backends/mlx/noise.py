@@ -23,5 +23,7 @@ def of_weights(key, keys_N, shape, scale):
     """Return `scale` times the centred sums of four random bytes of every value of N weights: (N O, I)."""
     index_I = mx.arange(shape[0] * shape[1], dtype=mx.uint32)
     drawn = ops.hash32(key ^ keys_N[:, None], index_I)
-    total = sum(((drawn >> bits) & 255 for bits in (8, 16, 24)), drawn & 255)
+    total = drawn & 255
+    for bits in (8, 16, 24):
+        total = total + ((drawn >> bits) & 255)
     return ((total.astype(scale.dtype) - 510) * scale).reshape(-1, shape[1])
