@@ -3,6 +3,7 @@
 from core.config import POLAR_EXPRESS, EvalConfig, ModelConfig, RunConfig, TrainConfig, changed
 from core.model.attention import Attention
 from core.model.bigram import Bigram
+from core.model.deviations import Deviations
 from core.model.embedding import Embedding
 from core.model.mlp import MLP
 from core.model.skips import Skips
@@ -53,6 +54,7 @@ PR1619 = changed(PR401, {
     "model.repeat_order": "at_once", "model.repeat_scales": "shared", "model.repeat_blend": True,
     "train.lr_matrix": 0.022, "train.muon_momentum": 0.97, "train.weight_decay": 0.095, "train.warmdown": 0.75,
     "train.snapshot_every": None, "eval.windows": "documents", "eval.stride": None,
+    "model.deviations": Deviations(mlp=11.0, attention=11.0, table=20.0),
 })  # fmt: skip
 """The stack of vocabulary 8,192 whose middle layers run twice at once."""
 
@@ -61,7 +63,8 @@ PR1394 = changed(ELEVEN, {
     "model.skips": Skips(on=True, gates=True, over="passes"), "model.repeat_layers": (4, 5), "model.repeat_times": 2,
     "model.repeat_scales": "shared", "train.repeat_from": 0.5, "train.lr_embed": 0.03, "train.lr_matrix": 0.02,
     "train.lr_vector": 0.02, "train.muon_rows": True, "train.weight_decay": 0.085, "train.weight_decay_embed": 0.085,
-    "train.weight_decay_vector": 0.02, "train.warmdown": 0.667,
+    "train.weight_decay_vector": 0.02, "train.warmdown": 0.667, "train.reserve_seconds": 4.0,
+    "model.deviations": Deviations(mlp=12.85, attention=12.85, table=20.0), "export.method": "gptq", "export.fit": True,
 })  # fmt: skip
 """The best record that does not adapt while it is scored."""
 
@@ -72,12 +75,14 @@ PR1855 = changed(PR1394, {
     "train.muon_momentum": 0.97, "train.muon_coefficients": POLAR_EXPRESS, "train.weight_decay": 0.095,
     "train.beta2": 0.99, "train.warmdown": 0.85, "train.floor": 0.1, "train.floor_rule": "clip",
     "train.average_decay": 0.9965, "eval.windows": "documents", "eval.stride": 48,
+    "model.embedding.storage": "int7/row", "model.deviations": Deviations(mlp=11.5, attention=13.0, table=14.0),
 })  # fmt: skip
 """The top record: lanes, gates, smear and case operators (`skc data prepare --transform caseops`)."""
 
 SMALL = {
     "model.vocab": 1024, "model.dim": 128, "model.attention.heads": 4, "model.attention.kv_heads": 2,
-    "train.steps": 300, "train.seconds": None, "train.batch": 16, "train.seq": 256, "train.micro_batch": None,
+    "train.steps": 300, "train.seconds": None, "train.reserve_seconds": 0.0, "train.batch": 16, "train.seq": 256,
+    "train.micro_batch": None, "export.fit": False,
     "train.muon_momentum_steps": 100, "train.average_decay": 0.97, "train.eval_every": 100,
     "train.save_every": 100, "eval.seq": 256, "eval.batch": 16, "eval.train_documents": 8,
     "eval.windows": "plain", "eval.stride": None,
@@ -99,18 +104,16 @@ PR1619_MAC = changed(PR1619, SMALL | NARROW | {
 PR1394_MAC = changed(PR1394, SMALL | WIDE)
 PR1855_MAC = changed(PR1855, SMALL | WIDE | {"data.path": "sample-case"})
 
-CODED = "codes at the entropy bound: artifacts of six-bit weights are over the budget"
-ROUNDED = f"GPTQ with steps by standard deviations, and {CODED}"
-LARGE = f"GPTQ with five or six bits by the trace of second moments (here six, rounded late), and {CODED}"
+LARGE = "five or six bits by the trace of second moments (here six, rounded late)"
 ADAPTS = "adapters that learn from text that has been scored"
 
 PRESETS = {
-    "pr401": ("pull request 401: averages, late rounding; vocabulary 1,024", PR401, 26_993_756, CODED),
+    "pr401": ("pull request 401: averages, late rounding; vocabulary 1,024", PR401, 26_993_756),
     "pr550": (
         "pull request 550: soft late rounding, heads for later tokens; one GPU",
         PR550,
         27_092_057,
-        f"{CODED}; {ADAPTS}",
+        ADAPTS,
     ),
     "pr1619": (
         "pull request 1619: vocabulary 8,192, gated parallel layers, three that run twice",
@@ -118,21 +121,21 @@ PRESETS = {
         31_655_011,
         f"{LARGE}; {ADAPTS}",
     ),
-    "pr1394": ("pull request 1394: the best record without adaptation", PR1394, 35_943_512, ROUNDED),
+    "pr1394": ("pull request 1394: the best record without adaptation", PR1394, 35_943_512),
     "pr1855": (
         "pull request 1855: the top record, on text with case operators",
         PR1855,
         35_945_671,
-        f"{ROUNDED}; {ADAPTS}, and phases of SGD",
+        f"{ADAPTS}, and phases of SGD",
     ),
     "pr401_mac": ("pr401 for a laptop, narrow, on the bundled text", PR401_MAC, 2_280_016),
     "pr550_mac": ("pr550 for a laptop", PR550_MAC, 2_244_941, ADAPTS),
     "pr1619_mac": ("pr1619 for a laptop", PR1619_MAC, 2_280_023, f"{LARGE}; {ADAPTS}"),
-    "pr1394_mac": ("pr1394 for a laptop", PR1394_MAC, 2_121_004, ROUNDED),
+    "pr1394_mac": ("pr1394 for a laptop", PR1394_MAC, 2_121_004),
     "pr1855_mac": (
         "pr1855 for a laptop: bundled text with case operators",
         PR1855_MAC,
         2_121_867,
-        f"{ROUNDED}; {ADAPTS}",
+        ADAPTS,
     ),
 }
