@@ -9,6 +9,7 @@ from statistics import NormalDist
 from core.config import ModelConfig, changed
 from core.export.codecs import together, values_in
 from core.export.coder import lanes
+from core.export.fit import Fit, fit_factor
 from core.export.symbols import E4M3
 from core.model.params import param_table
 from core.model.storage import LARGEST, Storage, by_ratios, gridded, group_size, scales_shape, storage_class
@@ -66,6 +67,16 @@ def predicted_bytes(model: ModelConfig) -> int:
         shares = model.engram.keep if name == "engram.table" and model.engram.keep else (1.0,)
         bits += part * sum(shares) / len(shares)  # a pruned row is all zeros, and those are a class of their own
     return round(bits / 8)
+
+
+def fitted_steps(model: ModelConfig, room: int, slack: int) -> Fit:
+    """Return the common factor on the steps of model.deviations that export.fit is predicted to find; FitError: none."""
+    given = {name: k for name, k in vars(model.deviations).items() if k is not None}
+
+    def size(factor: float) -> int:
+        return predicted_bytes(changed(model, {f"deviations.{name}": factor * k for name, k in given.items()}))
+
+    return fit_factor(size, room, slack)
 
 
 def with_tables(model: ModelConfig) -> dict[Storage, int]:

@@ -13,7 +13,8 @@ from core.audit.code import against_reserve, packed_code
 from core.config import RunConfig
 from core.data.bundled import open_data
 from core.engine.scaffolding import standing
-from core.export.budget import predicted_bytes, with_tables
+from core.export.budget import fitted_steps, predicted_bytes, with_tables
+from core.export.fit import SLACK, FitError
 from core.model.params import count, param_table
 from core.model.shares import FLOP_RULE, Share, bytes_by_storage, decoding_state, flops_per_token, shares
 from core.scoring.plugins import load_plugins
@@ -72,6 +73,12 @@ def info(options: Info, context: Context) -> Outcome:
     for name, size in storage.items():
         say(f"{name:<17} {size:,.0f} bytes before compression, scales included")
     verdict = "within" if fits else f"OVER by {total - export.budget:,}"
+    if export.fit:
+        try:
+            fit = fitted_steps(model, export.budget - code, round(SLACK * export.budget))
+            fits, verdict = True, f"{verdict}; export.fit makes steps {fit.factor:.2f} times as large: {fit.size + code:,}"
+        except FitError as error:
+            verdict = f"{verdict}; {error}"
     say(f"artifact          {predicted:,} bytes, predicted for trained weights (docs/log.md: how well)")
     say(f"with code         {total:,} of {export.budget:,} bytes: {verdict} ({code:,} for code)")
     took = ", ".join(f"{size:,} ({name})" for name, size in packed.items())

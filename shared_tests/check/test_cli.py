@@ -76,10 +76,11 @@ def test_presets_lists_what_is_recorded(capsys: Capture) -> None:
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_info_gives_every_preset_its_recorded_count(name: str, capsys: Capture) -> None:
     config, lacks = presets.get(name).config, presets.get(name).lacks
-    # Six bits a weight are too many for the records' presets, until codes are stored at their entropy.
-    over = predicted_bytes(config.model) > config.export.budget - config.export.code_bytes
+    # Six bits by the largest weight are too many for weights that are spread as at the start; a fitted step never is.
+    room = config.export.budget - max(config.export.code_bytes, *packed_code().values())
+    over = predicted_bytes(config.model) > room and not config.export.fit
     value = call(capsys, "info", name, code=int(over))
-    assert not over or "over the budget" in lacks
+    assert over is (name in {"pr401", "pr550"})
     assert value["parameters"] == presets.get(name).params and value["not_here_yet"] == lacks
     code = max(config.export.code_bytes, *value["packed_code"].values())
     assert value["bytes_total"] == value["bytes_predicted"] + code
