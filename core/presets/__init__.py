@@ -1,7 +1,7 @@
 """Named runs. A preset is a RunConfig with one line of purpose and the counts that a test holds it to."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from core.checks import closest
 from core.config import NO_STAGES, ConfigError, RunConfig
@@ -19,9 +19,7 @@ class Preset(NamedTuple):
     """What of the system that it stands for this project does not do yet."""
 
 
-FAMILIES: tuple[dict[str, tuple[Any, ...]], ...] = (
-    transformers.PRESETS, skc.PRESETS, original.PRESETS, records.PRESETS,
-)  # fmt: skip
+FAMILIES = (transformers.PRESETS, skc.PRESETS, original.PRESETS, records.PRESETS)
 PRESETS: dict[str, Preset] = {
     name: Preset(purpose, dataclasses.replace(config, preset=name), *rest)
     for family in FAMILIES

@@ -1,6 +1,8 @@
 """The original SKC system's settings, in causal form: its best hour on a laptop, and the node setting that fits
 (docs/presets.md)."""
 
+from typing import Any
+
 from core.config import EvalConfig, ModelConfig, RunConfig, TrainConfig
 from core.model.attention import Attention
 from core.model.bank import Bank
@@ -51,7 +53,7 @@ SKC_1609 = RunConfig(
 )  # fmt: skip
 """SKC layers alone, MLPs beside them: four blocks for eleven layers, of which four run twice."""
 
-PRESETS = {
+PRESETS: dict[str, tuple[Any, ...]] = {
     "skc_1609_mac": (
         "the original's best hour on a laptop, causal: attention and Koopman layers, experts, bank, EngramHash",
         SKC_1609_MAC,
