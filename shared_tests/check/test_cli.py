@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from core import presets
+from core.audit.code import packed_code
 from core.cli import VERBS, main
 from core.config import RunConfig, changed
 from core.engine.loading import load_engine
