@@ -285,21 +285,26 @@ class PlanReader:
 
     @property
     def at(self) -> int:
+        """Return how many bytes were taken."""
         return self._at
 
     def since(self, at: int) -> bytes:
+        """Return the bytes that were taken after the first `at`."""
         return self._data[at : self._at]
 
     def rest(self) -> int:
+        """Return how many bytes are left."""
         return len(self._data) - self._at
 
     def take(self, count: int) -> bytes:
+        """Return the next `count` bytes."""
         if count > self.rest():
             raise CodecError("payload", "its tables end early")
         self._at += count
         return self._data[self._at - count : self._at]
 
     def number(self, field: str, most: int) -> int:
+        """Return the next byte, a number up to `most`."""
         (value,) = self.take(1)
         if value > most:
             raise CodecError(field, f"{value} in its tables, expected at most {most}")

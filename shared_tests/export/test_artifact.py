@@ -14,7 +14,7 @@ import pytest
 
 from core.config import ModelConfig, changed, chosen
 from core.export.artifact import MAX_HEADER, ArtifactError, read_artifact
-from core.export.codecs import sizes, values_in
+from core.export.codecs import Plan, halves_plan, matrix_plan, sizes, values_in
 from core.export.coder import lanes
 from core.files import replace_file
 from core.model.params import param_table
@@ -43,6 +43,7 @@ GOLDEN_SHA256 = {
     "artifact_v3_bytes": "91c742f6d4a237678459f81c6cdbea51080140ad9eff77b4fff5f3b5073b9124",
     "artifact_v3_ratios": "ca6c17705abe050950069cc2455dd94b54ed5fee52f7f6b0aeb5c995e46224bc",
 }
+PLANS_SHA256 = "70fca06f08eb512a145ca166f46cb10f778d6b965e7d98fd3e943094adb99871"
 GOLDEN_MODELS = {
     "artifact_v3": "ternary",
     "artifact_v3_nibbles": "nibbles",
@@ -129,6 +130,24 @@ def test_golden(tmp_path: Path, name: str) -> None:
     assert hashlib.sha256(golden.read_bytes()).hexdigest() == GOLDEN_SHA256[name]
     assert golden.read_bytes() == (tmp_path / "g.skc").read_bytes()
     assert_same(read_artifact(golden).stored, some_stored(model))
+
+
+def some_plans() -> list[Plan]:
+    """Plans with classes of rows, of columns and of scales, of numbers that a generator of whole numbers draws."""
+    noise = np.random.default_rng(11)
+    draws = noise.integers(-100, 101, (96, 64, 6)).sum(2)  # about Gaussian
+    sizes = noise.integers(5, 120, 96)[:, None]
+    symbols = np.clip(draws * sizes // 4000 + 31, 0, 62).astype(np.uint8)
+    symbols[noise.integers(0, 96, 20)] = 31
+    halves = (noise.integers(0, 3000, (500, 1)) + noise.integers(0, 200, (500, 6)) + 8000).astype(np.uint16)
+    return [matrix_plan(symbols, 62), matrix_plan(np.ascontiguousarray(symbols.T), 62), halves_plan(halves)]
+
+
+def test_the_writer_chooses_as_it_always_did() -> None:
+    """Another choice of tables or classes would refuse every larger artifact that there is."""
+    plans = some_plans()
+    assert [plan.axis for plan in plans] == [1, 2, 1] and all(len(plan.tables) > 4 for plan in plans)
+    assert hashlib.sha256(b"".join(plan.data for plan in plans)).hexdigest() == PLANS_SHA256
 
 
 def assert_documented(data: bytes, model: ModelConfig, stored: dict[str, Stored]) -> None:
