@@ -150,8 +150,8 @@ def test_a_tied_table_is_damped_more_and_errs_less_as_a_table() -> None:
     weight, moment = gaussian("gptq/tied", 60, 96), correlated("gptq/tied", 96)
     stored, names = plain(weight, "int4/row"), ("embed.weight", "blocks.0.mlp.up.weight")
     table = {name: Param((60, 96), Init("normal", 0.02), "embed", "int4/row") for name in names}
-    given = [{name: value for name in names} for value in (stored, weight, moment)]
-    tied, other = compensate(*given, table, DAMPING, compensated).values()
+    rounded, weights, moments = dict.fromkeys(names, stored), dict.fromkeys(names, weight), dict.fromkeys(names, moment)
+    tied, other = compensate(rounded, weights, moments, table, DAMPING, compensated).values()
     assert stored.scales is not None
     assert np.array_equal(tied.codes, compensated(weight, moment, stored.scales, "int4/row", TIED))
     assert np.array_equal(other.codes, compensated(weight, moment, stored.scales, "int4/row", DAMPING))

@@ -206,7 +206,7 @@ def test_a_model_writes_its_own_text_from_its_state(backend: str) -> None:
 
 def test_a_gpu_runs_its_own_form_and_every_other_device_the_reference() -> None:
     devices = [("cuda", "NVIDIA H100 80GB HBM3"), ("cuda", "CPU, 2 threads"), ("mlx", "Apple M4"), ("numpy", "CPU")]
-    chosen = [solver(SimpleNamespace(backend=backend, device=device)) for backend, device in devices]  # type: ignore
+    chosen = [solver(SimpleNamespace(backend=backend, device=device)) for backend, device in devices]  # type: ignore[arg-type]
     assert chosen == [twin.compensated, compensated, compensated, compensated]
 
 
