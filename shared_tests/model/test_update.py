@@ -78,7 +78,7 @@ def test_launches_that_grow_with_depth_would_be_seen(monkeypatch: pytest.MonkeyP
         rows = params.param_table(model).items()
         return [params.ParamBank(r.group, r.storage, r.group != "vector", (name,), (r.shape,)) for name, r in rows]
 
-    monkeypatch.setattr(module("cuda", "engine"), "banks", apart)
+    monkeypatch.setattr(module("cuda", "masters"), "banks", apart)
     once, thrice = (launches(deeper(mini("baseline"), times)) for times in (1, 3))
     assert all(thrice[part] > 1.5 * count for part, count in once.items())
 
