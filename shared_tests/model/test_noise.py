@@ -12,6 +12,9 @@ import pytest
 from core.check.tolerances import P2_FLOAT64, P3_FLOAT64, relative_rms
 from core.config import ConfigError, RunConfig, changed
 from core.data.batch import Batch
+from core.data.bundled import BUNDLED
+from core.data.dataset import Split, batch_from
+from core.data.tokenizer import Tokenizer
 from core.engine.noise import byte_scale, depth_keys, step_key, weight_keys
 from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays
@@ -182,6 +185,15 @@ def test_noise_counts_rows_globally(backend: str) -> None:
         mine = Batch(batch.tokens[1:3], batch.targets[1:3], 2, first)
         found = made.train_step(mine, plan).result().loss
         assert found == pytest.approx(loss_of(config, weights, mine, kept[..., first : first + 2]), rel=1e-12)
+
+
+def test_a_ranks_batch_says_where_its_rows_stand() -> None:
+    text = Split([np.arange(2, 90, dtype=np.uint16)], Tokenizer.load(str(BUNDLED / "tokenizer.model")))
+    whole = batch_from(text, 10, 7, 4, 0)
+    for part in (slice(0, 3), slice(3, 7)):
+        mine = batch_from(text, 10, 7, 4, 0, part)
+        assert (whole.first, mine.first, mine.total) == (0, part.start, 7)
+        assert np.array_equal(mine.tokens, whole.tokens[part])
 
 
 def test_the_twins_take_the_same_noisy_steps() -> None:
