@@ -46,7 +46,7 @@ def blocks(expert_N, count):
     return Blocks(row, place_N, owner_M)
 
 
-def moved(x, there, back):
+def moved(x, there, back) -> Any:
     """Return x[there], of -1 any row; `back` is the way back, which gradients take, 0 for -1: gathers both ways."""
     return Moved.apply(x, there, back)
 
@@ -73,7 +73,7 @@ def products(x, weight, owner_M):
         return torch.ops.skc.products(x, weight, owner_M)
     owner_M, count = torch.clamp(owner_M, max=len(weight) - 1), torch.arange(len(weight), device=x.device)
     ends = torch.searchsorted(owner_M, count, right=True) * (len(x) // len(owner_M))
-    return torch._grouped_mm(x, weight.transpose(-1, -2), offs=ends.to(torch.int32))
+    return torch._grouped_mm(x, weight.transpose(-1, -2), offs=ends.to(torch.int32))  # pyright: ignore
 
 
 # CUDA: products on a CPU, where torch._grouped_mm fails for an expert without rows; a tracer sees one operation.

@@ -139,7 +139,7 @@ def banks(config, owner, scaffolding=None):
     for name, row in table.items():
         size = row.size // row.slices if row.slices > 1 else 0
         members.setdefault((row.group, row.storage, row.scaffold, row.deviation, size), []).append(name)
-    return [bank(*kind, names) for kind, names in members.items()]
+    return [bank(*kind, names) for kind, names in members.items()]  # pyright: ignore
 
 
 def parts(banks, rows):

@@ -44,7 +44,7 @@ def blocks(expert_N, count):
     return Blocks(row, place_N, mx.minimum(owner_M, count - 1))
 
 
-def moved(x, there, back):
+def moved(x, there, back) -> Any:
     """Return x[there], of -1 any row; `back` is the way back, which gradients take, 0 for -1: gathers both ways."""
 
     @mx.custom_function

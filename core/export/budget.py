@@ -70,7 +70,7 @@ def predicted_bytes(model: ModelConfig) -> int:
 
 
 def fitted_steps(model: ModelConfig, room: int, slack: int) -> Fit:
-    """Return the common factor on the steps of model.deviations that export.fit is predicted to find; FitError: none."""
+    """Return the factor on the steps of model.deviations that export.fit is predicted to find; FitError: none."""
     given = {name: k for name, k in vars(model.deviations).items() if k is not None}
 
     def size(factor: float) -> int:

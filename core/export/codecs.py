@@ -16,7 +16,7 @@ from core.export.coder import (
     TOTAL,
     CodecError,
     Decoder,
-    Run,
+    SymbolRun,
     SymbolTable,
     encode,
     fitted,
@@ -46,7 +46,7 @@ CHUNK = 1 << 17
 Table = dict[str, Param]
 
 
-class Plan(NamedTuple):
+class CodingPlan(NamedTuple):
     """How one part of a tensor is coded."""
 
     data: bytes
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
     """(lines,) uint8: the class of every row or column; None: one table."""
 
 
-class Size(NamedTuple):
+class TensorSize(NamedTuple):
     """What a tensor takes of an artifact."""
 
     bits: float
@@ -91,7 +91,7 @@ def pack_unchecked(stored: dict[str, Stored], table: Table) -> bytes:
     return len(plans).to_bytes(4, "little") + plans + encode(runs, lanes(values_in(table)))
 
 
-def sizes(stored: dict[str, Stored], table: Table) -> dict[str, Size]:
+def tensor_sizes(stored: dict[str, Stored], table: Table) -> dict[str, TensorSize]:
     """Return what each tensor takes; tensors that are coded together share by their values."""
     out = {}
     for names in together(table):
@@ -102,7 +102,7 @@ def sizes(stored: dict[str, Stored], table: Table) -> dict[str, Size]:
             if cls != "float16":
                 share = np.bincount(symbols_of(cls, stored[name].codes).ravel()) / table[name].size
                 entropy = float(-(share * np.log2(share, where=share > 0, out=np.zeros_like(share))).sum())
-            out[name] = Size(bits * table[name].size / values, entropy)
+            out[name] = TensorSize(bits * table[name].size / values, entropy)
     return {name: out[name] for name in table}
 
 
@@ -170,7 +170,7 @@ def check_tensor(name: str, row: Param, stored: Stored) -> None:
 # Plans: what the writer chooses, and the reader holds a file to.
 
 
-def planned(names: list[str], stored: dict[str, Stored], table: Table) -> Iterator[tuple[Plan, list[Run]]]:
+def planned(names: list[str], stored: dict[str, Stored], table: Table) -> Iterator[tuple[CodingPlan, list[SymbolRun]]]:
     """Yield plan and runs of what is coded of tensors that have their tables in common: codes, then scales."""
     codes, scales = stored[names[0]]
     if scales is None:
@@ -184,10 +184,10 @@ def planned(names: list[str], stored: dict[str, Stored], table: Table) -> Iterat
     plan = halves_plan(values)
     shift, base = plan.data[0], int.from_bytes(plan.data[1:3], "little")
     runs = _matrix_runs(((values >> shift) - base).astype(np.uint8), plan)
-    yield plan, runs + [Run((values & (1 << shift) - 1).ravel().astype(np.uint8), plan.tables[-1])] * (shift > 0)
+    yield plan, runs + [SymbolRun((values & (1 << shift) - 1).ravel().astype(np.uint8), plan.tables[-1])] * (shift > 0)
 
 
-def halves_plan(values: np.ndarray) -> Plan:
+def halves_plan(values: np.ndarray) -> CodingPlan:
     """Return the cheapest split of (rows, groups) numbers of 16 bits into a high part, at most 256, and a low one.
 
     A float16 number's bits grow with its size: the high part is its order of magnitude, the low one nearly noise.
@@ -209,7 +209,9 @@ def halves_plan(values: np.ndarray) -> Plan:
     return plan._replace(data=data, bits=bits, tables=plan.tables + [table for table, _ in rest])
 
 
-def matrix_plan(symbols: np.ndarray, top: int, classes: Callable[[np.ndarray, int], np.ndarray] | None = None) -> Plan:
+def matrix_plan(
+    symbols: np.ndarray, top: int, classes: Callable[[np.ndarray, int], np.ndarray] | None = None
+) -> CodingPlan:
     """Return the cheapest plan of (rows, columns) symbols up to `top`: one table, or one for each class of lines.
 
     Lines are classed by their sum of squares, or by `classes`.
@@ -222,7 +224,7 @@ def matrix_plan(symbols: np.ndarray, top: int, classes: Callable[[np.ndarray, in
     return min(plans, key=lambda plan: plan.bits)
 
 
-def _plan_along(lines: np.ndarray, axis: int, top: int, classes: np.ndarray | None) -> Plan:
+def _plan_along(lines: np.ndarray, axis: int, top: int, classes: np.ndarray | None) -> CodingPlan:
     own = np.zeros(len(lines), np.uint8) if classes is None else classes
     counts = np.zeros((int(own.max()) + 1, top + 1), np.int64)
     for part, some in zip(_chunks(lines), _chunks(own, lines.shape[1]), strict=True):
@@ -234,7 +236,7 @@ def _plan_along(lines: np.ndarray, axis: int, top: int, classes: np.ndarray | No
         fits.insert(0, fitted(np.bincount(classes)))
         data, bits = bytes([axis, len(counts)]), 16 << FRACTION
     data += b"".join(table.data for table, _ in fits)
-    return Plan(data, bits + sum(cost for _, cost in fits), [table for table, _ in fits], axis, classes)
+    return CodingPlan(data, bits + sum(cost for _, cost in fits), [table for table, _ in fits], axis, classes)
 
 
 def _by_squares(lines: np.ndarray, top: int) -> np.ndarray:
@@ -266,12 +268,12 @@ def _chunks(lines: np.ndarray, width: int | None = None) -> Iterator[np.ndarray]
     return (lines[at : at + step] for at in range(0, len(lines), step))
 
 
-def _matrix_runs(symbols: np.ndarray, plan: Plan) -> list[Run]:
+def _matrix_runs(symbols: np.ndarray, plan: CodingPlan) -> list[SymbolRun]:
     if plan.classes is None:
-        return [Run(symbols.ravel(), plan.tables[0])]
+        return [SymbolRun(symbols.ravel(), plan.tables[0])]
     lines = _lines(symbols, plan.axis)
     own = [lines[plan.classes == number].ravel() for number in range(int(plan.classes.max()) + 1)]
-    return [Run(part, table) for part, table in zip([plan.classes, *own], plan.tables, strict=False)]
+    return [SymbolRun(part, table) for part, table in zip([plan.classes, *own], plan.tables, strict=False)]
 
 
 # Reading.

@@ -40,7 +40,7 @@ class SymbolTable(NamedTuple):
     """(symbols,) uint32 that add up to TOTAL."""
 
 
-class Run(NamedTuple):
+class SymbolRun(NamedTuple):
     """Symbols that one table codes."""
 
     symbols: np.ndarray
@@ -109,7 +109,7 @@ def table_of(data: bytes) -> SymbolTable:
     return SymbolTable(data, frequencies)
 
 
-def encode(runs: list[Run], count: int) -> bytes:
+def encode(runs: list[SymbolRun], count: int) -> bytes:
     """Return the states (uint32) and then the words (uint16), little-endian, of runs that `count` lanes code."""
     states = np.full(count, LOW, np.uint32)
     words: list[np.ndarray] = []

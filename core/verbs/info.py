@@ -76,7 +76,8 @@ def info(options: Info, context: Context) -> Outcome:
     if export.fit:
         try:
             fit = fitted_steps(model, export.budget - code, round(SLACK * export.budget))
-            fits, verdict = True, f"{verdict}; export.fit makes steps {fit.factor:.2f} times as large: {fit.size + code:,}"
+            fits = True
+            verdict += f"; export.fit makes steps {fit.factor:.2f} times as large: {fit.size + code:,}"
         except FitError as error:
             verdict = f"{verdict}; {error}"
     say(f"artifact          {predicted:,} bytes, predicted for trained weights (docs/log.md: how well)")

@@ -5,7 +5,7 @@ from typing import Any
 
 from core.console import Console
 from core.export.artifact import ArtifactError, read_artifact
-from core.export.codecs import sizes
+from core.export.codecs import tensor_sizes
 from core.model.params import param_table
 from core.training.run import Run
 
@@ -27,7 +27,7 @@ def tensor_bytes(path: str, say: Console) -> dict[str, Any] | None:
         return None
     found, rows = {}, []
     table = param_table(artifact.model)
-    for name, size in sizes(artifact.stored, table).items():
+    for name, size in tensor_sizes(artifact.stored, table).items():
         row = table[name]
         found[name] = {"bits": size.bits / row.size, "entropy": size.entropy, "bytes": size.bits / 8}
         entropy = "" if size.entropy is None else f"{size.entropy:.3f}"

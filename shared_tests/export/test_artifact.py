@@ -14,7 +14,7 @@ import pytest
 
 from core.config import ModelConfig, changed, chosen
 from core.export.artifact import MAX_HEADER, ArtifactError, read_artifact
-from core.export.codecs import Plan, halves_plan, matrix_plan, sizes, values_in
+from core.export.codecs import CodingPlan, halves_plan, matrix_plan, tensor_sizes, values_in
 from core.export.coder import lanes
 from core.files import replace_file
 from core.model.params import param_table
@@ -78,7 +78,7 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     for key, values in artifact.weights.items():
         assert values.dtype == np.float32 and values.flags.writeable
         assert values.tobytes() == reference.decode(stored[key], table[key].storage).astype(np.float32).tobytes()
-    length = sum(tensor.bits for tensor in sizes(stored, table).values()) / 8
+    length = sum(tensor.bits for tensor in tensor_sizes(stored, table).values()) / 8
     assert len(parts((tmp_path / "a.skc").read_bytes())[1]) <= 1.002 * length + 4 + 4 * lanes(values_in(table))
     write(tmp_path / "b.skc", artifact.model, artifact.stored)
     assert (tmp_path / "a.skc").read_bytes() == (tmp_path / "b.skc").read_bytes()
@@ -132,7 +132,7 @@ def test_golden(tmp_path: Path, name: str) -> None:
     assert_same(read_artifact(golden).stored, some_stored(model))
 
 
-def some_plans() -> list[Plan]:
+def some_plans() -> list[CodingPlan]:
     """Plans with classes of rows, of columns and of scales, of numbers that a generator of whole numbers draws."""
     noise = np.random.default_rng(11)
     draws = noise.integers(-100, 101, (96, 64, 6)).sum(2)  # about Gaussian

@@ -11,7 +11,7 @@ import pytest
 from core.config import changed
 from core.export import codecs
 from core.export.artifact import ArtifactError, read_artifact
-from core.export.coder import LOW, Run, table_of
+from core.export.coder import LOW, SymbolRun, table_of
 from core.model.params import param_table
 from core.model.storage import Stored
 from shared_tests.support.artifacts import (
@@ -80,7 +80,7 @@ def test_the_length_of_the_tables(tmp_path: Path, refused: Refused) -> None:
 
 def coded(piece: Piece, plan: bytes, *tables: bytes) -> Piece:
     """A piece with another plan, and its runs coded by other tables."""
-    runs = [Run(run.symbols, table_of(table)) for run, table in zip(piece.runs, tables, strict=True)]
+    runs = [SymbolRun(run.symbols, table_of(table)) for run, table in zip(piece.runs, tables, strict=True)]
     return Piece(piece.name, plan, runs)
 
 
@@ -106,7 +106,7 @@ def test_tables_that_no_writer_makes(refused: Refused) -> None:
     columns = np.ascontiguousarray(piece.runs[0].symbols.reshape(-1, 8).T).ravel()
     one, empty = bytes([0, 0, 0]), bytes([0, 3, 3])
     for along, lines, symbols in ((1, 130, piece.runs[0].symbols), (2, 8, columns)):
-        classes, codes = Run(np.zeros(lines, np.uint8), table_of(one)), Run(symbols, table_of(table))
+        classes, codes = SymbolRun(np.zeros(lines, np.uint8), table_of(one)), SymbolRun(symbols, table_of(table))
         for plan in (bytes([along, 1]) + one + table, bytes([along, 2]) + one + table + empty):
             refused(with_piece(Piece(name, plan, [classes, codes])), f"{name}: other tables or classes")
     for plan in (bytes([3]) + table, bytes([1, 17]) + table, bytes([1, 0]) + table, axis + bytes([2]) + table[1:]):
@@ -159,7 +159,7 @@ def test_a_place_beyond_the_grid_of_ratios(refused: Refused) -> None:
     count = sum(run.symbols.size for run in whole[place].runs[:1])
     for value in (992, 1023, 1024 + 480, 2048 + 480, 65_535, 0, 31):
         plan = codecs.halves_plan(np.full((count, 1), value, np.uint16))
-        bad = Piece(names[place], plan.data, [Run(np.zeros(count, np.uint8), plan.tables[0])])
+        bad = Piece(names[place], plan.data, [SymbolRun(np.zeros(count, np.uint8), plan.tables[0])])
         refused(assembled(model, [*whole[:place], bad, *whole[place + 1 :]]), f"{names[place]}: its scales")
 
 
@@ -171,7 +171,7 @@ def test_codes_of_fp8_that_are_no_numbers(refused: Refused) -> None:
         symbols = whole[place].runs[0].symbols.copy()
         symbols[7] = symbol
         plan = codecs.matrix_plan(symbols.reshape(11, 5), 255)
-        bad = Piece("embed.weight", plan.data, [Run(symbols, plan.tables[0])])
+        bad = Piece("embed.weight", plan.data, [SymbolRun(symbols, plan.tables[0])])
         refused(assembled(model, [*whole[:place], bad, *whole[place + 1 :]]), "embed.weight: has a code that is no")
 
 

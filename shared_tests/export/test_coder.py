@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.export import coder
-from core.export.coder import FRACTION, LENGTHS, TOTAL, WEIGHTS, CodecError, Decoder, Run, encode, fitted, lanes
+from core.export.coder import FRACTION, LENGTHS, TOTAL, WEIGHTS, CodecError, Decoder, SymbolRun, encode, fitted, lanes
 
 LANES = (1, 2, 16, 32, 64, 1024)
 
 
-def run_of(symbols: np.ndarray) -> Run:
-    return Run(symbols, fitted(np.bincount(symbols))[0])
+def run_of(symbols: np.ndarray) -> SymbolRun:
+    return SymbolRun(symbols, fitted(np.bincount(symbols))[0])
 
 
-def decoded(payload: bytes, runs: list[Run], count: int) -> list[np.ndarray]:
+def decoded(payload: bytes, runs: list[SymbolRun], count: int) -> list[np.ndarray]:
     """Take the runs out of a payload and check its end."""
     decoder = Decoder(memoryview(payload), count)
     found = [decoder.take(run.table, len(run.symbols)) for run in runs]
@@ -31,7 +31,7 @@ def gaussian(size: int, deviation: float = 2.4, seed: int = 0) -> np.ndarray:
     return np.clip(np.rint(noise * deviation) + 31, 0, 62).astype(np.uint8)
 
 
-def some_runs() -> list[Run]:
+def some_runs() -> list[SymbolRun]:
     """Runs of every kind of symbols: even, uneven, all alike, two that are far apart, one, and none."""
     noise = np.random.default_rng(7)
     rare = np.zeros(5000, np.uint8)
@@ -41,7 +41,7 @@ def some_runs() -> list[Run]:
         np.array([255], np.uint8), np.zeros(1, np.uint8), noise.integers(0, 2, 1024).astype(np.uint8) * 255,
         (noise.random(4096) < 0.01).astype(np.uint8), gaussian(31), gaussian(65),
     ]  # fmt: skip
-    return [*map(run_of, symbols), Run(np.zeros(0, np.uint8), run_of(gaussian(100)).table)]
+    return [*map(run_of, symbols), SymbolRun(np.zeros(0, np.uint8), run_of(gaussian(100)).table)]
 
 
 @pytest.mark.parametrize("count", LANES)
@@ -51,7 +51,9 @@ def test_round_trip(count: int) -> None:
     for run, found in zip(runs, decoded(payload, runs, count), strict=True):
         assert found.dtype == np.uint8 and found.tobytes() == run.symbols.tobytes()
     assert (
-        encode([Run(found, run.table) for run, found in zip(runs, decoded(payload, runs, count), strict=True)], count)
+        encode(
+            [SymbolRun(found, run.table) for run, found in zip(runs, decoded(payload, runs, count), strict=True)], count
+        )
         == payload
     )
 
@@ -73,7 +75,7 @@ def test_the_size_is_the_code_length_of_the_tables(deviation: float) -> None:
     """Within 0.2 %, plus 4 bytes a lane; and the tables are within 0.1 % of the entropy."""
     symbols = gaussian(1 << 20, deviation)
     table, cost = fitted(np.bincount(symbols))
-    run, count = Run(symbols, table), lanes(len(symbols))
+    run, count = SymbolRun(symbols, table), lanes(len(symbols))
     share = np.bincount(symbols)[np.bincount(symbols) > 0] / len(symbols)
     frequencies = table.frequencies[table.frequencies > 0] / TOTAL
     exact = -(share * np.log2(frequencies[np.bincount(symbols)[table.frequencies > 0] > 0])).sum() * len(symbols)
@@ -142,7 +144,7 @@ def test_a_payload_that_was_changed(count: int, changes: int) -> None:
         except CodecError:
             continue
         accepted += data != payload
-        again = [Run(symbols, run.table) for symbols, run in zip(found, runs, strict=True)]
+        again = [SymbolRun(symbols, run.table) for symbols, run in zip(found, runs, strict=True)]
         assert encode(again, count) == bytes(data)
     assert 0 < accepted < changes // 10, (
         "what a few words say may be said of other symbols: few, since every lane has to end"

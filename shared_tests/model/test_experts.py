@@ -171,12 +171,12 @@ def test_muon_updates_each_expert_by_itself(backend: str) -> None:
     for name in ("blocks.1.mlp.up.weight", "blocks.1.mlp.down.weight", "blocks.0.mlp.up.weight"):
         count = param_table(config.model)[name].slices
         assert count == (4 if name.startswith("blocks.1") else 1)
-        old, grad = (np.split(np.float64(arrays[name]), count) for arrays in (before, grads))
+        old, grad = (np.split(arrays[name].astype(np.float64), count) for arrays in (before, grads))
         numbers = (plan.lr_matrix, plan.decay_matrix, plan.momentum, config.train)
         new = [reference.muon(a, [g], *numbers)[0] for a, g in zip(old, grad, strict=True)]
         # A change of 1e-4 or so: what differs by a matrix that is updated whole is as large as the change.
         assert np.abs(made.params()[name] - np.concatenate(new)).max() <= 1e-6 * np.abs(before[name]).max(), name
-        whole = reference.muon(np.float64(before[name]), [grads[name]], *numbers)[0]
+        whole = reference.muon(before[name].astype(np.float64), [grads[name]], *numbers)[0]
         assert count == 1 or np.abs(made.params()[name] - whole).max() > 1e-5
 
 

@@ -14,7 +14,7 @@ from core import rng
 from core.config import ModelConfig, changed, chosen
 from core.export import codecs
 from core.export.artifact import ArtifactError, read_artifact, write_artifact
-from core.export.coder import Run, encode, lanes
+from core.export.coder import SymbolRun, encode, lanes
 from core.model.params import param_table
 from core.model.storage import Stored, by_ratios
 from shared_tests.reference import storage as reference
@@ -106,7 +106,7 @@ class Piece(NamedTuple):
 
     name: str
     plan: bytes
-    runs: list[Run]
+    runs: list[SymbolRun]
 
 
 def pieces(model: ModelConfig, stored: dict[str, Stored] | None = None) -> list[Piece]:

@@ -243,7 +243,7 @@ def by_other_tables(rng: Random, stored: dict[str, Stored], table: dict[str, Par
     other = bytes([0, rng.randint(0, first), last]) if rng.random() < 0.5 else bytes([1, first, last])
     if other[0]:
         other += bytes(rng.randint(1, 255) for _ in range(first, last + 1))
-    runs[number][at] = coder.Run(symbols, coder.table_of(other))
+    runs[number][at] = coder.SymbolRun(symbols, coder.table_of(other))
     plans[number] = plans[number][:1] + plans[number][1:].replace(was.data, other)
     coded = encode([run for part in runs for run in part], lanes(codecs.values_in(table)))
     return sum(map(len, plans)).to_bytes(4, "little") + b"".join(plans) + coded
