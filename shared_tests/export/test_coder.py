@@ -50,12 +50,8 @@ def test_round_trip(count: int) -> None:
     payload = encode(runs, count)
     for run, found in zip(runs, decoded(payload, runs, count), strict=True):
         assert found.dtype == np.uint8 and found.tobytes() == run.symbols.tobytes()
-    assert (
-        encode(
-            [SymbolRun(found, run.table) for run, found in zip(runs, decoded(payload, runs, count), strict=True)], count
-        )
-        == payload
-    )
+    again = [SymbolRun(found, run.table) for run, found in zip(runs, decoded(payload, runs, count), strict=True)]
+    assert encode(again, count) == payload
 
 
 @pytest.mark.parametrize("count", LANES)
