@@ -14,7 +14,8 @@ import pytest
 from core import presets
 from core.config import ModelConfig, changed
 from core.export.artifact import write_artifact
-from core.export.budget import TABLES, predicted_bytes, with_tables
+from core.export.budget import TABLES, fitted_steps, predicted_bytes, with_tables
+from core.export.fit import SLACK
 from core.model.params import param_table
 from core.model.shares import bytes_by_storage
 from core.model.storage import STORAGES, Storage, Stored
@@ -58,11 +59,14 @@ def test_the_prediction_is_within_two_percent(name: str) -> None:
     assert size + config.export.code_bytes <= config.export.budget
 
 
-def test_every_preset_fits_or_says_that_it_does_not() -> None:
+def test_every_preset_fits_but_for_two_that_are_known() -> None:
+    over = {"pr401", "pr550"}  # six bits by the largest weight; docs/presets.md says so
     for name, preset in presets.PRESETS.items():
         left = preset.config.export.budget - preset.config.export.code_bytes
-        fits = predicted_bytes(preset.config.model) <= left
-        assert left == 15_860_000 and (fits or "over the budget" in preset.lacks), name
+        steps = preset.config.export.fit and fitted_steps(preset.config.model, left, round(SLACK * 16_000_000))
+        bytes_ = steps.size if steps else predicted_bytes(preset.config.model)
+        assert left == 15_820_000 and (bytes_ <= left) is (name not in over), name
+        assert not steps or (left - bytes_ <= 32_000 and 0.95 < steps.factor < 1.05), name
 
 
 @pytest.mark.parametrize("storage", MATRICES)
