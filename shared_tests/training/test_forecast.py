@@ -199,7 +199,7 @@ def happened(path: Path, config: RunConfig, dataset: Dataset, device: Device) ->
 
 STEPS = {"steps": {}, "odd": {"steps": 187, "eval_every": 7, "sample_every": None, "save_every": None,
                               "keep_every": None, "log_every": 3},
-         "rows": {"batch_stages": (2, 4), "batch_until": (0.1, 0.3)}}  # fmt: skip
+         "rows": {"batch_stages": (2, 4), "batch_until": (0.1, 0.3)}, "every": {"repeat_every": 3}}  # fmt: skip
 SECONDS = {
     "seconds": {"seconds": 6.01, "steps": 100_000},
     "short": {"seconds": 1.7, "steps": 100_000, "log_every": 4},
