@@ -92,7 +92,7 @@ def priced(weight, storage, deviation=None):
         away_RGg, counts_G1 = _away(u_RGg, columns)
         square_RG1 = torch.sum(away_RGg * away_RGg, -1, keepdim=True)
         common_RG1 = torch.sum(rise_RGg * inside_RGg, -1, keepdim=True) / square_RG1
-        spread = square_RG1 > counts_G1 * (largest / deviation / 2) ** 2  # else the largest weight makes the scale
+        spread = square_RG1 > counts_G1 * (0.99 * largest / deviation) ** 2  # else it is not the spread's scale
         rise_RGg = rise_RGg - away_RGg * torch.where(spread, common_RG1, 0.0)
     slope_RGg = rise_RGg / scales_RG1.to(rows.dtype)
     bits, slope = (_flat(x, columns).reshape(weight.shape) for x in (bits_RGg, slope_RGg))

@@ -85,7 +85,7 @@ def priced(weight, storage, deviation=None):
         away_RGg, counts_G1 = _away(u_RGg, columns)
         square_RG1 = mx.sum(away_RGg * away_RGg, -1, keepdims=True)
         common_RG1 = mx.sum(rise_RGg * inside_RGg, -1, keepdims=True) / square_RG1
-        spread = square_RG1 > counts_G1 * (largest / deviation / 2) ** 2  # else the largest weight makes the scale
+        spread = square_RG1 > counts_G1 * (0.99 * largest / deviation) ** 2  # else it is not the spread's scale
         rise_RGg = rise_RGg - away_RGg * mx.where(spread, common_RG1, 0.0)
     slope_RGg = rise_RGg / scales_RG1.astype(rows.dtype)
     bits, slope = (_flat(x, columns).reshape(weight.shape) for x in (bits_RGg, slope_RGg))
