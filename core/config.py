@@ -155,6 +155,10 @@ class RunConfig:
             ternary = any(storage_class(row.storage) == "ternary" for row in param_table(self.model).values())
             where = f"train.ternary_noise={self.train.ternary_noise}: the model has no ternary weights; leave it out"
             require(ternary, where)
+        if self.train.rate > 0:
+            coded = any(gridded(row.storage) for row in param_table(self.model).values())
+            where = f"train.rate={self.train.rate}: the model has no weights in int4 to int8; leave it out"
+            require(coded, where)
         self._check_experts()
         require(
             self.eval.windows != "stateful" or self.model.documents == "isolated" or not self.model.mixes("attention"),

@@ -121,6 +121,11 @@ class TrainConfig:
     quantise_soft: tuple[float, float] | None = None
     """First and last sharpness of soft rounding, in place of rounding while train.quantise is on; between them it rises
     at equal ratios. 0.01: next to no rounding, 1000: all but hard; int storages only. None: hard."""
+    rate: float = 0.0
+    """Weight in the training loss of the bits that an artifact keeps per weight of an int storage, by how often its
+    tensor has each code (docs/model.md); the loss that is reported is without it."""
+    rate_from: float = 0.0
+    """Share of the run after which train.rate counts."""
     average_from: float | None = None
     """Share of the run after which weights are averaged (EMA), all but ternary ones; scored and stored is the average.
     None: nothing is averaged."""
@@ -181,6 +186,7 @@ class TrainConfig:
         decays = ["weight_decay", *(f"weight_decay_{name}" for name in ("embed", "vector", "hash", "end"))]
         others = (
             "z_loss", "reserve_seconds", "mtp_heads", "mtp_weight", "ternary_noise", "consistency", "router_balance",
+            "rate",
         )  # fmt: skip
         for name in (*rates, *decays, *others):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)}: expected a number from 0 up")
@@ -197,7 +203,7 @@ class TrainConfig:
         )
         for name in (
             "warmup", "warmdown", "floor", "quantise_below", "average_from", "repeat_from", "weight_decay_from",
-            "snapshot_below", "untie_from", "quiet", "route_from",
+            "snapshot_below", "untie_from", "quiet", "route_from", "rate_from",
         ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, f"train.{name}={value}: expected a share between 0 and 1")
@@ -271,6 +277,10 @@ class TrainConfig:
         )
 
     def _check_rounding(self) -> None:
+        require(
+            self.rate_from < 1 and (self.rate_from == 0 or self.rate > 0),
+            f"train.rate_from={self.rate_from}: expected a share below 1, and a train.rate that counts from there on",
+        )
         soft, below = self.quantise_soft, self.snapshot_below
         require(
             soft is None or len(soft) == 2 and 0.01 <= soft[0] <= soft[1] <= 1000,

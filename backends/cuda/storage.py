@@ -8,6 +8,7 @@ Letters: R rows, C columns, G groups of a row, g weights of a group.
 import torch
 import torch.nn.functional as F
 
+from core.export.coder import FRACTION, LENGTHS, TOTAL
 from core.model.storage import (
     LARGEST,
     RATIOS,
@@ -20,6 +21,7 @@ from core.model.storage import (
 )
 
 STARTS_AND_STEPS = torch.tensor(RATIOS, dtype=torch.int32)
+CODE_BITS = torch.tensor(LENGTHS / (1 << FRACTION))
 
 
 def quantise(weight, storage, deviation=None):
@@ -63,6 +65,38 @@ def softened(weight, storage, softness, deviation=None):
     slope_RGg = torch.where(inside, softness * (1 - bend_RGg * bend_RGg) / end, 0.0)
     value, slope = (_flat(x, rows.shape[1]).reshape(weight.shape) for x in (value_RGg, slope_RGg))
     return value, slope
+
+
+def priced(weight, storage, deviation=None):
+    """Return (bits, slope) of a stack (N, R, C) of an int class: what each weight takes of an artifact, and its slope.
+
+    With u = w / s within the grid, bits go in a straight line from the length of one code to that of the next, in a
+    table that core.export.coder could have made of the matrix's own codes. slope is the derivative of their sum by w:
+    0 on the codes themselves and past the grid's ends, where the scale counts as a constant. A scale by deviations
+    does not: it follows the weights, and what scales them all changes no code.
+    """
+    rows, largest = weight.flatten(0, -2), LARGEST[storage_class(storage)]
+    columns, symbols = rows.shape[1], 2 * largest + 1
+    u_RGg, scales_RG1 = _on_grid(rows, storage, deviation)
+    inside_RGg = torch.where(torch.isnan(u_RGg), 0.0, torch.clamp(u_RGg, -largest, largest))  # NaN has no place
+    zeros_R11 = torch.arange(len(rows), device=rows.device)[:, None, None] // weight.shape[1] * symbols + largest
+    codes = torch.flatten(_flat(torch.round(inside_RGg).long() + zeros_R11, columns))
+    counts = torch.zeros(len(weight) * symbols, dtype=torch.int64, device=rows.device)
+    counts = counts.scatter_add(0, codes, torch.ones_like(codes))
+    frequencies = 1 + counts * (TOTAL - symbols) // weight[0].numel()  # whole numbers: the same on both backends
+    lengths, low_RGg = CODE_BITS.to(rows.device, rows.dtype, non_blocking=True)[frequencies], torch.floor(inside_RGg)
+    below_RGg, above_RGg = (lengths[place.long() + zeros_R11] for place in (low_RGg, torch.ceil(inside_RGg)))
+    rise_RGg = above_RGg - below_RGg
+    bits_RGg = below_RGg + (inside_RGg - low_RGg) * rise_RGg
+    if deviation is not None:
+        away_RGg, counts_G1 = _away(u_RGg, columns)
+        square_RG1 = torch.sum(away_RGg * away_RGg, -1, keepdim=True)
+        common_RG1 = torch.sum(rise_RGg * inside_RGg, -1, keepdim=True) / square_RG1
+        spread = square_RG1 > counts_G1 * (0.99 * largest / deviation) ** 2  # else it is not the spread's scale
+        rise_RGg = rise_RGg - away_RGg * torch.where(spread, common_RG1, 0.0)
+    slope_RGg = rise_RGg / scales_RG1.to(rows.dtype)
+    bits, slope = (_flat(x, columns).reshape(weight.shape) for x in (bits_RGg, slope_RGg))
+    return bits, slope
 
 
 def to_host(weight, storage, deviation=None):
@@ -109,14 +143,19 @@ def _on_grid(weight, storage, deviation):
 
 def _spread(w_RGg, columns):
     """Return the standard deviation of every group: (R, G, 1)."""
+    away_RGg, counts_G1 = _away(w_RGg, columns)
+    return torch.sqrt(_sum_by_halves(away_RGg * away_RGg) / counts_G1)
+
+
+def _away(w_RGg, columns):
+    """Return how far weights are from the mean of their group, and how many real ones a group has: (G, 1)."""
     size = w_RGg.shape[-1]
     counts = group_counts(columns, size)
     # CUDA: by a number of the host's it would be multiplied by the inverse, which other compilers fuse with the sum
     counts_G1 = w_RGg.new_full((len(counts), 1), counts[0])
     counts_G1[-1:].fill_(counts[-1])
     away_RGg = w_RGg - _sum_by_halves(w_RGg) / counts_G1
-    away_RGg = _grouped(_flat(away_RGg, columns), size)  # what fills the last group is zeros again
-    return torch.sqrt(_sum_by_halves(away_RGg * away_RGg) / counts_G1)
+    return _grouped(_flat(away_RGg, columns), size), counts_G1  # what fills the last group is zeros again
 
 
 def _shares(columns, size, weight):

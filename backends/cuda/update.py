@@ -4,12 +4,16 @@ A rule is compiled for every bank's shape: the same few kernels each time, where
 some for every parameter.
 """
 
+import math
+
 import torch
 
 from backends.cuda import optim
 from backends.cuda.banks import joined
+from backends.cuda.storage import priced
 from core.engine.plan import NUMBERS
 from core.engine.ranks import updated_by
+from core.model.storage import gridded
 
 
 class Update:
@@ -20,7 +24,8 @@ class Update:
         self._orthogonal = orthogonal
         # CUDA: neither is decorated: all that no_grad wraps is one function to the compiler, with one limit
         self._change, self._after = compiled(self._rules), compiled(self._follow)
-        self._take = compiled(self._mean)
+        self._take, self._price = compiled(self._mean), compiled(self._priced)
+        self._coded = sum(math.prod(bank.shape) for bank in banks if gridded(bank.storage))
 
     @torch.no_grad()
     def alone(self, params, state, grads, loss, hyper, count, slopes=None):
@@ -31,6 +36,7 @@ class Update:
         """
         grads = {bank: joined(bank, [grads[name] for name in bank.names]) for bank in self._banks}
         grads = {bank: grad * slopes[bank] if slopes and bank in slopes else grad for bank, grad in grads.items()}
+        grads = {bank: self._rated(bank, slice(None), params, grad, hyper, count) for bank, grad in grads.items()}
         loss, norm, finite = _measured(loss / count, _norm(grads) / count)
         for bank, grad in grads.items():
             self._bank(bank, slice(None), params, state, grad, norm, finite, hyper, count)
@@ -50,6 +56,7 @@ class Update:
                 part = slice(mine[0], mine[-1] + 1) if bank.stacked else slice(None)
                 grad = joined(bank, [sums[bank.names[i]] for i in mine])
                 grad = grad * slopes[bank][part] if slopes and bank in slopes else grad
+                grad = self._rated(bank, part, params, grad, hyper, count)
                 (ours if bank.names[mine[0]] in alone else common).append(grad)
                 work[bank] = part, grad
         ours, common = (torch.square(optim.global_norm(grads)) for grads in (ours, common))
@@ -77,6 +84,16 @@ class Update:
         count = snapshots + 1
         new = [optim.running_mean(old, average, count) for old, average in zip(means, averages, strict=True)]
         _replace([*means, snapshots], [*new, count], finite)
+
+    def _rated(self, bank, part, params, grad, hyper, count):
+        """Return a gradient with that of the code length (train.rate), which is of no micro-batch or rank."""
+        if not (self._train.rate and gridded(bank.storage)):
+            return grad
+        return self._price(params.whole[bank, ""][part], grad, bank.storage, bank.deviation, hyper, count)
+
+    def _priced(self, param, grad, storage, deviation, hyper, count):
+        share = dict(zip(NUMBERS, hyper, strict=True))["rate"] * count / self._coded
+        return grad + priced(param, storage, deviation)[1] * share
 
     def _bank(self, bank, part, params, state, grad, *numbers):
         """Update a part of a bank and its state, in place; `numbers` are the rest of _rules' arguments."""

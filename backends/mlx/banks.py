@@ -96,6 +96,10 @@ class Bank(NamedTuple):
         pairs = [quantiser.softened(matrix, *kind) for matrix in self._matrices(row)]
         return joined([value for value, _ in pairs]), joined([slope for _, slope in pairs])
 
+    def rises(self, row):
+        """Return how the bits that the row's codes take rise with the weights: of storage's `priced` the slopes."""
+        return joined([quantiser.priced(s.of(row), self.storage, self.deviation)[1] for s in self.stacks])
+
     def noised(self, row, key, keys, scale):
         """Return a row of ternary weights as stored with noise, drawn by the step's key and those of its names."""
         made = []

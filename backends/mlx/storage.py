@@ -8,6 +8,7 @@ Letters: R rows, C columns, G groups of a row, g weights of a group.
 import mlx.core as mx
 import numpy as np
 
+from core.export.coder import FRACTION, LENGTHS, TOTAL
 from core.model.storage import (
     LARGEST,
     RATIOS,
@@ -60,6 +61,37 @@ def softened(weight, storage, softness, deviation=None):
     return _flat(value_RGg, columns), _flat(slope_RGg, columns)
 
 
+def priced(weight, storage, deviation=None):
+    """Return (bits, slope) of a stack (N, R, C) of an int class: what each weight takes of an artifact, and its slope.
+
+    With u = w / s within the grid, bits go in a straight line from the length of one code to that of the next, in a
+    table that core.export.coder could have made of the matrix's own codes. slope is the derivative of their sum by w:
+    0 on the codes themselves and past the grid's ends, where the scale counts as a constant. A scale by deviations
+    does not: it follows the weights, and what scales them all changes no code.
+    """
+    rows, largest = weight.reshape(-1, weight.shape[2]), LARGEST[storage_class(storage)]
+    columns, symbols = rows.shape[1], 2 * largest + 1
+    u_RGg, scales_RG1 = _on_grid(rows, storage, deviation)
+    inside_RGg = mx.where(mx.isnan(u_RGg), 0.0, mx.clip(u_RGg, -largest, largest))  # NaN has no place
+    zeros_R11 = mx.arange(len(rows), dtype=mx.int32)[:, None, None] // weight.shape[1] * symbols + largest
+    codes = mx.flatten(_flat(mx.round(inside_RGg).astype(mx.int32) + zeros_R11, columns))
+    counts = mx.zeros(len(weight) * symbols, mx.int32).at[codes].add(1).astype(mx.int64)
+    frequencies = 1 + counts * (TOTAL - symbols) // weight[0].size  # whole numbers: the same on both backends
+    lengths, low_RGg = mx.array(LENGTHS / (1 << FRACTION), rows.dtype)[frequencies], mx.floor(inside_RGg)
+    below_RGg, above_RGg = (lengths[place.astype(mx.int32) + zeros_R11] for place in (low_RGg, mx.ceil(inside_RGg)))
+    rise_RGg = above_RGg - below_RGg
+    bits_RGg = below_RGg + (inside_RGg - low_RGg) * rise_RGg
+    if deviation is not None:
+        away_RGg, counts_G1 = _away(u_RGg, columns)
+        square_RG1 = mx.sum(away_RGg * away_RGg, -1, keepdims=True)
+        common_RG1 = mx.sum(rise_RGg * inside_RGg, -1, keepdims=True) / square_RG1
+        spread = square_RG1 > counts_G1 * (0.99 * largest / deviation) ** 2  # else it is not the spread's scale
+        rise_RGg = rise_RGg - away_RGg * mx.where(spread, common_RG1, 0.0)
+    slope_RGg = rise_RGg / scales_RG1.astype(rows.dtype)
+    bits, slope = (_flat(x, columns).reshape(weight.shape) for x in (bits_RGg, slope_RGg))
+    return bits, slope
+
+
 def to_host(weight, storage, deviation=None):
     """Return core.model.storage.Stored of a weight."""
     codes, scales = quantise(weight, storage, deviation)
@@ -104,12 +136,17 @@ def _on_grid(weight, storage, deviation):
 
 def _spread(w_RGg, columns):
     """Return the standard deviation of every group: (R, G, 1)."""
+    away_RGg, counts_G1 = _away(w_RGg, columns)
+    return mx.sqrt(_sum_by_halves(away_RGg * away_RGg) / counts_G1)
+
+
+def _away(w_RGg, columns):
+    """Return how far weights are from the mean of their group, and how many real ones a group has: (G, 1)."""
     size = w_RGg.shape[-1]
     # MLX: a product with the inverse might be fused with the difference below, and rounded once less
     counts_G1 = mx.array([[count] for count in group_counts(columns, size)], w_RGg.dtype)
     away_RGg = w_RGg - _sum_by_halves(w_RGg) / counts_G1
-    away_RGg = _grouped(_flat(away_RGg, columns), size)  # what fills the last group is zeros again
-    return mx.sqrt(_sum_by_halves(away_RGg * away_RGg) / counts_G1)
+    return _grouped(_flat(away_RGg, columns), size), counts_G1  # what fills the last group is zeros again
 
 
 def _grouped(x, size):

@@ -10,6 +10,7 @@ from backends.mlx.banks import joined
 from backends.mlx.distributed import reduce
 from core.engine.plan import NUMBERS
 from core.engine.ranks import owners
+from core.model.storage import gridded
 
 
 class Update:
@@ -20,7 +21,9 @@ class Update:
         self._orthogonal, self._wire = orthogonal, wire
         self._shared = [bucket for bucket in buckets if bucket.slots]
         self._owner = owners(buckets)
+        self._gridded = [bank for bank in banks if gridded(bank.storage)]
         self._change, self._after = compiled(self._rules), compiled(self._follow)
+        self._price = compiled(self._priced)
         self.collect = compiled(self._mean)
 
     def alone(self, params, state, grads, loss, hyper, count):
@@ -28,6 +31,7 @@ class Update:
 
         Loss and gradients are `count` times too large.
         """
+        grads = self._priced(params, grads, hyper, count)
         loss, norm, finite = _measured(loss / count, self._norm(grads) / count)
         params, changed = self._rules(params, state, grads, norm, finite, hyper, count)
         return params, {**changed, **self._follow(params, state, finite, hyper)}, loss, norm, finite
@@ -35,6 +39,7 @@ class Update:
     def together(self, params, state, grads, loss, hyper, count):
         """Do what `alone` does with all ranks: each updates its part of Muon's matrices, which then go to all."""
         grads, loss = reduce(self._ranks, grads, loss, self._wire)
+        grads = self._price(params, grads, hyper, count)
         loss, norm, finite = _measured(loss / count, self._norm(grads) / count)
         mx.eval(loss, norm, finite)  # MLX: collectives in the same order on every rank
         params, changed = self._change(params, state, grads, norm, finite, hyper, count)
@@ -47,6 +52,13 @@ class Update:
         named = {name: part for bank in banks for name, part in bank.parts(rows[bank.key + slot]).items()}
         named |= self._ranks.share_updates(self._shared, named)
         return rows | {bank.key + slot: bank.joined(named) for bank in banks}
+
+    def _priced(self, params, grads, hyper, count):
+        """Return gradients with those of the code length (train.rate), which is of no micro-batch or rank."""
+        if not self._train.rate:
+            return grads
+        share = dict(zip(NUMBERS, hyper, strict=True))["rate"] * count / sum(b.stacks[-1].end for b in self._gridded)
+        return grads | {b.key: grads[b.key] + b.rises(params[b.key]) * share for b in self._gridded}
 
     def _norm(self, grads):
         """Return the root of the sum of all squared gradients."""

@@ -36,6 +36,8 @@ class StepPlan:
     """Standard deviation of the noise of ternary weights, in scales of their groups."""
     untie: float
     """Share with which an untied head's own table counts: 0 or 1."""
+    rate: float
+    """Weight in the training loss of the bits that a weight on a grid takes; 0 before train.rate_from."""
     quantise: bool
     """Whether the forward pass uses the stored form of the weights."""
     softness: float

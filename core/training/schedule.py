@@ -147,6 +147,7 @@ def plan(step: int, progress: float, config: TrainConfig) -> StepPlan:
         drop=drop,
         ternary_noise=ternary_noise,
         untie=float(progress >= config.untie_from),
+        rate=config.rate if progress >= config.rate_from else 0.0,
         quantise=quantise(progress, config),
         softness=softness(progress, config),
         snapshot=snapshot(step, progress, config),
