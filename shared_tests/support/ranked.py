@@ -78,7 +78,7 @@ def curves(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
 
 def cases(world: int) -> dict[str, RunConfig]:
     """Return what `curves` trains: every optimizer, stored and soft weights, averages and their mean, further heads,
-    a part's own loss, clipping, stochastic depth, rows that do not divide.
+    code lengths, a part's own loss, clipping, stochastic depth, rows that do not divide.
 
     Four ranks, which here share two cores, do the two that differ most.
     """
@@ -93,6 +93,7 @@ def cases(world: int) -> dict[str, RunConfig]:
         ("uneven", "ablate_float", {
             "matrix_rule": "muon", "batch": 7, "clip": 0.5, "z_loss": 1e-3, "average_from": 0.3, "mtp_heads": 3,
             "snapshot_every": 4, "snapshot_below": 0.6, "quantise": "always", "quantise_soft": (0.3, 1.0),
+            "rate": 0.03, "rate_from": 0.3,
         }),
         ("micro", "ablate", {
             "matrix_rule": "muon", "batch": 6, "micro_batch": 2, "depth_drop": 0.3, "ternary_noise": 0.2,
