@@ -75,7 +75,7 @@ BUILT: dict[str, Any] = {
     "muon_coefficients": POLAR_EXPRESS, "muon_rows": True, "muon_scale": "rms", "clip": 0.3, "z_loss": 0.1,
     "average_ternary": True, "mtp_heads": 2, "mtp_weight": 0.9, "quantise_soft": (1.0, 4.0), "snapshot_every": 1,
     "snapshot_below": 0.99, "untie_from": 0.6, "depth_drop": 0.4, "ternary_noise": 0.3, "quiet": 0.6,
-    "router_balance": 0.5, "route_from": 0.6, "rate": 0.3, "rate_from": 0.6,
+    "router_balance": 0.5, "route_from": 0.6, "rate": 0.3, "rate_from": 0.6, "consistency": 0.5,
 }  # fmt: skip
 """Setting -> its change; each has an engine of its own, since code is compiled with these."""
 NEEDED: dict[str, dict[str, Any]] = {
@@ -88,6 +88,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "ternary_noise": {"train.quantise": "always"},
     "quiet": {"train.depth_drop": 0.4},
     "rate_from": {"train.rate": 0.3},
+    "consistency": {"model.bank.at": "head", "model.skc.block": 4},
 }  # fmt: skip
 """What a change of BUILT has no use without."""
 
