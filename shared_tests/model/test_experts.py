@@ -102,6 +102,18 @@ def test_ties_go_to_the_lowest_index(backend: str) -> None:
     assert found.tolist() == [[0, 1, 2, 3], [2, 0, 1, 3], [1, 2, 0, 3], [1, 0, 3, 2]]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_that_overflows_is_told_and_changes_nothing(backend: str) -> None:
+    """Probabilities that are no numbers send tokens to experts that there are; the guard does the rest."""
+    config = of({"experts.active": 2})
+    weights = working(config.model, 2.0)
+    weights["blocks.1.mixer_scale"] = np.full_like(weights["blocks.1.mixer_scale"], 3e38)
+    made = engine(backend, config, weights, dtype="float32", exact=False)
+    (result,) = steps(made, config, 1)
+    assert not result.finite and all(np.array_equal(value, weights[name]) for name, value in made.params().items())
+    assert made.routes(batches(config, 1)[0].tokens).max() < 4
+
+
 # The router.
 
 
