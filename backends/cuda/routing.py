@@ -25,8 +25,9 @@ class Blocks(NamedTuple):
 def ranks(p):
     """Return how many come before each in the order of falling p, equal ones by index: (..., E) -> (..., E) int32."""
     index, this, other = torch.arange(p.shape[-1], device=p.device), p[..., :, None], p[..., None, :]
-    # By comparison: no sort promises what it does with equal ones.
-    before = (other > this) | ((other == this) & (index < index[:, None]))
+    # By comparison: no sort promises what it does with equal ones. Numbers that are none come by index too, else one
+    # step that overflowed would send its tokens to experts that do not exist.
+    before = torch.where(index < index[:, None], ~(this > other), other > this)
     return torch.sum(before, dim=-1, dtype=torch.int32)
 
 

@@ -23,8 +23,9 @@ class Blocks(NamedTuple):
 def ranks(p):
     """Return how many come before each in the order of falling p, equal ones by index: (..., E) -> (..., E) int32."""
     index, this, other = mx.arange(p.shape[-1]), p[..., :, None], p[..., None, :]
-    # By comparison: no sort promises what it does with equal ones.
-    before = (other > this) | ((other == this) & (index < index[:, None]))
+    # By comparison: no sort promises what it does with equal ones. Numbers that are none come by index too, else one
+    # step that overflowed would send its tokens to experts that do not exist.
+    before = mx.where(index < index[:, None], ~(this > other), other > this)
     return mx.stop_gradient(mx.sum(before.astype(mx.int32), axis=-1))  # MLX: gather_mm asks for it
 
 

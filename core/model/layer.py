@@ -56,17 +56,16 @@ class Layer(Part):
         # A repeat's own scales start at 0: switched on in the middle of a run, it changes nothing at first; one that
         # never was switched on changes nothing at all, so that scoring may always run the whole depth.
         # With feedback a repeat begins again where its layers began: without them the pass before would be lost.
-        scale = 1.0 if len(shape) == 1 or model.feedback.width else Init("rows", 1.0, first)
-        mlp = self.mlp(model)
+        alike, mlp = len(shape) == 1 or model.feedback.width, self.mlp(model)
         # Of experts a token gets one whole: the branch must start small, whatever the router's probabilities are.
         small = 1.0 / model.experts.count if mlp is model.experts else 1.0
         mix = {"stream_mix": vector(*shape, init=1.0), "embed_mix": vector(*shape)} if model.residual_mix else {}
         gate = vector(*per_pass(model, self.block, 1), init=0.5)
         return {
             **below("mixer", self.mixer(model).rows(model)),
-            "mixer_scale": vector(*shape, init=scale),
+            "mixer_scale": vector(*shape, init=1.0 if alike else Init("rows", 1.0, first)),
             **below("mlp", mlp.rows(model)),
-            "mlp_scale": vector(*shape, init=small if len(shape) == 1 else Init("rows", small, first)),
+            "mlp_scale": vector(*shape, init=small if alike else Init("rows", small, first)),
             **mix,
             **({"gate": gate} if KINDS[model.kind(self.block)].gated else {}),
             **({"blend": vector(again, init=0.5)} if model.repeat_blend and again else {}),

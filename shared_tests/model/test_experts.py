@@ -15,7 +15,18 @@ from core.model.shares import shares
 from core.training import schedule
 from shared_tests import oracle
 from shared_tests.reference import optim as reference
-from shared_tests.support.harness import BACKENDS, batches, call, draw, engine, module, to_device, to_numpy, tokens
+from shared_tests.support.harness import (
+    BACKENDS,
+    batches,
+    call,
+    draw,
+    engine,
+    gradients,
+    module,
+    to_device,
+    to_numpy,
+    tokens,
+)
 from shared_tests.support.harness import working_weights as working
 from shared_tests.support.one_layer import check_reading_back
 from shared_tests.support.sleepers import SLEEPER, TINY, kept, sleeping
@@ -102,6 +113,18 @@ def test_ties_go_to_the_lowest_index(backend: str) -> None:
     assert found.tolist() == [[0, 1, 2, 3], [2, 0, 1, 3], [1, 2, 0, 3], [1, 0, 3, 2]]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_that_overflows_is_told_and_changes_nothing(backend: str) -> None:
+    """Probabilities that are no numbers send tokens to experts that there are; the guard does the rest."""
+    config = of({"experts.active": 2})
+    weights = working(config.model, 2.0)
+    weights["blocks.1.mixer_scale"] = np.full_like(weights["blocks.1.mixer_scale"], 3e38)
+    made = engine(backend, config, weights, dtype="float32", exact=False)
+    (result,) = steps(made, config, 1)
+    assert not result.finite and all(np.array_equal(value, weights[name]) for name, value in made.params().items())
+    assert made.routes(batches(config, 1)[0].tokens).max() < 4
+
+
 # The router.
 
 
@@ -126,6 +149,11 @@ def test_the_gradient_of_one_expert_is_that_of_log_p(backend: str) -> None:
     assert np.array_equal(found, chosen)
     (two,) = call(backend, lambda p, chosen: weights(p, chosen, 2), (p, p > 0.15), "float64")
     assert np.allclose(two, [[[7 / 9, 0, 2 / 9], [0.3, 0.3, 0.4]]], rtol=0, atol=1e-15)
+    for k, total in ((1, 0.7), (2, 0.9)):  # of two, p / sum p: its gradient says which of them should have more
+        given, towards = (p[:, :1], p[:, :1] > 0.65 if k == 1 else p[:, :1] > 0.15), np.array([[[1.0, 2.0, 3.0]]])
+        found = gradients(backend, lambda p, chosen, k=k: weights(p, chosen, k), given, [towards], "float64")
+        wanted = [1 / 0.7, 0, 0] if k == 1 else [(1 - 13 / 9) / total, 0, (3 - 13 / 9) / total]
+        assert np.allclose(next(iter(found.values())), wanted, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", ["mlx", pytest.param("cuda", marks=pytest.mark.long)])
@@ -305,6 +333,10 @@ def test_counted_by_hand() -> None:
         "shared.up.weight": ((5, 16), "matrix", 1),
         "shared.down.weight": ((16, 5), "matrix", 1),
     }
+    coarse = param_table(changed(model, {"deviations.mlp": 12.0, "matrix_storage": "int6/row"}))
+    assert all(row.deviation == 12.0 for name, row in coarse.items() if ".mlp." in name and row.group == "matrix")
+    deep = of({"layers": 25, "experts.start": 0.28}).model
+    assert deep.experts.first(deep) == 7, "0.28 of 25 is 7, though floats say a little more"
     assert table["blocks.1.mlp_scale"].init.scale == 0.25 and table["blocks.0.mlp_scale"].init.scale == 1.0
     ours, bare = shares(model, 37), shares(base.model, 37)
     mine, theirs = ours["experts"], bare["mlp"]

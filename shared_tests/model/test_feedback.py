@@ -131,7 +131,8 @@ def test_all_of_it_learns_by_the_second_step(backend: str) -> None:
     """Scale and shift are the branch's zero factors: they move in the first step, what they read in the second."""
     config = of()
     weights = start_values(config.model, 0)
-    assert all((weights[f"blocks.{i}.mixer_scale"] == 1).all() for i in range(4)), "a repeat's scales start at 1"
+    for branch in ("mixer_scale", "mlp_scale"):
+        assert all((weights[f"blocks.{i}.{branch}"] == 1).all() for i in range(4)), "a repeat's scales start at 1"
     made, moved = engine(backend, config, weights, dtype="float64"), []
     for step, batch in enumerate(batches(config, 2)):
         before = made.params()

@@ -196,8 +196,13 @@ def test_a_ranks_batch_says_where_its_rows_stand() -> None:
         assert np.array_equal(mine.tokens, whole.tokens[part])
 
 
-def test_the_twins_take_the_same_noisy_steps() -> None:
-    config, ends = of(DROP, TERNARY, UNTIED), []
+LANES: dict[str, Any] = {"model.repeat_layers": (0,), "model.lanes.start": 1, "train.repeat_from": 0.6}
+
+
+@pytest.mark.parametrize("changes", [{}, LANES], ids=["stream", "lanes"])
+def test_the_twins_take_the_same_noisy_steps(changes: dict[str, Any]) -> None:
+    """In two lanes too, and in steps that repeat nothing, which have fewer passes."""
+    config, ends = of(DROP, TERNARY, UNTIED, changes), []
     for backend in BACKENDS:
         made = engine(backend, config, working_weights(config.model, 3.0), dtype="float64")
         losses = [
@@ -230,6 +235,7 @@ def test_quiet_end_has_no_noise_and_gap_zero(backend: str) -> None:
         loss = made.train_step(batch, now).result().loss
         assert (abs(loss - scored) <= 1e-13 * scored) == same
     assert planned(config, 0, 0.5).ternary_noise == 0.4 and planned(config, 0, 0.65).ternary_noise == pytest.approx(0.2)
+    assert planned(config, 0, 0.8).drop == 0.0, "the quiet share is all of it"
     flat = changed(config, {"train.warmdown": 0.1})
     assert planned(flat, 0, 0.79).ternary_noise == 0.4 and planned(flat, 0, 0.81).ternary_noise == 0.0
 
@@ -261,6 +267,8 @@ def test_untying_is_continuous(backend: str) -> None:
         UNTIED, {"model.embedding.storage": "int6/row", "train.quantise": "always", "train.weight_decay_embed": 0.1}
     )
     made, data = engine(backend, config, dtype="float64"), batches(config, 4)
+    own, table = (param_table(config.model)[name] for name in ("head.weight", "embed.weight"))
+    assert (own.shape, own.group, own.storage) == (table.shape, table.group, "int6/row")
     assert not made.params()["head.weight"].any()
     for step in range(2):
         made.train_step(data[step], planned(config, step, 0.2)).result()

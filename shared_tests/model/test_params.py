@@ -38,7 +38,7 @@ GOLDEN_START = {
     "pr1619_mac": "bb4bf553788e0f7d",
     "pr1394_mac": "2aad4285a5a3d18e",
     "pr1855_mac": "b912476ecbe9f855",
-    "everything": "317835651b1e88c0",
+    "everything": "eecc4228f93ab2ab",
     "opposite": "5d9f357234fad7bd",
     "hybrid": "bef7557557ab7051",
 }

@@ -14,7 +14,7 @@ import core.training.loop
 from core import presets, rng
 from core.check.tolerances import P4_FLOAT32, P4_FLOAT64, P5_BPB, relative_rms
 from core.cli import main
-from core.config import ConfigError, DataConfig, RunConfig
+from core.config import ConfigError, DataConfig, RunConfig, changed
 from core.data.batch import Batch
 from core.data.dataset import Dataset, Prefetch, identity, open_dataset
 from core.engine.plan import StepPlan
@@ -221,6 +221,32 @@ def test_a_run_moves_to_the_other_backend_and_back(
     assert a and b
     for ours, theirs in ((a.params, b.params), (a.optimizer, b.optimizer)):
         assert max(relative_rms(ours[name], theirs[name]) for name in theirs) <= limit
+
+
+def test_switches_and_noise_go_on_on_the_other_backend(dataset: Dataset, tmp_path: Path) -> None:
+    """Experts, repeats at every third step, an untied head and noise: what is on follows from the step alone."""
+    model = {
+        "layers": 2, "repeat_layers": (1,), "feedback.width": 3, "experts.count": 3, "experts.hidden": 8,
+        "experts.shared": 4, "experts.start": 0.5, "head.untied": True, "bank.at": "head", "bank.heads": 2,
+        "bank.capsules": 3, "skc.block": 4,
+    }  # fmt: skip
+    settings = {
+        "quantise": "always", "repeat_from": 0.2, "repeat_every": 3, "route_from": 0.4, "untie_from": 0.6, "quiet": 0.2,
+        "depth_drop": 0.3, "ternary_noise": 0.2, "consistency": 0.01, "batch_stages": (2,), "batch_until": (0.3,),
+        "micro_batch": 2, "warmdown": 0.4, "save_every": 4, "seq_stages": (), "seq_until": (),
+    }  # fmt: skip
+    both = (("model", model), ("train", settings))
+    more = {f"{part}.{name}": value for part, values in both for name, value in values.items()}
+    config = changed(everything(dataset.path), more)
+    plans = [plan(step, progress_by_steps(step, config.train), config.train) for step in range(16)]
+    assert [step for step, now in enumerate(plans) if now.repeat] == [3, 6, 9, 12, 15]
+    assert [[now.route for now in plans].index(True), [now.untie for now in plans].index(1.0)] == [6, 9]
+    alone, _ = go(tmp_path / "alone", config, dataset, "cuda", dtype="float64")
+    for backend, stop in (("cuda", 5), ("mlx", 11), ("cuda", None)):
+        moved, _ = go(tmp_path / "moved", config, dataset, backend, stop=stop, dtype="float64")
+    assert len(losses(moved)) == 16 and np.abs(losses(moved) - losses(alone)).max() <= P4_FLOAT64
+    a, b = moved.checkpoint(), alone.checkpoint()
+    assert a and b and all(relative_rms(a.params[name], b.params[name]) <= P4_FLOAT64 for name in b.params)
 
 
 # Kept checkpoints.
