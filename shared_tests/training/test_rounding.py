@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import core.training.calibrate
+import core.verbs.export
 from backends.cuda import gptq as twin
 from core import rng
 from core.audit.code import packed_code
@@ -31,6 +32,7 @@ from core.training.calibrate import moments_of
 from core.training.generate import TEMPERATURE, choose, written_rows
 from core.training.rounding import decoded, solver, stepped
 from core.training.run import Run
+from core.verbs.export import Export, _asked
 from shared_tests.support.command_line import call, refuse
 from shared_tests.support.harness import BACKENDS, engine, mini, tokens, working_weights
 from shared_tests.support.killed import small_data
@@ -216,6 +218,8 @@ def test_random_tokens_are_all_alike_and_shared_by_rows() -> None:
     assert rows.dtype == np.int32 and counts.min() > 8 and counts.max() < 60 and len(counts) == 97
     assert np.array_equal(uniform_rows(40, 64, 97, 3, slice(10, 20)), rows[10:20])
     assert not np.array_equal(uniform_rows(40, 64, 97, 4, slice(None)), rows)
+    low = uniform_rows(40, 512, 50_257, 3, slice(None)) < (1 << 16) - 50_257  # a draw of 16 bits would be there twice
+    assert abs(low.mean() - ((1 << 16) - 50_257) / 50_257) < 0.02
 
 
 REFUSED = [
@@ -302,6 +306,14 @@ def test_a_fitted_artifact_fills_the_budget(place: Path, tmp_path: Path, capsys:
         same = [stored.codes.tobytes() == plain[name].codes.tobytes() for name, stored in artifact.stored.items()]
         assert all(same) == (method == "round")
         assert all(bits(stored.scales) == bits(plain[name].scales) for name, stored in artifact.stored.items())
+
+
+def test_a_budget_that_the_code_alone_is_over_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core.verbs.export, "packed_code", lambda: {"cuda": 178_000, "mlx": 177_000})
+    asked, small = Export("RUN", fit=True), ExportConfig(budget=178_000, code_bytes=100)
+    with pytest.raises(ConfigError, match="code takes 178,000 bytes, packed as the audit counts it, and export.budget"):
+        _asked(small, asked)
+    assert _asked(dataclasses.replace(small, budget=178_001), asked).code_bytes == 178_000
 
 
 def test_what_has_no_deviations_is_not_fitted(place: Path, capsys: Capture) -> None:
