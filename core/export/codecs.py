@@ -328,27 +328,35 @@ def _read_halves(field: str, reader: PlanReader, decoder: Decoder, shape: tuple[
     at = reader.at
     shift = reader.number(field, MOST_SHIFT)
     base = int.from_bytes(reader.take(2), "little")
-    values = _take_matrix(field, reader, decoder, shape, 255).astype(np.uint16) + np.uint16(base) << np.uint16(shift)
+    high, classes = _take_matrix(field, reader, decoder, shape, 255)
+    values = high.astype(np.uint16) + np.uint16(base) << np.uint16(shift)
     if shift:
         values |= decoder.take(reader.table(field, (1 << shift) - 1), values.size).reshape(shape)
-    if halves_plan(values).data != reader.since(at):
-        raise CodecError(field, "other tables or classes than the writer's")
+    _check_plan(field, halves_plan(values), reader.since(at), classes)
     return values
 
 
 def _read_matrix(field: str, reader: PlanReader, decoder: Decoder, shape: tuple[int, int], top: int) -> np.ndarray:
     """Return (rows, columns) symbols."""
     at = reader.at
-    symbols = _take_matrix(field, reader, decoder, shape, top)
-    if matrix_plan(symbols, top).data != reader.since(at):
-        raise CodecError(field, "other tables or classes than the writer's")
+    symbols, classes = _take_matrix(field, reader, decoder, shape, top)
+    _check_plan(field, matrix_plan(symbols, top), reader.since(at), classes)
     return symbols
 
 
-def _take_matrix(field: str, reader: PlanReader, decoder: Decoder, shape: tuple[int, int], top: int) -> np.ndarray:
+def _check_plan(field: str, plan: CodingPlan, data: bytes, classes: np.ndarray | None) -> None:
+    """Raise CodecError unless the writer's plan is the file's: its bytes, and the class of every line."""
+    if plan.data != data or (plan.classes is not None and bool((plan.classes != classes).any())):
+        raise CodecError(field, "other tables or classes than the writer's")
+
+
+def _take_matrix(
+    field: str, reader: PlanReader, decoder: Decoder, shape: tuple[int, int], top: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return (rows, columns) symbols, and the class of every line if there are classes."""
     axis = reader.number(field, COLUMNS)
     if axis == ONE:
-        return decoder.take(reader.table(field, top), math.prod(shape)).reshape(shape)
+        return decoder.take(reader.table(field, top), math.prod(shape)).reshape(shape), None
     count = reader.number(field, MOST_CLASSES)
     lines = np.empty(shape if axis == ROWS else shape[::-1], np.uint8)
     classes = decoder.take(reader.table(field, count - 1), len(lines))
@@ -356,4 +364,4 @@ def _take_matrix(field: str, reader: PlanReader, decoder: Decoder, shape: tuple[
         own = np.flatnonzero(classes == number)
         size = len(own), lines.shape[1]
         lines[own] = decoder.take(reader.table(field, top), math.prod(size)).reshape(size)
-    return _lines(lines, axis)
+    return _lines(lines, axis), classes

@@ -8,7 +8,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from core.audit.code import against_reserve, packed_code
-from core.config import ConfigError, ExportConfig, RunConfig
+from core.config import ConfigError, ExportConfig, RunConfig, require
 from core.console import Console
 from core.data.dataset import identity
 from core.engine.loading import load_engine
@@ -101,7 +101,13 @@ def _asked(export: ExportConfig, options: Export) -> ExportConfig:
     if own.get("method") == "round" and "calibration" not in own:
         own |= {n: getattr(ExportConfig, n) for n in ("calibration", "calibration_tokens", "damping")}
     if options.fit or export.fit:
-        own |= {"fit": True, "code_bytes": max(export.code_bytes, *packed_code().values())}
+        code = max(export.code_bytes, *packed_code().values())
+        require(
+            code < export.budget,
+            f"code takes {code:,} bytes, packed as the audit counts it, and export.budget={export.budget:,} leaves "
+            "nothing for an artifact to fill: raise export.budget",
+        )
+        own |= {"fit": True, "code_bytes": code}
     return dataclasses.replace(export, **own)
 
 

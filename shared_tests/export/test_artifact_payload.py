@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.config import changed
+from core.config import ModelConfig, changed
 from core.export import codecs
 from core.export.artifact import ArtifactError, read_artifact
 from core.export.coder import LOW, SymbolRun, table_of
@@ -113,6 +113,45 @@ def test_tables_that_no_writer_makes(refused: Refused) -> None:
         refused(with_piece(coded(piece, plan, table)), name)
     for bad in (bytes([0, 1, 0]), bytes([0, 0, 15]), bytes([1, 0, 2, 0, 0, 0]), bytes([0, 255, 255])):
         refused(with_piece(coded(piece, axis + bad, table)), name)
+
+
+def two_sizes(name: str) -> tuple[ModelConfig, dict[str, Stored], int]:
+    """Tensors of a model, one of them of lines of two sizes that hold the same values; and where its piece is."""
+    noise = np.random.default_rng(2)
+    if name == "scales":
+        model = changed(SMALL, {"vocab": 1000, "embedding.dim": 384, "embedding.storage": "ternary/64", "layers": 1})
+        stored, few = some_stored(model), np.arange(1000) % 2 == 0
+        large = noise.permuted(np.tile([True] + 5 * [False], (1000, 1)), axis=1) == few[:, None]
+        stored["embed.weight"] = Stored(stored["embed.weight"].codes, np.where(large, 8, 0.125).astype(np.float16))
+        return model, stored, 1
+    model = changed(SMALL, {"matrix_storage": "int4/row", "mlp.hidden": 600, "layers": 1})
+    stored, own = some_stored(model), f"blocks.0.mlp.{'up' if name == 'rows' else 'down'}.weight"
+    many = np.arange(600)[:, None] % 2 == 0
+    codes = noise.choice([-1, 1], (600, 8)) * (noise.permuted(np.tile(np.arange(8) < 1, (600, 1)), axis=1) != many)
+    stored[own] = Stored((codes if name == "rows" else codes.T).astype(np.int8), stored[own].scales)
+    return model, stored, [piece.name for piece in pieces(model, stored)].index(own)
+
+
+@pytest.mark.parametrize("name", ["rows", "columns", "scales"])
+def test_a_line_in_another_class_than_the_writers(refused: Refused, name: str, tmp_path: Path) -> None:
+    """The same tables code the very same tensors: only what class two lines are in is exchanged."""
+    model, stored, place = two_sizes(name)
+    whole = pieces(model, stored)
+    classes, *parts = whole[place].runs
+    axis = whole[place].plan[3 if name == "scales" else 0]
+    assert axis == (2 if name == "columns" else 1), "there are classes"
+    other, width = classes.symbols.copy(), parts[0].symbols.size // int((classes.symbols == 0).sum())
+    lines = np.empty((other.size, width), np.uint8)
+    for number, part in enumerate(parts[: other.max() + 1]):
+        lines[other == number] = part.symbols.reshape(-1, width)
+    first, last = np.flatnonzero(other == 0)[0], np.flatnonzero(other == other.max())[0]
+    other[first], other[last] = other[last], other[first]
+    own = [SymbolRun(lines[other == k].ravel(), part.table) for k, part in enumerate(parts[: other.max() + 1])]
+    runs = [SymbolRun(other, classes.table), *own, *parts[len(own) :]]
+    bad = Piece(whole[place].name, whole[place].plan, runs)
+    (tmp_path / "good.skc").write_bytes(assembled(model, whole))
+    read_artifact(tmp_path / "good.skc")
+    refused(assembled(model, [*whole[:place], bad, *whole[place + 1 :]]), bad.name)
 
 
 def test_halves_that_no_writer_makes(refused: Refused) -> None:

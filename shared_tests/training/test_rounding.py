@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import core.training.calibrate
+import core.training.finish
+import core.verbs.export
 from backends.cuda import gptq as twin
 from core import rng
 from core.audit.code import packed_code
@@ -24,13 +26,17 @@ from core.engine.optimizer_state import exported
 from core.engine.protocol import Engine
 from core.engine.ranks import Alone
 from core.export.artifact import read_artifact
+from core.export.budget import predicted_bytes
 from core.export.calibration import mean_moments, uniform_rows
+from core.export.fit import COARSEST
 from core.export.gptq import compensate, compensated
 from core.model.params import param_table
 from core.training.calibrate import moments_of
 from core.training.generate import TEMPERATURE, choose, written_rows
-from core.training.rounding import decoded, solver, stepped
+from core.training.rounding import chosen_codes, decoded, solver, stepped
 from core.training.run import Run
+from core.verbs.export import Export, _asked
+from core.verbs.train import check_budget
 from shared_tests.support.command_line import call, refuse
 from shared_tests.support.harness import BACKENDS, engine, mini, tokens, working_weights
 from shared_tests.support.killed import small_data
@@ -148,6 +154,75 @@ def test_export_may_choose_another_method(place: Path, tmp_path: Path, capsys: C
     assert "rounding" not in value["artifact"] and "method" not in artifact.provenance
     assert all(stored.codes.tobytes() == plain[name].codes.tobytes() for name, stored in artifact.stored.items())
     assert Run.open(run.path).config.export.method == "gptq", "the run's settings stay"
+    settings = json.loads((run.path / "config.json").read_text())
+    settings["export"]["calibration_tokens"] = 512
+    (run.path / "config.json").write_text(json.dumps(settings))
+    line = refuse(capsys, "export", str(run.path), "--backend", "cuda")
+    assert "which have passed without it" in line, "the moments that were kept are of twice as many tokens"
+
+
+@pytest.mark.parametrize("damping", [0.01, 1.0])
+def test_the_damping_is_the_one_that_was_asked_for(damping: float) -> None:
+    """As in docs/export.md; tensors without a grid have no moments, and are rounded."""
+    config = changed(mini("debug"), {
+        "model.matrix_storage": "int4/row", "model.embedding.storage": "fp8/row",
+        "export.method": "gptq", "export.calibration": "random", "export.damping": damping,
+    })  # fmt: skip
+    made, table = engine("cuda", config, working_weights(config.model, 3.0)), param_table(config.model)
+    rows = tokens("damping", 4, 32, config.model.vocab, config.model.bos)
+    moments = {n: m for n, m in made.second_moments(rows).items() if table[n].storage == "int4/row"}
+    codes = chosen_codes(made, config, moments, Console(True), lambda codes: 0)
+    plain, weights = made.quantised(), made.weights()
+    assert codes.provenance["damping"] == damping and moments
+    for name, stored in codes.stored.items():
+        expected = plain[name].codes
+        if name in moments:
+            scales, storage = plain[name].scales, table[name].storage
+            assert scales is not None
+            expected = compensated(weights[name], moments[name], scales, storage, damping)
+        assert stored.codes.tobytes() == expected.tobytes(), name
+
+
+def test_moments_are_of_what_has_a_grid(place: Path) -> None:
+    """Beside matrices on a grid, a table of fp8 and its projections have none."""
+    run, dataset = Run.open(place / "timed"), open_dataset(str(place / "data"))
+    run.config = changed(run.config, {"model.embedding.storage": "fp8/row", "export.calibration": "random"})
+    made = engine("cuda", run.config, working_weights(run.config.model, 3.0))
+    table = param_table(run.config.model)
+    moments = moments_of(run, made, dataset, 6, Console(True))
+    assert sorted(moments) == sorted(n for n, row in table.items() if row.storage == "int4/row")
+    chosen_codes(made, run.config, moments, Console(True), lambda codes: 0)
+
+
+def test_a_fitted_run_starts_if_its_coarsest_steps_fit() -> None:
+    deviations = {"mlp": 2.0, "attention": 2.0, "table": 2.0}
+    model = changed(mini("debug").model, {"matrix_storage": "int6/row", "embedding.storage": "int6/row"})
+    steps = (changed(model, {f"deviations.{n}": f * k for n, k in deviations.items()}) for f in (1.0, COARSEST))
+    fine, coarse = (predicted_bytes(one) for one in steps)
+    assert coarse < fine
+    config = changed(mini("debug"), {
+        "model.matrix_storage": "int6/row", "model.embedding.storage": "int6/row", "export.code_bytes": 100,
+        **{f"model.deviations.{n}": k for n, k in deviations.items()},
+    })  # fmt: skip
+    check_budget(changed(config, {"export.budget": coarse + 100, "export.fit": True}))
+    for budget, fit in ((coarse + 100, False), (coarse + 99, True)):
+        with pytest.raises(ConfigError, match="over what export.budget"):
+            check_budget(changed(config, {"export.budget": budget, "export.fit": fit}))
+
+
+def test_codes_of_gptq_that_are_not_those_read_are_never_passed_off(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(path: Path) -> Any:
+        artifact = read_artifact(path)
+        artifact.stored["blocks.0.mlp.up.weight"].codes[0, 0] ^= 1
+        return artifact
+
+    shutil.copytree(place / "timed", tmp_path / "run")
+    monkeypatch.setattr(core.training.finish, "read_artifact", faulty)
+    with pytest.raises(core.training.finish.PromiseError, match=r"blocks\.0\.mlp\.up\.weight is not the weight"):
+        main(["export", str(tmp_path / "run"), "--backend", "cuda"])
+    assert not (tmp_path / "run" / "artifact.skc").exists()
 
 
 class Ranks(Alone):
@@ -216,6 +291,8 @@ def test_random_tokens_are_all_alike_and_shared_by_rows() -> None:
     assert rows.dtype == np.int32 and counts.min() > 8 and counts.max() < 60 and len(counts) == 97
     assert np.array_equal(uniform_rows(40, 64, 97, 3, slice(10, 20)), rows[10:20])
     assert not np.array_equal(uniform_rows(40, 64, 97, 4, slice(None)), rows)
+    low = uniform_rows(40, 512, 50_257, 3, slice(None)) < (1 << 16) - 50_257  # a draw of 16 bits would be there twice
+    assert abs(low.mean() - ((1 << 16) - 50_257) / 50_257) < 0.02
 
 
 REFUSED = [
@@ -302,6 +379,14 @@ def test_a_fitted_artifact_fills_the_budget(place: Path, tmp_path: Path, capsys:
         same = [stored.codes.tobytes() == plain[name].codes.tobytes() for name, stored in artifact.stored.items()]
         assert all(same) == (method == "round")
         assert all(bits(stored.scales) == bits(plain[name].scales) for name, stored in artifact.stored.items())
+
+
+def test_a_budget_that_the_code_alone_is_over_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core.verbs.export, "packed_code", lambda: {"cuda": 178_000, "mlx": 177_000})
+    asked, small = Export("RUN", fit=True), ExportConfig(budget=178_000, code_bytes=100)
+    with pytest.raises(ConfigError, match="code takes 178,000 bytes, packed as the audit counts it, and export.budget"):
+        _asked(small, asked)
+    assert _asked(dataclasses.replace(small, budget=178_001), asked).code_bytes == 178_000
 
 
 def test_what_has_no_deviations_is_not_fitted(place: Path, capsys: Capture) -> None:
