@@ -345,7 +345,7 @@ def test_items_need_nothing_that_a_bare_machine_lacks(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", "\n".join(program)], capture_output=True, text=True, env=hidden)
     assert done.returncode == 0, done.stderr
     runs = found(tmp_path)
-    assert sum("ok" in line for line in runs[items[0]]) == 13 and (tmp_path / "profiles.txt").stat().st_size > 500
+    assert sum("ok" in line for line in runs[items[0]]) == 23 and (tmp_path / "profiles.txt").stat().st_size > 500
     assert any(line.get("what") == "update alone" and line["value"] > 0 for line in runs[items[1]])
 
 

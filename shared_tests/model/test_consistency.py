@@ -133,6 +133,7 @@ def test_logits_keep_every_bit(dtype: str, backend: str) -> None:
         given = (made._scored(), to_device(backend, ids, dtype), made._constants(ids.shape[1]))
         made._forward(*given, record=record, training=Training(frozenset(names)))
         assert [name for name, _ in record.pop("auxiliary")] == list(names) * 4
+        assert record.pop("routes", ()) == ()
         found.append({key: to_numpy(value).tobytes() for key, value in record.items()})
     assert found[0] == found[1]
 

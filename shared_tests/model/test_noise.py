@@ -119,8 +119,8 @@ def test_the_codes_of_noisy_weights(dtype: str, backend: str) -> None:
     storage = module(backend, "storage")
     for matrix in range(2):
         given = w[matrix], noise[matrix]
-        (found,) = call(backend, lambda w, noise: storage.stored(w, "ternary/64", noise), given, dtype)
-        (still,) = call(backend, lambda w, noise: storage.stored(w, "ternary/64", 0 * noise), given, dtype)
+        (found,) = call(backend, lambda w, noise: storage.stored(w, "ternary/64", noise=noise), given, dtype)
+        (still,) = call(backend, lambda w, noise: storage.stored(w, "ternary/64", noise=0 * noise), given, dtype)
         host = storage.to_host(to_device(backend, w[matrix], dtype), "ternary/64")
         assert host.scales is not None
         assert np.array_equal(still, decode(host, "ternary/64"))

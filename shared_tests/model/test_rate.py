@@ -11,7 +11,7 @@ import pytest
 from core.check.tolerances import P1_EXACT, P3_FLOAT64, relative_rms
 from core.config import ConfigError, RunConfig, TrainConfig, changed
 from core.export import codecs
-from core.export.coder import FRACTION, Run, fitted
+from core.export.coder import FRACTION, SymbolRun, fitted
 from core.export.symbols import symbols_of
 from core.model.params import param_table
 from core.model.storage import LARGEST, decode, gridded, group_size, scales_of, storage_class
@@ -141,7 +141,7 @@ def test_a_weight_on_its_code_costs_what_the_coder_takes_for_it(backend: str) ->
     kept = storage.to_host(to_device(backend, draw("rate/coder", 128, 256), "float64"), *rule)
     on_codes = decode(kept, "int6/64").astype(np.float64)  # by the largest weight they have the same scales
     symbols = symbols_of("int6", kept.codes).ravel()
-    coded = Run(symbols, fitted(np.bincount(symbols))[0]).bits / (1 << FRACTION)
+    coded = SymbolRun(symbols, fitted(np.bincount(symbols))[0]).bits / (1 << FRACTION)
     assert np.array_equal(storage.to_host(to_device(backend, on_codes, "float64"), *rule).codes, kept.codes)
     assert priced(backend, on_codes[None], rule)[0].sum() == pytest.approx(coded, rel=0.002)
 

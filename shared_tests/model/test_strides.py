@@ -70,8 +70,8 @@ def test_weights_lie_row_after_row(name: str, backend: str, monkeypatch: pytest.
     optim = module(backend, "optim")
     rule, average = optim.rule, optim.average
 
-    def turned_rule(*given: Any) -> tuple[Any, dict[str, Any]]:
-        param, slots = rule(*given)
+    def turned_rule(*given: Any, **more: Any) -> tuple[Any, dict[str, Any]]:
+        param, slots = rule(*given, **more)
         return by_columns(backend, param), {slot: by_columns(backend, value) for slot, value in slots.items()}
 
     monkeypatch.setattr(optim, "rule", turned_rule)

@@ -108,7 +108,8 @@ def step(config: RunConfig) -> dict[str, Counter[str]]:
         engine_: Any = engine("mlx", config, weights, dtype="bfloat16", compile=True)
         rows = mx.zeros((min(train.rows, 8192 // train.seq), train.seq), mx.int32)
         hyper = mx.ones((len(NUMBERS),))
-        given = engine_._state, rows, rows, engine_._constants(train.seq), hyper, True, engine_._given(7, 0, hyper)
+        tables, switches = engine_._constants(train.seq), (True, True, engine_._given(7, 0, hyper))
+        given = engine_._state, rows, rows, tables, hyper, *switches
         trained = engine_._trained(engine_._params, train.quantise == "always")
         out = engine_._whole(engine_._params, trained, *given)
         inputs = [engine_._params, given[0], rows, *given[3][:2], given[4]]
