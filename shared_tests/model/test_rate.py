@@ -228,7 +228,7 @@ def test_an_artifact_gets_smaller(deviation: float | None, backend: str) -> None
         )
         results = [trained.train_step(batch[0], plan_of(config, step)) for step in range(15)]
         losses.append(results[-1].result().loss)
-        sizes = codecs.sizes(trained.quantised(), table := param_table(config.model))
+        sizes = codecs.tensor_sizes(trained.quantised(), table := param_table(config.model))
         coded = [name for name, row in table.items() if gridded(row.storage)]
         bits.append(sum(sizes[name].bits for name in coded) / sum(table[name].size for name in coded))
     assert bits[1] < bits[0] - 0.3 and losses[1] < losses[0] + 0.15, (bits, losses)
