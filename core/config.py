@@ -194,6 +194,11 @@ class RunConfig:
             f"train.router_balance={balance}: there is no router; set model.experts.count, or leave it out",
         )
         require(
+            experts.count == 0 or experts.active < experts.count or balance in (0, TrainConfig.router_balance),
+            f"train.router_balance={balance}: every expert gets every token (model.experts.active={experts.active}), "
+            "and nothing can be out of balance; leave it out",
+        )
+        require(
             start < 1 and (start == 0 or experts.shared > 0),
             f"train.route_from={start}: expected a share below 1, and a model.experts.shared to train until then",
         )

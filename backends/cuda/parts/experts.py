@@ -42,8 +42,9 @@ class Experts(Part):
         # Which expert is the first, the second, ... of each token.
         order_BTkE = ranks_BTE[..., None, :] == torch.arange(self._active, device=n_BTD.device)[:, None]
         expert_BTk = torch.sum(torch.where(order_BTkE, torch.arange(self._count, device=n_BTD.device), 0), dim=-1)
-        # CUDA: a GPU's grouped product is for bfloat16, which is what it trains in.
-        if self._exact or (n_BTD.is_cuda and n_BTD.dtype != torch.bfloat16):
+        # CUDA: a GPU's grouped product is for bfloat16, which is what it trains in, and for rows of whole 16 bytes.
+        fits = n_BTD.dtype == torch.bfloat16 and self._config.experts.hidden % 8 == self._config.dim % 8 == 0
+        if self._exact or (n_BTD.is_cuda and not fits):
             y_BTD = self._dense(n_BTD, weights_BTE, chosen_BTE)
         else:
             weights_BTk = torch.sum(torch.where(order_BTkE, weights_BTE[..., None, :], 0.0), dim=-1)
