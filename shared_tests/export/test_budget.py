@@ -75,6 +75,14 @@ def test_the_prediction_holds_for_every_class(storage: Storage) -> None:
     assert predicted_bytes(model) == pytest.approx(written(model)[0], rel=0.02)
 
 
+@pytest.mark.parametrize("storage", ["ternary/64", "ternary/128"])
+def test_what_scales_on_a_grid_of_ratios_save_is_predicted(storage: Storage) -> None:
+    plain = dataclasses.replace(presets.get("ablate").config.model, matrix_storage=storage, layers=1)
+    ratios = changed(plain, {"matrix_storage": f"{storage}g"})
+    saved = written(plain)[0] - written(ratios)[0]
+    assert saved > 0 and predicted_bytes(plain) - predicted_bytes(ratios) == pytest.approx(saved, rel=0.15)
+
+
 @pytest.mark.parametrize(
     "storage, factor", [("int6/row", 12.85), ("int6/row", 50.0), ("int7/64", 14.0), ("int4/row", 3.0)]
 )
