@@ -98,8 +98,10 @@ class Model(nn.Module):
         if self._config.attention.xsa != "none":
             before = torch.nn.functional.pad(ids_BS, (1, 0), value=-1)
             alone = before[:, keys - seq : keys] != ids_BT
-        given = (cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, stored)
-        return Context(*given, attend=attend, alone=alone, training=training)
+        return Context(
+            cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, stored,
+            attend=attend, alone=alone, training=training,
+        )  # fmt: skip
 
     def forward(
         self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=None, begins=None

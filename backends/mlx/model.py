@@ -94,8 +94,10 @@ class Model(nn.Module):
         if self._config.attention.xsa != "none":
             before = mx.pad(ids_BS, [(0, 0), (1, 0)], constant_values=-1)
             alone = before[:, keys - seq : keys] != ids_BT
-        given = (cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, stored)
-        return Context(*given, attend=attend, alone=alone, training=training)
+        return Context(
+            cos, sin, mask, ids_BT, history, starts_BT, *tables, wide, stored,
+            attend=attend, alone=alone, training=training,
+        )  # fmt: skip
 
     def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=None):
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.

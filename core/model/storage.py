@@ -26,9 +26,8 @@ Kind = Literal["float16", "ternary", "int8", "int7", "int6", "int5", "int4", "fp
 KINDS: tuple[Kind, ...] = get_args(Kind)
 LARGEST = {"ternary": 1, "int4": 7, "int5": 15, "int6": 31, "int7": 63, "int8": 127, "fp8": 448}
 """Largest code of a class: the scale of an int or fp8 group maps its largest weight to it, or so many deviations."""
-# Five ternary codes fit a byte, 3^5 = 243: 1.6 bits each.
-BITS = {"float16": 16.0, "ternary": 1.6, "int4": 4.0, "int5": 8.0, "int6": 6.0, "int7": 8.0, "int8": 8.0, "fp8": 8.0}
-"""Bits per value in the artifact before compression, scales not counted."""
+BITS = {"float16": 16.0, "ternary": 1.6, "int4": 4.0, "int5": 5.0, "int6": 6.0, "int7": 7.0, "int8": 8.0, "fp8": 8.0}
+"""Bits per value before compression, scales not counted: of five ternary codes to a byte, 3^5 = 243."""
 SCALE_FLOOR = 2.0**-14
 """Smallest scale: float16's smallest normal number."""
 
