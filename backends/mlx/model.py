@@ -95,7 +95,7 @@ class Model(nn.Module):
             before = mx.pad(ids_BS, [(0, 0), (1, 0)], constant_values=-1)
             alone = before[:, keys - seq : keys] != ids_BT
         return Context(
-            cos, sin, mask, ids_BT, history, starts_BT, *tables, wide=wide, blocks=stored,
+            cos, sin, mask, ids_BT, history, starts_BT, hadamard, walsh, position, ids, wide, stored,
             attend=attend, alone=alone, training=training,
         )  # fmt: skip
 
