@@ -88,19 +88,18 @@ class Model(nn.Module):
             mask = ops.causal_mask(seq, keys, ids_BS) if begins is None else None
         if begins is not None:  # CUDA: some forms of attention take where documents begin instead
             mask = attention.Spans(begins, seq)
-        cos, sin, *mixing, position = constants
+        position = constants.position
         ids = tokens_BT if state is None else torch.cat([state.ids, tokens_BT], dim=1)
         if state is None:
             ids = torch.nn.functional.pad(ids, (self._config.reach, 0), value=-1)
-        tables = (*mixing, position, ids)
         stored = blocks(self._config.skc.block, position, ids_BT) if self._config.stores else None
         attend, alone = self._attend, None
         if self._config.attention.xsa != "none":
             before = torch.nn.functional.pad(ids_BS, (1, 0), value=-1)
             alone = before[:, keys - seq : keys] != ids_BT
         return Context(
-            cos, sin, mask, ids_BT, history, starts_BT, hadamard, walsh, position, ids, wide, stored,
-            attend=attend, alone=alone, training=training,
+            constants.cos, constants.sin, mask, ids_BT, history, starts_BT, constants.hadamard, constants.walsh,
+            constants.signs, position, ids, wide, stored, attend=attend, alone=alone, training=training,
         )  # fmt: skip
 
     def forward(

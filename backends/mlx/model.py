@@ -83,11 +83,10 @@ class Model(nn.Module):
         keys, mask = ids_BS.shape[1], None
         if self._config.mixes("attention") and (isolated or keys > seq):
             mask = ops.causal_mask(seq, keys, ids_BS)
-        cos, sin, *mixing, position = constants
+        position = constants.position
         ids = tokens_BT if state is None else mx.concatenate([state.ids, tokens_BT], axis=1)
         if state is None:
             ids = mx.pad(ids, [(0, 0), (self._config.reach, 0)], constant_values=-1)
-        tables = (*mixing, position, ids)
         attend = self._attention.scoring if training is None else self._attention.training
         stored = blocks(self._config.skc.block, position, ids_BT) if self._config.stores else None
         alone = None
@@ -95,8 +94,8 @@ class Model(nn.Module):
             before = mx.pad(ids_BS, [(0, 0), (1, 0)], constant_values=-1)
             alone = before[:, keys - seq : keys] != ids_BT
         return Context(
-            cos, sin, mask, ids_BT, history, starts_BT, hadamard, walsh, position, ids, wide, stored,
-            attend=attend, alone=alone, training=training,
+            constants.cos, constants.sin, mask, ids_BT, history, starts_BT, constants.hadamard, constants.walsh,
+            constants.signs, position, ids, wide, stored, attend=attend, alone=alone, training=training,
         )  # fmt: skip
 
     def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=None):
