@@ -4,6 +4,7 @@
 `... drive FOLDER ITEM ...` a check made of them.
 """
 
+import functools
 import json
 import os
 import signal
@@ -176,7 +177,9 @@ def test_a_model_that_crashes_is_said_at_once_and_ends_the_check(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_check_that_is_told_to_end_takes_all_along_and_leaves_one_file(number: int, tmp_path: Path) -> None:
     """Ctrl-C, a kill, a terminal that is closed: items have a session of their own, and hear nothing of it."""
-    first = subprocess.Popen([*COMMAND, "drive", str(tmp_path), "quick", "hang"], stdout=subprocess.DEVNULL)
+    heard = functools.partial(signal.signal, number, signal.SIG_DFL)  # a shell's background job would not hear Ctrl-C
+    command = [*COMMAND, "drive", str(tmp_path), "quick", "hang"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=heard)
     while not (tmp_path / "pids").exists() or len((tmp_path / "pids").read_text().split()) < 2:
         assert first.poll() is None
         time.sleep(0.02)
