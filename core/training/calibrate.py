@@ -31,7 +31,14 @@ def calibrate(run: Run, engine: Engine, dataset: Dataset, step: int, taken: int,
     if export.method == "gptq" and export.calibration == "train" and (taken or not clock):
         moments = _gathered(run.config, engine, dataset, say)
         if engine.ranks.rank == 0:
-            write_tensors(_place(run), moments, {"of": _key(run.config, step)})
+            write_tensors(_place(run), moments, {"of": _key(run.config, step), "tensors": str(len(moments))})
+
+
+def check_kept(run: Run, step: int) -> None:
+    """Raise what `moments_of` would for the weights of `step`, before anything is given up for them."""
+    export, clock = run.config.export, run.config.train.seconds is not None
+    if export.method == "gptq" and export.calibration == "train" and clock and _kept(run, step) is None:
+        raise _too_late(run)
 
 
 def moments_of(run: Run, engine: Engine, dataset: Dataset, step: int, say: Console) -> Arrays:
@@ -45,11 +52,15 @@ def moments_of(run: Run, engine: Engine, dataset: Dataset, step: int, say: Conso
     if agree(engine.ranks, kept is not None):
         return kept or {}
     if train and config.train.seconds is not None:
-        raise ConfigError(
-            f"{run.path}: export.calibration=train reads training text inside train.seconds, which have passed without "
-            "it: take random, or self, which read none"
-        )
+        raise _too_late(run)
     return _gathered(config, engine, dataset, say)
+
+
+def _too_late(run: Run) -> ConfigError:
+    return ConfigError(
+        f"{run.path}: export.calibration=train reads training text inside train.seconds, which have passed without "
+        "it: take random, or self, which read none"
+    )
 
 
 def _gathered(config: RunConfig, engine: Engine, dataset: Dataset, say: Console) -> Arrays:
@@ -88,6 +99,8 @@ def _kept(run: Run, step: int) -> Arrays | None:
     try:
         metadata, arrays = read_tensors(path, SLACK + sum(512 + 4 * np.prod(s, dtype=int) for s in squares.values()))
         check_arrays(arrays, {name: squares.get(name, ()) for name in arrays}, str(path))
+        if metadata.get("tensors") != str(len(arrays)):
+            raise ValueError(f"{path}: {len(arrays)} tensors, expected {metadata.get('tensors')}")
     except (FileError, ValueError) as error:
         raise RunError(f"{error}; delete it and export again, or take another export.calibration") from error
     return arrays if metadata.get("of") == _key(run.config, step) else None

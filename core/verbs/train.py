@@ -31,7 +31,7 @@ from core.scoring.accounting import byte_note
 from core.scoring.plugins import load_plugins
 from core.scoring.score import check_plugins
 from core.training import trackers
-from core.training.calibrate import calibrate
+from core.training.calibrate import calibrate, check_kept
 from core.training.environment import environment
 from core.training.finish import finish
 from core.training.loop import TrainingSummary, check_rows, done, train
@@ -166,6 +166,7 @@ def _begin(
             run = Run.create(out, config, dataset.tokenizer.model, identity(dataset))
             end = run.finished()
             if end is not None and again:
+                check_kept(run, end["step"])
                 run.forget()
                 end = None
         except (ValueError, OSError) as error:

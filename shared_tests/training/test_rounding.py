@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import core.training.calibrate
 import core.training.finish
@@ -135,9 +136,19 @@ def test_calibration_is_inside_the_clock_and_kept_for_later_exports(
     assert main([*SHORT, *data, *GPTQ, "--train.seconds", "600", "--again"]) == 0, "nothing is trained, nothing is read"
     assert (run.path / "artifact.skc").read_bytes() == first
     moments = run.path / "state" / "moments.safetensors"
-    moments.write_bytes(moments.read_bytes()[:-5])
+    whole = moments.read_bytes()
+    moments.write_bytes(whole[:-5])
     assert "delete it and export again" in refuse(capsys, "export", str(run.path), "--backend", "cuda")
+    moments.write_bytes(whole)
+    arrays = safetensors.numpy.load(whole)
+    metadata = {"of": "step 6, 1024 tokens", "tensors": str(len(arrays))}
+    del arrays[min(arrays)]
+    moments.write_bytes(safetensors.numpy.save(arrays, metadata))
+    assert f"{len(arrays)} tensors, expected {len(arrays) + 1}" in refuse(capsys, "export", str(run.path))
     moments.unlink()
+    train = [*SHORT, *data, *GPTQ, "--train.seconds", "600"]
+    assert "which have passed without it" in refuse(capsys, *train, "--again")
+    assert Run.open(run.path).finished() is not None, "what the run came to is still there"
     line = refuse(capsys, "export", str(run.path), "--backend", "cuda")
     assert "export.calibration=train reads training text inside train.seconds, which have passed without it" in line
     monkeypatch.setattr(core.training.calibrate, "mean_moments", means)
