@@ -27,7 +27,7 @@ from shared_tests.support.harness import (
 
 pytestmark = pytest.mark.pair
 SEQ = 50
-NAMES = ("tiny", "skc_ablate", HYBRID, "skc_mac", EVERYTHING, "packed", OPPOSITE)
+NAMES = ("tiny", "skc_ablate", "delta_ablate", HYBRID, "skc_mac", EVERYTHING, "packed", OPPOSITE)
 """Attention alone, recurrent layers alone, both, recurrent layers with memories, every option, also with documents that
 do not end, and few options."""
 
