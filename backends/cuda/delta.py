@@ -65,14 +65,11 @@ def chunked(q, k, v, beta, decay, documents, start, exact):
     solved_BNHCC = solve(torch.tril(ratio_BNHCC * (written_BNHCK @ torch.swapaxes(k_BNHCK, -1, -2)), -1))
     # d = u - w S: the state that enters the chunk may come later.
     u_BNHCV, w_BNHCK = solved_BNHCC @ (beta_BNHC1 * v_BNHCV), solved_BNHCC @ (left_BNHC1 * written_BNHCK)
-    states = [start]
+    state_BNHKV = start[:, None]
     if count > 1:
         kept_BNHKC = torch.swapaxes(k_BNHCK, -1, -2) * ratio_BNHCC[..., -1:, :]
-        step_BNHKK = left_BNHC1[..., -1:, :] * torch.eye(width, dtype=k.dtype, device=k.device) - kept_BNHKC @ w_BNHCK
-        steps, adds = (torch.unbind(x, dim=1) for x in (step_BNHKK, kept_BNHKC @ u_BNHCV))
-        for step, add in zip(steps[:-1], adds[:-1], strict=True):
-            states.append(add + step @ states[-1])
-    state_BNHKV = torch.stack(states, dim=1)
+        step_BNHKK = left_BNHC1[..., -1:, :] * unit(width, k) - kept_BNHKC @ w_BNHCK
+        state_BNHKV = states(step_BNHKK, kept_BNHKC @ u_BNHCV, start)
     d_BNHCV = u_BNHCV - w_BNHCK @ state_BNHKV
     scores_BNHCC = ratio_BNHCC * (q_BNHCK @ torch.swapaxes(k_BNHCK, -1, -2))
     o_BNHCV = (left_BNHC1 * q_BNHCK) @ state_BNHKV + scores_BNHCC @ d_BNHCV
@@ -83,11 +80,44 @@ def chunked(q, k, v, beta, decay, documents, start, exact):
     return joined(o_BNHCV), joined(d_BNHCV)
 
 
+def unit(size, like):
+    """Return the unit matrix (size, size)."""
+    at = torch.arange(size, device=like.device)
+    return (at[:, None] == at).to(like.dtype)
+
+
+class _States(Function):
+    @staticmethod
+    def forward(ctx, step, add, start):
+        out = [start]
+        for n in range(step.shape[1] - 1):
+            out.append(add[:, n] + step[:, n] @ out[-1])
+        entering = torch.stack(out, dim=1)
+        ctx.save_for_backward(step, entering)
+        return entering
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore
+        """By the same recurrence backwards: an autograd would make a whole array of zeros for every chunk's slice."""
+        step, out = ctx.saved_tensors
+        last = step.shape[1] - 1
+        deltas = [torch.zeros_like(grad[:, last]), grad[:, last]]  # nothing follows the last chunk
+        for n in range(last - 1, -1, -1):
+            deltas.append(grad[:, n] + torch.swapaxes(step[:, n], -1, -2) @ deltas[-1])
+        following = torch.stack(deltas[-2::-1], dim=1)
+        return following @ torch.swapaxes(out, -1, -2), following, deltas[-1]
+
+
+def states(step, add, start):
+    """Return the state that enters each chunk, (B, N, H, K, V): S_n+1 = step_n S_n + add_n, from start on."""
+    return _States.apply(step, add, start)
+
+
 class _Solve(Function):
     @staticmethod
     def forward(ctx, a):
         at, size = torch.arange(a.shape[-1], device=a.device), 1
-        inverse = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand(a.shape)
+        inverse = unit(a.shape[-1], a).expand(a.shape)
         while size < a.shape[-1]:
             block = at // size
             below = torch.where((block[:, None] == block + 1) & (block % 2 == 0), a, 0.0)

@@ -64,14 +64,11 @@ def chunked(q, k, v, beta, decay, documents, start, exact):
     solved_BNHCC = solve(mx.tril(ratio_BNHCC * (written_BNHCK @ mx.swapaxes(k_BNHCK, -1, -2)), -1))
     # d = u - w S: the state that enters the chunk may come later.
     u_BNHCV, w_BNHCK = solved_BNHCC @ (beta_BNHC1 * v_BNHCV), solved_BNHCC @ (left_BNHC1 * written_BNHCK)
-    states = [start]
+    state_BNHKV = start[:, None]
     if count > 1:
         kept_BNHKC = mx.swapaxes(k_BNHCK, -1, -2) * ratio_BNHCC[..., -1:, :]
-        step_BNHKK = left_BNHC1[..., -1:, :] * mx.eye(width, dtype=k.dtype) - kept_BNHKC @ w_BNHCK
-        steps, adds = (mx.split(x, count, axis=1) for x in (step_BNHKK, kept_BNHKC @ u_BNHCV))
-        for step, add in zip(steps[:-1], adds[:-1], strict=True):
-            states.append(mx.addmm(mx.squeeze(add, 1), mx.squeeze(step, 1), states[-1]))
-    state_BNHKV = mx.stack(states, axis=1)
+        step_BNHKK = left_BNHC1[..., -1:, :] * unit(width, k) - kept_BNHKC @ w_BNHCK
+        state_BNHKV = states(step_BNHKK, kept_BNHKC @ u_BNHCV, start)
     d_BNHCV = u_BNHCV - w_BNHCK @ state_BNHKV
     scores_BNHCC = ratio_BNHCC * (q_BNHCK @ mx.swapaxes(k_BNHCK, -1, -2))
     o_BNHCV = (left_BNHC1 * q_BNHCK) @ state_BNHKV + scores_BNHCC @ d_BNHCV
@@ -82,6 +79,33 @@ def chunked(q, k, v, beta, decay, documents, start, exact):
     return joined(o_BNHCV), joined(d_BNHCV)
 
 
+def unit(size, like):
+    """Return the unit matrix (size, size)."""
+    at = mx.arange(size)
+    return (at[:, None] == at).astype(like.dtype)
+
+
+@mx.custom_function
+def states(step, add, start):
+    """Return the state that enters each chunk, (B, N, H, K, V): S_n+1 = step_n S_n + add_n, from start on."""
+    out = [start]
+    for n in range(step.shape[1] - 1):
+        out.append(mx.addmm(add[:, n], step[:, n], out[-1]))
+    return mx.stack(out, axis=1)
+
+
+@states.vjp
+def _states_gradients(primals, grad, out):
+    """By the same recurrence backwards: an autograd would make a whole array of zeros for every chunk's slice."""
+    step, _, start = primals
+    last = step.shape[1] - 1
+    deltas = [mx.zeros_like(start), grad[:, last]]  # nothing follows the last chunk
+    for n in range(last - 1, -1, -1):
+        deltas.append(mx.addmm(grad[:, n], mx.swapaxes(step[:, n], -1, -2), deltas[-1]))
+    following = mx.stack(deltas[-2::-1], axis=1)
+    return following @ mx.swapaxes(out, -1, -2), following, deltas[-1]
+
+
 @mx.custom_function
 def solve(a):
     """Return the inverse of 1 + a, a (..., C, C) strictly lower, exactly, in about 2 log C products.
@@ -90,7 +114,7 @@ def solve(a):
     1 - a + a^2 - ... is exact too, but its terms grow beyond all digits where keys are alike (docs/model.md).
     """
     at, size = mx.arange(a.shape[-1]), 1
-    inverse = mx.broadcast_to(mx.eye(a.shape[-1], dtype=a.dtype), a.shape)
+    inverse = mx.broadcast_to(unit(a.shape[-1], a), a.shape)
     while size < a.shape[-1]:
         block = at // size
         below = mx.where((block[:, None] == block + 1) & (block % 2 == 0), a, 0.0)

@@ -72,7 +72,11 @@ SKC_PROXY = RunConfig(
 
 PRESETS = {
     "skc_ablate": ("the SKC base of ablations: `ablate` with Koopman and SKC layers", SKC_ABLATE, 3_147_076),
-    "delta_ablate": ("the same with three layers of the gated delta rule and one of attention", DELTA_ABLATE, 3_146_972),
+    "delta_ablate": (
+        "the same with three layers of the gated delta rule and one of attention",
+        DELTA_ABLATE,
+        3_146_972,
+    ),
     "skc_mac": ("minutes on a laptop: ternary Koopman and SKC layers with bank and EngramHash", SKC_MAC, 1_698_642),
     "skc_600": (
         "the whole family for 600 s on a node, vocabulary 1,024: Koopman, SKC, bank, EngramHash",

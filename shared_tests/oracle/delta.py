@@ -11,8 +11,8 @@ from shared_tests.reference.ops import linear, rms_norm, sigmoid, silu, softplus
 EXAMPLE = {
     "blocks": ("delta",), "delta.heads": 4, "delta.key_heads": 2, "delta.key_dim": 5, "delta.value_dim": 7,
 }  # fmt: skip
-"""Five kinds of layers cannot share the four blocks of `everything` (`ALONE`): the mini of `delta_ablate` is held to the
-same."""
+"""Five kinds of layers cannot share the four blocks of `everything` (`ALONE`), which the mini of `delta_ablate` stands
+for."""
 ALONE = True
 
 

@@ -42,10 +42,10 @@ class Delta(Part):
             s_BTC = ops.short_conv(tail_BPC, self.conv, context.history)
         # A matrix that thousands of tokens write into: float32 or wider.
         s_BTC = ops.silu(s_BTC, exact).astype(wide)
-        qk_BTGK = s_BTC[..., : 2 * settings.keys].reshape(*split[:2], 2 * settings.key_heads, -1)
-        # Of length 1: with beta up to 1 no write then grows a state, whatever the weights are.
-        qk_BTGK = ops.rms_norm(qk_BTGK, UNIT / settings.key_dim, exact) * settings.key_dim**-0.5
-        q_BTGK, k_BTGK = mx.split(qk_BTGK, 2, axis=2)
+        q_BTGK, k_BTGK = (
+            self.unit(s_BTC[..., : settings.keys]),
+            self.unit(s_BTC[..., settings.keys : 2 * settings.keys]),
+        )
         q_BTHK, k_BTHK = self.shared(q_BTGK * settings.key_dim**-0.5), self.shared(k_BTGK)
         v_BTHV = s_BTC[..., 2 * settings.keys :].reshape(split)
         beta_BTH = ops.sigmoid(self.beta(x_BTD).astype(wide), exact)
@@ -58,6 +58,11 @@ class Delta(Part):
         if settings.gate:
             y_BTC = y_BTC * ops.silu(self.gate(x_BTD), exact)
         return stream._replace(x=self.o(y_BTC)), DeltaTape(tail_BPC, k_BTGK, d_BTHV, decay_BTH, state.last)
+
+    def unit(self, x_BTC):
+        """Return queries or keys of length 1: with beta up to 1 no write then grows a state, whatever the weights."""
+        width = self._config.delta.key_dim
+        return ops.rms_norm(x_BTC.reshape(*x_BTC.shape[:2], -1, width), UNIT / width, self._exact) * width**-0.5
 
     def shared(self, x_BTGK):
         """Return keys or queries for every head."""
