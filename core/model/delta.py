@@ -88,10 +88,7 @@ class Delta(Part):
         return State(self.conv * (TAPS - 1) * self.entering + self.heads * self.key_dim * self.value_dim)
 
     def tape(self, model: Model) -> int:
-        """Return the floats that a token of a chunk takes until it is committed.
-
-        They are its key, what it writes, its decay, and what enters the convolution: no state of its own.
-        """
+        """Return the size of a token's key, of what it writes, of its decay and of what enters the convolution."""
         return self.keys + self.values_wide + self.heads + self.conv * self.entering
 
     def mini(self, model: Model, dim: int) -> "Delta":
