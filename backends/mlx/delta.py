@@ -4,6 +4,8 @@ In a chunk the d of all tokens solve a unit-triangular system, exactly: d_t lack
 Letters: B rows, T positions, H heads, K channels of a key, V of a value, N chunks of C positions.
 """
 
+from typing import Any
+
 import mlx.core as mx
 
 from backends.mlx import ops
@@ -61,10 +63,10 @@ def chunked(q, k, v, beta, decay, documents, start, exact):
     open_BN1C1 = (documents_BNC == entered_BN1)[:, :, None, :, None]
     left_BNHC1 = mx.where(open_BN1C1, ops.exp(sum_BNHC1, exact), 0.0)
     written_BNHCK = beta_BNHC1 * k_BNHCK
-    solved_BNHCC = solve(mx.tril(ratio_BNHCC * (written_BNHCK @ mx.swapaxes(k_BNHCK, -1, -2)), -1))
+    solved_BNHCC: Any = solve(mx.tril(ratio_BNHCC * (written_BNHCK @ mx.swapaxes(k_BNHCK, -1, -2)), -1))
     # d = u - w S: the state that enters the chunk may come later.
     u_BNHCV, w_BNHCK = solved_BNHCC @ (beta_BNHC1 * v_BNHCV), solved_BNHCC @ (left_BNHC1 * written_BNHCK)
-    state_BNHKV = start[:, None]
+    state_BNHKV: Any = start[:, None]
     if count > 1:
         kept_BNHKC = mx.swapaxes(k_BNHCK, -1, -2) * ratio_BNHCC[..., -1:, :]
         step_BNHKK = left_BNHC1[..., -1:, :] * unit(width, k) - kept_BNHKC @ w_BNHCK
