@@ -144,6 +144,12 @@ def silu(x, exact):
     return x * sigmoid(x, exact) if exact else F.silu(x)
 
 
+def softplus(x, exact):
+    """Return log(1 + e^x)."""
+    # CUDA: good to the last bit in float64, so both forms are one; F.softplus is x from 20 on
+    return torch.logaddexp(x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
 def decay(x, exact):
     """Return d = 1 / (1 + e^x) and the drive's scale sqrt(1 - d^2 + 1e-6), which keeps a unit input's variance at 1.
 

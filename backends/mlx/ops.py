@@ -165,6 +165,12 @@ def silu(x, exact):
     return x * sigmoid(x, exact)
 
 
+def softplus(x, exact):
+    """Return log(1 + e^x)."""
+    # Of MLX's functions log1p is good in float64, logaddexp is not.
+    return mx.maximum(x, 0) + mx.log1p(exp(-mx.abs(x), exact)) if exact else mx.logaddexp(x, mx.array(0.0, x.dtype))
+
+
 def decay(x, exact):
     """Return d = 1 / (1 + e^x) and the drive's scale sqrt(1 - d^2 + 1e-6), which keeps a unit input's variance at 1.
 

@@ -117,6 +117,10 @@ class Attention(Part):
         """Return the size of the decoding state: what enters the convolution, and keys and values of every token."""
         return State(self.conv * (TAPS - 1) * model.dim, 2 * self.kv_heads * self.width(model))
 
+    def tape(self, model: Model) -> int:
+        """Return the size of what enters the convolution, and of a token's keys and values."""
+        return self.conv * model.dim + self.state(model).per_token
+
     def mini(self, model: Model, dim: int) -> "Attention":
         """Return settings of at most 4 heads with the same sharing, and the same share of rotated channels."""
         heads, there = min(self.heads, 4), [attends(model, i) for i in range(min(model.layers, 4))]

@@ -75,6 +75,10 @@ class Bank(Part):
         """Return the size of the decoding state of one place."""
         return self.store(model).state()
 
+    def tape(self, model: Model) -> int:
+        """Return the size of what one place keeps of every token."""
+        return self.store(model).tape()
+
     def mini(self, model: Model, dim: int) -> "Bank":
         """Return settings of at most 4 capsules per head."""
         return replace(self, capsules=min(self.capsules, 4), heads=math.gcd(self.heads, dim))

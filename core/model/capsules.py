@@ -65,3 +65,8 @@ class Store(NamedTuple):
         """Return the size of the decoding state."""
         sums = 2 + (self.intra > 0)
         return State(sums * self.capsules * self.width + (1 + self.shift) * self.heads * self.capsules)
+
+    def tape(self) -> int:
+        """Return the floats kept of every token of a chunk: routing, as it is and shifted, its values, and its share of
+        the capsules after its block."""
+        return 2 * self.heads * self.capsules + self.width - (-self.capsules * self.width // self.block)

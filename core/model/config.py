@@ -10,6 +10,7 @@ from core.model import trunk
 from core.model.attention import Attention
 from core.model.bank import Bank
 from core.model.bigram import Bigram
+from core.model.delta import Delta
 from core.model.deviations import Deviations
 from core.model.embedding import Embedding
 from core.model.engram import Engram
@@ -91,6 +92,7 @@ class ModelConfig:
     attention: Attention = field(default_factory=Attention)
     koopman: Koopman = field(default_factory=Koopman)
     skc: SKC = field(default_factory=SKC)
+    delta: Delta = field(default_factory=Delta)
     mlp: MLP = field(default_factory=MLP)
     experts: Experts = field(default_factory=Experts)
     bank: Bank = field(default_factory=Bank)

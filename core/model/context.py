@@ -1,7 +1,8 @@
 """What the layers of one forward pass share, and the state that goes on to the next: a backend's arrays.
 
 B rows, T positions, S kept keys, G key/value heads, K channels of a head, D width of the stream, C mixer channels; of
-a store of capsules: H heads, N capsules, M blocks, Q tokens of a block.
+a store of capsules: H heads, N capsules, M blocks, Q tokens of a block; of the delta rule: H heads, V channels of a
+value.
 """
 
 from collections.abc import Callable
@@ -42,6 +43,23 @@ class KoopmanTape(NamedTuple):
     values: Any  # (B, TAPS - 1 + T, C)
     states: Any  # (B, T, C)
     before: Any  # (B, C): the recurrence before the chunk
+
+
+class DeltaState(NamedTuple):
+    """What the next token needs of those before it; X channels of queries, keys and values together."""
+
+    tail: Any  # (B, TAPS - 1, X): what entered last, 0 where it was another document; None: no convolution
+    last: Any  # (B, H, K, V): the matrix of every head, float32 or wider
+
+
+class DeltaTape(NamedTuple):
+    """What the state after any token of a chunk is made of: the factors of the tokens, no state of theirs."""
+
+    tail: Any  # (B, TAPS - 1 + T, X)
+    keys: Any  # (B, T, G, K)
+    written: Any  # (B, T, H, V): d, what each token writes under its key
+    decay: Any  # (B, T, H): the logarithm of each token's decay
+    before: Any  # (B, H, K, V): the matrices before the chunk
 
 
 class CapsuleState(NamedTuple):

@@ -54,6 +54,10 @@ class Koopman(Part):
         """Return the size of the decoding state: what enters the convolution, and the recurrence."""
         return State(TAPS * self.dim)
 
+    def tape(self, model: Model) -> int:
+        """Return the size of what enters the convolution, and of the recurrence after every token."""
+        return 2 * self.dim
+
     def mini(self, model: Model, dim: int) -> "Koopman":
         """Return settings of at most 32 channels."""
         return replace(self, dim=min(self.dim, 32))

@@ -24,6 +24,7 @@ KINDS = {
     "koopman": Kind("koopman"),
     "skc": Kind("skc"),
     "skc_parallel": Kind("skc", parallel=True),
+    "delta": Kind("delta"),
 }
 
 

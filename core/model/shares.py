@@ -84,3 +84,8 @@ def decoding_state(config: ModelConfig) -> State:
     """Return the floats that decoding keeps of one sequence: a fixed number, and so many for every token of context."""
     states = [share.state for share in shares(config, 1).values()]
     return State(sum(state.fixed for state in states), sum(state.per_token for state in states))
+
+
+def decoding_tape(config: ModelConfig) -> int:
+    """Return the floats that decoding keeps for every token of a chunk until it is known how many stay."""
+    return sum(uses * part.tape(config) for _, part, _, uses in _pieces(config))

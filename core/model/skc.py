@@ -76,6 +76,10 @@ class SKC(Part):
         """Return the size of the decoding state: the recurrence's and the capsules'."""
         return State(model.koopman.state(model).fixed + self.store(model).state().fixed)
 
+    def tape(self, model: Model) -> int:
+        """Return the size of what the recurrence and the capsules keep of every token."""
+        return model.koopman.tape(model) + self.store(model).tape()
+
     def mini(self, model: Model, dim: int) -> "SKC":
         """Return settings of at most 8 capsules in 4 heads, in blocks of at most 8 tokens."""
         small = {"capsules": min(self.capsules, 8), "heads": min(self.heads, 4), "block": min(self.block, 8)}

@@ -41,6 +41,10 @@ class Smear(Part):
         """Return the size of the decoding state: the last token's embedding."""
         return State(model.dim)
 
+    def tape(self, model: Model) -> int:
+        """Return the size of a token's embedding."""
+        return model.dim
+
     def mini(self, model: Model, dim: int) -> "Smear":
         """Return settings whose gate reads no more channels than there are."""
         return replace(self, width=min(self.width, dim)) if self.form == "window" else self

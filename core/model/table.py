@@ -89,6 +89,10 @@ class Part:
         """Return the size of the decoding state."""
         return State()
 
+    def tape(self, model: Model) -> int:
+        """Return the floats that decoding keeps for every token of a chunk until it is known how many stay."""
+        return self.state(model).per_token
+
     def mini(self, model: Model, dim: int) -> Self:
         """Return settings that show the same in a model that is shrunk from `model` to a width of `dim`, for tests."""
         return self

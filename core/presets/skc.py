@@ -15,6 +15,9 @@ from core.presets.transformers import ABLATE
 SKC_ABLATE = changed(ABLATE, {"model.blocks": ("koopman", "skc"), "model.mlp.hidden": 880})
 """`ablate` with other mixers: same stream, storage, optimizer and data, and as many parameters within 0.1 percent."""
 
+DELTA_ABLATE = changed(ABLATE, {"model.blocks": ("delta", "delta", "delta", "attention"), "model.mlp.hidden": 824})
+"""`ablate` with the layers of Qwen3-Next: three of the gated delta rule, one of attention."""
+
 SKC_MAC = RunConfig(
     model=ModelConfig(
         dim=128, layers=8, blocks=("koopman", "skc"), matrix_storage="ternary/128", output_norm="plain",
@@ -69,6 +72,11 @@ SKC_PROXY = RunConfig(
 
 PRESETS = {
     "skc_ablate": ("the SKC base of ablations: `ablate` with Koopman and SKC layers", SKC_ABLATE, 3_147_076),
+    "delta_ablate": (
+        "the same with three layers of the gated delta rule and one of attention",
+        DELTA_ABLATE,
+        3_146_972,
+    ),
     "skc_mac": ("minutes on a laptop: ternary Koopman and SKC layers with bank and EngramHash", SKC_MAC, 1_698_642),
     "skc_600": (
         "the whole family for 600 s on a node, vocabulary 1,024: Koopman, SKC, bank, EngramHash",

@@ -16,7 +16,7 @@ from core.engine.scaffolding import standing
 from core.export.budget import fitted_steps, predicted_bytes, with_tables
 from core.export.fit import SLACK, FitError
 from core.model.params import count, param_table
-from core.model.shares import FLOP_RULE, Share, bytes_by_storage, decoding_state, flops_per_token, shares
+from core.model.shares import FLOP_RULE, Share, bytes_by_storage, decoding_state, decoding_tape, flops_per_token, shares
 from core.scoring.plugins import load_plugins
 from core.verbs.common import Backend, Context, Outcome, PresetOptions, fit_tokens, open_subject
 from core.verbs.info_bytes import tensor_bytes
@@ -60,7 +60,7 @@ def info(options: Info, context: Context) -> Outcome:
     total = predicted + code
     fits = total <= export.budget
     parts = shares(model, config.train.seq)
-    flops, state = flops_per_token(model, config.train.seq), decoding_state(model)
+    flops, state, tape = flops_per_token(model, config.train.seq), decoding_state(model), decoding_tape(model)
     say()
     say.table(
         ("part", "parameters", "bytes", "FLOPs per token", "state", "per token"), [_row(*p) for p in parts.items()]
@@ -94,6 +94,7 @@ def info(options: Info, context: Context) -> Outcome:
             f"experts           {sent['weights']:,} weights{rounds}; a token is sent through {sent['active']:,} of them"
         )
     say(f"decoding state    {state.fixed:,} floats, and {state.per_token:,} more per token")
+    say(f"tape of a chunk   {tape:,} floats for every token, until it is known how many of them stay")
     value = {
         "preset": config.preset,
         "parameters": count(model),
@@ -112,6 +113,7 @@ def info(options: Info, context: Context) -> Outcome:
         "experts": sent,
         "state_per_token": state.per_token,
         "state_size": state.fixed,
+        "tape_per_token": tape,
         "parts": {name: {**share._asdict(), "state": share.state._asdict()} for name, share in parts.items()},
         "table": {name: list(row.shape) for name, row in param_table(model).items()},
     }

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from core.check.tolerances import CAUSAL, P2_FLOAT32
 from core.config import RunConfig
 from core.engine.protocol import Engine, step
 from core.model import trunk
-from core.model.shares import decoding_state
+from core.model.shares import decoding_state, decoding_tape
 from shared_tests.support.harness import (
     BACKENDS,
     EVERYTHING,
@@ -27,7 +27,7 @@ from shared_tests.support.harness import (
 
 pytestmark = pytest.mark.pair
 SEQ = 50
-NAMES = ("tiny", "skc_ablate", HYBRID, "skc_mac", EVERYTHING, "packed", OPPOSITE)
+NAMES = ("tiny", "skc_ablate", "delta_ablate", HYBRID, "skc_mac", EVERYTHING, "packed", OPPOSITE)
 """Attention alone, recurrent layers alone, both, recurrent layers with memories, every option, also with documents that
 do not end, and few options."""
 
@@ -161,6 +161,17 @@ def test_the_state_is_as_large_as_declared(name: str, backend: str) -> None:
         _, state = step(model, state, rows[2:, t])
         floats = sum(a.size for a in flat(state) if a.dtype.kind == "f")
         assert floats == size.fixed + (t + 1) * size.per_token
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tape_is_as_large_as_declared(name: str, backend: str) -> None:
+    model, rows = made(name, backend)
+    sizes = [
+        sum(array.size for tape in chunk.model[2] for array in flat(tape) if array.dtype.kind == "f")
+        for chunk in (cast(Any, model.chunk(model.start(1), rows[:1, :seq])) for seq in (16, 40))
+    ]
+    assert sizes[1] - sizes[0] == 24 * decoding_tape(config_of(name).model)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,8 @@ from shared_tests.support import launches
 
 CEILINGS = {
     "debug": 254, "tiny": 640, "ablate_float": 645, "ablate": 750, "baseline": 1_783, "ternary_74m": 2_109,
-    "skc_ablate": 1_100, "skc_mac": 2_200, "skc_600": 2_760, "skc_8xh100": 2_566, "skc_proxy": 2_017,
+    "skc_ablate": 1_100, "delta_ablate": 1_400,
+    "skc_mac": 2_200, "skc_600": 2_760, "skc_8xh100": 2_566, "skc_proxy": 2_017,
     "skc_1609_mac": 2_671, "skc_1609": 3_703,
     "pr401_mac": 1_651, "pr550_mac": 1_559, "pr1619_mac": 2_301, "pr1394_mac": 2_284, "pr1855_mac": 2_799,
     "pr401": 3_754, "pr550": 3_661, "pr1619": 4_978, "pr1394": 5_151, "pr1855": 5_445,

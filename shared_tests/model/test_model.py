@@ -240,7 +240,9 @@ def test_rows_do_not_depend_on_their_neighbours(backend: str, name: str) -> None
         assert np.abs(alone[0] - together[row]).max() <= CAUSAL
 
 
-@pytest.mark.parametrize("name", [OPPOSITE, pytest.param(EVERYTHING, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", [OPPOSITE, *(pytest.param(name, marks=pytest.mark.long) for name in ("delta_ablate", EVERYTHING))]
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_torch_compile_sees_the_step_as_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph break would send the step back to Python on a GPU; nothing is compiled here."""
@@ -250,7 +252,8 @@ def test_torch_compile_sees_the_step_as_one_graph(name: str, monkeypatch: pytest
     model = dataclasses.replace(config.model, repeat_layers=config.model.repeat_layers[:1])
     train = dataclasses.replace(config.train, batch=2, seq=12)
     config = dataclasses.replace(config, model=model, train=train)
-    monkeypatch.setattr(module("cuda", "scan"), "CHUNK", 8)  # two chunks: every branch, in a third of the operations
+    for recurrence in ("scan", "delta"):  # two chunks: every branch, in a third of the operations
+        monkeypatch.setattr(module("cuda", recurrence), "CHUNK", 8)
     made: Any = engine("cuda", config, working_weights(config.model, 1.0), dtype="float32")
     objective, arguments = made.trace(batches(config, 1)[0])
     found = torch._dynamo.explain(objective)(*arguments)

@@ -22,6 +22,7 @@ GOLDEN_START = {
     "baseline": "3c024b7bca346465",
     "ternary_74m": "254e5ab500c7581c",
     "skc_ablate": "365ccfc36b6c7ff5",
+    "delta_ablate": "df6c589a0e7be5c9",
     "skc_mac": "dd0b8606246d17bb",
     "skc_600": "46cb42366a2a21df",
     "skc_8xh100": "8aaf6c1cda40fbf5",

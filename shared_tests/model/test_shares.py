@@ -62,4 +62,4 @@ def test_everything_shows_every_part() -> None:
     model = mini(EVERYTHING).model
     used = {name for name, share in shares(model, 64).items() if share.parameters}
     assert used | ALONE == {*model.parts, "layer"} and not used & ALONE and len(param_table(model)) > 100
-    assert {"lanes"} == ALONE, "every other part is in everything"
+    assert {"delta", "lanes"} == ALONE, "every other part is in everything"

@@ -7,6 +7,7 @@ from core.model.layer import KINDS
 from core.model.trunk import Stage
 from shared_tests.oracle import Array, Stream, Text, Weights, below
 from shared_tests.oracle.attention import attention
+from shared_tests.oracle.delta import delta
 from shared_tests.oracle.experts import experts
 from shared_tests.oracle.koopman import koopman
 from shared_tests.oracle.mlp import mlp
@@ -17,7 +18,7 @@ EXAMPLE = {
     "layers": 5, "shared_blocks": 4, "repeat_layers": (1, 2, 3), "residual_mix": True, "depth_damping": True,
     "output_norm": "gain",
 }  # fmt: skip
-MIXERS = {"attention": attention, "koopman": koopman, "skc": skc}
+MIXERS = {"attention": attention, "koopman": koopman, "skc": skc, "delta": delta}
 
 
 def layer(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, text: Text) -> Stream:

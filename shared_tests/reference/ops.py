@@ -90,6 +90,10 @@ def silu(x: Array, exact: bool) -> Array:
     return x * sigmoid(x, exact)
 
 
+def softplus(x: Array, exact: bool) -> Array:
+    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+
+
 def decay(x: Array, exact: bool) -> tuple[Array, Array]:
     """Return d = sigmoid(-x) and sqrt(1 - d^2 + 1e-6), with 1 - d^2 = (1 - d) (1 + d) and 1 - d = sigmoid(x)."""
     d = sigmoid(-x, exact)

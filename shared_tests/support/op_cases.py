@@ -16,7 +16,7 @@ def cases(op: str, n: int) -> list[tuple]:
     """Return argument tuples of `op` at size n, `exact` left out."""
     x = 3 * draw(f"{op}/{n}", 2, 3, n)
     documents = reference.document_ids(tokens(f"{op}/{n}", 2, n, 50, 1), 1).astype(np.int32)
-    if op in ("exp", "softmax", "logsumexp", "relu2", "leaky_relu2", "sigmoid", "silu", "decay"):
+    if op in ("exp", "softmax", "logsumexp", "relu2", "leaky_relu2", "sigmoid", "silu", "softplus", "decay"):
         return (
             [(x,), (30 * np.tanh(x),)] if op in ("softmax", "logsumexp") else [(x,)]
         )  # as hot as the softcap lets it be

@@ -112,7 +112,10 @@ def test_a_part_in_an_ablation_file_may_be_written_in_three_ways() -> None:
         ({"model.sck.times": [1, 4]}, r"model\.skc\.times"),
         ({"model": {"sck": {"times": [1, 4]}}}, r"model\.skc\.capsules or model\.skc\.heads or"),
         ({"model.skc": 3}, r"model\.skc\.capsules or model\.skc\.heads or"),
-        ({"train.times": 3}, r"model\.koopman\.times or model\.skc\.times or model\.bank\.times"),
+        (
+            {"train.times": 3},
+            r"model\.koopman\.times or model\.skc\.times or model\.delta\.times or model\.bank\.times",
+        ),
         ({"train.eval-every": 3}, r"train\.eval_every"),
     ],
 )

@@ -6,13 +6,14 @@ import torch.nn as nn
 from backends.cuda import ops
 from backends.cuda.parts import Part
 from backends.cuda.parts.attention import Attention
+from backends.cuda.parts.delta import Delta
 from backends.cuda.parts.experts import Experts
 from backends.cuda.parts.koopman import Koopman
 from backends.cuda.parts.mlp import MLP
 from backends.cuda.parts.skc import SKC
 from core.model.layer import KINDS, per_pass
 
-MIXERS = {"attention": Attention, "koopman": Koopman, "skc": SKC}
+MIXERS = {"attention": Attention, "koopman": Koopman, "skc": SKC, "delta": Delta}
 
 
 class Layer(Part):

@@ -77,7 +77,7 @@ def notes(model, dtype, exact):
     lines = []
     if recurrent or not device:
         lines.append(f"scan: {'exact, step by step' if exact else form('scan', dtype)}")
-    if device and (recurrent or model.attention.conv):
+    if device and (recurrent or model.attention.conv or (model.delta.conv and model.mixes("delta"))):
         lines.append(f"short convolution: {form('short_conv', dtype)}")
     limits = [os.environ.get(f"MLX_MAX_{unit}_PER_BUFFER") for unit in ("OPS", "MB")]
     if any(limits):

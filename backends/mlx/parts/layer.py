@@ -5,13 +5,14 @@ import mlx.core as mx
 from backends.mlx import ops
 from backends.mlx.parts import Part
 from backends.mlx.parts.attention import Attention
+from backends.mlx.parts.delta import Delta
 from backends.mlx.parts.experts import Experts
 from backends.mlx.parts.koopman import Koopman
 from backends.mlx.parts.mlp import MLP
 from backends.mlx.parts.skc import SKC
 from core.model.layer import KINDS, per_pass
 
-MIXERS = {"attention": Attention, "koopman": Koopman, "skc": SKC}
+MIXERS = {"attention": Attention, "koopman": Koopman, "skc": SKC, "delta": Delta}
 
 
 class Layer(Part):

@@ -1,0 +1,143 @@
+"""The gated delta rule in PyTorch: S <- g S, d = beta (v - S^T k), S <- S + k d^T, o = S^T q, for every head.
+
+In a chunk the d of all tokens solve a unit-triangular system, exactly: d_t lacks what the tokens before it wrote.
+Letters: B rows, T positions, H heads, K channels of a key, V of a value, N chunks of C positions.
+"""
+
+import torch
+from torch.autograd import Function
+
+from backends.cuda import ops
+from core.model.delta import CHUNK
+
+
+def rule(q, k, v, beta, decay, documents, start, exact):
+    """Return what is read, o (B, T, H, V), and what is written, d (B, T, H, V); float32 or wider.
+
+    q and k (B, T, H, K), v (B, T, H, V), beta and decay (B, T, H), the logarithm of g; start (B, H, K, V): the state
+    before the first token, of document 0; documents (B, T) int: a state begins anew where the number changes.
+    """
+    form = recurrent if q.shape[1] == 1 else chunked
+    return form(q, k, v, beta, decay, documents, start, exact)
+
+
+def recurrent(q, k, v, beta, decay, documents, start, exact):
+    """Return what `rule` does by the definition, one position after the other."""
+    before_BT = torch.cat([torch.zeros_like(documents[:, :1]), documents[:, :-1]], dim=1)
+    g_BTH = torch.where((documents == before_BT)[..., None], ops.exp(decay, exact), 0.0)
+    state_BHKV, read, written = start, [], []
+    for t in range(q.shape[1]):
+        state_BHKV = g_BTH[:, t, :, None, None] * state_BHKV
+        known_BHV = (k[:, t, :, None] @ state_BHKV).squeeze(2)
+        d_BHV = beta[:, t, :, None] * (v[:, t] - known_BHV)
+        state_BHKV = state_BHKV + k[:, t, ..., None] * d_BHV[..., None, :]
+        read.append((q[:, t, :, None] @ state_BHKV).squeeze(2))
+        written.append(d_BHV)
+    return torch.stack(read, dim=1), torch.stack(written, dim=1)
+
+
+def chunked(q, k, v, beta, decay, documents, start, exact):
+    """Return what `rule` does, chunk by chunk: products of matrices, and one step from each chunk to the next."""
+    rows, seq, heads, width = k.shape
+    size = min(CHUNK, seq)
+    count = -(-seq // size)
+
+    def split(x):
+        """Return x in chunks, (B, N, C, ...); what lies past the end is 0, writes nothing and is read by nobody."""
+        x = torch.nn.functional.pad(x, (*(0, 0) * (x.ndim - 2), 0, count * size - seq))
+        return x.reshape(rows, count, size, *x.shape[2:])
+
+    q_BNHCK, k_BNHCK, v_BNHCV = (torch.swapaxes(split(x), 2, 3) for x in (q, k, v))
+    beta_BNHC1, decay_BNHC1 = (torch.swapaxes(split(x), 2, 3)[..., None] for x in (beta, decay))
+    documents_BNC = split(documents)
+    same_XCC = ops.causal_mask(size, size, documents_BNC.reshape(-1, size))
+    same_BN1CC = same_XCC.reshape(rows, count, 1, size, size)
+    # Logarithms summed from the document's first token in the chunk: by a mask, so that no bit of another comes in.
+    sum_BNHC1 = same_BN1CC.to(decay.dtype) @ decay_BNHC1
+    gap_BNHCC = torch.where(same_BN1CC, sum_BNHC1 - torch.swapaxes(sum_BNHC1, -1, -2), ops.MASKED)
+    ratio_BNHCC = ops.exp(gap_BNHCC, exact)  # what is left at t of what s wrote
+    # What is left of the state that entered the chunk: nothing once a document has begun.
+    ends_BN1 = documents_BNC[:, :, -1:]
+    entered_BN1 = torch.cat([torch.zeros_like(ends_BN1[:, :1]), ends_BN1[:, :-1]], dim=1)
+    open_BN1C1 = (documents_BNC == entered_BN1)[:, :, None, :, None]
+    left_BNHC1 = torch.where(open_BN1C1, ops.exp(sum_BNHC1, exact), 0.0)
+    written_BNHCK = beta_BNHC1 * k_BNHCK
+    solved_BNHCC = solve(torch.tril(ratio_BNHCC * (written_BNHCK @ torch.swapaxes(k_BNHCK, -1, -2)), -1))
+    # d = u - w S: the state that enters the chunk may come later.
+    u_BNHCV, w_BNHCK = solved_BNHCC @ (beta_BNHC1 * v_BNHCV), solved_BNHCC @ (left_BNHC1 * written_BNHCK)
+    state_BNHKV = start[:, None]
+    if count > 1:
+        kept_BNHKC = torch.swapaxes(k_BNHCK, -1, -2) * ratio_BNHCC[..., -1:, :]
+        step_BNHKK = left_BNHC1[..., -1:, :] * unit(width, k) - kept_BNHKC @ w_BNHCK
+        state_BNHKV = states(step_BNHKK, kept_BNHKC @ u_BNHCV, start)
+    d_BNHCV = u_BNHCV - w_BNHCK @ state_BNHKV
+    scores_BNHCC = ratio_BNHCC * (q_BNHCK @ torch.swapaxes(k_BNHCK, -1, -2))
+    o_BNHCV = (left_BNHC1 * q_BNHCK) @ state_BNHKV + scores_BNHCC @ d_BNHCV
+
+    def joined(x_BNHCV):
+        return torch.swapaxes(x_BNHCV, 2, 3).reshape(rows, count * size, heads, -1)[:, :seq]
+
+    return joined(o_BNHCV), joined(d_BNHCV)
+
+
+def unit(size, like):
+    """Return the unit matrix (size, size)."""
+    at = torch.arange(size, device=like.device)
+    return (at[:, None] == at).to(like.dtype)
+
+
+class _States(Function):
+    @staticmethod
+    def forward(ctx, step, add, start):
+        out = [start]
+        for n in range(step.shape[1] - 1):
+            out.append(add[:, n] + step[:, n] @ out[-1])
+        entering = torch.stack(out, dim=1)
+        ctx.save_for_backward(step, entering)
+        return entering
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore
+        """By the same recurrence backwards: an autograd would make a whole array of zeros for every chunk's slice."""
+        step, out = ctx.saved_tensors
+        last = step.shape[1] - 1
+        deltas = [torch.zeros_like(grad[:, last]), grad[:, last]]  # nothing follows the last chunk
+        for n in range(last - 1, -1, -1):
+            deltas.append(grad[:, n] + torch.swapaxes(step[:, n], -1, -2) @ deltas[-1])
+        following = torch.stack(deltas[-2::-1], dim=1)
+        return following @ torch.swapaxes(out, -1, -2), following, deltas[-1]
+
+
+def states(step, add, start):
+    """Return the state that enters each chunk, (B, N, H, K, V): S_n+1 = step_n S_n + add_n, from start on."""
+    return _States.apply(step, add, start)
+
+
+class _Solve(Function):
+    @staticmethod
+    def forward(ctx, a):
+        at, size = torch.arange(a.shape[-1], device=a.device), 1
+        inverse = unit(a.shape[-1], a).expand(a.shape)
+        while size < a.shape[-1]:
+            block = at // size
+            below = torch.where((block[:, None] == block + 1) & (block % 2 == 0), a, 0.0)
+            inverse = inverse - (below if size == 1 else inverse @ below @ inverse)
+            size *= 2
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore
+        """By the rule of the inverse: two products instead of those of every size of blocks."""
+        (inverse,) = ctx.saved_tensors
+        turned = torch.swapaxes(inverse, -1, -2)
+        return -torch.tril(turned @ grad @ turned, -1)
+
+
+def solve(a):
+    """Return the inverse of 1 + a, a (..., C, C) strictly lower, exactly, in about 2 log C products.
+
+    Blocks of twice the size from blocks: [[X, 0], [Y, Z]]^-1 = [[X^-1, 0], [-Z^-1 Y X^-1, Z^-1]]. The series
+    1 - a + a^2 - ... is exact too, but its terms grow beyond all digits where keys are alike (docs/model.md).
+    """
+    return _Solve.apply(a)
