@@ -20,7 +20,7 @@ class Numbers:
 
 
 class Oracle(Nothing):
-    """Drafts what a finished text has, each token wrong with probability `wrong`, and tokens of no use behind its end."""
+    """Drafts what a finished text has, each token wrong with probability `wrong`, and useless ones behind its end."""
 
     def __init__(self, text: Text, vocab: int, wrong: float, seed: int = 0) -> None:
         self._right = [*text.ids[text.begin :], Numbers.bos]  # a text that ended early ends with the next document
