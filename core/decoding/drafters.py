@@ -28,10 +28,11 @@ class Nothing:
     guesses = False
 
     def draft(self, ids: Sequence[int], count: int) -> list[int]:
+        """Return no token."""
         return []
 
     def see(self, guesses: list[int]) -> None:
-        pass
+        """Learn nothing."""
 
 
 class NGrams(Nothing):
@@ -42,6 +43,7 @@ class NGrams(Nothing):
         self._known = 1
 
     def draft(self, ids: Sequence[int], count: int) -> list[int]:
+        """Return what followed the longest ending that the text had before, at its last place."""
         for place in range(self._known, len(ids)):
             for order in ORDERS:
                 if order <= place:
@@ -66,10 +68,12 @@ class Jacobi(Nothing):
         self._guesses: list[int] = []
 
     def draft(self, ids: Sequence[int], count: int) -> list[int]:
+        """Return the guesses of the last pass, the last of them as often as there is room."""
         last = self._guesses[-1] if self._guesses else ids[-1]
         return (self._guesses + [last] * count)[:count]
 
     def see(self, guesses: list[int]) -> None:
+        """Keep the guesses."""
         self._guesses = guesses
 
 
