@@ -195,6 +195,25 @@ def test_drafters() -> None:
     assert jacobi.draft([1, 5, 6], 3) == [7, 8, 8] and jacobi.draft([1], 1) == [7]
 
 
+class Places(Toy):
+    """An engine whose tokens follow from the place alone, whatever was read."""
+
+    def chunk(self, state: Any, tokens: np.ndarray) -> Any:
+        places = len(state.read) + np.arange(tokens.shape[1])
+        best = np.array([[2 + place * place % 5 for place in places]])
+        return SimpleNamespace(best=lambda: best, state=state, row=tokens[0].tolist())
+
+
+def test_guesses_stand_where_the_model_made_them() -> None:
+    """Where tokens follow from the place alone, what a pass says behind a wrong draft is right: the next keeps all."""
+    numbers: Any = Numbers()
+    places: Any = Places()
+    text, statistics = Text(numbers, ""), DraftStatistics()
+    list(write(places, [text], Decoding(40, 0.0, draft="jacobi", block=6), None, statistics=statistics))
+    assert text.ids[1:] == [2 + place * place % 5 for place in range(40)]
+    assert statistics.cycles[4] + statistics.cycles[5] >= 5 and statistics.tokens_per_pass > 2
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [
