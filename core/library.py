@@ -8,11 +8,12 @@ import numpy as np
 from core.checks import in_words, require
 from core.data.dataset import Split
 from core.data.tokenizer import Tokenizer
+from core.decoding import generate
+from core.decoding.settings import Decoding, Draft, Sampler
 from core.engine.loading import load_engine
 from core.engine.protocol import DType, Engine, EngineOptions
 from core.scoring.evaluation import Evaluation
 from core.scoring.score import Score, score
-from core.training import generate
 from core.verbs.common import Backend, Subject, open_subject, open_tokenizer
 
 
@@ -44,17 +45,33 @@ class Model:
         return score(self.engine, Evaluation.of(split, self.config))
 
     def sample(
-        self, prompt: str = "", tokens: int = 128, temperature: float = 0.8, top_k: int | None = 40, seed: int = 0
+        self,
+        prompt: str = "",
+        tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int | None = 40,
+        seed: int = 0,
+        *,
+        top_p: float = 1.0,
+        sampler: Sampler = "coupled",
+        draft: Draft = "none",
+        block: int = 8,
     ) -> str:
-        """Return `prompt` and what the model writes after it, at most `tokens` tokens. ConfigError."""
+        """Return `prompt` and what the model writes after it, at most `tokens` tokens. ConfigError.
+
+        `draft` changes how long that takes and not what is written; see docs/decoding.md.
+        """
         _check_text("prompt", prompt)
         _check_number("tokens", tokens, int)
         _check_number("temperature", temperature, int | float)
         _check_number("seed", seed, int)
+        _check_number("top_p", top_p, int | float)
+        _check_number("block", block, int)
         if top_k is not None:
             _check_number("top_k", top_k, int)
         limit = generate.context_limit(self.config)
-        return generate.sample(self.engine, self.tokenizer, prompt, tokens, temperature, top_k, seed, limit)
+        how = Decoding(tokens, temperature, top_k, top_p, seed, sampler, draft, block)
+        return generate.sample(self.engine, self.tokenizer, prompt, how, limit)
 
 
 def load(

@@ -71,6 +71,9 @@ class Tape:
     def logits(self) -> np.ndarray:
         return self._logits.cpu().numpy()
 
+    def best(self) -> np.ndarray:
+        return torch.argmax(self._logits, dim=-1).cpu().numpy()
+
     def nll(self, targets: np.ndarray) -> np.ndarray:
         wanted = torch.from_numpy(np.ascontiguousarray(targets, np.int32)).to(self._logits.device)
         return ops.cross_entropy(self._logits, wanted, self._exact)[0].cpu().numpy()

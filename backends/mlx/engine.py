@@ -63,6 +63,9 @@ class Tape:
     def logits(self) -> np.ndarray:
         return np.array(self._logits)
 
+    def best(self) -> np.ndarray:
+        return np.array(mx.argmax(self._logits, axis=-1))
+
     def nll(self, targets: np.ndarray) -> np.ndarray:
         return np.array(ops.cross_entropy(self._logits, mx.array(targets), self._exact)[0])
 

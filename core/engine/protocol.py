@@ -89,6 +89,10 @@ class Tape(Protocol):
         """Return the logits of every position, (rows, seq, vocab)."""
         ...
 
+    def best(self) -> np.ndarray:
+        """Return the likeliest token of every position, (rows, seq) int; the first of equals."""
+        ...
+
     def nll(self, targets: np.ndarray) -> np.ndarray:
         """Return -log p(target) in nats for every position, (rows, seq)."""
         ...

@@ -16,6 +16,7 @@ import safetensors.numpy
 
 from core.config import RunConfig, TrainConfig
 from core.data.dataset import Dataset
+from core.decoding.generate import samples
 from core.engine.memory import is_memory
 from core.engine.protocol import Engine
 from core.engine.ranks import Ranks, agree
@@ -24,7 +25,6 @@ from core.forecast.forecast import Costs, Passes, StepKind
 from core.model.params import param_table
 from core.scoring.evaluation import Evaluation
 from core.scoring.score import rank_alone, score
-from core.training.generate import samples
 from core.training.loop import Clock, agreed, prefetch, warm_up
 from core.training.schedule import plan, progress_by_steps
 

@@ -8,6 +8,7 @@ from core.checks import ConfigError
 from core.config import RunConfig
 from core.console import Console
 from core.data.dataset import Dataset, batch
+from core.decoding.generate import written_rows
 from core.engine.protocol import Arrays, Engine
 from core.engine.ranks import agree, share
 from core.export.calibration import mean_moments, uniform_rows
@@ -15,7 +16,6 @@ from core.files import FileError
 from core.formats.tensors import read_tensors, write_tensors
 from core.model.params import check_arrays, param_table
 from core.model.storage import gridded
-from core.training.generate import written_rows
 from core.training.records import RunError
 from core.training.run import Run
 

@@ -17,13 +17,13 @@ from core.config import ConfigError, RunConfig, TrainConfig
 from core.console import duration
 from core.data.batch import Batch
 from core.data.dataset import Dataset, Prefetch, batch_from
+from core.decoding.generate import sample_lines, samples
 from core.engine.protocol import Engine, Pending, StepResult
 from core.engine.ranks import Ranks, Stopped, agree, share
 from core.files import MAX_TEXT
 from core.scoring.accounting import bits_per_byte, training_bytes
 from core.scoring.evaluation import Evaluation
 from core.scoring.score import score
-from core.training.generate import sample_lines, samples
 from core.training.run import Run
 from core.training.schedule import plan, progress_by_steps
 from core.training.step_line import Show, StepLine

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from core.config import RunConfig, differences
+from core.decoding.generate import sample_lines
 from core.files import new_file, replace_text
 from core.model.params import count, param_table
 from core.presets import PRESETS
-from core.training.generate import sample_lines
 from core.training.run import Run
 
 MARGIN = 0.1

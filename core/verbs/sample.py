@@ -1,14 +1,16 @@
 """Verb `skc sample PATH`: a run or an artifact writes text."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from tyro.conf import Positional
 
 from core.config import require
 from core.console import Console
+from core.decoding.generate import Text, context_limit, read_as, write
+from core.decoding.settings import Decoding, Draft, Sampler
+from core.decoding.statistics import DraftStatistics
 from core.engine.loading import load_engine
-from core.training.generate import Text, context_limit, read_as, write
 from core.verbs.common import Backend, Context, Outcome, open_subject, open_tokenizer
 
 MOST = 10_000
@@ -31,6 +33,16 @@ class Sample:
     """0: always the likeliest token."""
     top_k: int | None = 40
     """Candidates per token; None: all."""
+    top_p: float = 1.0
+    """Of the candidates the likeliest that have this share of the probability together; 1: all."""
+    draft: Draft = "none"
+    """Guess the next tokens and let the model check them in one pass, the same text in less time: ngram (what followed
+    such words before), jacobi (what the model said behind a wrong guess); docs/decoding.md."""
+    block: int = 8
+    """Tokens of such a pass: the last one and block - 1 guesses."""
+    sampler: Sampler = "coupled"
+    """How tokens are drawn: coupled and gumbel write the same text whoever drafts, speculative one of the same
+    distribution."""
     seed: int = 0
     """Seed of the draws: they follow from it, the sample's number and the place, whatever the other prompts are."""
     data: str | None = None
@@ -50,15 +62,21 @@ def write_text(options: Sample, context: Context) -> Outcome:
     subject = open_subject(options.path, options.data, options.step)
     tokenizer = open_tokenizer(subject, options.path, options.data)
     engine = load_engine(options.backend, subject.config, subject.weights, quantise=subject.quantise)
-    choices = (options.tokens, options.temperature, options.top_k, options.seed, context_limit(subject.config))
+    how = Decoding(**{field.name: getattr(options, field.name) for field in fields(Decoding)})
+    how.check()
     reads = {prompt: read_as(tokenizer, prompt) for prompt in options.prompt}
     for prompt, read in reads.items():
         if read != prompt:
             context.say(f"the tokenizer normalises text: the model reads the prompt as {read!r}")
     texts = [Text(tokenizer, prompt, number) for prompt in options.prompt for number in range(options.n)]
-    _show(texts, write(engine, texts, *choices), context.say)
+    statistics = DraftStatistics()
+    grown = write(engine, texts, how, context_limit(subject.config), statistics=statistics)
+    _show(texts, grown, context.say)
+    if how.draft != "none":
+        context.say(statistics.line(how.draft))
     rows = [{"prompt": text.prompt, "read_as": reads[text.prompt], "text": str(text)} for text in texts]
-    return Outcome(True, {"path": options.path, "samples": rows, "backend": engine.backend})
+    result = {"path": options.path, "samples": rows, "backend": engine.backend, "decoding": statistics.to_json()}
+    return Outcome(True, result)
 
 
 def _show(texts: list[Text], grown: Iterator[Text], say: Console) -> None:

@@ -182,6 +182,18 @@ def test_the_same_text_on_both_backends(trained: Path, capsys: Capture) -> None:
     heads = [f"{i + 1} of 4, sample {i % 2 + 1} after {sample['prompt']!r}:" for i, sample in enumerate(samples)]
     lines = "\n\n".join(f"{head}\n{sample['text']}" for head, sample in zip(heads, samples, strict=True))
     assert capsys.readouterr().out == lines + "\n"
+    drafted = call(capsys, "sample", str(trained), *argv, "--backend", "cuda", "--draft", "jacobi", "--block", "3")
+    assert drafted["samples"] == samples and drafted["decoding"]["drafted"] > 0
+    assert (
+        drafted["decoding"]["tokens"]
+        == 4 * 12
+        == sum(drafted["decoding"]["by_accepted"].values()) + (drafted["decoding"]["accepted"])
+    )
+    assert main(["sample", str(trained), *argv, "--backend", "cuda", "--draft", "ngram"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:-1] == lines.splitlines() and re.fullmatch(
+        r"ngram: \d\.\d\d tokens a pass, \d+% of \d+ passes kept no draft", said[-1]
+    )
 
 
 @pytest.mark.pair
@@ -291,6 +303,8 @@ def test_parity_says_yes_and_no(capsys: Capture, monkeypatch: pytest.MonkeyPatch
         (("sample", "RUN", "--tokens", "0"), "tokens=0: expected at least 1"),
         (("sample", "RUN", "--n", "0"), "n=0: expected at least 1"),
         (("sample", "RUN", "--prompt"), "--prompt: expected a text"),
+        (("sample", "RUN", "--draft", "ngram", "--block", "1"), "block=1: expected 2 to 64"),
+        (("sample", "RUN", "--top-p", "0"), "top_p=0.0: expected more than 0, at most 1"),
         (
             ("train", "debug", *SHORT, "--seed", "4", "--out", "RUN"),
             "holds a run with other settings .seed: 1337 -> 4.",

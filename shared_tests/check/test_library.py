@@ -42,7 +42,7 @@ def test_the_page_works_as_written(
         exec(block, {})
         said.append(capsys.readouterr().out)
     assert re.fullmatch(r"\d\.\d{3} bits per byte, \d+\.\d nats, \d+ tokens\n", said[0])
-    assert said[1].startswith("The") and len(said[1]) > 10
+    assert said[1].startswith("The") and len(said[1]) > 10 and said[1].endswith("True\n")
     assert float(said[2]) == pytest.approx(float(said[0].split()[0]), abs=0.1)
     assert said[3] == "runs/nothing: no such run folder or artifact; make one with: skc train tiny --out runs/nothing\n"
 
@@ -113,6 +113,11 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "candidates": (lambda m, p: m.sample("a", top_k=2.5), skc.ConfigError, "top_k=2.5: expected a whole number"),
     "a seed": (lambda m, p: m.sample("a", seed=True), skc.ConfigError, "seed=True: expected a whole number"),
     "a type": (lambda m, p: LOAD(p / "runs/quickstart", dtype="float8"), skc.ConfigError, "dtype='float8': expected"),
+    "a share": (lambda m, p: m.sample("a", top_p="x"), skc.ConfigError, "top_p='x': expected a number"),
+    "a drafter": (lambda m, p: m.sample("a", draft="me"), skc.ConfigError, "draft='me': expected one of none, ngram"),
+    "a block": (lambda m, p: m.sample("a", block=1), skc.ConfigError, "block=1: expected 2 to 64"),
+    "half a block": (lambda m, p: m.sample("a", block=2.5), skc.ConfigError, "block=2.5: expected a whole number"),
+    "a sampler": (lambda m, p: m.sample("a", sampler="best"), skc.ConfigError, "sampler='best': expected one of"),
     "no tokens": (lambda m, p: m.sample("a", tokens=0), skc.ConfigError, "tokens=0: expected at least 1"),
 }  # fmt: skip
 

@@ -32,7 +32,7 @@ from core.data.transform import (
     restore_text,
 )
 from core.scoring.accounting import count_bytes
-from core.training.generate import Text, read_as
+from core.decoding.generate import Text, read_as
 from shared_tests.support.harness import tiny_tokenizer
 from shared_tests.support.texts import MODEL, documents, jsonl
 

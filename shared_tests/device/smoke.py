@@ -5,8 +5,10 @@ import numpy as np
 from core import presets
 from core.check.tolerances import P2_BFLOAT16, P2_FLOAT32, relative_rms
 from core.config import RunConfig
+from core.decoding import generate
+from core.decoding.settings import Decoding
 from core.engine.protocol import Engine
-from core.training import generate, schedule
+from core.training import schedule
 from shared_tests.device.child import Child
 from shared_tests.support.harness import batches, engine, mini, working_weights
 
@@ -71,7 +73,7 @@ def everything(made: Engine, config: RunConfig) -> float:
     if not result.finite or not np.isfinite(made.nll(*batch[:2])).all():
         raise RuntimeError(f"not finite: {result}")
     for prompt in generate.PROMPTS:
-        generate.sample(made, Words(), prompt, 4, 0.8, 40, 0, generate.context_limit(config))  # type: ignore[arg-type]
+        generate.sample(made, Words(), prompt, Decoding(4), generate.context_limit(config))  # type: ignore[arg-type]
     rows = batch.tokens
     whole, state, parts = made.logits(rows), made.start(len(rows)), []
     for begin, end in ((0, 1), (1, 10), (10, rows.shape[1])):

@@ -20,8 +20,10 @@ from core import rng
 from core.check.tolerances import P1_FAST, P2_BFLOAT16, P2_FLOAT64, relative_rms
 from core.checks import ConfigError
 from core.config import changed
+from core.decoding import generate
+from core.decoding.settings import Decoding
 from core.model import trunk
-from core.training import generate, schedule
+from core.training import schedule
 from shared_tests.support.harness import EVERYTHING, batches, engine, mini, tokens, working_weights
 
 BOS = 1
@@ -238,7 +240,7 @@ def test_cudnn_is_asked_for_whole_rows_alone(name: str, monkeypatch: pytest.Monk
 
     def outcome(made: Any) -> list[Any]:
         drawn = [
-            generate.sample(made, text, prompt, tokens, 0.8, 40, 0, 64)  # type: ignore[arg-type]
+            generate.sample(made, text, prompt, Decoding(tokens), 64)  # type: ignore[arg-type]
             for prompt, tokens in (("", 4), ("abc", 4), ("", 70))
         ]
         rows = tokens("cudnn", 2, 65, config.model.vocab, BOS)

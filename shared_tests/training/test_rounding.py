@@ -22,6 +22,8 @@ from core.cli import main
 from core.config import ConfigError, ExportConfig, changed
 from core.console import Console
 from core.data.dataset import open_dataset
+from core.decoding.generate import TEMPERATURE, written_rows
+from core.decoding.samplers import choose
 from core.engine.loading import load_engine
 from core.engine.optimizer_state import exported
 from core.engine.protocol import Engine
@@ -33,7 +35,6 @@ from core.export.fit import COARSEST
 from core.export.gptq import compensate, compensated
 from core.model.params import param_table
 from core.training.calibrate import moments_of
-from core.training.generate import TEMPERATURE, choose, written_rows
 from core.training.rounding import chosen_codes, decoded, solver, stepped
 from core.training.run import Run
 from core.verbs.export import Export, _asked

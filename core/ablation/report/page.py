@@ -10,7 +10,7 @@ from core.ablation.report.pictures import Picture
 from core.ablation.search.search import Searched
 from core.ablation.stats.findings import Findings
 from core.ablation.stats.results import Results
-from core.training.generate import sample_lines
+from core.decoding.generate import sample_lines
 
 WIDE, NARROW = 900, 350
 """Widths that every picture is drawn for; the page shows the one that fits."""

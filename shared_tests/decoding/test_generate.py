@@ -10,8 +10,11 @@ from core import rng
 from core.config import ConfigError
 from core.data.bundled import open_data
 from core.data.dataset import Dataset
-from core.training import generate
-from core.training.generate import Text, choose, sample, write
+from core.decoding import generate
+from core.decoding.generate import Text, sample, write
+from core.decoding.samplers import choose
+from core.decoding.settings import Decoding
+from shared_tests.support.decoding import Numbers
 from shared_tests.support.harness import BACKENDS, HYBRID, OPPOSITE, engine, mini, working_weights
 
 
@@ -64,34 +67,22 @@ def test_text_ends_at_the_next_document_and_no_token_is_read_twice(dataset: Data
     tokenizer = dataset.tokenizer
     ids = tokenizer.encode("She was glad of it").tolist()
     model: Any = Scripted([*ids, tokenizer.bos, ids[0]], tokenizer.vocab)
-    assert sample(model, tokenizer, "", 50, 1.0, None, 0, None) == "She was glad of it"
+    assert sample(model, tokenizer, "", Decoding(50, 1.0, None), None) == "She was glad of it"
     assert model.shown == [(tokenizer.bos, *ids[:n]) for n in range(len(ids) + 1)]
     with pytest.raises(ConfigError, match="tokens=0"):
-        sample(model, tokenizer, "", 0, 1.0, None, 0, 4)
+        sample(model, tokenizer, "", Decoding(0, 1.0, None), 4)
 
 
 def test_attention_looks_back_no_further_than_its_limit(dataset: Dataset) -> None:
     tokenizer = dataset.tokenizer
     ids = tokenizer.encode("She was glad of it, and so was he").tolist()
     model: Any = Scripted([*ids, tokenizer.bos], tokenizer.vocab)
-    assert sample(model, tokenizer, "", 50, 1.0, None, 0, 4) == "She was glad of it, and so was he"
+    assert sample(model, tokenizer, "", Decoding(50, 1.0, None), 4) == "She was glad of it, and so was he"
     text = [tokenizer.bos, *ids]
     assert max(map(len, model.shown)) == 4
     assert [len(shown) for shown in model.shown[:8]] == [1, 2, 3, 4, 2, 3, 4, 2]
     for n, shown in enumerate(model.shown, 1):
         assert list(shown) == text[n - len(shown) : n]
-
-
-class Numbers:
-    """A tokenizer whose texts are token numbers."""
-
-    bos = 1
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.array(text.split(), np.int64)
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(f"{i} " for i in ids if i != self.bos)
 
 
 @pytest.mark.pair
@@ -107,7 +98,7 @@ def test_texts_side_by_side_are_those_of_each_alone(
     model = engine(backend, config, working_weights(config.model, 1.0), dtype="float64")
     prompts = ["", "5 6 7", " ".join(map(str, range(5, 25)))]
     numbers: Any = Numbers()
-    choices = (14, 1.5, None, 11, limit)
+    choices = Decoding(14, 1.5, None, seed=11), limit
     texts = [Text(numbers, prompt, number) for prompt in prompts for number in range(2)]
     order = list(write(model, texts, *choices))
     assert sum(text is order[0] for text in order) > 1 and all(text.done for text in texts)
