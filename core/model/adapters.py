@@ -140,9 +140,7 @@ def adapter_sizes(model: ModelConfig, spec: AdapterSpec) -> list[int]:
     return [spec.rank * shape.into for shape in shapes] + [spec.rank * shape.out for shape in shapes]
 
 
-def first_a(
-    model: ModelConfig, spec: AdapterSpec, rows: int, slot: int, a: dict[str, np.ndarray] | None
-) -> np.ndarray:
+def first_a(model: ModelConfig, spec: AdapterSpec, rows: int, slot: int, a: dict[str, np.ndarray] | None) -> np.ndarray:
     """Return what A begins with, all sites side by side, (rows, M): `a` if it is given (a ValueError if it does not
     fit), else as start_a draws it.
     """
@@ -169,5 +167,7 @@ def adapted_flops(model: ModelConfig, spec: AdapterSpec, seq: int) -> int:
 
     It is a training pass without the products that make gradients of matrices, and three times what adapters take.
     """
-    matrices = sum(shape.into * shape.out for site, shape in site_shapes(model).items() if site.rpartition(".")[2] not in PARALLEL)
+    matrices = sum(
+        shape.into * shape.out for site, shape in site_shapes(model).items() if site.rpartition(".")[2] not in PARALLEL
+    )
     return flops_per_token(model, seq) - 2 * matrices + 6 * adapter_parameters(model, spec)
