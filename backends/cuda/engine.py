@@ -18,6 +18,7 @@ from backends.cuda.banks import Quantiser, compiler_options, noised_all, softene
 from backends.cuda.distributed import Reducer
 from backends.cuda.further import further_loss
 from backends.cuda.model import Model
+from backends.cuda.predicting import Predicting
 from backends.cuda.staging import to_gpu
 from backends.cuda.update import Update
 from core.data.batch import Batch
@@ -77,7 +78,7 @@ class Tape:
         return ops.cross_entropy(self._logits, wanted, self._exact)[0].cpu().numpy()
 
 
-class Engine(Adapting):
+class Engine(Predicting, Adapting):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "cuda"
