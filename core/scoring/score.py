@@ -170,7 +170,8 @@ def score_text(
         plugins = load_plugins(evaluation.config.plugins) if evaluation.plugins else ()
     check_plugins(evaluation.config, plugins)
     if evaluation.adapts:
-        Adaptation(engine, evaluation, ledger, watch, ranks).run(progress)
+        predictors = [plugin for plugin in plugins if isinstance(plugin, Predictor)]
+        Adaptation(engine, evaluation, ledger, predictors, watch, ranks).run(progress)
         return
     session, rows = Session(engine, evaluation, ledger, plugins, watch, ranks), evaluation.rows()
     try:
