@@ -14,9 +14,9 @@ from torch.func import functional_call
 
 from backends.cuda import attention, noise, ops
 from backends.cuda.banks import Quantiser, compiler_options, noised_all, softened_all
+from backends.cuda.descent import Descent
 from backends.cuda.distributed import Reducer
 from backends.cuda.further import further_loss
-from backends.cuda.masters import Masters
 from backends.cuda.model import Model
 from backends.cuda.staging import to_gpu
 from backends.cuda.update import Update
@@ -76,7 +76,7 @@ class Tape:
         return ops.cross_entropy(self._logits, wanted, self._exact)[0].cpu().numpy()
 
 
-class Engine(Masters):
+class Engine(Descent):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "cuda"
@@ -119,7 +119,7 @@ class Engine(Masters):
         self.load_params(weights, quantise)
         wanted = options.compile if options.compile is not None else gpu
         compiled = functools.partial(torch.compile, backend=self._count, dynamic=False) if wanted else lambda f: f
-        self._objective = compiled(self._losses)
+        self._objective, self._weighed = compiled(self._losses), compiled(self._cost)
         self._score = torch.compile(self._costs, dynamic=False) if wanted else self._costs
         self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, compiled)
         self._finish = self._update.alone

@@ -10,12 +10,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from backends.mlx import attention, device, noise, ops
+from backends.mlx import attention, device, noise, ops, optim
 from backends.mlx.banks import parts
 from backends.mlx.blas import load_fast_blas
+from backends.mlx.descent import Descent
 from backends.mlx.further import further_loss
 from backends.mlx.kernels import trial
-from backends.mlx.masters import Masters
 from backends.mlx.model import Model
 from backends.mlx.update import Update
 from core.data.batch import Batch
@@ -67,7 +67,7 @@ class Tape:
         return np.array(ops.cross_entropy(self._logits, mx.array(targets), self._exact)[0])
 
 
-class Engine(Masters):
+class Engine(Descent):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "mlx"
@@ -103,6 +103,7 @@ class Engine(Masters):
         compiled = mx.compile if self._compiled else lambda f: f
         self._whole = compiled(self._step)
         self._accumulate = compiled(self._add_gradient)
+        self._weighed, self._moved = compiled(self._add_cost), compiled(optim.sgd)
         self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, self._wire, compiled)
         self._finish = compiled(self._update.alone)
         self._tokens, self._memory = device.micro_batch(self._chip, options.micro_tokens, ranks)
