@@ -10,8 +10,7 @@ import torch
 from backends.cuda import optim
 from backends.cuda.masters import Masters
 from core.data.batch import Batch
-from core.engine.plan import AdaptStep
-from core.engine.protocol import Arrays, StepResult, check_descent, target_shares
+from core.engine.protocol import AdaptStep, Arrays, StepResult, check_descent, target_shares
 from core.model.params import check_arrays
 
 
@@ -56,7 +55,7 @@ class Descent(Masters):
         if finite:
             scale = min(1.0, step.clip / (norm + 1e-6)) if step.clip else 1.0
             moving, momenta = [weights[name] for name in self._momenta], list(self._momenta.values())
-            optim.sgd(moving, grads, momenta, step.lr, step.decay, step.momentum, scale)
+            optim.sgd(moving, grads, momenta, float(step.lr), step.decay, step.momentum, scale)
         return StepResult(mean, norm, finite)
 
     def loosened(self) -> Arrays:

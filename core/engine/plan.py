@@ -2,9 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-import numpy as np
 
 
 @dataclass(frozen=True)
@@ -60,21 +57,3 @@ class StepPlan:
 
 NUMBERS = tuple(field.name for field in dataclasses.fields(StepPlan) if field.type is float)
 """What an engine hands to its device as one array, by name: compiled code takes new values without a compilation."""
-
-
-class AdaptStep(NamedTuple):
-    """Every number of one update that is made while a text is scored."""
-
-    rule: Literal["adamw", "sgd"]
-    lr: float
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    decay: float = 0.0
-    """Decoupled weight decay, per unit of the learning rate."""
-    momentum: float = 0.9
-    """That of SGD."""
-    clip: float = 0.0
-    """Largest norm of the gradients; 0: no limit."""
-    taken: np.ndarray | None = None
-    """(rows,) int: updates that each row's adapters have had; None: no adapters."""

@@ -12,7 +12,7 @@ import numpy as np
 from core.checks import closest
 from core.config import ConfigError, ModelConfig
 from core.data.batch import Batch
-from core.engine.plan import AdaptStep, StepPlan
+from core.engine.plan import StepPlan
 from core.engine.ranks import Ranks
 from core.model.storage import Stored
 from core.model.table import Rows
@@ -56,15 +56,6 @@ def target_shares(targets: np.ndarray, ranks: Ranks) -> np.ndarray:
     if not total:
         raise ValueError("there is no target to learn from: every one of them is a pad")
     return real / total
-
-
-def check_descent(table: Rows, names: Iterable[str], step: AdaptStep | None = None) -> None:
-    """Raise ValueError for names of weights that are not in the table, or for an update that is no SGD."""
-    unknown = [name for name in names if name not in table]
-    if unknown:
-        raise ValueError(f"{unknown[0]} is not a parameter of this model")
-    if step is not None and step.rule != "sgd":
-        raise ValueError(f"weights learn by sgd while a text is scored, not by {step.rule}")
 
 
 class StepResult(NamedTuple):
@@ -114,6 +105,40 @@ class Tape(Protocol):
     def nll(self, targets: np.ndarray) -> np.ndarray:
         """Return -log p(target) in nats for every position, (rows, seq)."""
         ...
+
+
+class AdaptStep(NamedTuple):
+    """How adapters of rows, or whole weights, are updated once."""
+
+    rule: Literal["adamw", "sgd"] = "adamw"
+    lr: float | np.ndarray = 1e-3  # one number, or (rows,)
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    decay: float = 0.0
+    momentum: float = 0.9
+    clip: float = 0.0  # largest norm of the gradient of a row; 0: none
+    taken: int | np.ndarray = 0  # (rows,): updates so far
+
+    @property
+    def constants(self) -> tuple:
+        """What is the same for all rows."""
+        return self.rule, self.beta1, self.beta2, self.eps, self.decay, self.momentum, self.clip
+
+    def by_row(self, rows: int) -> list[np.ndarray]:
+        """Return the learning rate and what AdamW divides the two moments by, (rows,) float64 each."""
+        count = np.broadcast_to(np.asarray(self.taken, np.float64), (rows,)) + 1
+        lr = np.broadcast_to(np.asarray(self.lr, np.float64), (rows,))
+        return [np.array(lr), 1 - self.beta1**count, 1 - self.beta2**count]
+
+
+def check_descent(table: Rows, names: Iterable[str], step: AdaptStep | None = None) -> None:
+    """Raise ValueError for names of weights that are not in the table, or for an update that is no SGD."""
+    unknown = [name for name in names if name not in table]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not a parameter of this model")
+    if step is not None and step.rule != "sgd":
+        raise ValueError(f"weights learn by sgd while a text is scored, not by {step.rule}")
 
 
 class Pending(Protocol):
