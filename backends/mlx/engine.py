@@ -11,6 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from backends.mlx import attention, device, noise, ops, optim
+from backends.mlx.adapting import Adapting
 from backends.mlx.banks import parts
 from backends.mlx.blas import load_fast_blas
 from backends.mlx.descent import Descent
@@ -28,6 +29,7 @@ from core.engine.protocol import (
     Scoring,
     State,
     StepResult,
+    begun,
     counts,
     micro_batches,
     named_matrices,
@@ -67,7 +69,7 @@ class Tape:
         return np.array(ops.cross_entropy(self._logits, mx.array(targets), self._exact)[0])
 
 
-class Engine(Descent):
+class Engine(Adapting, Descent):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "mlx"
@@ -110,6 +112,7 @@ class Engine(Descent):
         self._fitting: dict[int, int] = {}
         self._checked: set[int] = set()
         self._score = compiled(self._costs)
+        self._adapt_costs, self._adapt_rule = compiled(self._adapted_costs), compiled(self._adapt_rows)
         self._predict = compiled(self._logits)
         self._store, self._soften = compiled(self._stored), compiled(self._soft)
         self._shake = compiled(self._shaken)
@@ -134,9 +137,11 @@ class Engine(Descent):
             }
         return parts(self._banks, rows)
 
-    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None):
+    def _forward(
+        self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None, adapters=None
+    ):
         self._model.update(tree_unflatten(list(weights.items())))
-        return self._model(tokens, tables, self._compute, repeat, record, state, capped, training)
+        return self._model(tokens, tables, self._compute, repeat, record, state, capped, training, adapters)
 
     def _logits(self, weights, tokens, tables):
         return self._forward(weights, tokens, tables)[0]
@@ -276,7 +281,7 @@ class Engine(Descent):
         return Tape(state, tokens, logits, tape, self._exact)
 
     def commit(self, tape: Tape, n: int | np.ndarray) -> State:
-        before, n = tape.before, counts(tape.tokens, n)
+        before, n = begun(tape.before), counts(tape.tokens, n)
         if not n.any():
             return before
         seen = before.seen_after(tape.tokens, n, self._config)

@@ -14,6 +14,7 @@ from core.config import ConfigError, ModelConfig
 from core.data.batch import Batch
 from core.engine.plan import StepPlan
 from core.engine.ranks import Ranks
+from core.model.adapters import AdapterSpec
 from core.model.storage import Stored
 from core.model.table import Rows
 
@@ -107,6 +108,13 @@ class Tape(Protocol):
         ...
 
 
+def begun(state: State | None) -> State:
+    """Return the state that a pass began with; a ValueError if it had none."""
+    if state is None:
+        raise ValueError("commit: this pass began without a state; give `adapted` the state that it goes on from")
+    return state
+
+
 class AdaptStep(NamedTuple):
     """How adapters of rows, or whole weights, are updated once."""
 
@@ -139,6 +147,31 @@ def check_descent(table: Rows, names: Iterable[str], step: AdaptStep | None = No
         raise ValueError(f"{unknown[0]} is not a parameter of this model")
     if step is not None and step.rule != "sgd":
         raise ValueError(f"weights learn by sgd while a text is scored, not by {step.rule}")
+
+
+def learning_rows(shares: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return the rows with some share that is not 0, (rows,) bool; a ValueError for shares that do not fit `tokens`."""
+    if shares.shape != tokens.shape or not np.isfinite(shares).all():
+        raise ValueError(f"adapt: shares {shares.shape}; expected one finite number for every one of {tokens.shape}")
+    return (shares != 0).any(axis=1)
+
+
+class Adapters(Protocol):
+    """Low-rank maps beside matrices, of every row its own, and their moments. A value: nothing changes it."""
+
+    spec: AdapterSpec
+
+    def a(self) -> Arrays:
+        """Return A by site, (rows, rank, in): what a later `adapters` may begin with."""
+        ...
+
+
+class AdaptedTape(Protocol):
+    """A pass with adapters: what it says of the targets, and the way back for one update."""
+
+    def nll(self) -> np.ndarray:
+        """Return -log p(target) in nats for every position, (rows, seq), after the prediction."""
+        ...
 
 
 class Pending(Protocol):
@@ -238,6 +271,41 @@ class Engine(Protocol):
 
     def forget(self, state: State, rows: np.ndarray) -> State:
         """Return the state with nothing read yet in the rows that are marked, (rows,) bool: others may begin."""
+        ...
+
+    def adapters(self, spec: AdapterSpec, rows: int, slot: int, a: Arrays | None = None) -> Any:
+        """Return adapters (Adapters) of `rows` rows whose B and moments are 0.
+
+        A is `a` (Adapters.a), or drawn by the seed of `spec`, `slot`, site and row: of a row that is alone the same.
+        """
+        ...
+
+    def adapted(
+        self,
+        adapters: Any,
+        tokens: np.ndarray,
+        targets: np.ndarray,
+        prediction: Any = None,
+        state: State | None = None,
+        often: bool = False,
+    ) -> Any:
+        """Run (rows, seq) tokens with adapters, and keep the way back; from `state` on it can be committed, too.
+
+        The forward pass is run once, for nats and gradients. No gradient reaches a weight, nor what made `state`.
+        `prediction` changes the nats that the tape (AdaptedTape) tells, not those that are learned from. `often`: so
+        many passes of this shape will come, without a state, that compiling for them pays.
+        """
+        ...
+
+    def adapt(self, tape: Any, shares: np.ndarray, step: AdaptStep) -> Any:
+        """Return the adapters of a pass after one update of each row by the sum of `shares` (rows, seq) times its nats.
+
+        A row whose shares are all 0 stays as it is, bit for bit. ValueError for a tape that was learned from before.
+        """
+        ...
+
+    def reset(self, adapters: Any, rows: np.ndarray, keep_a: bool) -> Any:
+        """Return adapters with B and moments 0 in the rows that are marked, (rows,) bool; A as it is or as it began."""
         ...
 
     def weights(self) -> Arrays:

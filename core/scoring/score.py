@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from core.adapt.session import Adaptation
 from core.config import ConfigError, EvalConfig
 from core.engine.ranks import Alone, Ranks, only_rank_0
 from core.scoring.accounting import Bytes, bits_per_byte, count_bytes, ratio_error
@@ -58,6 +59,8 @@ class Score:
     """How the text was cut."""
     plugins: tuple[str, ...] = ()
     """What else had a part in the predictions."""
+    adaptation: str = ""
+    """What learned while the text was scored, in words; nothing: nothing did."""
 
     @property
     def label(self) -> str:
@@ -133,6 +136,7 @@ def score_of(evaluation: Evaluation, ledger: Ledger, counted: Bytes | None = Non
         bpb_raw=bits_per_byte(all_nats, raw_bytes) if raw_bytes else None,
         windows=windows_in_words(evaluation, ledger.entries["order"]),
         plugins=evaluation.config.plugins if evaluation.plugins else (),
+        adaptation=adaptation_in_words(evaluation.config) if evaluation.adapts else "",
     )
 
 
@@ -162,6 +166,9 @@ def score_text(
     if plugins is None:
         plugins = load_plugins(evaluation.config.plugins) if evaluation.plugins else ()
     check_plugins(evaluation.config, plugins)
+    if evaluation.adapts:
+        Adaptation(engine, evaluation, ledger, watch, ranks).run(progress)
+        return
     session, rows = Session(engine, evaluation, ledger, plugins, watch, ranks), evaluation.rows()
     try:
         if evaluation.carries:
@@ -207,11 +214,25 @@ def windows_in_words(evaluation: Evaluation, order: np.ndarray) -> str:
     Windows with carry take the longest document first, as they always do; plug-ins have no say in that.
     """
     config, drawn = evaluation.config, evaluation.drawn is not None
+    if evaluation.adapts and config.adapt.kind == "lora":
+        longest = ", longest document first" if config.adapt.order == "length" else ""
+        return f"{config.windows} seq={config.seq} chunk={config.adapt.chunk}{longest}"
     if evaluation.carries:
         return f"stateful seq={config.seq}"
     moved = evaluation.plugins and not drawn and bool((np.diff(order) < 0).any())
     how = f"{'documents' if drawn else config.windows} seq={config.seq} stride={evaluation.stride}"
     return f"{how}, documents in the order of plug-ins" if moved else how
+
+
+def adaptation_in_words(config: EvalConfig) -> str:
+    """Return in words what learns while a text is scored."""
+    adapt, at = config.adapt, config.phases.at
+    words = f"lr={adapt.lr:g} steps={adapt.steps} chunk={adapt.chunk}, reset={adapt.reset}"
+    if adapt.kind == "sgd":
+        return f"sgd of {', '.join(adapt.params) or 'all weights'}, {words}"
+    kind = f"lora rank={adapt.rank} alpha={adapt.alpha:g} on {', '.join(adapt.sites)}, {adapt.rule} {words}"
+    kind += ", warm A" if adapt.warm_a else ""
+    return kind + (f"; phases at {', '.join(f'{share:g}' for share in at)} of the documents" if at else "")
 
 
 def _score_windows(session: Session, windows: Windows, progress: Progress | None) -> None:
