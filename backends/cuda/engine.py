@@ -15,6 +15,7 @@ from torch.func import functional_call
 from backends.cuda import attention, noise, ops
 from backends.cuda.adapting import Adapting
 from backends.cuda.banks import Quantiser, compiler_options, noised_all, softened_all
+from backends.cuda.descent import Descent
 from backends.cuda.distributed import Reducer
 from backends.cuda.further import further_loss
 from backends.cuda.model import Model
@@ -78,7 +79,7 @@ class Tape:
         return ops.cross_entropy(self._logits, wanted, self._exact)[0].cpu().numpy()
 
 
-class Engine(Predicting, Adapting):
+class Engine(Predicting, Adapting, Descent):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "cuda"
@@ -121,7 +122,7 @@ class Engine(Predicting, Adapting):
         self.load_params(weights, quantise)
         wanted = options.compile if options.compile is not None else gpu
         compiled = functools.partial(torch.compile, backend=self._count, dynamic=False) if wanted else lambda f: f
-        self._objective = compiled(self._losses)
+        self._objective, self._weighed = compiled(self._losses), compiled(self._cost)
         self._score = torch.compile(self._costs, dynamic=False) if wanted else self._costs
         self._adapt_costs = torch.compile(self._adapted_costs, dynamic=False) if wanted else self._adapted_costs
         self._adapt_rule = torch.compile(self._adapt_rows, dynamic=False) if wanted else self._adapt_rows

@@ -10,10 +10,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from backends.mlx import attention, device, noise, ops
+from backends.mlx import attention, device, noise, ops, optim
 from backends.mlx.adapting import Adapting
 from backends.mlx.banks import parts
 from backends.mlx.blas import load_fast_blas
+from backends.mlx.descent import Descent
 from backends.mlx.further import further_loss
 from backends.mlx.kernels import trial
 from backends.mlx.model import Model
@@ -69,7 +70,7 @@ class Tape:
         return np.array(ops.cross_entropy(self._logits, mx.array(targets), self._exact)[0])
 
 
-class Engine(Predicting, Adapting):
+class Engine(Predicting, Adapting, Descent):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "mlx"
@@ -105,6 +106,7 @@ class Engine(Predicting, Adapting):
         compiled = mx.compile if self._compiled else lambda f: f
         self._whole = compiled(self._step)
         self._accumulate = compiled(self._add_gradient)
+        self._weighed, self._moved = compiled(self._add_cost), compiled(optim.sgd)
         self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, self._wire, compiled)
         self._finish = compiled(self._update.alone)
         self._tokens, self._memory = device.micro_batch(self._chip, options.micro_tokens, ranks)

@@ -3,7 +3,7 @@
 Only numpy arrays, Python scalars and frozen dataclasses cross this border.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from core.engine.plan import StepPlan
 from core.engine.ranks import Ranks
 from core.model.adapters import AdapterSpec
 from core.model.storage import Stored
+from core.model.table import Rows
 
 Arrays = dict[str, np.ndarray]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -44,6 +45,18 @@ def micro_batches(batch: Batch, most: int, world: int) -> tuple[list[slice], lis
     unit = min(most, -(-total // world))
     parts = [slice(i, min(i + unit, rows)) for i in range(0, rows, unit)]
     return parts, [(part.stop - part.start) / unit for part in parts], total / unit
+
+
+def target_shares(targets: np.ndarray, ranks: Ranks) -> np.ndarray:
+    """Return each target's weight in the mean over all ranks' targets, (rows, seq); of pads, which are -1, it is 0.
+
+    ValueError if there is no target on any rank.
+    """
+    real = targets >= 0
+    total = sum(int(part[0]) for part in ranks.gather(np.array([real.sum()])))
+    if not total:
+        raise ValueError("there is no target to learn from: every one of them is a pad")
+    return real / total
 
 
 class StepResult(NamedTuple):
@@ -125,6 +138,15 @@ class AdaptStep(NamedTuple):
         count = np.broadcast_to(np.asarray(self.taken, np.float64), (rows,)) + 1
         lr = np.broadcast_to(np.asarray(self.lr, np.float64), (rows,))
         return [np.array(lr), 1 - self.beta1**count, 1 - self.beta2**count]
+
+
+def check_descent(table: Rows, names: Iterable[str], step: AdaptStep | None = None) -> None:
+    """Raise ValueError for names of weights that are not in the table, or for an update that is no SGD."""
+    unknown = [name for name in names if name not in table]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not a parameter of this model")
+    if step is not None and step.rule != "sgd":
+        raise ValueError(f"weights learn by sgd while a text is scored, not by {step.rule}")
 
 
 def learning_rows(shares: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -333,6 +355,38 @@ class Engine(Protocol):
 
     def load_optimizer(self, state: Arrays) -> None:
         """Replace the optimizer state; strict like `load_params`."""
+        ...
+
+    def loosen(self, names: Sequence[str]) -> None:
+        """Let the scored weights `names` move, from what they are, with momenta of 0; none is rounded again.
+
+        Until `tighten` all that scores uses them. The masters stay as they are, and must not be trained meanwhile.
+        ValueError for a name that is not in the table.
+        """
+        ...
+
+    def descend(self, batch: Batch, step: AdaptStep) -> StepResult:
+        """Take one step of SGD with momentum on this rank's rows, as many as there are; a target of -1 is a pad.
+
+        The loss is the mean over the targets of all ranks, which call it together, in a forward pass as `nll` makes it.
+        Loss or gradients that are not finite leave the weights as they were.
+        """
+        ...
+
+    def loosened(self) -> Arrays:
+        """Return the weights that may move, and their momenta as `<param>.m`."""
+        ...
+
+    def load_loosened(self, arrays: Arrays) -> None:
+        """Replace the weights that may move and their momenta; strict like `load_params`."""
+        ...
+
+    def forget_momenta(self) -> None:
+        """Set the momenta of the weights that may move to 0."""
+        ...
+
+    def tighten(self) -> None:
+        """Score with the weights of before `loosen` again."""
         ...
 
     def stats(self) -> dict[str, float]:
