@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from core.adapt.session import Adaptation
+from core.adapt.stream import StreamPass
 from core.config import ConfigError, EvalConfig
 from core.engine.ranks import Alone, Ranks, only_rank_0
 from core.scoring.accounting import Bytes, bits_per_byte, count_bytes, ratio_error
@@ -170,8 +171,11 @@ def score_text(
         plugins = load_plugins(evaluation.config.plugins) if evaluation.plugins else ()
     check_plugins(evaluation.config, plugins)
     if evaluation.adapts:
-        predictors = [plugin for plugin in plugins if isinstance(plugin, Predictor)]
-        Adaptation(engine, evaluation, ledger, predictors, watch, ranks).run(progress)
+        if evaluation.config.adapt.kind == "sgd":
+            StreamPass(engine, evaluation, ledger, watch, ranks).run(progress)
+        else:
+            predictors = [plugin for plugin in plugins if isinstance(plugin, Predictor)]
+            Adaptation(engine, evaluation, ledger, predictors, watch, ranks).run(progress)
         return
     session, rows = Session(engine, evaluation, ledger, plugins, watch, ranks), evaluation.rows()
     try:
