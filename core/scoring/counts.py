@@ -54,7 +54,7 @@ class CountTable:
         hashes, presence = [], []
         for lag in range(max(self.orders)):
             moved = np.full((rows, seq), -1, np.int64)
-            moved[:, lag:] = ids[:, : seq - lag]
+            moved[:, lag:] = ids[:, : max(seq - lag, 0)]
             present = present & (moved >= 0)
             hashed = (hashed + (moved + 1).astype(np.uint64)) * MULTIPLIER
             hashed ^= hashed >> np.uint64(29)
