@@ -15,7 +15,7 @@ from core.formats.tensors import read_tensors, write_tensors
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import ROUNDING, Ledger, LedgerError, Scored
 from core.scoring.plugins import Learner, Plugin, ScoredText, log_softmax
-from core.scoring.predictions import Predictor, View, predict
+from core.scoring.predictions import Predictor, Reader, View, predict
 from core.scoring.windows import Windows
 
 EXCHANGE = 8
@@ -83,7 +83,7 @@ class Session:
         self._before = ledger.writes
         self._number = self._done = 0
         for predictor in self.predictors:
-            predictor.start(self.split)
+            predictor.start(Reader(self.split, ledger))
         for plugin in self._strangers:
             plugin.start(self.split.tokenizer.vocab, self.learner if plugin.kind == "adaptation" else None)
         self._state_path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
