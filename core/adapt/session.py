@@ -20,7 +20,7 @@ from core.formats.tensors import read_tensors, write_tensors
 from core.model.adapters import AdapterSpec
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError, Scored
-from core.scoring.predictions import Prediction, Predictor, predict
+from core.scoring.predictions import Prediction, Predictor, Reader, predict
 from core.scoring.session import MAX_SNAPSHOT, SNAPSHOT_EVERY, Progress, Watch
 
 COLUMNS = ("nats", "version", "row")
@@ -69,7 +69,7 @@ class Adaptation:
         self._saved = time.monotonic()
         self._path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
         for predictor in self._predictors:
-            predictor.start(evaluation.split)
+            predictor.start(Reader(evaluation.split, ledger))
         self._share_ledger()
 
     def run(self, progress: Progress | None = None) -> None:
