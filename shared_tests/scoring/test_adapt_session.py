@@ -160,7 +160,8 @@ def test_flips_reach_later_rounds_alone(form: str) -> None:
 
 
 def rows_of(ledger: Ledger, engine: AdaptingEngine) -> Rows:
-    return Rows(engine, ledger, AdapterSpec(2, 2.0, SITES), np.array([1, 2, 0]), 0)
+    documents = session.documents_of(Evaluation(make_dataset([17, 20]).val, settings()))
+    return Rows(engine, ledger, AdapterSpec(2, 2.0, SITES), documents, 3, 0)
 
 
 def chunk_and_nats(rows: Rows, number: int) -> tuple[Any, np.ndarray, Any]:
@@ -194,7 +195,8 @@ def test_an_update_needs_what_the_row_has_just_scored() -> None:
         rows.learn(elsewhere, adapt, rates)
     first = entered(ledger, rows, chunk, nats)
     assert [(one.row, one.version) for one in first] == [(1, 0), (2, 0)]
-    swapped = Rows(engine, ledger, AdapterSpec(2, 2.0, SITES), np.array([2, 1, 0]), 0)
+    swapped = rows_of(ledger, engine)
+    swapped.numbers = np.array([2, 1, 0])
     swapped.run(chunk, None, None)
     with pytest.raises(LedgerError, match="other targets"):  # a neighbour's gradient
         swapped.learn(first, adapt, rates)
@@ -216,12 +218,15 @@ def test_an_update_needs_what_the_row_has_just_scored() -> None:
         ledger.advance([], 1)
 
 
-def test_no_row_is_opened_twice() -> None:
-    """Adapters that were kept over a document's end would learn under another number, and the ledger says no."""
+def test_adapters_end_with_their_document() -> None:
+    """Kept over it they score nothing more; under the number of an earlier row new ones learn nothing."""
     engine, ledger, rates = AdaptingEngine(VOCAB), Ledger(37), np.full(3, 0.1)
     rows = rows_of(ledger, engine)
-    chunk, nats, _ = chunk_and_nats(rows, 0)
+    chunk, nats, dataset = chunk_and_nats(rows, 0)
     rows.learn(entered(ledger, rows, chunk, nats), settings().adapt, rates)
+    documents = session.documents_of(Evaluation(dataset.val, settings())).take(slice(1, 2))
+    with pytest.raises(LedgerError, match="target 18 is not of the document of row 1, whose adapters are reset"):
+        rows.run(session.chunk_of(dataset.val, documents, 3, 0, settings()), None, None)
     again = rows_of(ledger, engine)
     chunk, nats, _ = chunk_and_nats(again, 1)
     with pytest.raises(LedgerError, match="at version 1"):
