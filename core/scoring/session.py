@@ -110,7 +110,6 @@ class Session:
             if number % often % world == self._ranks.rank:
                 yield number, turn
             if (number + 1) % often == 0 or number + 1 == len(turns):
-                self.flush()
                 if not self.predictors:
                     self._exchange()
                 elif passes > self._done:
@@ -139,6 +138,7 @@ class Session:
         """Enter what every rank has scored since the last time into every rank's ledger."""
         if self._ranks.world == 1:
             return
+        self.flush()
         sides = (
             np.concatenate([np.empty(0, np.int64), *(one.positions for one in self._held)]),
             np.concatenate([np.empty(0), *(one.nats for one in self._held)]),
