@@ -9,6 +9,7 @@ from backends.cuda import ops, optim
 from backends.cuda.linear import Adapter
 from backends.cuda.masters import Masters
 from backends.cuda.model import Model
+from backends.cuda.predicting import PredictedTape
 from core.engine.protocol import AdaptStep, Arrays, State, learning_rows
 from core.model.adapters import AdapterSpec, adapter_sizes, first_a, unflat_a
 
@@ -27,15 +28,16 @@ class Adapters(NamedTuple):
         return unflat_a(self.model, self.spec, self.values_BN[:, : self.first_BM.shape[1]].cpu().numpy())
 
 
-class AdaptedTape:
+class AdaptedTape(PredictedTape):
     """See core.engine.protocol.AdaptedTape."""
 
-    def __init__(self, before, tokens, model, adapters, values, plain, nats):
-        self.before, self.tokens, self.model, self.adapters = before, tokens, model, adapters
-        self._values, self._plain, self._nats = values, plain, nats
-
-    def nll(self) -> np.ndarray:
-        return self._nats.cpu().numpy()
+    def __init__(self, before, tokens, model, logits, targets, prediction, exact, adapters, values, plain):
+        if prediction is None:
+            self.before, self.tokens, self.model = before, tokens, model
+            self._nats, self._moments = plain.detach(), None
+        else:
+            super().__init__(before, tokens, model, logits.detach(), targets, prediction, exact)
+        self.adapters, self._values, self._plain = adapters, values, plain
 
     def gradient(self, shares):
         """Return the gradient of the sum of shares (B, T) times nats, (B, N); once, the pass is let go of."""
@@ -81,8 +83,8 @@ class Adapting(Masters):
         with torch.enable_grad():
             given = self._move(tokens), self._move(targets), tables, carried, begins, prediction is not None
             plain, logits, model = costs(self._scored(), values, tuple(adapters.spec), *given)
-        nats = self._predicted_costs(plain, logits, given[1], prediction)
-        return AdaptedTape(state, tokens, model, adapters, values, plain, nats)
+        told = logits, given[1], prediction, self._exact
+        return AdaptedTape(state, tokens, model, *told, adapters, values, plain)
 
     def _adapted_costs(self, weights, values, spec, tokens, targets, tables, state, begins, whole):
         """Return -log p(target) of every position, the logits if `whole`, and what `commit` makes states of."""
@@ -96,12 +98,6 @@ class Adapting(Masters):
         beyond = () if whole else (self._config.head.softcap, weights.get("head.bias"))
         nll, _ = ops.cross_entropy(logits, targets, self._exact, *beyond)
         return nll, logits if whole else None, None if state is None else tape
-
-    def _predicted_costs(self, plain, logits, targets, prediction):
-        """Return the nats of every position after `prediction`, of which nobody learns."""
-        if prediction is not None:
-            raise NotImplementedError("predictions")
-        return plain.detach()
 
     def adapt(self, tape: AdaptedTape, shares: np.ndarray, step: AdaptStep) -> Adapters:
         rows_B, old = learning_rows(shares, tape.tokens), tape.adapters

@@ -19,6 +19,7 @@ from backends.cuda.descent import Descent
 from backends.cuda.distributed import Reducer
 from backends.cuda.further import further_loss
 from backends.cuda.model import Model
+from backends.cuda.predicting import Predicting
 from backends.cuda.staging import to_gpu
 from backends.cuda.update import Update
 from core.data.batch import Batch
@@ -78,7 +79,7 @@ class Tape:
         return ops.cross_entropy(self._logits, wanted, self._exact)[0].cpu().numpy()
 
 
-class Engine(Adapting, Descent):
+class Engine(Predicting, Adapting, Descent):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "cuda"

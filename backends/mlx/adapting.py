@@ -9,6 +9,7 @@ from backends.mlx import device, ops, optim
 from backends.mlx.linear import Adapter
 from backends.mlx.masters import Masters
 from backends.mlx.model import Model
+from backends.mlx.predicting import PredictedTape
 from core.engine.protocol import AdaptStep, Arrays, State, learning_rows
 from core.model.adapters import AdapterSpec, adapter_sizes, first_a, unflat_a
 
@@ -27,15 +28,17 @@ class Adapters(NamedTuple):
         return unflat_a(self.model, self.spec, np.array(self.values_BN[:, : self.first_BM.shape[1]]))
 
 
-class AdaptedTape:
+class AdaptedTape(PredictedTape):
     """See core.engine.protocol.AdaptedTape."""
 
-    def __init__(self, before, tokens, model, adapters, shares, gradient, nats):
-        self.before, self.tokens, self.model, self.adapters = before, tokens, model, adapters
-        self._shares, self._gradient, self._nats = shares, gradient, nats
-
-    def nll(self) -> np.ndarray:
-        return np.array(self._nats)
+    def __init__(self, before, tokens, model, logits, targets, prediction, exact, adapters, shares, plain, gradient):
+        if prediction is None:
+            self.before, self.tokens, self.model = before, tokens, model
+            self._nats, self._moments = plain, None
+            mx.async_eval(plain)
+        else:
+            super().__init__(before, tokens, model, logits, targets, prediction, exact)
+        self.adapters, self._shares, self._gradient = adapters, shares, gradient
 
     def gradient(self, shares):
         """Return the gradient of the sum of shares (B, T) times nats, (B, N); once, the pass is let go of."""
@@ -83,9 +86,8 @@ class Adapting(Masters):
         given = *rows, tables, carried, prediction is not None
         out = costs(self._scored(), adapters.values_BN, tuple(adapters.spec), shares, *given)
         plain, logits, model, gradient = out
-        nats = self._predicted_costs(plain, logits, rows[1], prediction)
-        mx.async_eval(nats)
-        return AdaptedTape(state, tokens, model, adapters, shares, gradient, nats)
+        told = logits, rows[1], prediction, self._exact
+        return AdaptedTape(state, tokens, model, *told, adapters, shares, plain, gradient)
 
     def _adapted_costs(self, weights, values, spec, shares, tokens, targets, tables, state, whole):
         """Return -log p(target) of every position, the logits if `whole`, what `commit` makes states of, and the
@@ -109,12 +111,6 @@ class Adapting(Masters):
         scale = device.LOSS_SCALE.get(self.dtype, 1.0)
         (nll,), (gradient,) = mx.vjp(costs, [values], [shares * scale if scale != 1.0 else shares])
         return nll, *beside, gradient / scale if scale != 1.0 else gradient
-
-    def _predicted_costs(self, plain, logits, targets, prediction):
-        """Return the nats of every position after `prediction`, of which nobody learns."""
-        if prediction is not None:
-            raise NotImplementedError("predictions")
-        return plain
 
     def adapt(self, tape: AdaptedTape, shares: np.ndarray, step: AdaptStep) -> Adapters:
         rows_B, old = learning_rows(shares, tape.tokens), tape.adapters

@@ -11,7 +11,7 @@ import numpy as np
 from core.config import EvalConfig
 from core.data.dataset import Split
 from core.scoring.evaluation import Evaluation
-from core.scoring.plugins import View
+from core.scoring.predictions import LONGEST, View
 from core.scoring.windows import document_ranges
 
 
@@ -89,6 +89,7 @@ def chunk_of(split: Split, documents: Documents, rows: int, number: int, config:
     tokens, targets = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
     positions, kept = np.zeros((rows, width), np.int64), np.zeros((rows, width), bool)
     last, used = np.ones(rows, bool), np.zeros(rows, np.int64)
+    before = np.full((rows, LONGEST), -1, np.int32) if carries else None
     for row, (begin, count) in enumerate(zip(documents.begin.tolist(), documents.targets.tolist(), strict=True)):
         first, end = number * chunk, min((number + 1) * chunk, count)
         if first >= end:
@@ -99,4 +100,7 @@ def chunk_of(split: Split, documents: Documents, rows: int, number: int, config:
         positions[row, :length] = np.arange(begin + start + 1, begin + end + 1)
         kept[row, first - start : length] = True
         last[row], used[row] = end == count, length
-    return Chunk(View(tokens, positions, kept), targets, last, used)
+        if before is not None and first:
+            earlier = split.read(begin + max(0, first - LONGEST), begin + first)
+            before[row, -len(earlier) :] = earlier
+    return Chunk(View(tokens, positions, kept, before), targets, last, used)

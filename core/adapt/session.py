@@ -18,6 +18,7 @@ from core.formats.tensors import read_tensors, write_tensors
 from core.model.adapters import AdapterSpec
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError, Scored
+from core.scoring.predictions import Prediction, Predictor, predict
 from core.scoring.session import MAX_SNAPSHOT, SNAPSHOT_EVERY, Progress, Watch
 
 COLUMNS = ("nats", "version", "row")
@@ -37,25 +38,30 @@ class Adaptation:
         engine: Any,
         evaluation: Evaluation,
         ledger: Ledger,
+        predictors: Sequence[Predictor] = (),
         watch: Watch | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self._engine, self._evaluation, self._ledger = engine, evaluation, ledger
-        self._watch, self._ranks = watch, ranks or Alone()
+        self._watch, self._ranks, self._predictors = watch, ranks or Alone(), list(predictors)
         self._config, self._adapt = evaluation.config, evaluation.config.adapt
         self._spec = AdapterSpec(self._adapt.rank, self._adapt.alpha, evaluation.sites, self._config.seed)
         documents = documents_of(evaluation)
         self._rows = min(self._adapt.documents, len(documents.begin))
         self._rounds = rounds_of(documents, self._rows, self._config.round)
         self._chunks = int(chunks_in(documents.targets, self._adapt.chunk).sum())
-        self._alike = not self._adapt.warm_a and self._adapt.reset == "document"
+        self._alike = not self._adapt.warm_a and not self._predictors and self._adapt.reset == "document"
         """Whether every round begins alike, so that a batch needs nothing of those before it."""
         self._stream: Rows | None = None
         """The adapters that are never reset."""
         self._warm: dict[int, Arrays] = {}
+        self._moments: list[np.ndarray] = []
+        """What each own pass of this round says of the temperature, (2,) each."""
         self._number = self._done = 0
         self._saved = time.monotonic()
         self._path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
+        for predictor in self._predictors:
+            predictor.start(evaluation.split)
         self._share_ledger()
         self._first = self._restored()
 
@@ -91,8 +97,10 @@ class Adaptation:
         chunks = chunks_in(batch.targets, self._adapt.chunk)
         for number in range(int(chunks.max())):
             chunk = chunk_of(self._evaluation.split, batch, self._rows, number, self._config)
-            tape = rows.run(chunk, None, state)
-            scored = self._enter(rows, chunk, tape)
+            self._number += 1
+            watched = self._watch is not None and self._watch.wants(self._number)
+            tape = rows.run(chunk, self._prediction(chunk, watched), state)
+            scored = self._enter(rows, chunk, tape, watched)
             following = number + 1 < chunks.max()
             after = engine.commit(tape, chunk.used) if state is not None and following else None
             rows.learn(self._taught(rows, chunk, scored), self._adapt, self._rates(batch, number))
@@ -132,14 +140,23 @@ class Adaptation:
             rates[: len(of)] *= (1 + np.cos(math.pi * np.minimum(place / of, 1.0))) / 2
         return rates
 
-    def _enter(self, rows: Rows, chunk: Chunk, tape: Any) -> tuple[Scored, ...]:
+    def _prediction(self, chunk: Chunk, watched: bool) -> Prediction | None:
+        """Return how the predictors change a pass; None: not at all. Who watches asks for the whole distribution."""
+        if self._predictors:
+            return predict(self._predictors, chunk.view, self._evaluation.split.tokenizer.vocab)
+        return Prediction() if watched else None
+
+    def _enter(self, rows: Rows, chunk: Chunk, tape: Any, watched: bool) -> tuple[Scored, ...]:
         """Enter what a pass gave, or hold it against what is entered, and return the ranges."""
-        self._number += 1
         view, nats = chunk.view, np.asarray(tape.nll(), np.float64)
         if nats.shape != chunk.targets.shape:
             raise LedgerError(f"the engine returned nll of shape {nats.shape}, expected {chunk.targets.shape}")
-        if self._watch is not None and self._watch.wants(self._number):
+        if watched:
+            assert self._watch is not None
             self._watch.see(view, chunk.targets, nats, tape.logprobs())
+        if self._predictors:
+            moments = tape.moments()
+            self._moments.append(np.full(2, np.nan) if moments is None else moments)
         row, column = np.nonzero(view.kept)
         positions, costs = view.positions[row, column], nats[row, column]
         version, number = rows.version[row], rows.numbers[row]
@@ -154,9 +171,23 @@ class Adaptation:
             own = [batch for slot, batch in enumerate(batches) if self._owner(slot) == self._ranks.rank]
             self._exchange(_targets(own))
             self._done = sum(self._length(batch) for batches in self._rounds[: number + 1] for batch in batches)
+        self._teach(batches)
         due = self._path is not None and time.monotonic() - self._saved > SNAPSHOT_EVERY
         if not self._alike and self._adapt.reset == "document" and agree(self._ranks, due):
             self._snapshot(number + 1)
+
+    def _teach(self, batches: list[Documents]) -> None:
+        """Let the predictors learn from a round, batch by batch and pass by pass: alike for any number of ranks."""
+        if not self._predictors:
+            return
+        own, self._moments = np.concatenate([np.empty(0), *self._moments]), []
+        moments = [iter(of_rank.reshape(-1, 2)) for of_rank in self._ranks.gather(own)]
+        for slot, batch in enumerate(batches):
+            for number in range(int(chunks_in(batch.targets, self._adapt.chunk).max())):
+                sums = next(moments[self._owner(slot)])
+                ranges = self._ledger.scored(_targets_of_chunk(batch, number, self._adapt.chunk))
+                for predictor in self._predictors:
+                    predictor.learn(ranges, None if np.isnan(sums).any() else sums)
 
     def _exchange(self, positions: np.ndarray) -> None:
         """Enter what every rank has at its `positions` into every rank's ledger."""
@@ -177,6 +208,8 @@ class Adaptation:
     def _snapshot(self, rounds: int) -> None:
         """Copy what the next round begins with; the ledger is on the disk first, so that it is never behind."""
         arrays = {f"a/{slot}/{site}": a for slot, sites in self._everyones_a().items() for site, a in sites.items()}
+        for i, predictor in enumerate(self._predictors):
+            arrays |= {f"predictor/{i}/{name}": np.ascontiguousarray(v) for name, v in predictor.state().items()}
         self._saved = time.monotonic()
         if self._path is None or sum(array.nbytes for array in arrays.values()) > MAX_SNAPSHOT:
             return
@@ -203,9 +236,12 @@ class Adaptation:
         """Take back the last copy and return the round to go on with, from 0."""
         rounds, arrays = self._read_snapshot() if self._ranks.rank == 0 else (0, {})
         rounds = agree(self._ranks, rounds)
+        states: dict[int, Arrays] = {}
         for name, values in (share_arrays(self._ranks, arrays) if rounds else {}).items():
-            _, slot, site = name.split("/", 2)
-            self._warm.setdefault(int(slot), {})[site] = values
+            side, number, field = name.split("/", 2)
+            (self._warm if side == "a" else states).setdefault(int(number), {})[field] = values
+        for number, state in states.items():
+            self._predictors[number].load(state)
         return rounds
 
     def _read_snapshot(self) -> tuple[int, Arrays]:
@@ -228,6 +264,13 @@ class Adaptation:
         if not all(self._finished(batch) for batches in self._rounds[:rounds] for batch in batches):
             raise LedgerError(f"{path}: is of another ledger; delete both to begin anew")
         return rounds, arrays
+
+
+def _targets_of_chunk(batch: Documents, number: int, chunk: int) -> np.ndarray:
+    """Return the positions of the targets of a pass, row by row."""
+    first, end = number * chunk, np.minimum((number + 1) * chunk, batch.targets)
+    pairs = zip(batch.begin.tolist(), end.tolist(), strict=True)
+    return np.concatenate([np.arange(begin + first + 1, begin + max(first, stop) + 1) for begin, stop in pairs])
 
 
 def _targets(batches: Sequence[Documents]) -> np.ndarray:

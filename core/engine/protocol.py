@@ -166,12 +166,24 @@ class Adapters(Protocol):
         ...
 
 
-class AdaptedTape(Protocol):
-    """A pass with adapters: what it says of the targets, and the way back for one update."""
+class PredictedTape(Protocol):
+    """A forward pass whose predictions were changed on the device; after a state `commit` takes it like a Tape."""
 
     def nll(self) -> np.ndarray:
-        """Return -log p(target) in nats for every position, (rows, seq), after the prediction."""
+        """Return -log p(target) in nats for every position, (rows, seq)."""
         ...
+
+    def moments(self) -> np.ndarray | None:
+        """Return what the sample of the prediction says of its temperature, (2,) float64; None without a sample."""
+        ...
+
+    def logprobs(self) -> np.ndarray:
+        """Return the whole distributions as log-probabilities, (rows, seq, vocab): for whoever judges them."""
+        ...
+
+
+class AdaptedTape(PredictedTape, Protocol):
+    """A pass with adapters, which has the way back for one update as well."""
 
 
 class Pending(Protocol):
@@ -247,6 +259,13 @@ class Engine(Protocol):
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Return the final (softcapped) logits: (rows, seq) int -> (rows, seq, vocab) float."""
+        ...
+
+    def predicted(self, tokens: np.ndarray, targets: np.ndarray, prediction: Any, state: State | None = None) -> Any:
+        """Run (rows, seq) tokens, on from `state` if there is one, and return the PredictedTape of their targets.
+
+        `prediction`: a core.scoring.predictions.Prediction, which says how the distributions are changed.
+        """
         ...
 
     def second_moments(self, tokens: np.ndarray, names: Sequence[str] | None = None) -> Arrays:

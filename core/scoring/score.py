@@ -16,6 +16,7 @@ from core.scoring.accounting import Bytes, bits_per_byte, count_bytes, ratio_err
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Plugin, load_plugins
+from core.scoring.predictions import Predictor
 from core.scoring.session import Progress, Session, Watch
 from core.scoring.stateful import score_streams
 from core.scoring.windows import Windows
@@ -78,7 +79,7 @@ def score(
     evaluation: Evaluation,
     ledger: Ledger | None = None,
     *,
-    plugins: Sequence[Plugin] | None = None,
+    plugins: Sequence[Plugin | Predictor] | None = None,
     watch: Watch | None = None,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
@@ -87,13 +88,15 @@ def score(
 
     Windows that are already in `ledger` are not scored again, so a killed evaluation goes on. `plugins`: made for this
     pass; None: those that `evaluation` names. `progress` gets (windows done, windows in all). Each of `ranks` scores
-    its share and all return the same; with plug-ins, which learn in the order of the text, rank 0 works alone.
+    its share and all return the same; with a user's plug-ins, which learn from pass to pass, rank 0 works alone.
     ConfigError if there is nothing to score or no byte rule applies; DataError if all documents are asked for and a
     shard is not what its checksum says; LedgerError if the engine's numbers are not finite, a rule is broken, or
     `ledger` is of another text.
     """
     ranks = ranks or Alone()
-    if evaluation.plugins and ranks.world > 1:
+    if plugins is None:
+        plugins = load_plugins(evaluation.config.plugins) if evaluation.plugins else ()
+    if ranks.world > 1 and any(isinstance(plugin, Plugin) for plugin in plugins):
         act = functools.partial(score, engine, evaluation, ledger, plugins=plugins, watch=watch, progress=progress)
         value = only_rank_0(ranks, lambda: rank_alone(engine, lambda: act().to_json()))
         names = tuple(value["plugins"])
@@ -155,7 +158,7 @@ def score_text(
     evaluation: Evaluation,
     ledger: Ledger,
     *,
-    plugins: Sequence[Plugin] | None = None,
+    plugins: Sequence[Plugin | Predictor] | None = None,
     watch: Watch | None = None,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
@@ -168,8 +171,9 @@ def score_text(
         plugins = load_plugins(evaluation.config.plugins) if evaluation.plugins else ()
     check_plugins(evaluation.config, plugins)
     if evaluation.adapts:
+        predictors = [plugin for plugin in plugins if isinstance(plugin, Predictor)]
         kind = StreamPass if evaluation.config.adapt.kind == "sgd" else Adaptation
-        kind(engine, evaluation, ledger, watch, ranks).run(progress)
+        kind(engine, evaluation, ledger, predictors, watch, ranks).run(progress)
         return
     session, rows = Session(engine, evaluation, ledger, plugins, watch, ranks), evaluation.rows()
     try:
@@ -200,10 +204,10 @@ def score_sample(
     return sample
 
 
-def check_plugins(config: EvalConfig, plugins: Sequence[Plugin]) -> None:
+def check_plugins(config: EvalConfig, plugins: Sequence[Plugin | Predictor]) -> None:
     """Raise ConfigError for a plug-in that windows with carry cannot honour."""
     for plugin in plugins if config.windows == "stateful" else ():
-        if plugin.kind == "adaptation" or type(plugin).order is not Plugin.order:
+        if isinstance(plugin, Plugin) and (plugin.kind == "adaptation" or type(plugin).order is not Plugin.order):
             raise ConfigError(
                 f"eval.windows=stateful with plug-in {type(plugin).__name__}: the state comes from earlier weights, "
                 "and documents have an order of their own: take sliding windows or documents"

@@ -19,6 +19,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "warm": {"adapt_warm_a": True},
     "length": {"adapt_order": "length"},
     "steps": {"adapt_steps": 3, "adapt_schedule": "cosine", "adapt_clip": 0.5},
+    "predictors": {"plugins": ("temperature", "counts(orders=1-3)"), "round": 1},
+    "carried": {"plugins": ("counts(orders=2-8/2, rule=tilt)",), "windows": "stateful", "adapt_warm_a": True},
     "sgd": {"adapt_rule": "sgd", "adapt_momentum": 0.5, "windows": "stateful"},
 }
 """Per-document forms of adaptation."""
@@ -38,7 +40,7 @@ def settings(**changes: Any) -> EvalConfig:
 def evaluation(config: EvalConfig, lengths: list[int] | None = None, **changes: Any) -> Evaluation:
     """Return the evaluation of the known documents."""
     split = make_dataset(LENGTHS if lengths is None else lengths).val
-    return Evaluation(split, config, **{"adapts": True, "sites": SITES, **changes})
+    return Evaluation(split, config, **{"adapts": True, "sites": SITES, "plugins": bool(config.plugins), **changes})
 
 
 def run(given: Evaluation, engine: Any = None, ledger: Ledger | None = None, **others: Any) -> np.ndarray:

@@ -13,6 +13,8 @@ import numpy as np
 from core import rng
 from core.engine.protocol import AdaptStep, Scoring
 from core.model.adapters import AdapterSpec
+from core.scoring.plugins import log_softmax
+from core.scoring.predictions import Prediction
 
 SITES = ("mix", "embed")
 DIM, DECAY = 6, 0.7
@@ -43,13 +45,34 @@ class FakeTape:
     opens: np.ndarray
     logits_: np.ndarray
     before: Any
+    prediction: Prediction = Prediction()
 
     def logits(self) -> np.ndarray:
         return self.logits_
 
     def logprobs(self) -> np.ndarray:
-        top = self.logits_.max(-1, keepdims=True)
-        return self.logits_ - top - np.log(np.exp(self.logits_ - top).sum(-1, keepdims=True))
+        """Return the distributions that the prediction makes of the model's."""
+        tilt, logprobs = self.prediction.tilt, log_softmax(self.logits_ * self.prediction.inverse)
+        if tilt is None:
+            return logprobs
+        given = np.zeros_like(logprobs)
+        row, column, place = np.nonzero(tilt.ids >= 0)
+        ids, weights = tilt.ids[row, column, place], tilt.weights[row, column, place]
+        np.add.at(given, (row, column, ids), weights)
+        if tilt.kind == "boost":
+            return log_softmax(logprobs + given)
+        return np.log((1 - given.sum(-1, keepdims=True)) * np.exp(logprobs) + given)
+
+    def moments(self) -> np.ndarray | None:
+        """Return what the sample says of the temperature."""
+        if self.prediction.sample is None:
+            return None
+        z, b = self.logits_.reshape(-1, self.engine.vocab)[self.prediction.sample], self.prediction.inverse
+        p, target = np.exp(log_softmax(b * z)), self.targets.reshape(-1)[self.prediction.sample]
+        mean = (p * z).sum(-1, keepdims=True)
+        curvature = (p * (z - mean) ** 2).sum()
+        slope = (mean[:, 0] - z[np.arange(len(z)), target]).sum()
+        return np.array([curvature * b - slope, curvature])
 
     def nll(self, targets: np.ndarray | None = None) -> np.ndarray:
         given = self.targets if targets is None else targets
@@ -61,7 +84,7 @@ class FakeTape:
         assert self.adapters is not None
         spec, values = self.adapters.spec, self.adapters.values
         scale, grads = spec.alpha / spec.rank, {}
-        p = np.exp(self.logprobs())
+        p = np.exp(log_softmax(self.logits_))
         np.put_along_axis(p, self.targets[..., None].astype(np.int64), np.take_along_axis(
             p, self.targets[..., None].astype(np.int64), -1) - 1, -1)  # fmt: skip
         dz = p * shares[..., None]
@@ -137,7 +160,7 @@ class AdaptingEngine:
         if adapters is not None and "embed" in adapters.spec.sites:
             low = np.einsum("bti,bri->btr", h, adapters.values["embed", "a"])
             logits = logits + scale * np.einsum("btr,bro->bto", low, adapters.values["embed", "b"])
-        return FakeTape(self, adapters, tokens, targets, e, h, opens, logits, state)
+        return FakeTape(self, adapters, tokens, targets, e, h, opens, logits, state, prediction or Prediction())
 
     def adapt(self, tape: FakeTape, shares: np.ndarray, step: AdaptStep) -> FakeAdapters:
         self.done.append("adapt")
