@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from core.adapt.documents import Chunk, Documents, chunk_of, chunks_in, documents_of, rounds_of
+from core.adapt.phases import learn_phase, planned_phases
 from core.adapt.rows import Rows
+from core.adapt.weights import LooseWeights
 from core.engine.protocol import Arrays
 from core.engine.ranks import Alone, Ranks, agree, share_arrays
 from core.files import parse_json, sweep
@@ -50,7 +52,13 @@ class Adaptation:
         self._rows = min(self._adapt.documents, len(documents.begin))
         self._rounds = rounds_of(documents, self._rows, self._config.round)
         self._chunks = int(chunks_in(documents.targets, self._adapt.chunk).sum())
-        self._alike = not self._adapt.warm_a and not self._predictors and self._adapt.reset == "document"
+        per_round = self._rows * self._config.round
+        self._phases = {
+            phase.round: phase.documents for phase in planned_phases(self._config.phases, documents.targets, per_round)
+        }
+        self._documents, self._weights = documents, None
+        shared = self._adapt.warm_a or bool(self._predictors) or bool(self._phases)
+        self._alike = not shared and self._adapt.reset == "document"
         """Whether every round begins alike, so that a batch needs nothing of those before it."""
         self._stream: Rows | None = None
         """The adapters that are never reset."""
@@ -63,18 +71,22 @@ class Adaptation:
         for predictor in self._predictors:
             predictor.start(evaluation.split)
         self._share_ledger()
-        self._first = self._restored()
 
     def run(self, progress: Progress | None = None) -> None:
         """Score every target that is not in the ledger; repeat what has to be."""
-        for number, batches in enumerate(self._rounds):
-            if number < self._first or (self._alike and all(map(self._finished, batches))):
-                self._done += sum(map(self._length, batches))
-                continue
-            for slot, batch in enumerate(batches):
-                if self._owner(slot) == self._ranks.rank and not (self._alike and self._finished(batch)):
-                    self._batch(slot, batch, progress)
-            self._end_round(number, batches)
+        try:
+            first = self._restored()
+            for number, batches in enumerate(self._rounds):
+                if number < first or (self._alike and all(map(self._finished, batches))):
+                    self._done += sum(map(self._length, batches))
+                    continue
+                for slot, batch in enumerate(batches):
+                    if self._owner(slot) == self._ranks.rank and not (self._alike and self._finished(batch)):
+                        self._batch(slot, batch, progress)
+                self._end_round(number, batches)
+        finally:
+            if self._weights is not None:
+                self._weights.close()
         if self._path is not None and self._ledger.complete():
             self._path.unlink(missing_ok=True)
 
@@ -172,9 +184,24 @@ class Adaptation:
             self._exchange(_targets(own))
             self._done = sum(self._length(batch) for batches in self._rounds[: number + 1] for batch in batches)
         self._teach(batches)
-        due = self._path is not None and time.monotonic() - self._saved > SNAPSHOT_EVERY
-        if not self._alike and self._adapt.reset == "document" and agree(self._ranks, due):
+        documents = self._phases.get(number + 1)
+        if documents is not None:
+            self._phase(self._documents.take(slice(documents)))
+        due = documents is not None or time.monotonic() - self._saved > SNAPSHOT_EVERY
+        if not self._alike and self._adapt.reset == "document" and agree(self._ranks, due and self._path is not None):
             self._snapshot(number + 1)
+
+    def _phase(self, documents: Documents) -> None:
+        """Let the weights learn from the first documents, on all ranks together; the next adapters are new ones."""
+        weights, config = self._loose(), self._config.phases
+        learn_phase(weights, self._ledger, documents.begin, documents.begin + documents.targets, config)
+
+    def _loose(self) -> LooseWeights:
+        """Return the weights that learn in phases, which keep their first values until then."""
+        if self._weights is None:
+            given = self._evaluation.split, self._ledger, self._config.seq, self._evaluation.loose
+            self._weights = LooseWeights(self._engine, *given)
+        return self._weights
 
     def _teach(self, batches: list[Documents]) -> None:
         """Let the predictors learn from a round, batch by batch and pass by pass: alike for any number of ranks."""
@@ -210,6 +237,9 @@ class Adaptation:
         arrays = {f"a/{slot}/{site}": a for slot, sites in self._everyones_a().items() for site, a in sites.items()}
         for i, predictor in enumerate(self._predictors):
             arrays |= {f"predictor/{i}/{name}": np.ascontiguousarray(v) for name, v in predictor.state().items()}
+        if self._weights is not None:
+            side = f"loose/{self._weights.version}"
+            arrays |= {f"{side}/{name}": np.ascontiguousarray(v) for name, v in self._weights.state().items()}
         self._saved = time.monotonic()
         if self._path is None or sum(array.nbytes for array in arrays.values()) > MAX_SNAPSHOT:
             return
@@ -236,12 +266,17 @@ class Adaptation:
         """Take back the last copy and return the round to go on with, from 0."""
         rounds, arrays = self._read_snapshot() if self._ranks.rank == 0 else (0, {})
         rounds = agree(self._ranks, rounds)
-        states: dict[int, Arrays] = {}
+        sides: dict[tuple[str, int], Arrays] = {}
         for name, values in (share_arrays(self._ranks, arrays) if rounds else {}).items():
             side, number, field = name.split("/", 2)
-            (self._warm if side == "a" else states).setdefault(int(number), {})[field] = values
-        for number, state in states.items():
-            self._predictors[number].load(state)
+            sides.setdefault((side, int(number)), {})[field] = values
+        for (side, number), state in sides.items():
+            if side == "a":
+                self._warm[number] = state
+            elif side == "loose":
+                self._loose().load(state, number)
+            else:
+                self._predictors[number].load(state)
         return rounds
 
     def _read_snapshot(self) -> tuple[int, Arrays]:

@@ -61,7 +61,7 @@ def test_first_layers_are_left_alone() -> None:
     "params, frozen, message",
     [
         (("skc_saef",), 0, "eval.adapt.params='skc_saef': this model has no such weights; did you mean skc_safe"),
-        (("bank",), 0, r"params='bank': .*expected a name, a pattern such as \*.q.weight, or one of the scopes: scales"),
+        (("bank",), 0, r"params='bank': .*a pattern such as \*.q.weight, or one of the scopes: scales"),
         (("feedback",), 0, "params='feedback': this model has no such weights"),
         (("embed", "blocks.9.*"), 0, r"params='blocks.9.\*'"),
         (("embed.weigth",), 0, "did you mean embed.weight"),

@@ -17,7 +17,7 @@ from shared_tests.support.adapting import FORMS, LENGTHS, evaluation, run, setti
 from shared_tests.support.adapting_numpy import SITES, AdaptingEngine, Talk
 from shared_tests.support.known_scores import VOCAB, make_dataset
 
-SHARES = ("warm", "predictors", "carried")
+SHARES = ("warm", "predictors", "carried", "phases")
 """Forms in which rounds hang on those before them."""
 EXACT = 1e-9
 """Nats of any number of ranks, in float64."""
@@ -256,7 +256,7 @@ def killed(path: Path, given: Evaluation, after: int, ranks: Any = None) -> np.n
 def test_killed_at_every_pass(form: str, every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "SNAPSHOT_EVERY", every)
     changes = {"adapt_reset": "never", "adapt_documents": 1} if form == "never" else FORMS[form]
-    given = evaluation(settings(**{**changes, "round": 1}), LENGTHS[:6])
+    given = evaluation(settings(**{**changes, "round": 1}), LENGTHS[:7])
     whole = run(given)
     passes = int(whole["order"].max())
     for after in range(1, passes, 1 if form in ("documents", "warm") else 3):
