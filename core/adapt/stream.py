@@ -17,7 +17,7 @@ from core.files import parse_json, sweep
 from core.formats.tensors import read_tensors, write_tensors
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
-from core.scoring.predictions import Predictor, View, predict
+from core.scoring.predictions import Predictor, Reader, View, predict
 from core.scoring.session import MAX_SNAPSHOT, SNAPSHOT_EVERY, Progress, Watch
 from core.scoring.windows import Windows
 
@@ -114,7 +114,7 @@ class StreamPass:
         written = np.flatnonzero(ledger.entries["order"]) + 1
         self._enter(written if self._ranks.rank == 0 else written[:0])
         for predictor in self._predictors:
-            predictor.start(evaluation.split)
+            predictor.start(Reader(evaluation.split, ledger))
         self._weights = LooseWeights(engine, evaluation.split, ledger, self._config.seq, evaluation.loose)
 
     def run(self, progress: Progress | None = None) -> None:
