@@ -1,8 +1,9 @@
 """One stream: the text is scored chunk by chunk, and after each the weights learn from it, on all ranks at once."""
 
+import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from core.files import parse_json, sweep
 from core.formats.tensors import read_tensors, write_tensors
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
-from core.scoring.plugins import View, log_softmax
+from core.scoring.predictions import Predictor, Reader, View, predict
 from core.scoring.session import MAX_SNAPSHOT, SNAPSHOT_EVERY, Progress, Watch
 from core.scoring.windows import Windows
 
@@ -96,18 +97,24 @@ class StreamPass:
         engine: Any,
         evaluation: Evaluation,
         ledger: Ledger,
+        predictors: Sequence[Predictor] = (),
         watch: Watch | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self._engine, self._evaluation, self._ledger = engine, evaluation, ledger
         self._watch, self._ranks, self._config = watch, ranks or Alone(), evaluation.config
-        scoring = Scoring() if watch is not None else getattr(engine, "scoring", Scoring())
+        self._predictors = list(predictors)
+        judged = bool(predictors) or watch is not None  # by passes of eval.batch, for any number of ranks
+        scoring = Scoring() if judged else getattr(engine, "scoring", Scoring())
         windows = -(-self._config.adapt.chunk // evaluation.stride)
-        self._rows = min(scoring.rows(self._config.batch, self._config.seq), -(-windows // self._ranks.world))
+        share = windows if judged else -(-windows // self._ranks.world)
+        self._rows = min(scoring.rows(self._config.batch, self._config.seq), share)
         self._most, self._number, self._saved = scoring.ahead, 0, time.monotonic()
         self._path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
         written = np.flatnonzero(ledger.entries["order"]) + 1
         self._enter(written if self._ranks.rank == 0 else written[:0])
+        for predictor in self._predictors:
+            predictor.start(Reader(evaluation.split, ledger))
         self._weights = LooseWeights(engine, evaluation.split, ledger, self._config.seq, evaluation.loose)
 
     def run(self, progress: Progress | None = None) -> None:
@@ -138,16 +145,21 @@ class StreamPass:
             raise LedgerError(f"{self._path}: is of another ledger; delete both to begin anew")
 
     def _score(self, windows: Windows) -> None:
-        """Score this rank's share of windows, and enter what all ranks have scored."""
-        under_way, passes = [], [(np.empty(0, np.int64), np.empty(0))]
-        for turn, begin in enumerate(range(0, len(windows.start), self._rows)):
-            if turn % self._ranks.world == self._ranks.rank:
-                view, targets = self._view(windows.take(slice(begin, begin + self._rows)))
-                under_way.append((view, targets, self._started(view, targets)))
-            while len(under_way) >= self._most:
+        """Score this rank's share of windows, enter what all ranks have scored, and let predictors learn from it."""
+        turns = [windows.take(slice(i, i + self._rows)) for i in range(0, len(windows.start), self._rows)]
+        under_way, passes = [], [(np.empty(0, np.int64), np.empty(0), np.empty(0))]
+        for turn in turns[self._ranks.rank :: self._ranks.world]:
+            under_way.append(self._started(*self._view(turn)))
+            if len(under_way) >= self._most:
                 passes.append(self._read(*under_way.pop(0)))
         passes += [self._read(*one) for one in under_way]
-        self._enter(*map(np.concatenate, zip(*passes, strict=True)))
+        positions, nats, moments = map(np.concatenate, zip(*passes, strict=True))
+        self._enter(positions, nats)
+        sums = [of_rank.reshape(-1, 2) for of_rank in self._ranks.gather(moments)] if self._predictors else []
+        for number, turn in enumerate(turns if self._predictors else []):
+            own = sums[number % len(sums)][number // len(sums)]
+            for predictor in self._predictors:
+                predictor.learn(self._ledger.scored(_targets(turn)), None if np.isnan(own).any() else own)
 
     def _view(self, windows: Windows) -> tuple[View, np.ndarray]:
         """Return windows as one forward pass, filled up to its static shape, and its targets."""
@@ -160,21 +172,33 @@ class StreamPass:
             kept[row, first:length] = True
         return View(tokens, positions, kept), targets
 
-    def _started(self, view: View, targets: np.ndarray) -> Any:
-        """Start a forward pass, where a device likes several under way, and return what waits for its nats."""
-        if self._most > 1:
-            return self._engine.nll_later(view.tokens, targets, True)
-        return lambda: self._engine.nll(view.tokens, targets)
-
-    def _read(self, view: View, targets: np.ndarray, wait: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return the positions of the targets of a forward pass that count, and their nats."""
+    def _started(self, view: View, targets: np.ndarray) -> tuple[View, np.ndarray, Any, Any, bool]:
+        """Start a forward pass; return what waits for its nats, its tape if there is more to ask, and if it is seen."""
         self._number += 1
+        engine, tape = self._engine, None
+        watched = self._watch is not None and self._watch.wants(self._number)
+        if self._predictors or watched:
+            prediction = predict(self._predictors, view, self._evaluation.split.tokenizer.vocab)
+            tape = engine.predicted(view.tokens, targets, prediction)
+            wait = tape.nll
+        elif self._most > 1:
+            wait = engine.nll_later(view.tokens, targets, True)
+        else:
+            wait = functools.partial(engine.nll, view.tokens, targets)
+        return view, targets, wait, tape, watched
+
+    def _read(
+        self, view: View, targets: np.ndarray, wait: Any, tape: Any, watched: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the positions of a forward pass' targets that count, their nats, and its moments (2,)."""
         nats = np.asarray(wait(), np.float64)
         if nats.shape != targets.shape:
             raise LedgerError(f"the engine returned nll of shape {nats.shape}, expected {targets.shape}")
-        if self._watch is not None and self._watch.wants(self._number):
-            self._watch.see(view, targets, nats, log_softmax(np.asarray(self._engine.logits(view.tokens))))
-        return view.positions[view.kept], nats[view.kept]
+        if watched:
+            assert self._watch is not None
+            self._watch.see(view, targets, nats, tape.logprobs())
+        moments = tape.moments() if self._predictors else None
+        return view.positions[view.kept], nats[view.kept], np.full(2, np.nan) if moments is None else moments
 
     def _enter(self, positions: np.ndarray, nats: np.ndarray | None = None) -> None:
         """Enter what all ranks have scored into every rank's ledger, or hold it against what is there.
@@ -193,23 +217,31 @@ class StreamPass:
             self._ledger.write(where[~old], cost[~old], marks[~old])
 
     def _copy(self, chunks: int) -> None:
-        """Copy the weights now and then; the ledger is on the disk first, so that it is never behind."""
+        """Copy weights and predictors now and then; the ledger is on the disk first, so that it is never behind."""
         if self._path is None or self._ranks.rank or time.monotonic() - self._saved <= SNAPSHOT_EVERY:
             return
         self._ledger.sync()
         weights = self._weights
+        sides = {"weights": weights.state(), **{str(i): one.state() for i, one in enumerate(self._predictors)}}
+        arrays = {f"{side}/{n}": np.ascontiguousarray(v) for side, part in sides.items() for n, v in part.items()}
         place = json.dumps({"chunks": chunks, "version": weights.version, "moved": weights.moved})
-        write_tensors(self._path, weights.state(), {"skc": place})
+        write_tensors(self._path, arrays, {"skc": place})
         self._saved = time.monotonic()
 
     def _restored(self) -> int:
-        """Take the weights of rank 0's last copy and return the number of the chunk to go on with."""
+        """Take what rank 0's last copy holds and return the number of the chunk to go on with."""
         place, arrays = self._read_copy() if self._ranks.rank == 0 else ([0, 0, 0], {})
         chunks, version, moved = agree(self._ranks, place)
         if chunks:
+            states: dict[str, Arrays] = {}
+            for name, values in share_arrays(self._ranks, arrays).items():
+                side, _, field = name.partition("/")
+                states.setdefault(side, {})[field] = values
             try:
-                self._weights.load(share_arrays(self._ranks, arrays), version, bool(moved))
-            except ValueError as error:
+                self._weights.load(states.get("weights", {}), version, bool(moved))
+                for i, predictor in enumerate(self._predictors):
+                    predictor.load(states.get(str(i), {}))
+            except (ValueError, KeyError) as error:
                 raise LedgerError(f"{self._path}: {error}; delete it and {self._ledger.path} to begin anew") from error
         return chunks
 

@@ -171,11 +171,9 @@ def score_text(
         plugins = load_plugins(evaluation.config.plugins) if evaluation.plugins else ()
     check_plugins(evaluation.config, plugins)
     if evaluation.adapts:
-        if evaluation.config.adapt.kind == "sgd":
-            StreamPass(engine, evaluation, ledger, watch, ranks).run(progress)
-        else:
-            predictors = [plugin for plugin in plugins if isinstance(plugin, Predictor)]
-            Adaptation(engine, evaluation, ledger, predictors, watch, ranks).run(progress)
+        predictors = [plugin for plugin in plugins if isinstance(plugin, Predictor)]
+        kind = StreamPass if evaluation.config.adapt.kind == "sgd" else Adaptation
+        kind(engine, evaluation, ledger, predictors, watch, ranks).run(progress)
         return
     session, rows = Session(engine, evaluation, ledger, plugins, watch, ranks), evaluation.rows()
     try:

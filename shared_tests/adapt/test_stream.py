@@ -12,6 +12,7 @@ from core.adapt.stream import learn_chunk, stream_chunks
 from core.adapt.weights import LooseWeights, scored_rows
 from core.engine.protocol import AdaptStep, Arrays
 from core.scoring.ledger import Ledger, LedgerError
+from core.scoring.plugins import load_plugins
 from core.scoring.windows import Windows
 from shared_tests.support.harness import BACKENDS
 from shared_tests.support.plugin_examples import fresh, held, small
@@ -177,29 +178,34 @@ class Mortal:
         self.passes += 1
         return self._engine.nll(*given)
 
+    def predicted(self, *given: Any) -> Any:
+        """Score and count."""
+        self.passes += 1
+        return self._engine.predicted(*given)
+
 
 @pytest.mark.parametrize("form", ["sliding", "reset"])
 @pytest.mark.parametrize("copies", [False, True])
 def test_a_killed_stream_goes_on(form: str, copies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its last copy, or from the start; what the ledger holds is repeated to the same numbers, and not written."""
     monkeypatch.setattr(core.adapt.stream, "SNAPSHOT_EVERY", -1.0 if copies else 1e9)
-    config = small("debug")
-    evaluation = stream(loose_names(config.model, ("blocks.*",)), **FORMS[form])
-    whole = Mortal(fresh("cuda", config), 10**6)
-    expected = run(whole, evaluation)
-    path = tmp_path / "ledger"
+    choices, config = ("temperature", "counts") if form == "sliding" else (), small("debug")
+    evaluation, path = stream(loose_names(config.model, ("blocks.*",)), **FORMS[form]), tmp_path / "ledger"
+    whole, last = Mortal(fresh("cuda", config), 10**6), Mortal(fresh("cuda", config), 10**6)
+    expected = run(whole, evaluation, plugins=load_plugins(choices))
+    if choices:
+        assert np.abs(run(fresh("cuda", config), evaluation)["nats"] - expected["nats"]).max() > 1e-2
     for updates in (3, 1):
-        with Ledger_at(path, evaluation) as ledger, pytest.raises(Killed):
-            run(Mortal(fresh("cuda", config), updates), evaluation, ledger)
+        with LedgerAt(path, evaluation) as ledger, pytest.raises(Killed):
+            run(Mortal(fresh("cuda", config), updates), evaluation, ledger, load_plugins(choices))
         assert Path(f"{path}.plugins").exists() == copies
-    last = Mortal(fresh("cuda", config), 10**6)
-    with Ledger_at(path, evaluation) as ledger:
-        entries = run(last, evaluation, ledger)
+    with LedgerAt(path, evaluation) as ledger:
+        entries = run(last, evaluation, ledger, load_plugins(choices))
     assert (entries["nats"] == expected["nats"]).all() and (entries["version"] == expected["version"]).all()
     assert (last.passes < whole.passes) == copies and not Path(f"{path}.plugins").exists()
 
 
-class Ledger_at:
+class LedgerAt:
     """A ledger at a path, closed at the end."""
 
     def __init__(self, path: Path, evaluation: Any) -> None:
@@ -219,19 +225,19 @@ def test_a_copy_that_is_not_of_this_evaluation_is_refused(
     monkeypatch.setattr(core.adapt.stream, "SNAPSHOT_EVERY", -1.0)
     config, path = small("debug"), tmp_path / "ledger"
     evaluation, copy = stream(loose_names(config.model, ("blocks.*",)), **FORMS["sliding"]), Path(f"{path}.plugins")
-    with Ledger_at(path, evaluation) as ledger, pytest.raises(Killed):
+    with LedgerAt(path, evaluation) as ledger, pytest.raises(Killed):
         run(Mortal(fresh("cuda", config), 3), evaluation, ledger)
     message = {"cut": "damaged", "other": "of another ledger", "weights": "is not a parameter"}[fault]
     if fault == "cut":
         copy.write_bytes(copy.read_bytes()[:-9])
     elif fault == "other":
         path.unlink()
-        with Ledger_at(path, evaluation) as ledger:
+        with LedgerAt(path, evaluation) as ledger:
             ledger.write(np.arange(1, 13), np.full(12, 3.0), 0)
     else:
         evaluation = stream(loose_names(config.model, ("blocks.1.*",)), **FORMS["sliding"])
     model = fresh("cuda", config)
     before = held(model)
-    with Ledger_at(path, evaluation) as ledger, pytest.raises(LedgerError, match=message):
+    with LedgerAt(path, evaluation) as ledger, pytest.raises(LedgerError, match=message):
         run(model, evaluation, ledger)
     assert held(model) == before

@@ -7,7 +7,7 @@ import numpy as np
 from core.config import AdaptConfig, EvalConfig
 from core.data.batch import Batch
 from core.engine.protocol import AdaptStep, Arrays, StepResult
-from core.engine.ranks import Alone, Ranks
+from core.engine.ranks import Alone
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 from core.scoring.score import score_text
@@ -34,10 +34,10 @@ def stream(names: tuple[str, ...] = ("embed.weight",), **changes: Any) -> Evalua
     return Evaluation(make_dataset(DOCUMENTS).val, config, documents, adapts=True, loose=names)
 
 
-def run(engine: Any, evaluation: Evaluation, ledger: Ledger | None = None, ranks: Ranks | None = None) -> np.ndarray:
+def run(engine: Any, evaluation: Evaluation, ledger: Ledger | None = None, plugins: Any = ()) -> np.ndarray:
     """Score and return the ledger's entries."""
     ledger = ledger or Ledger(len(evaluation.split))
-    score_text(engine, evaluation, ledger, ranks=ranks)
+    score_text(engine, evaluation, ledger, plugins=plugins)
     return ledger.entries.copy()
 
 
