@@ -224,7 +224,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
         box = condense(messages.getvalue()).rstrip(".")
         problem = options.unknown(arguments, known) or box + options.choice(arguments, known)
         raise UsageError(f"{problem} (see: skc {name}{' PRESET' if verb.first else ''} --help)") from None
-    return dataclasses.replace(parsed, given=tuple(options.given(arguments, known))) if verb.first else parsed
+    given = {"given": tuple(options.given(arguments, known))} if hasattr(parsed, "given") else {}
+    return dataclasses.replace(parsed, **given)
 
 
 @contextlib.contextmanager

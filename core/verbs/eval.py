@@ -1,13 +1,13 @@
 """Verb `skc eval PATH`: a run or an artifact is scored on validation text."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
+from tyro.conf import FlagConversionOff, Positional, Suppress
 
-from core.config import EvalConfig, RunConfig, from_json, to_json
+from core.config import RunConfig, from_json, to_json
 from core.engine.heartbeat import Heartbeat
 from core.engine.loading import choose_backend, load_engine
 from core.engine.memory import enough_memory
@@ -23,16 +23,16 @@ from core.verbs.common import (
     Outcome,
     Subject,
     check_tokenizer,
-    judged,
     open_named,
     open_subject,
     same_start,
 )
+from core.verbs.scoring_options import Unchecked, judged
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Options of `skc eval`; those left out are the run's own."""
+    """Options of `skc eval`; those left out are the run's own. --seq is short for --eval.seq, and others alike."""
 
     path: Positional[str]
     """Run folder (its checkpoint is scored) or artifact."""
@@ -52,19 +52,17 @@ class Eval:
     """What else has a part in the score: temperature, or package.module:Class; docs/legality.md has their settings."""
     ledger: str | None = None
     """Keep the cost of every target in this file, and go on from it if an evaluation was killed."""
+    eval: FlagConversionOff[Unchecked] = field(default_factory=Unchecked)
     step: int | None = None
     """Step of a checkpoint that train.keep_every kept; None: the last one."""
     backend: Backend = "auto"
     """auto: MLX on a Mac, PyTorch elsewhere, as installed."""
     dtype: DType | None = None
     """Compute type; None: bfloat16 on a GPU that has it (not M1, M2), else float32. float16: MLX only."""
+    given: Suppress[tuple[str, ...]] = ()
+    """Options that the command line has."""
     json: bool = False
     """Print one JSON object on stdout; everything else goes to stderr."""
-
-    def config(self, base: EvalConfig) -> EvalConfig:
-        """Return `base` with what was given replaced."""
-        documents = base.documents if self.documents is None else None if self.documents == "all" else self.documents
-        return dataclasses.replace(judged(base, self, self.path), documents=documents)
 
 
 def evaluate(options: Eval, context: Context) -> Outcome:
@@ -91,7 +89,7 @@ def _shared(ranks: Ranks, subject: Subject | None) -> Subject:
 
 def _evaluate(options: Eval, ranks: Ranks, context: Context) -> Outcome:
     subject = _shared(ranks, open_subject(options.path, options.data, options.step) if ranks.rank == 0 else None)
-    config = dataclasses.replace(subject.config, eval=options.config(subject.config.eval))
+    config = dataclasses.replace(subject.config, eval=judged(subject.config.eval, options, options.path))
     dataset = open_named(options.path, config, options.data, train=False)
     check_tokenizer(subject, dataset)
     choices = EngineOptions(dtype=options.dtype)
