@@ -9,6 +9,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from core.adapt.settings import AdaptConfig as AdaptConfig
+from core.adapt.settings import PhasesConfig as PhasesConfig
 from core.checks import ConfigError as ConfigError
 from core.checks import in_words, require_limits, require_text, whole_in_words
 from core.checks import require as require
@@ -62,6 +64,22 @@ class EvalConfig:
     plugins: tuple[str, ...] = ()
     """What else has a part in the score of the artifact: temperature, or package.module:Class (docs/legality.md); a
     setting is eval.plugins.NAME.field (temperature: prior, the weight of no change, in targets)."""
+    round: int = 8
+    """Forward passes, or batches of documents (eval.adapt), of a round: between two rounds ranks tell each other what
+    they scored, and what all of them share may change."""
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    phases: PhasesConfig = field(default_factory=PhasesConfig)
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything learns while the artifact is scored."""
+        return bool(self.plugins) or self.adapt.kind != "none"
+
+    def plain(self) -> "EvalConfig":
+        """Return these settings with nothing that learns."""
+        nothing = EvalConfig()
+        parts = {name: getattr(nothing, name) for name in ("plugins", "round", "adapt", "phases")}
+        return dataclasses.replace(self, **parts)
 
     def __post_init__(self) -> None:
         require_limits("eval", self, 2**31 - 1, batch=MOST_ROWS, seq=MOST_TOKENS, stride=MOST_TOKENS)
@@ -82,6 +100,39 @@ class EvalConfig:
             self.windows not in ("plain", "stateful") or self.stride in (None, self.seq),
             f"eval.stride={self.stride} has no meaning with eval.windows={self.windows}: take sliding or documents",
         )
+        self._check_learning()
+
+    def _check_learning(self) -> None:
+        """Raise ConfigError for adaptation that these windows cannot have."""
+        adapt = self.adapt
+        require(self.round >= 1, f"eval.round={self.round}: expected at least 1")
+        require(
+            self.learns or self.round == EvalConfig.round,
+            f"eval.round={self.round} changes nothing where nothing learns: leave it out, or set eval.plugins or "
+            "eval.adapt.kind",
+        )
+        strangers = [name for name in self.plugins if ":" in name]
+        require(
+            adapt.kind == "none" or not strangers,
+            f"eval.plugins={', '.join(strangers)} with eval.adapt.kind={adapt.kind}: plug-ins of your own are for "
+            "weights that stay as they are; leave one out",
+        )
+        if adapt.kind == "lora":
+            require(
+                self.windows in ("documents", "stateful"),
+                f"eval.adapt.kind=lora with eval.windows={self.windows}: adapters are those of a document; take "
+                "eval.windows=documents or stateful",
+            )
+            require(
+                adapt.chunk <= self.seq,
+                f"eval.adapt.chunk={adapt.chunk}: expected at most eval.seq={self.seq}, the longest window",
+            )
+            check_tokens("eval", adapt.documents, self.seq)
+        where = f"eval.adapt.kind=sgd with eval.windows={self.windows}: the state comes from earlier weights"
+        require(adapt.kind != "sgd" or self.windows != "stateful", f"{where}; take plain, sliding or documents")
+        where = f"eval.phases.at with eval.adapt.kind={adapt.kind}, eval.adapt.reset={adapt.reset}"
+        phased = adapt.kind == "lora" and adapt.reset == "document"
+        require(phased or not self.phases.at, f"{where}: phases come between documents with adapters (lora, document)")
 
 
 @dataclass(frozen=True)
