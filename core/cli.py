@@ -188,6 +188,7 @@ def _parse(name: str, arguments: list[str]) -> Any:
 
     from core import options
     from core.scoring.choices import folded
+    from core.verbs.scoring_options import of_kind
 
     verb = VERBS[name]
     kind = getattr(importlib.import_module(verb.module), verb.options)
@@ -201,6 +202,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
         if arguments and not arguments[0].startswith("-"):
             default = kind.named(arguments[0])
             arguments = arguments[1:]
+            if chosen := options.value_of(arguments, "--eval.adapt.kind"):
+                default = dataclasses.replace(default, eval=of_kind(default.eval, chosen))
         elif not wants_help:
             raise UsageError(
                 f"name a {verb.first} first: skc {name} PRESET [options]; known: {', '.join(presets.PRESETS)}"

@@ -69,7 +69,7 @@ class PresetOptions:
     model: FlagConversionOff[ModelConfig] = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: FlagConversionOff[TrainConfig] = field(default_factory=TrainConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: FlagConversionOff[EvalConfig] = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     given: Suppress[tuple[str, ...]] = ()
     """Options that the command line has; all others are the preset's."""

@@ -69,7 +69,12 @@ def judged(base: EvalConfig, options: Options, path: str) -> EvalConfig:
             given["stride"] = None
         elif windows == "sliding" and base.stride is None:
             given["stride"] = max(1, seq // STRIDES)
-    return changed(base, given)
+    return changed(of_kind(base, given.get("adapt.kind", base.adapt.kind)), given)
+
+
+def of_kind(config: EvalConfig, kind: str) -> EvalConfig:
+    """Return settings of which another kind of adaptation can be made: those of the old kind are at their defaults."""
+    return config if kind == config.adapt.kind else dataclasses.replace(config.plain(), plugins=config.plugins)
 
 
 def _given(options: Options) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Options: what was meant, how values may be spelled, what follows the data, what messages advise. Budget: 20 s."""
 
 import ast
+import dataclasses
 import functools
 import importlib
 import re
@@ -14,7 +15,7 @@ import pytest
 from core import presets
 from core.ablation.fields import flat, put
 from core.cli import VERBS, _parse, main
-from core.config import ConfigError, EvalConfig, RunConfig, changed, from_json, to_json
+from core.config import AdaptConfig, ConfigError, EvalConfig, RunConfig, changed, from_json, to_json
 from core.data.tokenizer_training import train_tokenizer
 from core.engine.loading import choose_backend
 from core.model.upgrade import MOVED
@@ -244,6 +245,25 @@ def test_two_spellings_of_one_setting_agree(capsys: Capture) -> None:
             scoring(*words, base=base)
     line = "--eval.documents 9: an audit is of the whole text, or of its first --tokens N"
     assert line in refuse(capsys, "audit", "run", "--eval.documents", "9")
+
+
+def test_another_kind_of_adaptation_starts_from_its_own_defaults() -> None:
+    """What the old kind alone has would be refused: nobody should have to take a preset's twelve settings back."""
+    base = presets.get("pr1855").config.eval
+    assert base.phases.at and base.adapt.rank == 80
+    none = scoring("--eval.adapt.kind", "none", base=base)
+    assert none == base.plain() and not none.learns
+    sgd = scoring("--eval.adapt.kind=sgd", "--eval.adapt.lr", "0.1", base=base)
+    assert sgd == dataclasses.replace(base.plain(), adapt=AdaptConfig(kind="sgd", lr=0.1))
+    more = scoring("--eval.adapt.kind", "lora", "--eval.adapt.rank", "4", base=base)
+    assert more == changed(base, {"adapt.rank": 4})
+    for words in (["--eval.adapt.kind", "none"], ["--eval.adapt.kind=none"]):
+        assert _parse("train", ["pr1855", *words]).config().eval == none
+    values = to_json(presets.get("pr1855").config)
+    put(values, "eval.adapt.kind", "none", "file")
+    assert from_json(RunConfig, values).eval == none
+    with pytest.raises(ConfigError, match="^eval.adapt.rank=4 changes nothing"):
+        scoring("--eval.adapt.kind", "none", "--eval.adapt.rank", "4", base=base)
 
 
 # What messages advise.
