@@ -17,6 +17,7 @@ from core.scoring.key import evaluation_key
 from core.scoring.ledger import Ledger
 from core.scoring.plugins import load_plugins
 from core.scoring.score import Score, score
+from core.scoring.tally import Tally
 from core.training.calibrate import moments_of
 from core.training.loop import write_samples
 from core.training.report import write_run_report
@@ -186,20 +187,21 @@ def final_score(
     """
     evaluation = Evaluation.of(dataset.val, config, config.eval.documents, plugins)
     used = load_plugins(config.eval.plugins) if plugins else ()  # first: a wrong name must not open a ledger
-    book = None
-    if ledger is not None:
+    if ledger is None:
+        book = Ledger(len(dataset.val))
+    else:
         key = evaluation_key(engine, dataset, config, evaluation.plugins)
         book = Ledger.open(ledger, len(dataset.val), key, anew=not keep)
-    if book is not None and book.writes:
+    if book.writes:
         say(f"{label} goes on from {ledger}: {book.writes} forward passes are in it")
+    progress = say.progress(label, Tally(book, dataset.val))
     try:
-        result = score(engine, evaluation, book, plugins=used, progress=say.progress(label), ranks=engine.ranks)
+        result = score(engine, evaluation, book, plugins=used, progress=progress, ranks=engine.ranks)
     except BaseException:
-        if book is not None:
-            book.close()
+        book.close()
         raise
-    if book is not None:
-        book.close(delete=not keep)
+    book.close(delete=not keep)
+    if ledger is not None:
         Path(f"{ledger}.plugins").unlink(missing_ok=True)
     return result
 

@@ -50,6 +50,8 @@ class Context(NamedTuple):
     """The command line, as it could be typed again."""
     load: Callable[..., Engine] = load_engine
     """How `skc train` gets its engine; the worker of an ablation hands out the same one for every seed."""
+    began: float = 0.0
+    """When the program began, by time.monotonic."""
 
 
 class Outcome(NamedTuple):
