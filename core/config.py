@@ -128,8 +128,14 @@ class EvalConfig:
                 f"eval.adapt.chunk={adapt.chunk}: expected at most eval.seq={self.seq}, the longest window",
             )
             check_tokens("eval", adapt.documents, self.seq)
-        where = f"eval.adapt.kind=sgd with eval.windows={self.windows}: the state comes from earlier weights"
-        require(adapt.kind != "sgd" or self.windows != "stateful", f"{where}; take plain, sliding or documents")
+        where = f"eval.adapt.kind=sgd with eval.windows={self.windows}"
+        where_state = f"{where}: the state comes from earlier weights; take plain, sliding or documents"
+        require(adapt.kind != "sgd" or self.windows != "stateful", where_state)
+        require(
+            adapt.kind != "sgd" or adapt.reset == "never" or self.windows == "documents",
+            f"{where} and eval.adapt.reset=document: windows read several documents; take eval.adapt.reset=never, or "
+            "eval.windows=documents",
+        )
         where = f"eval.phases.at with eval.adapt.kind={adapt.kind}, eval.adapt.reset={adapt.reset}"
         phased = adapt.kind == "lora" and adapt.reset == "document"
         require(phased or not self.phases.at, f"{where}: phases come between documents with adapters (lora, document)")

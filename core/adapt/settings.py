@@ -8,9 +8,9 @@ from core.checks import require, require_least, require_limits
 from core.train_config import MOST_ROWS, MOST_TOKENS
 
 LARGEST_COUNT = 2**31 - 1
-SHARED = ("kind", "chunk", "steps", "lr", "decay", "clip", "schedule")
+SHARED = ("kind", "chunk", "steps", "lr", "decay", "clip", "schedule", "reset")
 """Settings that both kinds have."""
-LORA = ("rank", "alpha", "sites", "layers", "rule", "warm_a", "reset", "documents", "order")
+LORA = ("rank", "alpha", "sites", "layers", "rule", "warm_a", "documents", "order")
 SGD = ("params", "frozen")
 ADAMW = ("beta1", "beta2", "eps")
 
@@ -56,7 +56,8 @@ class AdaptConfig:
     """A new document's adapters begin with the A that the last document of their row left in the round before (lora);
     B and the moments are always cleared."""
     reset: Literal["document", "never"] = "document"
-    """never: one stream of documents whose adapters learn on, in eval.adapt.documents=1 row (lora)."""
+    """document: every document begins with new adapters, or with the weights as they were; never: what was learned
+    stays, and adapters are those of one stream of documents, in eval.adapt.documents=1 row."""
     documents: int = 64
     """Documents side by side, each with its own adapters (lora)."""
     order: Literal["text", "length"] = "text"
