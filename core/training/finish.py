@@ -71,9 +71,10 @@ def finish(
         say(f"wrote {path}")
         return {**value, "samples": [], "files": [str(path)]}
     run.log(step, {"final/score": scored.to_json(), "final/artifact": exported})
-    if config.eval.plugins:
-        named = f"scoring with {', '.join(config.eval.plugins)}"
-        helped = judge(named, "plugins.ledger", plugins=True)
+    if config.eval.learns:
+        kind = config.eval.adapt.kind
+        parts = [*config.eval.plugins, *([kind] if kind != "none" else [])]
+        helped = judge(f"scoring with {', '.join(parts)}", "plugins.ledger", plugins=True)
         say(f"{describe(helped)} (artifact)")
         run.log(step, {"final/plugins": helped.to_json()})
         value["plugins"] = helped.to_json()
@@ -180,7 +181,7 @@ def final_score(
     plugins: bool = False,
     keep: bool = False,
 ) -> Score:
-    """Score as config.eval says, with progress; with its plug-ins if `plugins`.
+    """Score as config.eval says, with progress; with its plug-ins and adaptation if `plugins`.
 
     With `ledger` a killed evaluation goes on from that file, which is deleted at the end unless `keep`: a kept file is
     the user's and LedgerError says so if it is of another evaluation, another one is replaced.
@@ -190,7 +191,7 @@ def final_score(
     if ledger is None:
         book = Ledger(len(dataset.val))
     else:
-        key = evaluation_key(engine, dataset, config, evaluation.plugins)
+        key = evaluation_key(engine, dataset, config, evaluation.plugins or evaluation.adapts)
         book = Ledger.open(ledger, len(dataset.val), key, anew=not keep)
     if book.writes:
         say(f"{label} goes on from {ledger}: {book.writes} forward passes are in it")
@@ -211,7 +212,8 @@ def describe(score: Score) -> str:
     spread = f" ± {score.error:.4f}" if score.error else ""
     what = "all" if score.full else f"{score.documents} of {score.total_documents}"
     how = f"rule {score.byte_rule}, {what} documents, {score.windows}"
-    how += f", with {', '.join(score.plugins)}" if score.plugins else ""
+    learned = [*score.plugins, *([score.adaptation] if score.adaptation else [])]
+    how += f", with {', '.join(learned)}" if learned else ""
     if score.byte_rule == "table" and score.bpb_raw is not None and score.bpb_raw > score.bpb:
         how += f"; {score.bpb_raw:.4f} per byte of the raw text, of which the table counts more than there are"
     return f"{score.label} {score.bpb:.4f}{spread} bits per byte ({how})"

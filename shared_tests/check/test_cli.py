@@ -162,7 +162,7 @@ def test_eval_of_run_and_artifact_agree_with_the_report(trained: Path, capsys: C
 def test_eval_says_what_learning_gains_and_how_long_it_took(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     began = time.monotonic()
     asked = ["eval", str(trained), "--backend", "cuda", "--eval.seq", "512"]
-    learning = ["--gain", "2", "--eval.plugins.temperature.prior", "9"]
+    learning = ["--gain", "2", "--eval.plugins.temperature.prior", "9", "--eval.round", "1", "--batch", "4"]
     value = call(capsys, *asked, *learning)
     gain = value["gain"]
     assert gain["after"] == value["score"] and gain["after"]["plugins"] == ["temperature(prior=9)"]
