@@ -115,14 +115,9 @@ class EvalConfig:
         )
         strangers = [name for name in self.plugins if ":" in name]
         require(
-            adapt.kind != "lora" or not strangers,
-            f"eval.plugins={', '.join(strangers)} with eval.adapt.kind=lora: plug-ins of your own are for weights that "
-            "stay as they are; leave one out",
-        )
-        require(
-            adapt.kind != "sgd" or not self.plugins,
-            f"eval.plugins={', '.join(self.plugins)} with eval.adapt.kind=sgd: predictions change between rounds, and "
-            "one stream has none; leave one out",
+            adapt.kind == "none" or not strangers,
+            f"eval.plugins={', '.join(strangers)} with eval.adapt.kind={adapt.kind}: plug-ins of your own are for "
+            "weights that stay as they are; leave one out",
         )
         if adapt.kind == "lora":
             require(

@@ -90,7 +90,10 @@ class Rows:
         if self._chunk is None:
             raise LedgerError("adapters are to learn from a chunk that was not scored, or twice from one", "D9")
         positions, kept = self._chunk.view.positions, self._chunk.view.kept
-        shares, places = np.zeros(kept.shape), {number: row for row, number in enumerate(self.numbers) if number}
+        shares, places = (
+            np.zeros(kept.shape),
+            {number: row for row, number in enumerate(self.numbers.tolist()) if number},
+        )
         ranges: dict[int, list[Scored]] = {}
         for one in scored:
             ranges.setdefault(one.row, []).append(one)
