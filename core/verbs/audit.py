@@ -45,7 +45,7 @@ class Audit:
     batch: int | None = None
     """Windows per forward pass."""
     plugins: tuple[str, ...] | None = None
-    """What else has a part in the score: temperature, or package.module:Class; docs/legality.md has their settings."""
+    """What else has a part in the score: temperature, counts, or package.module:Class; docs/legality.md says more."""
     flips: int = 4
     """Tokens that the flip test changes."""
     seed: int = 0

@@ -49,7 +49,7 @@ class Eval:
     batch: int | None = None
     """Windows per forward pass."""
     plugins: tuple[str, ...] | None = None
-    """What else has a part in the score: temperature, or package.module:Class; docs/legality.md has their settings."""
+    """What else has a part in the score: temperature, counts, or package.module:Class; docs/legality.md says more."""
     ledger: str | None = None
     """Keep the cost of every target in this file, and go on from it if an evaluation was killed."""
     step: int | None = None
