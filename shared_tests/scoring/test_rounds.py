@@ -10,7 +10,7 @@ import pytest
 
 from core.engine.ranks import Alone
 from core.scoring import session
-from core.scoring.counts import Counts
+from core.scoring.counts import Counts, CountTable
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.predictions import Prediction, View
@@ -125,6 +125,20 @@ def test_the_flip_test_sees_a_table_that_learns_too_soon() -> None:
     rounds = rounds_of(text(), config)
     targets = np.arange(1, len(rounds) + 1)
     assert (before["nats"] != after["nats"])[(rounds == rounds[59]) & (targets < 60)].any()
+
+
+def test_the_table_does_not_know_how_the_text_was_cut() -> None:
+    """Neither windows nor rounds fabricate or lose an n-gram: what is learned is that of the text in one piece."""
+    dataset, states = text(), []
+    whole = CountTable((1, 2, 3), VOCAB, BOS)
+    whole.count([(dataset.val.tokens, 1)])
+    for windows in CUTS:
+        for changes in ({}, {"seq": 9, "stride": 4 if windows == "sliding" else None}):
+            plugin = Counts(Counts.Settings("1-3"))
+            scored(dataset, dataclasses.replace(settings(windows, "backoff"), **changes), plugins=[plugin])
+            states.append(plugin.state())
+    for state in states:
+        assert all(np.array_equal(state[name], values) for name, values in whole.state().items())
 
 
 class Together:
