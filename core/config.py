@@ -64,8 +64,8 @@ class EvalConfig:
     seed: int = 0
     """Seed of the draw of documents: not the run's, so that runs of other seeds are judged on the same text."""
     plugins: tuple[str, ...] = ()
-    """What else has a part in the score of the artifact: temperature, or package.module:Class (docs/legality.md); a
-    setting is eval.plugins.NAME.field (temperature: prior, the weight of no change, in targets)."""
+    """What else has a part in the score of the artifact: temperature, counts, or package.module:Class
+    (docs/legality.md); a setting is eval.plugins.NAME.field (temperature: prior; counts: rule, orders, k, ...)."""
     round: int = 8
     """Forward passes, or batches of documents (eval.adapt), of a round: between two rounds ranks tell each other what
     they scored, and what all of them share may change."""

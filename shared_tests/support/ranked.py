@@ -37,6 +37,7 @@ from core.engine.ranks import (
     join,
     share,
 )
+from core.scoring.counts import Counts
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 from core.scoring.plugins import Temperature
@@ -179,7 +180,8 @@ def scores(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
             made = score(engine, Evaluation(dataset.val, settings, drawn), ranks=ranks)
             found[f"{windows} {drawn}"] = made.to_json()
     settings = EvalConfig(seq=24, batch=3, plugins=("temperature", "shared_tests.support.plugin_examples:Adaptation"))
-    for plugin in (Temperature(), Adaptation(24)):  # what learns, and what trains
+    settings = dataclasses.replace(settings, round=2)
+    for plugin in (Temperature(), Counts(), Adaptation(24)):  # what learns between rounds, and what trains
         made = score(engine, Evaluation(dataset.val, settings, 7, plugins=True), ranks=ranks, plugins=[plugin])
         found[type(plugin).__name__] = made.to_json()
     adapt = AdaptConfig("lora", rank=2, lr=0.02, chunk=8, documents=1, warm_a=True)
