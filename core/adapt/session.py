@@ -20,10 +20,13 @@ from core.formats.tensors import read_tensors, write_tensors
 from core.model.adapters import AdapterSpec
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError, Scored
-from core.scoring.predictions import Prediction, Predictor, predict
+from core.scoring.predictions import Prediction, Predictor, Reader, predict
 from core.scoring.session import MAX_SNAPSHOT, SNAPSHOT_EVERY, Progress, Watch
 
 COLUMNS = ("nats", "version", "row")
+"""Fields of the ledger that ranks tell each other."""
+OFTEN = 2000
+"""Passes from which on it pays to compile for them, as in plain scoring."""
 
 
 class Adaptation:
@@ -52,6 +55,8 @@ class Adaptation:
         self._rows = min(self._adapt.documents, len(documents.begin))
         self._rounds = rounds_of(documents, self._rows, self._config.round)
         self._chunks = int(chunks_in(documents.targets, self._adapt.chunk).sum())
+        longest = (int(chunks_in(batch.targets, self._adapt.chunk).max()) for one in self._rounds for batch in one)
+        self._often = sum(longest) >= OFTEN
         per_round = self._rows * self._config.round
         self._phases = {
             phase.round: phase.documents for phase in planned_phases(self._config.phases, documents.targets, per_round)
@@ -69,7 +74,7 @@ class Adaptation:
         self._saved = time.monotonic()
         self._path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
         for predictor in self._predictors:
-            predictor.start(evaluation.split)
+            predictor.start(Reader(evaluation.split, ledger))
         self._share_ledger()
 
     def run(self, progress: Progress | None = None) -> None:
@@ -111,7 +116,7 @@ class Adaptation:
             chunk = chunk_of(self._evaluation.split, batch, self._rows, number, self._config)
             self._number += 1
             watched = self._watch is not None and self._watch.wants(self._number)
-            tape = rows.run(chunk, self._prediction(chunk, watched), state)
+            tape = rows.run(chunk, self._prediction(chunk, watched), state, self._often)
             scored = self._enter(rows, chunk, tape, watched)
             following = number + 1 < chunks.max()
             after = engine.commit(tape, chunk.used) if state is not None and following else None
@@ -125,12 +130,12 @@ class Adaptation:
 
     def _adapters(self, slot: int, batch: Documents) -> Rows:
         """Return the adapters of a batch: new ones, numbered by its documents, or those that are never reset."""
+        given = self._engine, self._ledger, self._spec
         if self._adapt.reset == "never":
-            self._stream = self._stream or Rows(self._engine, self._ledger, self._spec, np.ones(1, np.int64), 0)
+            text = Documents(*(np.array([n], np.int64) for n in (0, len(self._evaluation.split) - 1, 0)))
+            self._stream = self._stream or Rows(*given, text, 1, 0)
             return self._stream
-        numbers = np.zeros(self._rows, np.int64)
-        numbers[: len(batch.number)] = batch.number + 1
-        return Rows(self._engine, self._ledger, self._spec, numbers, slot, self._warm.get(slot))
+        return Rows(*given, batch, self._rows, slot, self._warm.get(slot))
 
     def _taught(self, rows: Rows, chunk: Chunk, scored: Sequence[Scored]) -> list[Scored]:
         """Return what is worth learning from: after the last chunk of a document nothing is scored any more."""
@@ -194,7 +199,7 @@ class Adaptation:
     def _phase(self, documents: Documents) -> None:
         """Let the weights learn from the first documents, on all ranks together; the next adapters are new ones."""
         weights, config = self._loose(), self._config.phases
-        learn_phase(weights, self._ledger, documents.begin, documents.begin + documents.targets, config)
+        learn_phase(weights, self._ledger, documents.begin, documents.end, config)
 
     def _loose(self) -> LooseWeights:
         """Return the weights that learn in phases, which keep their first values until then."""

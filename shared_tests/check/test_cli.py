@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +157,25 @@ def test_eval_of_run_and_artifact_agree_with_the_report(trained: Path, capsys: C
     assert (
         sliding["score"]["windows"].endswith("stride=32") and sliding["score"]["targets"] == of_run["score"]["targets"]
     )
+
+
+def test_eval_says_what_learning_gains_and_how_long_it_took(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    began = time.monotonic()
+    asked = ["eval", str(trained), "--backend", "cuda", "--eval.seq", "512"]
+    learning = ["--gain", "2", "--eval.plugins.temperature.prior", "9", "--eval.round", "1", "--batch", "4"]
+    value = call(capsys, *asked, *learning)
+    gain = value["gain"]
+    assert gain["after"] == value["score"] and gain["after"]["plugins"] == ["temperature(prior=9)"]
+    assert gain["before"]["documents"] == gain["after"]["documents"] == 2 and not gain["before"]["plugins"]
+    assert gain["difference"] == pytest.approx(gain["after"]["bpb"] - gain["before"]["bpb"], abs=1e-12)
+    assert gain["error"] > 0
+    seconds = value["seconds"]
+    assert sum(gain["seconds"]) < seconds["timer"] < seconds["strict"] < time.monotonic() - began
+    assert seconds["limit"] == seconds["training_limit"] == 600
+    assert seconds["training"] == Run.open(trained).last("clock/seconds")
+    line = refuse(capsys, *asked, *learning, "--ledger", str(tmp_path / "book"))
+    assert "--gain 2 makes two scores of so many documents: leave out --ledger" in line
+    assert "nothing can be gained" in refuse(capsys, *asked, "--gain", "2")
 
 
 @pytest.mark.pair

@@ -302,5 +302,9 @@ class ThreadRank(NamedTuple):
     def gather(self, value: np.ndarray) -> list[np.ndarray]:
         return [each.copy() for each in self.talk.everyone(self.rank, value)]
 
+    def sum(self, value: Any) -> Any:
+        """Return the sum of the ranks' arrays of a backend."""
+        return sum(self.talk.everyone(self.rank, value))
+
     def close(self) -> None:
         pass

@@ -47,7 +47,8 @@ def moments(logits: np.ndarray, targets: np.ndarray, prediction: Prediction) -> 
 class HostTape:
     """A forward pass whose predictions are changed on the host."""
 
-    def __init__(self, logits: np.ndarray, targets: np.ndarray, prediction: Prediction) -> None:
+    def __init__(self, logits: np.ndarray, tokens: np.ndarray, targets: np.ndarray, prediction: Prediction) -> None:
+        self.tokens = tokens
         self._logits, self._targets, self._prediction = logits, targets, prediction
 
     def logprobs(self) -> np.ndarray:
@@ -68,4 +69,4 @@ class HostPredictions:
         """Score changed predictions."""
         engine: Any = self
         logits = engine.logits(tokens) if state is None else engine.chunk(state, tokens).logits()
-        return HostTape(logits, targets, prediction)
+        return HostTape(logits, tokens, targets, prediction)
