@@ -22,6 +22,7 @@ def test_the_records_boundaries() -> None:
     phases = planned_phases(config, np.full(50_000, 800), 512)
     assert phases == (Phase(2, 833), Phase(4, 1666), Phase(5, 2500))
     assert planned_phases(PhasesConfig(at=(0.5,), chunk=10), np.full(8, 10), 4) == (Phase(1, 4),)
+    assert planned_phases(PhasesConfig(at=(0.29,), chunk=10), np.full(100, 10), 32) == (Phase(1, 29),)  # not 28.99...
     assert planned_phases(PhasesConfig(), np.full(8, 10), 4) == ()
 
 
