@@ -9,11 +9,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from core.adapt.scopes import loose_names
 from core.adapt.settings import AdaptConfig as AdaptConfig
 from core.adapt.settings import PhasesConfig as PhasesConfig
 from core.checks import ConfigError as ConfigError
 from core.checks import in_words, require_limits, require_text, whole_in_words
 from core.checks import require as require
+from core.model.adapters import chosen_sites
 from core.model.config import ModelConfig as ModelConfig
 from core.model.params import param_table
 from core.model.storage import gridded, storage_class
@@ -222,6 +224,13 @@ class RunConfig:
             "eval.windows=stateful with packed documents would keep the keys of every token of the text: "
             "take sliding ones",
         )
+        adapt, phases = self.eval.adapt, self.eval.phases  # now: not after the training
+        if adapt.kind == "lora":
+            chosen_sites(self.model, adapt)
+        if adapt.kind == "sgd":
+            loose_names(self.model, adapt.params, adapt.frozen)
+        elif phases.at:
+            loose_names(self.model, phases.params, where="eval.phases")
         if self.train.consistency:
             self._check_consistency()
         self._check_rounding()

@@ -22,6 +22,11 @@ class Documents(NamedTuple):
     targets: np.ndarray  # (documents,) int64: the last one is the next document's BOS
     number: np.ndarray  # (documents,) int64: place in the order of scoring, from 0
 
+    @property
+    def end(self) -> np.ndarray:
+        """(documents,) int64: place of the last target."""
+        return self.begin + self.targets
+
     def take(self, index: slice | np.ndarray) -> "Documents":
         """Return some of the documents."""
         return Documents(*(side[index] for side in self))

@@ -5,38 +5,60 @@ from typing import Any
 
 import numpy as np
 
-from core.adapt.documents import Chunk
+from core.adapt.documents import Chunk, Documents
 from core.config import AdaptConfig
-from core.engine.protocol import AdaptStep, Arrays
+from core.engine.protocol import AdaptStep, Arrays, State
 from core.model.adapters import AdapterSpec
 from core.scoring.ledger import Ledger, LedgerError, Scored
+from core.scoring.predictions import Prediction
 
 
 class Rows:
     """Adapters, one set for each row: they score a chunk of every document, and learn from it once it is entered.
 
     What is trained on is read from `Scored` ranges alone, and `Ledger.advance` takes those of a row only from the row's
-    adapters as they are now. Nothing else here changes adapters, and the rows of a batch begin with new ones.
+    adapters as they are now. Nothing else changes adapters; those of a document score no other one, and begin anew.
     """
 
     def __init__(
-        self, engine: Any, ledger: Ledger, spec: AdapterSpec, numbers: np.ndarray, slot: int, a: Arrays | None = None
+        self,
+        engine: Any,
+        ledger: Ledger,
+        spec: AdapterSpec,
+        documents: Documents,
+        rows: int,
+        slot: int,
+        a: Arrays | None = None,
     ) -> None:
         self._engine, self._ledger = engine, ledger
-        self.numbers = numbers
-        """(rows,) int64: the ledger's numbers of the rows; 0: a row that is not in use."""
-        self.version = np.zeros(len(numbers), np.int64)
+        self.numbers, self._begin, self._end = (np.zeros(rows, np.int64) for _ in range(3))
+        self.numbers[: len(documents.number)] = documents.number + 1  # the ledger's; 0: a row that is not in use
+        self._begin[: len(documents.begin)], self._end[: len(documents.begin)] = documents.begin, documents.end
+        self.version = np.zeros(rows, np.int64)
         """(rows,) int64: how many chunks each row has learned from."""
-        self._taken = np.zeros(len(numbers), np.int64)
-        self._adapters = engine.adapters(spec, len(numbers), slot, a)
+        self._taken = np.zeros(rows, np.int64)
+        self._adapters = engine.adapters(spec, rows, slot, a)
         self._chunk: Chunk | None = None
         self._tape: Any = None
-        self._state: Any = None
+        self._state: State | None = None
+        self._often = False
 
-    def run(self, chunk: Chunk, prediction: Any, state: Any) -> Any:
-        """Return the tape of a chunk, from `state` on where there is one: one forward pass for score and gradient."""
-        given = chunk.view.tokens, chunk.targets, prediction, state
-        self._chunk, self._state, self._tape = chunk, state, self._engine.adapted(self._adapters, *given)
+    def run(self, chunk: Chunk, prediction: Prediction | None, state: State | None, often: bool = False) -> Any:
+        """Return the tape of a chunk, from `state` on where there is one: one forward pass for score and gradient.
+
+        `often`: so many passes will come that compiling for them pays. LedgerError for a row of another document.
+        """
+        positions = chunk.view.positions
+        beyond = chunk.view.kept & ~((positions > self._begin[:, None]) & (positions <= self._end[:, None]))
+        if beyond.any():
+            row = int(np.argmax(beyond.any(axis=1)))
+            raise LedgerError(
+                f"target {positions[row][beyond[row]][0]} is not of the document of row {self.numbers[row]}, whose "
+                "adapters are reset at its end",
+                "D9",
+            )
+        self._chunk, self._state, self._often = chunk, state, often
+        self._tape = self._adapted(prediction)
         return self._tape
 
     def learn(self, scored: Sequence[Scored], adapt: AdaptConfig, lr: np.ndarray) -> None:
@@ -47,14 +69,17 @@ class Rows:
         shares = self._shares(scored)
         for again in range(adapt.steps if shares.any() else 0):
             if again:
-                assert self._chunk is not None
-                given = self._chunk.view.tokens, self._chunk.targets, None, self._state
-                self._tape = self._engine.adapted(self._adapters, *given)
+                self._tape = self._adapted(None)
             constants = {name: getattr(adapt, name) for name in ("rule", "beta1", "beta2", "eps", "decay", "momentum")}
             step = AdaptStep(**constants, lr=lr, clip=adapt.clip, taken=self._taken)
             self._adapters = self._engine.adapt(self._tape, shares, step)
             self._taken = self._taken + shares.any(axis=1)
         self._chunk = self._tape = self._state = None
+
+    def _adapted(self, prediction: Prediction | None) -> Any:
+        assert self._chunk is not None
+        given = self._chunk.view.tokens, self._chunk.targets, prediction, self._state, self._often
+        return self._engine.adapted(self._adapters, *given)
 
     def a(self) -> Arrays:
         """Return A by site: what the next round's adapters of this slot may begin with."""
@@ -65,7 +90,10 @@ class Rows:
         if self._chunk is None:
             raise LedgerError("adapters are to learn from a chunk that was not scored, or twice from one", "D9")
         positions, kept = self._chunk.view.positions, self._chunk.view.kept
-        shares, places = np.zeros(kept.shape), {number: row for row, number in enumerate(self.numbers) if number}
+        shares, places = (
+            np.zeros(kept.shape),
+            {number: row for row, number in enumerate(self.numbers.tolist()) if number},
+        )
         ranges: dict[int, list[Scored]] = {}
         for one in scored:
             ranges.setdefault(one.row, []).append(one)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from core.checks import ConfigError, closest, in_words, require
-from core.config import ModelConfig
+from core.model.config import ModelConfig
 from core.model.params import param_table
 
 SCALES = (

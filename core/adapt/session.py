@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from core.adapt.documents import Chunk, Documents, chunk_of, chunks_in, documents_of, rounds_of
+from core.adapt.phases import learn_phase, planned_phases
 from core.adapt.rows import Rows
+from core.adapt.weights import LooseWeights
 from core.engine.protocol import Arrays
 from core.engine.ranks import Alone, Ranks, agree, share_arrays
 from core.files import parse_json, sweep
@@ -18,10 +20,13 @@ from core.formats.tensors import read_tensors, write_tensors
 from core.model.adapters import AdapterSpec
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError, Scored
-from core.scoring.predictions import Prediction, Predictor, predict
+from core.scoring.predictions import Prediction, Predictor, Reader, predict
 from core.scoring.session import MAX_SNAPSHOT, SNAPSHOT_EVERY, Progress, Watch
 
 COLUMNS = ("nats", "version", "row")
+"""Fields of the ledger that ranks tell each other."""
+OFTEN = 2000
+"""Passes from which on it pays to compile for them, as in plain scoring."""
 
 
 class Adaptation:
@@ -50,7 +55,15 @@ class Adaptation:
         self._rows = min(self._adapt.documents, len(documents.begin))
         self._rounds = rounds_of(documents, self._rows, self._config.round)
         self._chunks = int(chunks_in(documents.targets, self._adapt.chunk).sum())
-        self._alike = not self._adapt.warm_a and not self._predictors and self._adapt.reset == "document"
+        longest = (int(chunks_in(batch.targets, self._adapt.chunk).max()) for one in self._rounds for batch in one)
+        self._often = sum(longest) >= OFTEN
+        per_round = self._rows * self._config.round
+        self._phases = {
+            phase.round: phase.documents for phase in planned_phases(self._config.phases, documents.targets, per_round)
+        }
+        self._documents, self._weights = documents, None
+        shared = self._adapt.warm_a or bool(self._predictors) or bool(self._phases)
+        self._alike = not shared and self._adapt.reset == "document"
         """Whether every round begins alike, so that a batch needs nothing of those before it."""
         self._stream: Rows | None = None
         """The adapters that are never reset."""
@@ -61,20 +74,24 @@ class Adaptation:
         self._saved = time.monotonic()
         self._path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
         for predictor in self._predictors:
-            predictor.start(evaluation.split)
+            predictor.start(Reader(evaluation.split, ledger))
         self._share_ledger()
-        self._first = self._restored()
 
     def run(self, progress: Progress | None = None) -> None:
         """Score every target that is not in the ledger; repeat what has to be."""
-        for number, batches in enumerate(self._rounds):
-            if number < self._first or (self._alike and all(map(self._finished, batches))):
-                self._done += sum(map(self._length, batches))
-                continue
-            for slot, batch in enumerate(batches):
-                if self._owner(slot) == self._ranks.rank and not (self._alike and self._finished(batch)):
-                    self._batch(slot, batch, progress)
-            self._end_round(number, batches)
+        try:
+            first = self._restored()
+            for number, batches in enumerate(self._rounds):
+                if number < first or (self._alike and all(map(self._finished, batches))):
+                    self._done += sum(map(self._length, batches))
+                    continue
+                for slot, batch in enumerate(batches):
+                    if self._owner(slot) == self._ranks.rank and not (self._alike and self._finished(batch)):
+                        self._batch(slot, batch, progress)
+                self._end_round(number, batches)
+        finally:
+            if self._weights is not None:
+                self._weights.close()
         if self._path is not None and self._ledger.complete():
             self._path.unlink(missing_ok=True)
 
@@ -99,7 +116,7 @@ class Adaptation:
             chunk = chunk_of(self._evaluation.split, batch, self._rows, number, self._config)
             self._number += 1
             watched = self._watch is not None and self._watch.wants(self._number)
-            tape = rows.run(chunk, self._prediction(chunk, watched), state)
+            tape = rows.run(chunk, self._prediction(chunk, watched), state, self._often)
             scored = self._enter(rows, chunk, tape, watched)
             following = number + 1 < chunks.max()
             after = engine.commit(tape, chunk.used) if state is not None and following else None
@@ -113,12 +130,12 @@ class Adaptation:
 
     def _adapters(self, slot: int, batch: Documents) -> Rows:
         """Return the adapters of a batch: new ones, numbered by its documents, or those that are never reset."""
+        given = self._engine, self._ledger, self._spec
         if self._adapt.reset == "never":
-            self._stream = self._stream or Rows(self._engine, self._ledger, self._spec, np.ones(1, np.int64), 0)
+            text = Documents(*(np.array([n], np.int64) for n in (0, len(self._evaluation.split) - 1, 0)))
+            self._stream = self._stream or Rows(*given, text, 1, 0)
             return self._stream
-        numbers = np.zeros(self._rows, np.int64)
-        numbers[: len(batch.number)] = batch.number + 1
-        return Rows(self._engine, self._ledger, self._spec, numbers, slot, self._warm.get(slot))
+        return Rows(*given, batch, self._rows, slot, self._warm.get(slot))
 
     def _taught(self, rows: Rows, chunk: Chunk, scored: Sequence[Scored]) -> list[Scored]:
         """Return what is worth learning from: after the last chunk of a document nothing is scored any more."""
@@ -172,9 +189,24 @@ class Adaptation:
             self._exchange(_targets(own))
             self._done = sum(self._length(batch) for batches in self._rounds[: number + 1] for batch in batches)
         self._teach(batches)
-        due = self._path is not None and time.monotonic() - self._saved > SNAPSHOT_EVERY
-        if not self._alike and self._adapt.reset == "document" and agree(self._ranks, due):
+        documents = self._phases.get(number + 1)
+        if documents is not None:
+            self._phase(self._documents.take(slice(documents)))
+        due = documents is not None or time.monotonic() - self._saved > SNAPSHOT_EVERY
+        if not self._alike and self._adapt.reset == "document" and agree(self._ranks, due and self._path is not None):
             self._snapshot(number + 1)
+
+    def _phase(self, documents: Documents) -> None:
+        """Let the weights learn from the first documents, on all ranks together; the next adapters are new ones."""
+        weights, config = self._loose(), self._config.phases
+        learn_phase(weights, self._ledger, documents.begin, documents.end, config)
+
+    def _loose(self) -> LooseWeights:
+        """Return the weights that learn in phases, which keep their first values until then."""
+        if self._weights is None:
+            given = self._evaluation.split, self._ledger, self._config.seq, self._evaluation.loose
+            self._weights = LooseWeights(self._engine, *given)
+        return self._weights
 
     def _teach(self, batches: list[Documents]) -> None:
         """Let the predictors learn from a round, batch by batch and pass by pass: alike for any number of ranks."""
@@ -210,6 +242,9 @@ class Adaptation:
         arrays = {f"a/{slot}/{site}": a for slot, sites in self._everyones_a().items() for site, a in sites.items()}
         for i, predictor in enumerate(self._predictors):
             arrays |= {f"predictor/{i}/{name}": np.ascontiguousarray(v) for name, v in predictor.state().items()}
+        if self._weights is not None:
+            side = f"loose/{self._weights.version}"
+            arrays |= {f"{side}/{name}": np.ascontiguousarray(v) for name, v in self._weights.state().items()}
         self._saved = time.monotonic()
         if self._path is None or sum(array.nbytes for array in arrays.values()) > MAX_SNAPSHOT:
             return
@@ -236,12 +271,17 @@ class Adaptation:
         """Take back the last copy and return the round to go on with, from 0."""
         rounds, arrays = self._read_snapshot() if self._ranks.rank == 0 else (0, {})
         rounds = agree(self._ranks, rounds)
-        states: dict[int, Arrays] = {}
+        sides: dict[tuple[str, int], Arrays] = {}
         for name, values in (share_arrays(self._ranks, arrays) if rounds else {}).items():
             side, number, field = name.split("/", 2)
-            (self._warm if side == "a" else states).setdefault(int(number), {})[field] = values
-        for number, state in states.items():
-            self._predictors[number].load(state)
+            sides.setdefault((side, int(number)), {})[field] = values
+        for (side, number), state in sides.items():
+            if side == "a":
+                self._warm[number] = state
+            elif side == "loose":
+                self._loose().load(state, number)
+            else:
+                self._predictors[number].load(state)
         return rounds
 
     def _read_snapshot(self) -> tuple[int, Arrays]:

@@ -47,13 +47,15 @@ class LooseWeights:
         self._engine.loosen(self._names)
         self.version = 0
         """Version of the weights: how often they were changed."""
+        self.moved = False
+        """Whether they are others than at the start."""
 
     def train(self, ranges: Sequence[Scored], step: AdaptStep) -> StepResult:
         """Take one update on all targets of scored ranges; LedgerError if one of them was not scored."""
         rows = scored_rows(self._split, self._ledger, ranges, self._seq)
         mine = share(len(rows.tokens), self._engine.ranks)
         done = self._engine.descend(Batch(rows.tokens[mine], rows.targets[mine]), step)
-        self.version += 1
+        self.moved, self.version = True, self.version + 1
         return done
 
     def forget(self) -> None:
@@ -61,23 +63,24 @@ class LooseWeights:
         self._engine.forget_momenta()
 
     def reset(self) -> None:
-        """Put the weights back as they were, with momenta of 0; if they had been changed, as a new version."""
-        self._engine.tighten()
-        self._engine.loosen(self._names)
-        self.version += self.version > 0
+        """Put the weights back as they were, if they have moved: as a new version, with momenta of 0."""
+        if self.moved:
+            self._engine.tighten()
+            self._engine.loosen(self._names)
+            self.moved, self.version = False, self.version + 1
 
     def check(self) -> None:
         """Raise LedgerError if a weight has changed that was not to."""
         self._freeze.check()
 
     def state(self) -> Arrays:
-        """Return what an interrupted evaluation needs to go on, beside `version`."""
+        """Return what an interrupted evaluation needs to go on, beside `version` and `moved`."""
         return self._engine.loosened()
 
-    def load(self, state: Arrays, version: int) -> None:
+    def load(self, state: Arrays, version: int, moved: bool = True) -> None:
         """Go on from `state`."""
         self._engine.load_loosened(state)
-        self.version = version
+        self.moved, self.version = moved, version
 
     def close(self) -> None:
         """Put the weights back, and check that all others stayed as they were."""

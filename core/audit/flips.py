@@ -6,6 +6,7 @@ target itself included, must have the same bits, over the whole vocabulary. Docu
 predicted there must not know whether BOS comes next, which the cut of the windows may tell.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,8 @@ def flip_test(
 
     `bound`: nats that rounding may make (ROUNDING).
     """
+    if config.eval.plugins:  # rounds of one turn: what a token taught shows in as few passes
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, round=1))
     pieces = _pieces(split, config, seed)
     test = _FlipTest(engine, config, seed, bound)
     value, done = test.value, 0

@@ -8,10 +8,9 @@ import numpy as np
 
 from core.checks import LARGEST, in_words
 from core.config import require
-from core.data.dataset import Split
 from core.engine.protocol import Arrays
 from core.scoring.ledger import Scored
-from core.scoring.predictions import LONGEST, Prediction, Predictor, Tilt, View
+from core.scoring.predictions import LONGEST, Prediction, Predictor, Reader, Tilt, View
 
 MOST = 1 << 26
 """Pairs (context, follower) that a table holds, 12 bytes each; when it is full it goes on counting those it has."""
@@ -55,7 +54,7 @@ class CountTable:
         hashes, presence = [], []
         for lag in range(max(self.orders)):
             moved = np.full((rows, seq), -1, np.int64)
-            moved[:, lag:] = ids[:, : max(0, seq - lag)]
+            moved[:, lag:] = ids[:, : max(seq - lag, 0)]
             present = present & (moved >= 0)
             hashed = (hashed + (moved + 1).astype(np.uint64)) * MULTIPLIER
             hashed ^= hashed >> np.uint64(29)
@@ -267,10 +266,9 @@ class Counts(Predictor):
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or self.Settings()
 
-    def start(self, text: Split) -> None:
+    def start(self, text: Reader) -> None:
         """Begin with an empty table."""
-        self._text = text
-        self.table = CountTable(self.settings.lengths, text.tokenizer.vocab, text.tokenizer.bos)
+        self._text, self.table = text, CountTable(self.settings.lengths, text.vocab, text.bos)
 
     def prediction(self, view: View, prediction: Prediction) -> Prediction:
         """Return the prediction with the candidates that the table has for the contexts in the rows' own inputs."""
@@ -295,8 +293,8 @@ class Counts(Predictor):
 
     def learn(self, ranges: Sequence[Scored], moments: np.ndarray | None) -> None:
         """Count what followed in the ranges; their contexts reach back into what was scored earlier."""
-        begins = [max(0, one.start - max(self.table.orders)) for one in ranges]
-        pieces = [(self._text.read(a, one.stop), one.start - a) for a, one in zip(begins, ranges, strict=True)]
+        texts = [self._text.read(one, max(self.table.orders)) for one in ranges]
+        pieces = [(text, len(text) - (one.stop - one.start)) for text, one in zip(texts, ranges, strict=True)]
         self.table.count(pieces)
 
     def state(self) -> Arrays:

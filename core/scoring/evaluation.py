@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from core import rng
+from core.adapt.scopes import loose_names
 from core.config import EvalConfig, RunConfig
 from core.data.dataset import Split
 from core.model.adapters import chosen_sites
@@ -29,6 +30,8 @@ class Evaluation:
     """Whether the adaptation of config.adapt has a part."""
     sites: tuple[str, ...] = ()
     """Where adapters are, if they have a part."""
+    loose: tuple[str, ...] = ()
+    """Weights that learn: by SGD, or in phases."""
 
     @classmethod
     def of(cls, split: Split, run: RunConfig, documents: int | None = None, plugins: bool = False) -> "Evaluation":
@@ -36,7 +39,12 @@ class Evaluation:
         adapt, isolated = run.eval.adapt, run.model.documents == "isolated"
         adapts = plugins and adapt.kind != "none"
         sites = chosen_sites(run.model, adapt) if adapts and adapt.kind == "lora" else ()
-        return cls(split, run.eval, documents, isolated, plugins and bool(run.eval.plugins), adapts, sites)
+        loose, phases = (), run.eval.phases
+        if adapts and adapt.kind == "sgd":
+            loose = loose_names(run.model, adapt.params, adapt.frozen)
+        elif adapts and phases.at:
+            loose = loose_names(run.model, phases.params, where="eval.phases")
+        return cls(split, run.eval, documents, isolated, plugins and bool(run.eval.plugins), adapts, sites, loose)
 
     @property
     def carries(self) -> bool:

@@ -191,8 +191,11 @@ def _find(name: str) -> type[Plugin | Predictor]:
         raise ConfigError(
             f"eval.plugins: {name!r}: {error}; it is looked for on PYTHONPATH, not in the current folder"
         ) from error
-    if not (isinstance(plugin, type) and issubclass(plugin, Plugin)):
-        raise ConfigError(f"eval.plugins: {name!r} is not a class that extends core.scoring.plugins.Plugin")
+    if not (isinstance(plugin, type) and issubclass(plugin, Plugin | Predictor)):
+        raise ConfigError(
+            f"eval.plugins: {name!r} is not a class that extends core.scoring.plugins.Plugin, or "
+            "core.scoring.predictions.Predictor"
+        )
     return plugin
 
 

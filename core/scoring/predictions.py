@@ -5,7 +5,7 @@ The host sees ids and gives candidates; the device changes the distribution and 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from core.checks import LARGEST
 from core.config import require
 from core.data.dataset import Split
 from core.engine.protocol import Arrays
-from core.scoring.ledger import Scored
+from core.scoring.ledger import Ledger, Scored
 
 LONGEST = 64
 """Inputs that `View.before` has at most."""
@@ -63,18 +63,37 @@ class Prediction(NamedTuple):
     """(count,) int64: places in the flattened pass where the temperature's moments are measured."""
 
 
+class Reader:
+    """The text that is scored, of which a predictor gets what is in the ledger."""
+
+    def __init__(self, text: Split, ledger: Ledger) -> None:
+        self._text, self._ledger = text, ledger
+        self.vocab, self.bos = text.tokenizer.vocab, text.tokenizer.bos
+
+    def read(self, scored: Scored, before: int = 0) -> np.ndarray:
+        """Return the tokens of a range, with up to `before` tokens of its document in front of it.
+
+        LedgerError if the range is not scored; what is in front of it then is, since documents are read from the left.
+        """
+        self._ledger.nats(scored)
+        starts = self._text.document_starts
+        document = np.searchsorted(starts, scored.start - 1, "right") - 1
+        begin = max(scored.start - before, int(starts[document]) if document >= 0 else 0)
+        return self._text.read(min(begin, scored.start), scored.stop)
+
+
 class Predictor:
-    """What changes predictions on the device. One object serves one scoring pass.
+    """What changes predictions on the device. One object serves one scoring pass, on each rank.
 
     What it learned decides predictions from the next round on, never those of the round that it learned from.
     """
 
-    kind: ClassVar[Literal["temperature", "cache"]]
-    Settings: ClassVar[type[Any]]
-    """A frozen dataclass whose fields have defaults."""
+    kind: ClassVar[Literal["temperature", "cache"]] = "cache"
+    Settings: ClassVar[type | None] = None
+    """A frozen dataclass whose fields have defaults: the class is made with one. None: it is made with nothing."""
 
-    def start(self, text: Split) -> None:
-        """Begin a scoring pass over `text`, of which nothing may be read that is not scored."""
+    def start(self, text: Reader) -> None:
+        """Begin a scoring pass."""
 
     def prediction(self, view: View, prediction: Prediction) -> Prediction:
         """Return `prediction` with what this one adds to it."""

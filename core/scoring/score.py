@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from core.adapt.session import Adaptation
+from core.adapt.stream import StreamPass
 from core.config import ConfigError, EvalConfig
 from core.engine.ranks import Alone, Ranks, only_rank_0
 from core.scoring.accounting import Bytes, bits_per_byte, count_bytes, ratio_error
@@ -171,7 +172,8 @@ def score_text(
     check_plugins(evaluation.config, plugins)
     if evaluation.adapts:
         predictors = [plugin for plugin in plugins if isinstance(plugin, Predictor)]
-        Adaptation(engine, evaluation, ledger, predictors, watch, ranks).run(progress)
+        kind = StreamPass if evaluation.config.adapt.kind == "sgd" else Adaptation
+        kind(engine, evaluation, ledger, predictors, watch, ranks).run(progress)
         return
     session, rows = Session(engine, evaluation, ledger, plugins, watch, ranks), evaluation.rows()
     try:

@@ -15,7 +15,7 @@ from core.formats.tensors import read_tensors, write_tensors
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import ROUNDING, Ledger, LedgerError, Scored
 from core.scoring.plugins import Learner, Plugin, ScoredText, log_softmax
-from core.scoring.predictions import Predictor, View, predict
+from core.scoring.predictions import Predictor, Reader, View, predict
 from core.scoring.windows import Windows
 
 EXCHANGE = 8
@@ -83,7 +83,7 @@ class Session:
         self._before = ledger.writes
         self._number = self._done = 0
         for predictor in self.predictors:
-            predictor.start(self.split)
+            predictor.start(Reader(self.split, ledger))
         for plugin in self._strangers:
             plugin.start(self.split.tokenizer.vocab, self.learner if plugin.kind == "adaptation" else None)
         self._state_path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
@@ -110,7 +110,6 @@ class Session:
             if number % often % world == self._ranks.rank:
                 yield number, turn
             if (number + 1) % often == 0 or number + 1 == len(turns):
-                self.flush()
                 if not self.predictors:
                     self._exchange()
                 elif passes > self._done:
@@ -139,6 +138,7 @@ class Session:
         """Enter what every rank has scored since the last time into every rank's ledger."""
         if self._ranks.world == 1:
             return
+        self.flush()
         sides = (
             np.concatenate([np.empty(0, np.int64), *(one.positions for one in self._held)]),
             np.concatenate([np.empty(0), *(one.nats for one in self._held)]),

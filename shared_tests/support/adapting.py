@@ -13,6 +13,8 @@ from shared_tests.support.known_scores import VOCAB, make_dataset
 
 LENGTHS = [9, 2, 31, 14, 1, 22, 6, 40, 3, 11, 18, 5, 27]
 """Of documents, with BOS: shorter than a chunk, as long as one, longer than a window."""
+LOOSE = ("w",)
+"""Weights that learn in phases."""
 FORMS: dict[str, dict[str, Any]] = {
     "documents": {},
     "stateful": {"windows": "stateful"},
@@ -21,6 +23,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "steps": {"adapt_steps": 3, "adapt_schedule": "cosine", "adapt_clip": 0.5},
     "predictors": {"plugins": ("temperature", "counts(orders=1-3)"), "round": 1},
     "carried": {"plugins": ("counts(orders=2-8/2, rule=tilt)",), "windows": "stateful", "adapt_warm_a": True},
+    "phases": {"phases_at": (0.35, 0.6), "phases_chunk": 8, "phases_lr": 0.3, "round": 1, "adapt_warm_a": True},
     "sgd": {"adapt_rule": "sgd", "adapt_momentum": 0.5, "windows": "stateful"},
 }
 """Per-document forms of adaptation."""
@@ -37,14 +40,18 @@ def settings(**changes: Any) -> EvalConfig:
     return EvalConfig(adapt=AdaptConfig(**parts["adapt"]), phases=PhasesConfig(**parts["phases"]), **chosen)
 
 
-def evaluation(config: EvalConfig, lengths: list[int] | None = None, **changes: Any) -> Evaluation:
+def evaluation(config: EvalConfig, lengths: list[int] | None = None, **changes: Any) -> Any:
     """Return the evaluation of the known documents."""
     split = make_dataset(LENGTHS if lengths is None else lengths).val
-    return Evaluation(split, config, **{"adapts": True, "sites": SITES, "plugins": bool(config.plugins), **changes})
+    return Evaluation(
+        split, config, **{"adapts": True, "sites": SITES, "plugins": bool(config.plugins), "loose": LOOSE, **changes}
+    )
 
 
 def run(given: Evaluation, engine: Any = None, ledger: Ledger | None = None, **others: Any) -> np.ndarray:
     """Score and return the ledger's entries."""
     ledger = ledger or Ledger(len(given.split))
-    score_text(engine or AdaptingEngine(VOCAB), given, ledger, **others)
+    engine = engine or AdaptingEngine(VOCAB)
+    engine.ranks = others.get("ranks") or engine.ranks
+    score_text(engine, given, ledger, **others)
     return ledger.entries.copy()

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core import rng
-from core.engine.protocol import AdaptStep, Scoring
+from core.engine.protocol import AdaptStep, Scoring, StepResult
+from core.engine.ranks import Alone
 from core.model.adapters import AdapterSpec
 from core.scoring.plugins import log_softmax
 from core.scoring.predictions import Prediction
@@ -82,33 +83,33 @@ class FakeTape:
     def gradient(self, shares: np.ndarray) -> dict[tuple[str, str], np.ndarray]:
         """Return the gradient of the sum of shares times nats, by hand."""
         assert self.adapters is not None
-        spec, values = self.adapters.spec, self.adapters.values
-        scale, grads = spec.alpha / spec.rank, {}
+        (spec, values), grads = self.adapters[:2], {}
+        scale, (dz, du) = spec.alpha / spec.rank, self.slopes(shares)
+        for site, into, out in (("embed", self.h, dz), ("mix", self.e, du)):
+            if site in spec.sites:
+                a, b = values[site, "a"], values[site, "b"]
+                up, low = np.einsum("bto,bro->btr", out, b), np.einsum("bti,bri->btr", into, a)
+                grads[site, "a"] = scale * np.einsum("btr,bti->bri", up, into)
+                grads[site, "b"] = scale * np.einsum("btr,bto->bro", low, out)
+        return grads
+
+    def slopes(self, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the gradients of logits and of u."""
         p = np.exp(log_softmax(self.logits_))
-        np.put_along_axis(p, self.targets[..., None].astype(np.int64), np.take_along_axis(
-            p, self.targets[..., None].astype(np.int64), -1) - 1, -1)  # fmt: skip
+        given = self.targets[..., None].astype(np.int64)
+        np.put_along_axis(p, given, np.take_along_axis(p, given, -1) - 1, -1)
         dz = p * shares[..., None]
         dh = dz @ self.engine.w
-        if "embed" in spec.sites:
-            a, b = values["embed", "a"], values["embed", "b"]
-            up = np.einsum("bto,bro->btr", dz, b)
-            grads["embed", "a"] = scale * np.einsum("btr,bti->bri", up, self.h)
-            low = np.einsum("bti,bri->btr", self.h, a)
-            grads["embed", "b"] = scale * np.einsum("btr,bto->bro", low, dz)
-            dh = dh + scale * np.einsum("btr,bri->bti", up, a)
-        du = np.zeros_like(dh)
-        carry = np.zeros_like(dh[:, 0])
+        if self.adapters is not None and "embed" in self.adapters.spec.sites:
+            values, scale = self.adapters.values, self.adapters.spec.alpha / self.adapters.spec.rank
+            up = np.einsum("bto,bro->btr", dz, values["embed", "b"])
+            dh = dh + scale * np.einsum("btr,bri->bti", up, values["embed", "a"])
+        du, carry = np.zeros_like(dh), np.zeros_like(dh[:, 0])
         for t in range(dh.shape[1] - 1, -1, -1):
             carry = dh[:, t] + carry
             du[:, t] = carry
             carry = np.where(self.opens[:, t, None], 0.0, DECAY * carry)
-        if "mix" in spec.sites:
-            a, b = values["mix", "a"], values["mix", "b"]
-            up = np.einsum("bto,bro->btr", du, b)
-            grads["mix", "a"] = scale * np.einsum("btr,bti->bri", up, self.e)
-            low = np.einsum("bti,bri->btr", self.e, a)
-            grads["mix", "b"] = scale * np.einsum("btr,bto->bro", low, du)
-        return grads
+        return dz, du
 
 
 class AdaptingEngine:
@@ -119,6 +120,8 @@ class AdaptingEngine:
 
     def __init__(self, vocab: int, bos: int = 1, seed: int = 0) -> None:
         self.vocab, self.bos, self.done = vocab, bos, []
+        self.ranks: Any = Alone()
+        self._before: Any = None
         self.table = rng.normal(seed, "table", vocab * DIM).reshape(vocab, DIM)
         self.w = rng.normal(seed, "head", vocab * DIM).reshape(vocab, DIM)
 
@@ -200,6 +203,47 @@ class AdaptingEngine:
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         return self.adapted(None, tokens, tokens).logits()
 
+    def weights(self) -> dict[str, np.ndarray]:
+        return {"table": self.table, "w": self.w}
+
+    def loosen(self, names: Any) -> None:
+        self._before = self.table.copy(), self.w.copy()
+        self._momenta = {name: np.zeros_like(self.weights()[name]) for name in names}
+
+    def descend(self, batch: Any, step: AdaptStep) -> StepResult:
+        self.done.append("descend")
+        real = batch.targets >= 0
+        total = sum(int(part[0]) for part in self.ranks.gather(np.array([real.sum()])))
+        tape = self.adapted(None, batch.tokens, np.maximum(batch.targets, 0))
+        dz, du = tape.slopes(real / total)
+        table = np.zeros_like(self.table)
+        np.add.at(table, batch.tokens, du)
+        grads = {"table": table, "w": np.einsum("bto,bti->oi", dz, tape.h)}
+        flat = np.concatenate([grad.reshape(-1) for grad in grads.values()])
+        flat = sum(self.ranks.gather(flat))
+        norm = float(np.linalg.norm(flat))
+        flat = flat * min(1.0, step.clip / (norm + 1e-6)) if step.clip else flat
+        for name, grad in zip(grads, np.split(flat, [self.table.size]), strict=True):
+            if name in self._momenta:
+                self._momenta[name] = step.momentum * self._momenta[name] + grad.reshape(self.w.shape)
+                setattr(self, name, self.weights()[name] - step.lr * self._momenta[name])
+        return StepResult(0.0, norm, True)
+
+    def loosened(self) -> dict[str, np.ndarray]:
+        moments = {f"{name}.m": value for name, value in self._momenta.items()}
+        return {**{name: self.weights()[name] for name in self._momenta}, **moments}
+
+    def load_loosened(self, arrays: dict[str, np.ndarray]) -> None:
+        for name in self._momenta:
+            setattr(self, name, arrays[name])
+            self._momenta[name] = arrays[f"{name}.m"]
+
+    def forget_momenta(self) -> None:
+        self._momenta = {name: np.zeros_like(value) for name, value in self._momenta.items()}
+
+    def tighten(self) -> None:
+        self.table, self.w = self._before
+
 
 class Talk:
     """Ranks that are threads of this process: `of(rank)` is what one of them gets."""
@@ -257,6 +301,10 @@ class ThreadRank(NamedTuple):
 
     def gather(self, value: np.ndarray) -> list[np.ndarray]:
         return [each.copy() for each in self.talk.everyone(self.rank, value)]
+
+    def sum(self, value: Any) -> Any:
+        """Return the sum of the ranks' arrays of a backend."""
+        return sum(self.talk.everyone(self.rank, value))
 
     def close(self) -> None:
         pass

@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 import core.engine.ranks
 import core.training.loop
+from core.adapt.stream import StreamPass
 from core.config import ConfigError, EvalConfig, RunConfig, changed
 from core.data.batch import Batch
 from core.data.dataset import open_dataset
@@ -37,16 +38,18 @@ from core.engine.ranks import (
     share,
 )
 from core.scoring.evaluation import Evaluation
+from core.scoring.ledger import Ledger
 from core.scoring.plugins import Temperature
 from core.scoring.score import score
 from core.training.loop import train
 from core.training.run import Follower, Run
 from core.training.schedule import plan, progress_by_steps
 from core.verbs.common import same_start
-from shared_tests.support.harness import mini
+from shared_tests.support.harness import mini, working_weights
 from shared_tests.support.killed import everything
-from shared_tests.support.plugin_examples import Adaptation
+from shared_tests.support.plugin_examples import Adaptation, small
 from shared_tests.support.sleepers import kept, sleeping
+from shared_tests.support.streams import FORMS, stream
 
 
 class Seat(Alone):
@@ -246,9 +249,24 @@ def dormant(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
     return found
 
 
+def streams(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Score streams that whole weights learn from, with a temperature and without, and return what they cost."""
+    found, config = {}, small("debug")
+    for name, predictors in (("sliding", []), ("reset", []), ("plain", [Temperature()])):
+        engine = built(backend, config, ranks)
+        engine.load_params(working_weights(config.model, 2.0))
+        evaluation = stream(tuple(engine.weights()), **FORMS[name])
+        ledger = Ledger(len(evaluation.split))
+        StreamPass(engine, evaluation, ledger, predictors, ranks=ranks).run()
+        same = ranks.gather(ledger.entries["nats"].copy())
+        assert all((nats == same[0]).all() for nats in same), "the ranks' ledgers differ"
+        found[name] = [ledger.entries[side].tolist() for side in ("nats", "version")]
+    return found
+
+
 TASKS: dict[str, Callable[[str, Ranks, Path], dict[str, Any]]] = {
     "curves": curves, "whole_run": whole_run, "timed": timed, "apart": apart, "scores": scores, "beaten": beaten,
-    "wired": wired, "dormant": dormant,
+    "wired": wired, "dormant": dormant, "streams": streams,
 }  # fmt: skip
 
 

@@ -1,53 +1,51 @@
-"""What tests of streams and phases share: a text that is scored and learned from, and an engine that learns nothing."""
+"""What tests of streams and phases share: settings, one pass, and an engine that writes down what it is to learn."""
 
 from typing import Any
 
 import numpy as np
 
-from core.adapt.settings import AdaptConfig
-from core.adapt.stream import learn_chunk, stream_chunks
-from core.adapt.weights import LooseWeights
+from core.config import AdaptConfig, EvalConfig
 from core.data.batch import Batch
 from core.engine.protocol import AdaptStep, Arrays, StepResult
-from core.engine.ranks import Alone, share
+from core.engine.ranks import Alone
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
-from core.scoring.windows import Windows
+from core.scoring.score import score_text
+from shared_tests.support.known_scores import make_dataset
+
+DOCUMENTS = [5, 40, 1, 17, 16, 2, 33, 20]
+"""Lengths in tokens, with BOS: 134 in all."""
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {"windows": "plain"},
+    "sliding": {"windows": "sliding", "stride": 5},
+    "documents": {"windows": "documents", "stride": 5},
+    "reset": {"windows": "documents", "stride": 5, "reset": "document"},
+    "drawn": {"windows": "documents", "documents": 5},
+}
+"""Every way to cut a stream."""
 
 
-def score_windows(engine: Any, evaluation: Evaluation, ledger: Ledger, windows: Windows, version: int) -> None:
-    """Score windows, each rank its share, and enter all of them in every rank's ledger."""
-    mine = share(len(windows.start), engine.ranks)
-    positions, nats = [np.empty(0, np.int64)], [np.empty(0)]
-    for start, length, first in zip(*(side.tolist() for side in windows.take(mine)), strict=True):
-        text = evaluation.split.read(start, start + length + 1)[None]
-        nats.append(engine.nll(text[:, :-1], text[:, 1:])[0, first:].astype(np.float64))
-        positions.append(np.arange(start + first + 1, start + length + 1))
-    sides = [engine.ranks.gather(np.concatenate(side)) for side in (positions, nats)]
-    ledger.write(*(np.concatenate(side) for side in sides), version)
+def stream(names: tuple[str, ...] = ("embed.weight",), **changes: Any) -> Evaluation:
+    """Return the evaluation of the known documents as one stream that the weights `names` learn from."""
+    adapt = {"kind": "sgd", "chunk": 24, "steps": 2, "lr": 0.1, "clip": 1.0, "schedule": "cosine", "reset": "never"}
+    adapt |= {name: changes.pop(name) for name in list(changes) if hasattr(AdaptConfig, name) and name != "documents"}
+    documents = changes.pop("documents", None)
+    config = EvalConfig(adapt=AdaptConfig(**adapt), **{"seq": 12, "batch": 3, **changes})
+    return Evaluation(make_dataset(DOCUMENTS).val, config, documents, adapts=True, loose=names)
 
 
-def run_stream(engine: Any, evaluation: Evaluation, adapt: AdaptConfig, names: tuple[str, ...]) -> Ledger:
-    """Return the ledger of a text that the weights `names` learned from while it was scored."""
-    split, ledger = evaluation.split, Ledger(len(evaluation.split))
-    weights = LooseWeights(engine, split, ledger, evaluation.config.seq, names)
-    try:
-        for chunk in stream_chunks(evaluation.rows(), adapt, split.document_starts):
-            if chunk.anew:
-                weights.reset()
-            score_windows(engine, evaluation, ledger, chunk.windows, weights.version)
-            learn_chunk(weights, ledger, chunk, adapt)
-    finally:
-        weights.close()
-    return ledger
+def run(engine: Any, evaluation: Evaluation, ledger: Ledger | None = None, plugins: Any = ()) -> np.ndarray:
+    """Score and return the ledger's entries."""
+    ledger = ledger or Ledger(len(evaluation.split))
+    score_text(engine, evaluation, ledger, plugins=plugins)
+    return ledger.entries.copy()
 
 
 class Recorder:
-    """An engine that learns nothing and writes down what it is to learn from; every target costs one nat."""
-
-    ranks = Alone()
+    """An engine that learns nothing and writes down what it is asked for; every target costs one nat."""
 
     def __init__(self) -> None:
+        self.ranks = Alone()
         self.calls: list[str] = []
         self.batches: list[Batch] = []
         self.steps: list[AdaptStep] = []
@@ -77,4 +75,5 @@ class Recorder:
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Return one nat for each target."""
+        self.calls.append("nll")
         return np.ones(tokens.shape)
