@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from core.adapt.phases import Phase, learn_phase, planned_phases
-from core.adapt.weights import LooseWeights, rate
 from core.config import ConfigError, PhasesConfig
 from core.engine.protocol import AdaptStep
+from core.scoring.adapt.phases import Phase, learn_phase, planned_phases
+from core.scoring.adapt.weights import LooseWeights, rate
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.windows import document_ranges
 from shared_tests.support.known_scores import BOS, make_dataset

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.adapt import session
-from core.adapt.rows import Rows
 from core.engine.protocol import AdaptStep
 from core.model.adapters import AdapterSpec
+from core.scoring.adapt import session
+from core.scoring.adapt.rows import Rows
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.score import score, windows_in_words

@@ -24,7 +24,6 @@ from safetensors.numpy import save_file
 
 import core.engine.ranks
 import core.training.loop
-from core.adapt.stream import StreamPass
 from core.config import AdaptConfig, ConfigError, EvalConfig, PhasesConfig, RunConfig, changed
 from core.data.batch import Batch
 from core.data.dataset import open_dataset
@@ -37,6 +36,7 @@ from core.engine.ranks import (
     join,
     share,
 )
+from core.scoring.adapt.stream import StreamPass
 from core.scoring.counts import Counts
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
