@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import core.scoring.adapt.stream
+from core.data.batch import Batch
 from core.engine.protocol import AdaptStep, Arrays
 from core.model.scopes import loose_names
 from core.scoring.adapt.stream import learn_chunk, stream_chunks
@@ -135,7 +136,7 @@ def test_a_pass_is_what_a_plain_loop_gives(backend: str, form: str) -> None:
             for _ in range(2 if (chunk + 1) * size < count else 0):
                 row = text[begin + chunk * size : begin + (chunk + 1) * size + 1]
                 lr = 0.1 * (1 + np.cos(np.pi * chunk / -(-count // size))) / 2
-                batch = core.data.batch.Batch(row[:-1].reshape(2, 12), row[1:].reshape(2, 12))
+                batch = Batch(row[:-1].reshape(2, 12), row[1:].reshape(2, 12))
                 model.descend(batch, AdaptStep("sgd", lr, clip=1.0))
     model.tighten()
     assert np.abs(entries["nats"] - nats).max() < 1e-10
