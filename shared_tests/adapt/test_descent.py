@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from core.adapt.freeze import Freeze
-from core.adapt.scopes import loose_names
 from core.config import RunConfig, changed
 from core.data.batch import Batch
 from core.engine.protocol import AdaptStep, Arrays, Engine
+from core.model.scopes import loose_names
+from core.scoring.adapt.freeze import Freeze
 from core.scoring.ledger import LedgerError
 from shared_tests.support.harness import BACKENDS, EVERYTHING, HYBRID, batches, draw, engine, mini, working_weights
 from shared_tests.support.plugin_examples import held

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from core.adapt.phases import Phase, learn_phase, planned_phases
-from core.adapt.weights import LooseWeights, rate
 from core.config import ConfigError, PhasesConfig
 from core.engine.protocol import AdaptStep
+from core.scoring.adapt.phases import Phase, learn_phase, planned_phases
+from core.scoring.adapt.weights import LooseWeights, rate
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.windows import document_ranges
 from shared_tests.support.known_scores import BOS, make_dataset
@@ -22,6 +22,7 @@ def test_the_records_boundaries() -> None:
     phases = planned_phases(config, np.full(50_000, 800), 512)
     assert phases == (Phase(2, 833), Phase(4, 1666), Phase(5, 2500))
     assert planned_phases(PhasesConfig(at=(0.5,), chunk=10), np.full(8, 10), 4) == (Phase(1, 4),)
+    assert planned_phases(PhasesConfig(at=(0.29,), chunk=10), np.full(100, 10), 32) == (Phase(1, 29),)  # not 28.99...
     assert planned_phases(PhasesConfig(), np.full(8, 10), 4) == ()
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from core.adapt.documents import Chunk, Documents, chunk_of, chunks_in, documents_of, rounds_of
-from core.adapt.phases import learn_phase, planned_phases
-from core.adapt.rows import Rows
-from core.adapt.weights import LooseWeights
 from core.engine.protocol import Arrays
 from core.engine.ranks import Alone, Ranks, agree, share_arrays
 from core.files import parse_json, sweep
 from core.formats.tensors import read_tensors, write_tensors
 from core.model.adapters import AdapterSpec
+from core.scoring.adapt.documents import Chunk, Documents, chunk_of, chunks_in, documents_of, rounds_of
+from core.scoring.adapt.phases import learn_phase, planned_phases
+from core.scoring.adapt.rows import Rows
+from core.scoring.adapt.weights import LooseWeights
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError, Scored
 from core.scoring.predictions import Prediction, Predictor, Reader, predict

@@ -6,11 +6,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from core.adapt.freeze import Freeze
 from core.data.batch import Batch
 from core.data.dataset import Split
 from core.engine.protocol import AdaptStep, Arrays, Engine, StepResult
 from core.engine.ranks import share
+from core.scoring.adapt.freeze import Freeze
 from core.scoring.ledger import Ledger, LedgerError, Scored
 
 

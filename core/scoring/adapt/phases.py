@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.adapt.settings import PhasesConfig
-from core.adapt.weights import LooseWeights, rate
+from core.adapt_config import PhasesConfig
 from core.checks import require
 from core.engine.protocol import AdaptStep
+from core.scoring.adapt.weights import LooseWeights, rate
 from core.scoring.ledger import Ledger
 
 

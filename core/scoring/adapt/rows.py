@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from core.adapt.documents import Chunk, Documents
 from core.config import AdaptConfig
 from core.engine.protocol import AdaptStep, Arrays, State
 from core.model.adapters import AdapterSpec
+from core.scoring.adapt.documents import Chunk, Documents
 from core.scoring.ledger import Ledger, LedgerError, Scored
 from core.scoring.predictions import Prediction
 

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.adapt.settings import AdaptConfig
-from core.adapt.weights import LooseWeights, rate
+from core.adapt_config import AdaptConfig
 from core.engine.protocol import AdaptStep, Arrays, Scoring
 from core.engine.ranks import Alone, Ranks, agree, share_arrays
 from core.files import parse_json, sweep
 from core.formats.tensors import read_tensors, write_tensors
+from core.scoring.adapt.weights import LooseWeights, rate
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.predictions import Predictor, Reader, View, predict
