@@ -22,6 +22,7 @@ from core.model.adapters import (
     start_a,
 )
 from core.model.shares import flops_per_token
+from core.scoring.predictions import Prediction
 from shared_tests.support.harness import (
     BACKENDS,
     EVERYTHING,
@@ -172,7 +173,7 @@ def test_gradients_equal_differences_at_every_site(name: str, backend: str) -> N
 @pytest.mark.parametrize("name", ["debug", EVERYTHING])
 def test_a_row_alone_equals_the_row_among_many(name: str, backend: str) -> None:
     many, row = (64, 37) if name == "debug" else (4, 2)
-    for dtype, eps, most in (("float64", 1e-8, 1e-10), ("float32", 1e-6, 1e-5)):
+    for dtype, eps, most in (("float64", 1e-8, 1e-10), ("float32", 1e-6, 1e-5))[: 1 + (name == "debug")]:
         made, spec, rows, shares = scored(backend, name, dtype), spec_of(name), text(name, many), shares_of(many)
         whole = made.adapters(spec, many, 2)
         alone = made.adapters(spec, 1, 2, {site: a[row : row + 1] for site, a in whole.a().items()})
@@ -301,6 +302,20 @@ def test_the_forward_pass_runs_once_and_leaves_the_model_as_it_was(
     assert np.array_equal(made.nll(*rows), before), "an adapter stayed behind"
     assert all(np.array_equal(value, weights[name]) for name, value in made.weights().items())
     assert not np.array_equal(made.adapted(adapters, *rows).nll(), before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_prediction_changes_what_is_told_not_what_is_learned(backend: str) -> None:
+    made, rows, shares = scored(backend, "debug"), text("debug", 2), shares_of(2)
+    adapters = moved(backend, made, made.adapters(spec_of("debug"), 2, 0), "told")
+    warm = Prediction(inverse=0.7)
+    plain, told = made.adapted(adapters, *rows), made.adapted(adapters, *rows, warm)
+    assert np.abs(plain.nll() - told.nll()).max() > 1e-3
+    assert np.abs(np.sum(np.exp(told.logprobs()), axis=-1) - 1).max() <= 1e-12
+    own = np.take_along_axis(told.logprobs(), rows[1][..., None], axis=-1)[..., 0]
+    assert np.abs(own + told.nll()).max() <= 1e-11
+    ours, theirs = (values(made.adapt(tape, shares, AdaptStep())) for tape in (plain, told))
+    assert max(np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)) <= 1e-10
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
