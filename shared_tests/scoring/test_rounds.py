@@ -141,6 +141,13 @@ def test_the_table_does_not_know_how_the_text_was_cut() -> None:
         assert all(np.array_equal(state[name], values) for name, values in whole.state().items())
 
 
+def test_with_carry_a_context_goes_on_over_windows() -> None:
+    """A row of short windows predicts as one that reads each document at once."""
+    config, dataset = settings("stateful", "backoff"), text()
+    nats = [scored(dataset, dataclasses.replace(config, seq=seq))["nats"] for seq in (128, 1, 4)]
+    assert (nats[0] == nats[1]).all() and (nats[0] == nats[2]).all()
+
+
 class Together:
     """Ranks that are threads."""
 
