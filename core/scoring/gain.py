@@ -72,7 +72,7 @@ def measure_gain(engine: Engine, split: Split, run: RunConfig, documents: int, s
         costs.append(np.array(only_rank_0(engine.ranks, lambda e=evaluation, book=ledger: nats_of_documents(e, book))))
     counted = count_bytes(split, *evaluation.ranges(), evaluation.drawn).counted
     difference, error = paired_difference(costs[0], costs[1], counted)
-    return ScoreGain(*scores, difference, error, (seconds[0], seconds[1]))
+    return ScoreGain(scores[0], scores[1], difference, error, (seconds[0], seconds[1]))
 
 
 def paired_difference(before: np.ndarray, after: np.ndarray, counted: np.ndarray) -> tuple[float, float | None]:
