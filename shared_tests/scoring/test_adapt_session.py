@@ -286,7 +286,7 @@ def killed(path: Path, given: Evaluation, after: int, ranks: Any = None) -> np.n
 def test_killed_at_every_pass(form: str, every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "SNAPSHOT_EVERY", every)
     changes = {"adapt_reset": "never", "adapt_documents": 1} if form == "never" else FORMS[form]
-    given = evaluation(settings(**{**changes, "round": 1}), LENGTHS[:7])
+    given = evaluation(settings(**{**changes, "round": 1}), LENGTHS[:8])
     whole = run(given)
     passes = int(whole["order"].max())
     for after in range(1, passes, 1 if form in ("documents", "warm") else 3):
