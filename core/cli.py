@@ -12,11 +12,15 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from core.console import Console, one_line
 from core.verbs.errors import UsageError, is_users, message
+
+BEGAN = time.monotonic()
+"""When this process began, but for the start of the interpreter."""
 
 
 class Verb(NamedTuple):
@@ -63,6 +67,7 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (None: the process's own) and return its exit code."""
     open_streams()
+    began = BEGAN if argv is None else time.monotonic()
     argv = list(sys.argv[1:] if argv is None else argv)
     name = "skc"
     try:
@@ -79,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         name = f"skc {verb}"
         options = _parse(verb, rest)
-        return _run(VERBS[verb], options, shlex.join(["skc", *argv]))
+        return _run(VERBS[verb], options, shlex.join(["skc", *argv]), began)
     except KeyboardInterrupt:
         print(
             f"{name}: interrupted; the same command goes on from the last checkpoint, if it made one", file=sys.stderr
@@ -132,10 +137,10 @@ def _version() -> str:
         return "of a checkout that is not installed"
 
 
-def _run(verb: Verb, options: Any, command: str) -> int:
+def _run(verb: Verb, options: Any, command: str, began: float) -> int:
     from core.verbs.common import Context
 
-    context = Context(Console(options.json), command)
+    context = Context(Console(options.json), command, began=began)
     try:
         outcome = getattr(importlib.import_module(verb.module), verb.function)(options, context)
     finally:
@@ -188,6 +193,7 @@ def _parse(name: str, arguments: list[str]) -> Any:
 
     from core import options
     from core.scoring.choices import folded
+    from core.verbs.scoring_options import of_kind
 
     verb = VERBS[name]
     kind = getattr(importlib.import_module(verb.module), verb.options)
@@ -201,6 +207,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
         if arguments and not arguments[0].startswith("-"):
             default = kind.named(arguments[0])
             arguments = arguments[1:]
+            if chosen := options.value_of(arguments, "--eval.adapt.kind"):
+                default = dataclasses.replace(default, eval=of_kind(default.eval, chosen))
         elif not wants_help:
             raise UsageError(
                 f"name a {verb.first} first: skc {name} PRESET [options]; known: {', '.join(presets.PRESETS)}"
@@ -224,7 +232,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
         box = condense(messages.getvalue()).rstrip(".")
         problem = options.unknown(arguments, known) or box + options.choice(arguments, known)
         raise UsageError(f"{problem} (see: skc {name}{' PRESET' if verb.first else ''} --help)") from None
-    return dataclasses.replace(parsed, given=tuple(options.given(arguments, known))) if verb.first else parsed
+    given = {"given": tuple(options.given(arguments, known))} if hasattr(parsed, "given") else {}
+    return dataclasses.replace(parsed, **given)
 
 
 @contextlib.contextmanager

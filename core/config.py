@@ -9,11 +9,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from core.adapt_config import AdaptConfig as AdaptConfig
+from core.adapt_config import PhasesConfig as PhasesConfig
 from core.checks import ConfigError as ConfigError
 from core.checks import in_words, require_limits, require_text, whole_in_words
 from core.checks import require as require
+from core.model.adapters import chosen_sites
 from core.model.config import ModelConfig as ModelConfig
 from core.model.params import param_table
+from core.model.scopes import loose_names
 from core.model.storage import gridded, storage_class
 from core.plain import changed as changed
 from core.plain import departures, rebuilt
@@ -60,8 +64,24 @@ class EvalConfig:
     seed: int = 0
     """Seed of the draw of documents: not the run's, so that runs of other seeds are judged on the same text."""
     plugins: tuple[str, ...] = ()
-    """What else has a part in the score of the artifact: temperature, or package.module:Class (docs/legality.md); a
-    setting is eval.plugins.NAME.field (temperature: prior, the weight of no change, in targets)."""
+    """What else has a part in the score of the artifact: temperature, counts, or package.module:Class
+    (docs/legality.md); a setting is eval.plugins.NAME.field (temperature: prior; counts: rule, orders, k, ...)."""
+    round: int = 8
+    """Forward passes, or batches of documents (eval.adapt), of a round: between two rounds ranks tell each other what
+    they scored, and what all of them share may change."""
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    phases: PhasesConfig = field(default_factory=PhasesConfig)
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything learns while the artifact is scored."""
+        return bool(self.plugins) or self.adapt.kind != "none"
+
+    def plain(self) -> "EvalConfig":
+        """Return these settings with nothing that learns."""
+        nothing = EvalConfig()
+        parts = {name: getattr(nothing, name) for name in ("plugins", "round", "adapt", "phases")}
+        return dataclasses.replace(self, **parts)
 
     def __post_init__(self) -> None:
         require_limits("eval", self, 2**31 - 1, batch=MOST_ROWS, seq=MOST_TOKENS, stride=MOST_TOKENS)
@@ -82,6 +102,45 @@ class EvalConfig:
             self.windows not in ("plain", "stateful") or self.stride in (None, self.seq),
             f"eval.stride={self.stride} has no meaning with eval.windows={self.windows}: take sliding or documents",
         )
+        self._check_learning()
+
+    def _check_learning(self) -> None:
+        """Raise ConfigError for adaptation that these windows cannot have."""
+        adapt = self.adapt
+        require(self.round >= 1, f"eval.round={self.round}: expected at least 1")
+        require(
+            self.learns or self.round == EvalConfig.round,
+            f"eval.round={self.round} changes nothing where nothing learns: leave it out, or set eval.plugins or "
+            "eval.adapt.kind",
+        )
+        strangers = [name for name in self.plugins if ":" in name]
+        require(
+            adapt.kind == "none" or not strangers,
+            f"eval.plugins={', '.join(strangers)} with eval.adapt.kind={adapt.kind}: plug-ins of your own are for "
+            "weights that stay as they are; leave one out",
+        )
+        if adapt.kind == "lora":
+            require(
+                self.windows in ("documents", "stateful"),
+                f"eval.adapt.kind=lora with eval.windows={self.windows}: adapters are those of a document; take "
+                "eval.windows=documents or stateful",
+            )
+            require(
+                adapt.chunk <= self.seq,
+                f"eval.adapt.chunk={adapt.chunk}: expected at most eval.seq={self.seq}, the longest window",
+            )
+            check_tokens("eval", adapt.documents, self.seq)
+        where = f"eval.adapt.kind=sgd with eval.windows={self.windows}"
+        where_state = f"{where}: the state comes from earlier weights; take plain, sliding or documents"
+        require(adapt.kind != "sgd" or self.windows != "stateful", where_state)
+        require(
+            adapt.kind != "sgd" or adapt.reset == "never" or self.windows == "documents",
+            f"{where} and eval.adapt.reset=document: windows read several documents; take eval.adapt.reset=never, or "
+            "eval.windows=documents",
+        )
+        where = f"eval.phases.at with eval.adapt.kind={adapt.kind}, eval.adapt.reset={adapt.reset}"
+        phased = adapt.kind == "lora" and adapt.reset == "document"
+        require(phased or not self.phases.at, f"{where}: phases come between documents with adapters (lora, document)")
 
 
 @dataclass(frozen=True)
@@ -165,6 +224,13 @@ class RunConfig:
             "eval.windows=stateful with packed documents would keep the keys of every token of the text: "
             "take sliding ones",
         )
+        adapt, phases = self.eval.adapt, self.eval.phases  # now: not after the training
+        if adapt.kind == "lora":
+            chosen_sites(self.model, adapt)
+        if adapt.kind == "sgd":
+            loose_names(self.model, adapt.params, adapt.frozen)
+        elif phases.at:
+            loose_names(self.model, phases.params, where="eval.phases")
         if self.train.consistency:
             self._check_consistency()
         self._check_rounding()

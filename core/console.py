@@ -107,24 +107,29 @@ class Console:
         if self._log is not None and not self._muted:
             print(line, file=self._log, flush=True)
 
-    def progress(self, label: str) -> Callable[..., None]:
+    def progress(self, label: str, detail: object = "") -> Callable[..., None]:
         """Return a function of (done, total) that shows `label`, the share and the time left; `label` may be replaced.
 
         A terminal shows one moving line; anything else gets a line every ten seconds, so that short work stays quiet.
+        `detail` is made text only for a line that is shown. What was done at the first call took no time of this work.
         """
         began = shown = time.monotonic()
+        first: tuple[float, int] | None = None
 
         def report(done: int, total: int, label: str = label) -> None:
-            nonlocal shown
+            nonlocal shown, first
             if self._muted:
                 return
             now = time.monotonic()
+            first = first or (now, done)
             if self.terminal and done >= total:
                 self.clear()
             elif now - shown >= (0.1 if self.terminal else PLAIN_EVERY):
                 shown = now
-                left = (now - began) * (total - done) / done if done else 0.0
-                self._show(f"{label}: {done}/{total} ({100 * done / max(total, 1):.0f} %), {duration(left)} left")
+                start, before = first if done > first[1] else (began, 0)
+                left = (now - start) * (total - done) / (done - before) if done else 0.0
+                share = f"{done}/{total} ({100 * done / max(total, 1):.0f} %)"
+                self._show(", ".join(filter(None, (f"{label}: {share}", str(detail), f"{duration(left)} left"))))
 
         return report
 

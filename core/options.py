@@ -10,6 +10,8 @@ from typing import Any
 from core.model.upgrade import moved
 
 NOTHING = ("none", "off", "null")
+SELDOM = ("eval.adapt.", "eval.phases.")
+"""Sections whose options are not meant by a word (--lr, --steps) that another section has."""
 SWITCHES = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
 
 
@@ -29,6 +31,16 @@ def options_of(kind: type, prefix: str = "") -> dict[str, Any]:
 def given(arguments: Sequence[str], known: dict[str, Any]) -> list[str]:
     """Return the options that a command line has, as `--help` spells them."""
     return [name for name, _ in _named(arguments) if name in known]
+
+
+def value_of(arguments: Sequence[str], option: str) -> str:
+    """Return what a command line gives as the value of an option, the last time; nothing if it does not."""
+    value = ""
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=False):  # no argument at all: no pair
+        name, equals, joined = word.partition("=")
+        if name.startswith("--") and _plain(name) == option:
+            value = joined if equals else after
+    return value
 
 
 def spelled(arguments: Sequence[str], known: dict[str, Any]) -> list[str]:
@@ -72,7 +84,9 @@ def meant_options(name: str, known: Sequence[str]) -> list[str]:
     near = difflib.get_close_matches(name, [*known, *sections], 1, 0.8)
     inside = [option for option in known if option.rpartition(".")[0] in near]
     nearly = difflib.get_close_matches(word, list(last.values()), 1, 0.75)
-    likely = [option for option in same if option in near] or same or begins or inside or near
+    usual = [option for option in same if not option.removeprefix("--").startswith(SELDOM)]
+    usual = usual or [option for option in begins if not same or not option.removeprefix("--").startswith(SELDOM)]
+    likely = [option for option in same if option in near] or usual or same or inside or near
     likely = likely or [option for option in known if nearly and last[option] == nearly[0]]
     return likely[:4] or difflib.get_close_matches(name, known, 1)
 

@@ -13,11 +13,13 @@ import torch
 from torch.func import functional_call
 
 from backends.cuda import attention, noise, ops
+from backends.cuda.adapting import Adapting
 from backends.cuda.banks import Quantiser, compiler_options, noised_all, softened_all
+from backends.cuda.descent import Descent
 from backends.cuda.distributed import Reducer
 from backends.cuda.further import further_loss
-from backends.cuda.masters import Masters
 from backends.cuda.model import Model
+from backends.cuda.predicting import Predicting
 from backends.cuda.staging import to_gpu
 from backends.cuda.update import Update
 from core.data.batch import Batch
@@ -30,13 +32,14 @@ from core.engine.protocol import (
     Scoring,
     State,
     StepResult,
+    begun,
     counts,
     micro_batches,
     named_matrices,
     wire_note,
 )
 from core.model import trunk
-from core.model.context import Constants, Training
+from core.model.context import Constants, Training, each_array
 from core.model.params import check_arrays
 from core.model.tables import mixer_tables, rope_tables
 
@@ -79,7 +82,7 @@ class Tape:
         return ops.cross_entropy(self._logits, wanted, self._exact)[0].cpu().numpy()
 
 
-class Engine(Masters):
+class Engine(Predicting, Adapting, Descent):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "cuda"
@@ -122,8 +125,10 @@ class Engine(Masters):
         self.load_params(weights, quantise)
         wanted = options.compile if options.compile is not None else gpu
         compiled = functools.partial(torch.compile, backend=self._count, dynamic=False) if wanted else lambda f: f
-        self._objective = compiled(self._losses)
+        self._objective, self._weighed = compiled(self._losses), compiled(self._cost)
         self._score = torch.compile(self._costs, dynamic=False) if wanted else self._costs
+        self._adapt_costs = torch.compile(self._adapted_costs, dynamic=False) if wanted else self._adapted_costs
+        self._adapt_rule = torch.compile(self._adapt_rows, dynamic=False) if wanted else self._adapt_rows
         self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, compiled)
         self._finish = self._update.alone
         self._store = Quantiser(functools.partial(compiled, backend=self._count_exact) if wanted else None)
@@ -161,9 +166,10 @@ class Engine(Masters):
         return self._count(graph, inputs, config_patches=compiler_options())
 
     def _forward(
-        self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None, begins=None
-    ):
-        given = (tokens, tables, self._compute, repeat, record, state, capped, training, begins)
+        self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None, begins=None,
+        adapters=None,
+    ):  # fmt: skip
+        given = (tokens, tables, self._compute, repeat, record, state, capped, training, begins, adapters)
         return functional_call(self._model, weights, given, strict=True)
 
     def _read(self, tokens, **options):
@@ -302,11 +308,12 @@ class Engine(Masters):
 
     @torch.no_grad()
     def commit(self, tape: Tape, n: int | np.ndarray) -> State:
-        before, n = tape.before, counts(tape.tokens, n)
+        before, n = begun(tape.before), counts(tape.tokens, n)
         if not n.any():
             return before
         seen = before.seen_after(tape.tokens, n, self._config)
         model = self._model.commit(tape.model, torch.from_numpy(n).to(self._device), int(seen.max()))
+        model = each_array(model, torch.Tensor.detach)  # CUDA: a pass with adapters would be kept by its states
         return State(model, before.position + n, seen)
 
     def forget(self, state: State, rows: np.ndarray) -> State:

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from backends.cuda import attention, ops
-from backends.cuda.linear import Linear, Matrix
+from backends.cuda.linear import Linear, Matrix, Site
 from backends.cuda.parts.bank import Bank
 from backends.cuda.parts.bigram import Bigram
 from backends.cuda.parts.capsules import blocks, opened
@@ -51,6 +51,9 @@ class Model(nn.Module):
             if part != "layer":
                 setattr(self, name, PARTS[part](config, exact))
         self.head = Head(config, exact)
+        # By the name of a stage: what it has that can be adapted; "": what no stage has.
+        beside = {name: getattr(self, name) for name in ("embed", "embed_up", "embed_down") if hasattr(self, name)}
+        self._sites = {"": tuple(beside.items())} | {s.name: _sites(self.part(s)) for s in self._stages[True]}
 
     def part(self, stage) -> Any:
         """Return the module that a stage is a use of."""
@@ -59,6 +62,16 @@ class Model(nn.Module):
     def matrices(self):
         """Return every weight that multiplies what comes in, by name, with the module that it is in."""
         return {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, Matrix)}
+
+    def hand(self, name, label, adapters):
+        """Give what the stage `name` has the adapters (by site) of its pass `label`; where there is none: None."""
+        for suffix, site in self._sites[name]:
+            site._adapter = adapters.get(f"{label}.{suffix}" if label else suffix)
+
+    def take_back(self):
+        """Leave no adapter behind."""
+        for name in self._sites:
+            self.hand(name, name, {})
 
     def norm(self, x_BTD):
         return ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
@@ -103,22 +116,28 @@ class Model(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=None, begins=None
-    ):
+        self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=None,
+        begins=None, adapters=None,
+    ):  # fmt: skip
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
         `record` (a dict) collects the stream after every stage, what the head reads, auxiliary losses and routes.
         `repeat`: layers that are to be repeated are. Not `capped`: logits before bias and softcap, as wide as they
         come, for ops.cross_entropy. `training` (Training): this is a training step's pass.
         `begins`: where documents begin (attention.spans), for attention without a mask, which takes no state.
+        `adapters` (Adapter by site): what is added beside matrices; they stay handed over until `take_back`.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         context = self.context(tokens_BT, constants, state, wide, begins, training)
+        if adapters is not None:
+            self.hand("", "", adapters)
         stream, stages, tapes = self.embedding(tokens_BT, dtype), self._stages[repeat], []
         if record is not None:
             record["embed"] = stream.x
         states = (None,) * len(stages) if state is None else state.parts
         for stage, part_state in zip(stages, states, strict=True):
+            if adapters is not None:
+                self.hand(stage.name, stage.label, adapters)
             stream, tape = self.part(stage)(stream, context, stage, part_state)
             tapes.append(None if state is None else tape)  # only a chunk is committed: else memory for nothing
             if record is not None:
@@ -165,3 +184,9 @@ class Model(nn.Module):
             return torch.where(rows_B.reshape(-1, *(1,) * (x.ndim - 1)), empty, x)
 
         return each_array(state, emptied)
+
+
+def _sites(part):
+    """Return (name, site) of all of a part that can be adapted; a layer's map beside its mixer is called `mixer`."""
+    sites = ((name, site) for name, site in part.named_modules() if isinstance(site, Site))
+    return tuple((name.replace("block_mixer", "mixer"), site) for name, site in sites)

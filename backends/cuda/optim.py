@@ -90,6 +90,18 @@ def rule(train, group, param, grad, slots, hyper, dtype=None, guarded=False):
     return param, {"m": m, "v": v}
 
 
+def sgd(params, grads, momenta, lr, decay, momentum, scale):
+    """Return (params, momenta), lists of tensors that are updated in place, after one step of SGD with momentum and
+    decoupled decay; gradients count `scale` times.
+    """
+    # CUDA: a few launches, whatever the number of tensors
+    torch._foreach_mul_(momenta, momentum)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(momenta, grads, alpha=scale)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_mul_(params, 1 - lr * decay)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(params, momenta, alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
+    return params, momenta
+
+
 def average(old, param, decay):
     """Return the running average of a parameter after an update of it."""
     return decay * old + (1 - decay) * param

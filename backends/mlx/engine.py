@@ -10,13 +10,15 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from backends.mlx import attention, device, noise, ops
+from backends.mlx import attention, device, noise, ops, optim
+from backends.mlx.adapting import Adapting
 from backends.mlx.banks import parts
 from backends.mlx.blas import load_fast_blas
+from backends.mlx.descent import Descent
 from backends.mlx.further import further_loss
 from backends.mlx.kernels import trial
-from backends.mlx.masters import Masters
 from backends.mlx.model import Model
+from backends.mlx.predicting import Predicting
 from backends.mlx.update import Update
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note
@@ -28,6 +30,7 @@ from core.engine.protocol import (
     Scoring,
     State,
     StepResult,
+    begun,
     counts,
     micro_batches,
     named_matrices,
@@ -70,7 +73,7 @@ class Tape:
         return np.array(ops.cross_entropy(self._logits, mx.array(targets), self._exact)[0])
 
 
-class Engine(Masters):
+class Engine(Predicting, Adapting, Descent):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "mlx"
@@ -106,12 +109,14 @@ class Engine(Masters):
         compiled = mx.compile if self._compiled else lambda f: f
         self._whole = compiled(self._step)
         self._accumulate = compiled(self._add_gradient)
+        self._weighed, self._moved = compiled(self._add_cost), compiled(optim.sgd)
         self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, self._wire, compiled)
         self._finish = compiled(self._update.alone)
         self._tokens, self._memory = device.micro_batch(self._chip, options.micro_tokens, ranks)
         self._fitting: dict[int, int] = {}
         self._checked: set[int] = set()
         self._score = compiled(self._costs)
+        self._adapt_costs, self._adapt_rule = compiled(self._adapted_costs), compiled(self._adapt_rows)
         self._predict = compiled(self._logits)
         self._store, self._soften = compiled(self._stored), compiled(self._soft)
         self._shake = compiled(self._shaken)
@@ -136,9 +141,11 @@ class Engine(Masters):
             }
         return parts(self._banks, rows)
 
-    def _forward(self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None):
+    def _forward(
+        self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None, adapters=None
+    ):
         self._model.update(tree_unflatten(list(weights.items())))
-        return self._model(tokens, tables, self._compute, repeat, record, state, capped, training)
+        return self._model(tokens, tables, self._compute, repeat, record, state, capped, training, adapters)
 
     def _logits(self, weights, tokens, tables):
         return self._forward(weights, tokens, tables)[0]
@@ -278,7 +285,7 @@ class Engine(Masters):
         return Tape(state, tokens, logits, tape, self._exact)
 
     def commit(self, tape: Tape, n: int | np.ndarray) -> State:
-        before, n = tape.before, counts(tape.tokens, n)
+        before, n = begun(tape.before), counts(tape.tokens, n)
         if not n.any():
             return before
         seen = before.seen_after(tape.tokens, n, self._config)

@@ -1,6 +1,6 @@
 """The linear layers: a weight (out, in), no bias."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,7 +8,30 @@ import mlx.nn as nn
 from backends.mlx import ops
 
 
-class Matrix(nn.Module):
+class Adapter(NamedTuple):
+    """A map of low rank of each row. Letters: B rows, R rank, I channels that come in, O that go out."""
+
+    a_BRI: Any
+    b_BRO: Any
+    scale: float
+
+
+class Site(nn.Module):
+    """A place beside which there can be an adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self._adapter: Adapter | None = None  # that of the pass under way; the model hands it over (Model.hand)
+
+    def beside(self, x, y):
+        """Return y (B, T, O), with what the adapter makes of x (B, T, I) added if there is one."""
+        if self._adapter is None:
+            return y
+        a_BRI, b_BRO, scale = self._adapter
+        return mx.addmm(y, x @ mx.swapaxes(a_BRI, 1, 2), b_BRO, alpha=scale)
+
+
+class Matrix(Site):
     """A weight (out, in) that multiplies what comes in, and can sum up second moments of that on the way."""
 
     def __init__(self):
@@ -29,7 +52,7 @@ class Matrix(nn.Module):
     def product(self, x, weight=None):
         """Return x @ weight.T, with another weight in place of this one if it is given."""
         self.watch(x)
-        return ops.linear(x, self.weight if weight is None else weight)
+        return self.beside(x, ops.linear(x, self.weight if weight is None else weight))
 
 
 class Linear(Matrix):

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx import ops
-from backends.mlx.linear import Linear, Matrix
+from backends.mlx.linear import Linear, Matrix, Site
 from backends.mlx.parts.bank import Bank
 from backends.mlx.parts.bigram import Bigram
 from backends.mlx.parts.capsules import blocks, opened
@@ -48,6 +48,9 @@ class Model(nn.Module):
             if part != "layer":
                 setattr(self, name, PARTS[part](config, exact))
         self.head = Head(config, exact)
+        # By the name of a stage: what it has that can be adapted; "": what no stage has.
+        beside = {name: getattr(self, name) for name in ("embed", "embed_up", "embed_down") if hasattr(self, name)}
+        self._sites = {"": tuple(beside.items())} | {s.name: _sites(self.part(s)) for s in self._stages[True]}
 
     def part(self, stage):
         """Return the module that a stage is a use of."""
@@ -56,6 +59,16 @@ class Model(nn.Module):
     def matrices(self):
         """Return every weight that multiplies what comes in, by name, with the module that it is in."""
         return {f"{name}.weight": module for name, module in self.named_modules() if isinstance(module, Matrix)}
+
+    def hand(self, name, label, adapters):
+        """Give what the stage `name` has the adapters (by site) of its pass `label`; where there is none: None."""
+        for suffix, site in self._sites[name]:
+            site._adapter = adapters.get(f"{label}.{suffix}" if label else suffix)
+
+    def take_back(self):
+        """Leave no adapter behind."""
+        for name in self._sites:
+            self.hand(name, name, {})
 
     def norm(self, x_BTD):
         return ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
@@ -72,8 +85,8 @@ class Model(nn.Module):
         x_BTD = self.norm(x_BTD)
         return self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
 
-    def context(self, tokens_BT, constants, state, wide, training):
-        """Return the Context of these rows; `training` as in __call__."""
+    def context(self, tokens_BT, constants, state, wide, training, learns):
+        """Return the Context of these rows; `training` as in __call__; `learns`: gradients follow."""
         seq, isolated = tokens_BT.shape[1], self._config.documents == "isolated"
         starts_BT = tokens_BT == self._config.bos if isolated else mx.zeros(tokens_BT.shape, mx.bool_)
         ids_BT = ops.document_ids(tokens_BT, self._config.bos) if isolated else mx.zeros_like(tokens_BT)
@@ -87,7 +100,7 @@ class Model(nn.Module):
         ids = tokens_BT if state is None else mx.concatenate([state.ids, tokens_BT], axis=1)
         if state is None:
             ids = mx.pad(ids, [(0, 0), (self._config.reach, 0)], constant_values=-1)
-        attend = self._attention.scoring if training is None else self._attention.training
+        attend = self._attention.training if learns else self._attention.scoring
         stored = blocks(self._config.skc.block, position, ids_BT) if self._config.stores else None
         alone = None
         if self._config.attention.xsa != "none":
@@ -98,21 +111,31 @@ class Model(nn.Module):
             constants.signs, position, ids, wide, stored, attend=attend, alone=alone, training=training,
         )  # fmt: skip
 
-    def __call__(self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=None):
+    def __call__(
+        self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=None,
+        adapters=None,
+    ):  # fmt: skip
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
         `record` (a dict) collects the stream after every stage, what the head reads, auxiliary losses and routes.
         `repeat`: layers that are to be repeated are. Not `capped`: logits before bias and softcap, as wide as they
         come, for ops.cross_entropy.
-        `training` (Training): this is a training step's pass, with the form of attention whose gradients cost least.
+        `training` (Training): this is a training step's pass. `adapters` (Adapter by site): what is added beside
+        matrices; they stay handed over until `take_back`. With either, attention is of the form whose gradients cost
+        least.
         """
         wide = mx.float64 if dtype == mx.float64 else mx.float32
-        context = self.context(tokens_BT, constants, state, wide, training)
+        learns = training is not None or adapters is not None
+        context = self.context(tokens_BT, constants, state, wide, training, learns)
+        if adapters is not None:
+            self.hand("", "", adapters)
         stream, stages, tapes = self.embedding(tokens_BT, dtype), self._stages[repeat], []
         if record is not None:
             record["embed"] = stream.x
         states = (None,) * len(stages) if state is None else state.parts
         for stage, part_state in zip(stages, states, strict=True):
+            if adapters is not None:
+                self.hand(stage.name, stage.label, adapters)
             stream, tape = self.part(stage)(stream, context, stage, part_state)
             tapes.append(None if state is None else tape)  # only a chunk is committed: else memory for nothing
             if record is not None:
@@ -159,3 +182,9 @@ class Model(nn.Module):
             return mx.where(rows_B.reshape(-1, *(1,) * (x.ndim - 1)), empty, x)
 
         return each_array(state, emptied)
+
+
+def _sites(part):
+    """Return (name, site) of all of a part that can be adapted; a layer's map beside its mixer is called `mixer`."""
+    sites = ((name, site) for name, site in part.named_modules() if isinstance(site, Site))
+    return tuple((name.replace("block_mixer", "mixer"), site) for name, site in sites)

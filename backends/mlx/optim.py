@@ -100,6 +100,14 @@ def rule(train, group, param, grad, slots, hyper, dtype=None, guarded=False):
     return param, {"m": m, "v": v}
 
 
+def sgd(params, grads, momenta, lr, decay, momentum, scale):
+    """Return (params, momenta), lists of arrays, after one step of SGD with momentum and decoupled decay; gradients
+    count `scale` times.
+    """
+    momenta = [momentum * m + scale * grad for m, grad in zip(momenta, grads, strict=True)]
+    return [(1 - lr * decay) * param - lr * m for param, m in zip(params, momenta, strict=True)], momenta
+
+
 def average(old, param, decay):
     """Return the running average of a parameter after an update of it."""
     return decay * old + (1 - decay) * param

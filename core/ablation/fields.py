@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from core import checks, options
-from core.config import ConfigError, RunConfig, flattened
+from core.config import ConfigError, EvalConfig, RunConfig, flattened, to_json
 from core.model.upgrade import moved
 from core.scoring import choices
 
@@ -30,6 +30,9 @@ def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
         raise ConfigError(f"{where}: unknown field {field!r}; {hint}")
     if field in ("train.steps", "train.seconds"):
         raise ConfigError(f"{where}: {field}: is what [budget] decides")
+    if field == "eval.adapt.kind" and value != values["eval"]["adapt"]["kind"]:  # what another kind has goes
+        nothing = to_json(EvalConfig())
+        values["eval"] |= {name: nothing[name] for name in ("adapt", "phases", "round")}
     *sections, name = field.split(".")
     for section in sections:
         values = values[section]

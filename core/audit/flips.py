@@ -6,6 +6,7 @@ target itself included, must have the same bits, over the whole vocabulary. Docu
 predicted there must not know whether BOS comes next, which the cut of the windows may tell.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,8 @@ def flip_test(
 
     `bound`: nats that rounding may make (ROUNDING).
     """
+    if config.eval.plugins:  # rounds of one turn: what a token taught shows in as few passes
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, round=1))
     pieces = _pieces(split, config, seed)
     test = _FlipTest(engine, config, seed, bound)
     value, done = test.value, 0
@@ -83,7 +86,7 @@ class _FlipTest:
 
     def __init__(self, engine: Engine, config: RunConfig, seed: int, bound: float) -> None:
         self._engine, self._config, self._seed = engine, config, seed
-        self._learns, self._reshaped = bool(config.eval.plugins), config.eval.windows == "stateful"
+        self._learns, self._reshaped = config.eval.learns, config.eval.windows == "stateful"
         self.value: dict[str, Any] = {
             "flips": 0, "ends": 0, "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0, "largest_wrong": 0.0,
             "differ": 0, "explained": 0.0, "by_plugins": False, "repeatable": True, "repeat_gap": 0.0,

@@ -3,7 +3,7 @@
 Only numpy arrays, Python scalars and frozen dataclasses cross this border.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -14,7 +14,9 @@ from core.config import ConfigError, ModelConfig
 from core.data.batch import Batch
 from core.engine.plan import StepPlan
 from core.engine.ranks import Ranks
+from core.model.adapters import AdapterSpec
 from core.model.storage import Stored
+from core.model.table import Rows
 
 Arrays = dict[str, np.ndarray]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -43,6 +45,18 @@ def micro_batches(batch: Batch, most: int, world: int) -> tuple[list[slice], lis
     unit = min(most, -(-total // world))
     parts = [slice(i, min(i + unit, rows)) for i in range(0, rows, unit)]
     return parts, [(part.stop - part.start) / unit for part in parts], total / unit
+
+
+def target_shares(targets: np.ndarray, ranks: Ranks) -> np.ndarray:
+    """Return each target's weight in the mean over all ranks' targets, (rows, seq); of pads, which are -1, it is 0.
+
+    ValueError if there is no target on any rank.
+    """
+    real = targets >= 0
+    total = sum(int(part[0]) for part in ranks.gather(np.array([real.sum()])))
+    if not total:
+        raise ValueError("there is no target to learn from: every one of them is a pad")
+    return real / total
 
 
 class StepResult(NamedTuple):
@@ -96,6 +110,84 @@ class Tape(Protocol):
     def nll(self, targets: np.ndarray) -> np.ndarray:
         """Return -log p(target) in nats for every position, (rows, seq)."""
         ...
+
+
+def begun(state: State | None) -> State:
+    """Return the state that a pass began with; a ValueError if it had none."""
+    if state is None:
+        raise ValueError("commit: this pass began without a state; give `adapted` the state that it goes on from")
+    return state
+
+
+class AdaptStep(NamedTuple):
+    """How adapters of rows, or whole weights, are updated once."""
+
+    rule: Literal["adamw", "sgd"] = "adamw"
+    lr: float | np.ndarray = 1e-3  # one number, or (rows,)
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    decay: float = 0.0
+    momentum: float = 0.9
+    clip: float = 0.0  # largest norm of the gradient of a row; 0: none
+    taken: int | np.ndarray = 0  # (rows,): updates so far
+
+    @property
+    def constants(self) -> tuple:
+        """What is the same for all rows."""
+        return self.rule, self.beta1, self.beta2, self.eps, self.decay, self.momentum, self.clip
+
+    def by_row(self, rows: int) -> list[np.ndarray]:
+        """Return the learning rate and what AdamW divides the two moments by, (rows,) float64 each."""
+        count = np.broadcast_to(np.asarray(self.taken, np.float64), (rows,)) + 1
+        lr = np.broadcast_to(np.asarray(self.lr, np.float64), (rows,))
+        return [np.array(lr), 1 - self.beta1**count, 1 - self.beta2**count]
+
+
+def check_descent(table: Rows, names: Iterable[str], step: AdaptStep | None = None) -> None:
+    """Raise ValueError for names of weights that are not in the table, or for an update that is no SGD."""
+    unknown = [name for name in names if name not in table]
+    if unknown:
+        raise ValueError(f"{unknown[0]} is not a parameter of this model")
+    if step is not None and step.rule != "sgd":
+        raise ValueError(f"weights learn by sgd while a text is scored, not by {step.rule}")
+
+
+def learning_rows(shares: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return the rows with some share that is not 0, (rows,) bool; a ValueError for shares that do not fit `tokens`."""
+    if shares.shape != tokens.shape or not np.isfinite(shares).all():
+        raise ValueError(f"adapt: shares {shares.shape}; expected one finite number for every one of {tokens.shape}")
+    return (shares != 0).any(axis=1)
+
+
+class Adapters(Protocol):
+    """Low-rank maps beside matrices, of every row its own, and their moments. A value: nothing changes it."""
+
+    spec: AdapterSpec
+
+    def a(self) -> Arrays:
+        """Return A by site, (rows, rank, in): what a later `adapters` may begin with."""
+        ...
+
+
+class PredictedTape(Protocol):
+    """A forward pass whose predictions were changed on the device; after a state `commit` takes it like a Tape."""
+
+    def nll(self) -> np.ndarray:
+        """Return -log p(target) in nats for every position, (rows, seq)."""
+        ...
+
+    def moments(self) -> np.ndarray | None:
+        """Return what the sample of the prediction says of its temperature, (2,) float64; None without a sample."""
+        ...
+
+    def logprobs(self) -> np.ndarray:
+        """Return the whole distributions as log-probabilities, (rows, seq, vocab): for whoever judges them."""
+        ...
+
+
+class AdaptedTape(PredictedTape, Protocol):
+    """A pass with adapters, which has the way back for one update as well."""
 
 
 class Pending(Protocol):
@@ -173,6 +265,13 @@ class Engine(Protocol):
         """Return the final (softcapped) logits: (rows, seq) int -> (rows, seq, vocab) float."""
         ...
 
+    def predicted(self, tokens: np.ndarray, targets: np.ndarray, prediction: Any, state: State | None = None) -> Any:
+        """Run (rows, seq) tokens, on from `state` if there is one, and return the PredictedTape of their targets.
+
+        `prediction`: a core.scoring.predictions.Prediction, which says how the distributions are changed.
+        """
+        ...
+
     def second_moments(self, tokens: np.ndarray, names: Sequence[str] | None = None) -> Arrays:
         """Return, by name, the sum over (rows, seq) tokens of a a^T, (in, in), of what enters each matrix `names`.
 
@@ -195,6 +294,41 @@ class Engine(Protocol):
 
     def forget(self, state: State, rows: np.ndarray) -> State:
         """Return the state with nothing read yet in the rows that are marked, (rows,) bool: others may begin."""
+        ...
+
+    def adapters(self, spec: AdapterSpec, rows: int, slot: int, a: Arrays | None = None) -> Any:
+        """Return adapters (Adapters) of `rows` rows whose B and moments are 0.
+
+        A is `a` (Adapters.a), or drawn by the seed of `spec`, `slot`, site and row: of a row that is alone the same.
+        """
+        ...
+
+    def adapted(
+        self,
+        adapters: Any,
+        tokens: np.ndarray,
+        targets: np.ndarray,
+        prediction: Any = None,
+        state: State | None = None,
+        often: bool = False,
+    ) -> Any:
+        """Run (rows, seq) tokens with adapters, and keep the way back; from `state` on it can be committed, too.
+
+        The forward pass is run once, for nats and gradients. No gradient reaches a weight, nor what made `state`.
+        `prediction` changes the nats that the tape (AdaptedTape) tells, not those that are learned from. `often`: so
+        many passes of this shape will come, without a state, that compiling for them pays.
+        """
+        ...
+
+    def adapt(self, tape: Any, shares: np.ndarray, step: AdaptStep) -> Any:
+        """Return the adapters of a pass after one update of each row by the sum of `shares` (rows, seq) times its nats.
+
+        A row whose shares are all 0 stays as it is, bit for bit. ValueError for a tape that was learned from before.
+        """
+        ...
+
+    def reset(self, adapters: Any, rows: np.ndarray, keep_a: bool) -> Any:
+        """Return adapters with B and moments 0 in the rows that are marked, (rows,) bool; A as it is or as it began."""
         ...
 
     def weights(self) -> Arrays:
@@ -225,6 +359,38 @@ class Engine(Protocol):
 
     def load_optimizer(self, state: Arrays) -> None:
         """Replace the optimizer state; strict like `load_params`."""
+        ...
+
+    def loosen(self, names: Sequence[str]) -> None:
+        """Let the scored weights `names` move, from what they are, with momenta of 0; none is rounded again.
+
+        Until `tighten` all that scores uses them. The masters stay as they are, and must not be trained meanwhile.
+        ValueError for a name that is not in the table.
+        """
+        ...
+
+    def descend(self, batch: Batch, step: AdaptStep) -> StepResult:
+        """Take one step of SGD with momentum on this rank's rows, as many as there are; a target of -1 is a pad.
+
+        The loss is the mean over the targets of all ranks, which call it together, in a forward pass as `nll` makes it.
+        Loss or gradients that are not finite leave the weights as they were.
+        """
+        ...
+
+    def loosened(self) -> Arrays:
+        """Return the weights that may move, and their momenta as `<param>.m`."""
+        ...
+
+    def load_loosened(self, arrays: Arrays) -> None:
+        """Replace the weights that may move and their momenta; strict like `load_params`."""
+        ...
+
+    def forget_momenta(self) -> None:
+        """Set the momenta of the weights that may move to 0."""
+        ...
+
+    def tighten(self) -> None:
+        """Score with the weights of before `loosen` again."""
         ...
 
     def stats(self) -> dict[str, float]:

@@ -71,7 +71,8 @@ def _probe(engine: Engine, dataset: Dataset, config: RunConfig, say: Callable[[s
     say("timing forward passes of scoring, samples, a checkpoint and the export")
     scoring = _time_scoring(engine, dataset, config, config.eval.documents, False)
     estimate = _time_scoring(engine, dataset, config, config.eval.train_documents, False)
-    plugins = _time_scoring(engine, dataset, config, config.eval.documents, True) if config.eval.plugins else None
+    timed = config.eval.plugins and config.eval.adapt.kind == "none"  # passes of adaptation grow with the documents
+    plugins = _time_scoring(engine, dataset, config, config.eval.documents, True) if timed else None
     first = ranks.rank == 0
     writing = _timed(ranks, lambda: samples(engine, dataset.tokenizer, config) if first else None)
     size = 0

@@ -65,5 +65,5 @@ def mini(config: RunConfig) -> RunConfig:
         train=dataclasses.replace(
             config.train, batch=4, seq=37, steps=50, micro_batch=None, seconds=None, reserve_seconds=0.0, **NO_STAGES
         ),
-        eval=dataclasses.replace(config.eval, seq=32, stride=None, windows="plain", batch=4),
+        eval=dataclasses.replace(config.eval.plain(), seq=32, stride=None, windows="plain", batch=4),
     )

@@ -1,6 +1,15 @@
 """The systems of pull requests of the official challenge: their models, optimizers and data (docs/presets.md)."""
 
-from core.config import POLAR_EXPRESS, EvalConfig, ModelConfig, RunConfig, TrainConfig, changed
+from core.config import (
+    POLAR_EXPRESS,
+    AdaptConfig,
+    EvalConfig,
+    ModelConfig,
+    PhasesConfig,
+    RunConfig,
+    TrainConfig,
+    changed,
+)
 from core.model.attention import Attention
 from core.model.bigram import Bigram
 from core.model.deviations import Deviations
@@ -43,7 +52,10 @@ PR550 = changed(ELEVEN, {
     "train.lr_matrix": 0.025, "train.lr_vector": 0.025, "train.lr_hash": 0.035, "train.weight_decay": 0.04,
     "train.weight_decay_embed": 0.04, "train.weight_decay_vector": 0.04, "train.weight_decay_hash": 0.04,
     "train.warmdown": 0.5, "train.quantise": "late", "train.quantise_below": 0.04, "train.quantise_soft": (1.0, 16.0),
-    "train.mtp_heads": 2,
+    "train.mtp_heads": 2, "eval.windows": "documents", "eval.stride": None,
+    "eval.adapt": AdaptConfig(
+        kind="lora", sites=("q", "v"), chunk=2048, steps=3, lr=0.01, schedule="cosine", reset="never", documents=1,
+    ),
 })  # fmt: skip
 """The int6 system that adapts by LoRA: for one GPU, with two heads for the tokens behind the next."""
 
@@ -55,6 +67,7 @@ PR1619 = changed(PR401, {
     "train.lr_matrix": 0.022, "train.muon_momentum": 0.97, "train.weight_decay": 0.095, "train.warmdown": 0.75,
     "train.snapshot_every": None, "eval.windows": "documents", "eval.stride": None,
     "model.deviations": Deviations(mlp=11.0, attention=11.0, table=20.0),
+    "eval.adapt": AdaptConfig(kind="lora", sites=("o",), chunk=64, lr=0.001),
 })  # fmt: skip
 """The stack of vocabulary 8,192 whose middle layers run twice at once."""
 
@@ -76,6 +89,11 @@ PR1855 = changed(PR1394, {
     "train.beta2": 0.99, "train.warmdown": 0.85, "train.floor": 0.1, "train.floor_rule": "clip",
     "train.average_decay": 0.9965, "eval.windows": "documents", "eval.stride": 48,
     "model.embedding.storage": "int7/row", "model.deviations": Deviations(mlp=11.5, attention=13.0, table=14.0),
+    "eval.adapt": AdaptConfig(
+        kind="lora", rank=80, alpha=144.0, sites=("q", "k", "v", "mixer", "block_mlp", "head"), chunk=48, lr=1e-4,
+        beta1=0.0, beta2=0.99, eps=1e-10, decay=0.5, warm_a=True, documents=64, order="length",
+    ),
+    "eval.phases": PhasesConfig(at=(0.01666, 0.03332, 0.05), lr=1e-3, momentum=0.9, chunk=32_768, clip=1.0),
 })  # fmt: skip
 """The top record: lanes, gates, smear and case operators (`skc data prepare --transform caseops`)."""
 
@@ -97,15 +115,20 @@ PR401_MAC = changed(PR401, SMALL | NARROW | {
 })  # fmt: skip
 PR550_MAC = changed(PR550, SMALL | NARROW | {
     "model.attention.rope_dims": 36, "model.bigram.buckets": 1024, "model.bigram.dim": 32,
+    "eval.windows": "documents", "eval.adapt.chunk": 256,
 })  # fmt: skip
 PR1619_MAC = changed(PR1619, SMALL | NARROW | {
     "model.bigram.buckets": 1024, "model.bigram.dim": 32, "model.value_embed.dim": 32,
+    "eval.windows": "documents", "eval.adapt.documents": 8,
 })  # fmt: skip
 PR1394_MAC = changed(PR1394, SMALL | WIDE)
-PR1855_MAC = changed(PR1855, SMALL | WIDE | {"data.path": "sample-case"})
+PR1855_MAC = changed(PR1855, SMALL | WIDE | {
+    "data.path": "sample-case", "eval.windows": "documents", "eval.stride": 64, "eval.adapt.rank": 8,
+    "eval.adapt.alpha": 14.4, "eval.adapt.chunk": 64, "eval.adapt.documents": 2, "eval.round": 1,
+    "eval.phases.at": (0.25, 0.5), "eval.phases.chunk": 4096,
+})  # fmt: skip
 
 LARGE = "five or six bits by the trace of second moments (here six, rounded late)"
-ADAPTS = "adapters that learn from text that has been scored"
 
 PRESETS = {
     "pr401": ("pull request 401: averages, late rounding; vocabulary 1,024", PR401, 26_993_756),
@@ -113,29 +136,26 @@ PRESETS = {
         "pull request 550: soft late rounding, heads for later tokens; one GPU",
         PR550,
         27_092_057,
-        ADAPTS,
     ),
     "pr1619": (
         "pull request 1619: vocabulary 8,192, gated parallel layers, three that run twice",
         PR1619,
         31_655_011,
-        f"{LARGE}; {ADAPTS}",
+        LARGE,
     ),
     "pr1394": ("pull request 1394: the best record without adaptation", PR1394, 35_943_512),
     "pr1855": (
         "pull request 1855: the top record, on text with case operators",
         PR1855,
         35_945_671,
-        f"{ADAPTS}, and phases of SGD",
     ),
     "pr401_mac": ("pr401 for a laptop, narrow, on the bundled text", PR401_MAC, 2_280_016),
-    "pr550_mac": ("pr550 for a laptop", PR550_MAC, 2_244_941, ADAPTS),
-    "pr1619_mac": ("pr1619 for a laptop", PR1619_MAC, 2_280_023, f"{LARGE}; {ADAPTS}"),
+    "pr550_mac": ("pr550 for a laptop", PR550_MAC, 2_244_941),
+    "pr1619_mac": ("pr1619 for a laptop", PR1619_MAC, 2_280_023, LARGE),
     "pr1394_mac": ("pr1394 for a laptop", PR1394_MAC, 2_121_004),
     "pr1855_mac": (
         "pr1855 for a laptop: bundled text with case operators",
         PR1855_MAC,
         2_121_867,
-        ADAPTS,
     ),
 }

@@ -8,6 +8,8 @@ import numpy as np
 from core import rng
 from core.config import EvalConfig, RunConfig
 from core.data.dataset import Split
+from core.model.adapters import chosen_sites
+from core.model.scopes import loose_names
 from core.scoring.ledger import Ledger
 from core.scoring.windows import Windows, cut, document_ranges, document_windows, sliding
 
@@ -24,11 +26,25 @@ class Evaluation:
     """Whether the model's documents are: windows with carry begin anew with each; else the text is one stream."""
     plugins: bool = False
     """Whether the plug-ins of config.plugins have a part."""
+    adapts: bool = False
+    """Whether the adaptation of config.adapt has a part."""
+    sites: tuple[str, ...] = ()
+    """Where adapters are, if they have a part."""
+    loose: tuple[str, ...] = ()
+    """Weights that learn: by SGD, or in phases."""
 
     @classmethod
     def of(cls, split: Split, run: RunConfig, documents: int | None = None, plugins: bool = False) -> "Evaluation":
-        """Return the evaluation of `split` that a run's settings describe."""
-        return cls(split, run.eval, documents, run.model.documents == "isolated", plugins and bool(run.eval.plugins))
+        """Return the evaluation of `split` that a run's settings describe; `plugins`: with all that learns in it."""
+        adapt, isolated = run.eval.adapt, run.model.documents == "isolated"
+        adapts = plugins and adapt.kind != "none"
+        sites = chosen_sites(run.model, adapt) if adapts and adapt.kind == "lora" else ()
+        loose, phases = (), run.eval.phases
+        if adapts and adapt.kind == "sgd":
+            loose = loose_names(run.model, adapt.params, adapt.frozen)
+        elif adapts and phases.at:
+            loose = loose_names(run.model, phases.params, where="eval.phases")
+        return cls(split, run.eval, documents, isolated, plugins and bool(run.eval.plugins), adapts, sites, loose)
 
     @property
     def carries(self) -> bool:

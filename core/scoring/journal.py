@@ -1,11 +1,11 @@
 """The file of a ledger: a header, then one record per write, appended and never changed.
 
-Header: b"SKCLEDGR", uint32 length, JSON {"schema", "tokens", "key"}. Record: RECORD, then (start, stop) uint32 of every
-range of consecutive targets, then the nats of those targets, float64. All little-endian. A kill can cut the last record
-short; it is dropped then. Anything else that does not fit is an error that names the place.
+Header: b"SKCLEDGR", uint32 length, JSON {"schema", "tokens", "key"}. Record: RECORD, then (start, stop, row, version)
+uint32 of every range of consecutive targets that adapters of one row scored at one version, then the nats of those
+targets, float64. All little-endian. A kill can cut the last record short; it is dropped then. Anything else that does
+not fit is an error that names the place; schema 1, without rows, is not read.
 """
 
-import itertools
 import json
 import os
 import re
@@ -21,11 +21,11 @@ import numpy as np
 from core.files import FileError, edit_file, locked, naming, open_file, replace_file
 
 MAGIC = b"SKCLEDGR"
-SCHEMA = 1
+SCHEMA = 2
 MAX_HEADER = 4096
 MAX_TARGETS = 2**28
-RECORD = struct.Struct("<4s6I")
-"""b"SCOR", ranges, targets, weights version, number of the write, CRC-32 of ranges and nats, CRC-32 of these fields."""
+RECORD = struct.Struct("<4s5I")
+"""b"SCOR", ranges, targets, number of the write, CRC-32 of ranges and nats, CRC-32 of these fields."""
 MARK = b"SCOR"
 
 
@@ -96,8 +96,11 @@ class Journal:
             _fail(path, "header", "not a ledger, or one of another version")
         return cls(path, file, tokens, key, file.tell())
 
-    def records(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """Yield (positions, nats, version) of every write; a last one that was cut short is left out, and cut off."""
+    def records(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield (positions, nats, version, row) of every write, one of each for a target.
+
+        A last write that was cut short is left out, and cut off.
+        """
         size = self._file.seek(0, 2)
         at = self._begin
         while at < size:
@@ -105,35 +108,36 @@ class Journal:
             head = self._file.read(RECORD.size)
             if len(head) < RECORD.size:
                 break
-            mark, ranges, targets, version, order, payload_crc, head_crc = RECORD.unpack(head)
+            mark, ranges, targets, order, payload_crc, head_crc = RECORD.unpack(head)
             good = mark == MARK and head_crc == zlib.crc32(head[:-4]) and ranges <= targets < self.tokens
             if not good or order != self._order + 1:
                 if not any(head) and not any(self._file.read(1 << 20)):  # a power cut leaves zeros at the end
                     break
                 _fail(self.path, f"write {self._order + 1}", f"its head at byte {at} is damaged")
-            length = 8 * (ranges + targets)
+            length = 16 * ranges + 8 * targets
             payload = self._file.read(length)
             if len(payload) < length:
                 break
             if payload_crc != zlib.crc32(payload):
                 _fail(self.path, f"write {order}", f"its numbers at byte {at} are damaged")
-            pairs = np.frombuffer(payload, "<u4", 2 * ranges).reshape(-1, 2).astype(np.int64)
-            counts = pairs[:, 1] - pairs[:, 0]
+            starts, stops, rows, versions = np.frombuffer(payload, "<u4", 4 * ranges).reshape(-1, 4).astype(np.int64).T
+            counts = stops - starts
             if counts.min(initial=1) < 1 or counts.sum() != targets:
                 _fail(self.path, f"write {order}", "its ranges are damaged")
-            positions = np.repeat(pairs[:, 0] - np.cumsum(counts) + counts, counts) + np.arange(targets)
+            positions = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(targets)
             self._order, at = order, at + RECORD.size + length
-            yield positions, np.frombuffer(payload, "<f8", targets, 8 * ranges), version
+            nats = np.frombuffer(payload, "<f8", targets, 16 * ranges)
+            yield positions, nats, np.repeat(versions, counts), np.repeat(rows, counts)
         if self._file.writable():
             self._file.truncate(at)
             self._file.seek(at)
 
-    def append(self, positions: np.ndarray, nats: np.ndarray, version: int) -> None:
+    def append(self, positions: np.ndarray, nats: np.ndarray, version: np.ndarray, row: np.ndarray) -> None:
         """Write one record."""
-        cuts = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
-        pairs = np.array([(positions[a], positions[b - 1] + 1) for a, b in itertools.pairwise(cuts)], "<u4")
-        payload = pairs.tobytes() + np.asarray(nats, "<f8").tobytes()
-        head: tuple[Any, ...] = (MARK, len(pairs), len(positions), version, self._order + 1, zlib.crc32(payload))
+        first, last = cuts(positions, version, row)
+        ranges = np.stack([positions[first], positions[last] + 1, row[first], version[first]], 1).astype("<u4")
+        payload = ranges.tobytes() + np.asarray(nats, "<f8").tobytes()
+        head: tuple[Any, ...] = (MARK, len(ranges), len(positions), self._order + 1, zlib.crc32(payload))
         packed = RECORD.pack(*head, 0)[:-4]
         with naming(self.path):
             self._file.write(packed + zlib.crc32(packed).to_bytes(4, "little") + payload)
@@ -158,6 +162,12 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def cuts(positions: np.ndarray, *marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first and the last index of every range of consecutive positions in which no mark changes."""
+    new = np.flatnonzero((np.diff(positions) != 1) | np.any([np.diff(mark) != 0 for mark in marks], axis=0)) + 1
+    return np.append(0, new), np.append(new, len(positions)) - 1
 
 
 @contextmanager

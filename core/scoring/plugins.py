@@ -1,37 +1,31 @@
 """Plug-ins: what may change predictions while a text is scored, on nothing but what has been scored already.
 
-A plug-in sees the windows that come next before they are scored (their inputs; the inputs of a window include the
-targets before each position, and it must not look further), may change the predictions, and learns from the targets
-after they are in the ledger. What it does with that is audited (`skc audit`), not trusted.
+A plug-in of the user's sees the windows that come next before they are scored (their inputs; the inputs of a window
+include the targets before each position, and it must not look further), may change the predictions, and learns from the
+targets after they are in the ledger. What it does with that is audited (`skc audit`), not trusted. Those that are built
+in work on the device (predictions.py).
 """
 
 import difflib
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 
-from core.checks import LARGEST
 from core.config import ConfigError, from_json, require, to_json
 from core.data.batch import Batch
 from core.data.dataset import Split
 from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays, Engine, StepResult
 from core.scoring.choices import parsed, settings_of
+from core.scoring.counts import Counts
 from core.scoring.ledger import Ledger, LedgerError, Scored
+from core.scoring.predictions import Predictor, Temperature
+from core.scoring.predictions import View as View
 from core.scoring.windows import Windows
 
 Kind = Literal["temperature", "cache", "adaptation"]
-
-
-class View(NamedTuple):
-    """The windows of one forward pass. Rows that are not in use, and the ends of short ones, are zero and not kept."""
-
-    tokens: np.ndarray  # (rows, seq) int32: inputs
-    positions: np.ndarray  # (rows, seq) int64: places of the targets in the stream
-    kept: np.ndarray  # (rows, seq) bool: the targets that this pass scores
 
 
 class ScoredText(NamedTuple):
@@ -119,7 +113,10 @@ class Learner:
 
 
 class Plugin:
-    """What every plug-in is; each of its methods may be replaced. One object serves one scoring pass."""
+    """What a plug-in of the user's is; each of its methods may be replaced. One object serves one scoring pass.
+
+    It changes whole log-probabilities on the host, after whatever is built in, and where it is rank 0 works alone.
+    """
 
     kind: ClassVar[Kind] = "cache"
     Settings: ClassVar[type | None] = None
@@ -147,75 +144,11 @@ class Plugin:
         """Take back what `state` returned."""
 
 
-class Temperature(Plugin):
-    """One temperature for all predictions, the best on what has been scored so far.
-
-    Log-probabilities are multiplied by b = 1 / temperature and normalised again. The cost of a scored target is convex
-    in b: its slope is the expected log-probability less the target's, its curvature the variance. Newton's method on
-    the sum over all scored targets so far, each measured at the b that was in use, with a prior in favour of 1.
-    """
-
-    @dataclass(frozen=True)
-    class Settings:
-        """What a run may choose."""
-
-        prior: float = 256.0
-        """Weight of b = 1, in targets of curvature 1."""
-
-        def __post_init__(self) -> None:
-            good = 0 < self.prior <= LARGEST
-            require(
-                good, f"eval.plugins.temperature.prior={self.prior}: expected a number above 0, at most {LARGEST:g}"
-            )
-
-    kind = "temperature"
-    SAMPLE = 256
-    """Targets of one pass that are looked at."""
-
-    def __init__(self, settings: Settings | None = None) -> None:
-        prior = (settings or self.Settings()).prior
-        self._pull, self._curvature = prior, prior
-        self._seen: np.ndarray | None = None
-
-    @property
-    def inverse(self) -> float:
-        """The b in use."""
-        return float(np.clip(self._pull / self._curvature, 0.5, 2.0))
-
-    def predict(self, logprobs: np.ndarray, view: View) -> np.ndarray:
-        """Return the log-probabilities at this temperature."""
-        self._seen = logprobs
-        return log_softmax(logprobs * logprobs.dtype.type(self.inverse))
-
-    def learn(self, text: ScoredText) -> None:
-        """Measure slope and curvature on some of the targets, evenly spread."""
-        assert self._seen is not None
-        pick = np.unique(np.linspace(0, len(text.targets) - 1, self.SAMPLE).astype(np.int64))
-        logprobs = self._seen[text.row[pick], text.column[pick]].astype(np.float64)
-        b = self.inverse
-        p = np.exp(b * logprobs - np.max(b * logprobs, -1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
-        finite = np.maximum(logprobs, -1e9)
-        mean = (p * finite).sum(-1)
-        variance = (p * (finite - mean[:, None]) ** 2).sum(-1)
-        slope = mean - finite[np.arange(len(pick)), text.targets[pick]]
-        self._pull += float((variance * b - slope).sum())
-        self._curvature += float(variance.sum())
-
-    def state(self) -> Arrays:
-        """Return both sums."""
-        return {"sums": np.array([self._pull, self._curvature])}
-
-    def load(self, state: Arrays) -> None:
-        """Take both sums back."""
-        self._pull, self._curvature = map(float, state["sums"])
-
-
-PLUGINS: dict[str, type[Plugin]] = {"temperature": Temperature}
+PLUGINS: dict[str, type[Predictor]] = {"temperature": Temperature, "counts": Counts}
 """Plug-ins by the name that eval.plugins knows them by; others are named as package.module:Class."""
 
 
-def load_plugins(choices: Sequence[str], strangers: bool = True) -> list[Plugin]:
+def load_plugins(choices: Sequence[str], strangers: bool = True) -> list[Plugin | Predictor]:
     """Make the plug-ins of eval.plugins; ConfigError for one that is not there, or a setting that it does not have.
 
     Without `strangers` those that are not ours are left out: making them would run their code.
@@ -244,7 +177,7 @@ def foreign(choices: Sequence[str]) -> list[str]:
     return [choice for choice in choices if parsed(choice)[0] not in PLUGINS]
 
 
-def _find(name: str) -> type[Plugin]:
+def _find(name: str) -> type[Plugin | Predictor]:
     if name in PLUGINS:
         return PLUGINS[name]
     module, _, cls = name.partition(":")
@@ -258,8 +191,11 @@ def _find(name: str) -> type[Plugin]:
         raise ConfigError(
             f"eval.plugins: {name!r}: {error}; it is looked for on PYTHONPATH, not in the current folder"
         ) from error
-    if not (isinstance(plugin, type) and issubclass(plugin, Plugin)):
-        raise ConfigError(f"eval.plugins: {name!r} is not a class that extends core.scoring.plugins.Plugin")
+    if not (isinstance(plugin, type) and issubclass(plugin, Plugin | Predictor)):
+        raise ConfigError(
+            f"eval.plugins: {name!r} is not a class that extends core.scoring.plugins.Plugin, or "
+            "core.scoring.predictions.Predictor"
+        )
     return plugin
 
 

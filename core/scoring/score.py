@@ -11,9 +11,12 @@ import numpy as np
 from core.config import ConfigError, EvalConfig
 from core.engine.ranks import Alone, Ranks, only_rank_0
 from core.scoring.accounting import Bytes, bits_per_byte, count_bytes, ratio_error
+from core.scoring.adapt.session import Adaptation
+from core.scoring.adapt.stream import StreamPass
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Plugin, load_plugins
+from core.scoring.predictions import Predictor
 from core.scoring.session import Progress, Session, Watch
 from core.scoring.stateful import score_streams
 from core.scoring.windows import Windows
@@ -58,6 +61,8 @@ class Score:
     """How the text was cut."""
     plugins: tuple[str, ...] = ()
     """What else had a part in the predictions."""
+    adaptation: str = ""
+    """What learned while the text was scored, in words; nothing: nothing did."""
 
     @property
     def label(self) -> str:
@@ -74,7 +79,7 @@ def score(
     evaluation: Evaluation,
     ledger: Ledger | None = None,
     *,
-    plugins: Sequence[Plugin] | None = None,
+    plugins: Sequence[Plugin | Predictor] | None = None,
     watch: Watch | None = None,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
@@ -83,13 +88,15 @@ def score(
 
     Windows that are already in `ledger` are not scored again, so a killed evaluation goes on. `plugins`: made for this
     pass; None: those that `evaluation` names. `progress` gets (windows done, windows in all). Each of `ranks` scores
-    its share and all return the same; with plug-ins, which learn in the order of the text, rank 0 works alone.
+    its share and all return the same; with a user's plug-ins, which learn from pass to pass, rank 0 works alone.
     ConfigError if there is nothing to score or no byte rule applies; DataError if all documents are asked for and a
     shard is not what its checksum says; LedgerError if the engine's numbers are not finite, a rule is broken, or
     `ledger` is of another text.
     """
     ranks = ranks or Alone()
-    if evaluation.plugins and ranks.world > 1:
+    if plugins is None:
+        plugins = load_plugins(evaluation.config.plugins) if evaluation.plugins else ()
+    if ranks.world > 1 and any(isinstance(plugin, Plugin) for plugin in plugins):
         act = functools.partial(score, engine, evaluation, ledger, plugins=plugins, watch=watch, progress=progress)
         value = only_rank_0(ranks, lambda: rank_alone(engine, lambda: act().to_json()))
         names = tuple(value["plugins"])
@@ -133,6 +140,7 @@ def score_of(evaluation: Evaluation, ledger: Ledger, counted: Bytes | None = Non
         bpb_raw=bits_per_byte(all_nats, raw_bytes) if raw_bytes else None,
         windows=windows_in_words(evaluation, ledger.entries["order"]),
         plugins=evaluation.config.plugins if evaluation.plugins else (),
+        adaptation=adaptation_in_words(evaluation.config) if evaluation.adapts else "",
     )
 
 
@@ -150,7 +158,7 @@ def score_text(
     evaluation: Evaluation,
     ledger: Ledger,
     *,
-    plugins: Sequence[Plugin] | None = None,
+    plugins: Sequence[Plugin | Predictor] | None = None,
     watch: Watch | None = None,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
@@ -162,6 +170,11 @@ def score_text(
     if plugins is None:
         plugins = load_plugins(evaluation.config.plugins) if evaluation.plugins else ()
     check_plugins(evaluation.config, plugins)
+    if evaluation.adapts:
+        predictors = [plugin for plugin in plugins if isinstance(plugin, Predictor)]
+        kind = StreamPass if evaluation.config.adapt.kind == "sgd" else Adaptation
+        kind(engine, evaluation, ledger, predictors, watch, ranks).run(progress)
+        return
     session, rows = Session(engine, evaluation, ledger, plugins, watch, ranks), evaluation.rows()
     try:
         if evaluation.carries:
@@ -191,10 +204,10 @@ def score_sample(
     return sample
 
 
-def check_plugins(config: EvalConfig, plugins: Sequence[Plugin]) -> None:
+def check_plugins(config: EvalConfig, plugins: Sequence[Plugin | Predictor]) -> None:
     """Raise ConfigError for a plug-in that windows with carry cannot honour."""
     for plugin in plugins if config.windows == "stateful" else ():
-        if plugin.kind == "adaptation" or type(plugin).order is not Plugin.order:
+        if isinstance(plugin, Plugin) and (plugin.kind == "adaptation" or type(plugin).order is not Plugin.order):
             raise ConfigError(
                 f"eval.windows=stateful with plug-in {type(plugin).__name__}: the state comes from earlier weights, "
                 "and documents have an order of their own: take sliding windows or documents"
@@ -207,11 +220,25 @@ def windows_in_words(evaluation: Evaluation, order: np.ndarray) -> str:
     Windows with carry take the longest document first, as they always do; plug-ins have no say in that.
     """
     config, drawn = evaluation.config, evaluation.drawn is not None
+    if evaluation.adapts and config.adapt.kind == "lora":
+        longest = ", longest document first" if config.adapt.order == "length" else ""
+        return f"{config.windows} seq={config.seq} chunk={config.adapt.chunk}{longest}"
     if evaluation.carries:
         return f"stateful seq={config.seq}"
     moved = evaluation.plugins and not drawn and bool((np.diff(order) < 0).any())
     how = f"{'documents' if drawn else config.windows} seq={config.seq} stride={evaluation.stride}"
     return f"{how}, documents in the order of plug-ins" if moved else how
+
+
+def adaptation_in_words(config: EvalConfig) -> str:
+    """Return in words what learns while a text is scored."""
+    adapt, at = config.adapt, config.phases.at
+    words = f"lr={adapt.lr:g} steps={adapt.steps} chunk={adapt.chunk}, reset={adapt.reset}"
+    if adapt.kind == "sgd":
+        return f"sgd of {', '.join(adapt.params) or 'all weights'}, {words}"
+    kind = f"lora rank={adapt.rank} alpha={adapt.alpha:g} on {', '.join(adapt.sites)}, {adapt.rule} {words}"
+    kind += ", warm A" if adapt.warm_a else ""
+    return kind + (f"; phases at {', '.join(f'{share:g}' for share in at)} of the documents" if at else "")
 
 
 def _score_windows(session: Session, windows: Windows, progress: Progress | None) -> None:

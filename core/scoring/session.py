@@ -9,13 +9,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from core.engine.protocol import Scoring
-from core.engine.ranks import Alone, Ranks
+from core.engine.ranks import Alone, Ranks, share_arrays
 from core.files import parse_json, sweep
 from core.formats.tensors import read_tensors, write_tensors
 from core.scoring.evaluation import Evaluation
-from core.scoring.ledger import ROUNDING, Ledger, LedgerError
-from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
-from core.scoring.windows import Windows
+from core.scoring.exchange import Pass, gathered
+from core.scoring.ledger import ROUNDING, Ledger, LedgerError, Scored
+from core.scoring.plugins import Learner, Plugin, ScoredText, log_softmax
+from core.scoring.predictions import Predictor, ScoredReader, View, predict_together
+from core.scoring.windows import Windows, check_order, covered
 
 EXCHANGE = 8
 """Forward passes of each rank between two exchanges of what they gave."""
@@ -44,6 +46,9 @@ class Session:
 
     With plug-ins every pass counts, in order, since it decides what they learn: an evaluation that goes on takes them
     from their last copy, repeats the passes that came after it, and checks that they give what the ledger holds.
+
+    Those that are built in (Predictor) learn between rounds of eval.round turns, from the turns of all ranks in the
+    order of the turns: so any number of ranks gives the same. The user's (Plugin) learn from each pass of one rank.
     """
 
     def __init__(
@@ -51,14 +56,17 @@ class Session:
         engine: Any,
         evaluation: Evaluation,
         ledger: Ledger,
-        plugins: Sequence[Plugin] = (),
+        plugins: Sequence[Plugin | Predictor] = (),
         watch: Watch | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self._ranks, self._held = ranks or Alone(), []
+        self._ranks, self._held = ranks or Alone(), list[Pass]()
         self.engine, self.evaluation, self.ledger = engine, evaluation, ledger
         self.split, self.config = evaluation.split, evaluation.config
         self.plugins, self._watch = list(plugins), watch
+        self.predictors = [plugin for plugin in plugins if isinstance(plugin, Predictor)]
+        self._strangers = [plugin for plugin in plugins if isinstance(plugin, Plugin)]
+        self._round: list[tuple[tuple[Scored, ...], np.ndarray | None]] = []
         judged = plugins or watch is not None  # by passes of eval.batch; nor is every scorer an engine
         scoring = Scoring() if judged else getattr(engine, "scoring", Scoring())
         self.rows, self._most, self._under_way = scoring.rows(self.config.batch, self.config.seq), scoring.ahead, []
@@ -66,18 +74,18 @@ class Session:
         self.learner = Learner(engine, self.split, ledger)
         self._before = ledger.writes
         self._number = self._done = 0
-        for plugin in self.plugins:
+        for predictor in self.predictors:
+            predictor.start(ScoredReader(self.split, ledger))
+        for plugin in self._strangers:
             plugin.start(self.split.tokenizer.vocab, self.learner if plugin.kind == "adaptation" else None)
         self._state_path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
         self._saved = time.monotonic()
         if self._state_path is not None:  # the ledger is ours alone, and so is what lies beside it
             sweep(self._state_path.parent, f"{self._state_path.name}.")
+        if self._ranks.world > 1:  # what rank 0 has from an evaluation that was killed
+            self._take_ledger() if self.predictors else self._take_targets()
         if self.plugins:
             self._restore()
-        if self._ranks.world > 1:  # what rank 0 has from an evaluation that was killed
-            written = np.flatnonzero(ledger.entries["order"])
-            self._held = [(written + 1, ledger.entries["nats"][written])] if self._ranks.rank == 0 else []
-            self.exchange()
 
     def turns(self, rows: Windows, size: int) -> Iterator[tuple[int, Windows]]:
         """Yield (number, rows) of this rank's share of the turns: every world-th.
@@ -85,24 +93,62 @@ class Session:
         What they gave goes to all ranks from time to time. With plug-ins every turn counts, also what the ledger holds.
         """
         turns = self.evaluation.turns(rows, size, None if self.plugins else self.ledger)
-        world = self._ranks.world
+        world, passes = self._ranks.world, 0
+        often = self.config.round if self.predictors else EXCHANGE * world
         for number, turn in enumerate(turns):
-            if number % world == self._ranks.rank:
+            if self.predictors:  # turns of other ranks count too
+                self._number = passes
+            passes += int(self.evaluation.passes(turn).max())
+            if number % often % world == self._ranks.rank:
                 yield number, turn
-            if (number + 1) % (EXCHANGE * world) == 0 or number + 1 == len(turns):
-                self.exchange()
+            if (number + 1) % often == 0 or number + 1 == len(turns):
+                if not self.predictors:
+                    self._exchange()
+                elif passes > self._done:
+                    self._number = passes
+                    self._end_round()
 
-    def exchange(self) -> None:
+    def _take_targets(self) -> None:
+        """Enter the targets that rank 0's ledger holds into those of the other ranks."""
+        written = np.flatnonzero(self.ledger.entries["order"]) if self._ranks.rank == 0 else np.empty(0, np.int64)
+        self._held = [Pass(0, written + 1, self.ledger.entries["nats"][written])]
+        self._exchange()
+
+    def _take_ledger(self) -> None:
+        """Enter what rank 0's ledger holds into those of the other ranks, write by write."""
+        entries = self.ledger.entries
+        written = np.flatnonzero(entries["order"]) if self._ranks.rank == 0 else np.empty(0, np.int64)
+        mine = written + 1, entries["nats"][written], entries["order"][written]
+        positions, nats, order = (self._ranks.gather(side)[0] for side in mine)
+        if self._ranks.rank and len(positions):
+            sorted_ = np.argsort(order, kind="stable")
+            for part in np.split(sorted_, 1 + np.flatnonzero(np.diff(order[sorted_]))):
+                self.ledger.write(positions[part], nats[part], self.learner.version)
+        self._before = self.ledger.writes
+
+    def _exchange(self) -> None:
         """Enter what every rank has scored since the last time into every rank's ledger."""
         if self._ranks.world == 1:
             return
         self.flush()
-        empty = np.empty(0, np.int64), np.empty(0)
-        sides = [np.concatenate(side) for side in zip(*[empty, *self._held], strict=True)]
+        sides = (
+            np.concatenate([np.empty(0, np.int64), *(one.positions for one in self._held)]),
+            np.concatenate([np.empty(0), *(one.nats for one in self._held)]),
+        )
         for positions, nats in zip(*map(self._ranks.gather, sides), strict=True):
             fresh = ~self.ledger.written(positions)
             self.ledger.write(positions[fresh], nats[fresh], self.learner.version)
         self._held = []
+
+    def _end_round(self) -> None:
+        """Let the predictors learn from the round, which is in every rank's ledger then, and copy what they know."""
+        held, self._held = self._held, []
+        self._round += [(self._written(one), one.moments) for one in gathered(self._ranks, held)]
+        for ranges, moments in self._round:
+            for predictor in self.predictors:
+                predictor.learn(ranges, moments)
+        self._round = []
+        self._copy()
 
     def order(self, windows: Windows, begin: int, end: int) -> Windows:
         """Return the windows in the order that the plug-ins give; LedgerError unless each target comes exactly once.
@@ -110,21 +156,21 @@ class Session:
         They stay the windows that they are, and those of a document stay in the order of the text. `begin` and `end`
         bound the targets' positions.
         """
-        if not self.plugins:
+        if not self._strangers:
             return windows
-        wanted, given = _covered(windows, begin, end), windows
-        for plugin in self.plugins:
+        wanted, given = covered(windows, begin, end), windows
+        for plugin in self._strangers:
             windows = Windows(*(np.asarray(side, np.int64) for side in plugin.order(windows)))
         if windows.length.max(initial=0) > self.config.seq:
             raise LedgerError(f"a window of {windows.length.max()} tokens: expected at most eval.seq={self.config.seq}")
         pairs = np.stack([windows.start, windows.first])
         if pairs.shape[1] != np.unique(pairs, axis=1).shape[1]:
             raise LedgerError("a window is to be scored twice: there is a single pass, without a choice", "D10")
-        counts = _covered(windows, begin, end)
+        counts = covered(windows, begin, end)
         if (counts != wanted).any():
             place = int(np.argmax(counts != wanted))
             raise LedgerError(f"target {begin + place} is to be scored {counts[place]} times, expected once", "D5")
-        _check_order(given, windows, self.split.document_starts)
+        check_order(given, windows, self.split.document_starts)
         return windows
 
     def todo(self, positions: np.ndarray) -> np.ndarray:
@@ -153,20 +199,36 @@ class Session:
             tokens[row, :length], targets[row, :length] = text[:-1], text[1:]
             positions[row, :length] = np.arange(start + 1, start + length + 1)
             kept[row, first:length] = True
-        engine = self.engine
-        view = View(tokens, positions, kept)
+        engine, view = self.engine, View(tokens, positions, kept)
+        if self.predictors:
+            self.predict(view, targets)
+            return
         start = None if self._most == 1 else lambda: engine.nll_later(tokens, targets, self.often)
-        self.put(view, targets, lambda: engine.nll(tokens, targets), lambda: engine.logits(tokens), start)
+        self.put(
+            view,
+            targets,
+            lambda: engine.nll(tokens, targets),
+            lambda: log_softmax(np.asarray(engine.logits(tokens))),
+            start,
+        )
+
+    def predict(self, view: View, targets: np.ndarray, state: Any = None) -> Any:
+        """Score a forward pass, on from `state` if there is one, as the predictors say; return its tape."""
+        prediction = predict_together(self.predictors, view, self.split.tokenizer.vocab)
+        tape = self.engine.predicted(view.tokens, targets, prediction, state)
+        self.put(view, targets, tape.nll, tape.logprobs, moments=tape.moments)
+        return tape
 
     def put(
         self,
         view: View,
         targets: np.ndarray,
         nll: Callable[[], np.ndarray],
-        logits: Callable[[], np.ndarray],
+        logprobs: Callable[[], np.ndarray],
         start: Callable[[], Callable[[], np.ndarray]] | None = None,
+        moments: Callable[[], np.ndarray | None] = lambda: None,
     ) -> None:
-        """Score a forward pass: `nll` or, for plug-ins, `logits` of the view, both not computed yet.
+        """Score a forward pass: `nll` or, for the user's plug-ins, `logprobs` of the view, both not computed yet.
 
         `start` starts `nll` and returns what waits for it: such passes are read together, since nothing learns here.
         """
@@ -176,30 +238,32 @@ class Session:
         if self._number <= self._done:
             return
         watched = self._watch is not None and self._watch.wants(self._number)
-        shown = View(*map(_read_only, view))
+        tokens, positions, kept, before = view
+        before = None if before is None else _read_only(before)
+        shown = View(_read_only(tokens), _read_only(positions), _read_only(kept), before)
         if start is not None and not watched:
             self._under_way.append((shown, targets, start()))
             if self._number == 1 or len(self._under_way) >= self._most:  # the first at once: it says what goes wrong
                 self.flush()
             return
         self.flush()
-        logprobs = log_softmax(np.asarray(logits())) if self.plugins or watched else None
-        if self.plugins:
-            assert logprobs is not None
-            for plugin in self.plugins:
-                shape = logprobs.shape
-                logprobs = np.asarray(plugin.predict(logprobs, shown))
-                if logprobs.shape != shape:
-                    raise LedgerError(f"{_name(plugin)}: predictions of shape {logprobs.shape}, expected {shape}", "D8")
-                _check_logprobs(plugin, logprobs, view.kept)
-            nats = -np.take_along_axis(logprobs, targets[..., None].astype(np.int64), -1)[..., 0].astype(np.float64)
+        whole = logprobs() if self._strangers or watched else None
+        if self._strangers:
+            assert whole is not None
+            for plugin in self._strangers:
+                shape = whole.shape
+                whole = np.asarray(plugin.predict(whole, shown))
+                if whole.shape != shape:
+                    raise LedgerError(f"{_name(plugin)}: predictions of shape {whole.shape}, expected {shape}", "D8")
+                _check_logprobs(plugin, whole, view.kept)
+            nats = -np.take_along_axis(whole, targets[..., None].astype(np.int64), -1)[..., 0].astype(np.float64)
         else:
             nats = np.asarray(nll(), np.float64)
         _check_shape(nats, targets)
         if watched:
-            assert self._watch is not None and logprobs is not None
-            self._watch.see(view, targets, nats, logprobs)
-        self._enter(shown, targets, nats)
+            assert self._watch is not None and whole is not None
+            self._watch.see(view, targets, nats, whole)
+        self._enter(shown, targets, nats, moments())
 
     def flush(self) -> None:
         """Wait for the passes that are under way and enter what they gave, in their order."""
@@ -209,24 +273,29 @@ class Session:
             _check_shape(nats, targets)
             self._enter(view, targets, nats)
 
-    def _enter(self, view: View, targets: np.ndarray, nats: np.ndarray) -> None:
-        """Write what a pass gave into the ledger, then let the plug-ins learn from it."""
+    def _enter(self, view: View, targets: np.ndarray, nats: np.ndarray, moments: np.ndarray | None = None) -> None:
+        """Write what a pass gave into the ledger, then let the user's plug-ins learn from it."""
         row, column = np.nonzero(view.kept)
-        positions, costs = view.positions[row, column], nats[row, column]
+        given = Pass(self._number, view.positions[row, column], nats[row, column], moments)
         if self._ranks.world > 1:
-            self._held.append((positions, costs))
+            self._held.append(given)
             return
-        if self.plugins and self._number <= self._before:
-            scored = self.ledger.confirm(positions, costs, self.learner.version, self._number)
-        else:
-            scored = self.ledger.write(positions, costs, self.learner.version)
-        if self.plugins:
-            costs = self.ledger.entries["nats"][positions - 1]  # as written: a repeated pass may round otherwise
+        scored = self._written(given)
+        if self.predictors:
+            self._round.append((scored, moments))
+        if self._strangers:
+            costs = self.ledger.entries["nats"][given.positions - 1]  # as written: a repeated pass may round otherwise
             text = ScoredText(scored, view, row, column, targets[row, column], costs)
-            for plugin in self.plugins:
+            for plugin in self._strangers:
                 plugin.learn(text)
-            if self._state_path is not None and time.monotonic() - self._saved > SNAPSHOT_EVERY:
-                self._snapshot()
+            if not self.predictors:  # else what they have yet to learn from would be lost
+                self._copy()
+
+    def _written(self, given: Pass) -> tuple[Scored, ...]:
+        """Write a pass into the ledger, or confirm what is there from an evaluation that was killed."""
+        if self.plugins and given.number <= self._before:
+            return self.ledger.confirm(given.positions, given.nats, self.learner.version, given.number)
+        return self.ledger.write(given.positions, given.nats, self.learner.version)
 
     def close(self) -> None:
         """End the pass: what was computed is entered, the engine gets its own weights back, copies go."""
@@ -235,9 +304,10 @@ class Session:
         if self._state_path is not None and self.ledger.complete():
             self._state_path.unlink(missing_ok=True)
 
-    def _snapshot(self) -> None:
-        """Copy what the plug-ins know after this pass; the ledger is on the disk first, so it is never behind."""
-        assert self._state_path is not None
+    def _copy(self) -> None:
+        """Copy now and then what the plug-ins know after this pass; the ledger is on the disk first: never behind."""
+        if self._state_path is None or time.monotonic() - self._saved <= SNAPSHOT_EVERY:
+            return
         self.ledger.sync()
         sides = {"learner": self.learner.state(), **{str(i): p.state() for i, p in enumerate(self.plugins)}}
         arrays = {f"{side}/{n}": np.ascontiguousarray(v) for side, part in sides.items() for n, v in part.items()}
@@ -246,12 +316,31 @@ class Session:
         self._saved = time.monotonic()
 
     def _restore(self) -> None:
+        """Go on from what rank 0 has copied."""
+        arrays = share_arrays(self._ranks, self._read_copy() if self._ranks.rank == 0 else None)
+        if "place" not in arrays:
+            return
+        number, version = arrays["place"].tolist()
+        try:
+            self.learner.load(_side(arrays, "learner"), version)
+            for i, plugin in enumerate(self.plugins):
+                plugin.load(_side(arrays, str(i)))
+        except Exception as error:  # whatever a plug-in raises that has become another one
+            self.learner.close()
+            raise LedgerError(
+                f"{self._state_path}: is not of these plug-ins ({error!r}); delete it and {self.ledger.path} to begin "
+                "anew"
+            ) from error
+        self._done = number
+
+    def _read_copy(self) -> dict[str, np.ndarray]:
+        """Return the arrays of the copy, with `place`: number of the pass after which it was made, and version."""
         path = self._state_path
         if path is None or not path.exists():
-            return
+            return {}
         if not self._before:  # what an earlier evaluation of this name left
             path.unlink()
-            return
+            return {}
         try:
             metadata, arrays = read_tensors(path, MAX_SNAPSHOT)
             state = parse_json("skc", str(metadata["skc"]))
@@ -262,16 +351,7 @@ class Session:
             raise LedgerError(f"{path}: damaged ({error}); delete it and {self.ledger.path} to begin anew") from error
         if not 0 <= number <= self._before:
             raise LedgerError(f"{path}: is of another ledger; delete both to begin anew")
-        try:
-            self.learner.load(_side(arrays, "learner"), version)
-            for i, plugin in enumerate(self.plugins):
-                plugin.load(_side(arrays, str(i)))
-        except Exception as error:  # whatever a plug-in raises that has become another one
-            self.learner.close()
-            raise LedgerError(
-                f"{path}: is not of these plug-ins ({error!r}); delete it and {self.ledger.path} to begin anew"
-            ) from error
-        self._done = number
+        return {**arrays, "place": np.array([number, version])}
 
 
 def _check_logprobs(plugin: Plugin, logprobs: np.ndarray, kept: np.ndarray) -> None:
@@ -286,21 +366,6 @@ def _check_logprobs(plugin: Plugin, logprobs: np.ndarray, kept: np.ndarray) -> N
 
 def _between(logprobs: np.ndarray) -> bool:
     return bool(np.isfinite(logprobs.min()) and logprobs.max() <= ROUNDING)
-
-
-def _check_order(given: Windows, order: Windows, starts: np.ndarray) -> None:
-    """Raise LedgerError unless `order` holds the windows of `given`, those of each document in the text's order."""
-    first, place = (np.argsort(side.start + side.first, kind="stable") for side in (given, order))
-    if any(not np.array_equal(a[first], b[place]) for a, b in zip(given, order, strict=True)):
-        raise LedgerError("the windows were cut anew: a plug-in may change their order, not what they read", "D10")
-    text = order.take(place)
-    opened = np.searchsorted(starts, text.start + text.first, "right")  # the document of its first target
-    ended = np.searchsorted(starts, text.start + text.length - 1, "right")
-    backwards = (opened[1:] == ended[:-1]) & (place[1:] < place[:-1])
-    if backwards.any():
-        target = text.start[1:][backwards][0] + text.first[1:][backwards][0] + 1
-        words = "is to be scored before earlier parts of its document: each is read from left to right"
-        raise LedgerError(f"target {target} {words}", "D10")
 
 
 def _check_shape(nats: np.ndarray, targets: np.ndarray) -> None:
@@ -322,15 +387,3 @@ def _side(arrays: dict[str, np.ndarray], side: str) -> dict[str, np.ndarray]:
 
 def _name(plugin: Plugin) -> str:
     return f"plug-in {type(plugin).__name__}"
-
-
-def _covered(windows: Windows, begin: int, end: int) -> np.ndarray:
-    """Return how often each target position from begin to end (inclusive) is scored."""
-    steps = np.zeros(end - begin + 2, np.int64)
-    first, last = windows.start + windows.first + 1 - begin, windows.start + windows.length + 1 - begin
-    inside = (first >= 0) & (last <= end - begin + 1) & (first < last)
-    if not inside.all():
-        raise LedgerError(f"a window scores targets outside {begin} to {end}, or none", "D5")
-    np.add.at(steps, first, 1)
-    np.add.at(steps, last, -1)
-    return np.cumsum(steps)[:-1]

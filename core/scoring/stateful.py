@@ -5,7 +5,8 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from core.scoring.plugins import View
+from core.scoring.plugins import log_softmax
+from core.scoring.predictions import LONGEST, View
 from core.scoring.session import Progress, Session
 from core.scoring.windows import Windows
 
@@ -42,7 +43,7 @@ def score_streams(session: Session, streams: Windows, progress: Progress | None)
         if session.skip(-(-longest // seq)):
             done += int(passes(group).sum())
             continue
-        state = engine.start(len(group.start))
+        state, before = engine.start(len(group.start)), np.zeros((len(group.start), 0), np.int32)
         for offset in range(0, longest, seq):
             width = min(seq, longest - offset)
             tokens = np.zeros((len(group.start), width), np.int32)
@@ -57,9 +58,19 @@ def score_streams(session: Session, streams: Windows, progress: Progress | None)
                     positions[row, :length] = np.arange(first + 1, first + length + 1)
                     kept[row, :length] = session.todo(positions[row, :length])
                     done += 1
-            tape = engine.chunk(state, tokens)
-            session.put(View(tokens, positions, kept), targets, functools.partial(tape.nll, targets), tape.logits)
+            view = View(tokens, positions, kept, before)
+            if session.predictors:
+                tape = session.predict(view, targets, state)
+            else:
+                tape = engine.chunk(state, tokens)
+                session.put(view, targets, functools.partial(tape.nll, targets), functools.partial(_logprobs, tape))
+            before = np.concatenate([before, tokens], axis=1)[:, -LONGEST:]
             if offset + width < longest:
                 state = engine.commit(tape, width)
             if progress is not None:
                 progress(done, total)
+
+
+def _logprobs(tape: Any) -> np.ndarray:
+    """Return the log-probabilities of every position of a chunk."""
+    return log_softmax(np.asarray(tape.logits()))

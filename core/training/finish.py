@@ -17,6 +17,7 @@ from core.scoring.key import evaluation_key
 from core.scoring.ledger import Ledger
 from core.scoring.plugins import load_plugins
 from core.scoring.score import Score, score
+from core.scoring.tally import Tally
 from core.training.calibrate import moments_of
 from core.training.loop import write_samples
 from core.training.report import write_run_report
@@ -70,9 +71,10 @@ def finish(
         say(f"wrote {path}")
         return {**value, "samples": [], "files": [str(path)]}
     run.log(step, {"final/score": scored.to_json(), "final/artifact": exported})
-    if config.eval.plugins:
-        named = f"scoring with {', '.join(config.eval.plugins)}"
-        helped = judge(named, "plugins.ledger", plugins=True)
+    if config.eval.learns:
+        kind = config.eval.adapt.kind
+        parts = [*config.eval.plugins, *([kind] if kind != "none" else [])]
+        helped = judge(f"scoring with {', '.join(parts)}", "plugins.ledger", plugins=True)
         say(f"{describe(helped)} (artifact)")
         run.log(step, {"final/plugins": helped.to_json()})
         value["plugins"] = helped.to_json()
@@ -179,27 +181,28 @@ def final_score(
     plugins: bool = False,
     keep: bool = False,
 ) -> Score:
-    """Score as config.eval says, with progress; with its plug-ins if `plugins`.
+    """Score as config.eval says, with progress; with its plug-ins and adaptation if `plugins`.
 
     With `ledger` a killed evaluation goes on from that file, which is deleted at the end unless `keep`: a kept file is
     the user's and LedgerError says so if it is of another evaluation, another one is replaced.
     """
     evaluation = Evaluation.of(dataset.val, config, config.eval.documents, plugins)
     used = load_plugins(config.eval.plugins) if plugins else ()  # first: a wrong name must not open a ledger
-    book = None
-    if ledger is not None:
-        key = evaluation_key(engine, dataset, config, evaluation.plugins)
+    if ledger is None:
+        book = Ledger(len(dataset.val))
+    else:
+        key = evaluation_key(engine, dataset, config, evaluation.plugins or evaluation.adapts)
         book = Ledger.open(ledger, len(dataset.val), key, anew=not keep)
-    if book is not None and book.writes:
+    if book.writes:
         say(f"{label} goes on from {ledger}: {book.writes} forward passes are in it")
+    progress = say.progress(label, Tally(book, dataset.val))
     try:
-        result = score(engine, evaluation, book, plugins=used, progress=say.progress(label), ranks=engine.ranks)
+        result = score(engine, evaluation, book, plugins=used, progress=progress, ranks=engine.ranks)
     except BaseException:
-        if book is not None:
-            book.close()
+        book.close()
         raise
-    if book is not None:
-        book.close(delete=not keep)
+    book.close(delete=not keep)
+    if ledger is not None:
         Path(f"{ledger}.plugins").unlink(missing_ok=True)
     return result
 
@@ -209,7 +212,8 @@ def describe(score: Score) -> str:
     spread = f" ± {score.error:.4f}" if score.error else ""
     what = "all" if score.full else f"{score.documents} of {score.total_documents}"
     how = f"rule {score.byte_rule}, {what} documents, {score.windows}"
-    how += f", with {', '.join(score.plugins)}" if score.plugins else ""
+    learned = [*score.plugins, *([score.adaptation] if score.adaptation else [])]
+    how += f", with {', '.join(learned)}" if learned else ""
     if score.byte_rule == "table" and score.bpb_raw is not None and score.bpb_raw > score.bpb:
         how += f"; {score.bpb_raw:.4f} per byte of the raw text, of which the table counts more than there are"
     return f"{score.label} {score.bpb:.4f}{spread} bits per byte ({how})"

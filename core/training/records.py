@@ -90,6 +90,7 @@ SCORE = {
     "label": among("score", "estimate"), "bpb": NUMBER, "byte_rule": among("table", "raw"), "nats": NUMBER,
     "targets": ONE, "bytes": ONE, "loss": NUMBER, "documents": COUNT, "total_documents": COUNT, "full": FLAG,
     "error": or_null(POSITIVE), "bpb_raw": or_null(NUMBER), "windows": TEXT, "plugins?": [TEXT],
+    "adaptation?": TEXT,
 }  # fmt: skip
 """A core.scoring.score.Score."""
 ARTIFACT = {
@@ -123,7 +124,7 @@ METRICS: dict[str, tuple[Kind, str]] = {
     "final/artifact": (
         ARTIFACT, "the Score of the weights reloaded from the artifact, its bytes and the gap"
     ),
-    "final/plugins": (SCORE, "the Score of the artifact with the plug-ins of eval.plugins"),
+    "final/plugins": (SCORE, "the Score of the artifact with eval.plugins and eval.adapt"),
 }  # fmt: skip
 """Every name that metrics.jsonl may hold beside `step`, the number of steps done: what it is, and what it means."""
 ROW = {"step": COUNT} | {f"{name}?": kind for name, (kind, _) in METRICS.items()}

@@ -190,7 +190,7 @@ class Run:
         end: dict[str, Any] = {}
         for row in self.metrics():
             end |= {**row, "final": row["step"]} if "final/artifact" in row else row
-        names = ["final/score", "final/artifact", *(["final/plugins"] if self.config.eval.plugins else [])]
+        names = ["final/score", "final/artifact", *(["final/plugins"] if self.config.eval.learns else [])]
         files = [self.artifact_path, self.path / "report.md", self.path / "curve.png"]
         if not all(name in end for name in names) or not all(file.is_file() for file in files):
             return None

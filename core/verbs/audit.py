@@ -6,11 +6,11 @@ import json
 import math
 import shutil
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
+from tyro.conf import FlagConversionOff, Positional, Suppress
 
 from core.audit.auditor import audit
 from core.audit.claims import Plan
@@ -23,7 +23,8 @@ from core.files import own_folder, replace_file
 from core.training.records import of_a_run
 from core.training.run import Run, RunError
 from core.training.writer import hold, sole_writer
-from core.verbs.common import Backend, Context, Outcome, check_tokenizer, judged, open_artifact, open_named
+from core.verbs.common import Backend, Context, Outcome, check_tokenizer, open_artifact, open_named
+from core.verbs.scoring_options import Unchecked, judged
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Audit:
     batch: int | None = None
     """Windows per forward pass."""
     plugins: tuple[str, ...] | None = None
-    """What else has a part in the score: temperature, or package.module:Class; docs/legality.md has their settings."""
+    """What else has a part in the score: temperature, counts, or package.module:Class; docs/legality.md says more."""
+    eval: FlagConversionOff[Unchecked] = field(default_factory=Unchecked)
     flips: int = 4
     """Tokens that the flip test changes."""
     seed: int = 0
@@ -60,6 +62,8 @@ class Audit:
     """auto: MLX on a Mac, PyTorch elsewhere, as installed."""
     dtype: DType | None = None
     """Compute type; None: bfloat16 on a GPU that has it (not M1, M2), else float32. float16: MLX only."""
+    given: Suppress[tuple[str, ...]] = ()
+    """Options that the command line has."""
     json: bool = False
     """Print one JSON object on stdout; everything else goes to stderr."""
 
@@ -70,6 +74,10 @@ def audit_score(options: Audit, context: Context) -> Outcome:
         raise ConfigError(f"--flips {options.flips} --tokens {options.tokens}: expected at least 1")
     if not all(math.isfinite(score) and score > 0 for score in options.reference):
         raise ConfigError(f"--reference {options.reference}: expected bits per byte above 0")
+    if "--eval.documents" in options.given and options.eval.documents is not None:
+        raise ConfigError(
+            f"--eval.documents {options.eval.documents}: an audit is of the whole text, or of its first --tokens N"
+        )
     plan = _plan(options)
     with contextlib.ExitStack() as stack:
         with of_a_run():

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
@@ -35,15 +34,12 @@ from core.engine.protocol import Arrays, Engine
 from core.engine.ranks import Ranks, check_same
 from core.export.artifact import ArtifactError, read_artifact
 from core.scoring.accounting import count_bytes
-from core.scoring.plugins import foreign
 from core.training.environment import code_version
 from core.training.run import Run, RunError
 
 Backend = Literal["auto", "mlx", "cuda", "torch"]
 TOKENS = ("vocab", "bos")
 """Fields of a model that say which tokenizer it reads."""
-STRIDES = 4
-"""Parts of a sliding window, of which the last is scored, where nobody gives a stride."""
 
 
 class Context(NamedTuple):
@@ -54,6 +50,8 @@ class Context(NamedTuple):
     """The command line, as it could be typed again."""
     load: Callable[..., Engine] = load_engine
     """How `skc train` gets its engine; the worker of an ablation hands out the same one for every seed."""
+    began: float = 0.0
+    """When the program began, by time.monotonic."""
 
 
 class Outcome(NamedTuple):
@@ -73,7 +71,7 @@ class PresetOptions:
     model: FlagConversionOff[ModelConfig] = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: FlagConversionOff[TrainConfig] = field(default_factory=TrainConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: FlagConversionOff[EvalConfig] = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     given: Suppress[tuple[str, ...]] = ()
     """Options that the command line has; all others are the preset's."""
@@ -144,28 +142,6 @@ def open_artifact(path: str, data: str | None) -> Subject:
     if data is not None:
         config = dataclasses.replace(config, data=DataConfig(data))
     return Subject(f"artifact {path}", config, artifact.weights, artifact.tokenizer_sha256, None, False)
-
-
-def judged(base: EvalConfig, options: Any, path: str) -> EvalConfig:
-    """Return the settings of a score: those that a file brought (`path`: the run's), less what this command replaces.
-
-    ConfigError where they name plug-ins whose code is not ours: it runs only where the command itself names it.
-    """
-    given = {n: getattr(options, n) for n in ("windows", "seq", "stride", "batch", "plugins")}
-    given = {name: value for name, value in given.items() if value is not None}
-    strangers = foreign(base.plugins)
-    if strangers and options.plugins is None:
-        raise ConfigError(
-            f"{path}: its config.json names a plug-in that is not ours ({', '.join(strangers)}), whose code runs only "
-            f"if you name it: add --plugins {shlex.join(base.plugins)}, or --plugins alone to score without any"
-        )
-    if options.stride is None:
-        windows, seq = given.get("windows", base.windows), given.get("seq", base.seq)
-        if options.windows in ("plain", "stateful"):
-            given["stride"] = None
-        elif windows == "sliding" and base.stride is None:
-            given["stride"] = max(1, seq // STRIDES)
-    return dataclasses.replace(base, **given)
 
 
 def open_named(path: str, config: RunConfig, data: str | None, train: bool = True, option: str = "--data") -> Dataset:

@@ -83,7 +83,7 @@ def _export(options: Export, context: Context) -> Outcome:
     with run.open_log() as log, context.say.copied_to(log):
         if strangers := foreign(run.config.eval.plugins):
             again = f"{shlex.quote(str(path or run.artifact_path))} --plugins {shlex.join(run.config.eval.plugins)}"
-            run.config = dataclasses.replace(run.config, eval=dataclasses.replace(run.config.eval, plugins=()))
+            run.config = dataclasses.replace(run.config, eval=run.config.eval.plain())
             context.say(
                 f"config.json names plug-ins that are not ours ({', '.join(strangers)}): the artifact is scored "
                 f"without them; skc eval {again} scores it with them"

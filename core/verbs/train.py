@@ -191,7 +191,7 @@ def _shown(out: Path, config: RunConfig, end: dict[str, Any], say: Console) -> O
         "samples": end.get("samples", []), "seconds": end.get("clock/seconds", 0.0), "backend": end["backend"],
         "parameters": count(config.model), "already": True,
     }  # fmt: skip
-    value |= {"plugins": end["final/plugins"]} if config.eval.plugins else {}
+    value |= {"plugins": end["final/plugins"]} if config.eval.learns else {}
     return Outcome(stored.get("within", True), value)
 
 
@@ -221,6 +221,8 @@ def _forecast(engine: Engine, dataset: Dataset, config: RunConfig, out: str, bui
     if (Path(out) / "config.json").exists():
         say(f"{out} holds a run already: it is left as it is, and training would go on with it or refuse to")
     costs = probe(engine, dataset, config, say)
+    if config.eval.adapt.kind != "none":
+        say(f"eval.adapt.kind={config.eval.adapt.kind} is not timed: scoring with it takes several times as long")
     plan = forecast(
         config,
         costs,

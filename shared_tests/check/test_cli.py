@@ -4,9 +4,11 @@ import dataclasses
 import json
 import re
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,13 +17,15 @@ import pytest
 from core import presets
 from core.audit.code import packed_code
 from core.cli import VERBS, main
-from core.config import RunConfig, changed
+from core.config import EvalConfig, RunConfig, changed
 from core.engine.loading import load_engine
 from core.export.budget import predicted_bytes
 from core.model.params import count, param_table
 from core.training.run import Run
 from core.verbs.common import PresetOptions
 from shared_tests.support.command_line import SHORT, Capture, call, refuse
+
+GRID = Path(__file__).parents[2] / "scripts/adapt_grid"
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +160,50 @@ def test_eval_of_run_and_artifact_agree_with_the_report(trained: Path, capsys: C
     assert (
         sliding["score"]["windows"].endswith("stride=32") and sliding["score"]["targets"] == of_run["score"]["targets"]
     )
+
+
+def test_eval_says_what_learning_gains_and_how_long_it_took(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    began = time.monotonic()
+    asked = ["eval", str(trained), "--backend", "cuda", "--eval.seq", "512"]
+    learning = ["--gain", "2", "--eval.plugins.temperature.prior", "9", "--eval.round", "1", "--batch", "4"]
+    value = call(capsys, *asked, *learning)
+    gain = value["gain"]
+    assert gain["after"] == value["score"] and gain["after"]["plugins"] == ["temperature(prior=9)"]
+    assert gain["before"]["documents"] == gain["after"]["documents"] == 2 and not gain["before"]["plugins"]
+    assert gain["difference"] == pytest.approx(gain["after"]["bpb"] - gain["before"]["bpb"], abs=1e-12)
+    assert gain["error"] > 0
+    seconds = value["seconds"]
+    assert sum(gain["seconds"]) < seconds["timer"] < seconds["strict"] < time.monotonic() - began
+    assert seconds["limit"] == seconds["training_limit"] == 600
+    assert seconds["training"] == Run.open(trained).last("clock/seconds")
+    line = refuse(capsys, *asked, *learning, "--ledger", str(tmp_path / "book"))
+    assert "--gain 2 makes two scores of so many documents: leave out --ledger" in line
+    assert "nothing can be gained" in refuse(capsys, *asked, "--gain", "2")
+
+
+def test_the_grid_of_adaptation_goes_on_where_it_was(
+    trained: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every setting of scripts/adapt_grid can be built, and a line that is there is not made again."""
+    names = runpy.run_path(str(GRID))
+    settings = {name: changed(EvalConfig(seq=512, documents=48), fields) for name, fields in names["grid"]().items()}
+    assert len(settings) > 50 and all(config.learns for config in settings.values())
+    out = tmp_path / "grid.jsonl"
+    argv = [str(trained), "--out", str(out), "--documents", "2", "--backend", "cuda", "--seq", "256", "--only"]
+    texts = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["adapt_grid", *argv, "temperature"])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(GRID), run_name="__main__")
+        texts.append(out.read_text())
+        told = capsys.readouterr().out
+        assert stop.value.code == 0
+    assert texts[0] == texts[1]
+    plain, temperature = map(json.loads, texts[0].splitlines())
+    assert (plain["name"], temperature["reference"]) == ("plain/documents-64", "plain/documents-64")
+    assert temperature["difference"] == pytest.approx(temperature["bpb"] - plain["bpb"], abs=1e-12)
+    assert temperature["difference_error"] > 0 and temperature["processor_seconds_per_token"] > 0
+    assert "temperature  " in told and len(plain["nats"]) == plain["documents"] == 2
 
 
 @pytest.mark.pair

@@ -217,7 +217,20 @@ def public(thing: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("ops", "scan", "optim", "storage", "linear", "model", "engine", "update", "measured", "parts"),
+        *(
+            "ops",
+            "scan",
+            "optim",
+            "storage",
+            "linear",
+            "model",
+            "engine",
+            "update",
+            "descent",
+            "measured",
+            "parts",
+            "adapting",
+        ),
         *(f"parts.{name}" for name in sorted(stems("backends/mlx/parts"))),
     ],
 )

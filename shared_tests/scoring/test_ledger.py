@@ -65,7 +65,7 @@ def test_only_the_ledger_makes_scored() -> None:
 
 
 def test_ledger_memory() -> None:
-    assert Ledger(1001).entries.nbytes == 16 * 1000
+    assert Ledger(1001).entries.nbytes == 20 * 1000
     for tokens in (0, 1, 2**28 + 2):
         with pytest.raises(LedgerError, match="expected from 2"):
             Ledger(tokens)

@@ -22,6 +22,7 @@ from core.scoring.score import Score, score, score_text
 from core.scoring.session import Session
 from core.scoring.windows import sliding
 from shared_tests.support.known_scores import UNKNOWN, VOCAB, BigramEngine, make_dataset
+from shared_tests.support.predicted import HostPredictions
 
 
 class ContextEngine:
@@ -260,7 +261,7 @@ def test_estimate_of_all_documents_is_still_an_estimate() -> None:
 # Passes that are under way together, as on a GPU.
 
 
-class Late(ContextEngine):
+class Late(HostPredictions, ContextEngine):
     """Gives costs only when it is waited for; `under_way` and `most` count what was started and not read."""
 
     def __init__(self, ahead: int) -> None:

@@ -19,8 +19,11 @@ from core.audit import auditor
 from core.audit.watch import evaluation
 from core.audit.watch.isolation import Isolated
 from core.console import Console
+from core.scoring.choices import parsed
+from core.scoring.plugins import PLUGINS
 from core.verbs.audit import Audit, _plan
 from shared_tests.support import zoo_data, zoo_predictions
+from shared_tests.support.predicted import HostPredictions
 
 SEQ, BATCH = 32, 2
 BOS = 1
@@ -33,7 +36,7 @@ def tables(vocab: int) -> tuple[np.ndarray, np.ndarray]:
     return dice.standard_normal((vocab, vocab), np.float32), dice.standard_normal((vocab, vocab), np.float32)
 
 
-class Tiny:
+class Tiny(HostPredictions):
     """An engine whose logits depend on the last two tokens of the document."""
 
     backend, device, dtype = "numpy", "CPU", "float32"
@@ -100,7 +103,8 @@ class Place:
 
     def plan(self, out: Path, *plugins: str, **options: Any) -> Any:
         """Return the plan of an audit with plug-ins of zoo_predictions and other options of `skc audit`."""
-        names = tuple(name if ":" in name else f"shared_tests.support.zoo_predictions:{name}" for name in plugins)
+        ours = "shared_tests.support.zoo_predictions:"
+        names = tuple(n if ":" in n or parsed(n)[0] in PLUGINS else f"{ours}{n}" for n in plugins)
         given: dict[str, Any] = {"data": self.data, "seq": SEQ, "batch": BATCH, "flips": 2, "backend": "cuda"}
         given |= {"plugins": names or None, "out": str(out)} | options
         return _plan(Audit(path=self.model, **given))

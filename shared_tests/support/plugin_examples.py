@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from core.scoring import session
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
+from core.scoring.predictions import Predictor
 from core.scoring.score import Score, score, score_text
 from core.scoring.windows import Windows
 from core.training import schedule
 from shared_tests.support.harness import engine, mini, working_weights
 from shared_tests.support.killed import fix_threads
 from shared_tests.support.known_scores import BOS, VOCAB, FakeSplit, make_dataset
+from shared_tests.support.predicted import HostPredictions
 from shared_tests.support.zoo_honest import HonestCache
 
 TRAIN = TrainConfig(
@@ -122,7 +124,7 @@ class Costs(Plugin):
         self.told.append(text.nats)
 
 
-class Markov:
+class Markov(HostPredictions):
     """An engine that knows the source of the text, but whose logits are `k` times its log-probabilities."""
 
     def __init__(self, k: float = 1.0) -> None:
@@ -162,10 +164,11 @@ CUTS = {
 
 
 def config(**changes: Any) -> EvalConfig:
-    return EvalConfig(**{"seq": 16, "batch": 4, "plugins": ("x",), **changes})
+    """Return settings with some plug-in; what is built in learns after every turn."""
+    return EvalConfig(**{"seq": 16, "batch": 4, "plugins": ("x",), "round": 1, **changes})
 
 
-def run(engine: Any, dataset: Any, plugins: list[Plugin], **changes: Any) -> tuple[Score, np.ndarray]:
+def run(engine: Any, dataset: Any, plugins: Sequence[Plugin | Predictor], **changes: Any) -> tuple[Score, np.ndarray]:
     """Return the score and the entries of its ledger."""
     book = Ledger(len(dataset.val))
     found = score(engine, Evaluation(dataset.val, config(**changes), plugins=bool(plugins)), book, plugins=plugins)

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 import core.engine.ranks
 import core.training.loop
-from core.config import ConfigError, EvalConfig, RunConfig, changed
+from core.config import AdaptConfig, ConfigError, EvalConfig, PhasesConfig, RunConfig, changed
 from core.data.batch import Batch
 from core.data.dataset import open_dataset
 from core.engine.heartbeat import Heartbeat
@@ -36,17 +36,21 @@ from core.engine.ranks import (
     join,
     share,
 )
+from core.scoring.adapt.stream import StreamPass
+from core.scoring.counts import Counts
 from core.scoring.evaluation import Evaluation
+from core.scoring.ledger import Ledger
 from core.scoring.plugins import Temperature
 from core.scoring.score import score
 from core.training.loop import train
 from core.training.run import Follower, Run
 from core.training.schedule import plan, progress_by_steps
 from core.verbs.common import same_start
-from shared_tests.support.harness import mini
+from shared_tests.support.harness import mini, working_weights
 from shared_tests.support.killed import everything
-from shared_tests.support.plugin_examples import Adaptation
+from shared_tests.support.plugin_examples import Adaptation, small
 from shared_tests.support.sleepers import kept, sleeping
+from shared_tests.support.streams import FORMS, stream
 
 
 class Seat(Alone):
@@ -176,9 +180,15 @@ def scores(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
             made = score(engine, Evaluation(dataset.val, settings, drawn), ranks=ranks)
             found[f"{windows} {drawn}"] = made.to_json()
     settings = EvalConfig(seq=24, batch=3, plugins=("temperature", "shared_tests.support.plugin_examples:Adaptation"))
-    for plugin in (Temperature(), Adaptation(24)):  # what learns, and what trains
+    settings = dataclasses.replace(settings, round=2)
+    for plugin in (Temperature(), Counts(), Adaptation(24)):  # what learns between rounds, and what trains
         made = score(engine, Evaluation(dataset.val, settings, 7, plugins=True), ranks=ranks, plugins=[plugin])
         found[type(plugin).__name__] = made.to_json()
+    adapt = AdaptConfig("lora", rank=2, lr=0.02, chunk=8, documents=1, warm_a=True)
+    phases = PhasesConfig((0.4,), lr=0.01, chunk=24)
+    settings = EvalConfig(windows="documents", seq=24, round=2, adapt=adapt, phases=phases, plugins=("temperature",))
+    learning = Evaluation.of(dataset.val, dataclasses.replace(config, eval=settings), 7, plugins=True)
+    found["lora"] = score(engine, learning, ranks=ranks).to_json()
     return found
 
 
@@ -246,9 +256,24 @@ def dormant(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
     return found
 
 
+def streams(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Score streams that whole weights learn from, with a temperature and without, and return what they cost."""
+    found, config = {}, small("debug")
+    for name, predictors in (("sliding", []), ("reset", []), ("plain", [Temperature()])):
+        engine = built(backend, config, ranks)
+        engine.load_params(working_weights(config.model, 2.0))
+        evaluation = stream(tuple(engine.weights()), **FORMS[name])
+        ledger = Ledger(len(evaluation.split))
+        StreamPass(engine, evaluation, ledger, predictors, ranks=ranks).run()
+        same = ranks.gather(ledger.entries["nats"].copy())
+        assert all((nats == same[0]).all() for nats in same), "the ranks' ledgers differ"
+        found[name] = [ledger.entries[side].tolist() for side in ("nats", "version")]
+    return found
+
+
 TASKS: dict[str, Callable[[str, Ranks, Path], dict[str, Any]]] = {
     "curves": curves, "whole_run": whole_run, "timed": timed, "apart": apart, "scores": scores, "beaten": beaten,
-    "wired": wired, "dormant": dormant,
+    "wired": wired, "dormant": dormant, "streams": streams,
 }  # fmt: skip
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from core.engine.protocol import Arrays
+from core.scoring.counts import Counts
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
+from core.scoring.predictions import Prediction, Predictor, Tilt
 from core.scoring.windows import Windows
 from shared_tests.support.zoo_honest import HonestCache, mixed
 
@@ -42,6 +44,34 @@ def future(logprobs: np.ndarray, view: View) -> np.ndarray:
 def shaken(logprobs: np.ndarray, size: float = NOISE) -> np.ndarray:
     """Return predictions with some noise."""
     return logprobs - np.float32(size) * np.random.default_rng().random(logprobs.shape, np.float32)
+
+
+# On the device: candidates of a pass that has not been scored.
+
+
+class TargetTilt(Predictor):
+    """Raises the next inputs of the windows, which are their targets."""
+
+    def prediction(self, view: View, prediction: Prediction) -> Prediction:
+        ids = np.full((*view.tokens.shape, 1), -1, np.int32)
+        ids[:, :-1, 0] = view.tokens[:, 1:]
+        return prediction._replace(tilt=Tilt(ids, np.full(ids.shape, 2.0), "boost"))
+
+
+class SoonerCounts(Counts):
+    """Counts the inputs of a pass into its table of hints before they are in the ledger."""
+
+    def prediction(self, view: View, prediction: Prediction) -> Prediction:
+        self.table.count([(row, 1) for row in view.tokens])
+        return super().prediction(view, prediction)
+
+
+class LastAgain(Predictor):
+    """Raises the input that was read last, which everybody knows: honest."""
+
+    def prediction(self, view: View, prediction: Prediction) -> Prediction:
+        ids = view.tokens[..., None]
+        return prediction._replace(tilt=Tilt(ids, np.full(ids.shape, 0.1), "mix"))
 
 
 # Bits that do not repeat.

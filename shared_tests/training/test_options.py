@@ -1,6 +1,7 @@
 """Options: what was meant, how values may be spelled, what follows the data, what messages advise. Budget: 20 s."""
 
 import ast
+import dataclasses
 import functools
 import importlib
 import re
@@ -13,13 +14,14 @@ import pytest
 
 from core import presets
 from core.ablation.fields import flat, put
-from core.cli import VERBS, main
-from core.config import ConfigError, EvalConfig, RunConfig, from_json, to_json
+from core.cli import VERBS, _parse, main
+from core.config import AdaptConfig, ConfigError, EvalConfig, RunConfig, changed, from_json, to_json
 from core.data.tokenizer_training import train_tokenizer
 from core.engine.loading import choose_backend
 from core.model.upgrade import MOVED
 from core.options import given, meant_options, options_of, spelled, unknown
-from core.verbs.common import fit_tokens, judged
+from core.verbs.common import fit_tokens
+from core.verbs.scoring_options import judged
 from core.verbs.train import Train
 from shared_tests.support.command_line import Capture, call, refuse
 
@@ -201,25 +203,78 @@ def test_train_follows_the_data(tmp_path: Path, capsys: Capture) -> None:
     assert call(capsys, "info", "debug", "--data.path", out)["table"]["embed.weight"] == [300, 16]
 
 
-def test_sliding_windows_have_a_stride() -> None:
-    def options(**changes: Any) -> Any:
-        empty = dict.fromkeys(("windows", "seq", "stride", "batch", "plugins"))
-        return SimpleNamespace(**{**empty, **changes})
+def scoring(*words: str, base: EvalConfig, verb: str = "eval") -> EvalConfig:
+    """Return the settings of a score that a command line makes of a run's."""
+    return judged(base, _parse(verb, ["run", *words]), "run")
 
-    base = EvalConfig(seq=64)
-    assert judged(base, options(windows="sliding"), "r").stride == 16
-    assert judged(base, options(windows="sliding", seq=2), "r").stride == 1
-    assert judged(base, options(windows="sliding", stride=8), "r").stride == 8
-    slid = EvalConfig(seq=64, windows="sliding", stride=4)
-    assert judged(slid, options(), "r") == slid and judged(slid, options(windows="plain"), "r").stride is None
-    assert judged(slid, options(batch=3), "r").batch == 3 and judged(slid, options(windows="sliding"), "r").stride == 4
+
+def test_sliding_windows_have_a_stride() -> None:
+    base, slid = EvalConfig(seq=64), EvalConfig(seq=64, windows="sliding", stride=4)
+    for form in ("--", "--eval."):
+        sliding = (f"{form}windows", "sliding")
+        assert scoring(*sliding, base=base).stride == 16
+        assert scoring(*sliding, f"{form}seq", "2", base=base).stride == 1
+        assert scoring(*sliding, f"{form}stride", "8", base=base).stride == 8
+        assert scoring(f"{form}windows", "plain", base=slid).stride is None
+        assert scoring(f"{form}batch", "3", base=slid).batch == 3 and scoring(*sliding, base=slid).stride == 4
+    assert scoring(base=slid) == slid
+
+
+def test_a_score_takes_every_setting_of_a_run() -> None:
+    base = EvalConfig(seq=64, windows="sliding", stride=4, documents=7)
+    for verb in ("eval", "audit"):
+        assert {option for option in KNOWN if option.startswith("--eval.")} <= {*options(verb)}
+        assert scoring("--eval.seed", "3", "--eval.seq", "32", base=base, verb=verb) == changed(
+            base, {"seed": 3, "seq": 32}
+        )
+        assert scoring("--eval.plugins.temperature.prior", "5", base=base, verb=verb).plugins == (
+            "temperature(prior=5)",
+        )
+    assert scoring("--eval.documents", "none", base=base).documents is None
+    assert scoring("--documents", "all", "--eval.documents", "none", base=base).documents is None
+    assert scoring("--seq", "32", "--eval.seq=32", base=base).seq == 32
+    with pytest.raises(ConfigError, match="^eval.stride=4: expected from 1 to eval.seq=2$"):  # joined with the run's
+        scoring("--eval.seq", "2", base=base)
+
+
+def test_two_spellings_of_one_setting_agree(capsys: Capture) -> None:
+    base = EvalConfig()
+    for words, line in (
+        (("--seq", "32", "--eval.seq", "64"), "--seq 32 and eval.seq=64 are two values of one setting: give one"),
+        (("--documents", "all", "--eval.documents", "9"), "--documents all and eval.documents=9 are two"),
+        (("--plugins", "--eval.plugins", "temperature"), "--plugins  and eval.plugins=temperature are two"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(line)):
+            scoring(*words, base=base)
+    line = "--eval.documents 9: an audit is of the whole text, or of its first --tokens N"
+    assert line in refuse(capsys, "audit", "run", "--eval.documents", "9")
+
+
+def test_another_kind_of_adaptation_starts_from_its_own_defaults() -> None:
+    """What the old kind alone has would be refused: nobody should have to take a preset's twelve settings back."""
+    base = presets.get("pr1855").config.eval
+    assert base.phases.at and base.adapt.rank == 80
+    none = scoring("--eval.adapt.kind", "none", base=base)
+    assert none == base.plain() and not none.learns
+    sgd = scoring("--eval.adapt.kind=sgd", "--eval.adapt.lr", "0.1", base=base)
+    assert sgd == dataclasses.replace(base.plain(), adapt=AdaptConfig(kind="sgd", lr=0.1))
+    more = scoring("--eval.adapt.kind", "lora", "--eval.adapt.rank", "4", base=base)
+    assert more == changed(base, {"adapt.rank": 4})
+    for words in (["--eval.adapt.kind", "none"], ["--eval.adapt.kind=none"]):
+        assert _parse("train", ["pr1855", *words]).config().eval == none
+    assert _parse("train", ["pr1855"]).config().eval == base  # no option at all
+    values = to_json(presets.get("pr1855").config)
+    put(values, "eval.adapt.kind", "none", "file")
+    assert from_json(RunConfig, values).eval == none
+    with pytest.raises(ConfigError, match="^eval.adapt.rank=4 changes nothing"):
+        scoring("--eval.adapt.kind", "none", "--eval.adapt.rank", "4", base=base)
 
 
 # What messages advise.
 
 REACHED = {
     ("core/verbs/common.py", "--step"): ("eval", "sample"),
-    ("core/verbs/common.py", "--plugins"): ("eval", "audit"),
+    ("core/verbs/scoring_options.py", "--plugins"): ("eval", "audit"),
     ("core/verbs/common.py", "--data"): ("eval", "sample", "audit", "export"),
     ("core/compare/pair.py", "--by"): ("compare",),
     ("core/check/doctor.py", "--mini"): ("parity",),

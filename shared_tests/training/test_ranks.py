@@ -35,6 +35,8 @@ from shared_tests.support.ranked import Seat, cases, start, together
 pytestmark = pytest.mark.pair
 STATE = 1e-7
 """Weights and optimizer state after 50 steps: float64, absolute."""
+STREAM = 1e-9
+"""Nats of a stream that weights learn from, float64: by how much they may depend on the number of ranks."""
 SCORES = 1e-9
 """Bits per byte: by how much a score may depend on the number of ranks."""
 
@@ -48,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module", params=BACKENDS)
 def both(request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What one rank and two ranks did: (backend, folder and results of the one, of the two)."""
-    made, tasks = [], ("curves", "scores", "whole_run", "timed", "apart", "dormant")
+    made, tasks = [], ("curves", "scores", "whole_run", "timed", "apart", "dormant", "streams")
     for world in (1, 2):
         folder = fresh(tmp_path_factory.mktemp(f"{world}-{request.param}"), data)
         made.append((folder, together(request.param, world, folder, *tasks)))
@@ -96,6 +98,14 @@ def test_a_dormant_expert_keeps_its_bits(both: Any) -> None:
         assert np.abs(np.array(ours["losses"]) - theirs["losses"]).max() < P4_FLOAT64
         assert ours["kept"] == theirs["kept"] and len(ours["kept"]) == (4 if rule == "muon" else 6)
         assert all(same == [False, False, True, False] for same in ours["kept"].values())
+
+
+def test_whole_weights_learn_alike_from_a_stream(both: Any) -> None:
+    """Each rank scores and learns from its rows: the same nats by the same versions, to float sums."""
+    _, one, two = both
+    for name, (nats, version) in one[1]["streams"].items():
+        assert two[1]["streams"][name][1] == version and len(set(version)) > 2
+        assert np.abs(np.array(nats) - two[1]["streams"][name][0]).max() < STREAM, name
 
 
 WIRE = 0.1
@@ -172,7 +182,7 @@ def test_chips_of_two_generations_are_told_to_agree_on_a_type(data: str, tmp_pat
 def test_two_ranks_score_as_one(both: Any) -> None:
     """Every kind of windows, whole text and estimate, and with a plug-in."""
     _, one, two = both
-    assert len({found["windows"] for found in one[1]["scores"].values()}) == 5
+    assert len({found["windows"] for found in one[1]["scores"].values()}) == 6
     same_scores(one, two)
 
 

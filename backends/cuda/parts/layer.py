@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 
 from backends.cuda import ops
+from backends.cuda.linear import Site
 from backends.cuda.parts import Part
 from backends.cuda.parts.attention import Attention
 from backends.cuda.parts.delta import Delta
@@ -23,7 +24,7 @@ class Layer(Part):
         super().__init__()
         self._config, self._exact, self._kind = config, exact, KINDS[config.kind(block)]
         shape, repeats = per_pass(config, block, config.dim), config.uses_of(block)[1]
-        self.mixer = MIXERS[self._kind.mixer](config, exact)
+        self.mixer, self.block_mixer, self.block_mlp = MIXERS[self._kind.mixer](config, exact), Site(), Site()
         self.mixer_scale = nn.Parameter(torch.zeros(shape))
         self.mlp = (Experts if config.experts.within(config, block) else MLP)(config, exact)
         self.mlp_scale = nn.Parameter(torch.zeros(shape))
@@ -52,7 +53,7 @@ class Layer(Part):
             x_BTD = own(self.stream_mix) * x_BTD + own(self.embed_mix) * stream.embedded
         n_BTD = self.norm(x_BTD, stage)
         stream, tape = self.mixer(stream._replace(x=n_BTD), context, stage, state)
-        mixed_BTD = _kept(own(self.mixer_scale) * stream.x, context, stage, 0)
+        mixed_BTD = _kept(own(self.mixer_scale) * self.block_mixer.beside(n_BTD, stream.x), context, stage, 0)
         if self._kind.gated:
             mixed_BTD = own(self.gate) * mixed_BTD
         if stream.lane is None:
@@ -60,7 +61,7 @@ class Layer(Part):
         # Beside the mixer, the MLP reads the same input: neither waits for the other.
         n_BTD = n_BTD if self._kind.parallel else self.norm(x_BTD if stream.lane is None else stream.lane, stage)
         stream, _ = self.mlp(stream._replace(x=n_BTD), context, stage, None)
-        changed_BTD = _kept(own(self.mlp_scale) * stream.x, context, stage, 1)
+        changed_BTD = _kept(own(self.mlp_scale) * self.block_mlp.beside(n_BTD, stream.x), context, stage, 1)
         if stream.lane is not None:  # the stage behind the layer adds both to both
             return stream._replace(x=given_BTD, branches=(mixed_BTD, changed_BTD)), tape
         if self._kind.gated:

@@ -3,6 +3,7 @@
 import mlx.core as mx
 
 from backends.mlx import ops
+from backends.mlx.linear import Site
 from backends.mlx.parts import Part
 from backends.mlx.parts.attention import Attention
 from backends.mlx.parts.delta import Delta
@@ -22,7 +23,7 @@ class Layer(Part):
         super().__init__()
         self._config, self._exact, self._kind = config, exact, KINDS[config.kind(block)]
         shape, repeats = per_pass(config, block, config.dim), config.uses_of(block)[1]
-        self.mixer = MIXERS[self._kind.mixer](config, exact)
+        self.mixer, self.block_mixer, self.block_mlp = MIXERS[self._kind.mixer](config, exact), Site(), Site()
         self.mixer_scale = mx.zeros(shape)
         self.mlp = (Experts if config.experts.within(config, block) else MLP)(config, exact)
         self.mlp_scale = mx.zeros(shape)
@@ -51,7 +52,7 @@ class Layer(Part):
             x_BTD = own(self.stream_mix) * x_BTD + own(self.embed_mix) * stream.embedded
         n_BTD = self.norm(x_BTD, stage)
         stream, tape = self.mixer(stream._replace(x=n_BTD), context, stage, state)
-        mixed_BTD = _kept(own(self.mixer_scale) * stream.x, context, stage, 0)
+        mixed_BTD = _kept(own(self.mixer_scale) * self.block_mixer.beside(n_BTD, stream.x), context, stage, 0)
         if self._kind.gated:
             mixed_BTD = own(self.gate) * mixed_BTD
         if stream.lane is None:
@@ -59,7 +60,7 @@ class Layer(Part):
         # Beside the mixer, the MLP reads the same input: neither waits for the other.
         n_BTD = n_BTD if self._kind.parallel else self.norm(x_BTD if stream.lane is None else stream.lane, stage)
         stream, _ = self.mlp(stream._replace(x=n_BTD), context, stage, None)
-        changed_BTD = _kept(own(self.mlp_scale) * stream.x, context, stage, 1)
+        changed_BTD = _kept(own(self.mlp_scale) * self.block_mlp.beside(n_BTD, stream.x), context, stage, 1)
         if stream.lane is not None:  # the stage behind the layer adds both to both
             return stream._replace(x=given_BTD, branches=(mixed_BTD, changed_BTD)), tape
         if self._kind.gated:

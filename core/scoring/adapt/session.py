@@ -1,0 +1,319 @@
+"""Scoring with adapters: every chunk of a document is scored, entered, and only then learned from, in rounds."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.engine.protocol import Arrays
+from core.engine.ranks import Alone, Ranks, agree, share_arrays
+from core.files import parse_json, sweep
+from core.formats.tensors import read_tensors, write_tensors
+from core.model.adapters import AdapterSpec
+from core.scoring.adapt.documents import DocumentChunk, Documents, chunk_of, chunks_in, documents_of, rounds_of
+from core.scoring.adapt.phases import learn_phase, planned_phases
+from core.scoring.adapt.rows import Rows
+from core.scoring.adapt.weights import LooseWeights
+from core.scoring.evaluation import Evaluation
+from core.scoring.ledger import Ledger, LedgerError, Scored
+from core.scoring.predictions import Prediction, Predictor, ScoredReader, predict_together
+from core.scoring.session import MAX_SNAPSHOT, SNAPSHOT_EVERY, Progress, Watch
+
+COLUMNS = ("nats", "version", "row")
+"""Fields of the ledger that ranks tell each other."""
+OFTEN = 2000
+"""Passes from which on it pays to compile for them, as in plain scoring."""
+
+
+class Adaptation:
+    """A scoring pass with adapters.
+
+    Documents are scored in rounds of eval.round batches, and what all share changes between rounds alone. No adapter is
+    stored: an evaluation that goes on repeats the documents that were open from their start, and must find what the
+    ledger holds of them. Where a round does not begin like every other (warm A, predictors, phases), it goes on from a
+    copy of that, which is taken at the end of a round.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        evaluation: Evaluation,
+        ledger: Ledger,
+        predictors: Sequence[Predictor] = (),
+        watch: Watch | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._engine, self._evaluation, self._ledger = engine, evaluation, ledger
+        self._watch, self._ranks, self._predictors = watch, ranks or Alone(), list(predictors)
+        self._config, self._adapt = evaluation.config, evaluation.config.adapt
+        self._spec = AdapterSpec(self._adapt.rank, self._adapt.alpha, evaluation.sites, self._config.seed)
+        documents = documents_of(evaluation)
+        self._rows = min(self._adapt.documents, len(documents.begin))
+        self._rounds = rounds_of(documents, self._rows, self._config.round)
+        self._chunks = int(chunks_in(documents.targets, self._adapt.chunk).sum())
+        longest = (int(chunks_in(batch.targets, self._adapt.chunk).max()) for one in self._rounds for batch in one)
+        self._often = sum(longest) >= OFTEN
+        per_round = self._rows * self._config.round
+        self._phases = {
+            phase.round: phase.documents for phase in planned_phases(self._config.phases, documents.targets, per_round)
+        }
+        self._documents, self._weights = documents, None
+        shared = self._adapt.warm_a or bool(self._predictors) or bool(self._phases)
+        self._alike = not shared and self._adapt.reset == "document"
+        """Whether every round begins alike, so that a batch needs nothing of those before it."""
+        self._stream: Rows | None = None
+        """The adapters that are never reset."""
+        self._warm: dict[int, Arrays] = {}
+        self._moments: list[np.ndarray] = []
+        """What each own pass of this round says of the temperature, (2,) each."""
+        self._number = self._done = 0
+        self._saved = time.monotonic()
+        self._path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
+        for predictor in self._predictors:
+            predictor.start(ScoredReader(evaluation.split, ledger))
+        self._share_ledger()
+
+    def run(self, progress: Progress | None = None) -> None:
+        """Score every target that is not in the ledger; repeat what has to be."""
+        try:
+            first = self._restored()
+            for number, batches in enumerate(self._rounds):
+                if number < first or (self._alike and all(map(self._finished, batches))):
+                    self._done += sum(map(self._length, batches))
+                    continue
+                for slot, batch in enumerate(batches):
+                    if self._owner(slot) == self._ranks.rank and not (self._alike and self._finished(batch)):
+                        self._batch(slot, batch, progress)
+                self._end_round(number, batches)
+        finally:
+            if self._weights is not None:
+                self._weights.close()
+        if self._path is not None and self._ledger.complete():
+            self._path.unlink(missing_ok=True)
+
+    def _owner(self, slot: int) -> int:
+        """Return the rank that scores a slot; what is never reset is one stream, which rank 0 reads alone."""
+        return slot % self._ranks.world if self._adapt.reset == "document" else 0
+
+    def _finished(self, batch: Documents) -> bool:
+        """Whether the ledger holds all of a batch."""
+        pairs = zip(batch.begin.tolist(), batch.targets.tolist(), strict=True)
+        return all(self._ledger.written(np.arange(begin + 1, begin + count + 1)).all() for begin, count in pairs)
+
+    def _length(self, batch: Documents) -> int:
+        return int(chunks_in(batch.targets, self._adapt.chunk).sum())
+
+    def _batch(self, slot: int, batch: Documents, progress: Progress | None) -> None:
+        """Score a batch chunk by chunk; each row learns from a chunk before its next one is scored."""
+        rows, engine = self._adapters(slot, batch), self._engine
+        state = engine.start(self._rows) if self._evaluation.carries else None
+        chunks = chunks_in(batch.targets, self._adapt.chunk)
+        for number in range(int(chunks.max())):
+            chunk = chunk_of(self._evaluation.split, batch, self._rows, number, self._config)
+            self._number += 1
+            watched = self._watch is not None and self._watch.wants(self._number)
+            tape = rows.run(chunk, self._prediction(chunk, watched), state, self._often)
+            scored = self._enter(rows, chunk, tape, watched)
+            following = number + 1 < chunks.max()
+            after = engine.commit(tape, chunk.used) if state is not None and following else None
+            rows.learn(self._taught(rows, chunk, scored), self._adapt, self._rates(batch, number))
+            state = after
+            self._done += int(chunk.view.kept.any(axis=1).sum())
+            if progress is not None:
+                progress(self._done, self._chunks)
+        if self._adapt.warm_a:
+            self._warm[slot] = rows.a()
+
+    def _adapters(self, slot: int, batch: Documents) -> Rows:
+        """Return the adapters of a batch: new ones, numbered by its documents, or those that are never reset."""
+        given = self._engine, self._ledger, self._spec
+        if self._adapt.reset == "never":
+            text = Documents(*(np.array([n], np.int64) for n in (0, len(self._evaluation.split) - 1, 0)))
+            self._stream = self._stream or Rows(*given, text, 1, 0)
+            return self._stream
+        return Rows(*given, batch, self._rows, slot, self._warm.get(slot))
+
+    def _taught(self, rows: Rows, chunk: DocumentChunk, scored: Sequence[Scored]) -> list[Scored]:
+        """Return what is worth learning from: after the last chunk of a document nothing is scored any more."""
+        if self._adapt.reset == "never":
+            return list(scored) if self._done + 1 < self._chunks else []
+        ended = set(rows.numbers[chunk.last].tolist())
+        return [one for one in scored if one.row not in ended]
+
+    def _rates(self, batch: Documents, number: int) -> np.ndarray:
+        """Return the learning rate of every row after chunk `number`, (rows,) float64."""
+        rates = np.full(self._rows, self._adapt.lr)
+        if self._adapt.schedule == "cosine":
+            of = (
+                np.array([self._chunks])
+                if self._adapt.reset == "never"
+                else chunks_in(batch.targets, self._adapt.chunk)
+            )
+            place = self._done if self._adapt.reset == "never" else number
+            rates[: len(of)] *= (1 + np.cos(math.pi * np.minimum(place / of, 1.0))) / 2
+        return rates
+
+    def _prediction(self, chunk: DocumentChunk, watched: bool) -> Prediction | None:
+        """Return how the predictors change a pass; None: not at all. Who watches asks for the whole distribution."""
+        if self._predictors:
+            return predict_together(self._predictors, chunk.view, self._evaluation.split.tokenizer.vocab)
+        return Prediction() if watched else None
+
+    def _enter(self, rows: Rows, chunk: DocumentChunk, tape: Any, watched: bool) -> tuple[Scored, ...]:
+        """Enter what a pass gave, or hold it against what is entered, and return the ranges."""
+        view, nats = chunk.view, np.asarray(tape.nll(), np.float64)
+        if nats.shape != chunk.targets.shape:
+            raise LedgerError(f"the engine returned nll of shape {nats.shape}, expected {chunk.targets.shape}")
+        if watched:
+            assert self._watch is not None
+            self._watch.see(view, chunk.targets, nats, tape.logprobs())
+        if self._predictors:
+            moments = tape.moments()
+            self._moments.append(np.full(2, np.nan) if moments is None else moments)
+        row, column = np.nonzero(view.kept)
+        positions, costs = view.positions[row, column], nats[row, column]
+        version, number = rows.version[row], rows.numbers[row]
+        old = self._ledger.written(positions)
+        known = self._ledger.confirm(positions[old], costs[old], version[old], row=number[old])
+        new = ~old
+        return (*known, *self._ledger.write(positions[new], costs[new], version[new], number[new]))
+
+    def _end_round(self, number: int, batches: list[Documents]) -> None:
+        """Tell the other ranks what this one scored, and take a copy of what the next round begins with."""
+        if self._ranks.world > 1:
+            own = [batch for slot, batch in enumerate(batches) if self._owner(slot) == self._ranks.rank]
+            self._exchange(_targets(own))
+            self._done = sum(self._length(batch) for batches in self._rounds[: number + 1] for batch in batches)
+        self._teach(batches)
+        documents = self._phases.get(number + 1)
+        if documents is not None:
+            self._phase(self._documents.take(slice(documents)))
+        due = documents is not None or time.monotonic() - self._saved > SNAPSHOT_EVERY
+        if not self._alike and self._adapt.reset == "document" and agree(self._ranks, due and self._path is not None):
+            self._snapshot(number + 1)
+
+    def _phase(self, documents: Documents) -> None:
+        """Let the weights learn from the first documents, on all ranks together; the next adapters are new ones."""
+        weights, config = self._loose(), self._config.phases
+        learn_phase(weights, self._ledger, documents.begin, documents.end, config)
+
+    def _loose(self) -> LooseWeights:
+        """Return the weights that learn in phases, which keep their first values until then."""
+        if self._weights is None:
+            given = self._evaluation.split, self._ledger, self._config.seq, self._evaluation.loose
+            self._weights = LooseWeights(self._engine, *given)
+        return self._weights
+
+    def _teach(self, batches: list[Documents]) -> None:
+        """Let the predictors learn from a round, batch by batch and pass by pass: alike for any number of ranks."""
+        if not self._predictors:
+            return
+        own, self._moments = np.concatenate([np.empty(0), *self._moments]), []
+        moments = [iter(of_rank.reshape(-1, 2)) for of_rank in self._ranks.gather(own)]
+        for slot, batch in enumerate(batches):
+            for number in range(int(chunks_in(batch.targets, self._adapt.chunk).max())):
+                sums = next(moments[self._owner(slot)])
+                ranges = self._ledger.scored(_targets_of_chunk(batch, number, self._adapt.chunk))
+                for predictor in self._predictors:
+                    predictor.learn(ranges, None if np.isnan(sums).any() else sums)
+
+    def _exchange(self, positions: np.ndarray) -> None:
+        """Enter what every rank has at its `positions` into every rank's ledger."""
+        entries = self._ledger.entries[positions - 1]
+        places = self._ranks.gather(positions)
+        sides = [self._ranks.gather(np.ascontiguousarray(entries[name], "<f8")) for name in COLUMNS]
+        for there, nats, version, row in zip(places, *sides, strict=True):
+            new = ~self._ledger.written(there)
+            marks = version[new].astype(np.int64), row[new].astype(np.int64)
+            self._ledger.write(there[new], nats[new], *marks)
+
+    def _share_ledger(self) -> None:
+        """Give every rank what rank 0 has from an evaluation that was killed."""
+        if self._ranks.world > 1:
+            written = np.flatnonzero(self._ledger.entries["order"]) + 1
+            self._exchange(written if self._ranks.rank == 0 else written[:0])
+
+    def _snapshot(self, rounds: int) -> None:
+        """Copy what the next round begins with; the ledger is on the disk first, so that it is never behind."""
+        arrays = {f"a/{slot}/{site}": a for slot, sites in self._everyones_a().items() for site, a in sites.items()}
+        for i, predictor in enumerate(self._predictors):
+            arrays |= {f"predictor/{i}/{name}": np.ascontiguousarray(v) for name, v in predictor.state().items()}
+        if self._weights is not None:
+            side = f"loose/{self._weights.version}"
+            arrays |= {f"{side}/{name}": np.ascontiguousarray(v) for name, v in self._weights.state().items()}
+        self._saved = time.monotonic()
+        if self._path is None or sum(array.nbytes for array in arrays.values()) > MAX_SNAPSHOT:
+            return
+        self._ledger.sync()
+        write_tensors(self._path, arrays, {"skc": json.dumps({"rounds": rounds})})
+
+    def _everyones_a(self) -> dict[int, Arrays]:
+        """Return the A of every slot, which its rank alone has; every rank calls this."""
+        if self._ranks.world == 1:
+            return self._warm
+        shapes = agree(self._ranks, {site: a.shape for site, a in self._warm.get(0, {}).items()})
+        slots = sorted(self._warm)
+        numbers = self._ranks.gather(np.array(slots, np.int64))
+        warm: dict[int, Arrays] = {int(slot): {} for own in numbers for slot in own}
+        for site, shape in shapes.items():
+            own = [np.asarray(self._warm[slot][site]).reshape(-1) for slot in slots]
+            flat = self._ranks.gather(np.concatenate(own) if own else np.empty(0))
+            for theirs, values in zip(numbers, flat, strict=True):
+                for slot, a in zip(theirs.tolist(), values.reshape(len(theirs), *shape), strict=True):
+                    warm[slot][site] = a
+        return warm
+
+    def _restored(self) -> int:
+        """Take back the last copy and return the round to go on with, from 0."""
+        rounds, arrays = self._read_snapshot() if self._ranks.rank == 0 else (0, {})
+        rounds = agree(self._ranks, rounds)
+        sides: dict[tuple[str, int], Arrays] = {}
+        for name, values in (share_arrays(self._ranks, arrays) if rounds else {}).items():
+            side, number, field = name.split("/", 2)
+            sides.setdefault((side, int(number)), {})[field] = values
+        for (side, number), state in sides.items():
+            if side == "a":
+                self._warm[number] = state
+            elif side == "loose":
+                self._loose().load(state, number)
+            else:
+                self._predictors[number].load(state)
+        return rounds
+
+    def _read_snapshot(self) -> tuple[int, Arrays]:
+        path = self._path
+        if path is None:
+            return 0, {}
+        sweep(path.parent, f"{path.name}.")
+        if not path.exists():
+            return 0, {}
+        if not self._ledger.writes:  # what an earlier evaluation of this name left
+            path.unlink()
+            return 0, {}
+        try:
+            metadata, arrays = read_tensors(path, MAX_SNAPSHOT)
+            rounds = parse_json("skc", str(metadata["skc"]))["rounds"]
+            if type(rounds) is not int or not 0 < rounds <= len(self._rounds):
+                raise ValueError(f"rounds {rounds}: expected from 1 to {len(self._rounds)}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LedgerError(f"{path}: damaged ({error}); delete it and {self._ledger.path} to begin anew") from error
+        if not all(self._finished(batch) for batches in self._rounds[:rounds] for batch in batches):
+            raise LedgerError(f"{path}: is of another ledger; delete both to begin anew")
+        return rounds, arrays
+
+
+def _targets_of_chunk(batch: Documents, number: int, chunk: int) -> np.ndarray:
+    """Return the positions of the targets of a pass, row by row."""
+    first, end = number * chunk, np.minimum((number + 1) * chunk, batch.targets)
+    pairs = zip(batch.begin.tolist(), end.tolist(), strict=True)
+    return np.concatenate([np.arange(begin + first + 1, begin + max(first, stop) + 1) for begin, stop in pairs])
+
+
+def _targets(batches: Sequence[Documents]) -> np.ndarray:
+    """Return the positions of all targets of batches."""
+    ranges = [np.arange(b + 1, b + n + 1) for one in batches for b, n in zip(one.begin, one.targets, strict=True)]
+    return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
