@@ -149,7 +149,7 @@ class ExportConfig:
 
     budget: int = 16_000_000
     """Largest total of artifact and code, in bytes."""
-    code_bytes: int = 180_000
+    code_bytes: int = 230_000
     """Bytes of the budget that are reserved for code, packed (LZMA, base85); skc info says what it takes."""
     method: Literal["round", "gptq"] = "round"
     """How weights that were trained as they are get their codes: each to the nearest, or by GPTQ, which makes up for

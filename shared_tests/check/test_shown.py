@@ -17,8 +17,8 @@ from core.check.bench_report import BenchReport
 from core.cli import main
 from core.compare.picture import _curve, _difference
 from core.compare.runs import compare
-from core.model.shares import FLOP_RULE
 from core.decoding.generate import PROMPTS, sample_lines
+from core.model.shares import FLOP_RULE
 from core.training.report import MARGIN, whole_ticks
 from core.training.run import Run
 from core.verbs.sample import _show

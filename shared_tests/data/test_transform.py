@@ -31,8 +31,8 @@ from core.data.transform import (
     invert_transform,
     restore_text,
 )
-from core.scoring.accounting import count_bytes
 from core.decoding.generate import Text, read_as
+from core.scoring.accounting import count_bytes
 from shared_tests.support.harness import tiny_tokenizer
 from shared_tests.support.texts import MODEL, documents, jsonl
 
