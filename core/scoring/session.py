@@ -16,7 +16,7 @@ from core.scoring.evaluation import Evaluation
 from core.scoring.exchange import Pass, gathered
 from core.scoring.ledger import ROUNDING, Ledger, LedgerError, Scored
 from core.scoring.plugins import Learner, Plugin, ScoredText, log_softmax
-from core.scoring.predictions import Predictor, Reader, View, predict
+from core.scoring.predictions import Predictor, ScoredReader, View, predict_together
 from core.scoring.windows import Windows, check_order, covered
 
 EXCHANGE = 8
@@ -75,7 +75,7 @@ class Session:
         self._before = ledger.writes
         self._number = self._done = 0
         for predictor in self.predictors:
-            predictor.start(Reader(self.split, ledger))
+            predictor.start(ScoredReader(self.split, ledger))
         for plugin in self._strangers:
             plugin.start(self.split.tokenizer.vocab, self.learner if plugin.kind == "adaptation" else None)
         self._state_path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
@@ -214,7 +214,7 @@ class Session:
 
     def predict(self, view: View, targets: np.ndarray, state: Any = None) -> Any:
         """Score a forward pass, on from `state` if there is one, as the predictors say; return its tape."""
-        prediction = predict(self.predictors, view, self.split.tokenizer.vocab)
+        prediction = predict_together(self.predictors, view, self.split.tokenizer.vocab)
         tape = self.engine.predicted(view.tokens, targets, prediction, state)
         self.put(view, targets, tape.nll, tape.logprobs, moments=tape.moments)
         return tape
