@@ -79,7 +79,7 @@ def by_hand(model: Engine, prompt: str, number: int, how: Decoding, limit: int |
     return text.ids
 
 
-SHORT = ("tiny", HYBRID, "pr1855", EVERYTHING, OPPOSITE)
+SHORT = ("tiny", HYBRID, "delta_ablate", "pr1855", EVERYTHING, OPPOSITE)
 """Attention, recurrent layers, both, loops and lanes, every option, few options; the others wait for the long run."""
 NAMES = [pytest.param(name, marks=() if name in SHORT else pytest.mark.long) for name in minis()]
 
