@@ -93,7 +93,7 @@ def test_a_b_of_zero_changes_nothing(name: str, backend: str) -> None:
     for dtype, most in (("float64", 1e-11), ("float32", 2e-6)):
         made, rows = scored(backend, name, dtype), text(name, 3)
         tape = made.adapted(made.adapters(spec_of(name), 3, 0), *rows)
-        assert np.abs(tape.nll() - made.nll(*rows)).max() <= most * 10
+        assert np.abs(tape.nll() - made.nll(*rows)).max() <= most
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -187,7 +187,7 @@ def test_a_row_alone_equals_the_row_among_many(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
-def test_twins_agree_over_twenty_updates(rule: str) -> None:
+def test_twins_agree_over_twenty_updates(rule: Any) -> None:
     """Learning rates and counts differ by row."""
     for name in FORMS if rule == "adamw" else FORMS[:1]:
         rows, shares, ends, updates = text(name, 3), shares_of(3), [], 2 if name == EVERYTHING else 20
@@ -197,7 +197,7 @@ def test_twins_agree_over_twenty_updates(rule: str) -> None:
             for turn in range(updates):
                 tape = made.adapted(adapters, *rows)
                 nats, lr, taken = tape.nll(), 0.01 * np.array([1.0, 0.5, 0.25]), turn + np.array([0, 1, 2])
-                step: Any = AdaptStep(rule, lr, decay=0.1, clip=0.5, taken=taken)
+                step = AdaptStep(rule, lr, decay=0.1, clip=0.5, taken=taken)
                 adapters = made.adapt(tape, shares, step)
             ends.append([nats, *values(adapters)])
         assert max(np.abs(ours - theirs).max() for ours, theirs in zip(*ends, strict=True)) <= 1e-8, name
