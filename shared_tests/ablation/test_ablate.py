@@ -150,7 +150,7 @@ def test_what_would_stop_a_run_is_found_first(tmp_path: Path, capsys: pytest.Cap
     plan = tmp_path / "first.toml"
     for change, message in (
         ('"model.vocab" = 512', "model.vocab=512, but data.path="),
-        ('"export.budget" = 181_000', "over what export.budget leaves"),
+        ('"export.budget" = 231_000', "over what export.budget leaves"),
     ):
         plan.write_text(textwrap.dedent(PLAN).replace("[variants.plain]", f"{change}\n[variants.plain]"))
         assert main(["ablate", str(plan), "--data", data, "--store", str(tmp_path / "store")]) == 2

@@ -39,7 +39,7 @@ def sample() -> None:
         ("train debug --model.vocab 2048", "model.vocab=2048, but data.path=sample has 1024: leave out --model.vocab"),
         ("train debug --train.seq 9999999", "shorter than one row"),
         (
-            "train debug --export.budget 190000",
+            "train debug --export.budget 240000",
             r"would have about [\d,]+ bytes, [\d,]+ over what export.budget",
         ),
         ("train debug --train.repeat_from 0.5", "train.repeat_from=0.5: .* model.repeat_layers"),

@@ -332,7 +332,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["train", "debug", *options]) == 0
     before = everything_under(tmp_path)
     capsys.readouterr()
-    assert main(["train", "debug", *options, "--dry-run", "--export.budget", "200000"]) == 1
+    assert main(["train", "debug", *options, "--dry-run", "--export.budget", "250000"]) == 1
     assert everything_under(tmp_path) == before
     out = capsys.readouterr().out
     assert "would exceed: artifact, predicted" in out and "holds a run already" in out

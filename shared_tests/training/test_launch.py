@@ -72,7 +72,7 @@ def one_node_options(tmp_path: Path) -> list[str]:
 def test_one_node_stops_at_a_plan_that_cannot_be(tmp_path: Path) -> None:
     """The plan comes first, and nothing is trained."""
     options = one_node_options(tmp_path)
-    refused = launch("one_node", *options, "--out", "over", "--export.budget", "200000", cwd=tmp_path, NPROC="2")
+    refused = launch("one_node", *options, "--out", "over", "--export.budget", "250000", cwd=tmp_path, NPROC="2")
     assert refused.returncode == 1 and "one_node: the plan failed, or passes a limit" in refused.stderr
     assert not json.loads(refused.stdout)["ok"] and not (tmp_path / "over").exists()
 
