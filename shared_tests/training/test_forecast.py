@@ -284,12 +284,12 @@ def test_limits_bind(device: Device, dataset: Dataset) -> None:
     fine = planned(engine, dataset, config)
     assert fine.ok and not any(limit.over for limit in fine.limits)
     for change, what in (
-        ({"artifact_bytes": 15_820_001}, "artifact"),
+        ({"artifact_bytes": 15_770_001}, "artifact"),
         ({"disk_free": 200_000}, "disk for checkpoints"),
     ):
         found = planned(engine, dataset, config, **change)
         assert not found.ok and [x.what.split(",")[0] for x in found.limits if x.over] == [what]
-    assert planned(engine, dataset, config, artifact_bytes=15_820_000).ok
+    assert planned(engine, dataset, config, artifact_bytes=15_770_000).ok
     slow = planned(engine, dataset, config, rule_seconds=0.1)
     assert slow.ok and [x.what for x in slow.limits if x.over] == ["training", "scoring"]
     assert all("for information" in x.note for x in slow.limits if x.over)
