@@ -9,15 +9,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from core.adapt.scopes import loose_names
-from core.adapt.settings import AdaptConfig as AdaptConfig
-from core.adapt.settings import PhasesConfig as PhasesConfig
+from core.adapt_config import AdaptConfig as AdaptConfig
+from core.adapt_config import PhasesConfig as PhasesConfig
 from core.checks import ConfigError as ConfigError
 from core.checks import in_words, require_limits, require_text, whole_in_words
 from core.checks import require as require
 from core.model.adapters import chosen_sites
 from core.model.config import ModelConfig as ModelConfig
 from core.model.params import param_table
+from core.model.scopes import loose_names
 from core.model.storage import gridded, storage_class
 from core.plain import changed as changed
 from core.plain import departures, rebuilt
@@ -64,8 +64,8 @@ class EvalConfig:
     seed: int = 0
     """Seed of the draw of documents: not the run's, so that runs of other seeds are judged on the same text."""
     plugins: tuple[str, ...] = ()
-    """What else has a part in the score of the artifact: temperature, or package.module:Class (docs/legality.md); a
-    setting is eval.plugins.NAME.field (temperature: prior, the weight of no change, in targets)."""
+    """What else has a part in the score of the artifact: temperature, counts, or package.module:Class
+    (docs/legality.md); a setting is eval.plugins.NAME.field (temperature: prior; counts: rule, orders, k, ...)."""
     round: int = 8
     """Forward passes, or batches of documents (eval.adapt), of a round: between two rounds ranks tell each other what
     they scored, and what all of them share may change."""

@@ -45,7 +45,7 @@ class Descent(Masters):
             part = slice(begin, begin + size)
             new, more = self._slopes(batch.tokens[part], batch.targets[part], shares[part])
             loss = loss + new
-            torch._foreach_add_(grads, more)
+            grads = [grad + other for grad, other in zip(grads, more, strict=True)]
         if self.ranks.world > 1:  # a rank without rows takes part with zeros
             sizes = [grad.numel() for grad in grads]
             *sums, loss = torch.split(self.ranks.sum(torch.cat([g.reshape(-1) for g in [*grads, loss]])), [*sizes, 1])

@@ -95,10 +95,10 @@ def sgd(params, grads, momenta, lr, decay, momentum, scale):
     decoupled decay; gradients count `scale` times.
     """
     # CUDA: a few launches, whatever the number of tensors
-    torch._foreach_mul_(momenta, momentum)
-    torch._foreach_add_(momenta, grads, alpha=scale)
-    torch._foreach_mul_(params, 1 - lr * decay)
-    torch._foreach_add_(params, momenta, alpha=-lr)
+    torch._foreach_mul_(momenta, momentum)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(momenta, grads, alpha=scale)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_mul_(params, 1 - lr * decay)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(params, momenta, alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
     return params, momenta
 
 

@@ -4,6 +4,8 @@ Reads as a translation of backends/mlx/predicting.py.
 Letters: B rows, T positions, V vocabulary, M candidates, S sample.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -111,6 +113,13 @@ class PredictedTape:
 
 class Predicting:
     """The part of core.engine.protocol.Engine that scores changed predictions."""
+
+    _read: Any
+    _forward: Any
+    _scored: Any
+    _constants: Any
+    _move: Any
+    _exact: bool
 
     @torch.no_grad()
     def predicted(self, tokens: np.ndarray, targets: np.ndarray, prediction: Prediction, state: State | None = None):

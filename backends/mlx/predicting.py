@@ -4,6 +4,8 @@ Reads as a translation of backends/cuda/predicting.py.
 Letters: B rows, T positions, V vocabulary, M candidates, S sample.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
@@ -114,6 +116,12 @@ class PredictedTape:
 
 class Predicting:
     """The part of core.engine.protocol.Engine that scores changed predictions."""
+
+    _predict: Any
+    _forward: Any
+    _scored: Any
+    _constants: Any
+    _exact: bool
 
     def predicted(self, tokens: np.ndarray, targets: np.ndarray, prediction: Prediction, state: State | None = None):
         model, constants = None, self._constants(tokens.shape[1], None if state is None else state.position)

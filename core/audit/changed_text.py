@@ -99,7 +99,7 @@ def check_again(
     `first`: what the evaluation predicted; `bound`: nats by which rounding may change a prediction; `agree`: nats by
     which rounding may part a cost and its distribution; `resumed`: forward passes that were in the ledger already.
     """
-    learns = bool(config.eval.plugins)
+    learns = config.eval.learns
     test = _ChangedText(score, dataset, config.model.bos, learns, first, folder, resumed > 0 and not learns)
     test.value |= {"rounding": bound, "rows": {"count": 0, "sum": 0.0, "cost": 0.0, "limit": agree, "genuine": True}}
     if all(test.change_from(stop) for stop in draw_passes(int(first.order.max()), learns, resumed)) and learns:

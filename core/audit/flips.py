@@ -86,7 +86,7 @@ class _FlipTest:
 
     def __init__(self, engine: Engine, config: RunConfig, seed: int, bound: float) -> None:
         self._engine, self._config, self._seed = engine, config, seed
-        self._learns, self._reshaped = bool(config.eval.plugins), config.eval.windows == "stateful"
+        self._learns, self._reshaped = config.eval.learns, config.eval.windows == "stateful"
         self.value: dict[str, Any] = {
             "flips": 0, "ends": 0, "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0, "largest_wrong": 0.0,
             "differ": 0, "explained": 0.0, "by_plugins": False, "repeatable": True, "repeat_gap": 0.0,

@@ -41,7 +41,7 @@ class SiteShape(NamedTuple):
 
 
 class SiteChoice(Protocol):
-    """The settings that choose sites (core/adapt/settings.py)."""
+    """The settings that choose sites (core/adapt_config.py)."""
 
     @property
     def sites(self) -> tuple[str, ...]:

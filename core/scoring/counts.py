@@ -10,7 +10,7 @@ from core.checks import LARGEST, in_words
 from core.config import require
 from core.engine.protocol import Arrays
 from core.scoring.ledger import Scored
-from core.scoring.predictions import LONGEST, Prediction, Predictor, Reader, Tilt, View
+from core.scoring.predictions import LONGEST, Prediction, Predictor, ScoredReader, Tilt, View
 
 MOST = 1 << 26
 """Pairs (context, follower) that a table holds, 12 bytes each; when it is full it goes on counting those it has."""
@@ -165,7 +165,7 @@ def backoff(found: Sequence[Followers], k: float) -> Candidates:
     return joined(candidates)
 
 
-def hint(found: Sequence[Followers], orders: Sequence[int], beta: float) -> Candidates:
+def sure_hint(found: Sequence[Followers], orders: Sequence[int], beta: float) -> Candidates:
     """Return the most frequent follower of the longest context that is sure of it, with beta times its share as weight.
 
     A context of up to 10 tokens is sure from 3 counts on and a share of 0.7, one of up to 13 from 2 and 0.6, a longer
@@ -266,7 +266,7 @@ class Counts(Predictor):
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or self.Settings()
 
-    def start(self, text: Reader) -> None:
+    def start(self, text: ScoredReader) -> None:
         """Begin with an empty table."""
         self._text, self.table = text, CountTable(self.settings.lengths, text.vocab, text.bos)
 
@@ -280,7 +280,7 @@ class Counts(Predictor):
         if settings.rule == "backoff":
             candidates = backoff(found, settings.k)
         elif settings.rule == "tilt":
-            candidates = hint(found, self.table.orders, settings.beta)
+            candidates = sure_hint(found, self.table.orders, settings.beta)
         else:
             candidates = engram(found, settings.alpha, settings.smooth)
         if not len(candidates.place):

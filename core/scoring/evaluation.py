@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from core import rng
-from core.adapt.scopes import loose_names
 from core.config import EvalConfig, RunConfig
 from core.data.dataset import Split
 from core.model.adapters import chosen_sites
+from core.model.scopes import loose_names
 from core.scoring.ledger import Ledger
 from core.scoring.windows import Windows, cut, document_ranges, document_windows, sliding
 

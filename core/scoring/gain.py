@@ -69,10 +69,10 @@ def measure_gain(engine: Engine, split: Split, run: RunConfig, documents: int, s
         progress = say.progress(label, Tally(ledger, split))
         scores.append(score(engine, evaluation, ledger, progress=progress, ranks=engine.ranks))
         seconds.append(time.perf_counter() - began)
-        costs.append(np.array(only_rank_0(engine.ranks, lambda e=evaluation, book=ledger: _nats(e, book))))
+        costs.append(np.array(only_rank_0(engine.ranks, lambda e=evaluation, book=ledger: nats_of_documents(e, book))))
     counted = count_bytes(split, *evaluation.ranges(), evaluation.drawn).counted
     difference, error = paired_difference(costs[0], costs[1], counted)
-    return ScoreGain(*scores, difference, error, (seconds[0], seconds[1]))
+    return ScoreGain(scores[0], scores[1], difference, error, (seconds[0], seconds[1]))
 
 
 def paired_difference(before: np.ndarray, after: np.ndarray, counted: np.ndarray) -> tuple[float, float | None]:
@@ -82,6 +82,6 @@ def paired_difference(before: np.ndarray, after: np.ndarray, counted: np.ndarray
     return bits_per_byte(float(gained.sum()), int(counted.sum())), None if error is None else bits_per_byte(error, 1)
 
 
-def _nats(evaluation: Evaluation, ledger: Ledger) -> list[float]:
+def nats_of_documents(evaluation: Evaluation, ledger: Ledger) -> list[float]:
     """Return what each document cost."""
     return [ledger.total(a + 1, b + 1) for a, b in zip(*(side.tolist() for side in evaluation.ranges()), strict=True)]

@@ -63,7 +63,7 @@ class Prediction(NamedTuple):
     """(count,) int64: places in the flattened pass where the temperature's moments are measured."""
 
 
-class Reader:
+class ScoredReader:
     """The text that is scored, of which a predictor gets what is in the ledger."""
 
     def __init__(self, text: Split, ledger: Ledger) -> None:
@@ -92,7 +92,7 @@ class Predictor:
     Settings: ClassVar[type | None] = None
     """A frozen dataclass whose fields have defaults: the class is made with one. None: it is made with nothing."""
 
-    def start(self, text: Reader) -> None:
+    def start(self, text: ScoredReader) -> None:
         """Begin a scoring pass."""
 
     def prediction(self, view: View, prediction: Prediction) -> Prediction:
@@ -164,7 +164,7 @@ class Temperature(Predictor):
         self._sums = state["sums"].reshape(2).astype(np.float64)
 
 
-def predict(predictors: Sequence[Predictor], view: View, vocab: int) -> Prediction:
+def predict_together(predictors: Sequence[Predictor], view: View, vocab: int) -> Prediction:
     """Return how `predictors` together change the predictions of a pass."""
     prediction = Prediction()
     for predictor in predictors:

@@ -8,11 +8,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from core.adapt.session import Adaptation
-from core.adapt.stream import StreamPass
 from core.config import ConfigError, EvalConfig
 from core.engine.ranks import Alone, Ranks, only_rank_0
 from core.scoring.accounting import Bytes, bits_per_byte, count_bytes, ratio_error
+from core.scoring.adapt.session import Adaptation
+from core.scoring.adapt.stream import StreamPass
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Plugin, load_plugins

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,10 +13,11 @@ from core.engine.ranks import Alone, Ranks, share_arrays
 from core.files import parse_json, sweep
 from core.formats.tensors import read_tensors, write_tensors
 from core.scoring.evaluation import Evaluation
+from core.scoring.exchange import Pass, gathered
 from core.scoring.ledger import ROUNDING, Ledger, LedgerError, Scored
 from core.scoring.plugins import Learner, Plugin, ScoredText, log_softmax
-from core.scoring.predictions import Predictor, Reader, View, predict
-from core.scoring.windows import Windows
+from core.scoring.predictions import Predictor, ScoredReader, View, predict_together
+from core.scoring.windows import Windows, check_order, covered
 
 EXCHANGE = 8
 """Forward passes of each rank between two exchanges of what they gave."""
@@ -38,15 +39,6 @@ class Watch(Protocol):
     def see(self, view: View, targets: np.ndarray, nats: np.ndarray, logprobs: np.ndarray) -> None:
         """Look at the costs that will be written, (rows, seq), and the log-probabilities, (rows, seq, V)."""
         ...
-
-
-class Pass(NamedTuple):
-    """What a forward pass gave."""
-
-    number: int  # from 1; 0 where it does not count
-    positions: np.ndarray  # (count,) int64: targets
-    nats: np.ndarray  # (count,) float64
-    moments: np.ndarray | None = None  # (2,) float64: what a temperature learns from
 
 
 class Session:
@@ -83,7 +75,7 @@ class Session:
         self._before = ledger.writes
         self._number = self._done = 0
         for predictor in self.predictors:
-            predictor.start(Reader(self.split, ledger))
+            predictor.start(ScoredReader(self.split, ledger))
         for plugin in self._strangers:
             plugin.start(self.split.tokenizer.vocab, self.learner if plugin.kind == "adaptation" else None)
         self._state_path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
@@ -148,30 +140,10 @@ class Session:
             self.ledger.write(positions[fresh], nats[fresh], self.learner.version)
         self._held = []
 
-    def _gathered(self) -> list[Pass]:
-        """Return what the passes of all ranks gave since the last time, in their order; nothing where one is alone."""
-        if self._ranks.world == 1:
-            return []
-        held, self._held = self._held, []
-        numbers = np.array([(one.number, len(one.positions)) for one in held], np.int64).reshape(-1)
-        moments = [np.full(2, np.nan) if one.moments is None else one.moments for one in held]
-        sides = [
-            numbers,
-            np.concatenate([np.empty(0, np.int64), *(one.positions for one in held)]),
-            np.concatenate([np.empty(0), *(one.nats for one in held)]),
-            np.concatenate([np.empty(0), *moments]),
-        ]
-        passes = []
-        for of_rank in zip(*map(self._ranks.gather, sides), strict=True):
-            heads, positions, nats, sums = of_rank[0].reshape(-1, 2), *of_rank[1:3], of_rank[3].reshape(-1, 2)
-            cuts = np.cumsum(heads[:, 1])[:-1]
-            parts = zip(heads[:, 0].tolist(), np.split(positions, cuts), np.split(nats, cuts), sums, strict=False)
-            passes += [Pass(n, p, c, None if np.isnan(m).any() else m) for n, p, c, m in parts]
-        return sorted(passes, key=lambda one: one.number)
-
     def _end_round(self) -> None:
         """Let the predictors learn from the round, which is in every rank's ledger then, and copy what they know."""
-        self._round += [(self._written(one), one.moments) for one in self._gathered()]
+        held, self._held = self._held, []
+        self._round += [(self._written(one), one.moments) for one in gathered(self._ranks, held)]
         for ranges, moments in self._round:
             for predictor in self.predictors:
                 predictor.learn(ranges, moments)
@@ -186,7 +158,7 @@ class Session:
         """
         if not self._strangers:
             return windows
-        wanted, given = _covered(windows, begin, end), windows
+        wanted, given = covered(windows, begin, end), windows
         for plugin in self._strangers:
             windows = Windows(*(np.asarray(side, np.int64) for side in plugin.order(windows)))
         if windows.length.max(initial=0) > self.config.seq:
@@ -194,11 +166,11 @@ class Session:
         pairs = np.stack([windows.start, windows.first])
         if pairs.shape[1] != np.unique(pairs, axis=1).shape[1]:
             raise LedgerError("a window is to be scored twice: there is a single pass, without a choice", "D10")
-        counts = _covered(windows, begin, end)
+        counts = covered(windows, begin, end)
         if (counts != wanted).any():
             place = int(np.argmax(counts != wanted))
             raise LedgerError(f"target {begin + place} is to be scored {counts[place]} times, expected once", "D5")
-        _check_order(given, windows, self.split.document_starts)
+        check_order(given, windows, self.split.document_starts)
         return windows
 
     def todo(self, positions: np.ndarray) -> np.ndarray:
@@ -242,7 +214,7 @@ class Session:
 
     def predict(self, view: View, targets: np.ndarray, state: Any = None) -> Any:
         """Score a forward pass, on from `state` if there is one, as the predictors say; return its tape."""
-        prediction = predict(self.predictors, view, self.split.tokenizer.vocab)
+        prediction = predict_together(self.predictors, view, self.split.tokenizer.vocab)
         tape = self.engine.predicted(view.tokens, targets, prediction, state)
         self.put(view, targets, tape.nll, tape.logprobs, moments=tape.moments)
         return tape
@@ -266,7 +238,9 @@ class Session:
         if self._number <= self._done:
             return
         watched = self._watch is not None and self._watch.wants(self._number)
-        shown = View(*(side if side is None else _read_only(side) for side in view))
+        tokens, positions, kept, before = view
+        before = None if before is None else _read_only(before)
+        shown = View(_read_only(tokens), _read_only(positions), _read_only(kept), before)
         if start is not None and not watched:
             self._under_way.append((shown, targets, start()))
             if self._number == 1 or len(self._under_way) >= self._most:  # the first at once: it says what goes wrong
@@ -394,21 +368,6 @@ def _between(logprobs: np.ndarray) -> bool:
     return bool(np.isfinite(logprobs.min()) and logprobs.max() <= ROUNDING)
 
 
-def _check_order(given: Windows, order: Windows, starts: np.ndarray) -> None:
-    """Raise LedgerError unless `order` holds the windows of `given`, those of each document in the text's order."""
-    first, place = (np.argsort(side.start + side.first, kind="stable") for side in (given, order))
-    if any(not np.array_equal(a[first], b[place]) for a, b in zip(given, order, strict=True)):
-        raise LedgerError("the windows were cut anew: a plug-in may change their order, not what they read", "D10")
-    text = order.take(place)
-    opened = np.searchsorted(starts, text.start + text.first, "right")  # the document of its first target
-    ended = np.searchsorted(starts, text.start + text.length - 1, "right")
-    backwards = (opened[1:] == ended[:-1]) & (place[1:] < place[:-1])
-    if backwards.any():
-        target = text.start[1:][backwards][0] + text.first[1:][backwards][0] + 1
-        words = "is to be scored before earlier parts of its document: each is read from left to right"
-        raise LedgerError(f"target {target} {words}", "D10")
-
-
 def _check_shape(nats: np.ndarray, targets: np.ndarray) -> None:
     """Raise LedgerError unless there is a cost for every target."""
     if nats.shape != targets.shape:
@@ -428,15 +387,3 @@ def _side(arrays: dict[str, np.ndarray], side: str) -> dict[str, np.ndarray]:
 
 def _name(plugin: Plugin) -> str:
     return f"plug-in {type(plugin).__name__}"
-
-
-def _covered(windows: Windows, begin: int, end: int) -> np.ndarray:
-    """Return how often each target position from begin to end (inclusive) is scored."""
-    steps = np.zeros(end - begin + 2, np.int64)
-    first, last = windows.start + windows.first + 1 - begin, windows.start + windows.length + 1 - begin
-    inside = (first >= 0) & (last <= end - begin + 1) & (first < last)
-    if not inside.all():
-        raise LedgerError(f"a window scores targets outside {begin} to {end}, or none", "D5")
-    np.add.at(steps, first, 1)
-    np.add.at(steps, last, -1)
-    return np.cumsum(steps)[:-1]

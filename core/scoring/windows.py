@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from core.scoring.ledger import LedgerError
+
 
 class Windows(NamedTuple):
     """Windows in stream order."""
@@ -49,3 +51,30 @@ def document_windows(tokens: int, document_starts: np.ndarray, seq: int, stride:
     """Return sliding windows inside each document; tokens before the first BOS count as a document."""
     begins = np.union1d(np.zeros(1, np.int64), document_starts)
     return cut(*document_ranges(tokens, begins), seq, stride)
+
+
+def check_order(given: Windows, order: Windows, starts: np.ndarray) -> None:
+    """Raise LedgerError unless `order` holds the windows of `given`, those of each document in the text's order."""
+    first, place = (np.argsort(side.start + side.first, kind="stable") for side in (given, order))
+    if any(not np.array_equal(a[first], b[place]) for a, b in zip(given, order, strict=True)):
+        raise LedgerError("the windows were cut anew: a plug-in may change their order, not what they read", "D10")
+    text = order.take(place)
+    opened = np.searchsorted(starts, text.start + text.first, "right")  # the document of its first target
+    ended = np.searchsorted(starts, text.start + text.length - 1, "right")
+    backwards = (opened[1:] == ended[:-1]) & (place[1:] < place[:-1])
+    if backwards.any():
+        target = text.start[1:][backwards][0] + text.first[1:][backwards][0] + 1
+        words = "is to be scored before earlier parts of its document: each is read from left to right"
+        raise LedgerError(f"target {target} {words}", "D10")
+
+
+def covered(windows: Windows, begin: int, end: int) -> np.ndarray:
+    """Return how often each target position from begin to end (inclusive) is scored."""
+    steps = np.zeros(end - begin + 2, np.int64)
+    first, last = windows.start + windows.first + 1 - begin, windows.start + windows.length + 1 - begin
+    inside = (first >= 0) & (last <= end - begin + 1) & (first < last)
+    if not inside.all():
+        raise LedgerError(f"a window scores targets outside {begin} to {end}, or none", "D5")
+    np.add.at(steps, first, 1)
+    np.add.at(steps, last, -1)
+    return np.cumsum(steps)[:-1]

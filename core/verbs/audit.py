@@ -46,7 +46,7 @@ class Audit:
     batch: int | None = None
     """Windows per forward pass."""
     plugins: tuple[str, ...] | None = None
-    """What else has a part in the score: temperature, or package.module:Class; docs/legality.md has their settings."""
+    """What else has a part in the score: temperature, counts, or package.module:Class; docs/legality.md says more."""
     eval: FlagConversionOff[Unchecked] = field(default_factory=Unchecked)
     flips: int = 4
     """Tokens that the flip test changes."""

@@ -54,7 +54,7 @@ class Eval:
     batch: int | None = None
     """Windows per forward pass."""
     plugins: tuple[str, ...] | None = None
-    """What else has a part in the score: temperature, or package.module:Class; docs/legality.md has their settings."""
+    """What else has a part in the score: temperature, counts, or package.module:Class; docs/legality.md says more."""
     gain: int | None = None
     """Score this many documents twice, without and with what adapts or changes predictions, and show the difference."""
     ledger: str | None = None

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from core.adapt.freeze import Freeze
-from core.adapt.scopes import loose_names
 from core.config import RunConfig, changed
 from core.data.batch import Batch
 from core.engine.protocol import AdaptStep, Arrays, Engine
+from core.model.scopes import loose_names
+from core.scoring.adapt.freeze import Freeze
 from core.scoring.ledger import LedgerError
 from shared_tests.support.harness import BACKENDS, EVERYTHING, HYBRID, batches, draw, engine, mini, working_weights
 from shared_tests.support.plugin_examples import held
@@ -101,7 +101,7 @@ def test_the_gradient_is_that_of_the_scores(backend: str) -> None:
 def test_twins_descend_alike(name: str, scope: str) -> None:
     config, ends = mini(name), []
     whole = batches(config, 1)[0]
-    small = Batch(*(side[:2, :14].copy() for side in whole[:2]))
+    small = Batch(whole.tokens[:2, :14].copy(), whole.targets[:2, :14].copy())
     small.targets[1, 9:] = -1
     for backend in BACKENDS:
         model = built(backend, config)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from core.adapt.phases import Phase, learn_phase, planned_phases
-from core.adapt.weights import LooseWeights, rate
 from core.config import ConfigError, PhasesConfig
 from core.engine.protocol import AdaptStep
+from core.scoring.adapt.phases import PlannedPhase, learn_phase, planned_phases
+from core.scoring.adapt.weights import LooseWeights, rate
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.windows import document_ranges
 from shared_tests.support.known_scores import BOS, make_dataset
@@ -20,8 +20,11 @@ def test_the_records_boundaries() -> None:
     """50,000 documents in rounds of 8 batches of 64: the boundaries are theirs, the phases come at the rounds' ends."""
     config = PhasesConfig(at=(0.01666, 0.03332, 0.05))
     phases = planned_phases(config, np.full(50_000, 800), 512)
-    assert phases == (Phase(2, 833), Phase(4, 1666), Phase(5, 2500))
-    assert planned_phases(PhasesConfig(at=(0.5,), chunk=10), np.full(8, 10), 4) == (Phase(1, 4),)
+    assert phases == (PlannedPhase(2, 833), PlannedPhase(4, 1666), PlannedPhase(5, 2500))
+    assert planned_phases(PhasesConfig(at=(0.5,), chunk=10), np.full(8, 10), 4) == (PlannedPhase(1, 4),)
+    assert planned_phases(PhasesConfig(at=(0.29,), chunk=10), np.full(100, 10), 32) == (
+        PlannedPhase(1, 29),
+    )  # not 28.99...
     assert planned_phases(PhasesConfig(), np.full(8, 10), 4) == ()
 
 

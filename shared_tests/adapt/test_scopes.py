@@ -5,9 +5,9 @@ import re
 import pytest
 
 from core import presets
-from core.adapt.scopes import SCOPES, loose_names
 from core.config import ConfigError, changed
 from core.model.params import param_table
+from core.model.scopes import SCOPES, loose_names
 from core.scoring.evaluation import Evaluation
 from shared_tests.support.harness import EVERYTHING, mini
 

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import core.adapt.stream
-from core.adapt.scopes import loose_names
-from core.adapt.stream import learn_chunk, stream_chunks
-from core.adapt.weights import LooseWeights, scored_rows
+import core.scoring.adapt.stream
+from core.data.batch import Batch
 from core.engine.protocol import AdaptStep, Arrays
+from core.model.scopes import loose_names
+from core.scoring.adapt.stream import learn_chunk, stream_chunks
+from core.scoring.adapt.weights import LooseWeights, scored_rows
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import load_plugins
 from core.scoring.windows import Windows
@@ -135,7 +136,7 @@ def test_a_pass_is_what_a_plain_loop_gives(backend: str, form: str) -> None:
             for _ in range(2 if (chunk + 1) * size < count else 0):
                 row = text[begin + chunk * size : begin + (chunk + 1) * size + 1]
                 lr = 0.1 * (1 + np.cos(np.pi * chunk / -(-count // size))) / 2
-                batch = core.data.batch.Batch(row[:-1].reshape(2, 12), row[1:].reshape(2, 12))
+                batch = Batch(row[:-1].reshape(2, 12), row[1:].reshape(2, 12))
                 model.descend(batch, AdaptStep("sgd", lr, clip=1.0))
     model.tighten()
     assert np.abs(entries["nats"] - nats).max() < 1e-10
@@ -188,7 +189,7 @@ class Mortal:
 @pytest.mark.parametrize("copies", [False, True])
 def test_a_killed_stream_goes_on(form: str, copies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its last copy, or from the start; what the ledger holds is repeated to the same numbers, and not written."""
-    monkeypatch.setattr(core.adapt.stream, "SNAPSHOT_EVERY", -1.0 if copies else 1e9)
+    monkeypatch.setattr(core.scoring.adapt.stream, "SNAPSHOT_EVERY", -1.0 if copies else 1e9)
     choices, config = ("temperature", "counts") if form == "sliding" else (), small("debug")
     evaluation, path = stream(loose_names(config.model, ("blocks.*",)), **FORMS[form]), tmp_path / "ledger"
     whole, last = Mortal(fresh("cuda", config), 10**6), Mortal(fresh("cuda", config), 10**6)
@@ -222,7 +223,7 @@ class LedgerAt:
 def test_a_copy_that_is_not_of_this_evaluation_is_refused(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core.adapt.stream, "SNAPSHOT_EVERY", -1.0)
+    monkeypatch.setattr(core.scoring.adapt.stream, "SNAPSHOT_EVERY", -1.0)
     config, path = small("debug"), tmp_path / "ledger"
     evaluation, copy = stream(loose_names(config.model, ("blocks.*",)), **FORMS["sliding"]), Path(f"{path}.plugins")
     with LedgerAt(path, evaluation) as ledger, pytest.raises(Killed):

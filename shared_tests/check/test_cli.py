@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,13 +17,15 @@ import pytest
 from core import presets
 from core.audit.code import packed_code
 from core.cli import VERBS, main
-from core.config import RunConfig, changed
+from core.config import EvalConfig, RunConfig, changed
 from core.engine.loading import load_engine
 from core.export.budget import predicted_bytes
 from core.model.params import count, param_table
 from core.training.run import Run
 from core.verbs.common import PresetOptions
 from shared_tests.support.command_line import SHORT, Capture, call, refuse
+
+GRID = Path(__file__).parents[2] / "scripts/adapt_grid"
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +179,31 @@ def test_eval_says_what_learning_gains_and_how_long_it_took(trained: Path, tmp_p
     line = refuse(capsys, *asked, *learning, "--ledger", str(tmp_path / "book"))
     assert "--gain 2 makes two scores of so many documents: leave out --ledger" in line
     assert "nothing can be gained" in refuse(capsys, *asked, "--gain", "2")
+
+
+def test_the_grid_of_adaptation_goes_on_where_it_was(
+    trained: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every setting of scripts/adapt_grid can be built, and a line that is there is not made again."""
+    names = runpy.run_path(str(GRID))
+    settings = {name: changed(EvalConfig(seq=512, documents=48), fields) for name, fields in names["grid"]().items()}
+    assert len(settings) > 50 and all(config.learns for config in settings.values())
+    out = tmp_path / "grid.jsonl"
+    argv = [str(trained), "--out", str(out), "--documents", "2", "--backend", "cuda", "--seq", "256", "--only"]
+    texts = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["adapt_grid", *argv, "temperature"])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(GRID), run_name="__main__")
+        texts.append(out.read_text())
+        told = capsys.readouterr().out
+        assert stop.value.code == 0
+    assert texts[0] == texts[1]
+    plain, temperature = map(json.loads, texts[0].splitlines())
+    assert (plain["name"], temperature["reference"]) == ("plain/documents-64", "plain/documents-64")
+    assert temperature["difference"] == pytest.approx(temperature["bpb"] - plain["bpb"], abs=1e-12)
+    assert temperature["difference_error"] > 0 and temperature["processor_seconds_per_token"] > 0
+    assert "temperature  " in told and len(plain["nats"]) == plain["documents"] == 2
 
 
 @pytest.mark.pair

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from core.adapt.documents import Documents, chunk_of, chunks_in, documents_of, rounds_of, width_of
 from core.config import AdaptConfig, EvalConfig
+from core.scoring.adapt.documents import Documents, chunk_of, chunks_in, documents_of, rounds_of, width_of
 from core.scoring.evaluation import Evaluation
 from shared_tests.support.known_scores import BOS, make_dataset
 

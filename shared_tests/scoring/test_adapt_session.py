@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.adapt import session
-from core.adapt.rows import Rows
 from core.engine.protocol import AdaptStep
 from core.model.adapters import AdapterSpec
+from core.scoring.adapt import session
+from core.scoring.adapt.rows import Rows
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.score import score, windows_in_words
@@ -88,6 +88,32 @@ def test_ranks_agree(form: str, world: int) -> None:
     for entries in Talk(world).run(lambda ranks: run(given, ranks=ranks)):
         assert np.abs(entries["nats"] - alone["nats"]).max() <= EXACT
         assert (entries["row"] == alone["row"]).all() and (entries["version"] == alone["version"]).all()
+
+
+@pytest.mark.parametrize("form", ["documents", "stateful", "steps", "sgd"])
+def test_a_document_by_hand(form: str) -> None:
+    """One document, chunk by chunk in a plain loop: window, mean cost of the chunk's targets, updates, rates, state."""
+    given = evaluation(settings(**FORMS[form]), [33])
+    tokens, adapt, costs = given.split.tokens, given.config.adapt, []
+    engine, count = AdaptingEngine(VOCAB), len(tokens) - 1
+    adapters, taken = engine.adapters(AdapterSpec(2, 8.0, SITES), 1, 0), 0
+    state = engine.start(1) if given.carries else None
+    for chunk in range(-(-count // 5)):
+        end = min(5 * chunk + 5, count)
+        begin = 5 * chunk if given.carries else max(0, end - 12)
+        inputs, targets = tokens[None, begin:end], tokens[None, begin + 1 : end + 1]
+        shares = np.where(np.arange(begin, end) >= 5 * chunk, 1 / (end - 5 * chunk), 0.0)[None]
+        lr = adapt.lr * ((1 + np.cos(np.pi * chunk / -(-count // 5))) / 2 if adapt.schedule == "cosine" else 1)
+        tape = engine.adapted(adapters, inputs, targets, None, state)
+        costs += tape.nll()[0, 5 * chunk - begin :].tolist()
+        after = engine.commit(tape, end - begin) if given.carries else None
+        for _ in range(adapt.steps):
+            again = engine.adapted(adapters, inputs, targets, None, state)
+            rule = {"rule": adapt.rule, "momentum": adapt.momentum, "clip": adapt.clip}
+            adapters = engine.adapt(again, shares, AdaptStep(lr=lr, taken=np.array([taken]), **rule))
+            taken += 1
+        state = after
+    assert np.abs(run(given)["nats"] - costs).max() <= 1e-12
 
 
 def test_what_is_never_reset_is_one_stream() -> None:
@@ -260,7 +286,7 @@ def killed(path: Path, given: Evaluation, after: int, ranks: Any = None) -> np.n
 def test_killed_at_every_pass(form: str, every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "SNAPSHOT_EVERY", every)
     changes = {"adapt_reset": "never", "adapt_documents": 1} if form == "never" else FORMS[form]
-    given = evaluation(settings(**{**changes, "round": 1}), LENGTHS[:7])
+    given = evaluation(settings(**{**changes, "round": 1}), LENGTHS[:8])
     whole = run(given)
     passes = int(whole["order"].max())
     for after in range(1, passes, 1 if form in ("documents", "warm") else 3):

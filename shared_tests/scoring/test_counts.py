@@ -9,10 +9,10 @@ import pytest
 
 from core.config import ConfigError
 from core.scoring import counts
-from core.scoring.counts import Counts, CountTable, Followers, backoff, engram, hint, strongest
+from core.scoring.counts import Counts, CountTable, Followers, backoff, engram, strongest, sure_hint
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import load_plugins
-from core.scoring.predictions import Prediction, Reader, View
+from core.scoring.predictions import Prediction, ScoredReader, View
 from shared_tests.support.known_scores import BOS, make_dataset
 
 ORDERS, VOCAB = (1, 2, 4), 6
@@ -170,7 +170,7 @@ def test_the_longest_sure_context_gives_the_hint() -> None:
     short = follower([(2, 3, 4), (2, 3, 4), (2, 2, 2), (2, 69, 100), (2, 70, 100), (0, 0, 0)])  # 3 and 0.7
     middle = follower([(3, 2, 3), (3, 2, 4), (3, 1, 1), (3, 1, 1), (3, 0, 0), (3, 2, 2)])  # 2 and 0.6
     long = follower([(4, 2, 4), (4, 1, 1), (4, 0, 0), (4, 1, 1), (4, 2, 5), (0, 0, 0)])  # 2 and 0.5
-    ids, weights = strongest(hint([short, middle, long], (8, 12, 16), 2.0), 6, 1)
+    ids, weights = strongest(sure_hint([short, middle, long], (8, 12, 16), 2.0), 6, 1)
     assert ids[:, 0].tolist() == [4, 2, -1, -1, 2, 3]
     np.testing.assert_allclose(weights[:, 0], [1.0, 1.5, 0, 0, 1.4, 2.0])
 
@@ -199,7 +199,7 @@ def counted(choice: str, tokens: list[int]) -> Counts:
     dataset.val.tokens = np.array(tokens, np.int32)
     dataset.val.document_starts = np.flatnonzero(dataset.val.tokens == BOS)
     ledger = Ledger(len(tokens))
-    plugin.start(Reader(dataset.val, ledger))
+    plugin.start(ScoredReader(dataset.val, ledger))
     plugin.learn(ledger.write(np.arange(1, len(tokens)), np.ones(len(tokens) - 1), 0), None)
     return plugin
 
@@ -233,11 +233,11 @@ def test_only_what_is_in_the_ledger_is_read() -> None:
     dataset = make_dataset([5, 9])
     ledger, other = Ledger(14), Ledger(14)
     (scored,) = ledger.write(np.arange(6, 9), np.ones(3), 0)
-    reader = Reader(dataset.val, ledger)
+    reader = ScoredReader(dataset.val, ledger)
     assert reader.read(scored, 4).tolist() == dataset.val.tokens[5:9].tolist(), "from the document's start on"
     assert reader.read(scored).tolist() == dataset.val.tokens[6:9].tolist()
     with pytest.raises(LedgerError, match="were not scored so"):
-        Reader(dataset.val, other).read(scored)
+        ScoredReader(dataset.val, other).read(scored)
 
 
 @pytest.mark.parametrize(

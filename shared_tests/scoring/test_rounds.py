@@ -10,10 +10,10 @@ import pytest
 
 from core.engine.ranks import Alone
 from core.scoring import session
+from core.scoring.counts import Counts, CountTable
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
-from core.scoring.plugins import load_plugins
-from core.scoring.predictions import Prediction, Predictor, View
+from core.scoring.predictions import Prediction, View
 from core.scoring.score import score, score_text
 from shared_tests.support import plugin_examples
 from shared_tests.support.known_scores import BOS, VOCAB, FakeSplit, make_dataset
@@ -108,25 +108,44 @@ def test_a_flip_changes_later_rounds_only(windows: str, rule: str) -> None:
     assert noticed > 0, "later rounds learn from it"
 
 
-class Peeks(Predictor):
+class Peeks(Counts):
     """Counts a round's targets before they are written."""
 
-    def start(self, text: Any) -> None:
-        self._inner = load_plugins(["counts(orders=1-3)"])[0]
-        self._inner.start(text)
-
     def prediction(self, view: View, prediction: Prediction) -> Prediction:
-        self._inner.table.count([(row, 1) for row in view.tokens])
-        return self._inner.prediction(view, prediction)
+        self.table.count([(row, 1) for row in view.tokens])
+        return super().prediction(view, prediction)
 
 
 def test_the_flip_test_sees_a_table_that_learns_too_soon() -> None:
     """The planted fault: what the test above asserts is false then."""
     config = settings("plain", "backoff")
-    before, after = (scored(dataset, config, plugins=[Peeks()]) for dataset in (text(), text(flip=60)))
+    before, after = (
+        scored(dataset, config, plugins=[Peeks(Counts.Settings("1-3"))]) for dataset in (text(), text(flip=60))
+    )
     rounds = rounds_of(text(), config)
     targets = np.arange(1, len(rounds) + 1)
     assert (before["nats"] != after["nats"])[(rounds == rounds[59]) & (targets < 60)].any()
+
+
+def test_the_table_does_not_know_how_the_text_was_cut() -> None:
+    """Neither windows nor rounds fabricate or lose an n-gram: what is learned is that of the text in one piece."""
+    dataset, states = text(), []
+    whole = CountTable((1, 2, 3), VOCAB, BOS)
+    whole.count([(dataset.val.tokens, 1)])
+    for windows in CUTS:
+        for changes in ({}, {"seq": 9, "stride": 4 if windows == "sliding" else None}):
+            plugin = Counts(Counts.Settings("1-3"))
+            scored(dataset, dataclasses.replace(settings(windows, "backoff"), **changes), plugins=[plugin])
+            states.append(plugin.state())
+    for state in states:
+        assert all(np.array_equal(state[name], values) for name, values in whole.state().items())
+
+
+def test_with_carry_a_context_goes_on_over_windows() -> None:
+    """A row of short windows predicts as one that reads each document at once."""
+    config, dataset = settings("stateful", "backoff"), text()
+    nats = [scored(dataset, dataclasses.replace(config, seq=seq))["nats"] for seq in (128, 1, 4)]
+    assert (nats[0] == nats[1]).all() and (nats[0] == nats[2]).all()
 
 
 class Together:

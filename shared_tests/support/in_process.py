@@ -103,10 +103,8 @@ class Place:
 
     def plan(self, out: Path, *plugins: str, **options: Any) -> Any:
         """Return the plan of an audit with plug-ins of zoo_predictions and other options of `skc audit`."""
-        names = tuple(
-            name if ":" in name or parsed(name)[0] in PLUGINS else f"shared_tests.support.zoo_predictions:{name}"
-            for name in plugins
-        )
+        ours = "shared_tests.support.zoo_predictions:"
+        names = tuple(n if ":" in n or parsed(n)[0] in PLUGINS else f"{ours}{n}" for n in plugins)
         given: dict[str, Any] = {"data": self.data, "seq": SEQ, "batch": BATCH, "flips": 2, "backend": "cuda"}
         given |= {"plugins": names or None, "out": str(out)} | options
         return _plan(Audit(path=self.model, **given))

@@ -24,8 +24,7 @@ from safetensors.numpy import save_file
 
 import core.engine.ranks
 import core.training.loop
-from core.adapt.stream import StreamPass
-from core.config import ConfigError, EvalConfig, RunConfig, changed
+from core.config import AdaptConfig, ConfigError, EvalConfig, PhasesConfig, RunConfig, changed
 from core.data.batch import Batch
 from core.data.dataset import open_dataset
 from core.engine.heartbeat import Heartbeat
@@ -37,6 +36,8 @@ from core.engine.ranks import (
     join,
     share,
 )
+from core.scoring.adapt.stream import StreamPass
+from core.scoring.counts import Counts
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 from core.scoring.plugins import Temperature
@@ -179,9 +180,15 @@ def scores(backend: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
             made = score(engine, Evaluation(dataset.val, settings, drawn), ranks=ranks)
             found[f"{windows} {drawn}"] = made.to_json()
     settings = EvalConfig(seq=24, batch=3, plugins=("temperature", "shared_tests.support.plugin_examples:Adaptation"))
-    for plugin in (Temperature(), Adaptation(24)):  # what learns, and what trains
+    settings = dataclasses.replace(settings, round=2)
+    for plugin in (Temperature(), Counts(), Adaptation(24)):  # what learns between rounds, and what trains
         made = score(engine, Evaluation(dataset.val, settings, 7, plugins=True), ranks=ranks, plugins=[plugin])
         found[type(plugin).__name__] = made.to_json()
+    adapt = AdaptConfig("lora", rank=2, lr=0.02, chunk=8, documents=1, warm_a=True)
+    phases = PhasesConfig((0.4,), lr=0.01, chunk=24)
+    settings = EvalConfig(windows="documents", seq=24, round=2, adapt=adapt, phases=phases, plugins=("temperature",))
+    learning = Evaluation.of(dataset.val, dataclasses.replace(config, eval=settings), 7, plugins=True)
+    found["lora"] = score(engine, learning, ranks=ranks).to_json()
     return found
 
 

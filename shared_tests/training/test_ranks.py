@@ -182,7 +182,7 @@ def test_chips_of_two_generations_are_told_to_agree_on_a_type(data: str, tmp_pat
 def test_two_ranks_score_as_one(both: Any) -> None:
     """Every kind of windows, whole text and estimate, and with a plug-in."""
     _, one, two = both
-    assert len({found["windows"] for found in one[1]["scores"].values()}) == 5
+    assert len({found["windows"] for found in one[1]["scores"].values()}) == 6
     same_scores(one, two)
 
 

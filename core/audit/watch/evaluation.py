@@ -139,7 +139,7 @@ def _score(
     say: Console,
 ) -> dict[str, Any]:  # fmt: skip
     """Score the text and return the score, or the rule that was broken, and what the distributions say."""
-    settings, learns = config.eval, bool(config.eval.plugins)
+    settings, learns = config.eval, config.eval.learns
     total = len(dataset.val) // (settings.batch * (settings.stride or settings.seq)) + 1
     watch = Distributions(SAMPLED / total, None if learns else PASSES, stop, prints)
     book = Ledger.open(path, len(dataset.val), key, anew=True)

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from core.adapt.documents import Chunk, Documents, chunk_of, chunks_in, documents_of, rounds_of
-from core.adapt.phases import learn_phase, planned_phases
-from core.adapt.rows import Rows
-from core.adapt.weights import LooseWeights
 from core.engine.protocol import Arrays
 from core.engine.ranks import Alone, Ranks, agree, share_arrays
 from core.files import parse_json, sweep
 from core.formats.tensors import read_tensors, write_tensors
 from core.model.adapters import AdapterSpec
+from core.scoring.adapt.documents import DocumentChunk, Documents, chunk_of, chunks_in, documents_of, rounds_of
+from core.scoring.adapt.phases import learn_phase, planned_phases
+from core.scoring.adapt.rows import Rows
+from core.scoring.adapt.weights import LooseWeights
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError, Scored
-from core.scoring.predictions import Prediction, Predictor, Reader, predict
+from core.scoring.predictions import Prediction, Predictor, ScoredReader, predict_together
 from core.scoring.session import MAX_SNAPSHOT, SNAPSHOT_EVERY, Progress, Watch
 
 COLUMNS = ("nats", "version", "row")
@@ -74,7 +74,7 @@ class Adaptation:
         self._saved = time.monotonic()
         self._path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
         for predictor in self._predictors:
-            predictor.start(Reader(evaluation.split, ledger))
+            predictor.start(ScoredReader(evaluation.split, ledger))
         self._share_ledger()
 
     def run(self, progress: Progress | None = None) -> None:
@@ -137,7 +137,7 @@ class Adaptation:
             return self._stream
         return Rows(*given, batch, self._rows, slot, self._warm.get(slot))
 
-    def _taught(self, rows: Rows, chunk: Chunk, scored: Sequence[Scored]) -> list[Scored]:
+    def _taught(self, rows: Rows, chunk: DocumentChunk, scored: Sequence[Scored]) -> list[Scored]:
         """Return what is worth learning from: after the last chunk of a document nothing is scored any more."""
         if self._adapt.reset == "never":
             return list(scored) if self._done + 1 < self._chunks else []
@@ -157,13 +157,13 @@ class Adaptation:
             rates[: len(of)] *= (1 + np.cos(math.pi * np.minimum(place / of, 1.0))) / 2
         return rates
 
-    def _prediction(self, chunk: Chunk, watched: bool) -> Prediction | None:
+    def _prediction(self, chunk: DocumentChunk, watched: bool) -> Prediction | None:
         """Return how the predictors change a pass; None: not at all. Who watches asks for the whole distribution."""
         if self._predictors:
-            return predict(self._predictors, chunk.view, self._evaluation.split.tokenizer.vocab)
+            return predict_together(self._predictors, chunk.view, self._evaluation.split.tokenizer.vocab)
         return Prediction() if watched else None
 
-    def _enter(self, rows: Rows, chunk: Chunk, tape: Any, watched: bool) -> tuple[Scored, ...]:
+    def _enter(self, rows: Rows, chunk: DocumentChunk, tape: Any, watched: bool) -> tuple[Scored, ...]:
         """Enter what a pass gave, or hold it against what is entered, and return the ranges."""
         view, nats = chunk.view, np.asarray(tape.nll(), np.float64)
         if nats.shape != chunk.targets.shape:

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from core.adapt.documents import Chunk, Documents
 from core.config import AdaptConfig
 from core.engine.protocol import AdaptStep, Arrays, State
 from core.model.adapters import AdapterSpec
+from core.scoring.adapt.documents import DocumentChunk, Documents
 from core.scoring.ledger import Ledger, LedgerError, Scored
 from core.scoring.predictions import Prediction
 
@@ -38,12 +38,12 @@ class Rows:
         """(rows,) int64: how many chunks each row has learned from."""
         self._taken = np.zeros(rows, np.int64)
         self._adapters = engine.adapters(spec, rows, slot, a)
-        self._chunk: Chunk | None = None
+        self._chunk: DocumentChunk | None = None
         self._tape: Any = None
         self._state: State | None = None
         self._often = False
 
-    def run(self, chunk: Chunk, prediction: Prediction | None, state: State | None, often: bool = False) -> Any:
+    def run(self, chunk: DocumentChunk, prediction: Prediction | None, state: State | None, often: bool = False) -> Any:
         """Return the tape of a chunk, from `state` on where there is one: one forward pass for score and gradient.
 
         `often`: so many passes will come that compiling for them pays. LedgerError for a row of another document.

@@ -6,11 +6,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from core.adapt.freeze import Freeze
 from core.data.batch import Batch
 from core.data.dataset import Split
 from core.engine.protocol import AdaptStep, Arrays, Engine, StepResult
 from core.engine.ranks import share
+from core.scoring.adapt.freeze import Freeze
 from core.scoring.ledger import Ledger, LedgerError, Scored
 
 
@@ -31,8 +31,8 @@ def scored_rows(split: Split, ledger: Ledger, ranges: Sequence[Scored], seq: int
     texts = [split.read(one.start - 1, one.stop) for one in ranges]
     inputs, targets = np.concatenate([t[:-1] for t in texts]), np.concatenate([t[1:] for t in texts])
     pads = -len(inputs) % seq
-    sides = np.pad(inputs, (0, pads)), np.pad(targets, (0, pads), constant_values=-1)
-    return Batch(*(side.reshape(-1, seq) for side in sides))
+    tokens, targets = np.pad(inputs, (0, pads)), np.pad(targets, (0, pads), constant_values=-1)
+    return Batch(tokens.reshape(-1, seq), targets.reshape(-1, seq))
 
 
 class LooseWeights:

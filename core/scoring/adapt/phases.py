@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.adapt.settings import PhasesConfig
-from core.adapt.weights import LooseWeights, rate
+from core.adapt_config import PhasesConfig
 from core.checks import require
 from core.engine.protocol import AdaptStep
+from core.scoring.adapt.weights import LooseWeights, rate
 from core.scoring.ledger import Ledger
 
 
-class Phase(NamedTuple):
+class PlannedPhase(NamedTuple):
     """When a phase comes, and what it learns from."""
 
     round: int
@@ -25,7 +25,7 @@ class Phase(NamedTuple):
     """The boundary: so many documents, the first in the order of scoring."""
 
 
-def planned_phases(config: PhasesConfig, targets: np.ndarray, per_round: int) -> tuple[Phase, ...]:
+def planned_phases(config: PhasesConfig, targets: np.ndarray, per_round: int) -> tuple[PlannedPhase, ...]:
     """Return the phases of an evaluation, in their order.
 
     `targets` (documents,) int are those of every document in the order of scoring, of which `per_round` make a round.
@@ -37,7 +37,7 @@ def planned_phases(config: PhasesConfig, targets: np.ndarray, per_round: int) ->
         documents = round(at * count)
         where = f"eval.phases.at={at:g} of {count:,} documents"
         require(documents > 0, f"{where} comes before the first of them; take a larger share, or score more documents")
-        phase = Phase(-(-documents // per_round), documents)
+        phase = PlannedPhase(-(-documents // per_round), documents)
         end = min(phase.round * per_round, count)
         require(
             end < count,

@@ -9,20 +9,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.adapt.settings import AdaptConfig
-from core.adapt.weights import LooseWeights, rate
+from core.adapt_config import AdaptConfig
 from core.engine.protocol import AdaptStep, Arrays, Scoring
 from core.engine.ranks import Alone, Ranks, agree, share_arrays
 from core.files import parse_json, sweep
 from core.formats.tensors import read_tensors, write_tensors
+from core.scoring.adapt.weights import LooseWeights, rate
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
-from core.scoring.predictions import Predictor, Reader, View, predict
+from core.scoring.predictions import Predictor, ScoredReader, View, predict_together
 from core.scoring.session import MAX_SNAPSHOT, SNAPSHOT_EVERY, Progress, Watch
 from core.scoring.windows import Windows
 
 
-class Chunk(NamedTuple):
+class StreamChunk(NamedTuple):
     """What is scored with one version of the weights, and what they learn from then."""
 
     number: int
@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
     """Whether a text begins: the weights are put back before its windows are scored."""
 
 
-def stream_chunks(windows: Windows, adapt: AdaptConfig, document_starts: np.ndarray) -> Iterator[Chunk]:
+def stream_chunks(windows: Windows, adapt: AdaptConfig, document_starts: np.ndarray) -> Iterator[StreamChunk]:
     """Yield the chunks of a text that is cut into `windows`, in their order.
 
     The text is what the windows score, one after the other; with eval.adapt.reset=document each document is one, and
@@ -53,7 +53,7 @@ def stream_chunks(windows: Windows, adapt: AdaptConfig, document_starts: np.ndar
             number += 1
 
 
-def learn_chunk(weights: LooseWeights, ledger: Ledger, chunk: Chunk, adapt: AdaptConfig) -> None:
+def learn_chunk(weights: LooseWeights, ledger: Ledger, chunk: StreamChunk, adapt: AdaptConfig) -> None:
     """Let weights learn from a chunk of which every target is scored."""
     ranges = ledger.scored(chunk.places)
     step = AdaptStep("sgd", chunk.lr, decay=adapt.decay, momentum=adapt.momentum, clip=adapt.clip)
@@ -61,7 +61,7 @@ def learn_chunk(weights: LooseWeights, ledger: Ledger, chunk: Chunk, adapt: Adap
         weights.train(ranges, step)
 
 
-def _chunks(windows: Windows, adapt: AdaptConfig) -> Iterator[Chunk]:
+def _chunks(windows: Windows, adapt: AdaptConfig) -> Iterator[StreamChunk]:
     """Yield the chunks of one text."""
     counts = windows.length - windows.first
     ends = np.cumsum(counts)
@@ -74,7 +74,7 @@ def _chunks(windows: Windows, adapt: AdaptConfig) -> Iterator[Chunk]:
         a, b = np.searchsorted(ends, [begin, end], "right")
         places = _targets(windows.take(slice(a, b + 1)))[begin - int(ends[a] - counts[a]) :][: end - begin]
         lr = rate(adapt.lr, adapt.schedule, chunk, chunks)
-        yield Chunk(chunk, windows.take(slice(first, last)), places, lr, chunk == 0)
+        yield StreamChunk(chunk, windows.take(slice(first, last)), places, lr, chunk == 0)
 
 
 def _targets(windows: Windows) -> np.ndarray:
@@ -114,7 +114,7 @@ class StreamPass:
         written = np.flatnonzero(ledger.entries["order"]) + 1
         self._enter(written if self._ranks.rank == 0 else written[:0])
         for predictor in self._predictors:
-            predictor.start(Reader(evaluation.split, ledger))
+            predictor.start(ScoredReader(evaluation.split, ledger))
         self._weights = LooseWeights(engine, evaluation.split, ledger, self._config.seq, evaluation.loose)
 
     def run(self, progress: Progress | None = None) -> None:
@@ -178,7 +178,7 @@ class StreamPass:
         engine, tape = self._engine, None
         watched = self._watch is not None and self._watch.wants(self._number)
         if self._predictors or watched:
-            prediction = predict(self._predictors, view, self._evaluation.split.tokenizer.vocab)
+            prediction = predict_together(self._predictors, view, self._evaluation.split.tokenizer.vocab)
             tape = engine.predicted(view.tokens, targets, prediction)
             wait = tape.nll
         elif self._most > 1:

@@ -32,7 +32,7 @@ class Documents(NamedTuple):
         return Documents(*(side[index] for side in self))
 
 
-class Chunk(NamedTuple):
+class DocumentChunk(NamedTuple):
     """The next targets of each document and the window that they are scored in; an ended document's row is zero."""
 
     view: View
@@ -83,7 +83,7 @@ def width_of(number: int, chunk: int, longest: int) -> int:
     return next(min(step * chunk, longest) for step in steps if min(step * chunk, longest) >= wanted)
 
 
-def chunk_of(split: Split, documents: Documents, rows: int, number: int, config: EvalConfig) -> Chunk:
+def chunk_of(split: Split, documents: Documents, rows: int, number: int, config: EvalConfig) -> DocumentChunk:
     """Return chunk `number` of each document.
 
     Its window is what the document has before the chunk's end, at most eval.seq tokens; with carry, where a state
@@ -108,4 +108,4 @@ def chunk_of(split: Split, documents: Documents, rows: int, number: int, config:
         if before is not None and first:
             earlier = split.read(begin + max(0, first - LONGEST), begin + first)
             before[row, -len(earlier) :] = earlier
-    return Chunk(View(tokens, positions, kept, before), targets, last, used)
+    return DocumentChunk(View(tokens, positions, kept, before), targets, last, used)
