@@ -1,9 +1,10 @@
 """The flip test: change one token of a text and see which predictions notice, through the whole scoring path.
 
-A prediction may change only if the changed token was in its context (an earlier input of its window or stream), or was
-scored in an earlier forward pass, from which plug-ins may have learned. Every other prediction, that of the changed
-target itself included, must have the same bits, over the whole vocabulary. Documents are ended early as well: what is
-predicted there must not know whether BOS comes next, which the cut of the windows may tell.
+A prediction may change only if the changed token was in its context (an earlier input of its window or stream), or if
+what it is made with may have learned from it by then: plug-ins from an earlier forward pass, adapters from an earlier
+chunk of their own document (core/audit/turns.py). Every other prediction, that of the changed target itself and those
+of the other rows included, must have the same bits, over the whole vocabulary. Documents are ended early as well: what
+is predicted there must not know whether BOS comes next, which the cut of the windows or a learning rate may tell.
 """
 
 import dataclasses
@@ -24,9 +25,10 @@ from core.audit.fingerprints import (
     predictions_from,
 )
 from core.audit.rules import Progress
-from core.config import RunConfig
+from core.config import PhasesConfig, RunConfig
 from core.data.dataset import Split
 from core.engine.protocol import Engine
+from core.scoring.adapt.documents import documents_of
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.score import score_text
@@ -35,6 +37,8 @@ TEXTS = 2
 """Places of the text that are tested."""
 PASSES = 3
 """Forward passes of each run: plug-ins must have learned something by the last one."""
+ROWS = 2
+"""Documents side by side, where adapters learn: as many as it takes for a row to have a neighbour."""
 TRIES = 3
 """Ends of documents that are tried until one can be compared."""
 
@@ -56,8 +60,7 @@ def flip_test(
 
     `bound`: nats that rounding may make (ROUNDING).
     """
-    if config.eval.plugins:  # rounds of one turn: what a token taught shows in as few passes
-        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, round=1))
+    config = _small(config)
     pieces = _pieces(split, config, seed)
     test = _FlipTest(engine, config, seed, bound)
     value, done = test.value, 0
@@ -65,6 +68,7 @@ def flip_test(
     try:
         for number, piece in enumerate(pieces):
             text = split.changed(*piece)
+            test.config = _with_phase(config, text)
             draws = [_flip(text, config, seed, f"{number}/{i}") for i in range(number, flips, len(pieces))]
             base = test.predict(text, [place for place, _ in draws])
             if number == 0:
@@ -85,7 +89,7 @@ class _FlipTest:
     """Texts that an engine scores with a change; `value` says what noticed."""
 
     def __init__(self, engine: Engine, config: RunConfig, seed: int, bound: float) -> None:
-        self._engine, self._config, self._seed = engine, config, seed
+        self._engine, self.config, self._seed = engine, config, seed
         self._learns, self._reshaped = config.eval.learns, config.eval.windows == "stateful"
         self.value: dict[str, Any] = {
             "flips": 0, "ends": 0, "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0, "largest_wrong": 0.0,
@@ -95,7 +99,7 @@ class _FlipTest:
 
     def predict(self, text: Split, places: Sequence[int] = (), plugins: bool | None = None) -> Predictions:
         """Return what is predicted of a text, with the plug-ins unless `plugins` is False."""
-        return predict(self._engine, text, self._config, self._learns if plugins is None else plugins, places)
+        return predict(self._engine, text, self.config, self._learns if plugins is None else plugins, places)
 
     def repeat(self, once: Predictions, text: Split) -> None:
         """Note whether a text gives the same bits twice, and how far apart it is."""
@@ -120,10 +124,13 @@ class _FlipTest:
 
     def end(self, text: Split, number: int, start: int) -> None:
         """Score a text that ends with the start of a document, and the same going on, and note what noticed."""
-        value, config = self.value, self._config
+        value, config = self.value, _ending(self.config)
+        self.config = config
         for begin, place in _ends(text, config, self._seed, number):
             ended = text.changed(begin, place + 1, place - begin, config.model.bos)
-            went_on = text.changed(begin, min(len(text), place + 1 + 2 * config.eval.seq))
+            later = text.document_starts[text.document_starts > place]
+            stop = int(later[0]) + 1 if _own_rows(config) and len(later) else len(text)
+            went_on = text.changed(begin, min(stop, place + 1 + 2 * config.eval.seq))
 
             def judged(plugins: bool) -> ChangeEffect | None:
                 both = [self.predict(one, [place - begin], plugins) for one in (ended, went_on)]  # noqa: B023
@@ -164,14 +171,64 @@ class _FlipTest:
 
 
 def _pieces(split: Split, config: RunConfig, seed: int) -> list[tuple[int, int]]:
-    """Return ranges of the text, each from the start of a document on, long enough for PASSES forward passes."""
-    settings = config.eval
+    """Return ranges of the text, each from the start of a document on, long enough for PASSES forward passes.
+
+    Where adapters learn it is PASSES batches of documents, of which most have more than one chunk.
+    """
+    settings, starts = config.eval, split.document_starts
     stride = settings.stride or settings.seq
     length = PASSES * settings.batch * stride + settings.seq - stride
-    starts = split.document_starts
+    if settings.adapt.kind == "sgd":
+        length = PASSES * settings.adapt.chunk + settings.seq - stride
+    if settings.adapt.kind == "lora":
+        count = min(PASSES * ROWS, len(starts))
+        edges, length = np.append(starts, len(split) - 1), count * PASSES * settings.adapt.chunk
+        far = np.abs(edges[count:] - edges[:-count] - length)
+        good = np.flatnonzero(far <= max(length // 2, far.min()))
+        picks = good[rng.choose(seed, "audit/pieces", len(good), min(TEXTS, len(good)))]
+        stops = np.minimum(edges[picks + count], edges[picks] + PASSES * length)
+        return sorted(zip(edges[picks].tolist(), (stops + 1).tolist(), strict=True))
     last = max(1, int(np.searchsorted(starts, max(len(split) - length, 0), "right")))
     picks = rng.choose(seed, "audit/pieces", last, min(TEXTS, last))
     return [(int(starts[i]), min(len(split), int(starts[i]) + length + 1)) for i in sorted(picks.tolist())]
+
+
+def _small(config: RunConfig) -> RunConfig:
+    """Return settings under which what a token taught shows in few passes: rounds, batches and chunks are small."""
+    settings = config.eval
+    adapt, stride = settings.adapt, settings.stride or settings.seq
+    if adapt.kind == "lora":
+        adapt = dataclasses.replace(adapt, documents=min(adapt.documents, ROWS))
+    elif adapt.kind == "sgd":  # of two passes: the second one must not know what the first one scored
+        adapt = dataclasses.replace(adapt, chunk=min(adapt.chunk, 2 * settings.batch * stride))
+    if settings.learns:
+        config = dataclasses.replace(config, eval=dataclasses.replace(settings, round=1, adapt=adapt))
+    return config
+
+
+def _with_phase(config: RunConfig, text: Split) -> RunConfig:
+    """Return settings with one phase, after the first batch of a text; without one if it can have none."""
+    phases, settings = config.eval.phases, config.eval
+    if phases.at:
+        targets = documents_of(Evaluation.of(text, config, plugins=True)).targets
+        first = min(ROWS, settings.adapt.documents)
+        size = int(targets[:first].sum()) - 1
+        fits = first < len(targets) and size > 0
+        at = first / len(targets)
+        phases = dataclasses.replace(phases, at=(at,), chunk=min(phases.chunk, size)) if fits else PhasesConfig()
+    return dataclasses.replace(config, eval=dataclasses.replace(settings, phases=phases))
+
+
+def _ending(config: RunConfig) -> RunConfig:
+    """Return settings for texts that end early: how long the whole text is, phases and a stream's rate may know."""
+    adapt = config.eval.adapt
+    adapt = dataclasses.replace(adapt, schedule=adapt.schedule if adapt.reset == "document" else "constant")
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, adapt=adapt, phases=PhasesConfig()))
+
+
+def _own_rows(config: RunConfig) -> bool:
+    """Whether documents learn side by side, so that one is compared by itself."""
+    return config.eval.adapt.kind == "lora" and config.eval.adapt.reset == "document"
 
 
 def _flip(text: Split, config: RunConfig, seed: int, name: str) -> tuple[int, int]:
@@ -196,7 +253,7 @@ def _ends(text: Split, config: RunConfig, seed: int, number: int) -> list[tuple[
     for place in places[picks].tolist():
         starts = np.flatnonzero(tokens[:place] == bos)
         longest = place - starts[-1] >= np.diff(np.append(starts, place)).max()
-        alone = config.eval.windows == "stateful" and not longest
+        alone = _own_rows(config) or (config.eval.windows == "stateful" and not longest)
         ends.append((int(starts[-1]) if alone else 0, place))
     return ends
 
