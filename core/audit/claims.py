@@ -246,7 +246,9 @@ def _others(plan: Plan) -> str:
     if plan.documents is not None:
         return "only a part of the text was scored"
     given = [f"--{name}" for name in JUDGED if getattr(ours, name) != getattr(own, name)]
-    given = [name if name in ("--windows", "--seq", "--stride", "--plugins") else f"--eval.{name[2:]}" for name in given]
+    given = [
+        name if name in ("--windows", "--seq", "--stride", "--plugins") else f"--eval.{name[2:]}" for name in given
+    ]
     return f"with {' '.join(given)} the audit scores otherwise" if given else ""
 
 

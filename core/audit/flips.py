@@ -9,7 +9,7 @@ is predicted there must not know whether BOS comes next, which the cut of the wi
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -39,6 +39,8 @@ PASSES = 3
 """Forward passes of each run: plug-ins must have learned something by the last one."""
 ROWS = 2
 """Documents side by side, where adapters learn: as many as it takes for a row to have a neighbour."""
+LONG, MOST = 18, 8
+"""Chunks of a text in which adapters learn, if documents of that length are there; times that it may be longer."""
 TRIES = 3
 """Ends of documents that are tried until one can be compared."""
 
@@ -69,10 +71,13 @@ def flip_test(
         for number, piece in enumerate(pieces):
             text = split.changed(*piece)
             test.config = _with_phase(config, text)
+            others = _others(text, test.config, seed, number)
             draws = [_flip(text, config, seed, f"{number}/{i}") for i in range(number, flips, len(pieces))]
-            base = test.predict(text, [place for place, _ in draws])
+            base = test.predict(text, [*(place for place, _ in draws), *others.firsts])
             if number == 0:
                 test.repeat(base, text)
+            if len(others.places):
+                test.others(text, base, others, piece[0])
             for place, token in draws:
                 test.flip(text, base, place, token, piece[0])
                 done += 1
@@ -92,7 +97,7 @@ class _FlipTest:
         self._engine, self.config, self._seed = engine, config, seed
         self._learns, self._reshaped = config.eval.learns, config.eval.windows == "stateful"
         self.value: dict[str, Any] = {
-            "flips": 0, "ends": 0, "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0, "largest_wrong": 0.0,
+            "flips": 0, "documents": 0, "ends": 0, "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0, "largest_wrong": 0.0,
             "differ": 0, "explained": 0.0, "by_plugins": False, "repeatable": True, "repeat_gap": 0.0,
             "rounding": bound, "broken": None, "learns": self._learns, "reshaped": self._reshaped,
         }  # fmt: skip
@@ -110,17 +115,29 @@ class _FlipTest:
     def flip(self, text: Split, base: Predictions, place: int, token: int, start: int) -> None:
         """Score a text with another token at `place` and note what noticed; `start`: where the text is from."""
         value, other = self.value, text.changed(0, len(text), place, token)
-        changed = self.predict(other, [place])
-        effect = effect_of(base, changed, [place], self._learns)
+        value["flips"] += 1
+        self._judge(text, base, other, self.predict(other, [place]), np.array([place]), start)
+
+    def _judge(
+        self, text: Split, base: Predictions, other: Split, changed: Predictions, places: np.ndarray, start: int
+    ) -> None:
+        """Note what a change of the tokens at `places` did, from `base` to `changed`."""
+        value, shown = self.value, changed.places
+        effect = effect_of(base, changed, places, self._learns)
         small = not len(effect.beyond(value["rounding"]).wrong)
         if small and len(effect.beyond(HARMLESS).wrong) and value["repeatable"]:
             self.repeat(changed, other)  # is it rounding after all?
-        value["flips"] += 1
-        effect = self._add(effect, place, start, False)
-        if len(effect.wrong) and self._learns and not value["by_plugins"]:  # the model alone may pass the same flip
-            plain = [self.predict(one, [place], plugins=False) for one in (text, other)]
-            alone = effect_of(plain[0], plain[1], [place], False)
+        effect = self._add(effect, int(places[0]), start, False)
+        if len(effect.wrong) and self._learns and not value["by_plugins"]:  # the model alone may pass the same change
+            plain = [self.predict(one, shown.tolist(), plugins=False) for one in (text, other)]
+            alone = effect_of(plain[0], plain[1], places, False)
             value["by_plugins"] = not len(alone.beyond(self._limit(False)).wrong)
+
+    def others(self, text: Split, base: Predictions, others: "OtherDocuments", start: int) -> None:
+        """Score documents beside other ones, and after other ones, than those of the text, and note what noticed."""
+        changed = self.predict(others.text, others.firsts)
+        self.value["documents"] += others.documents
+        self._judge(text, base, others.text, changed, others.places, start)
 
     def end(self, text: Split, number: int, start: int) -> None:
         """Score a text that ends with the start of a document, and the same going on, and note what noticed."""
@@ -182,15 +199,48 @@ def _pieces(split: Split, config: RunConfig, seed: int) -> list[tuple[int, int]]
         length = PASSES * settings.adapt.chunk + settings.seq - stride
     if settings.adapt.kind == "lora":
         count = min(PASSES * ROWS, len(starts))
-        edges, length = np.append(starts, len(split) - 1), count * PASSES * settings.adapt.chunk
+        edges, length = np.append(starts, len(split) - 1), LONG * settings.adapt.chunk
         far = np.abs(edges[count:] - edges[:-count] - length)
         good = np.flatnonzero(far <= max(length // 2, far.min()))
         picks = good[rng.choose(seed, "audit/pieces", len(good), min(TEXTS, len(good)))]
-        stops = np.minimum(edges[picks + count], edges[picks] + PASSES * length)
+        stops = np.minimum(edges[picks + count], edges[picks] + MOST * length)
         return sorted(zip(edges[picks].tolist(), (stops + 1).tolist(), strict=True))
     last = max(1, int(np.searchsorted(starts, max(len(split) - length, 0), "right")))
     picks = rng.choose(seed, "audit/pieces", last, min(TEXTS, last))
     return [(int(starts[i]), min(len(split), int(starts[i]) + length + 1)) for i in sorted(picks.tolist())]
+
+
+class OtherDocuments(NamedTuple):
+    """A text in which half of the documents are others, of the same lengths."""
+
+    text: Split
+    places: np.ndarray
+    """(count,) int64: the tokens that are others."""
+    firsts: list[int]
+    """The first of them in each document: nothing in the model's context tells of these."""
+    documents: int
+
+
+def _others(text: Split, config: RunConfig, seed: int, number: int) -> OtherDocuments:
+    """Return other documents beside, and before, those that stay; none where documents do not learn for themselves.
+
+    Of two batches of two, the first and the last stay: a neighbour of each is another, and so is what its row had
+    before.
+    """
+    if not _own_rows(config):
+        return OtherDocuments(text, np.empty(0, np.int64), [], 0)
+    documents = documents_of(Evaluation.of(text, config, plugins=True))
+    moved = documents.take(np.isin(documents.number % (2 * ROWS), (1, 2)))
+    tokens = text.read(0, len(text))
+    firsts: list[int] = []
+    places: list[int] = []
+    for begin, end in zip(moved.begin.tolist(), moved.end.tolist(), strict=True):
+        own = begin + 1 + np.flatnonzero(tokens[begin + 1 : end] != config.model.bos)
+        firsts += own[:1].tolist()
+        places += own.tolist()
+    others = [_other(int(tokens[place]), config, seed, f"{number}/{place}") for place in places]
+    at = np.array(places, np.int64)
+    return OtherDocuments(text.changed(0, len(text), at, np.array(others, "<u2")), at, firsts, len(firsts))
 
 
 def _small(config: RunConfig) -> RunConfig:
@@ -248,6 +298,11 @@ def _ends(text: Split, config: RunConfig, seed: int, number: int) -> list[tuple[
     tokens, bos = text.read(0, len(text)), config.model.bos
     inside = (tokens[1:-1] != bos) & (tokens[2:] != bos)
     places = 1 + np.flatnonzero(inside)
+    if _own_rows(config):  # at the end of a chunk, or the window that goes on begins later; and not of the first one
+        begins = np.flatnonzero(tokens == bos)
+        place_in = places - begins[np.maximum(np.searchsorted(begins, places, "right") - 1, 0)]
+        good = (place_in % config.eval.adapt.chunk == 0) & (place_in > config.eval.adapt.chunk)
+        places = places[good] if good.any() else places
     picks = rng.choose(seed, f"audit/ends/{number}", len(places), min(TRIES, len(places)))
     ends = []
     for place in places[picks].tolist():

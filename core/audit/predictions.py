@@ -108,8 +108,9 @@ def _causal(process: Isolated, flips: dict[str, Any]) -> Finding:
     if again is None:
         return Finding("D7", "NOT CHECKED", "another rule stopped the evaluation", details)
     problems = [*_flipped(flips), *_scored_again(again)]
+    others = f", {flips['documents']} documents replaced beside others" if flips["documents"] else ""
     evidence = (
-        f"{flips['flips']} random tokens changed and {flips['ends']} documents ended in {len(flips['tokens'])} "
+        f"{flips['flips']} random tokens changed{others} and {flips['ends']} documents ended in {len(flips['tokens'])} "
         f"texts of {max(flips['tokens'])} tokens, through the whole scoring path: {flips['compared']:,} predictions "
         f"(the whole vocabulary) had to stay as they were, {flips['noticed']:,} could and did notice"
     )
@@ -213,7 +214,11 @@ def _score_first(process: Isolated, flips: dict[str, Any], book: dict[str, Any])
     if flips["wrong"] and flips["by_plugins"] and flips["repeat_gap"] <= flips["rounding"]:
         first = flips["wrong"][0]
         learned = process.value.get("adaptation")
-        who = f"what learns ({learned}{', with plug-ins' if process.value['plugins'] else ''})" if learned else "the plug-ins"
+        who = (
+            f"what learns ({learned}{', with plug-ins' if process.value['plugins'] else ''})"
+            if learned
+            else "the plug-ins"
+        )
         after = ", or from a row or document that its adapters may not learn from" if learned else ""
         words = (
             f"{who} used token {first['token']} for target {first['target']} before it was in the ledger{after} (the "

@@ -64,9 +64,7 @@ CHEATS: dict[str, tuple[zoo.Plant | type, dict[str, Any], dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("name", CHEATS)
-def test_a_cheat_fails_by_its_rule(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_cheat_fails_by_its_rule(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     way, parts, broken = CHEATS[name]
     if not isinstance(way, type):
         way(monkeypatch)
