@@ -97,8 +97,8 @@ class _FlipTest:
         self._engine, self.config, self._seed = engine, config, seed
         self._learns, self._reshaped = config.eval.learns, config.eval.windows == "stateful"
         self.value: dict[str, Any] = {
-            "flips": 0, "documents": 0, "ends": 0, "compared": 0, "noticed": 0, "wrong": [], "wrong_count": 0, "largest_wrong": 0.0,
-            "differ": 0, "explained": 0.0, "by_plugins": False, "repeatable": True, "repeat_gap": 0.0,
+            "flips": 0, "documents": 0, "ends": 0, "compared": 0, "noticed": 0, "wrong": [],
+            "wrong_count": 0, "largest_wrong": 0.0, "differ": 0, "explained": 0.0, "by_plugins": False, "repeatable": True, "repeat_gap": 0.0,
             "rounding": bound, "broken": None, "learns": self._learns, "reshaped": self._reshaped,
         }  # fmt: skip
 
@@ -298,10 +298,10 @@ def _ends(text: Split, config: RunConfig, seed: int, number: int) -> list[tuple[
     tokens, bos = text.read(0, len(text)), config.model.bos
     inside = (tokens[1:-1] != bos) & (tokens[2:] != bos)
     places = 1 + np.flatnonzero(inside)
-    if _own_rows(config):  # at the end of a chunk, or the window that goes on begins later; and not of the first one
+    if _own_rows(config):  # at the end of a chunk, or the window that goes on begins later; and after two updates
         begins = np.flatnonzero(tokens == bos)
         place_in = places - begins[np.maximum(np.searchsorted(begins, places, "right") - 1, 0)]
-        good = (place_in % config.eval.adapt.chunk == 0) & (place_in > config.eval.adapt.chunk)
+        good = (place_in % config.eval.adapt.chunk == 0) & (place_in > 2 * config.eval.adapt.chunk)
         places = places[good] if good.any() else places
     picks = rng.choose(seed, f"audit/ends/{number}", len(places), min(TRIES, len(places)))
     ends = []

@@ -9,15 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from core.audit import auditor
 from core.audit.legality import headline
-from core.audit.turns import turns_of
 from core.audit.watch import evaluation as watched
 from core.console import Console
-from core.data.dataset import open_dataset
 from core.scoring import evaluation
 from shared_tests.support import zoo_adapting as zoo
 from shared_tests.support.in_process import Place, made, verdicts
@@ -33,7 +30,7 @@ def audit(place: Place, out: Path, patch: pytest.MonkeyPatch, engine: type, **pa
     """Audit an evaluation that adapts, with an engine of numpy."""
     patch.setattr(watched, "load_engine", lambda backend, settings, *_: engine(settings.model.vocab))
     patch.setattr(evaluation, "loose_names", lambda *_, **__: ("table", "w"))
-    plan = place.plan(out)
+    plan = place.plan(out, tokens=700, flips=1)
     config = dataclasses.replace(plan.config, eval=zoo.settings(plan.config.eval, parts))
     return auditor.audit(plan._replace(config=config), Console(as_json=True))
 
@@ -97,7 +94,7 @@ def test_an_honest_near_miss_breaks_nothing(
     found = audit(place, tmp_path, monkeypatch, zoo.Learner, **parts)
     assert found.ok and not verdicts(found, "FAIL"), verdicts(found, "FAIL")
     passed = verdicts(found, "PASS")
-    assert {"D3", "D4", "D5", "D7", "D8", "D9", "D10", "D11", "D12"} <= passed.keys()
+    assert {"D3", "D4", "D7", "D8", "D9", "D10", "D11", "D12"} <= passed.keys()
     kind = parts.get("adapt", {}).get("kind", "lora")
     assert f"from scored targets alone (D9): {kind}" in passed["D11"] and f"there learned: {kind}" in headline(found)
     assert re.search("adapters of . rows, changed up to" if kind == "lora" else "weights changed [0-9]+", passed["D9"])

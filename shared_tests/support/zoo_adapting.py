@@ -1,4 +1,4 @@
-"""Cheats by adaptation, each planted into core's code or into the engine, as only a change of the code can make them."""
+"""Cheats by adaptation, each planted into core's code or into the engine: nothing but a change of code makes them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +21,7 @@ STRONG = AdaptStep("sgd", 0.5, momentum=0.0, clip=1.0)
 
 
 class Learner(AdaptingEngine):
-    """The numpy engine, whose site is `embed` and whose two tables learn, whatever the settings name of a real model."""
+    """The numpy engine: its site is `embed`, its two tables learn, whatever the settings name of a real model."""
 
     def adapters(self, spec: Any, rows: int, slot: int, a: Any = None) -> Any:
         return super().adapters(spec._replace(sites=("embed",)), rows, slot, a)
@@ -166,7 +166,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 def settings(base: Any, parts: dict[str, Any]) -> Any:
     """Return settings of evaluation that learn much from little; `adapt` and `phases` replace some of theirs."""
-    adapt: dict[str, Any] = {"kind": "lora", "chunk": 8, "documents": 2, "lr": 0.05, "rank": 2, "sites": ("head",)}
+    adapt: dict[str, Any] = {"kind": "lora", "chunk": 16, "documents": 2, "lr": 0.05, "rank": 2, "sites": ("head",)}
     if parts.get("adapt", {}).get("kind") == "sgd":
         adapt = {"chunk": 128, "lr": 0.5, "clip": 1.0}
     own = {"windows": "documents", "round": 1, **parts}
