@@ -94,7 +94,7 @@ def test_an_honest_near_miss_breaks_nothing(
     found = audit(place, tmp_path, monkeypatch, zoo.Learner, **parts)
     assert found.ok and not verdicts(found, "FAIL"), verdicts(found, "FAIL")
     passed = verdicts(found, "PASS")
-    assert {"D3", "D4", "D7", "D8", "D9", "D10", "D11", "D12"} <= passed.keys()
+    assert {"D4", "D7", "D8", "D9", "D10", "D11", "D12"} <= passed.keys()
     kind = parts.get("adapt", {}).get("kind", "lora")
     assert f"from scored targets alone (D9): {kind}" in passed["D11"] and f"there learned: {kind}" in headline(found)
     assert re.search("adapters of . rows, changed up to" if kind == "lora" else "weights changed [0-9]+", passed["D9"])
