@@ -99,7 +99,8 @@ class _FlipTest:
         self.value: dict[str, Any] = {
             "flips": 0, "documents": 0, "ends": 0, "compared": 0, "noticed": 0, "wrong": [],
             "wrong_count": 0, "largest_wrong": 0.0, "differ": 0, "explained": 0.0, "by_plugins": False,
-            "repeatable": True, "repeat_gap": 0.0, "rounding": bound, "broken": None, "learns": self._learns, "reshaped": self._reshaped,
+            "repeatable": True, "repeat_gap": 0.0, "rounding": bound, "broken": None, "learns": self._learns,
+            "reshaped": self._reshaped,
         }  # fmt: skip
 
     def predict(self, text: Split, places: Sequence[int] = (), plugins: bool | None = None) -> Predictions:
