@@ -28,7 +28,8 @@ PERHAPS = Leaf("an object or null", lambda value: value is None or type(value) i
 FLIPS = {
     "flips": WHOLE, "documents": WHOLE, "ends": WHOLE, "compared": WHOLE, "noticed": WHOLE, "wrong": [ANYTHING],
     "wrong_count": WHOLE, "largest_wrong": FIGURE, "differ": WHOLE, "explained": FIGURE, "by_plugins": FLAG,
-    "repeatable": FLAG, "repeat_gap": FIGURE, "rounding": FIGURE, "tokens": [ANYTHING], "broken": PERHAPS, "*": ANYTHING,
+    "repeatable": FLAG, "repeat_gap": FIGURE, "rounding": FIGURE, "tokens": [ANYTHING], "broken": PERHAPS,
+    "*": ANYTHING,
 }  # fmt: skip
 ANSWER = {
     "backend": TEXT, "device": TEXT, "dtype": among(*ROUNDING), "plugins": SOME, "prepared": FIGURE,
