@@ -36,7 +36,7 @@ def given(arguments: Sequence[str], known: dict[str, Any]) -> list[str]:
 def value_of(arguments: Sequence[str], option: str) -> str:
     """Return what a command line gives as the value of an option, the last time; nothing if it does not."""
     value = ""
-    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, after in zip(arguments, [*arguments[1:], ""], strict=False):  # no argument at all: no pair
         name, equals, joined = word.partition("=")
         if name.startswith("--") and _plain(name) == option:
             value = joined if equals else after

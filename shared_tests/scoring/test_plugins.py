@@ -228,7 +228,7 @@ def refused_with(capsys: Capture, *argv: str) -> str:
 
 def test_eval_keeps_a_ledger_and_refuses_another(artifact: str, tmp_path: Path, capsys: Capture) -> None:
     book = str(tmp_path / "book")
-    helped = ("--plugins", "temperature", "shared_tests.support.zoo:HonestCache")
+    helped = ("--plugins", "temperature", "counts(candidates=4)", "shared_tests.support.zoo:HonestCache")
     argv = ("eval", artifact, "--documents", "2", "--batch", "16", "--backend", "mlx", "--ledger", book)
     found = call(capsys, *argv, *helped)["score"]
     assert found["plugins"] == list(helped[1:]) and found["label"] == "estimate"

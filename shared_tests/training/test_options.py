@@ -259,6 +259,7 @@ def test_another_kind_of_adaptation_starts_from_its_own_defaults() -> None:
     assert more == changed(base, {"adapt.rank": 4})
     for words in (["--eval.adapt.kind", "none"], ["--eval.adapt.kind=none"]):
         assert _parse("train", ["pr1855", *words]).config().eval == none
+    assert _parse("train", ["pr1855"]).config().eval == base  # no option at all
     values = to_json(presets.get("pr1855").config)
     put(values, "eval.adapt.kind", "none", "file")
     assert from_json(RunConfig, values).eval == none
