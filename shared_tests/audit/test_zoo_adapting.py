@@ -30,7 +30,8 @@ def audit(place: Place, out: Path, patch: pytest.MonkeyPatch, engine: type, **pa
     """Audit an evaluation that adapts, with an engine of numpy."""
     patch.setattr(watched, "load_engine", lambda backend, settings, *_: engine(settings.model.vocab))
     patch.setattr(evaluation, "loose_names", lambda *_, **__: ("table", "w"))
-    plan = place.plan(out, tokens=700, flips=1)
+    sgd = parts.get("adapt", {}).get("kind") == "sgd"  # a flip must fall into the first pass of a chunk, to show
+    plan = place.plan(out, tokens=700, flips=4 if sgd else 1)
     config = dataclasses.replace(plan.config, eval=zoo.settings(plan.config.eval, parts))
     return auditor.audit(plan._replace(config=config), Console(as_json=True))
 
