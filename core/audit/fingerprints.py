@@ -161,7 +161,9 @@ class ChangeEffect(NamedTuple):
         return self._replace(wrong=self.wrong[far], gaps=self.gaps[far])
 
 
-def effect_of(base: Predictions, changed: Predictions, places: Sequence[int], learns: bool) -> ChangeEffect:
+def effect_of(
+    base: Predictions, changed: Predictions, places: Sequence[int] | np.ndarray, learns: bool
+) -> ChangeEffect:
     """Return what a change of the tokens at `places` did to the predictions of a text.
 
     A target that is scored in another pass counts as changed: the order must not depend on the tokens.
