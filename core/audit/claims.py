@@ -10,6 +10,7 @@ from core.audit.seeds import beats
 from core.audit.watch.isolation import Isolated
 from core.config import RunConfig
 from core.data.dataset import Dataset
+from core.scoring.score import adaptation_in_words
 from core.training.run import Run, config_digest
 
 LIMIT = 16_000_000
@@ -22,6 +23,10 @@ CLAIM = {True: 1e-5, False: 5e-3}
 """Same backend and compute type? -> bits per byte by which the audited score may miss the recorded score."""
 
 
+JUDGED = ("windows", "seq", "stride", "plugins", "round", "adapt", "phases")
+"""Settings that decide the figures of a score."""
+NOTHING: dict[str, Any] = {"plugins": [], "adaptation": ""}
+"""What a recorded score says of what learned, if it says nothing."""
 FIGURES = ("bpb", "loss", "bytes", "targets")
 """The figures of a recorded score that a comparison needs."""
 
@@ -185,7 +190,7 @@ def check_configuration(plan: Plan, process: Isolated, same_data: bool) -> Findi
     digests = {str(run.path): config_digest(run.config) for run in plan.seeds}
     logged = {str(run.path): run.logged_configs() for run in plan.seeds}
     details = {"config_sha256": digests, "logged": {name: sorted(configs) for name, configs in logged.items()}}
-    judged = {(e.windows, e.seq, e.stride, e.plugins) for e in (run.config.eval for run in plan.seeds)}
+    judged = {tuple(getattr(run.config.eval, name) for name in JUDGED) for run in plan.seeds}
     if len(set(digests.values())) > 1 or len(judged) > 1:
         return Finding("D16", "FAIL", f"the seeds have different settings: {', '.join(sorted(digests))}", details)
     strangers = [name for name, configs in logged.items() if configs - {digests[name]}]
@@ -226,8 +231,9 @@ def check_configuration(plan: Plan, process: Isolated, same_data: bool) -> Findi
 def _own_claim(plan: Plan, claim: dict[str, Any]) -> str:
     """Return in what a recorded score departs from the run's own settings, or an empty text."""
     assert plan.run is not None
-    settings, claim = plan.run.config.eval, {"plugins": [], **claim}
-    wanted = {"full": settings.documents is None, "plugins": list(settings.plugins)}
+    settings, claim = plan.run.config.eval, {**NOTHING, **claim}
+    learned = adaptation_in_words(settings) if settings.adapt.kind != "none" else ""
+    wanted = {"full": settings.documents is None, "plugins": list(settings.plugins), "adaptation": learned}
     return ", ".join(f"{n} {claim[n]}, by config.json {value}" for n, value in wanted.items() if claim[n] != value)
 
 
@@ -239,8 +245,9 @@ def _others(plan: Plan) -> str:
         return f"it is an estimate from {own.documents} documents"
     if plan.documents is not None:
         return "only a part of the text was scored"
+    given = [f"--{name}" for name in JUDGED if getattr(ours, name) != getattr(own, name)]
     given = [
-        f"--{name}" for name in ("windows", "seq", "stride", "plugins") if getattr(ours, name) != getattr(own, name)
+        name if name in ("--windows", "--seq", "--stride", "--plugins") else f"--eval.{name[2:]}" for name in given
     ]
     return f"with {' '.join(given)} the audit scores otherwise" if given else ""
 
@@ -254,8 +261,8 @@ def _differ(claim: dict[str, Any], audited: dict[str, Any], bound: float) -> lis
     near = {"bpb": bound, "loss": bound * per_bit / audited["targets"], "nats": bound * per_bit}
     if audited["bpb_raw"] is not None:
         near["bpb_raw"] = bound * audited["bpb_raw"] / audited["bpb"]
-    exact = ("byte_rule", "targets", "bytes", "documents", "total_documents", "full", "windows", "plugins")
-    claim = {"plugins": [], **claim}
+    exact = ("byte_rule", "targets", "bytes", "documents", "total_documents", "full", "windows", *NOTHING)
+    claim = {**NOTHING, **claim}
     other = [name for name in exact if claim.get(name) != audited[name]]
     figures = {name: _number(claim.get(name)) for name in near}
     return other + [n for n, value in figures.items() if value is None or not abs(value - audited[n]) <= near[n]]
@@ -269,7 +276,7 @@ def check_seeds(plan: Plan) -> Finding:
 
 def recorded(run: Run) -> dict[str, Any] | None:
     """Return the score that a run claims for its artifact."""
-    final, helped = run.last("final/artifact"), run.last("final/plugins") if run.config.eval.plugins else None
+    final, helped = run.last("final/artifact"), run.last("final/plugins") if run.config.eval.learns else None
     return None if final is None else helped or final["score"]
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from core.audit.turns import Turns, turns_of
 from core.config import RunConfig
 from core.data.dataset import Split
 from core.files import new_file, open_file
@@ -100,6 +101,7 @@ class Predictions(NamedTuple):
     nats: np.ndarray  # (tokens,) float64
     places: np.ndarray = np.zeros(0, np.int64)  # (places,) int64: targets whose whole distribution was kept
     rows: np.ndarray = np.zeros((0, 0), np.float32)  # (places, V) log-probabilities
+    turns: Turns | None = None
 
     def row(self, place: int) -> np.ndarray | None:
         """Return the log-probabilities (V,) for the target at `place`; None where they were not kept."""
@@ -118,8 +120,8 @@ class Predictions(NamedTuple):
         before = np.cumsum(before)[:-1]
         allowed = before > before[np.maximum(self.first_input, 0)]
         if learns:
-            orders = self.order[places]
-            allowed |= self.order > orders[orders > 0].min(initial=np.iinfo(np.int64).max)
+            assert self.turns is not None
+            allowed |= self.turns.learned(places[self.order[places] > 0])
         return allowed
 
     def gap(self, other: "Predictions", places: Sequence[int] | np.ndarray = ()) -> np.ndarray:
@@ -159,7 +161,9 @@ class ChangeEffect(NamedTuple):
         return self._replace(wrong=self.wrong[far], gaps=self.gaps[far])
 
 
-def effect_of(base: Predictions, changed: Predictions, places: Sequence[int], learns: bool) -> ChangeEffect:
+def effect_of(
+    base: Predictions, changed: Predictions, places: Sequence[int] | np.ndarray, learns: bool
+) -> ChangeEffect:
     """Return what a change of the tokens at `places` did to the predictions of a text.
 
     A target that is scored in another pass counts as changed: the order must not depend on the tokens.
@@ -198,8 +202,9 @@ def effect_of_end(ended: Predictions, went_on: Predictions, learns: bool) -> Cha
 def predictions_from(prints: Fingerprints, entries: np.ndarray, text: Split, config: RunConfig) -> Predictions:
     """Return the predictions that a scoring pass left in the fingerprints and in the ledger."""
     order, nats = (np.append(0, entries[name]) for name in ("order", "nats"))
-    firsts = first_inputs(prints.first_input, text, config)
-    return Predictions(prints.predicted, order.astype(np.int64), firsts, nats, prints.places, prints.rows)
+    firsts, order = first_inputs(prints.first_input, text, config), order.astype(np.int64)
+    turns = turns_of(text, config, order)
+    return Predictions(prints.predicted, order, firsts, nats, prints.places, prints.rows, turns)
 
 
 def first_inputs(of_windows: np.ndarray, text: Split, config: RunConfig) -> np.ndarray:

@@ -54,6 +54,7 @@ def headline(result: AuditResult) -> str:
     if not score:
         return "The evaluation gave no score."
     plugins = f", with {', '.join(score['plugins'])}" if score["plugins"] else ""
+    plugins += f"; while it was scored there learned: {score['adaptation']}" if score.get("adaptation") else ""
     part = "" if result.plan.documents is None else f" of the first {result.plan.documents:,} documents"
     return (
         f"{score['bpb']:.4f} bits per byte{part} ({score['targets']:,} targets, {score['bytes']:,} bytes, rule "

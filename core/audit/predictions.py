@@ -79,7 +79,10 @@ def check_predictions(process: Isolated) -> list[Finding]:
         words = f"plug-ins {named}: what they do beyond D7 to D10 is for a reader of {', '.join(foreign)}"
         findings.append(Finding("D11", "NOT CHECKED", words, {"plugins": plugins}))
     else:
-        words = f"plug-ins: {named or 'none'}; nothing else may change a prediction"
+        learned = process.value.get("adaptation")
+        words = f"plug-ins: {named or 'none'}; "
+        words += f"what learns, from scored targets alone (D9): {learned}; " if learned else ""
+        words += "nothing else may change a prediction"
         findings.append(Finding("D11", "PASS", words, {"plugins": plugins}))
     caches = [name for name, kind in plugins.items() if kind == "cache" or name in foreign]
     if not caches:
@@ -105,8 +108,9 @@ def _causal(process: Isolated, flips: dict[str, Any]) -> Finding:
     if again is None:
         return Finding("D7", "NOT CHECKED", "another rule stopped the evaluation", details)
     problems = [*_flipped(flips), *_scored_again(again)]
+    others = f", {flips['documents']} documents replaced beside others" if flips["documents"] else ""
     evidence = (
-        f"{flips['flips']} random tokens changed and {flips['ends']} documents ended in {len(flips['tokens'])} "
+        f"{flips['flips']} random tokens changed{others} and {flips['ends']} documents ended in {len(flips['tokens'])} "
         f"texts of {max(flips['tokens'])} tokens, through the whole scoring path: {flips['compared']:,} predictions "
         f"(the whole vocabulary) had to stay as they were, {flips['noticed']:,} could and did notice"
     )
@@ -209,8 +213,15 @@ def _score_first(process: Isolated, flips: dict[str, Any], book: dict[str, Any])
         return Finding("D9", "FAIL", broken, book)
     if flips["wrong"] and flips["by_plugins"] and flips["repeat_gap"] <= flips["rounding"]:
         first = flips["wrong"][0]
+        learned = process.value.get("adaptation")
+        who = (
+            f"what learns ({learned}{', with plug-ins' if process.value['plugins'] else ''})"
+            if learned
+            else "the plug-ins"
+        )
+        after = ", or from a row or document that its adapters may not learn from" if learned else ""
         words = (
-            f"the plug-ins used token {first['token']} for target {first['target']} before it was in the ledger (the "
+            f"{who} used token {first['token']} for target {first['target']} before it was in the ledger{after} (the "
             "model alone passes the same flip)"
         )
         return Finding("D9", "FAIL", words, flips)
@@ -220,6 +231,8 @@ def _score_first(process: Isolated, flips: dict[str, Any], book: dict[str, Any])
     what = (
         f"weights changed {updates} times, each on ranges that were in the ledger" if updates else "no weight changed"
     )
+    if book["rows"]:
+        what = f"adapters of {book['rows']:,} rows, changed up to {updates} times, each from what they had scored"
     verdict = "PASS" if process.value["score"] and not flips["wrong"] else "NOT CHECKED"
     return Finding("D9", verdict, f"{book['writes']:,} writes to the ledger, {what}", book)
 
@@ -231,10 +244,12 @@ def _single(process: Isolated, book: dict[str, Any]) -> Finding:
     if book["backwards"] is not None:
         words = f"target {book['backwards']} was scored before the ones in front of it in its document"
         return Finding("D10", "FAIL", words, book)
-    how = "from left to right" if book["left_to_right"] else (
-        "each document from left to right, the documents in another order than the text's (by length, or as a plug-in "
-        "asked: an open point of the rules, which the score's windows name)"
-    )  # fmt: skip
+    how = "from left to right" if book["left_to_right"] else "each document from left to right, "
+    if not book["left_to_right"]:
+        how += "several side by side" if book["documents_in_order"] else (
+            "the documents in another order than the text's (by length, or as a plug-in asked: an open point of the "
+            "rules, which the score's windows name)"
+        )  # fmt: skip
     verdict = "PASS" if process.value["score"] else "NOT CHECKED"
     return Finding("D10", verdict, f"{book['writes']:,} writes, no target twice, {how}", book)
 

@@ -16,7 +16,7 @@ from core.files import FileError
 from core.formats.kinds import ANYTHING, FLAG, Leaf, among, check_value, or_null
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
-from core.scoring.score import score_of
+from core.scoring.score import adaptation_in_words, score_of
 
 ODD = "odd"
 """Kind of the error of a process whose answer has not the form of an answer."""
@@ -26,9 +26,10 @@ TEXT = Leaf("a text", lambda value: type(value) is str)
 SOME = {"*": ANYTHING}
 PERHAPS = Leaf("an object or null", lambda value: value is None or type(value) is dict)
 FLIPS = {
-    "flips": WHOLE, "ends": WHOLE, "compared": WHOLE, "noticed": WHOLE, "wrong": [ANYTHING], "wrong_count": WHOLE,
-    "largest_wrong": FIGURE, "differ": WHOLE, "explained": FIGURE, "by_plugins": FLAG, "repeatable": FLAG,
-    "repeat_gap": FIGURE, "rounding": FIGURE, "tokens": [ANYTHING], "broken": PERHAPS, "*": ANYTHING,
+    "flips": WHOLE, "documents": WHOLE, "ends": WHOLE, "compared": WHOLE, "noticed": WHOLE, "wrong": [ANYTHING],
+    "wrong_count": WHOLE, "largest_wrong": FIGURE, "differ": WHOLE, "explained": FIGURE, "by_plugins": FLAG,
+    "repeatable": FLAG, "repeat_gap": FIGURE, "rounding": FIGURE, "tokens": [ANYTHING], "broken": PERHAPS,
+    "*": ANYTHING,
 }  # fmt: skip
 ANSWER = {
     "backend": TEXT, "device": TEXT, "dtype": among(*ROUNDING), "plugins": SOME, "prepared": FIGURE,
@@ -78,14 +79,17 @@ def recount(process: Isolated, dataset: Dataset, config: RunConfig, ledger: Path
         except (LedgerError, ConfigError) as error:
             differs = str(error)
     counted = {"score": score, "differs": differs, "ledger": order_of(book.entries, dataset.val.document_starts)}
+    counted["adaptation"] = adaptation_in_words(config.eval) if config.eval.adapt.kind != "none" else ""
     return process._replace(value={**process.value, **counted})
 
 
 def order_of(entries: np.ndarray, starts: np.ndarray) -> dict[str, Any]:
     """Return the order of scoring by the entries of a ledger; `starts`: the first tokens of the documents."""
-    order, version = entries["order"], entries["version"]
+    order, version, row = entries["order"], entries["version"], entries["row"]
     written = order > 0
-    by_order = np.argsort(order[written], kind="stable")
+    by_row = np.lexsort((order[written], row[written]))  # what is versioned: each row's adapters, or the weights
+    rises = (np.diff(version[written][by_row]) >= 0) | (np.diff(row[written][by_row]) > 0)
+    first = order[starts[starts < len(order)]]  # of each document, to be written
     within = np.searchsorted(starts, np.arange(len(entries)), "right")  # the document of each target's input
     back = (np.diff(order) < 0) & (np.diff(within) == 0) & written[1:] & written[:-1]
     return {
@@ -93,7 +97,9 @@ def order_of(entries: np.ndarray, starts: np.ndarray) -> dict[str, Any]:
         "written": int(written.sum()),
         "writes": int(order.max(initial=0)),
         "versions": int(version[written].max(initial=0)) + 1,
-        "versions_rise": bool((np.diff(version[written][by_order]) >= 0).all()),
+        "versions_rise": bool(rises.all()),
+        "rows": len(np.unique(row[written & (row > 0)])),
+        "documents_in_order": bool((np.diff(first[first > 0]) >= 0).all()),
         "left_to_right": bool((np.diff(order[written]) >= 0).all()),
         "backwards": int(np.flatnonzero(back)[0]) + 2 if back.any() else None,
     }

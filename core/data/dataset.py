@@ -180,8 +180,10 @@ class Split:
         first._ends = [min(end, stop) for end in self._ends]
         return first
 
-    def changed(self, start: int, stop: int, place: int | None = None, token: int = 0) -> "Split":
-        """Return tokens start to stop as a stream of their own, with another token at `place`."""
+    def changed(
+        self, start: int, stop: int, place: int | np.ndarray | None = None, token: int | np.ndarray = 0
+    ) -> "Split":
+        """Return tokens start to stop as a stream of their own, with another token at `place`, or at several."""
         tokens = self.read(start, stop).astype("<u2")
         if place is not None:
             tokens[place] = token

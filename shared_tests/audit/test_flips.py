@@ -12,6 +12,7 @@ from core import rng
 from core.audit.fingerprints import ROUNDING, Predictions, effect_of
 from core.audit.flips import flip_test
 from core.audit.predictions import check_predictions
+from core.audit.turns import Turns
 from core.audit.watch.answer import DIED
 from core.audit.watch.isolation import Isolated
 from core.config import RunConfig
@@ -199,7 +200,8 @@ def verdicts(flips: dict[str, Any], again: dict[str, Any] | None = None) -> dict
     """Return the verdicts on predictions of an evaluation that is fine but for what `flips` says."""
     value = {
         "broken": None, "score": {"bpb": 1.0}, "plugins": {}, "flips": flips, "again": again or AGAIN,
-        "ledger": {"writes": 9, "versions": 1, "versions_rise": True, "left_to_right": True, "backwards": None},
+        "ledger": {"writes": 9, "versions": 1, "versions_rise": True, "left_to_right": True, "backwards": None,
+                   "rows": 0, "documents_in_order": True},
         "dtype": "float32", "device": "CPU",
         "distributions": {"passes": 1, "positions": 9, "vocabulary": 97, "largest_log_sum": 0.0, "limit": 1e-4,
                           "largest_cost_gap": 0.0, "normal": True, "agrees": True},
@@ -232,7 +234,9 @@ def test_a_changed_text_in_a_fresh_process_is_judged() -> None:
 def test_what_a_change_did_is_counted_by_what_could_be_seen() -> None:
     """Six targets in three passes, of windows that begin at tokens 0 and 3; token 2 is changed."""
     order, first = np.array([0, 1, 1, 2, 2, 3, 3]), np.array([-1, 0, 0, 0, 3, 3, 3])
-    base = Predictions(np.arange(7, dtype=np.uint64), order, first, np.zeros(7))
+    none, never = np.zeros(7, np.int64), np.zeros(7, bool)
+    one = Turns(none, order, none, never)
+    base = Predictions(np.arange(7, dtype=np.uint64), order, first, np.zeros(7), turns=one)
 
     def change(*targets: int, **sides: Any) -> Predictions:
         predicted = base.predicted.copy()
@@ -243,10 +247,17 @@ def test_what_a_change_did_is_counted_by_what_could_be_seen() -> None:
         effect = effect_of(base, changed, [2], learns)
         return effect.compared, effect.noticed, effect.wrong.tolist()
 
+    def found_in(turns: Turns) -> list[int]:
+        return np.flatnonzero(base._replace(turns=turns).may_notice([2], True)).tolist()
+
     assert found(change()) == (5, 0, [])  # all but target 3, which sees token 2
     assert found(change(3)) == (5, 1, [])
     assert found(change(2, 3, 5)) == (5, 1, [2, 5])  # not the target itself, and not from another window
     assert found(change(2, 3, 5), learns=True) == (2, 2, [2])  # what is scored later may have learned of it
+    rows = one._replace(learner=np.array([0, 1, 1, 1, 2, 2, 2]))  # two documents, each with its own adapters
+    assert found_in(one) == [3, 4, 5, 6] and found_in(rows) == [3]
+    warm = rows._replace(round=np.array([0, 0, 0, 0, 1, 1, 1]), shared=np.array([False] * 5 + [True] * 2))
+    assert found_in(warm) == [3, 5, 6]  # a first chunk, target 4, has no part of what all share
     late = change(order=np.array([0, 1, 1, 2, 2, 3, 4]))
     assert found(late) == (5, 0, [6])  # scored at another time
     assert effect_of(base, late, [2], False).gaps.tolist() == [np.inf]

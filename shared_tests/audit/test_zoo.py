@@ -202,6 +202,17 @@ def test_an_honest_near_miss_breaks_nothing(audit: Audit, name: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("backend", ["mlx", "cuda"])
+def test_adapters_with_a_warm_a_and_a_temperature_break_nothing(audit: Audit, backend: str) -> None:
+    adapt = ("kind lora", "chunk 32", "rank 2", "lr 0.01", "documents 4", "warm-a True")
+    options = [part for setting in adapt for part in f"--eval.adapt.{setting}".split()]
+    seen = audit("--windows", "documents", *options, *named("temperature"), backend=backend)
+    assert not seen.failed and seen.value["error"] is None
+    assert seen.value["evaluation"]["flips"]["documents"] > 0
+    assert "while it was scored there learned: lora rank=2" in seen.report
+
+
+@pytest.mark.long
 def test_recurrent_layers_with_a_cache_break_nothing(audit: Audit, place: Zoo) -> None:
     config = zoo_data.small(place.data, "skc_mac")
     stored = engine("mlx", config, working_weights(config.model, 2.0)).quantised()

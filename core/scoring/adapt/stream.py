@@ -72,12 +72,12 @@ def _chunks(windows: Windows, adapt: AdaptConfig) -> Iterator[StreamChunk]:
         first, last = np.searchsorted(own, [chunk, chunk + 1])
         begin, end = (chunk * size, (chunk + 1) * size) if chunk + 1 < chunks else (0, 0)
         a, b = np.searchsorted(ends, [begin, end], "right")
-        places = _targets(windows.take(slice(a, b + 1)))[begin - int(ends[a] - counts[a]) :][: end - begin]
+        places = targets_of(windows.take(slice(a, b + 1)))[begin - int(ends[a] - counts[a]) :][: end - begin]
         lr = rate(adapt.lr, adapt.schedule, chunk, chunks)
         yield StreamChunk(chunk, windows.take(slice(first, last)), places, lr, chunk == 0)
 
 
-def _targets(windows: Windows) -> np.ndarray:
+def targets_of(windows: Windows) -> np.ndarray:
     """Return the positions of the targets that windows score, (targets,) int64."""
     counts = windows.length - windows.first
     begins = windows.start + windows.first + 1 - (np.cumsum(counts) - counts)
@@ -141,7 +141,7 @@ class StreamPass:
 
     def _check_written(self, windows: Windows) -> None:
         """Raise LedgerError unless the ledger holds what windows score, which the copy of the weights is behind."""
-        if not self._ledger.written(_targets(windows)).all():
+        if not self._ledger.written(targets_of(windows)).all():
             raise LedgerError(f"{self._path}: is of another ledger; delete both to begin anew")
 
     def _score(self, windows: Windows) -> None:
@@ -152,14 +152,17 @@ class StreamPass:
             under_way.append(self._started(*self._view(turn)))
             if len(under_way) >= self._most:
                 passes.append(self._read(*under_way.pop(0)))
+            if self._watch is not None:  # an audit, of one rank, counts writes as passes
+                self._enter(*passes[-1][:2])
         passes += [self._read(*one) for one in under_way]
         positions, nats, moments = map(np.concatenate, zip(*passes, strict=True))
-        self._enter(positions, nats)
+        if self._watch is None:
+            self._enter(positions, nats)
         sums = [of_rank.reshape(-1, 2) for of_rank in self._ranks.gather(moments)] if self._predictors else []
         for number, turn in enumerate(turns if self._predictors else []):
             own = sums[number % len(sums)][number // len(sums)]
             for predictor in self._predictors:
-                predictor.learn(self._ledger.scored(_targets(turn)), None if np.isnan(own).any() else own)
+                predictor.learn(self._ledger.scored(targets_of(turn)), None if np.isnan(own).any() else own)
 
     def _view(self, windows: Windows) -> tuple[View, np.ndarray]:
         """Return windows as one forward pass, filled up to its static shape, and its targets."""
