@@ -51,7 +51,8 @@ class AdaptConfig:
     clip: float = 0.0
     """Largest norm of the gradients, of a document's adapters (lora) or of all weights (sgd); 0: no limit."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate over the chunks of a document (lora), or of the text (sgd)."""
+    """Learning rate over the chunks of the text. Adapters that are reset have none over their document's: it would
+    know where the document ends before that is read."""
     warm_a: bool = False
     """A new document's adapters begin with the A that the last document of their row left in the round before (lora);
     B and the moments are always cleared."""
@@ -105,6 +106,11 @@ class AdaptConfig:
                 self.reset == "document" or self.documents == 1,
                 f"{where}.reset=never with {where}.documents={self.documents}: adapters that are never reset see one "
                 f"document after another; take {where}.documents=1",
+            )
+            require(
+                self.reset == "never" or self.schedule == "constant",
+                f"{where}.schedule=cosine with {where}.reset=document: the rate would know where the document ends "
+                f"before that is read; take constant, or {where}.reset=never",
             )
             require(
                 self.reset == "document" or not self.warm_a,

@@ -55,7 +55,7 @@ CHEATS: dict[str, tuple[zoo.Plant | type, dict[str, Any], dict[str, str]]] = {
     "learning from the tail and scoring it again": (zoo.scores_the_tail_again, {}, {"D10": "already scored by"}),
     "weights that learn inside a chunk": (zoo.Impatient, {"adapt": {"kind": "sgd"}}, LEAK),
     "a rate that knows where the document ends": (
-        zoo.Learner, {"adapt": {"schedule": "cosine"}}, {"D7": "a document went on, not ended", "D9": "used token"},
+        zoo.rate_of_the_document, {}, {"D7": "a document went on, not ended", "D9": "used token"},
     ),
 }  # fmt: skip
 """Way -> plant or engine, settings, and the rules that fail, these and no others, with words of why."""

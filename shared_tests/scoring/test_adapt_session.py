@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from core.config import ConfigError
 from core.engine.protocol import AdaptStep
 from core.model.adapters import AdapterSpec
 from core.scoring.adapt import session
@@ -103,14 +104,13 @@ def test_a_document_by_hand(form: str) -> None:
         begin = 5 * chunk if given.carries else max(0, end - 12)
         inputs, targets = tokens[None, begin:end], tokens[None, begin + 1 : end + 1]
         shares = np.where(np.arange(begin, end) >= 5 * chunk, 1 / (end - 5 * chunk), 0.0)[None]
-        lr = adapt.lr * ((1 + np.cos(np.pi * chunk / -(-count // 5))) / 2 if adapt.schedule == "cosine" else 1)
         tape = engine.adapted(adapters, inputs, targets, None, state)
         costs += tape.nll()[0, 5 * chunk - begin :].tolist()
         after = engine.commit(tape, end - begin) if given.carries else None
         for _ in range(adapt.steps):
             again = engine.adapted(adapters, inputs, targets, None, state)
             rule = {"rule": adapt.rule, "momentum": adapt.momentum, "clip": adapt.clip}
-            adapters = engine.adapt(again, shares, AdaptStep(lr=lr, taken=np.array([taken]), **rule))
+            adapters = engine.adapt(again, shares, AdaptStep(lr=adapt.lr, taken=np.array([taken]), **rule))
             taken += 1
         state = after
     assert np.abs(run(given)["nats"] - costs).max() <= 1e-12
@@ -122,7 +122,7 @@ def test_what_is_never_reset_is_one_stream() -> None:
     assert (alone["row"] == 1).all() and (np.diff(alone["version"]) >= 0).all()
     chunks = sum(-(-(n - (i + 1 == len(LENGTHS))) // 5) for i, n in enumerate(LENGTHS))
     assert alone["version"].max() == chunks - 1, "every chunk is learned from but the text's last"
-    anew = run(evaluation(settings(adapt_documents=1, adapt_schedule="cosine")))
+    anew = run(evaluation(settings(adapt_documents=1)))
     second = given.split.document_starts[1]
     assert np.abs(anew["nats"] - alone["nats"])[second : second + 1].max() > 1e-3, "kept over documents"
     for entries in Talk(2).run(lambda ranks: run(given, ranks=ranks)):
@@ -347,7 +347,7 @@ def test_a_score_says_what_learned() -> None:
     assert without.adaptation == "" and without.nats != made.nats
 
 
-def test_the_rate_follows_the_document() -> None:
+def test_the_rate_follows_the_text() -> None:
     rates: list[np.ndarray] = []
 
     class Noted(AdaptingEngine):
@@ -355,7 +355,8 @@ def test_the_rate_follows_the_document() -> None:
             rates.append(np.where((shares != 0).any(axis=1), step.lr, np.nan))
             return super().adapt(tape, shares, step)
 
-    run(evaluation(settings(adapt_schedule="cosine", adapt_documents=2), [21, 11]), Noted(VOCAB))
-    cosine = [[0.05 * (1 + np.cos(np.pi * c / n)) / 2 for c in range(n - 1)] for n in (5, 2)]
-    assert np.allclose([rate[0] for rate in rates], cosine[0])
-    assert np.allclose(rates[0][1], cosine[1]) and np.isnan([rate[1] for rate in rates[1:]]).all()
+    stream = settings(adapt_schedule="cosine", adapt_reset="never", adapt_documents=1)
+    run(evaluation(stream, [21, 11]), Noted(VOCAB))
+    assert np.allclose([rate[0] for rate in rates], [0.05 * (1 + np.cos(np.pi * c / 7)) / 2 for c in range(6)])
+    with pytest.raises(ConfigError, match="the rate would know where the document ends"):
+        settings(adapt_schedule="cosine", adapt_documents=2)

@@ -20,7 +20,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "stateful": {"windows": "stateful"},
     "warm": {"adapt_warm_a": True},
     "length": {"adapt_order": "length"},
-    "steps": {"adapt_steps": 3, "adapt_schedule": "cosine", "adapt_clip": 0.5},
+    "steps": {"adapt_steps": 3, "adapt_clip": 0.5},
     "predictors": {"plugins": ("temperature", "counts(orders=1-3)")},
     "carried": {"plugins": ("counts(orders=2-8/2, rule=tilt)",), "windows": "stateful", "adapt_warm_a": True},
     "phases": {"phases_at": (0.35, 0.6), "phases_chunk": 8, "phases_lr": 0.3, "round": 1, "adapt_warm_a": True},

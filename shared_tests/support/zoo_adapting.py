@@ -144,6 +144,26 @@ def scores_the_tail_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(session.Adaptation, "_enter", again)
 
 
+def rate_of_the_document(patch: pytest.MonkeyPatch) -> None:
+    """The learning rate falls towards the end of each document, before that is read."""
+    learn, batch_of = Rows.learn, session.Adaptation._batch
+    ends: dict[str, Any] = {}
+
+    def batch(adaptation: Any, slot: int, documents: Any, progress: Any) -> None:
+        ends.update(chunks=-(-documents.targets // adaptation._adapt.chunk), number=0)
+        batch_of(adaptation, slot, documents, progress)
+
+    def falling(rows: Any, scored: Any, adapt: Any, rates: np.ndarray) -> None:
+        rates = rates.copy()
+        share = np.minimum(ends["number"] / ends["chunks"], 1.0)
+        rates[: len(share)] *= (1 + np.cos(np.pi * share)) / 2
+        ends["number"] += 1
+        learn(rows, scored, adapt, rates)
+
+    patch.setattr(session.Adaptation, "_batch", batch)
+    patch.setattr(Rows, "learn", falling)
+
+
 def tilt_reads_the_target(patch: pytest.MonkeyPatch) -> None:
     """The temperature brings a tilt towards the next inputs of the windows."""
     prediction, tilt = Temperature.prediction, zoo_predictions.TargetTilt().prediction

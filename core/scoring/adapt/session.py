@@ -1,7 +1,6 @@
 """Scoring with adapters: every chunk of a document is scored, entered, and only then learned from, in rounds."""
 
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from core.model.adapters import AdapterSpec
 from core.scoring.adapt.documents import DocumentChunk, Documents, chunk_of, chunks_in, documents_of, rounds_of
 from core.scoring.adapt.phases import learn_phase, planned_phases
 from core.scoring.adapt.rows import Rows
-from core.scoring.adapt.weights import LooseWeights
+from core.scoring.adapt.weights import LooseWeights, rate
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError, Scored
 from core.scoring.predictions import Prediction, Predictor, ScoredReader, predict_together
@@ -120,7 +119,7 @@ class Adaptation:
             scored = self._enter(rows, chunk, tape, watched)
             following = number + 1 < chunks.max()
             after = engine.commit(tape, chunk.used) if state is not None and following else None
-            rows.learn(self._taught(rows, chunk, scored), self._adapt, self._rates(batch, number))
+            rows.learn(self._taught(rows, chunk, scored), self._adapt, np.full(self._rows, self._rate()))
             state = after
             self._done += int(chunk.view.kept.any(axis=1).sum())
             if progress is not None:
@@ -144,18 +143,9 @@ class Adaptation:
         ended = set(rows.numbers[chunk.last].tolist())
         return [one for one in scored if one.row not in ended]
 
-    def _rates(self, batch: Documents, number: int) -> np.ndarray:
-        """Return the learning rate of every row after chunk `number`, (rows,) float64."""
-        rates = np.full(self._rows, self._adapt.lr)
-        if self._adapt.schedule == "cosine":
-            of = (
-                np.array([self._chunks])
-                if self._adapt.reset == "never"
-                else chunks_in(batch.targets, self._adapt.chunk)
-            )
-            place = self._done if self._adapt.reset == "never" else number
-            rates[: len(of)] *= (1 + np.cos(math.pi * np.minimum(place / of, 1.0))) / 2
-        return rates
+    def _rate(self) -> float:
+        """Return the learning rate after the chunk that was scored last."""
+        return rate(self._adapt.lr, self._adapt.schedule, self._done, self._chunks)
 
     def _prediction(self, chunk: DocumentChunk, watched: bool) -> Prediction | None:
         """Return how the predictors change a pass; None: not at all. Who watches asks for the whole distribution."""
