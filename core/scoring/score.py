@@ -177,7 +177,12 @@ def score_text(
         predictors = [plugin for plugin in plugins if isinstance(plugin, Predictor)]
         kind = StreamPass if evaluation.config.adapt.kind == "sgd" else Adaptation
         scoring = kind(engine, evaluation, ledger, predictors, watch, ranks)
-        scoring.run(progress)
+        try:
+            scoring.run(progress)
+        except LedgerError as error:
+            if error.rule != "D8" or not ledger.writes:
+                raise
+            raise LedgerError(f"{error}; if what learned went too far, take a smaller learning rate", "D8") from error
         if scoring.skipped and say is not None:
             say(
                 f"WARNING: {scoring.skipped:,} updates were left out, since loss or gradients were not finite: take a "

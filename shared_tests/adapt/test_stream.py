@@ -255,3 +255,11 @@ def test_updates_that_are_left_out_are_said(monkeypatch: pytest.MonkeyPatch) -> 
         assert [word in line for word, line in zip(words, said, strict=True)] == [True] * len(words)
     updates = 2 * (-(-(len(evaluation.split) - 1) // CHUNK) - 1)
     assert said[0].startswith(f"WARNING: {updates} updates were left out")
+
+
+def test_weights_that_went_too_far_get_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, evaluation = Recorder(), stream(windows="plain")
+    monkeypatch.setattr(engine, "nll", lambda tokens, _: np.full(tokens.shape, np.nan if engine.steps else 1.0))
+    with pytest.raises(LedgerError, match="got nan nats: .*; if what learned went too far, take a smaller") as ended:
+        run(engine, evaluation)
+    assert ended.value.rule == "D8" and engine.calls[-1] == "tighten"
