@@ -133,7 +133,7 @@ class PhasesConfig:
     clip: float = 1.0
     """Largest norm of all gradients together; 0: no limit."""
     epochs: int = 1
-    """Passes over the scored documents in each phase."""
+    """Updates on each chunk of the scored documents in a phase, which goes through them once."""
     params: tuple[str, ...] = ()
     """Weights that learn: names, patterns or scopes, as in eval.adapt.params; none: all."""
 

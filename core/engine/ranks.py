@@ -118,7 +118,9 @@ def share_arrays(ranks: Ranks, arrays: Arrays | None) -> Arrays:
     if ranks.world == 1:
         assert arrays is not None
         return arrays
-    packed = ranks.broadcast(safetensors.numpy.save(arrays or {}) if ranks.rank == 0 else b"")
+    # safetensors stores the memory that a view begins at, not what the view shows.
+    whole = {name: np.asarray(array, order="C") for name, array in (arrays or {}).items()}
+    packed = ranks.broadcast(safetensors.numpy.save(whole) if ranks.rank == 0 else b"")
     return safetensors.numpy.load(packed)
 
 

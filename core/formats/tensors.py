@@ -25,7 +25,9 @@ MAX_NAME = 256
 
 def write_tensors(path: str | Path, arrays: Arrays, metadata: dict[str, str]) -> None:
     """Write arrays in place of `path`: a kill leaves the old file or the new one."""
-    replace_file(path, safetensors.numpy.save(arrays, metadata))
+    # safetensors stores the memory that a view begins at, not what the view shows.
+    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    replace_file(path, safetensors.numpy.save(whole, metadata))
 
 
 def read_tensors(path: str | Path, limit: int) -> tuple[dict[str, Any], Arrays]:

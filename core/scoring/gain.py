@@ -12,6 +12,7 @@ from core.data.dataset import Split
 from core.engine.protocol import Engine
 from core.engine.ranks import only_rank_0
 from core.scoring.accounting import bits_per_byte, count_bytes, ratio_error
+from core.scoring.adapt.phases import phases_of
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 from core.scoring.score import Score, score
@@ -62,12 +63,13 @@ def check_gain(config: EvalConfig, documents: int) -> None:
 def measure_gain(engine: Engine, split: Split, run: RunConfig, documents: int, say: Console) -> ScoreGain:
     """Score so many documents without and with what `run.eval` lets learn; ConfigError as `check_gain`."""
     check_gain(run.eval, documents)
+    phases_of(Evaluation.of(split, run, documents, plugins=True))  # now, not after the first of two scores
     scores, costs, seconds = [], [], []
     for label, config in (("scoring without", without(run.eval)), ("scoring with", run.eval)):
         evaluation = Evaluation.of(split, dataclasses.replace(run, eval=config), documents, plugins=True)
         ledger, began = Ledger(len(split)), time.perf_counter()
         progress = say.progress(label, Tally(ledger, split))
-        scores.append(score(engine, evaluation, ledger, progress=progress, ranks=engine.ranks))
+        scores.append(score(engine, evaluation, ledger, progress=progress, ranks=engine.ranks, say=say))
         seconds.append(time.perf_counter() - began)
         costs.append(np.array(only_rank_0(engine.ranks, lambda e=evaluation, book=ledger: nats_of_documents(e, book))))
     counted = count_bytes(split, *evaluation.ranges(), evaluation.drawn).counted

@@ -83,12 +83,14 @@ def score(
     watch: Watch | None = None,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Score:
     """Score a text as `evaluation` says; an estimate stays one even if the draw takes all documents.
 
     Windows that are already in `ledger` are not scored again, so a killed evaluation goes on. `plugins`: made for this
     pass; None: those that `evaluation` names. `progress` gets (windows done, windows in all). Each of `ranks` scores
-    its share and all return the same; with a user's plug-ins, which learn from pass to pass, rank 0 works alone.
+    its share and all return the same; with a user's plug-ins, which learn from pass to pass, rank 0 works alone. `say`
+    gets what the user is to know beside the score.
     ConfigError if there is nothing to score or no byte rule applies; DataError if all documents are asked for and a
     shard is not what its checksum says; LedgerError if the engine's numbers are not finite, a rule is broken, or
     `ledger` is of another text.
@@ -110,7 +112,7 @@ def score(
     ledger = Ledger(len(split)) if ledger is None else ledger
     if ledger.tokens != len(split):
         raise LedgerError(f"the ledger is for {ledger.tokens} tokens, the text has {len(split)}: start a new one")
-    score_text(engine, evaluation, ledger, plugins=plugins, watch=watch, progress=progress, ranks=ranks)
+    score_text(engine, evaluation, ledger, plugins=plugins, watch=watch, progress=progress, ranks=ranks, say=say)
     return score_of(evaluation, ledger, counted)
 
 
@@ -162,6 +164,7 @@ def score_text(
     watch: Watch | None = None,
     progress: Progress | None = None,
     ranks: Ranks | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Bring every target of an evaluation into `ledger`: the one scoring path.
 
@@ -173,7 +176,18 @@ def score_text(
     if evaluation.adapts:
         predictors = [plugin for plugin in plugins if isinstance(plugin, Predictor)]
         kind = StreamPass if evaluation.config.adapt.kind == "sgd" else Adaptation
-        kind(engine, evaluation, ledger, predictors, watch, ranks).run(progress)
+        scoring = kind(engine, evaluation, ledger, predictors, watch, ranks)
+        try:
+            scoring.run(progress)
+        except LedgerError as error:
+            if error.rule != "D8" or not ledger.writes:
+                raise
+            raise LedgerError(f"{error}; if what learned went too far, take a smaller learning rate", "D8") from error
+        if scoring.skipped and say is not None:
+            say(
+                f"WARNING: {scoring.skipped:,} updates were left out, since loss or gradients were not finite: take a "
+                "smaller learning rate"
+            )
         return
     session, rows = Session(engine, evaluation, ledger, plugins, watch, ranks), evaluation.rows()
     try:

@@ -197,9 +197,9 @@ def final_score(
         say(f"{label} goes on from {ledger}: {book.writes} forward passes are in it")
     progress = say.progress(label, Tally(book, dataset.val))
     try:
-        result = score(engine, evaluation, book, plugins=used, progress=progress, ranks=engine.ranks)
+        result = score(engine, evaluation, book, plugins=used, progress=progress, ranks=engine.ranks, say=say)
     except BaseException:
-        book.close()
+        book.close(delete=not book.writes)  # what was refused leaves no file, which would refuse other settings
         raise
     book.close(delete=not keep)
     if ledger is not None:

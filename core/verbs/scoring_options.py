@@ -63,13 +63,19 @@ def judged(base: EvalConfig, options: Options, path: str) -> EvalConfig:
             f"{path}: its config.json names a plug-in that is not ours ({', '.join(strangers)}), whose code runs only "
             f"if you name it: add --plugins {shlex.join(base.plugins)}, or --plugins alone to score without any"
         )
+    kind = given.get("adapt.kind", base.adapt.kind)
+    if given.get("stride") is not None and kind == "lora":
+        raise ConfigError(
+            f"eval.stride={given['stride']} changes nothing with eval.adapt.kind=lora, whose windows end with a chunk: "
+            "leave it out, or set eval.adapt.chunk"
+        )
     if "stride" not in given:
         windows, seq = given.get("windows", base.windows), given.get("seq", base.seq)
         if given.get("windows") in ("plain", "stateful"):
             given["stride"] = None
         elif windows == "sliding" and base.stride is None:
             given["stride"] = max(1, seq // STRIDES)
-    return changed(of_kind(base, given.get("adapt.kind", base.adapt.kind)), given)
+    return changed(of_kind(base, kind), given)
 
 
 def of_kind(config: EvalConfig, kind: str) -> EvalConfig:

@@ -28,6 +28,8 @@ from core.forecast.probe import probe
 from core.model.deviations import MOST
 from core.model.params import count
 from core.scoring.accounting import byte_note
+from core.scoring.adapt.phases import phases_of
+from core.scoring.evaluation import Evaluation
 from core.scoring.plugins import load_plugins
 from core.scoring.score import check_plugins
 from core.training import trackers
@@ -111,6 +113,7 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
     if not options.dry_run:
         check_budget(config)
     check_plugins(config.eval, load_plugins(config.eval.plugins))  # now, not after the training
+    phases_of(Evaluation.of(dataset.val, config, config.eval.documents, plugins=True))
     same_start(ranks, config, dataset, dry_run=options.dry_run, dtype=options.dtype, wire=options.wire, out=out)
     choices = EngineOptions(
         dtype=options.dtype,

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from core.config import ConfigError, PhasesConfig
+from core.config import AdaptConfig, ConfigError, EvalConfig, PhasesConfig
 from core.engine.protocol import AdaptStep
-from core.scoring.adapt.phases import PlannedPhase, learn_phase, planned_phases
+from core.scoring.adapt.phases import PlannedPhase, learn_phase, phases_of, planned_phases
 from core.scoring.adapt.weights import LooseWeights, rate
+from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.windows import document_ranges
 from shared_tests.support.known_scores import BOS, make_dataset
@@ -43,6 +44,17 @@ def test_a_phase_that_cannot_come_is_refused(at: tuple[float, ...], targets: int
     with pytest.raises(ConfigError, match=message) as refused:
         planned_phases(PhasesConfig(at=at, chunk=180), np.full(targets, 30), per_round)
     assert "\n" not in str(refused.value)
+
+
+def test_an_evaluation_names_its_phases_before_it_scores() -> None:
+    """Documents, rows and rounds are the evaluation's own; one that does not adapt has none."""
+    adapt = AdaptConfig(kind="lora", chunk=8, documents=2)
+    config = EvalConfig(windows="documents", seq=SEQ, round=2, adapt=adapt, phases=PhasesConfig(at=(0.5,), chunk=8))
+    split = make_dataset(LENGTHS).val
+    assert phases_of(Evaluation(split, config, adapts=True)) == (PlannedPhase(1, 4),)
+    assert phases_of(Evaluation(split, config)) == ()
+    with pytest.raises(ConfigError, match="at=0.5 of 3 documents is document 2, which is scored in the last round"):
+        phases_of(Evaluation(split, config, 3, adapts=True))
 
 
 def learned(chunk: int, documents: list[int], **changes: object) -> tuple[Recorder, np.ndarray, np.ndarray]:

@@ -8,12 +8,13 @@ import pytest
 
 import core.scoring.adapt.stream
 from core.data.batch import Batch
-from core.engine.protocol import AdaptStep, Arrays
+from core.engine.protocol import AdaptStep, Arrays, StepResult
 from core.model.scopes import loose_names
 from core.scoring.adapt.stream import learn_chunk, stream_chunks
 from core.scoring.adapt.weights import LooseWeights, scored_rows
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import load_plugins
+from core.scoring.score import score_text
 from core.scoring.windows import Windows
 from shared_tests.support.harness import BACKENDS
 from shared_tests.support.plugin_examples import fresh, held, small
@@ -242,3 +243,23 @@ def test_a_copy_that_is_not_of_this_evaluation_is_refused(
     with LedgerAt(path, evaluation) as ledger, pytest.raises(LedgerError, match=message):
         run(model, evaluation, ledger)
     assert held(model) == before
+
+
+def test_updates_that_are_left_out_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line at the end, with how many; none where all were made."""
+    for finite, words in ((True, []), (False, ["left out"])):
+        monkeypatch.setattr(Recorder, "descend", lambda *_, good=finite: StepResult(1.0, 1.0, good))
+        said: list[str] = []
+        evaluation = stream(windows="plain")
+        score_text(Recorder(), evaluation, Ledger(len(evaluation.split)), say=said.append)
+        assert [word in line for word, line in zip(words, said, strict=True)] == [True] * len(words)
+    updates = 2 * (-(-(len(evaluation.split) - 1) // CHUNK) - 1)
+    assert said[0].startswith(f"WARNING: {updates} updates were left out")
+
+
+def test_weights_that_went_too_far_get_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, evaluation = Recorder(), stream(windows="plain")
+    monkeypatch.setattr(engine, "nll", lambda tokens, _: np.full(tokens.shape, np.nan if engine.steps else 1.0))
+    with pytest.raises(LedgerError, match="got nan nats: .*; if what learned went too far, take a smaller") as ended:
+        run(engine, evaluation)
+    assert ended.value.rule == "D8" and engine.calls[-1] == "tighten"

@@ -347,6 +347,10 @@ def test_parity_says_yes_and_no(capsys: Capture, monkeypatch: pytest.MonkeyPatch
     "argv, message",
     [
         (("eval", "RUN", "--stride", "8"), "has no meaning with eval.windows=plain: take sliding or documents"),
+        (
+            ("eval", "RUN", "--windows", "documents", "--stride", "8", "--eval.adapt.kind", "lora"),
+            "eval.stride=8 changes nothing with eval.adapt.kind=lora, whose windows end with a chunk",
+        ),
         (("eval", "RUN", "--documents", "some"), r"parsing --documents: .*\['some'\]"),
         (("sample", "RUN", "--tokens", "0"), "tokens=0: expected at least 1"),
         (("sample", "RUN", "--n", "0"), "n=0: expected at least 1"),
@@ -364,6 +368,18 @@ def test_parity_says_yes_and_no(capsys: Capture, monkeypatch: pytest.MonkeyPatch
 def test_wrong_use_of_a_run_gets_one_line(argv: tuple[str, ...], message: str, copy: Path, capsys: Capture) -> None:
     line = refuse(capsys, *(word.replace("RUN", str(copy)) for word in argv))
     assert re.search(message, line), line
+
+
+def test_what_is_refused_leaves_no_ledger(copy: Path, capsys: Capture) -> None:
+    """Else the settings that would do were refused, too: the file would be another evaluation's. A gain makes none."""
+    argv = ("eval", str(copy), "--windows", "documents", "--eval.adapt.kind", "lora", "--eval.phases.at", "0.5")
+    ledger = copy.parent / "costs.ledger"
+    for option, value in (("--ledger", str(ledger)), ("--gain", "2")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("core.scoring.gain.score", None)  # nothing is scored before
+            assert main([*argv, "--backend", "cuda", option, value]) == 2
+        assert "is scored in the last round" in capsys.readouterr().err
+    assert not ledger.exists()
 
 
 def spoil(name: str) -> Callable[[Path], None]:

@@ -54,6 +54,10 @@ def sample() -> None:
             "of different kinds would share a block",
         ),
         ("train debug --data.path nowhere", "nowhere: no such folder; make the folder with"),
+        (
+            "train debug --eval.windows documents --eval.adapt.kind lora --eval.phases.at 0.5",
+            "eval.phases.at=0.5 of 4 documents is document 2, which is scored in the last round",
+        ),
         ("info debug --eval.plugins tempratur", "'tempratur' is not a plug-in; did you mean temperature?"),
         ("info debug --eval.plugins.temperature.priro 3", "temperature.priro: unknown key; did you mean prior?"),
         ("info debug --eval.plugins no.such:Class", "eval.plugins: 'no.such:Class': No module named"),

@@ -1,13 +1,16 @@
 """The adaptive path on both backends: twins, neighbours, flips, ranks, windows with carry. Budget: 20 s."""
 
+import contextlib
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from core.config import RunConfig
+from core.scoring.adapt import session
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 from core.scoring.score import score_text
@@ -51,6 +54,28 @@ def run(
         engine.ranks = ranks
     score_text(engine, Evaluation.of(split, config, plugins=True), ledger, ranks=ranks)
     return ledger.entries["nats"].copy()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_killed_it_goes_on_from_a_copy_to_the_bit(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warm A and moved weights of a real engine, with several rows: what is copied is what comes back."""
+    monkeypatch.setattr(session, "SNAPSHOT_EVERY", 0.0)
+    config, engine, split = configured("phases"), engine_of(backend, "float64"), make_dataset(LENGTHS).val
+    given, whole = Evaluation.of(split, config, plugins=True), run(backend, config, LENGTHS)
+
+    def stops(done: int, total: int) -> None:
+        if done >= 0.8 * total:
+            raise InterruptedError
+
+    for progress in (stops, None):
+        ledger = Ledger.open(tmp_path / "ledger", len(split), "key")
+        with contextlib.suppress(InterruptedError):
+            score_text(engine, given, ledger, progress=progress)
+        assert Path(f"{ledger.path}.plugins").exists() == (progress is not None)
+        ledger.close()
+    assert ledger.entries["nats"].tobytes() == whole.tobytes()
 
 
 @pytest.mark.pair

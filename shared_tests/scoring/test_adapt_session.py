@@ -312,6 +312,18 @@ def test_open_documents_alone_are_repeated(tmp_path: Path) -> None:
         run(given, AdaptingEngine(VOCAB), other)
 
 
+def test_progress_counts_what_an_open_round_holds(tmp_path: Path) -> None:
+    """A batch that the ledger holds is done, also where others of its round are open."""
+    given, seen = evaluation(settings(round=8)), []
+    whole = run(given)
+    first = int(np.argmax(whole["row"] == 4))  # begins the second batch
+    assert killed(tmp_path / "ledger", given, int(whole["order"][first])) is None
+    ledger = Ledger.open(tmp_path / "ledger", len(given.split), "key")
+    run(given, ledger=ledger, progress=lambda done, total: seen.append((done, total)))
+    ledger.close()
+    assert seen[-1][0] == seen[-1][1]
+
+
 @pytest.mark.parametrize("form", ["documents", "warm"])
 @pytest.mark.parametrize("worlds", [(3, 1), (1, 2), (2, 3)])
 def test_another_number_of_ranks_goes_on(

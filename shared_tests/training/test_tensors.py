@@ -29,6 +29,7 @@ def raw(path: Path, header: Any, data: bytes) -> Path:
 def test_every_type_comes_back(tmp_path: Path) -> None:
     arrays = {name: np.arange(6).astype(dtype).reshape(2, 3) for name, dtype in DTYPES.items()}
     arrays |= {"none": np.zeros((0, 4), np.float32), "one": np.array(1.5)}
+    arrays |= {"columns": np.arange(12.0).reshape(2, 6)[:, 1:4], "turned": np.arange(6).reshape(2, 3).T}  # views
     write_tensors(tmp_path / "file", arrays, {"about": "them"})
     metadata, found = read_tensors(tmp_path / "file", LIMIT)
     assert metadata == {"about": "them"} and found.keys() == arrays.keys()

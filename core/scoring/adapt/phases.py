@@ -12,7 +12,9 @@ import numpy as np
 from core.adapt_config import PhasesConfig
 from core.checks import require
 from core.engine.protocol import AdaptStep
+from core.scoring.adapt.documents import documents_of
 from core.scoring.adapt.weights import LooseWeights, rate
+from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 
 
@@ -23,6 +25,19 @@ class PlannedPhase(NamedTuple):
     """Rounds that are over by then, at least 1."""
     documents: int
     """The boundary: so many documents, the first in the order of scoring."""
+
+
+def phases_of(evaluation: Evaluation) -> tuple[PlannedPhase, ...]:
+    """Return the phases of an evaluation, in their order; ConfigError, as `planned_phases`, for one that cannot come.
+
+    It scores nothing: who will score much later may ask now.
+    """
+    config = evaluation.config
+    if not (evaluation.adapts and config.phases.at):
+        return ()
+    targets = documents_of(evaluation).targets
+    per_round = min(config.adapt.documents, len(targets)) * config.round
+    return planned_phases(config.phases, targets, per_round)
 
 
 def planned_phases(config: PhasesConfig, targets: np.ndarray, per_round: int) -> tuple[PlannedPhase, ...]:

@@ -14,7 +14,7 @@ from core.files import parse_json, sweep
 from core.formats.tensors import read_tensors, write_tensors
 from core.model.adapters import AdapterSpec
 from core.scoring.adapt.documents import DocumentChunk, Documents, chunk_of, chunks_in, documents_of, rounds_of
-from core.scoring.adapt.phases import learn_phase, planned_phases
+from core.scoring.adapt.phases import learn_phase, phases_of
 from core.scoring.adapt.rows import Rows
 from core.scoring.adapt.weights import LooseWeights, rate
 from core.scoring.evaluation import Evaluation
@@ -56,10 +56,7 @@ class Adaptation:
         self._chunks = int(chunks_in(documents.targets, self._adapt.chunk).sum())
         longest = (int(chunks_in(batch.targets, self._adapt.chunk).max()) for one in self._rounds for batch in one)
         self._often = sum(longest) >= OFTEN
-        per_round = self._rows * self._config.round
-        self._phases = {
-            phase.round: phase.documents for phase in planned_phases(self._config.phases, documents.targets, per_round)
-        }
+        self._phases = {phase.round: phase.documents for phase in phases_of(evaluation)}
         self._documents, self._weights = documents, None
         shared = self._adapt.warm_a or bool(self._predictors) or bool(self._phases)
         self._alike = not shared and self._adapt.reset == "document"
@@ -76,6 +73,11 @@ class Adaptation:
             predictor.start(ScoredReader(evaluation.split, ledger))
         self._share_ledger()
 
+    @property
+    def skipped(self) -> int:
+        """Updates of weights that were left out, since loss or gradients were not finite."""
+        return self._weights.skipped if self._weights is not None else 0
+
     def run(self, progress: Progress | None = None) -> None:
         """Score every target that is not in the ledger; repeat what has to be."""
         try:
@@ -85,7 +87,11 @@ class Adaptation:
                     self._done += sum(map(self._length, batches))
                     continue
                 for slot, batch in enumerate(batches):
-                    if self._owner(slot) == self._ranks.rank and not (self._alike and self._finished(batch)):
+                    if self._owner(slot) != self._ranks.rank:
+                        continue
+                    if self._alike and self._finished(batch):
+                        self._done += self._length(batch)
+                    else:
                         self._batch(slot, batch, progress)
                 self._end_round(number, batches)
         finally:

@@ -117,6 +117,11 @@ class StreamPass:
             predictor.start(ScoredReader(evaluation.split, ledger))
         self._weights = LooseWeights(engine, evaluation.split, ledger, self._config.seq, evaluation.loose)
 
+    @property
+    def skipped(self) -> int:
+        """Updates that were left out, since loss or gradients were not finite."""
+        return self._weights.skipped
+
     def run(self, progress: Progress | None = None) -> None:
         """Score every target that is not in the ledger, and repeat what has to be."""
         windows, weights, done = self._evaluation.rows(), self._weights, 0

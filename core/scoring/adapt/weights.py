@@ -49,13 +49,15 @@ class LooseWeights:
         """Version of the weights: how often they were changed."""
         self.moved = False
         """Whether they are others than at the start."""
+        self.skipped = 0
+        """Updates that were left out, since loss or gradients were not finite."""
 
     def train(self, ranges: Sequence[Scored], step: AdaptStep) -> StepResult:
         """Take one update on all targets of scored ranges; LedgerError if one of them was not scored."""
         rows = scored_rows(self._split, self._ledger, ranges, self._seq)
         mine = share(len(rows.tokens), self._engine.ranks)
         done = self._engine.descend(Batch(rows.tokens[mine], rows.targets[mine]), step)
-        self.moved, self.version = True, self.version + 1
+        self.moved, self.version, self.skipped = True, self.version + 1, self.skipped + (not done.finite)
         return done
 
     def forget(self) -> None:
