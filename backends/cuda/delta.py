@@ -52,9 +52,12 @@ def chunked(q, k, v, beta, decay, documents, start, exact):
     documents_BNC = split(documents)
     same_XCC = ops.causal_mask(size, size, documents_BNC.reshape(-1, size))
     same_BN1CC = same_XCC.reshape(rows, count, 1, size, size)
-    # Logarithms summed from the document's first token in the chunk: by a mask, so that no bit of another comes in.
-    sum_BNHC1 = same_BN1CC.to(decay.dtype) @ decay_BNHC1
-    gap_BNHCC = torch.where(same_BN1CC, sum_BNHC1 - torch.swapaxes(sum_BNHC1, -1, -2), ops.MASKED)
+    # Logarithms summed from the document's first token in the chunk, and from behind s to t. By masks, so that no bit
+    # of another document comes in; as sums, as differences of sums that a strong decay is in have no digits left.
+    decay_BNHCC = torch.where(same_BN1CC, torch.swapaxes(decay_BNHC1, -1, -2), 0.0)
+    sum_BNHC1 = torch.sum(decay_BNHCC, dim=-1, keepdim=True)
+    behind_CC = torch.tril(torch.ones_like(decay_BNHCC[0, 0, 0]), -1)
+    gap_BNHCC = torch.where(same_BN1CC, decay_BNHCC @ behind_CC, ops.MASKED)
     ratio_BNHCC = ops.exp(gap_BNHCC, exact)  # what is left at t of what s wrote
     # What is left of the state that entered the chunk: nothing once a document has begun.
     ends_BN1 = documents_BNC[:, :, -1:]

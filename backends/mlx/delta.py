@@ -53,9 +53,12 @@ def chunked(q, k, v, beta, decay, documents, start, exact):
     documents_BNC = split(documents)
     same_XCC = ops.causal_mask(size, size, documents_BNC.reshape(-1, size))
     same_BN1CC = same_XCC.reshape(rows, count, 1, size, size)
-    # Logarithms summed from the document's first token in the chunk: by a mask, so that no bit of another comes in.
-    sum_BNHC1 = same_BN1CC.astype(decay.dtype) @ decay_BNHC1
-    gap_BNHCC = mx.where(same_BN1CC, sum_BNHC1 - mx.swapaxes(sum_BNHC1, -1, -2), mx.array(ops.MASKED, decay.dtype))
+    # Logarithms summed from the document's first token in the chunk, and from behind s to t. By masks, so that no bit
+    # of another document comes in; as sums, as differences of sums that a strong decay is in have no digits left.
+    decay_BNHCC = mx.where(same_BN1CC, mx.swapaxes(decay_BNHC1, -1, -2), 0.0)
+    sum_BNHC1 = mx.sum(decay_BNHCC, axis=-1, keepdims=True)
+    behind_CC = mx.tri(size, k=-1, dtype=decay.dtype)
+    gap_BNHCC = mx.where(same_BN1CC, decay_BNHCC @ behind_CC, mx.array(ops.MASKED, decay.dtype))
     ratio_BNHCC = ops.exp(gap_BNHCC, exact)  # what is left at t of what s wrote
     # What is left of the state that entered the chunk: nothing once a document has begun.
     ends_BN1 = documents_BNC[:, :, -1:]

@@ -43,7 +43,8 @@ def candidates(
     if top_k is not None and top_k < len(values):  # sorting all of a large vocabulary would take longer than the model
         ids = np.flatnonzero(values >= np.partition(values, -top_k)[-top_k])
     ids = ids[np.argsort(-values[ids], kind="stable")][:top_k]
-    weights = np.exp((values[ids] - values[ids[0]]) / temperature)
+    gaps = np.maximum(values[ids] - values[ids[0]], -700 * temperature)  # a weight of 1e-304, not of 0, has a logarithm
+    weights = np.exp(gaps / temperature)
     if top_p < 1:
         ends = np.cumsum(weights)
         count = np.searchsorted(ends, top_p * ends[-1]) + 1

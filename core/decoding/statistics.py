@@ -60,7 +60,7 @@ class DraftStatistics:
     def line(self, draft: str) -> str:
         """Return in words what the drafts of `draft` came to."""
         empty = self.cycles[0] / max(1, self.count)
-        return f"{draft}: {self.tokens_per_pass:.2f} tokens a pass, {empty:.0%} of {self.count:,} passes kept no draft"
+        return f"{draft}: {self.tokens_per_pass:.2f} tokens a cycle, {empty:.0%} of {self.count:,} cycles kept no draft"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; times in milliseconds per pass."""

@@ -59,11 +59,11 @@ def write_text(options: Sample, context: Context) -> Outcome:
     """Let a model write."""
     require(1 <= options.n <= MOST, f"n={options.n}: expected at least 1, at most {MOST:,}")
     require(options.prompt != (), "--prompt: expected a text; leave it out to begin a document")
+    how = Decoding(**{field.name: getattr(options, field.name) for field in fields(Decoding)})
+    how.check()
     subject = open_subject(options.path, options.data, options.step)
     tokenizer = open_tokenizer(subject, options.path, options.data)
     engine = load_engine(options.backend, subject.config, subject.weights, quantise=subject.quantise)
-    how = Decoding(**{field.name: getattr(options, field.name) for field in fields(Decoding)})
-    how.check()
     reads = {prompt: read_as(tokenizer, prompt) for prompt in options.prompt}
     for prompt, read in reads.items():
         if read != prompt:

@@ -240,7 +240,7 @@ def test_the_same_text_on_both_backends(trained: Path, capsys: Capture) -> None:
     assert main(["sample", str(trained), *argv, "--backend", "cuda", "--draft", "ngram"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[:-1] == lines.splitlines() and re.fullmatch(
-        r"ngram: \d\.\d\d tokens a pass, \d+% of \d+ passes kept no draft", said[-1]
+        r"ngram: \d\.\d\d tokens a cycle, \d+% of \d+ cycles kept no draft", said[-1]
     )
 
 

@@ -67,6 +67,7 @@ def sample() -> None:
         ("eval", "Missing from skc eval"),
         ("eval nowhere", "nowhere: no such run folder or artifact; make one with"),
         ("sample nowhere", "nowhere: no such run folder or artifact"),
+        ("sample nowhere --draft ngram --block 1", "block=1: expected 2 to 64"),
         ("export nowhere", "nowhere: does not exist; make a run with"),
         ("data prepare nowhere.txt --out x", "nowhere.txt: no such file"),
         ("data adopt nowhere --tokenizer nowhere.model", "nowhere.model: No such file"),

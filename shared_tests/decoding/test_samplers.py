@@ -182,6 +182,16 @@ def test_candidates_are_those_of_a_full_sort() -> None:
         assert np.allclose(weights, np.exp((logits[ids] - logits.max()) / 0.7))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sampler", ["coupled", "gumbel", "speculative"])
+def test_a_low_temperature_takes_the_likeliest_without_a_warning(sampler: Any) -> None:
+    """Its weights would be 0, which has no logarithm, and quotients beyond all numbers."""
+    logits = np.array([0.0, 9.0, -9.0, 8.0])
+    for temperature in (1e-3, 5e-324):
+        how = Decoding(temperature=temperature, top_k=None, sampler=sampler)
+        assert [samplers.say(logits, draft, 3, 0, how) for draft in (None, 0, 1)] == [1, 1, 1]
+
+
 def test_drafters() -> None:
     ngrams = NGrams()
     assert ngrams.draft([1, 5, 6, 7, 8], 3) == []

@@ -52,6 +52,8 @@ def drawn(seq: int, kind: str = "plain") -> Given:
         beta = some.astype(float)
     if kind == "alike":
         beta, decay = 0 * beta + 0.97, 0 * decay
+    if kind == "strong":  # every eighth token forgets nearly all, the others nearly nothing
+        decay = np.where((np.arange(seq) % 8 == 3)[None, :, None], -1e5, -0.01) + 0 * decay
     if kind == "g at its ends":
         decay = np.where(some, 0.0, -80.0)
     documents = np.zeros((2, seq), np.int32)
@@ -93,9 +95,11 @@ def test_chunks_equal_the_recurrence_and_a_loop(kind: str, backend: str) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_alike_keys_keep_their_digits_in_float32(backend: str) -> None:
-    """The series 1 - a + a^2 - ... loses them all at 32 tokens: its powers grow like binomials."""
-    given = drawn(97, "alike")
+@pytest.mark.parametrize("kind", ["alike", "strong"])
+def test_no_digits_are_lost_in_float32(kind: str, backend: str) -> None:
+    """Keys alike: the series 1 - a + a^2 - ... has no digit left at 32 tokens, as its powers grow like binomials.
+    A strong decay: differences of sums that it is in have none."""
+    given = drawn(97, kind)
     fast = call(backend, form_of(backend, "rule", False), given, "float32")
     for ours, loop in zip(fast, by_token(*given), strict=True):
         assert relative_rms(ours, loop) <= P1_FAST
