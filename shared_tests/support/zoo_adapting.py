@@ -10,7 +10,8 @@ import pytest
 from core.data.batch import Batch
 from core.engine.protocol import AdaptStep
 from core.scoring.adapt import session
-from core.scoring.adapt.phases import planned_phases
+from core.scoring.adapt.documents import documents_of
+from core.scoring.adapt.phases import phases_of
 from core.scoring.adapt.rows import Rows
 from core.scoring.counts import Counts
 from core.scoring.predictions import Prediction, Temperature, View
@@ -98,10 +99,11 @@ def keeps_b(patch: pytest.MonkeyPatch) -> None:
 def phase_of_all(patch: pytest.MonkeyPatch) -> None:
     """A phase learns from all documents."""
 
-    def of_all(config: Any, targets: np.ndarray, per_round: int) -> Any:
-        return tuple(phase._replace(documents=len(targets)) for phase in planned_phases(config, targets, per_round))
+    def of_all(evaluation: Any) -> Any:
+        everything = len(documents_of(evaluation).targets)
+        return tuple(phase._replace(documents=everything) for phase in phases_of(evaluation))
 
-    patch.setattr(session, "planned_phases", of_all)
+    patch.setattr(session, "phases_of", of_all)
 
 
 def phase_past_the_ledger(patch: pytest.MonkeyPatch) -> None:
