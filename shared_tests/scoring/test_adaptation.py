@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ ADAPTED_FLOAT64 = 1e-8
 """Nats of targets after adaptation, backend against backend (measured: 2e-15)."""
 
 
-HELP: dict[str, Callable[[], list[Plugin]]] = {
+HELP: dict[str, Callable[[], Sequence[Any]]] = {
     "nothing": list,
     "temperature": lambda: [Temperature()],
     "cache": lambda: [HonestCache()],

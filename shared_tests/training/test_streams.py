@@ -159,7 +159,7 @@ def test_other_errors_are_left_alone() -> None:
 def test_what_the_machine_cannot_hold_is_exit_2(monkeypatch: pytest.MonkeyPatch, capsys: Capture, place: Path) -> None:
     """A batch that no machine can hold, through the real verbs."""
 
-    def full(*_: object) -> np.ndarray:
+    def full(*_: object, **__: object) -> np.ndarray:
         return np.empty(1 << 60, np.uint8)
 
     monkeypatch.setattr("core.training.loop.rng.integers16", full)
