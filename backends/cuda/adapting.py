@@ -10,7 +10,8 @@ from backends.cuda.linear import Adapter
 from backends.cuda.masters import Masters
 from backends.cuda.model import Model
 from backends.cuda.predicting import PredictedTape
-from core.engine.protocol import AdaptStep, Arrays, State, learning_rows
+from core.engine.adapting import AdaptStep, learning_rows
+from core.engine.protocol import Arrays, State
 from core.model.adapters import AdapterSpec, adapter_sizes, first_a, unflat_a
 
 

@@ -10,7 +10,8 @@ import torch
 from backends.cuda import optim
 from backends.cuda.masters import Masters
 from core.data.batch import Batch
-from core.engine.protocol import AdaptStep, Arrays, StepResult, check_descent, target_shares
+from core.engine.adapting import AdaptStep, check_descent, target_shares
+from core.engine.protocol import Arrays, StepResult
 from core.model.params import check_arrays
 
 

@@ -10,7 +10,8 @@ from backends.mlx.linear import Adapter
 from backends.mlx.masters import Masters
 from backends.mlx.model import Model
 from backends.mlx.predicting import PredictedTape
-from core.engine.protocol import AdaptStep, Arrays, State, learning_rows
+from core.engine.adapting import AdaptStep, learning_rows
+from core.engine.protocol import Arrays, State
 from core.model.adapters import AdapterSpec, adapter_sizes, first_a, unflat_a
 
 

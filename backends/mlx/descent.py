@@ -11,7 +11,8 @@ from backends.mlx import device, optim
 from backends.mlx.distributed import reduce
 from backends.mlx.masters import Masters
 from core.data.batch import Batch
-from core.engine.protocol import AdaptStep, Arrays, StepResult, check_descent, target_shares
+from core.engine.adapting import AdaptStep, check_descent, target_shares
+from core.engine.protocol import Arrays, StepResult
 from core.model.params import check_arrays
 
 

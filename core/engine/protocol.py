@@ -3,7 +3,7 @@
 Only numpy arrays, Python scalars and frozen dataclasses cross this border.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -12,11 +12,11 @@ import numpy as np
 from core.checks import closest
 from core.config import ConfigError, ModelConfig
 from core.data.batch import Batch
+from core.engine.adapting import AdaptStep
 from core.engine.plan import StepPlan
 from core.engine.ranks import Ranks
 from core.model.adapters import AdapterSpec
 from core.model.storage import Stored
-from core.model.table import Rows
 
 Arrays = dict[str, np.ndarray]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -45,18 +45,6 @@ def micro_batches(batch: Batch, most: int, world: int) -> tuple[list[slice], lis
     unit = min(most, -(-total // world))
     parts = [slice(i, min(i + unit, rows)) for i in range(0, rows, unit)]
     return parts, [(part.stop - part.start) / unit for part in parts], total / unit
-
-
-def target_shares(targets: np.ndarray, ranks: Ranks) -> np.ndarray:
-    """Return each target's weight in the mean over all ranks' targets, (rows, seq); of pads, which are -1, it is 0.
-
-    ValueError if there is no target on any rank.
-    """
-    real = targets >= 0
-    total = sum(int(part[0]) for part in ranks.gather(np.array([real.sum()])))
-    if not total:
-        raise ValueError("there is no target to learn from: every one of them is a pad")
-    return real / total
 
 
 class StepResult(NamedTuple):
@@ -117,47 +105,6 @@ def begun(state: State | None) -> State:
     if state is None:
         raise ValueError("commit: this pass began without a state; give `adapted` the state that it goes on from")
     return state
-
-
-class AdaptStep(NamedTuple):
-    """How adapters of rows, or whole weights, are updated once."""
-
-    rule: Literal["adamw", "sgd"] = "adamw"
-    lr: float | np.ndarray = 1e-3  # one number, or (rows,)
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    decay: float = 0.0
-    momentum: float = 0.9
-    clip: float = 0.0  # largest norm of the gradient of a row; 0: none
-    taken: int | np.ndarray = 0  # (rows,): updates so far
-
-    @property
-    def constants(self) -> tuple:
-        """What is the same for all rows."""
-        return self.rule, self.beta1, self.beta2, self.eps, self.decay, self.momentum, self.clip
-
-    def by_row(self, rows: int) -> list[np.ndarray]:
-        """Return the learning rate and what AdamW divides the two moments by, (rows,) float64 each."""
-        count = np.broadcast_to(np.asarray(self.taken, np.float64), (rows,)) + 1
-        lr = np.broadcast_to(np.asarray(self.lr, np.float64), (rows,))
-        return [np.array(lr), 1 - self.beta1**count, 1 - self.beta2**count]
-
-
-def check_descent(table: Rows, names: Iterable[str], step: AdaptStep | None = None) -> None:
-    """Raise ValueError for names of weights that are not in the table, or for an update that is no SGD."""
-    unknown = [name for name in names if name not in table]
-    if unknown:
-        raise ValueError(f"{unknown[0]} is not a parameter of this model")
-    if step is not None and step.rule != "sgd":
-        raise ValueError(f"weights learn by sgd while a text is scored, not by {step.rule}")
-
-
-def learning_rows(shares: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Return the rows with some share that is not 0, (rows,) bool; a ValueError for shares that do not fit `tokens`."""
-    if shares.shape != tokens.shape or not np.isfinite(shares).all():
-        raise ValueError(f"adapt: shares {shares.shape}; expected one finite number for every one of {tokens.shape}")
-    return (shares != 0).any(axis=1)
 
 
 class Adapters(Protocol):

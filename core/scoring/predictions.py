@@ -14,6 +14,7 @@ from core.config import require
 from core.data.dataset import Split
 from core.engine.protocol import Arrays
 from core.scoring.ledger import Ledger, Scored
+from core.scoring.windows import Windows
 
 LONGEST = 64
 """Inputs that `View.before` has at most."""
@@ -29,6 +30,22 @@ class View(NamedTuple):
     kept: np.ndarray  # (rows, seq) bool: the targets that this pass scores
     before: np.ndarray | None = None
     """(rows, n) int32: the last inputs that each row read in earlier passes, up to LONGEST; -1 or None: none."""
+
+
+def view_of(split: Split, windows: Windows, rows: int, seq: int) -> tuple[View, np.ndarray]:
+    """Return at most `rows` windows as one forward pass, and its targets, (rows, seq) int32.
+
+    Windows are padded at their end and the batch with empty rows: one static shape, and a causal model cannot see the
+    padding.
+    """
+    tokens, targets, positions = (np.zeros((rows, seq), kind) for kind in (np.int32, np.int32, np.int64))
+    kept = np.zeros(tokens.shape, bool)
+    for row, (start, length, first) in enumerate(zip(*(side.tolist() for side in windows), strict=True)):
+        text = split.read(start, start + length + 1)
+        tokens[row, :length], targets[row, :length] = text[:-1], text[1:]
+        positions[row, :length] = np.arange(start + 1, start + length + 1)
+        kept[row, first:length] = True
+    return View(tokens, positions, kept), targets
 
 
 class Tilt(NamedTuple):

@@ -1,30 +1,22 @@
 """One scoring pass: windows go through engine and plug-ins into the ledger, and only then does anything learn."""
 
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from core.engine.protocol import Scoring
-from core.engine.ranks import Alone, Ranks, share_arrays
-from core.files import parse_json, sweep
-from core.formats.tensors import read_tensors, write_tensors
+from core.engine.ranks import Alone, Ranks
 from core.scoring.evaluation import Evaluation
 from core.scoring.exchange import Pass, gathered
 from core.scoring.ledger import ROUNDING, Ledger, LedgerError, Scored
 from core.scoring.plugins import Learner, Plugin, ScoredText, log_softmax
-from core.scoring.predictions import Predictor, ScoredReader, View, predict_together
+from core.scoring.predictions import Predictor, ScoredReader, View, predict_together, view_of
+from core.scoring.snapshots import Snapshot, Snapshots
 from core.scoring.windows import Windows, check_order, covered
 
 EXCHANGE = 8
 """Forward passes of each rank between two exchanges of what they gave."""
-SNAPSHOT_EVERY = 30.0
-"""Seconds between two copies of what the plug-ins have learned."""
-MAX_SNAPSHOT = 8 << 30
-"""Bytes of such a copy."""
 Progress = Callable[[int, int], None]
 """Gets (windows done, windows in all)."""
 
@@ -78,10 +70,7 @@ class Session:
             predictor.start(ScoredReader(self.split, ledger))
         for plugin in self._strangers:
             plugin.start(self.split.tokenizer.vocab, self.learner if plugin.kind == "adaptation" else None)
-        self._state_path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
-        self._saved = time.monotonic()
-        if self._state_path is not None:  # the ledger is ours alone, and so is what lies beside it
-            sweep(self._state_path.parent, f"{self._state_path.name}.")
+        self._snapshots = Snapshots(ledger)
         if self._ranks.world > 1:  # what rank 0 has from an evaluation that was killed
             self._take_ledger() if self.predictors else self._take_targets()
         if self.plugins:
@@ -185,21 +174,10 @@ class Session:
         return True
 
     def windows(self, part: Windows) -> None:
-        """Score at most `rows` windows in one forward pass.
-
-        Windows are padded at their end and the batch with empty rows to (rows, config.seq): one static shape, and a
-        causal model cannot see the padding.
-        """
-        tokens = np.zeros((self.rows, self.config.seq), np.int32)
-        targets = np.zeros_like(tokens)
-        positions = np.zeros(tokens.shape, np.int64)
-        kept = np.zeros(tokens.shape, bool)
-        for row, (start, length, first) in enumerate(zip(*(side.tolist() for side in part), strict=True)):
-            text = self.split.read(start, start + length + 1)
-            tokens[row, :length], targets[row, :length] = text[:-1], text[1:]
-            positions[row, :length] = np.arange(start + 1, start + length + 1)
-            kept[row, first:length] = True
-        engine, view = self.engine, View(tokens, positions, kept)
+        """Score at most `rows` windows in one forward pass."""
+        engine = self.engine
+        view, targets = view_of(self.split, part, self.rows, self.config.seq)
+        tokens = view.tokens
         if self.predictors:
             self.predict(view, targets)
             return
@@ -301,57 +279,30 @@ class Session:
         """End the pass: what was computed is entered, the engine gets its own weights back, copies go."""
         self.flush()
         self.learner.close()
-        if self._state_path is not None and self.ledger.complete():
-            self._state_path.unlink(missing_ok=True)
+        if self.ledger.complete():
+            self._snapshots.remove()
 
     def _copy(self) -> None:
-        """Copy now and then what the plug-ins know after this pass; the ledger is on the disk first: never behind."""
-        if self._state_path is None or time.monotonic() - self._saved <= SNAPSHOT_EVERY:
-            return
-        self.ledger.sync()
-        sides = {"learner": self.learner.state(), **{str(i): p.state() for i, p in enumerate(self.plugins)}}
-        arrays = {f"{side}/{n}": np.ascontiguousarray(v) for side, part in sides.items() for n, v in part.items()}
-        state = json.dumps({"number": self._number, "version": self.learner.version})
-        write_tensors(self._state_path, arrays, {"skc": state})
-        self._saved = time.monotonic()
+        """Copy now and then what the plug-ins know after this pass."""
+        if self._snapshots.due:
+            sides = {"learner": self.learner.state(), **{str(i): p.state() for i, p in enumerate(self.plugins)}}
+            self._snapshots.write(Snapshot({"number": self._number, "version": self.learner.version}, sides))
 
     def _restore(self) -> None:
         """Go on from what rank 0 has copied."""
-        arrays = share_arrays(self._ranks, self._read_copy() if self._ranks.rank == 0 else None)
-        if "place" not in arrays:
+        copy = self._snapshots.read(self._ranks, "number", "version")
+        if copy is None:
             return
-        number, version = arrays["place"].tolist()
+        if copy.place["number"] > self._before:
+            raise self._snapshots.refused("is of another ledger")
         try:
-            self.learner.load(_side(arrays, "learner"), version)
+            self.learner.load(copy.sides.get("learner", {}), copy.place["version"])
             for i, plugin in enumerate(self.plugins):
-                plugin.load(_side(arrays, str(i)))
+                plugin.load(copy.sides.get(str(i), {}))
         except Exception as error:  # whatever a plug-in raises that has become another one
             self.learner.close()
-            raise LedgerError(
-                f"{self._state_path}: is not of these plug-ins ({error!r}); delete it and {self.ledger.path} to begin "
-                "anew"
-            ) from error
-        self._done = number
-
-    def _read_copy(self) -> dict[str, np.ndarray]:
-        """Return the arrays of the copy, with `place`: number of the pass after which it was made, and version."""
-        path = self._state_path
-        if path is None or not path.exists():
-            return {}
-        if not self._before:  # what an earlier evaluation of this name left
-            path.unlink()
-            return {}
-        try:
-            metadata, arrays = read_tensors(path, MAX_SNAPSHOT)
-            state = parse_json("skc", str(metadata["skc"]))
-            number, version = state["number"], state["version"]
-            if type(number) is not int or type(version) is not int:
-                raise TypeError("number and version: expected whole numbers")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LedgerError(f"{path}: damaged ({error}); delete it and {self.ledger.path} to begin anew") from error
-        if not 0 <= number <= self._before:
-            raise LedgerError(f"{path}: is of another ledger; delete both to begin anew")
-        return {**arrays, "place": np.array([number, version])}
+            raise self._snapshots.refused(f"is not of these plug-ins ({error!r})") from error
+        self._done = copy.place["number"]
 
 
 def _check_logprobs(plugin: Plugin, logprobs: np.ndarray, kept: np.ndarray) -> None:
@@ -379,10 +330,6 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-def _side(arrays: dict[str, np.ndarray], side: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(f"{side}/"): value for name, value in arrays.items() if name.startswith(f"{side}/")}
 
 
 def _name(plugin: Plugin) -> str:

@@ -7,7 +7,8 @@ import pytest
 
 from core.config import RunConfig, changed
 from core.data.batch import Batch
-from core.engine.protocol import AdaptStep, Arrays, Engine
+from core.engine.adapting import AdaptStep
+from core.engine.protocol import Arrays, Engine
 from core.model.scopes import loose_names
 from core.scoring.adapt.freeze import Freeze
 from core.scoring.ledger import LedgerError

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from core.config import AdaptConfig, ConfigError, EvalConfig, PhasesConfig
-from core.engine.protocol import AdaptStep
+from core.engine.adapting import AdaptStep
 from core.scoring.adapt.phases import PlannedPhase, learn_phase, phases_of, planned_phases
 from core.scoring.adapt.weights import LooseWeights, rate
 from core.scoring.evaluation import Evaluation

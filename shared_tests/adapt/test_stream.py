@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import core.scoring.adapt.stream
+import core.scoring.snapshots
 from core.data.batch import Batch
-from core.engine.protocol import AdaptStep, Arrays, StepResult
+from core.engine.adapting import AdaptStep
+from core.engine.protocol import Arrays, StepResult
 from core.model.scopes import loose_names
 from core.scoring.adapt.stream import learn_chunk, stream_chunks
 from core.scoring.adapt.weights import LooseWeights, scored_rows
@@ -190,7 +191,7 @@ class Mortal:
 @pytest.mark.parametrize("copies", [False, True])
 def test_a_killed_stream_goes_on(form: str, copies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its last copy, or from the start; what the ledger holds is repeated to the same numbers, and not written."""
-    monkeypatch.setattr(core.scoring.adapt.stream, "SNAPSHOT_EVERY", -1.0 if copies else 1e9)
+    monkeypatch.setattr(core.scoring.snapshots, "SNAPSHOT_EVERY", -1.0 if copies else 1e9)
     choices, config = ("temperature", "counts") if form == "sliding" else (), small("debug")
     evaluation, path = stream(loose_names(config.model, ("blocks.*",)), **FORMS[form]), tmp_path / "ledger"
     whole, last = Mortal(fresh("cuda", config), 10**6), Mortal(fresh("cuda", config), 10**6)
@@ -224,7 +225,7 @@ class LedgerAt:
 def test_a_copy_that_is_not_of_this_evaluation_is_refused(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core.scoring.adapt.stream, "SNAPSHOT_EVERY", -1.0)
+    monkeypatch.setattr(core.scoring.snapshots, "SNAPSHOT_EVERY", -1.0)
     config, path = small("debug"), tmp_path / "ledger"
     evaluation, copy = stream(loose_names(config.model, ("blocks.*",)), **FORMS["sliding"]), Path(f"{path}.plugins")
     with LedgerAt(path, evaluation) as ledger, pytest.raises(Killed):

@@ -9,7 +9,7 @@ import pytest
 from core import rng
 from core.checks import ConfigError
 from core.config import ModelConfig, changed
-from core.engine.protocol import AdaptStep
+from core.engine.adapting import AdaptStep
 from core.model.adapters import (
     AdapterSpec,
     adapted_flops,

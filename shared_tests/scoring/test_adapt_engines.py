@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from core.config import RunConfig
-from core.scoring.adapt import session
+from core.scoring import snapshots
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 from core.scoring.score import score_text
@@ -61,7 +61,7 @@ def test_killed_it_goes_on_from_a_copy_to_the_bit(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Warm A and moved weights of a real engine, with several rows: what is copied is what comes back."""
-    monkeypatch.setattr(session, "SNAPSHOT_EVERY", 0.0)
+    monkeypatch.setattr(snapshots, "SNAPSHOT_EVERY", 0.0)
     config, engine, split = configured("phases"), engine_of(backend, "float64"), make_dataset(LENGTHS).val
     given, whole = Evaluation.of(split, config, plugins=True), run(backend, config, LENGTHS)
 

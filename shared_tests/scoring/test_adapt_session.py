@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from core.config import ConfigError
-from core.engine.protocol import AdaptStep
+from core.engine.adapting import AdaptStep
 from core.model.adapters import AdapterSpec
+from core.scoring import snapshots
 from core.scoring.adapt import session
 from core.scoring.adapt.rows import Rows
 from core.scoring.evaluation import Evaluation
@@ -284,7 +285,7 @@ def killed(path: Path, given: Evaluation, after: int, ranks: Any = None) -> np.n
 @pytest.mark.parametrize("form", [*FORMS, "never"])
 @pytest.mark.parametrize("every", [0.0, 1e9], ids=["copies", "no-copies"])
 def test_killed_at_every_pass(form: str, every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "SNAPSHOT_EVERY", every)
+    monkeypatch.setattr(snapshots, "SNAPSHOT_EVERY", every)
     changes = {"adapt_reset": "never", "adapt_documents": 1} if form == "never" else FORMS[form]
     given = evaluation(settings(**{**changes, "round": 1}), LENGTHS[:8])
     whole = run(given)
@@ -329,7 +330,7 @@ def test_progress_counts_what_an_open_round_holds(tmp_path: Path) -> None:
 def test_another_number_of_ranks_goes_on(
     form: str, worlds: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "SNAPSHOT_EVERY", 0.0)
+    monkeypatch.setattr(snapshots, "SNAPSHOT_EVERY", 0.0)
     given, path = evaluation(settings(**FORMS[form])), tmp_path / "ledger"
     whole = run(given)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from core.engine.protocol import Arrays
-from core.scoring import session
+from core.scoring import snapshots
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
 from core.scoring.plugins import Plugin, Temperature
@@ -78,7 +78,7 @@ class Lives:
 def test_killed_after_any_pass_it_ends_the_same(
     windows: str, every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "SNAPSHOT_EVERY", every)
+    monkeypatch.setattr(snapshots, "SNAPSHOT_EVERY", every)
     whole = Lives(tmp_path / "whole", windows)
     expected = whole.live()
     total = int(expected["order"].max())
@@ -113,7 +113,7 @@ def test_killed_again_while_it_repeats(tmp_path: Path, monkeypatch: pytest.Monke
     for again in (1, 2, 3):
         lives = Lives(tmp_path / f"{again}", "plain")
         for kill, every, passes in ((4, 1e9, 4), (again, 0.0, again)):  # its copies are behind the ledger
-            monkeypatch.setattr(session, "SNAPSHOT_EVERY", every)
+            monkeypatch.setattr(snapshots, "SNAPSHOT_EVERY", every)
             calls = iter(range(1, 9))
 
             def progress(done: int, total: int, calls: Any = calls, kill: int = kill) -> None:
@@ -128,9 +128,9 @@ def test_killed_again_while_it_repeats(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_copy_is_never_ahead_of_the_ledger_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What no kill can show, for the kernel keeps what was written: the ledger reaches the disk before a copy does."""
-    monkeypatch.setattr(session, "SNAPSHOT_EVERY", 0.0)
+    monkeypatch.setattr(snapshots, "SNAPSHOT_EVERY", 0.0)
     done: list[str] = []
-    sync, write = Ledger.sync, session.write_tensors
+    sync, write = Ledger.sync, snapshots.write_tensors
 
     def synced(self: Ledger) -> None:
         done.append(f"ledger {self.writes}")
@@ -141,14 +141,14 @@ def test_a_copy_is_never_ahead_of_the_ledger_on_the_disk(tmp_path: Path, monkeyp
         write(path, arrays, metadata)
 
     monkeypatch.setattr(Ledger, "sync", synced)
-    monkeypatch.setattr(session, "write_tensors", written)
+    monkeypatch.setattr(snapshots, "write_tensors", written)
     Lives(tmp_path / "ledger", "plain").live()
     assert done == [f"{what} {number}" for number in range(1, 6) for what in ("ledger", "copy")]
 
 
 def test_the_stored_form_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adaptation that trains with the stored form goes on with it, whatever the engine was loaded with."""
-    monkeypatch.setattr(session, "SNAPSHOT_EVERY", 0.0)
+    monkeypatch.setattr(snapshots, "SNAPSHOT_EVERY", 0.0)
     base = small("ablate", 32)
     base = dataclasses.replace(base, train=dataclasses.replace(base.train, quantise="never"))
     dataset, settings, entries = make_dataset(SHORT), config(batch=2), []
@@ -182,7 +182,7 @@ def test_a_process_is_killed_three_times(tmp_path: Path, monkeypatch: pytest.Mon
         writes.append(Ledger.read(path).writes)
         assert Path(f"{path}.plugins").exists()
     assert writes == [2, 3, 4]
-    monkeypatch.setattr(session, "SNAPSHOT_EVERY", 0.0)
+    monkeypatch.setattr(snapshots, "SNAPSHOT_EVERY", 0.0)
     dataset, entries, passes = make_dataset(LENGTHS), [], []
     for place in (path, tmp_path / "whole"):
         with_cache = Counted()
@@ -198,7 +198,7 @@ def test_a_process_is_killed_three_times(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_copy_of_other_plugins_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was learned before a kill does not fit a plug-in that was changed since; the weights stay as they were."""
-    monkeypatch.setattr(session, "SNAPSHOT_EVERY", 0.0)
+    monkeypatch.setattr(snapshots, "SNAPSHOT_EVERY", 0.0)
     dataset, path = make_dataset(SHORT), tmp_path / "ledger"
 
     def go_on(*plugins: Plugin) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from core.engine.ranks import Alone
-from core.scoring import session
+from core.scoring import snapshots
 from core.scoring.counts import Counts, CountTable
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
@@ -230,7 +230,7 @@ def goes_on(path: Path, config: Any, ranks: Any = None, progress: Any = None, en
 def test_a_killed_evaluation_goes_on_with_another_number_of_ranks(
     windows: str, every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "SNAPSHOT_EVERY", every)
+    monkeypatch.setattr(snapshots, "SNAPSHOT_EVERY", every)
     config = dataclasses.replace(settings(windows, "backoff"), plugins=("temperature(prior=900)", "counts(orders=1-3)"))
     whole = scored(text(), config)
     for calls, before, after in ((1, 1, 1), (3, 1, 2), (3, 2, 1), (2, 3, 2), (7, 1, 3)):

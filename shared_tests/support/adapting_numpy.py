@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core import rng
-from core.engine.protocol import AdaptStep, Scoring, StepResult
+from core.engine.adapting import AdaptStep
+from core.engine.protocol import Scoring, StepResult
 from core.engine.ranks import Alone
 from core.model.adapters import AdapterSpec
 from core.scoring.plugins import log_softmax

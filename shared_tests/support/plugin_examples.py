@@ -13,7 +13,7 @@ import numpy as np
 from core import rng
 from core.config import EvalConfig, RunConfig, TrainConfig
 from core.engine.protocol import Arrays, Engine
-from core.scoring import session
+from core.scoring import snapshots
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 from core.scoring.plugins import Learner, Plugin, ScoredText, View, log_softmax
@@ -203,7 +203,7 @@ def child(path: str, place: str, count: str) -> None:
     learned gets its name; progress: after a pass.
     """
     fix_threads("mlx")
-    session.SNAPSHOT_EVERY = 0.0
+    snapshots.SNAPSHOT_EVERY = 0.0
     dataset, settings = make_dataset(LENGTHS), EvalConfig(seq=16, batch=4)
     book = Ledger.open(Path(path), len(dataset.val), "key")
     replace, visits = os.replace, itertools.count(1)

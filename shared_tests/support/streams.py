@@ -6,7 +6,8 @@ import numpy as np
 
 from core.config import AdaptConfig, EvalConfig
 from core.data.batch import Batch
-from core.engine.protocol import AdaptStep, Arrays, StepResult
+from core.engine.adapting import AdaptStep
+from core.engine.protocol import Arrays, StepResult
 from core.engine.ranks import Alone
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger

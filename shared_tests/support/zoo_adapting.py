@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from core.data.batch import Batch
-from core.engine.protocol import AdaptStep
+from core.engine.adapting import AdaptStep
 from core.scoring.adapt import session
 from core.scoring.adapt.documents import documents_of
 from core.scoring.adapt.phases import phases_of
@@ -81,15 +81,14 @@ def learns_first(patch: pytest.MonkeyPatch) -> None:
 def keeps_b(patch: pytest.MonkeyPatch) -> None:
     """The adapters of a batch are those that the batch before left."""
     init, run = Rows.__init__, Rows.run
-    left: dict[int, Any] = {}
+    left: list[Any] = [None, None]  # a ledger, which is kept so that no later one is taken for it, and adapters
 
     def kept(rows: Any, engine: Any, ledger: Any, *given: Any) -> None:
         init(rows, engine, ledger, *given)
-        rows._adapters = left.get(id(ledger), rows._adapters)
+        rows._adapters = left[1] if left[0] is ledger else rows._adapters
 
     def noted(rows: Any, *given: Any) -> Any:
-        left.clear()
-        left[id(rows._ledger)] = rows._adapters
+        left[:] = rows._ledger, rows._adapters
         return run(rows, *given)
 
     patch.setattr(Rows, "__init__", kept)

@@ -11,7 +11,7 @@ import numpy as np
 
 from core.adapt_config import PhasesConfig
 from core.checks import require
-from core.engine.protocol import AdaptStep
+from core.engine.adapting import AdaptStep
 from core.scoring.adapt.documents import documents_of
 from core.scoring.adapt.weights import LooseWeights, rate
 from core.scoring.evaluation import Evaluation

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from core.config import AdaptConfig
-from core.engine.protocol import AdaptStep, Arrays, State
+from core.engine.adapting import AdaptStep
+from core.engine.protocol import Arrays, State
 from core.model.adapters import AdapterSpec
 from core.scoring.adapt.documents import DocumentChunk, Documents
 from core.scoring.ledger import Ledger, LedgerError, Scored

@@ -1,17 +1,12 @@
 """Scoring with adapters: every chunk of a document is scored, entered, and only then learned from, in rounds."""
 
-import json
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from core.engine.protocol import Arrays
-from core.engine.ranks import Alone, Ranks, agree, share_arrays
-from core.files import parse_json, sweep
-from core.formats.tensors import read_tensors, write_tensors
+from core.engine.ranks import Alone, Ranks, agree
 from core.model.adapters import AdapterSpec
 from core.scoring.adapt.documents import DocumentChunk, Documents, chunk_of, chunks_in, documents_of, rounds_of
 from core.scoring.adapt.phases import learn_phase, phases_of
@@ -20,10 +15,11 @@ from core.scoring.adapt.weights import LooseWeights, rate
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError, Scored
 from core.scoring.predictions import Prediction, Predictor, ScoredReader, predict_together
-from core.scoring.session import MAX_SNAPSHOT, SNAPSHOT_EVERY, Progress, Watch
+from core.scoring.session import Progress, Watch
+from core.scoring.snapshots import Snapshot, Snapshots
 
-COLUMNS = ("nats", "version", "row")
-"""Fields of the ledger that ranks tell each other."""
+COLUMNS = {"nats": "<f8", "version": "<i8", "row": "<i8"}
+"""Fields of the ledger that ranks tell each other, and their types on the way."""
 OFTEN = 2000
 """Passes from which on it pays to compile for them, as in plain scoring."""
 
@@ -67,8 +63,7 @@ class Adaptation:
         self._moments: list[np.ndarray] = []
         """What each own pass of this round says of the temperature, (2,) each."""
         self._number = self._done = 0
-        self._saved = time.monotonic()
-        self._path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
+        self._snapshots = Snapshots(ledger)
         for predictor in self._predictors:
             predictor.start(ScoredReader(evaluation.split, ledger))
         self._share_ledger()
@@ -97,8 +92,8 @@ class Adaptation:
         finally:
             if self._weights is not None:
                 self._weights.close()
-        if self._path is not None and self._ledger.complete():
-            self._path.unlink(missing_ok=True)
+        if self._ledger.complete():
+            self._snapshots.remove()
 
     def _owner(self, slot: int) -> int:
         """Return the rank that scores a slot; what is never reset is one stream, which rank 0 reads alone."""
@@ -188,9 +183,9 @@ class Adaptation:
         documents = self._phases.get(number + 1)
         if documents is not None:
             self._phase(self._documents.take(slice(documents)))
-        due = documents is not None or time.monotonic() - self._saved > SNAPSHOT_EVERY
-        if not self._alike and self._adapt.reset == "document" and agree(self._ranks, due and self._path is not None):
-            self._snapshot(number + 1)
+        due = self._snapshots.due or (documents is not None and self._snapshots.path is not None)
+        if not self._alike and self._adapt.reset == "document" and agree(self._ranks, due):
+            self._copy(number + 1)
 
     def _phase(self, documents: Documents) -> None:
         """Let the weights learn from the first documents, on all ranks together; the next adapters are new ones."""
@@ -221,11 +216,10 @@ class Adaptation:
         """Enter what every rank has at its `positions` into every rank's ledger."""
         entries = self._ledger.entries[positions - 1]
         places = self._ranks.gather(positions)
-        sides = [self._ranks.gather(np.ascontiguousarray(entries[name], "<f8")) for name in COLUMNS]
+        sides = [self._ranks.gather(np.ascontiguousarray(entries[name], kind)) for name, kind in COLUMNS.items()]
         for there, nats, version, row in zip(places, *sides, strict=True):
             new = ~self._ledger.written(there)
-            marks = version[new].astype(np.int64), row[new].astype(np.int64)
-            self._ledger.write(there[new], nats[new], *marks)
+            self._ledger.write(there[new], nats[new], version[new], row[new])
 
     def _share_ledger(self) -> None:
         """Give every rank what rank 0 has from an evaluation that was killed."""
@@ -233,19 +227,14 @@ class Adaptation:
             written = np.flatnonzero(self._ledger.entries["order"]) + 1
             self._exchange(written if self._ranks.rank == 0 else written[:0])
 
-    def _snapshot(self, rounds: int) -> None:
-        """Copy what the next round begins with; the ledger is on the disk first, so that it is never behind."""
-        arrays = {f"a/{slot}/{site}": a for slot, sites in self._everyones_a().items() for site, a in sites.items()}
-        for i, predictor in enumerate(self._predictors):
-            arrays |= {f"predictor/{i}/{name}": np.ascontiguousarray(v) for name, v in predictor.state().items()}
+    def _copy(self, rounds: int) -> None:
+        """Copy what the next round begins with; every rank calls this."""
+        sides = {f"a{slot}": sites for slot, sites in self._everyones_a().items()}
+        sides |= {f"predictor{i}": predictor.state() for i, predictor in enumerate(self._predictors)}
+        version = 0
         if self._weights is not None:
-            side = f"loose/{self._weights.version}"
-            arrays |= {f"{side}/{name}": np.ascontiguousarray(v) for name, v in self._weights.state().items()}
-        self._saved = time.monotonic()
-        if self._path is None or sum(array.nbytes for array in arrays.values()) > MAX_SNAPSHOT:
-            return
-        self._ledger.sync()
-        write_tensors(self._path, arrays, {"skc": json.dumps({"rounds": rounds})})
+            sides["loose"], version = self._weights.state(), self._weights.version
+        self._snapshots.write(Snapshot({"rounds": rounds, "version": version}, sides))
 
     def _everyones_a(self) -> dict[int, Arrays]:
         """Return the A of every slot, which its rank alone has; every rank calls this."""
@@ -265,41 +254,24 @@ class Adaptation:
 
     def _restored(self) -> int:
         """Take back the last copy and return the round to go on with, from 0."""
-        rounds, arrays = self._read_snapshot() if self._ranks.rank == 0 else (0, {})
-        rounds = agree(self._ranks, rounds)
-        sides: dict[tuple[str, int], Arrays] = {}
-        for name, values in (share_arrays(self._ranks, arrays) if rounds else {}).items():
-            side, number, field = name.split("/", 2)
-            sides.setdefault((side, int(number)), {})[field] = values
-        for (side, number), state in sides.items():
-            if side == "a":
-                self._warm[number] = state
-            elif side == "loose":
-                self._loose().load(state, number)
-            else:
-                self._predictors[number].load(state)
-        return rounds
-
-    def _read_snapshot(self) -> tuple[int, Arrays]:
-        path = self._path
-        if path is None:
-            return 0, {}
-        sweep(path.parent, f"{path.name}.")
-        if not path.exists():
-            return 0, {}
-        if not self._ledger.writes:  # what an earlier evaluation of this name left
-            path.unlink()
-            return 0, {}
+        copy = self._snapshots.read(self._ranks, "rounds", "version")
+        if copy is None:
+            return 0
+        rounds = copy.place["rounds"]
+        ended = [batch for batches in self._rounds[:rounds] for batch in batches]
+        if not 0 < rounds <= len(self._rounds) or not all(map(self._finished, ended)):
+            raise self._snapshots.refused("is of another ledger")
         try:
-            metadata, arrays = read_tensors(path, MAX_SNAPSHOT)
-            rounds = parse_json("skc", str(metadata["skc"]))["rounds"]
-            if type(rounds) is not int or not 0 < rounds <= len(self._rounds):
-                raise ValueError(f"rounds {rounds}: expected from 1 to {len(self._rounds)}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LedgerError(f"{path}: damaged ({error}); delete it and {self._ledger.path} to begin anew") from error
-        if not all(self._finished(batch) for batches in self._rounds[:rounds] for batch in batches):
-            raise LedgerError(f"{path}: is of another ledger; delete both to begin anew")
-        return rounds, arrays
+            for side, state in copy.sides.items():
+                if side == "loose":
+                    self._loose().load(state, copy.place["version"])
+                elif side.startswith("predictor"):
+                    self._predictors[int(side.removeprefix("predictor"))].load(state)
+                else:
+                    self._warm[int(side.removeprefix("a"))] = state
+        except (ValueError, KeyError, IndexError) as error:
+            raise self._snapshots.refused(str(error)) from error
+        return rounds
 
 
 def _targets_of_chunk(batch: Documents, number: int, chunk: int) -> np.ndarray:

@@ -1,24 +1,21 @@
 """One stream: the text is scored chunk by chunk, and after each the weights learn from it, on all ranks at once."""
 
 import functools
-import json
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from core.adapt_config import AdaptConfig
-from core.engine.protocol import AdaptStep, Arrays, Scoring
-from core.engine.ranks import Alone, Ranks, agree, share_arrays
-from core.files import parse_json, sweep
-from core.formats.tensors import read_tensors, write_tensors
+from core.engine.adapting import AdaptStep
+from core.engine.protocol import Scoring
+from core.engine.ranks import Alone, Ranks
 from core.scoring.adapt.weights import LooseWeights, rate
 from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger, LedgerError
-from core.scoring.predictions import Predictor, ScoredReader, View, predict_together
-from core.scoring.session import MAX_SNAPSHOT, SNAPSHOT_EVERY, Progress, Watch
+from core.scoring.predictions import Predictor, ScoredReader, View, predict_together, view_of
+from core.scoring.session import Progress, Watch
+from core.scoring.snapshots import Snapshot, Snapshots
 from core.scoring.windows import Windows
 
 
@@ -109,8 +106,7 @@ class StreamPass:
         windows = -(-self._config.adapt.chunk // evaluation.stride)
         share = windows if judged else -(-windows // self._ranks.world)
         self._rows = min(scoring.rows(self._config.batch, self._config.seq), share)
-        self._most, self._number, self._saved = scoring.ahead, 0, time.monotonic()
-        self._path = None if ledger.path is None else Path(f"{ledger.path}.plugins")
+        self._most, self._number, self._snapshots = scoring.ahead, 0, Snapshots(ledger)
         written = np.flatnonzero(ledger.entries["order"]) + 1
         self._enter(written if self._ranks.rank == 0 else written[:0])
         for predictor in self._predictors:
@@ -141,20 +137,19 @@ class StreamPass:
                     progress(done, len(windows.start))
         finally:
             weights.close()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        self._snapshots.remove()
 
     def _check_written(self, windows: Windows) -> None:
         """Raise LedgerError unless the ledger holds what windows score, which the copy of the weights is behind."""
         if not self._ledger.written(targets_of(windows)).all():
-            raise LedgerError(f"{self._path}: is of another ledger; delete both to begin anew")
+            raise self._snapshots.refused("is of another ledger")
 
     def _score(self, windows: Windows) -> None:
         """Score this rank's share of windows, enter what all ranks have scored, and let predictors learn from it."""
         turns = [windows.take(slice(i, i + self._rows)) for i in range(0, len(windows.start), self._rows)]
         under_way, passes = [], [(np.empty(0, np.int64), np.empty(0), np.empty(0))]
         for turn in turns[self._ranks.rank :: self._ranks.world]:
-            under_way.append(self._started(*self._view(turn)))
+            under_way.append(self._started(*view_of(self._evaluation.split, turn, self._rows, self._config.seq)))
             if len(under_way) >= self._most:
                 passes.append(self._read(*under_way.pop(0)))
             if self._watch is not None:  # an audit, of one rank, counts writes as passes
@@ -168,17 +163,6 @@ class StreamPass:
             own = sums[number % len(sums)][number // len(sums)]
             for predictor in self._predictors:
                 predictor.learn(self._ledger.scored(targets_of(turn)), None if np.isnan(own).any() else own)
-
-    def _view(self, windows: Windows) -> tuple[View, np.ndarray]:
-        """Return windows as one forward pass, filled up to its static shape, and its targets."""
-        tokens, targets, positions = (np.zeros((self._rows, self._config.seq), kind) for kind in "iiq")
-        kept = np.zeros(tokens.shape, bool)
-        for row, (start, length, first) in enumerate(zip(*(side.tolist() for side in windows), strict=True)):
-            text = self._evaluation.split.read(start, start + length + 1)
-            tokens[row, :length], targets[row, :length] = text[:-1], text[1:]
-            positions[row, :length] = np.arange(start + 1, start + length + 1)
-            kept[row, first:length] = True
-        return View(tokens, positions, kept), targets
 
     def _started(self, view: View, targets: np.ndarray) -> tuple[View, np.ndarray, Any, Any, bool]:
         """Start a forward pass; return what waits for its nats, its tape if there is more to ask, and if it is seen."""
@@ -225,49 +209,22 @@ class StreamPass:
             self._ledger.write(where[~old], cost[~old], marks[~old])
 
     def _copy(self, chunks: int) -> None:
-        """Copy weights and predictors now and then; the ledger is on the disk first, so that it is never behind."""
-        if self._path is None or self._ranks.rank or time.monotonic() - self._saved <= SNAPSHOT_EVERY:
-            return
-        self._ledger.sync()
-        weights = self._weights
-        sides = {"weights": weights.state(), **{str(i): one.state() for i, one in enumerate(self._predictors)}}
-        arrays = {f"{side}/{n}": np.ascontiguousarray(v) for side, part in sides.items() for n, v in part.items()}
-        place = json.dumps({"chunks": chunks, "version": weights.version, "moved": weights.moved})
-        write_tensors(self._path, arrays, {"skc": place})
-        self._saved = time.monotonic()
+        """Copy weights and predictors now and then."""
+        if self._snapshots.due:
+            weights = self._weights
+            sides = {"weights": weights.state(), **{str(i): one.state() for i, one in enumerate(self._predictors)}}
+            place = {"chunks": chunks, "version": weights.version, "moved": int(weights.moved)}
+            self._snapshots.write(Snapshot(place, sides))
 
     def _restored(self) -> int:
         """Take what rank 0's last copy holds and return the number of the chunk to go on with."""
-        place, arrays = self._read_copy() if self._ranks.rank == 0 else ([0, 0, 0], {})
-        chunks, version, moved = agree(self._ranks, place)
-        if chunks:
-            states: dict[str, Arrays] = {}
-            for name, values in share_arrays(self._ranks, arrays).items():
-                side, _, field = name.partition("/")
-                states.setdefault(side, {})[field] = values
-            try:
-                self._weights.load(states.get("weights", {}), version, bool(moved))
-                for i, predictor in enumerate(self._predictors):
-                    predictor.load(states.get(str(i), {}))
-            except (ValueError, KeyError) as error:
-                raise LedgerError(f"{self._path}: {error}; delete it and {self._ledger.path} to begin anew") from error
-        return chunks
-
-    def _read_copy(self) -> tuple[list[int], Arrays]:
-        """Return chunks, version and whether weights have moved, and the weights, of the last copy; or zeros."""
-        path = self._path
-        if path is None:
-            return [0, 0, 0], {}
-        sweep(path.parent, f"{path.name}.")
-        if not path.exists() or not self._ledger.writes:  # what an earlier evaluation of this name left
-            path.unlink(missing_ok=True)
-            return [0, 0, 0], {}
+        copy = self._snapshots.read(self._ranks, "chunks", "version", "moved")
+        if copy is None:
+            return 0
         try:
-            metadata, arrays = read_tensors(path, MAX_SNAPSHOT)
-            values = parse_json("skc", str(metadata["skc"]))
-            place = [values[name] for name in ("chunks", "version", "moved")]
-            if not all(isinstance(value, int) and value >= 0 for value in place):
-                raise ValueError(f"{place}: expected whole numbers from 0 up")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise LedgerError(f"{path}: damaged ({error}); delete it and {self._ledger.path} to begin anew") from error
-        return place, arrays
+            self._weights.load(copy.sides.get("weights", {}), copy.place["version"], bool(copy.place["moved"]))
+            for i, predictor in enumerate(self._predictors):
+                predictor.load(copy.sides.get(str(i), {}))
+        except (ValueError, KeyError) as error:
+            raise self._snapshots.refused(str(error)) from error
+        return copy.place["chunks"]

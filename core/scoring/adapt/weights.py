@@ -8,7 +8,8 @@ import numpy as np
 
 from core.data.batch import Batch
 from core.data.dataset import Split
-from core.engine.protocol import AdaptStep, Arrays, Engine, StepResult
+from core.engine.adapting import AdaptStep
+from core.engine.protocol import Arrays, Engine, StepResult
 from core.engine.ranks import share
 from core.scoring.adapt.freeze import Freeze
 from core.scoring.ledger import Ledger, LedgerError, Scored
