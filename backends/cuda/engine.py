@@ -267,7 +267,7 @@ class Engine(Predicting, Adapting, Descent):
         """Return the objective of a batch as a function and its arguments, for PyTorch's tracers; nothing has run."""
         weights, tables = self._trained(self._params, quantise), self._constants(batch.tokens.shape[1])
         rows = self._move(batch.tokens), self._move(batch.targets)
-        return self._losses, (weights, *rows, tables, True, self._begins(batch.tokens))
+        return self._losses, (weights, *rows, tables, True, True, self._begins(batch.tokens))
 
     def nll(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return self.nll_later(tokens, targets, False)()

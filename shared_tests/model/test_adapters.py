@@ -355,6 +355,7 @@ def test_what_cannot_be_adapted_is_refused(backend: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_passes_are_the_same(backend: str) -> None:
     config, rows, ends = mini("debug"), text("debug", 3), []

@@ -10,7 +10,7 @@ import pytest
 
 from core import presets
 from core.check.tolerances import CAUSAL
-from core.config import ModelConfig, RunConfig
+from core.config import ModelConfig, RunConfig, TrainConfig
 from core.data.batch import Batch
 from core.model.config import KINDS
 from core.model.tables import walsh
@@ -233,14 +233,15 @@ def last_loss(backend: str, config: RunConfig, enough: float = -math.inf) -> flo
     model = dataclasses.replace(config.model, vocab=VOCAB)
     kinds = tuple(dict.fromkeys(map(model.kind, range(model.layers))))
     fewer: dict[str, Any] = {"layers": max(2, len(kinds)), "blocks": kinds}
-    if model.repeat_layers:
+    if model.repeat_layers or model.shared_blocks:
         fewer = {"repeat_layers": model.repeat_layers[:1]}
-    model = dataclasses.replace(model, **fewer)
+    attending = dataclasses.replace(model.attention, xsa_layers=None)  # all that there are
+    model = dataclasses.replace(model, attention=attending, **fewer)
     rates: dict[str, Any] = {f"lr_{group}": 3e-3 for group in ("embed", "matrix", "vector")}
     # No rule can learn what is not there, and no form of the weights knows a token: AdamW on the weights as they are
     # takes half the time of Muon on stored ones (the flips are looked at with stored ones).
-    rates |= {"matrix_rule": "adamw", "quantise": "never"}
-    train = dataclasses.replace(config.train, batch=ROWS, seq=SEQ, steps=STEPS, warmdown=0.0, **rates)
+    rates |= {"matrix_rule": "adamw", "quantise": "never", "warmdown": 0.0}
+    train = TrainConfig(batch=ROWS, seq=SEQ, steps=STEPS, repeat_from=config.train.repeat_from, **rates)
     config = dataclasses.replace(config, model=model, train=train)
     # Packed documents need no mask in the fast form; the exact one always asks for it, so that a leak can be planted.
     made, losses = engine(backend, config, dtype="float32", exact=model.documents == "packed"), []
