@@ -16,7 +16,7 @@ import torch
 from core import presets
 from core.check.tolerances import P2_FLOAT64, relative_rms
 from core.config import ConfigError, ModelConfig, RunConfig, changed
-from core.model.params import count, param_table
+from core.model.params import count, param_table, start_values
 from core.model.shares import shares
 from shared_tests import oracle
 from shared_tests.support.harness import BACKENDS, draw, engine, tokens
@@ -204,6 +204,8 @@ def test_parameters_are_counted_without_any_weights() -> None:
         theirs = library().Qwen3_5ForCausalLM(config)
     assert count(model) == sum(value.numel() for value in theirs.parameters()) == 752_393_024
     assert sum(share.parameters for share in shares(model, 64).values()) == 752_393_024
+    with pytest.raises(ConfigError, match="752,393,024 parameters, at most 268,435,456 are drawn"):
+        start_values(model, 0)
 
 
 def test_its_mini_has_what_it_has() -> None:
