@@ -36,7 +36,7 @@ class Model:
         ids = self.tokenizer.encode(text)
         require(len(ids) > 0, "text: has no tokens; expected at least one letter")
         split = Split(
-            [np.append(self.tokenizer.bos, ids).astype("<u2")],
+            [np.append(self.tokenizer.bos, ids).astype(np.int32)],
             self.tokenizer,
             "text",
             document_bytes=np.array([len(text.encode())]),

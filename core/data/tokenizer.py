@@ -1,4 +1,6 @@
-"""SentencePiece tokenizers: loading, encoding, and the byte table that bits per byte rests on.
+"""Tokenizers: loading, encoding, and the byte table that bits per byte rests on.
+
+`Tokenizer` is SentencePiece's; `Tokenizer.load` also opens a tokenizer.json (`core.data.tokenizer_json`).
 
 Where text is transformed before it becomes tokens (`core.data.transform`), the tokenizer does that and undoes it. Its
 file says so in a field of our own behind SentencePiece's, so its copies in run folders and beside artifacts do too.
@@ -18,6 +20,8 @@ from core.files import open_input, read_bounded
 MAX_VOCAB = 65_535
 MAX_MODEL = 1 << 24
 """Bytes of a .model file."""
+MAX_FILE = 1 << 26
+"""Bytes of a tokenizer of any kind."""
 SPACE = "\u2581"
 MARKER_BYTES = len(MARKERS[0].encode())
 TRANSFORMED = {name: b"\xc2\x0c" + bytes([len(name)]) + name.encode() for name in get_args(Transform)[1:]}
@@ -43,6 +47,8 @@ class ByteTable(NamedTuple):
 class Tokenizer:
     """A SentencePiece model; TokenizerError if it is not one, has no BOS id or too many pieces for uint16 shards.
 
+    A tokenizer.json is one of the same methods.
+
     TokenizerError also for one whose text is transformed that has no pieces for the markers.
     """
 
@@ -51,6 +57,9 @@ class Tokenizer:
     vocab: int
     bos: int
     unknown: int
+    """The id of what it does not know; -1: it knows everything."""
+    spaced = True
+    """Whether pieces hold the space in front of them, which costs nothing behind a boundary."""
     byte_pieces: bool
     """All 256 byte pieces are there: no text becomes unknown."""
     transform: Transform
@@ -102,11 +111,23 @@ class Tokenizer:
             )
         return Tokenizer(self.model + TRANSFORMED[transform], name)
 
-    @classmethod
-    def load(cls, path: str) -> "Tokenizer":
-        """Read a `.model` file; OSError, FileError or TokenizerError."""
-        with open_input(path, MAX_MODEL) as file:
-            return cls(read_bounded(path, file, MAX_MODEL), path)
+    @staticmethod
+    def load(path: str) -> "Tokenizer":
+        """Read a `.model` file or a tokenizer.json; OSError, FileError or TokenizerError."""
+        with open_input(path) as file:
+            json = file.peek(1)[:1] == b"{"
+        limit = MAX_FILE if json else MAX_MODEL
+        with open_input(path, limit) as file:
+            return Tokenizer.of(read_bounded(path, file, limit), path)
+
+    @staticmethod
+    def of(model: bytes, name: str = "tokenizer") -> "Tokenizer":
+        """Return the tokenizer that the bytes of a file are, of whichever kind; TokenizerError."""
+        if model[:1] != b"{":  # which no SentencePiece model begins with
+            return Tokenizer(model, name)
+        from core.data.tokenizer_json import JsonTokenizer  # which derives from this class
+
+        return JsonTokenizer(model, name)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the token ids of `text` (int32), without BOS."""
@@ -133,11 +154,15 @@ class Tokenizer:
         The transform is undone. `strict`: TransformError for tokens that no text becomes, as a model may write them.
         ValueError for an id that no piece has.
         """
+        plain = self._plain(ids).tolist()
+        return (invert_transform if strict else restore_text)(self._processor.decode(plain), self.transform)
+
+    def _plain(self, ids: Iterable[int] | np.ndarray) -> np.ndarray:
         plain = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64).ravel()
         outside = plain[(plain < 0) | (plain >= self.vocab)]
         if outside.size:
             raise ValueError(f"token id {outside[0]}: expected from 0 to {self.vocab - 1}")
-        return (invert_transform if strict else restore_text)(self._processor.decode(plain.tolist()), self.transform)
+        return plain
 
     def identity(self, text: str) -> bytes:
         """Return bytes that are equal for texts that become the same tokens, and empty for one that becomes none."""

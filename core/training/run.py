@@ -49,7 +49,7 @@ NAMES = (
     "state/plugins.ledger", "state/plugins.ledger.plugins", "state/moments.safetensors",
 )  # fmt: skip
 """Files that training writes: better that none is a folder at its start than at its end."""
-MAX_TOKENIZER = 16 << 20
+MAX_TOKENIZER = 64 << 20
 BLOCK = 1 << 16
 """Bytes that are looked through at a time for the end of the last whole line."""
 
