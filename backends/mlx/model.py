@@ -70,19 +70,20 @@ class Model(nn.Module):
         for name in self._sites:
             self.hand(name, name, {})
 
-    def norm(self, x_BTD):
-        return ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
+    def norm(self, x_BTD, gain_D=None):
+        return ops.rms_norm(x_BTD, self._config.norm_eps, self._exact, gain_D)
 
     def embedding(self, tokens_BT, dtype):
         """Return the stream before the first stage."""
         x_BTD = self.embed(tokens_BT).astype(dtype)
         x_BTD = self.embed_up(x_BTD) if self._config.embedding.dim is not None else x_BTD
         n_BTD = self.norm(x_BTD)
-        return Stream(n_BTD, x_BTD, n_BTD, n_BTD)
+        entering_BTD = n_BTD if self._config.embedding.norm else x_BTD
+        return Stream(entering_BTD, x_BTD, n_BTD, entering_BTD)
 
     def hidden(self, x_BTD):
         """Return what the tied head multiplies, (B, T, E)."""
-        x_BTD = self.norm(x_BTD)
+        x_BTD = self.norm(x_BTD, 1 + self.head.norm_gain if self._config.norm_gains else None)
         return self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
 
     def context(self, tokens_BT, constants, state, wide, training, learns):

@@ -13,15 +13,17 @@ class Attention(Part):
     """Layer kind `attention`: mix positions by causal attention."""
 
     heads: int = 4
-    """Query heads; each has dim / heads channels."""
+    """Query heads; each has head_width channels."""
     kv_heads: int = 2
     """Key and value heads, each shared by heads / kv_heads query heads."""
+    head_width: int | None = None
+    """Channels of a head; None: dim / heads."""
     rope_dims: int = 64
-    """How many channels of each head are rotated by position (even, at most dim / heads)."""
+    """How many channels of each head are rotated by position (even, at most the width of a head)."""
     rope_base: float = 10_000.0
     """Base of the rotary frequencies."""
     q_gain: float = 1.5
-    """Start value of the per-head gain on normalised queries."""
+    """Start value of the per-head gain on normalised queries, which model.norm_gains replaces by one per channel."""
     conv: bool = False
     """A short convolution of what enters attention, as the recurrent mixers have one; it starts as the identity."""
     xsa: Literal["none", "projected", "full"] = "none"
@@ -35,25 +37,34 @@ class Attention(Part):
     """How many channels a gate reads; model.dim: all."""
     head_gate_scale: float = 1.0
     """What the gates' products are multiplied by: how fast gates learn, as their weights start at 0."""
+    output_gate: bool = False
+    """Every channel that a head puts out is multiplied by the sigmoid of a projection of what enters the layer."""
 
     FLOPS = (
-        "attention 2 * seq * dim, 4 * dim more where it leaves out its own value, 2 * heads * head_gate_width of gates"
+        "attention 2 * seq * heads * head_width (4 * heads * head_width more where it leaves out its own value), "
+        "2 * heads * head_gate_width of gates"
     )
 
     def check(self, model: Model) -> None:
         """Raise ConfigError for settings that cannot be built."""
         require_least("model.attention", self, 1, "heads", "kv_heads")
-        heads, kv_heads, width = self.heads, self.kv_heads, model.dim // self.heads
-        require(model.dim % heads == 0, f"model.dim={model.dim} is not divisible by model.attention.heads={heads}")
+        heads, kv_heads, width, used = self.heads, self.kv_heads, self.width(model), model.mixes("attention")
+        divides = self.head_width is not None or model.dim % heads == 0
+        require(divides, f"model.dim={model.dim} is not divisible by model.attention.heads={heads}")
+        given = f"model.attention.head_width={self.head_width}"
+        require(width >= 1, f"{given}: expected at least 1, or none for dim / heads")
         where = f"model.attention.heads={heads} is not divisible by model.attention.kv_heads={kv_heads}"
         require(heads % kv_heads == 0, where)
         good = self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= width
         where = f"model.attention.rope_dims={self.rope_dims}"
-        require(good, f"{where}: expected an even number from 0 to dim / heads = {width}")
+        require(good, f"{where}: expected an even number from 0 to {width}, the width of a head")
         require(self.rope_base > 0, f"model.attention.rope_base={self.rope_base}: expected a positive number")
-        used = model.mixes("attention")
         # A setting without a use would give one model two names in an ablation.
-        require(used or not self.conv, f"model.attention.conv={self.conv}: no layer has a use for it")
+        for name in ("conv", "head_width", "output_gate"):
+            value = getattr(self, name)
+            require(used or not value, f"model.attention.{name}={value}: no layer has a use for it")
+        known, where = self.q_gain == Attention.q_gain, f"model.attention.q_gain={self.q_gain}"
+        require(known or not model.norm_gains, f"{where}: model.norm_gains=True has no use for it; leave it out")
         self._check_exclusion(model)
         self._check_gates(model, used)
 
@@ -88,30 +99,38 @@ class Attention(Part):
 
     def width(self, model: Model) -> int:
         """Return the channels of one head."""
-        return model.dim // self.heads
+        return model.dim // self.heads if self.head_width is None else self.head_width
+
+    def whole(self, model: Model) -> int:
+        """Return the channels of all query heads together."""
+        return self.heads * self.width(model)
 
     def rows(self, model: Model) -> Rows:
         """Return the parameters of one layer."""
-        kv = self.kv_heads * self.width(model)
+        kv, whole = self.kv_heads * self.width(model), self.whole(model)
         conv = {"conv": vector(model.dim, TAPS, init=Init("columns", 1.0, 1))} if self.conv else {}
         gate = {"head_gate": vector(self.heads, self.head_gate_width)} if self.head_gate != "none" else {}
+        gains = {"q_gain": vector(self.heads, init=self.q_gain)}
+        if model.norm_gains:
+            gains = {name: vector(self.width(model)) for name in ("q_norm_gain", "k_norm_gain")}
         return conv | {
-            "q.weight": matrix(model, model.dim, model.dim),
+            "q.weight": matrix(model, whole, model.dim),
             "k.weight": matrix(model, kv, model.dim),
             "v.weight": matrix(model, kv, model.dim),
-            **output(model, "o", model.dim),
-            "q_gain": vector(self.heads, init=self.q_gain),
+            **output(model, "o", whole),
+            **gains,
             **gate,
+            **({"gate.weight": matrix(model, whole, model.dim)} if self.output_gate else {}),
         }
 
     def flops(self, model: Model, seq: int) -> int:
         """Return the FLOPs of scores, sums and gates: a causal token sees half the row."""
-        return 2 * seq * model.dim + (2 * self.heads * self.head_gate_width if self.head_gate != "none" else 0)
+        return 2 * seq * self.whole(model) + (2 * self.heads * self.head_gate_width if self.head_gate != "none" else 0)
 
     def values(self, model: Model, seq: int, scores: bool) -> int:
         """Return about how many numbers of one token the backward pass needs again."""
-        beside = (self.xsa != "none") + (self.head_gate != "none")  # what each is a function of
-        return (12 + beside) * model.dim + (3 * self.heads * seq if scores else 0)
+        beside = (self.xsa != "none") + (self.head_gate != "none") + 2 * self.output_gate  # what each is a function of
+        return (12 + beside) * self.whole(model) + (3 * self.heads * seq if scores else 0)
 
     def state(self, model: Model) -> State:
         """Return the size of the decoding state: what enters the convolution, and keys and values of every token."""
@@ -124,7 +143,9 @@ class Attention(Part):
     def mini(self, model: Model, dim: int) -> "Attention":
         """Return settings of at most 4 heads with the same sharing, and the same share of rotated channels."""
         heads, there = min(self.heads, 4), [attends(model, i) for i in range(min(model.layers, 4))]
-        rotated = max(2, round(dim // heads * self.rope_dims / self.width(model) / 2) * 2) if self.rope_dims else 0
+        width = None if self.head_width is None else max(4, self.head_width * dim // model.dim)
+        share = (width or dim // heads) * self.rope_dims / self.width(model)
+        rotated = max(2, round(share / 2) * 2) if self.rope_dims else 0
         # A model without attention may have no setting that only attention uses.
         small = self if any(there) else Attention(rope_base=self.rope_base, q_gain=self.q_gain)
         if small.xsa_layers is not None:  # so many of the last that one of them has attention
@@ -132,7 +153,8 @@ class Attention(Part):
             small = replace(small, xsa_layers=min(max(small.xsa_layers, nearest), len(there)))
         if small.head_gate != "none":
             small = replace(small, head_gate_width=min(small.head_gate_width, dim))
-        return replace(small, heads=heads, kv_heads=max(1, heads * self.kv_heads // self.heads), rope_dims=rotated)
+        shared = max(1, heads * self.kv_heads // self.heads)
+        return replace(small, heads=heads, kv_heads=shared, rope_dims=rotated, head_width=width if any(there) else None)
 
 
 def attends(model: Model, layer: int) -> bool:
@@ -145,4 +167,4 @@ class Exclusion(Part):
 
     def flops(self, model: Model, seq: int) -> int:
         """Return the FLOPs of a product with the own value and of taking the projection away."""
-        return 4 * model.dim
+        return 4 * model.attention.whole(model)

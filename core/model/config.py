@@ -48,6 +48,8 @@ class ModelConfig:
     """Number of layers."""
     blocks: tuple[str, ...] = ("attention",)
     """Layer kinds, repeated in this order until there are `layers` of them."""
+    residual_scales: bool = True
+    """Each layer adds its mixer and its MLP through a learned scale per channel (start 1); False: as they are."""
     residual_mix: bool = False
     """Each layer's input is a learned mix of the stream and the embedding stream (start 1, 0)."""
     depth_damping: bool = False
@@ -56,6 +58,8 @@ class ModelConfig:
     """RMS norm of what enters an output projection (mixer and MLP): none, without or with a learned gain."""
     norm_eps: float = 1e-6
     """Epsilon of every RMS norm."""
+    norm_gains: bool = False
+    """Norms of what enters a mixer, an MLP and the head, and of queries and keys, have gains 1 + w (w starts at 0)."""
     documents: Literal["isolated", "packed"] = "isolated"
     """isolated: nothing crosses a BOS token; packed: BOS is an ordinary token (the official behaviour)."""
     bos: int = 1
@@ -117,6 +121,9 @@ class ModelConfig:
         for part in self.parts.values():
             part.check(self)
         self._check_trunk()
+        own, without = bool(self.repeat_layers) and self.repeat_scales == "own", "model.residual_scales=False"
+        require(self.residual_scales or not own, f"{without}: repeats begin at scales of 0; set it")
+        require(self.residual_scales or not self.experts.count, f"{without}: experts begin at small scales; set it")
 
     def _check_trunk(self) -> None:  # of a hostile file too: nothing here may take time or memory by its numbers
         shared, again, period = self.shared_blocks, self.repeat_layers, len(self.blocks)

@@ -17,11 +17,15 @@ class Embedding(Part):
     """Standard deviation of the start values."""
     storage: Storage = "float16"
     """How the embedding, its projections and the table of value embeddings are stored."""
+    norm: bool = True
+    """The stream starts as the RMS norm of the vectors; False: as the vectors themselves."""
 
     def check(self, model: Model) -> None:
         """Raise ConfigError for settings that cannot be built."""
         require(self.dim is None or self.dim >= 1, f"model.embedding.dim={self.dim}: expected at least 1")
         require_least("model.embedding", self, 0, "std")
+        where = f"model.embedding.norm=False: model.bigram.buckets={model.bigram.buckets}: bigrams stand in front of"
+        require(self.norm or not model.bigram.buckets, f"{where} that norm; leave one of the two out")
 
     def rows(self, model: Model) -> Rows:
         """Return the parameters, by their whole names."""

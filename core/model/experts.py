@@ -36,6 +36,8 @@ class Experts(Part):
                 idle = f"{where}={value}: there are no experts; set model.experts.count, or leave it out"
                 require(value == field.default, idle)
             return
+        gated = "model.mlp.activation=swiglu: experts have no gates; take relu2 or leaky_relu2, or leave out experts"
+        require(model.mlp.activation != "swiglu", gated)
         count, active, blocks = self.count, self.active, model.shared_blocks or model.layers
         require(2 <= count <= MOST, f"model.experts.count={count}: expected 2 to {MOST}, or 0 for none")
         require(1 <= active <= count, f"model.experts.active={active}: expected 1 to {count}, the number of experts")

@@ -26,4 +26,5 @@ class Head(Part):
         """Return the parameters beside the embedding's, which the head shares."""
         shape = model.vocab, model.embedding.dim or model.dim
         own = {"weight": Param(shape, Init("constant", 0.0), "embed", model.embedding.storage)} if self.untied else {}
-        return {**own, **({"bias": vector(model.vocab)} if self.bias else {})}
+        gain = {"norm_gain": vector(model.dim)} if model.norm_gains else {}
+        return {**own, **gain, **({"bias": vector(model.vocab)} if self.bias else {})}

@@ -1,4 +1,4 @@
-"""A layer: a mixer and an MLP, each added to the stream through a scale per channel."""
+"""A layer: a mixer and an MLP, each added to the stream, through a scale per channel unless there is none."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,14 +61,21 @@ class Layer(Part):
         # Of experts a token gets one whole: the branch must start small, whatever the router's probabilities are.
         small = 1.0 / model.experts.count if mlp is model.experts else 1.0
         mix = {"stream_mix": vector(*shape, init=1.0), "embed_mix": vector(*shape)} if model.residual_mix else {}
-        gate = vector(*per_pass(model, self.block, 1), init=0.5)
+        gate, kind = vector(*per_pass(model, self.block, 1), init=0.5), KINDS[model.kind(self.block)]
+
+        def beside(branch: str, start: float) -> Rows:
+            scale = vector(*shape, init=start if alike else Init("rows", start, first))
+            gained = model.norm_gains and not (branch == "mlp" and kind.parallel)  # which reads what the mixer does
+            gain = {f"{branch}_norm_gain": vector(model.dim)} if gained else {}
+            return ({f"{branch}_scale": scale} if model.residual_scales else {}) | gain
+
         return {
             **below("mixer", self.mixer(model).rows(model)),
-            "mixer_scale": vector(*shape, init=1.0 if alike else Init("rows", 1.0, first)),
+            **beside("mixer", 1.0),
             **below("mlp", mlp.rows(model)),
-            "mlp_scale": vector(*shape, init=small if alike else Init("rows", small, first)),
+            **beside("mlp", small),
             **mix,
-            **({"gate": gate} if KINDS[model.kind(self.block)].gated else {}),
+            **({"gate": gate} if kind.gated else {}),
             **({"blend": vector(again, init=0.5)} if model.repeat_blend and again else {}),
         }
 

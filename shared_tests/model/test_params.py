@@ -39,7 +39,7 @@ GOLDEN_START = {
     "pr1619_mac": "bb4bf553788e0f7d",
     "pr1394_mac": "2aad4285a5a3d18e",
     "pr1855_mac": "b912476ecbe9f855",
-    "everything": "eecc4228f93ab2ab",
+    "everything": "e5d5d3108a3456e8",
     "opposite": "5d9f357234fad7bd",
     "hybrid": "bef7557557ab7051",
 }

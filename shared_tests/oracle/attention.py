@@ -12,14 +12,15 @@ from shared_tests.reference.ops import linear, rms_norm, rope, sigmoid, softmax
 EXAMPLE = {
     "blocks": ("attention",), "attention.heads": 2, "attention.kv_heads": 1, "attention.rope_dims": 8,
     "attention.conv": True, "attention.xsa": "projected", "attention.xsa_layers": 2, "attention.head_gate": "double",
-    "attention.head_gate_width": 5, "attention.head_gate_scale": 0.7,
+    "attention.head_gate_width": 5, "attention.head_gate_scale": 0.7, "attention.head_width": 10,
+    "attention.output_gate": True,
 }  # fmt: skip
 
 
 def attention(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, text: Text) -> Stream:
     """Return what attention of the normalised stream puts out."""
     settings, entered = config.attention, stream.x
-    rows, seq, dim = entered.shape
+    (rows, seq, _), width = entered.shape, settings.head_width or config.dim // settings.heads
     turn = rope_tables(seq, settings.rope_dims, settings.rope_base)
     n = convolve(entered, w["conv"], text.starts) if settings.conv else entered
 
@@ -27,17 +28,21 @@ def attention(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, tex
         y = linear(n, w[f"{name}.weight"])
         if name == "v" and stage.layer in stream.to_values:
             y = y + stream.to_values[stage.layer]
-        return y.reshape(rows, seq, -1, dim // settings.heads).swapaxes(1, 2)
+        return y.reshape(rows, seq, -1, width).swapaxes(1, 2)
 
-    q, k = (rope(rms_norm(heads(name), config.norm_eps, True), *turn) for name in "qk")
-    q, v, y = q * w["q_gain"][:, None, None], heads("v"), np.empty((rows, seq, settings.heads, dim // settings.heads))
+    def unit(name: str) -> Array:
+        x = rms_norm(heads(name), config.norm_eps, True)
+        return rope(x + x * w[f"{name}_norm_gain"] if config.norm_gains else x, *turn)
+
+    q, k, v, y = unit("q"), unit("k"), heads("v"), np.empty((rows, seq, settings.heads, width))
+    q = q if config.norm_gains else q * w["q_gain"][:, None, None]
     for row in range(rows):
         start = 0
         for t in range(seq):
             start = t if text.starts[row, t] else start
             for head in range(settings.heads):
                 shared = head * settings.kv_heads // settings.heads
-                scores = k[row, shared, start : t + 1] @ q[row, head, t] / np.sqrt(dim // settings.heads)
+                scores = k[row, shared, start : t + 1] @ q[row, head, t] / np.sqrt(width)
                 y[row, t, head] = softmax(scores, True) @ v[row, shared, start : t + 1]
                 if settings.xsa != "none" and config.layers - stage.layer <= (settings.xsa_layers or config.layers):
                     own = v[row, shared, t]
@@ -48,4 +53,7 @@ def attention(config: ModelConfig, w: Weights, stream: Stream, stage: Stage, tex
                     product = w["head_gate"][head] @ entered[row, t, : settings.head_gate_width]
                     most = {"sigmoid": 1.0, "double": 2.0}[settings.head_gate]
                     y[row, t, head] *= most * sigmoid(settings.head_gate_scale * product, True)
-    return stream._replace(x=output(config, w, "o", y.reshape(rows, seq, dim)))
+    y = y.reshape(rows, seq, -1)
+    if settings.output_gate:
+        y = y * sigmoid(linear(entered, w["gate.weight"]), True)
+    return stream._replace(x=output(config, w, "o", y))

@@ -12,4 +12,5 @@ def embedding(config: ModelConfig, w: Weights, text: Text) -> Stream:
     x = w["embed.weight"][text.tokens]
     x = linear(x, w["embed_up.weight"]) if config.embedding.dim else x
     values = rms_norm(x, config.norm_eps, True)
-    return Stream(values, x, values, values)
+    entering = values if config.embedding.norm else x
+    return Stream(entering, x, values, entering)

@@ -12,27 +12,34 @@ from core.model.table import TAPS
 
 class Attention(Part):
     """Mix positions by attention. Letters: B rows, T positions, D width, H heads, G key/value heads, K channels,
-    S positions of the state and T."""
+    C of all heads together, S positions of the state and T."""
 
     def __init__(self, config, exact):
         super().__init__()
         self._config, self._exact, settings = config, exact, config.attention
-        kv = settings.kv_heads * settings.width(config)
-        self.q = Linear(config.dim, config.dim)
+        width, whole = settings.width(config), settings.whole(config)
+        kv = settings.kv_heads * width
+        self.q = Linear(config.dim, whole)
         self.k = Linear(config.dim, kv)
         self.v = Linear(config.dim, kv)
-        self.o = Output(config.dim, config, exact)
+        self.o = Output(whole, config, exact)
         if settings.conv:
             self.conv = nn.Parameter(torch.zeros(config.dim, TAPS))
-        self.q_gain = nn.Parameter(torch.zeros(settings.heads))
+        if config.norm_gains:
+            self.q_norm_gain = nn.Parameter(torch.zeros(width))
+            self.k_norm_gain = nn.Parameter(torch.zeros(width))
+        else:
+            self.q_gain = nn.Parameter(torch.zeros(settings.heads))
         self._exclusive = tuple(i for i in range(config.layers) if settings.excludes(config, i))
+        if settings.output_gate:
+            self.gate = Linear(config.dim, whole)
         if settings.head_gate != "none":
             self.head_gate = nn.Parameter(torch.zeros(settings.heads, settings.head_gate_width))
 
     def forward(self, stream, context, stage, state):
         config, exact, x_BTD, settings = self._config, self._exact, stream.x, self._config.attention
         rows, seq, dim = x_BTD.shape
-        tail_BPD = None
+        tail_BPD, gained = None, config.norm_gains
         if settings.conv:
             zeros_BPD = torch.zeros((rows, TAPS - 1, dim), dtype=x_BTD.dtype, device=x_BTD.device)
             tail_BPD = torch.cat([zeros_BPD if state is None else state.tail, x_BTD], dim=1)
@@ -46,9 +53,11 @@ class Attention(Part):
         own_BTGK = v_BTC.reshape(split)
         v_BGTK = torch.swapaxes(own_BTGK, 1, 2)
         # Normalised queries and keys bound the scores; the gain learns how sharp they get.
-        q_BHTK = ops.rope(ops.rms_norm(q_BHTK, config.norm_eps, exact), context.cos, context.sin)
-        k_BGTK = ops.rope(ops.rms_norm(k_BGTK, config.norm_eps, exact), context.cos, context.sin)
-        q_BHTK = q_BHTK * self.q_gain.to(q_BHTK.dtype)[:, None, None]
+        q_BHTK = ops.rms_norm(q_BHTK, config.norm_eps, exact, 1 + self.q_norm_gain if gained else None)
+        k_BGTK = ops.rms_norm(k_BGTK, config.norm_eps, exact, 1 + self.k_norm_gain if gained else None)
+        q_BHTK, k_BGTK = (ops.rope(x, context.cos, context.sin) for x in (q_BHTK, k_BGTK))
+        if not gained:
+            q_BHTK = q_BHTK * self.q_gain.to(q_BHTK.dtype)[:, None, None]
         # Keys are kept as they were rotated: scores depend on distances alone.
         if state is not None:
             k_BGTK, v_BGTK = torch.cat([state.k, k_BGTK], dim=2), torch.cat([state.v, v_BGTK], dim=2)
@@ -57,11 +66,14 @@ class Attention(Part):
         if stage.layer in self._exclusive:
             y_BTHK = ops.exclude(y_BTHK, own_BTGK, context.alone, settings.xsa == "projected")
         if settings.head_gate != "none":
-            y_BTHK = self.gate(stream.x)[..., None] * y_BTHK
-        y_BTD = self.o(y_BTHK.reshape(rows, seq, dim))
+            y_BTHK = self.factors(stream.x)[..., None] * y_BTHK
+        y_BTC = y_BTHK.reshape(rows, seq, -1)
+        if settings.output_gate:
+            y_BTC = ops.sigmoid(self.gate(stream.x), exact) * y_BTC
+        y_BTD = self.o(y_BTC)
         return stream._replace(x=y_BTD), AttentionState(k_BGTK, v_BGTK, tail_BPD)
 
-    def gate(self, x_BTD):
+    def factors(self, x_BTD):
         """Return the factor of every head, by the first channels of what entered the layer."""
         settings = self._config.attention
         weight_HD, rest = self.head_gate * settings.head_gate_scale, x_BTD.shape[-1] - settings.head_gate_width

@@ -19,6 +19,8 @@ class Head(Matrix):
         self._untied = config.head.untied
         if self._untied:
             self.weight = nn.Parameter(torch.zeros(config.vocab, config.embedding.dim or config.dim))
+        if config.norm_gains:
+            self.norm_gain = nn.Parameter(torch.zeros(config.dim))
         if self._biased:
             self.bias = nn.Parameter(torch.zeros(config.vocab))
 

@@ -18,6 +18,8 @@ class Head(Matrix):
         self._untied = config.head.untied
         if self._untied:
             self.weight = mx.zeros((config.vocab, config.embedding.dim or config.dim))
+        if config.norm_gains:
+            self.norm_gain = mx.zeros((config.dim,))
         if self._biased:
             self.bias = mx.zeros((config.vocab,))
 

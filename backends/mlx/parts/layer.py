@@ -24,9 +24,14 @@ class Layer(Part):
         self._config, self._exact, self._kind = config, exact, KINDS[config.kind(block)]
         shape, repeats = per_pass(config, block, config.dim), config.uses_of(block)[1]
         self.mixer, self.block_mixer, self.block_mlp = MIXERS[self._kind.mixer](config, exact), Site(), Site()
-        self.mixer_scale = mx.zeros(shape)
         self.mlp = (Experts if config.experts.within(config, block) else MLP)(config, exact)
-        self.mlp_scale = mx.zeros(shape)
+        if config.residual_scales:
+            self.mixer_scale = mx.zeros(shape)
+            self.mlp_scale = mx.zeros(shape)
+        if config.norm_gains:
+            self.mixer_norm_gain = mx.zeros((config.dim,))
+            if not self._kind.parallel:
+                self.mlp_norm_gain = mx.zeros((config.dim,))
         if config.residual_mix:
             self.stream_mix = mx.zeros(shape)
             self.embed_mix = mx.zeros(shape)
@@ -35,9 +40,10 @@ class Layer(Part):
         if config.repeat_blend and repeats:
             self.blend = mx.zeros(repeats)
 
-    def norm(self, x_BTD, stage):
+    def norm(self, x_BTD, stage, branch):
         """Return what enters mixer and MLP: a deeper layer's share of the stream is smaller, if damping is on."""
-        x_BTD = ops.rms_norm(x_BTD, self._config.norm_eps, self._exact)
+        gain_D = 1 + getattr(self, f"{branch}_norm_gain") if self._config.norm_gains else None
+        x_BTD = ops.rms_norm(x_BTD, self._config.norm_eps, self._exact, gain_D)
         return x_BTD * (stage.layer + 1) ** -0.5 if self._config.depth_damping and stage.layer else x_BTD
 
     def __call__(self, stream, context, stage, state):
@@ -48,19 +54,24 @@ class Layer(Part):
         def own(weight):
             return (weight if weight.ndim == 1 else weight[stage.row]).astype(x_BTD.dtype)
 
+        def scaled(branch, y_BTD, which):
+            y_BTD = own(getattr(self, f"{branch}_scale")) * y_BTD if self._config.residual_scales else y_BTD
+            return _kept(y_BTD, context, stage, which)
+
         if self._config.residual_mix:
             x_BTD = own(self.stream_mix) * x_BTD + own(self.embed_mix) * stream.embedded
-        n_BTD = self.norm(x_BTD, stage)
+        n_BTD = self.norm(x_BTD, stage, "mixer")
         stream, tape = self.mixer(stream._replace(x=n_BTD), context, stage, state)
-        mixed_BTD = _kept(own(self.mixer_scale) * self.block_mixer.beside(n_BTD, stream.x), context, stage, 0)
+        mixed_BTD = scaled("mixer", self.block_mixer.beside(n_BTD, stream.x), 0)
         if self._kind.gated:
             mixed_BTD = own(self.gate) * mixed_BTD
         if stream.lane is None:
             x_BTD = x_BTD + mixed_BTD
         # Beside the mixer, the MLP reads the same input: neither waits for the other.
-        n_BTD = n_BTD if self._kind.parallel else self.norm(x_BTD if stream.lane is None else stream.lane, stage)
+        if not self._kind.parallel:
+            n_BTD = self.norm(x_BTD if stream.lane is None else stream.lane, stage, "mlp")
         stream, _ = self.mlp(stream._replace(x=n_BTD), context, stage, None)
-        changed_BTD = _kept(own(self.mlp_scale) * self.block_mlp.beside(n_BTD, stream.x), context, stage, 1)
+        changed_BTD = scaled("mlp", self.block_mlp.beside(n_BTD, stream.x), 1)
         if stream.lane is not None:  # the stage behind the layer adds both to both
             return stream._replace(x=given_BTD, branches=(mixed_BTD, changed_BTD)), tape
         if self._kind.gated:

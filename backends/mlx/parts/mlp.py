@@ -4,18 +4,22 @@ from backends.mlx import ops
 from backends.mlx.linear import Linear, Output
 from backends.mlx.parts import Part
 
-ACTIVATIONS = {"relu2": ops.relu2, "leaky_relu2": ops.leaky_relu2}
+ACTIVATIONS = {"relu2": ops.relu2, "leaky_relu2": ops.leaky_relu2, "swiglu": ops.silu}
 
 
 class MLP(Part):
-    """Change every position by itself: down(activation(up(x)))."""
+    """Change every position by itself: down(activation(up(x))), or down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config, exact, hidden=None):
         super().__init__()
         self._activation, self._exact = ACTIVATIONS[config.mlp.activation], exact
-        hidden = hidden or config.mlp.hidden
+        hidden, self._gated = hidden or config.mlp.hidden, config.mlp.activation == "swiglu"
+        if self._gated:
+            self.gate = Linear(config.dim, hidden)
         self.up = Linear(config.dim, hidden)
         self.down = Output(hidden, config, exact)
 
     def __call__(self, stream, context, stage, state):
-        return stream._replace(x=self.down(self._activation(self.up(stream.x), self._exact))), None
+        a_BTH = self._activation(self.gate(stream.x) if self._gated else self.up(stream.x), self._exact)
+        a_BTH = a_BTH * self.up(stream.x) if self._gated else a_BTH
+        return stream._replace(x=self.down(a_BTH)), None
