@@ -57,6 +57,9 @@ VERBS = {
     "import-official": Verb(
         "core.verbs.import_official", "Import", "import_official", "make a run of a checkpoint of the official scripts"
     ),
+    "import-hf": Verb(
+        "core.verbs.import_hf", "ImportHF", "import_hf", "make a run of a Qwen3.5 text model in Hugging Face's form"
+    ),
     "track": Verb("core.verbs.track", "Track", "track", "copy recorded runs to TensorBoard or Weights & Biases"),
     "compare": Verb("core.verbs.compare", "Compare", "compare_runs", "runs: what differs, where curves part, speed"),
     "parity": Verb("core.verbs.parity", "Parity", "parity", "hold both backends to each other", "preset"),

@@ -30,7 +30,7 @@ from core.files import (
     sync_folder,
 )
 from core.training.checkpoint import Checkpoint as Checkpoint
-from core.training.checkpoint import read_checkpoint, write_checkpoint
+from core.training.checkpoint import Weights, read_checkpoint, write_checkpoint, write_weights
 from core.training.records import METRICS, of_a_run, read_environment, read_object, read_rows
 from core.training.records import RunError as RunError
 from core.training.trackers import Copies
@@ -215,6 +215,13 @@ class Run:
             own_folder(self.checkpoint_path.parent)
             write_checkpoint(self.checkpoint_path, engine, step, seconds, tokens)
             self._keep(step)
+            sync_folder(self.checkpoint_path.parent)
+
+    def import_weights(self, weights: Weights) -> None:
+        """Write weights that lie elsewhere as the checkpoint of step 0; OSError."""
+        with of_a_run():
+            own_folder(self.checkpoint_path.parent)
+            write_weights(self.checkpoint_path, weights)
             sync_folder(self.checkpoint_path.parent)
 
     def _keep(self, step: int) -> None:
