@@ -20,8 +20,8 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 ODD = TINY | {
     "vocab_size": 320, "hidden_size": 40, "num_hidden_layers": 5, "full_attention_interval": 2,
-    "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12, "linear_num_key_heads": 3, "linear_num_value_heads": 3,
-    "linear_key_head_dim": 12, "linear_value_head_dim": 6, "rms_norm_eps": 1e-5,
+    "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 12, "linear_num_key_heads": 3,
+    "linear_num_value_heads": 3, "linear_key_head_dim": 12, "linear_value_head_dim": 6, "rms_norm_eps": 1e-5,
     "rope_parameters": ROPE | {"rope_theta": 1e6, "partial_rotary_factor": 1 / 3, "mrope_section": [1, 1, 0]},
 }  # fmt: skip
 """Five layers of the pattern 1:1, a rotation of a third of a head, as many value heads as key heads."""
