@@ -24,6 +24,8 @@ PREFIX = len(MAGIC) + 4
 """Bytes in front of the header: magic, then the header's length as little-endian uint32."""
 MAX_FILE = 64 << 20
 MAX_HEADER = 1 << 20
+MAX_VALUES = 1 << 28
+"""Most values of a model in an artifact: a small file can stand for many, all of which its reader allocates."""
 Scalar = str | int | float
 Table = dict[str, Param]
 
@@ -139,9 +141,13 @@ def _dumps(value: Any) -> bytes:
 
 def _table(path: str | Path, model: ModelConfig) -> Table:
     try:
-        return param_table(model)
+        table = param_table(model)
     except ConfigError as error:
         raise ArtifactError(f"{path}: {error}") from error
+    values = sum(row.size for row in table.values())
+    if values > MAX_VALUES:
+        _fail(path, "model", f"{values:,} parameters, expected at most {MAX_VALUES:,}")
+    return table
 
 
 def _header(

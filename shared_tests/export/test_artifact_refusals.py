@@ -9,6 +9,7 @@ import pytest
 from core.config import changed
 from core.export import artifact
 from core.export.artifact import MAX_FILE, MAX_HEADER, PREFIX, ArtifactError, read_artifact
+from core.model.params import MOST_VALUES
 from core.model.storage import STORAGES, group_size
 from shared_tests.support.artifacts import MODEL, TOKENIZER, Refused, join, parts, refusing, repaired, write
 from shared_tests.support.hostile import put
@@ -144,3 +145,11 @@ def test_a_model_that_memory_cannot_hold(good: bytes, refused: Refused, monkeypa
 
     monkeypatch.setattr(artifact.codecs, "unpack", full)
     refused(good, "model: this machine has too little memory")
+
+
+def test_a_model_of_more_values_than_an_artifact_may_stand_for(good: bytes, refused: Refused) -> None:
+    """Models may be larger, as those are that are imported."""
+    header, payload = parts(good)
+    larger = put(put(header["model"], "vocab", 1 << 20), "embedding.dim", 512)
+    assert 1 << 28 < 512 << 20 < MOST_VALUES
+    refused(join(header | {"model": larger}, payload), "model: 53")
