@@ -21,6 +21,7 @@ from backends.cuda.further import further_loss
 from backends.cuda.model import Model
 from backends.cuda.predicting import Predicting
 from backends.cuda.staging import to_gpu
+from backends.cuda.twin import Twinned
 from backends.cuda.update import Update
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
@@ -82,7 +83,7 @@ class Tape:
         return ops.cross_entropy(self._logits, wanted, self._exact)[0].cpu().numpy()
 
 
-class Engine(Predicting, Adapting, Descent):
+class Engine(Predicting, Adapting, Descent, Twinned):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "cuda"
@@ -167,9 +168,9 @@ class Engine(Predicting, Adapting, Descent):
 
     def _forward(
         self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None, begins=None,
-        adapters=None,
+        adapters=None, draft=None,
     ):  # fmt: skip
-        given = (tokens, tables, self._compute, repeat, record, state, capped, training, begins, adapters)
+        given = (tokens, tables, self._compute, repeat, record, state, capped, training, begins, adapters, draft)
         return functional_call(self._model, weights, given, strict=True)
 
     def _read(self, tokens, **options):

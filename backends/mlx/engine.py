@@ -142,10 +142,11 @@ class Engine(Predicting, Adapting, Descent):
         return parts(self._banks, rows)
 
     def _forward(
-        self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None, adapters=None
-    ):
+        self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None, adapters=None,
+        draft=None,
+    ):  # fmt: skip
         self._model.update(tree_unflatten(list(weights.items())))
-        return self._model(tokens, tables, self._compute, repeat, record, state, capped, training, adapters)
+        return self._model(tokens, tables, self._compute, repeat, record, state, capped, training, adapters, draft)
 
     def _logits(self, weights, tokens, tables):
         return self._forward(weights, tokens, tables)[0]
