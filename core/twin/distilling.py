@@ -42,7 +42,7 @@ class Learner:
 
     quantise = False
 
-    def __init__(self, engine: Engine, twin: Any, settings: DistillConfig, bos: int) -> None:
+    def __init__(self, engine: Engine, twin: Twin, settings: DistillConfig, bos: int) -> None:
         self.backend, self.device, self.dtype, self.ranks = engine.backend, engine.device, engine.dtype, engine.ranks
         self._engine, self._twin, self._settings, self._bos = engine, twin, settings, bos
 
