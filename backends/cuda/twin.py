@@ -1,4 +1,4 @@
-"""The twin: a frozen model that drafts for itself with a second set of mixer weights. A translation of the MLX file.
+"""The twin: a frozen model that drafts for itself with a second set of mixer weights. Translates the MLX file.
 
 A draft is a pass over [last token, masks] from the model's own state. In training one pass over whole rows gives the
 states at every anchor: its tape, committed there. Letters: B rows, M anchors of a row, N blocks, K places of a block,
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from backends.cuda import ops, optim
 from backends.cuda.masters import Masters
@@ -154,13 +153,13 @@ class Twin:
         shares = torch.as_tensor(weights[first:] / weights[first:].sum() / anchors.size).to(logits_BTV)
         total, sums = 0.0, {name: torch.zeros_like(value) for name, value in self._params.items()}
         for group in self._groups(tokens, anchors):
+            at_NK, state = self._places(group, first, count), self._states(tokens, group, tape, first)
             leaves = {name: value.detach().requires_grad_() for name, value in self._params.items()}
-            drafted_NKV = self._drafted(self._whole(leaves), tokens, group, tape, first)
-            rows_N1, places_NK = self._places(group, first, count)
+            drafted_NKV = self._drafted(self._whole(leaves), tokens, group, state, first)
             if loss == "kl":
-                costs_NK = divergence(logits_BTV[rows_N1, places_NK], drafted_NKV, self._engine._exact)
+                costs_NK = divergence(logits_BTV[at_NK], drafted_NKV, self._engine._exact)
             else:
-                targets_NK = self._engine._move(tokens)[rows_N1, places_NK + 1]
+                targets_NK = self._engine._move(tokens)[at_NK[0], at_NK[1] + 1]
                 costs_NK = ops.cross_entropy(drafted_NKV, targets_NK, self._engine._exact)[0]
             cost = torch.sum(costs_NK * shares)
             options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
@@ -193,41 +192,43 @@ class Twin:
         size = max(1, PLACES // (rows * (self.config.block + keys)))
         return [anchors[:, begin : begin + size] for begin in range(0, anchors.shape[1], size)]
 
-    def _drafted(self, weights, tokens, anchors, tape, first, mixed=None):
-        """Return the twin's logits at the places of blocks from `first` on, (N, K - first, V), N = M * B."""
-        with torch.no_grad():
-            counts = torch.from_numpy(anchors + first).to(self._engine._device)
-            states = [self._engine._model.commit(tape, n_B, tokens.shape[1]) for n_B in counts.unbind(1)]
-            state = joined(states, torch.cat)
+    @torch.no_grad()
+    def _states(self, tokens, anchors, tape, first):
+        """Return the frozen model's states that blocks go on from, N = M * B rows."""
+        counts = [torch.from_numpy(column + first).to(self._engine._device) for column in anchors.T]
+        return joined([self._engine._model.commit(tape, n_B, tokens.shape[1]) for n_B in counts], torch.cat)
+
+    def _drafted(self, weights, tokens, anchors, state, first, mixed=None):
+        """Return the twin's logits at the places of blocks from `first` on, (N, K - first, V)."""
         blocks = self._blocks(np.take_along_axis(tokens, anchors, 1).T.reshape(-1), self.config.block)
         return self._pass(weights, blocks[:, first:], state, (anchors + first).T.reshape(-1), mixed)
 
     def _places(self, anchors, first, count):
-        """Return row (N, 1) and places (N, K - first) of every block of a group, in the order of _drafted."""
+        """Return row (N, 1) and places (N, K - first) of every block of a group, in the order of _states."""
         rows = np.tile(np.arange(len(anchors)), anchors.shape[1])[:, None]
         places = anchors.T.reshape(-1, 1) + np.arange(first, count)
-        return (torch.from_numpy(x).to(self._engine._device) for x in (rows, places))
+        return torch.from_numpy(rows).to(self._engine._device), torch.from_numpy(places).to(self._engine._device)
 
     @torch.no_grad()
     def report(self, tokens: np.ndarray, anchors: np.ndarray) -> TwinReport:
         first, count = self._checked(tokens, anchors, np.ones(self.config.block)), self.config.block
         right: dict[str, Any] = {}
         logits_BTV, tape = self._frozen_pass(tokens, right)
-        agreement_K, kl_K = (torch.zeros(count - first, dtype=torch.float64, device=logits_BTV.device) for _ in "ak")
+        agreement_K, kl_K = np.zeros(count), np.zeros(count)
+        agreement_K[:first] = 1.0  # the anchor's place is the model's own
         alike = dict.fromkeys(right, 0.0)
         for group in self._groups(tokens, anchors):
             mixed: dict[str, Any] = {}
-            drafted_NKV = self._drafted(self._whole(self._params), tokens, group, tape, first, mixed)
-            at = tuple(self._places(group, first, count))
-            same_NK = torch.argmax(logits_BTV[at], dim=-1) == torch.argmax(drafted_NKV, dim=-1)
-            agreement_K += torch.sum(same_NK, dim=0, dtype=torch.float64) / anchors.size
-            kl_K += torch.sum(divergence(logits_BTV[at], drafted_NKV, self._engine._exact), dim=0) / anchors.size
+            state = self._states(tokens, group, tape, first)
+            drafted_NKV = self._drafted(self._whole(self._params), tokens, group, state, first, mixed)
+            at_NK = self._places(group, first, count)
+            same_NK = torch.argmax(logits_BTV[at_NK], dim=-1) == torch.argmax(drafted_NKV, dim=-1)
+            apart_NK = divergence(logits_BTV[at_NK], drafted_NKV, self._engine._exact)
+            agreement_K[first:] += same_NK.cpu().numpy().sum(axis=0) / anchors.size
+            kl_K[first:] += apart_NK.cpu().numpy().sum(axis=0) / anchors.size
             for label, value in right.items():
-                cosine = F.cosine_similarity(value[at].double(), mixed[label].double(), dim=-1)
-                alike[label] += torch.sum(cosine).item() / (anchors.size * (count - first))
-        known = [1.0] * first, [0.0] * first  # the anchor's place is the model's own
-        found = (np.concatenate([a, x.cpu().numpy()]) for a, x in zip(known, (agreement_K, kl_K), strict=True))
-        return TwinReport(*found, alike)
+                alike[label] += cosines(value[at_NK], mixed[label]) / (anchors.size * (count - first))
+        return TwinReport(agreement_K, kl_K, alike)
 
     def _move(self, array):
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._engine._device, self._engine._wide)
@@ -238,3 +239,10 @@ def divergence(teacher, drafted, exact):
     known = teacher - ops.logsumexp(teacher, exact)[..., None]
     said = drafted - ops.logsumexp(drafted, exact)[..., None]
     return torch.sum(ops.exp(known, exact) * (known - said), dim=-1)
+
+
+def cosines(a, b):
+    """Return the sum of all cosines of a and b over the last axis."""
+    a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
+    lengths = torch.sqrt(torch.sum(torch.square(a), dim=-1) * torch.sum(torch.square(b), dim=-1))
+    return torch.sum(torch.sum(a * b, dim=-1) / torch.clamp(lengths, min=1e-12)).item()

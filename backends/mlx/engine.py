@@ -19,6 +19,7 @@ from backends.mlx.further import further_loss
 from backends.mlx.kernels import trial
 from backends.mlx.model import Model
 from backends.mlx.predicting import Predicting
+from backends.mlx.twin import Twinned
 from backends.mlx.update import Update
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note
@@ -73,7 +74,7 @@ class Tape:
         return np.array(ops.cross_entropy(self._logits, mx.array(targets), self._exact)[0])
 
 
-class Engine(Predicting, Adapting, Descent):
+class Engine(Predicting, Adapting, Descent, Twinned):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "mlx"
