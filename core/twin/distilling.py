@@ -20,6 +20,7 @@ from core.training.writer import refuse_strangers
 from core.twin.anchors import draw_anchors
 from core.twin.distill_config import DistillConfig
 from core.twin.params import twin_rows
+from core.twin.protocol import Twin
 
 RECORD = "distill.json"
 FREE = ("distill.log_every", "distill.save_every", "distill.report_")
