@@ -85,10 +85,10 @@ def read_sidecar(path: str | Path, model: ModelConfig, artifact: str | Path) -> 
             f"skc distill {artifact}, or give the one that belongs to it with --twin"
         )
     try:
-        twin = from_json(TwinConfig, head["twin"], f"{path}: twin")
-        check_arrays(params, {name: row.shape for name, row in twin_rows(model, twin).items()}, str(path))
+        twin = from_json(TwinConfig, head["twin"], "twin")
+        check_arrays(params, {name: row.shape for name, row in twin_rows(model, twin).items()}, "weights")
     except ValueError as error:
-        raise SidecarError(f"{error}; {CURE}") from error
+        raise SidecarError(f"{path}: {error}; {CURE}") from error
     for name, value in params.items():
         if value.dtype not in (np.float32, np.float64) or not np.isfinite(value).all():
             raise SidecarError(f"{path}: {name}: expected finite numbers in float32 or float64; {CURE}")
