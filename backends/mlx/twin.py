@@ -14,7 +14,7 @@ import numpy as np
 from backends.mlx import device, ops, optim
 from backends.mlx.masters import Masters
 from core.engine.protocol import Arrays, State, StepResult
-from core.model.context import Draft, joined
+from core.model.context import Draft, joined_rows
 from core.model.params import check_arrays
 from core.twin.anchors import check_anchors
 from core.twin.params import BLOCKS, MASK, low_rank, mask_start, scale, twin_rows, twin_start
@@ -201,7 +201,7 @@ class Twin:
     def _states(self, tokens, anchors, tape, first):
         """Return the frozen model's states that blocks go on from, N = M * B rows."""
         counts = [mx.array(column + first) for column in anchors.T]
-        return joined([self._engine._model.commit(tape, n_B, tokens.shape[1]) for n_B in counts], mx.concatenate)
+        return joined_rows([self._engine._model.commit(tape, n_B, tokens.shape[1]) for n_B in counts], mx.concatenate)
 
     def _drafted(self, weights, tokens, anchors, state, first, mixed=None):
         """Return the twin's logits at the places of blocks from `first` on, (N, K - first, V)."""

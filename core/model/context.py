@@ -205,9 +205,9 @@ def each_array(state: Any, change: Callable[[Any], Any]) -> Any:
     return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
-def joined(states: list[Any], join: Callable[[list], Any]) -> Any:
+def joined_rows(states: list[Any], join: Callable[[list], Any]) -> Any:
     """Return one state of the rows of several, whose arrays `join` puts together."""
     if not isinstance(states[0], tuple):
         return None if states[0] is None else join(states)
-    parts = [joined(list(part), join) for part in zip(*states, strict=True)]
+    parts = [joined_rows(list(part), join) for part in zip(*states, strict=True)]
     return type(states[0])(*parts) if hasattr(states[0], "_fields") else tuple(parts)
