@@ -234,6 +234,22 @@ class Twin:
                 alike[label] += cosines(value[at_NK], mixed[label]) / (anchors.size * (count - first))
         return TwinReport(agreement_K, kl_K, alike)
 
+    def alike(self, tokens: np.ndarray, anchors: np.ndarray) -> Arrays:
+        first, count = self._checked(tokens, anchors, np.ones(self.config.block)), self.config.block
+        right: dict[str, Any] = {}
+        tape = self._frozen_pass(tokens, right)[1]
+        sums = {label: np.zeros(count - first) for label in right}
+        for group in self._groups(tokens, anchors):
+            mixed: dict[str, Any] = {}
+            state, at_NK = self._states(tokens, group, tape, first), self._places(group, first, count)
+            blocks = tokens[tuple(np.array(at) for at in at_NK)]
+            self._pass(self._whole(self._params), blocks, state, (group + first).T.reshape(-1), mixed)
+            for label, value in right.items():
+                for place in range(count - first):
+                    here = cosines(value[at_NK][:, place], mixed[label][:, place])
+                    sums[label][place] += here / anchors.size
+        return sums
+
     def _move(self, array):
         return mx.array(array, self._engine._wide)
 

@@ -19,6 +19,7 @@ from core.model.params import check_arrays
 from core.model.upgrade import parameter
 from core.training.records import RunError
 
+Shapes = dict[str, tuple[int, ...]]
 SCHEMA = 3
 READS = (2, SCHEMA)
 STATE = {
@@ -97,7 +98,11 @@ def read_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
     (`write_weights`) the optimizer's state is zeros, its averages the weights; float16 and bfloat16 come as float32.
     """
     table = {name: row.shape for name, row in trained_table(config.model, config.train).items()}
-    slots = optimizer_slots(config.model, config.train)
+    return read_arrays(path, table, optimizer_slots(config.model, config.train), config.train.tokens_per_step)
+
+
+def read_arrays(path: Path, table: Shapes, slots: Shapes, tokens_per_step: int) -> Checkpoint:
+    """Read a checkpoint of weights of `table` and an optimizer state of `slots`; errors as of `read_checkpoint`."""
     shapes = [*table.values(), *slots.values()]
     limit = SLACK + sum(512 + 8 * math.prod(shape) for shape in shapes)
     try:
@@ -126,7 +131,7 @@ def read_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
         raise RunError(str(error)) from error
     if state["sha256"] != digest(arrays):
         raise RunError(f"{path}: skc: sha256: the tensors are not the ones that were saved; delete it")
-    seconds, tokens = float(state["seconds"]), state.get("tokens", state["step"] * config.train.tokens_per_step)
+    seconds, tokens = float(state["seconds"]), state.get("tokens", state["step"] * tokens_per_step)
     return Checkpoint(state["step"], seconds, sides["param"], sides["optim"], state["dtype"], state["quantise"], tokens)
 
 

@@ -255,10 +255,14 @@ class Run:
             steps = [*self.kept(), *([saved.step] if saved and saved.step not in self.kept() else [])]
             there = ", ".join(map(str, steps)) or "none yet"
             raise RunError(f"{self.path}: has no checkpoint of step {step}; it has {there}")
-        checkpoint = read_checkpoint(path, self.config)
+        checkpoint = self.read(path)
         if step not in (None, checkpoint.step):
             raise RunError(f"{path}: holds step {checkpoint.step}, not {step}: it was renamed; delete it")
         return checkpoint
+
+    def read(self, path: Path) -> Checkpoint:
+        """Return a checkpoint file of this run; RunError, OSError."""
+        return read_checkpoint(path, self.config)
 
     def restore(self, engine: Engine) -> tuple[int, float, int]:
         """Load the checkpoint into `engine` and return (steps done, training seconds, tokens); zeros without one.

@@ -49,6 +49,13 @@ class Twin(Protocol):
         """Return how near the twin is to the frozen model in blocks of a text."""
         ...
 
+    def alike(self, tokens: np.ndarray, anchors: np.ndarray) -> Arrays:
+        """Return by pass through a layer the cosine of what both mixers put out at every place of blocks, (K,).
+
+        The blocks hold the text's own tokens in place of masks; with an exact anchor the first place is left out.
+        """
+        ...
+
     def params(self) -> Arrays:
         """Return the twin's weights in the order of core.twin.params.twin_rows, float32 (float64 in float64)."""
         ...
