@@ -219,6 +219,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
             )
         program += f" {'|'.join(re.split(', | or ', verb.first)).upper()}"
         purpose += f" The defaults are those of the {verb.first}: {program} --help shows them."
+    if name == "distill" and (chosen := options.value_of(arguments, "--recipe")):
+        default = importlib.import_module(verb.module).by_recipe(chosen)
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     known = options.options_of(kind)
     for option in [name for name in known if name.endswith("plugins")]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tyro
 from tyro.conf import FlagConversionOff, Positional
 
 from core.config import DataConfig, RunConfig
@@ -23,6 +24,7 @@ from core.twin import acceptance, own_text
 from core.twin.distill_config import DistillConfig
 from core.twin.distilling import RECORD, Learner, TwinRun, check_frozen, reading
 from core.twin.params import twin_rows
+from core.twin.recipes import recipe
 from core.twin.sidecar import Sidecar, artifact_sha256, beside, write_sidecar
 from core.verbs.common import (
     Backend,
@@ -42,6 +44,8 @@ class Distill:
 
     path: Positional[str]
     """Run folder with an artifact, or artifact."""
+    recipe: str | None = None
+    """Named settings that take the place of the defaults below: orthrus_qwen35 (docs/import.md)."""
     distill: FlagConversionOff[DistillConfig] = field(default_factory=DistillConfig)
     out: str | None = None
     """Folder of the distillation; one of the same settings there goes on. None: distill, beside the artifact."""
@@ -57,6 +61,11 @@ class Distill:
     """Build everything, take one step, show the plan, and write nothing."""
     json: bool = False
     """Print one JSON object on stdout; everything else goes to stderr."""
+
+
+def by_recipe(name: str) -> Distill:
+    """Return the options that a recipe stands for; ConfigError."""
+    return Distill(tyro.MISSING, name, recipe(name))
 
 
 class Frozen(NamedTuple):
