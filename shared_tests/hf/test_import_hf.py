@@ -1,5 +1,6 @@
 """`skc import-hf`: checkpoints of transformers become runs of the same logits; all others are refused. Budget: 20 s."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -15,14 +16,18 @@ import torch
 
 import core.hf.qwen
 from core.cli import main
+from core.config import ConfigError, ModelConfig
 from core.engine.loading import load_engine
 from core.formats.tensors import read_array, read_header, widened
 from core.hf.files import HFError, Tensors, read_config
 from core.hf.qwen import Source, Weights, cut, read_settings
 from core.model.params import count, param_table
+from core.training import schedule
 from core.training.checkpoint import write_weights
 from core.training.records import RunError
 from core.training.run import Run
+from core.twin.params import scale, twin_rows
+from core.twin.recipes import RECIPES, recipe
 from core.verbs.common import open_subject
 from shared_tests.support.harness import BACKENDS
 from shared_tests.support.hf_checkpoints import ODD, TINY, as_multimodal, change, logits_of, random_model, save
@@ -47,7 +52,7 @@ def folder(tiny: Path, tmp_path: Path) -> Path:
 
 def imported(folder: Path, out: Path) -> Path:
     """Import a checkpoint through the command line and return the run folder."""
-    assert main(["import-hf", str(folder), "--out", str(out)]) == 0
+    assert main(["import-hf", str(folder), "--out", str(out), "--seq", "128"]) == 0
     return out
 
 
@@ -316,8 +321,77 @@ def test_mutated_files_are_imported_or_refused_in_one_line(tiny: Path, folder: P
     assert 100 < refused < 240
 
 
-def test_counts_of_the_original_without_a_weight() -> None:
+def original() -> ModelConfig:
+    """Return the text model of Qwen3.5-0.8B, by its config.json."""
     settings = json.loads((Path(__file__).parent / "qwen35_08b.json").read_text())
     text = read_settings(settings, "config.json", 0)
-    assert count(text.model) == 752_393_024 and text.model.blocks == ("delta", "delta", "delta", "attention")
-    assert text.unread == ()
+    assert text.unread == () and text.context == 262_144
+    return text.model
+
+
+def test_counts_of_the_original_and_of_its_twin_without_a_weight() -> None:
+    model, twin = original(), recipe("orthrus_qwen35").twin
+    assert count(model) == 752_393_024 and model.blocks == ("delta", "delta", "delta", "attention")
+    tracemalloc.start()
+    size = sum(row.size for row in twin_rows(model, twin).values())
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+    assert size == 106_417_152 and count(model) + size == 858_810_176
+    half = sum(row.size for row in twin_rows(model, dataclasses.replace(twin, rank=128)).values())
+    assert half == 75_746_304 and scale(twin) == 32 / 256**0.5
+
+
+def test_the_recipe_is_the_seeds() -> None:
+    settings = recipe("orthrus_qwen35")
+    assert (settings.twin.block, settings.twin.rank, settings.lr, settings.batch, settings.anchors) == (
+        8,
+        256,
+        2e-4,
+        1,
+        1,
+    )
+    assert settings.twin.rule == "first_order" and not settings.twin.exact_anchor and settings.loss == "kl"
+    scales = [schedule.lr_scale(share, settings.schedule(64)) for share in (0.025, 0.05, 0.5, 0.6, 0.8, 1.0)]
+    np.testing.assert_allclose(scales, [0.5, 1.0, 1.0, 1.0, 0.5, 0.0])
+    assert RECIPES.keys() == {"orthrus_qwen35"}
+    with pytest.raises(ConfigError, match="recipe='orthrus': expected one of orthrus_qwen35"):
+        recipe("orthrus")
+
+
+def test_from_import_to_distilled_drafts(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, data = tmp_path / "run", str(tmp_path / "data")
+    assert main(["import-hf", str(tiny), "--out", str(run), "--seq", "32"]) == 0
+    lines = (json.dumps({"text": f"the sea and {i} cafés, the old town by the sea " * 2}) + "\n" for i in range(60))
+    (tmp_path / "text.jsonl").write_text("".join(lines))
+    tokenizer = ["--tokenizer", str(run / "tokenizer.model")]
+    assert main(["data", "prepare", str(tmp_path / "text.jsonl"), "--out", data, *tokenizer]) == 0
+    assert main(["export", str(run), "--data", data, "--backend", "cuda"]) == 0
+    small = [
+        "--distill.twin.rank",
+        "4",
+        "--distill.twin.block",
+        "4",
+        "--distill.steps",
+        "2",
+        "--distill.report-texts",
+        "1",
+    ]
+    options = [
+        "--recipe",
+        "orthrus_qwen35",
+        *small,
+        "--distill.report-tokens",
+        "2",
+        "--data",
+        data,
+        "--backend",
+        "cuda",
+    ]
+    assert main(["distill", str(run), *options]) == 0
+    assert "rank 4; block of 4, rule first_order, anchor of its own" in capsys.readouterr().out
+    texts = []
+    for draft in ([], ["--draft", "twin"]):
+        arguments = ["--temperature", "0", "--tokens", "6", "--prompt", "the", "--backend", "cuda", "--json", *draft]
+        assert main(["sample", str(run / "artifact.skc"), *arguments]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["samples"][0]["text"])
+    assert texts[0] == texts[1] and len(texts[0]) > 3
