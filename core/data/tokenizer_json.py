@@ -4,18 +4,12 @@ The library `tokenizers` gets a file that is written anew from the parts that we
 text is compared with the text: tokens that spell anything else are an error.
 """
 
-import functools
-import hashlib
 import importlib
 import json
-from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-import numpy as np
-
 from core.data.column import DataError
-from core.data.tokenizer import MAX_FILE, ByteTable, Tokenizer, TokenizerError
-from core.data.transform import Transform
+from core.data.tokenizer_refusal import TokenizerError
 from core.files import FileError, decode_text, parse_json
 from core.formats.kinds import ANYTHING, FLAG, Kind, check_value, whole
 from core.formats.kinds import text as text_of
@@ -55,101 +49,12 @@ def _letters() -> dict[str, int]:
 LETTERS = _letters()
 
 
-class JsonTokenizer(Tokenizer):
-    """A byte-level BPE out of a tokenizer.json; TokenizerError in one line for a file that is anything else.
-
-    `bos`, which stands in front of every document, is its <|endoftext|> or <|begin_of_text|>. Nothing is unknown, and
-    `unknown` is -1. A control token that a text spells out is text.
-    """
-
-    spaced = False
-
-    def __init__(self, model: bytes, name: str = "tokenizer") -> None:
-        if len(model) > MAX_FILE:
-            _fail(name, f"{len(model):,} bytes, expected at most {MAX_FILE:,}")
-        file = _parsed(model, name)
-        self._bytes, self._control = _token_bytes(file, name)
-        self.model, self.sha256 = model, hashlib.sha256(model).hexdigest()
-        self.transform = "none"
-        self.vocab = file.get("skc", {}).get("vocab", len(self._bytes))
-        if self.vocab < len(self._bytes):
-            _fail(name, f"skc: vocab: {self.vocab}, but it has tokens up to {len(self._bytes) - 1}")
-        by_content = {added["content"]: added["id"] for added in file.get("added_tokens") or () if added["special"]}
-        starts = [by_content[start] for start in STARTS if start in by_content]
-        if not starts:
-            _fail(name, f"no control token {' or '.join(STARTS)}, so documents have no start")
-        self.bos, self.unknown, self.byte_pieces = starts[0], -1, True
-        self._tokenizer = _built(file, name)
-        self.encode(PROBE)
-
-    def transformed(self, transform: Transform, name: str = "tokenizer") -> Tokenizer:
-        """Return it for `none`; TokenizerError for a transform, for whose markers it has no pieces."""
-        if transform == "none":
-            return self
-        raise TokenizerError(f"{name}: a tokenizer.json has no markers for --transform {transform}: leave that out")
-
-    def widened(self, vocab: int, name: str = "tokenizer") -> "JsonTokenizer":
-        """Return the tokenizer of a model with `vocab` entries, the last of which no text becomes; TokenizerError."""
-        if self.vocab == vocab:
-            return self
-        if b'"skc"' in self.model[-64:] or vocab < self.vocab:
-            _fail(name, f"has {self.vocab:,} tokens, the model {vocab:,}: it is not the model's own")
-        return JsonTokenizer(self.model.rstrip()[:-1] + FIELD % vocab, name)
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """Return the token ids of every text (int32); TokenizerError if they spell another text."""
-        try:
-            if threads == 1:
-                ids = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-            else:
-                encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-                ids = [each.ids for each in encoded]
-        except Exception as error:  # tokenizers has no type of its own: a pattern that cannot be matched, say
-            raise TokenizerError(f"tokenizer.json: {' '.join(str(error).split())[:200]}; {CURE}") from error
-        for text, row in zip(texts, ids, strict=True):
-            spelled = b"".join(self._bytes[i] for i in row)
-            if spelled != text.encode() and self._same(spelled) != self._same(text.encode()):
-                raise TokenizerError(f"tokenizer.json: does not spell {ascii(text[:40])} as it is written; {CURE}")
-        return [np.array(row, np.int32) for row in ids]
-
-    def _same(self, spelled: bytes) -> str:
-        return self.normalise(spelled.decode("utf-8", "replace"))
-
-    def normalise(self, text: str) -> str:
-        """Return what the tokens of a text spell: the text, in Unicode's form NFC where the file asks for that."""
-        normaliser = self._tokenizer.normalizer
-        return text if normaliser is None else normaliser.normalize_str(text)
-
-    def decode(self, ids: Iterable[int] | np.ndarray, *, strict: bool = False) -> str:
-        """Return the text of token ids, without control tokens; bytes that are no UTF-8 become U+FFFD. ValueError."""
-        plain = self._plain(ids)
-        spelled = b"".join(self._bytes[i] for i in plain.tolist() if i < len(self._bytes) and not self._control[i])
-        return spelled.decode("utf-8", "replace")
-
-    def identity(self, text: str) -> bytes:
-        """Return bytes that are equal for texts that become the same tokens."""
-        return self.normalise(text).encode()
-
-    @functools.cached_property
-    def table_fault(self) -> str | None:
-        """None: a token costs the bytes that it is made of."""
-        return None
-
-    @functools.cached_property
-    def table(self) -> ByteTable:
-        """The bytes of every token; control tokens, and entries that no text becomes, cost nothing."""
-        base, boundary = np.zeros(self.vocab, np.int32), np.ones(self.vocab, bool)
-        boundary[: len(self._bytes)] = self._control
-        base[: len(self._bytes)] = list(map(len, self._bytes))
-        base[boundary] = 0
-        return ByteTable(base, np.zeros(self.vocab, bool), boundary)
-
-
-def _fail(name: str, problem: str) -> NoReturn:
+def refuse_tokenizer(name: str, problem: str) -> NoReturn:
+    """Raise TokenizerError."""
     raise TokenizerError(f"{name}: {problem}; {CURE}")
 
 
-def _parsed(model: bytes, name: str) -> dict[str, Any]:
+def parse_tokenizer(model: bytes, name: str) -> dict[str, Any]:
     """Return what a file says, once all that is read of it has its type and means bytes."""
     try:
         file = parse_json(name, decode_text(name, model), MOST_VALUES)
@@ -162,26 +67,28 @@ def _parsed(model: bytes, name: str) -> dict[str, Any]:
         raise TokenizerError(str(error)) from error
     kind, normaliser = file["model"].get("type", "BPE"), (file.get("normalizer") or {}).get("type", "NFC")
     if kind != "BPE":
-        _fail(name, f"model: type: {ascii(kind)[:40]}, expected BPE")
+        refuse_tokenizer(name, f"model: type: {ascii(kind)[:40]}, expected BPE")
     for key in UNUSED:
         if file["model"].get(key) not in (None, "", False):
-            _fail(name, f"model: {key}: {ascii(file['model'][key])[:40]}, expected none")
+            refuse_tokenizer(name, f"model: {key}: {ascii(file['model'][key])[:40]}, expected none")
     if normaliser != "NFC":
-        _fail(name, f"normalizer: {ascii(normaliser)[:40]}, expected none or NFC")
+        refuse_tokenizer(name, f"normalizer: {ascii(normaliser)[:40]}, expected none or NFC")
     level = pretokenisers[-1]
     if level["type"] != "ByteLevel" or level["add_prefix_space"]:
-        _fail(name, "pre_tokenizer: expected ByteLevel as its last step, without add_prefix_space")
+        refuse_tokenizer(name, "pre_tokenizer: expected ByteLevel as its last step, without add_prefix_space")
     for step in pretokenisers[:-1]:
         if step["type"] != "Split" or step["behavior"] == "Removed":
             what = ascii((step["type"], step["behavior"]))[:60]
-            _fail(name, f"pre_tokenizer: {what}, expected Split steps that remove nothing")
+            refuse_tokenizer(name, f"pre_tokenizer: {what}, expected Split steps that remove nothing")
     for merge in file["model"]["merges"]:
         halves = merge.split(" ") if isinstance(merge, str) else merge
         if type(halves) is not list or len(halves) != 2 or not all(type(half) is str for half in halves):
-            _fail(name, f"model: merges: {ascii(merge)[:40]}, expected two texts")
+            refuse_tokenizer(name, f"model: merges: {ascii(merge)[:40]}, expected two texts")
     for added in file.get("added_tokens") or ():
         if not added["special"] and (added.get("lstrip") or added.get("rstrip") or added.get("single_word")):
-            _fail(name, f"added_tokens: {ascii(added['content'])[:40]}: takes spaces away, expected none that does")
+            refuse_tokenizer(
+                name, f"added_tokens: {ascii(added['content'])[:40]}: takes spaces away, expected none that does"
+            )
     return file
 
 
@@ -190,7 +97,7 @@ def _steps(pretokeniser: dict[str, Any]) -> list[Any]:
     return steps if type(steps) is list and steps else [None]
 
 
-def _token_bytes(file: dict[str, Any], name: str) -> tuple[list[bytes], list[bool]]:
+def token_spellings(file: dict[str, Any], name: str) -> tuple[list[bytes], list[bool]]:
     """Return the bytes of every token, by id, and whether it is a control token or no token at all."""
     vocab, added = file["model"]["vocab"], file.get("added_tokens") or []
     contents = {each["id"]: each["content"] for each in added}
@@ -198,17 +105,17 @@ def _token_bytes(file: dict[str, Any], name: str) -> tuple[list[bytes], list[boo
     spelled, control = [b""] * size, [True] * size
     for token, i in vocab.items():
         if not control[i]:
-            _fail(name, f"model: vocab: {ascii(token)[:40]}: id {i} is another token's too")
+            refuse_tokenizer(name, f"model: vocab: {ascii(token)[:40]}: id {i} is another token's too")
         control[i] = False
         if i in contents:
             continue
         try:
             spelled[i] = bytes(LETTERS[letter] for letter in token)
         except KeyError:
-            _fail(name, f"model: vocab: {ascii(token)[:40]} is not in the letters of byte-level BPE")
+            refuse_tokenizer(name, f"model: vocab: {ascii(token)[:40]} is not in the letters of byte-level BPE")
     missing = [byte for letter, byte in LETTERS.items() if letter not in vocab]
     if missing:
-        _fail(name, f"model: vocab: no token for the byte {missing[0]:#04x}")
+        refuse_tokenizer(name, f"model: vocab: no token for the byte {missing[0]:#04x}")
     for each in added:
         i, content = each["id"], each["content"]
         if (
@@ -217,12 +124,12 @@ def _token_bytes(file: dict[str, Any], name: str) -> tuple[list[bytes], list[boo
             or vocab.get(content, i) != i
             or (not control[i] and content not in vocab)
         ):
-            _fail(name, f"added_tokens: {ascii(content)[:40]}: id {i} is another token's too")
+            refuse_tokenizer(name, f"added_tokens: {ascii(content)[:40]}: id {i} is another token's too")
         spelled[i], control[i] = content.encode("utf-8", "replace"), each["special"]
     return spelled, control
 
 
-def _built(file: dict[str, Any], name: str) -> Any:
+def build_tokenizer(file: dict[str, Any], name: str) -> Any:
     """Return the library's tokenizer of the parts of a file that were checked."""
     try:
         library = importlib.import_module("tokenizers")
@@ -239,9 +146,11 @@ def _built(file: dict[str, Any], name: str) -> Any:
     try:
         tokenizer = library.Tokenizer.from_str(json.dumps({**whole, "model": {"type": "BPE", **model}}))
     except Exception as error:  # tokenizers has no type of its own
-        _fail(name, " ".join(str(error).split())[:200])
+        refuse_tokenizer(name, " ".join(str(error).split())[:200])
     tokenizer.encode_special_tokens = True  # a text that spells a control token out is no end of a document
     for each in parts["added_tokens"]:
         if tokenizer.id_to_token(each["id"]) != each["content"]:
-            _fail(name, f"added_tokens: {ascii(each['content'])[:40]}: id {each['id']}, expected the next free one")
+            refuse_tokenizer(
+                name, f"added_tokens: {ascii(each['content'])[:40]}: id {each['id']}, expected the next free one"
+            )
     return tokenizer

@@ -48,7 +48,7 @@ class Entry(NamedTuple):
         return int(np.prod(self.shape, dtype=object)) * np.dtype(DTYPES[self.kind]).itemsize
 
 
-class Header(NamedTuple):
+class TensorsHeader(NamedTuple):
     """What a file says of itself."""
 
     metadata: dict[str, Any]
@@ -80,12 +80,12 @@ def read_tensors(path: str | Path, limit: int) -> tuple[dict[str, Any], Arrays]:
     bfloat16 comes as float32, which has all its values.
     """
     with open_file(path, limit) as file:
-        header = read_header(path, file)
+        header = read_tensors_header(path, file)
         arrays = {name: widened(read_array(path, file, header, name), e.kind) for name, e in header.entries.items()}
     return header.metadata, arrays
 
 
-def read_header(path: str | Path, file: BinaryIO) -> Header:
+def read_tensors_header(path: str | Path, file: BinaryIO) -> TensorsHeader:
     """Return the header of a file whose arrays it accounts for, byte by byte; FileError names the field, OSError."""
     header, size = _header(path, file)
     metadata = header.pop("__metadata__", {})
@@ -102,10 +102,10 @@ def read_header(path: str | Path, file: BinaryIO) -> Header:
         at = end
     if at != size:
         _fail(path, "header", f"accounts for {at} of {size} bytes")
-    return Header(metadata, {name: entry for name, (entry, _, _) in order}, file.tell())
+    return TensorsHeader(metadata, {name: entry for name, (entry, _, _) in order}, file.tell())
 
 
-def read_array(path: str | Path, file: BinaryIO, header: Header, name: str) -> np.ndarray:
+def read_array(path: str | Path, file: BinaryIO, header: TensorsHeader, name: str) -> np.ndarray:
     """Return one array, bfloat16 as its bits; FileError, OSError."""
     entry = header.entries[name]
     array = np.empty(entry.shape, DTYPES[entry.kind])

@@ -11,7 +11,7 @@ from core.checks import in_words
 from core.data.manifest import is_name
 from core.files import FileError, open_file, read_json
 from core.formats.kinds import ANYTHING, Leaf, check_value
-from core.formats.tensors import Entry, Header, read_array, read_header
+from core.formats.tensors import Entry, TensorsHeader, read_array, read_tensors_header
 
 ONE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 MAX_CONFIG = 1 << 20
@@ -27,7 +27,7 @@ class HFError(ValueError):
     """A checkpoint cannot be imported: the message names the file and what is wrong."""
 
 
-def fail(where: str | Path, problem: str) -> NoReturn:
+def fail_hf(where: str | Path, problem: str) -> NoReturn:
     """Raise HFError."""
     raise HFError(f"{where}: {problem}")
 
@@ -53,7 +53,7 @@ class Tensors:
 
     def __init__(self, folder: str | Path) -> None:
         """Open the files and check what they say of themselves; HFError."""
-        self._files: dict[str, tuple[Path, BinaryIO, Header]] = {}
+        self._files: dict[str, tuple[Path, BinaryIO, TensorsHeader]] = {}
         self._where: dict[str, str] = {}
         self.entries, self.folder = {}, Path(folder)
         with ExitStack() as stack:
@@ -61,7 +61,7 @@ class Tensors:
                 path = self.folder / name
                 try:
                     file = stack.enter_context(open_file(path))
-                    header = read_header(path, file)
+                    header = read_tensors_header(path, file)
                 except FileNotFoundError as error:
                     raise HFError(f"{path}: no such file; {CURE}") from error
                 except FileError as error:
@@ -69,10 +69,10 @@ class Tensors:
                 self._files[name] = path, file, header
                 for tensor in listed:
                     if tensor not in header.entries:
-                        fail(path, f"{tensor} is missing, though {INDEX} says that it is here; {CURE}")
+                        fail_hf(path, f"{tensor} is missing, though {INDEX} says that it is here; {CURE}")
                 for tensor, entry in header.entries.items():
                     if tensor in self._where:
-                        fail(path, f"{tensor} is in {self._where[tensor]} too; {CURE}")
+                        fail_hf(path, f"{tensor} is in {self._where[tensor]} too; {CURE}")
                     self._where[tensor], self.entries[tensor] = name, entry
             self._stack = stack.pop_all()
 
@@ -91,14 +91,14 @@ class Tensors:
         path, file, header = self._files[self._where[tensor]]
         kind = header.entries[tensor].kind
         if kind not in KINDS:
-            fail(path, f"{tensor}: dtype {kind}, expected one of {', '.join(KINDS)}")
+            fail_hf(path, f"{tensor}: dtype {kind}, expected one of {', '.join(KINDS)}")
         try:
             array = read_array(path, file, header, tensor)
         except FileError as error:
             raise HFError(str(error)) from error
         finite = (array & 0x7F80) != 0x7F80 if kind == "BF16" else np.isfinite(array)
         if not finite.all():
-            fail(path, f"{tensor} holds NaN or infinity; {CURE}")
+            fail_hf(path, f"{tensor} holds NaN or infinity; {CURE}")
         return array
 
 
@@ -115,5 +115,5 @@ def _listed(folder: Path) -> dict[str, list[str]]:
     for tensor, name in index["weight_map"].items():
         files.setdefault(name, []).append(tensor)
     if not 1 <= len(files) <= MAX_FILES:
-        fail(folder / INDEX, f"{in_words(len(files))} files, expected 1 to {MAX_FILES}; {CURE}")
+        fail_hf(folder / INDEX, f"{in_words(len(files))} files, expected 1 to {MAX_FILES}; {CURE}")
     return files

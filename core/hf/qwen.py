@@ -13,7 +13,7 @@ from core.checks import ConfigError, in_words
 from core.files import FileError
 from core.formats.kinds import ANYTHING, FLAG, Leaf, among, check_value, number, whole
 from core.formats.tensors import Entry
-from core.hf.files import CONFIG, CURE, HFError, Tensors, fail
+from core.hf.files import CONFIG, CURE, HFError, Tensors, fail_hf
 from core.model.attention import Attention
 from core.model.config import MOST_LAYERS, ModelConfig
 from core.model.delta import Delta
@@ -76,7 +76,7 @@ def read_settings(config: dict[str, Any], where: str, bos: int) -> QwenText:
         text = config.get("text_config")
         where = f"{where}: text_config"
     elif kind != "qwen3_5_text":
-        fail(where, f"model_type: {in_words(kind)}, expected qwen3_5 or qwen3_5_text: no other model is read")
+        fail_hf(where, f"model_type: {in_words(kind)}, expected qwen3_5 or qwen3_5_text: no other model is read")
     try:
         check_value(text, TEXT, where, CURE)
     except FileError as error:
@@ -84,7 +84,7 @@ def read_settings(config: dict[str, Any], where: str, bos: int) -> QwenText:
     assert isinstance(text, dict)
     ties = [each["tie_word_embeddings"] for each in (config, text) if "tie_word_embeddings" in each]
     if not ties or not all(tie is True for tie in ties):
-        fail(
+        fail_hf(
             where,
             f"tie_word_embeddings: {in_words(all(ties) and ties != [])}, expected true: no head of its own is read",
         )
@@ -125,7 +125,7 @@ def _blocks(text: dict[str, Any], where: str) -> tuple[str, ...]:
         "linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)
     ]
     if len(types) != layers or len(set(types)) < 2:
-        fail(where, f"layer_types: {len(types)} of {len(set(types))} kinds, expected {layers} layers of both kinds")
+        fail_hf(where, f"layer_types: {len(types)} of {len(set(types))} kinds, expected {layers} layers of both kinds")
     kinds = [TYPES[each] for each in types]
     period = next(p for p in range(1, layers + 1) if all(kinds[i] == kinds[i % p] for i in range(layers)))
     return tuple(kinds[:period])
@@ -195,7 +195,7 @@ def sources(model: ModelConfig) -> dict[str, Source]:
     return {name: rows[name] for name in param_table(model)}
 
 
-class Weights:
+class QwenWeights:
     """Our weights of a checkpoint, each cut out of its tensor when it is asked for, in the type that it has there."""
 
     entries: dict[str, Entry]
@@ -211,14 +211,14 @@ class Weights:
         wanted = {f"{self._prefix}{source.tensor}": source.shape for source in self._sources.values()}
         for name, shape in wanted.items():
             if name not in there:
-                fail(tensors.folder, f"{name} is missing; {CURE}")
+                fail_hf(tensors.folder, f"{name} is missing; {CURE}")
             if there[name].shape != shape:
-                fail(tensors.path(name), f"{name} has shape {there[name].shape}, expected {shape}, as {CONFIG} says")
+                fail_hf(tensors.path(name), f"{name} has shape {there[name].shape}, expected {shape}, as {CONFIG} says")
         extra = [name for name in there if name not in wanted and not name.startswith(LEFT_OUT)]
         self.left_out = len(there) - len(wanted) - len(extra)
         for name in extra:
             if name != "lm_head.weight" or not self._is_embedding(name):
-                fail(
+                fail_hf(
                     tensors.path(name),
                     f"{ascii(name)[:80]} is no tensor of a qwen3_5 text model with the settings of {CONFIG}",
                 )
@@ -233,10 +233,10 @@ class Weights:
     def read(self, name: str) -> np.ndarray:
         """Return one of our weights, bfloat16 as its bits; HFError."""
         source = self._sources[name]
-        return cut(self._tensors.read(f"{self._prefix}{source.tensor}"), source)
+        return cut_tensor(self._tensors.read(f"{self._prefix}{source.tensor}"), source)
 
 
-def cut(tensor: np.ndarray, source: Source) -> np.ndarray:
+def cut_tensor(tensor: np.ndarray, source: Source) -> np.ndarray:
     """Return our part of one of their tensors."""
     if source.cut == "rows":
         return tensor[slice(*source.at)]

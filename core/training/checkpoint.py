@@ -64,8 +64,8 @@ def write_checkpoint(path: Path, engine: Engine, step: int, seconds: float, toke
     write_tensors(path, arrays, {"skc": state})
 
 
-class Weights(Protocol):
-    """Weights that lie elsewhere and are read one after another: all of them may be more than the memory holds."""
+class WeightSource(Protocol):
+    """WeightSource that lie elsewhere and are read one after another: all of them may be more than the memory holds."""
 
     entries: dict[str, Entry]
     """Kind and shape of each, by name."""
@@ -75,7 +75,7 @@ class Weights(Protocol):
         ...
 
 
-def write_weights(path: Path, weights: Weights) -> None:
+def write_weights(path: Path, weights: WeightSource) -> None:
     """Write weights as the checkpoint of step 0, in the types that they have, without an optimizer's state (`fresh`).
 
     They are read twice, the largest is held.

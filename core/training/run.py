@@ -30,7 +30,7 @@ from core.files import (
     sync_folder,
 )
 from core.training.checkpoint import Checkpoint as Checkpoint
-from core.training.checkpoint import Weights, read_checkpoint, write_checkpoint, write_weights
+from core.training.checkpoint import WeightSource, read_checkpoint, write_checkpoint, write_weights
 from core.training.records import METRICS, of_a_run, read_environment, read_object, read_rows
 from core.training.records import RunError as RunError
 from core.training.trackers import Copies
@@ -217,7 +217,7 @@ class Run:
             self._keep(step)
             sync_folder(self.checkpoint_path.parent)
 
-    def import_weights(self, weights: Weights) -> None:
+    def import_weights(self, weights: WeightSource) -> None:
         """Write weights that lie elsewhere as the checkpoint of step 0; OSError."""
         with of_a_run():
             own_folder(self.checkpoint_path.parent)

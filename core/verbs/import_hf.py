@@ -11,11 +11,10 @@ from typing import Any
 from tyro.conf import Positional
 
 from core.config import DataConfig, EvalConfig, RunConfig, TrainConfig
-from core.data.tokenizer import Tokenizer
-from core.data.tokenizer_json import JsonTokenizer
+from core.data.tokenizer import JsonTokenizer, Tokenizer
 from core.files import read_file
-from core.hf.files import CONFIG, MAX_CONFIG, Tensors, fail, read_config
-from core.hf.qwen import QwenText, Weights, read_settings
+from core.hf.files import CONFIG, MAX_CONFIG, Tensors, fail_hf, read_config
+from core.hf.qwen import QwenText, QwenWeights, read_settings
 from core.model.params import count
 from core.training.environment import made_by
 from core.training.run import config_digest
@@ -52,7 +51,7 @@ def import_hf(options: ImportHF, context: Context) -> Outcome:
     tokenizer = tokenizer.widened(text.model.vocab, str(folder / TOKENIZER))
     config = _configured(options, text)
     with Tensors(folder) as tensors:
-        weights = Weights(tensors, text.model)
+        weights = QwenWeights(tensors, text.model)
         lines = [context.command, *_lines(options, text, config, weights, own, tokenizer)]
         env = {**made_by(context.command, 0), "imported": _origin(folder, settings, weights)}
         with new_run(out, config, tokenizer.model, env, lines) as run:
@@ -71,9 +70,9 @@ def _tokenizer(folder: Path) -> JsonTokenizer:
     try:
         tokenizer = Tokenizer.load(path)
     except FileNotFoundError:
-        fail(path, "no such file; give the folder of a whole checkpoint")
+        fail_hf(path, "no such file; give the folder of a whole checkpoint")
     if not isinstance(tokenizer, JsonTokenizer):
-        fail(path, "a SentencePiece model, expected the tokenizer.json of a byte-level BPE")
+        fail_hf(path, "a SentencePiece model, expected the tokenizer.json of a byte-level BPE")
     return tokenizer
 
 
@@ -86,7 +85,7 @@ def _configured(options: ImportHF, text: QwenText) -> RunConfig:
 
 
 def _lines(
-    options: ImportHF, text: QwenText, config: RunConfig, weights: Weights, own: int, tokenizer: JsonTokenizer
+    options: ImportHF, text: QwenText, config: RunConfig, weights: QwenWeights, own: int, tokenizer: JsonTokenizer
 ) -> list[str]:
     model = text.model
     kinds = Counter(model.kind(i) for i in range(model.layers))
@@ -105,7 +104,7 @@ def _lines(
     return lines
 
 
-def _origin(folder: Path, settings: dict[str, Any], weights: Weights) -> dict[str, Any]:
+def _origin(folder: Path, settings: dict[str, Any], weights: QwenWeights) -> dict[str, Any]:
     """Return what env.json says of the checkpoint."""
     digest = hashlib.sha256(read_file(folder / CONFIG, MAX_CONFIG)).hexdigest()
     return {

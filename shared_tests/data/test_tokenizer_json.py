@@ -17,8 +17,8 @@ from tokenizers import pre_tokenizers
 from core.data.dataset import DataError, Split, open_dataset, open_shard, write_shard
 from core.data.prepare import prepare
 from core.data.shards import MAGICS, shard_type
-from core.data.tokenizer import Tokenizer, TokenizerError, token_bytes
-from core.data.tokenizer_json import LETTERS, JsonTokenizer
+from core.data.tokenizer import JsonTokenizer, Tokenizer, TokenizerError, token_bytes
+from core.data.tokenizer_json import LETTERS
 from core.files import FileError
 from core.scoring.accounting import count_bytes
 from shared_tests.support.json_tokenizers import changed_json, qwen_like

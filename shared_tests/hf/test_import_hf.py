@@ -18,9 +18,9 @@ import core.hf.qwen
 from core.cli import main
 from core.config import ConfigError, ModelConfig
 from core.engine.loading import load_engine
-from core.formats.tensors import read_array, read_header, widened
+from core.formats.tensors import read_array, read_tensors_header, widened
 from core.hf.files import HFError, Tensors, read_config
-from core.hf.qwen import Source, Weights, cut, read_settings
+from core.hf.qwen import QwenWeights, Source, cut_tensor, read_settings
 from core.model.params import count, param_table
 from core.training import schedule
 from core.training.checkpoint import write_weights
@@ -93,12 +93,12 @@ def test_logits_are_those_of_transformers(tmp_path: Path) -> None:
 
 
 FAULTS: dict[str, Callable[[np.ndarray, Source], np.ndarray]] = {
-    "gates for queries": lambda t, s: cut(
+    "gates for queries": lambda t, s: cut_tensor(
         t, s._replace(cut={"queries": "gates", "gates": "queries"}.get(s.cut, s.cut))
     ),  # type: ignore[arg-type]
-    "queries above all gates": lambda t, s: t[: len(t) // 2] if s.cut == "queries" else cut(t, s),
-    "taps in the order of time": lambda t, s: t[:, 0] if s.cut == "taps" else cut(t, s),
-    "keys for queries": lambda t, s: t[s.at[1] : 2 * s.at[1]] if s.cut == "rows" and not s.at[0] else cut(t, s),
+    "queries above all gates": lambda t, s: t[: len(t) // 2] if s.cut == "queries" else cut_tensor(t, s),
+    "taps in the order of time": lambda t, s: t[:, 0] if s.cut == "taps" else cut_tensor(t, s),
+    "keys for queries": lambda t, s: t[s.at[1] : 2 * s.at[1]] if s.cut == "rows" and not s.at[0] else cut_tensor(t, s),
 }
 
 
@@ -107,7 +107,7 @@ def test_a_tensor_that_is_cut_wrongly_is_seen(
     fault: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = logits_of(random_model(TINY), TOKENS)
-    monkeypatch.setattr(core.hf.qwen, "cut", FAULTS[fault])
+    monkeypatch.setattr(core.hf.qwen, "cut_tensor", FAULTS[fault])
     assert distance(imported(tiny, tmp_path / "run"), "cuda", expected) > 100 * BOUND
 
 
@@ -139,7 +139,7 @@ def test_the_run_keeps_bits_and_types_and_says_where_they_are_from(tmp_path: Pat
     run = Run.open(imported(folder, tmp_path / "run"))
     source = safetensors.torch.load_file(folder / "model.safetensors")
     with open(run.checkpoint_path, "rb") as file:
-        header = read_header(run.checkpoint_path, file)
+        header = read_tensors_header(run.checkpoint_path, file)
         stored = {name: read_array(run.checkpoint_path, file, header, name) for name in header.entries}
     kinds = {name: entry.kind for name, entry in header.entries.items()}
     assert kinds.pop("param/blocks.0.mixer.decay_rate") == "F32" and set(kinds.values()) == {"BF16"}
@@ -177,7 +177,7 @@ def test_no_more_than_a_few_tensors_are_held(tmp_path: Path) -> None:
     text = read_settings(read_config(folder), "config.json", 0)
     tracemalloc.start()
     with Tensors(folder) as tensors:
-        write_weights(tmp_path / "checkpoint.safetensors", Weights(tensors, text.model))
+        write_weights(tmp_path / "checkpoint.safetensors", QwenWeights(tensors, text.model))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     largest = 4 * wide["intermediate_size"] * wide["hidden_size"]
@@ -311,7 +311,7 @@ def test_mutated_files_are_imported_or_refused_in_one_line(tiny: Path, folder: P
         try:
             text = read_settings(read_config(folder), "config.json", 0)
             with Tensors(folder) as tensors:
-                weights = Weights(tensors, text.model)
+                weights = QwenWeights(tensors, text.model)
                 for each in weights.entries:
                     weights.read(each)
         except HFError as error:
