@@ -62,7 +62,8 @@ def write_parts(
     path: str | Path, entries: dict[str, Entry], metadata: dict[str, str], arrays: Iterable[np.ndarray]
 ) -> None:
     """Write arrays that come one after another, in the order of `entries`, as `write_tensors` does."""
-    header, at = {"__metadata__": metadata}, 0
+    header: dict[str, Any] = {"__metadata__": metadata}
+    at = 0
     for name, entry in entries.items():
         header[name] = {"dtype": entry.kind, "shape": list(entry.shape), "data_offsets": [at, at := at + entry.size]}
     text = json.dumps(header).encode()
@@ -109,9 +110,9 @@ def read_array(path: str | Path, file: BinaryIO, header: TensorsHeader, name: st
     """Return one array, bfloat16 as its bits; FileError, OSError."""
     entry = header.entries[name]
     array = np.empty(entry.shape, DTYPES[entry.kind])
-    raw = array.reshape(-1).view(np.uint8)
+    raw: Any = array.reshape(-1).view(np.uint8)
     file.seek(header.data + entry.begin)
-    if file.readinto(memoryview(raw)) != raw.nbytes:  # pyright: ignore[reportAttributeAccessIssue]
+    if file.readinto(memoryview(raw)) != raw.nbytes:
         _fail(path, name, "the file was cut while it was read")
     return array
 

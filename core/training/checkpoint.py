@@ -137,9 +137,9 @@ def read_arrays(path: Path, table: Shapes, slots: Shapes, tokens_per_step: int) 
 
 def _begun(params: Arrays, slots: dict[str, tuple[int, ...]]) -> Arrays:
     """Return the optimizer's state of no step; zeros that nobody writes into take no memory."""
-    averages = {slot: params.get(slot.removesuffix(".ema")) for slot in slots if slot.endswith(".ema")}
+    averages = {f"{name}.ema": value for name, value in params.items()}
     return {
-        slot: np.zeros(shape, np.float32) if averages.get(slot) is None else averages[slot].copy()
+        slot: averages[slot].copy() if slot in averages else np.zeros(shape, np.float32)
         for slot, shape in slots.items()
     }
 
