@@ -18,7 +18,7 @@ from core.engine.protocol import DType, Engine, EngineOptions
 from core.training.checkpoint import digest
 from core.training.loop import train, warm_up
 from core.training.run import Run, RunError
-from core.training.writer import hold
+from core.training.writer import hold, refuse_strangers
 from core.twin import acceptance, own_text
 from core.twin.distill_config import DistillConfig
 from core.twin.distilling import RECORD, Learner, TwinRun, check_frozen, reading
@@ -83,6 +83,8 @@ def distill(options: Distill, context: Context) -> Outcome:
     check_data(config, dataset, "give the data it was trained on with --data PATH")
     backend = choose_backend(options.backend)
     check_dtype(backend, options.dtype)
+    out = Path(options.out or os.path.join(os.path.dirname(frozen.artifact), "distill"))
+    refuse_strangers(out, RECORD)
     lower = f"--distill.batch (now {settings.batch:,} rows) or --distill.anchors (now {settings.anchors:,})"
     with enough_memory(model, schedule.batch, schedule.seq, lower, training=True):
         engine = load_engine(backend, subject.config, subject.weights, EngineOptions(dtype=options.dtype))
@@ -95,7 +97,6 @@ def distill(options: Distill, context: Context) -> Outcome:
             warm_up(learner, config)
             say("one step was taken on random tokens; nothing is written")
             return Outcome(True, value)
-        out = Path(options.out or os.path.join(os.path.dirname(frozen.artifact), "distill"))
         with contextlib.ExitStack() as stack:
             stack.enter_context(hold(out, RECORD))
             origin = {"artifact_sha256": frozen.sha256, "data": identity(dataset), "dtype": engine.dtype}
