@@ -72,7 +72,7 @@ class Frozen(NamedTuple):
 def distill(options: Distill, context: Context) -> Outcome:
     """Make a twin of a model, or go on making it; then say what its drafts come to."""
     settings, say = options.distill, context.say
-    frozen = _open(options.path, options.data)
+    frozen = open_frozen(options.path, options.data)
     subject, seq = frozen.subject, frozen.subject.config.train.seq
     model = subject.config.model
     settings.check(model, seq)
@@ -111,7 +111,7 @@ def distill(options: Distill, context: Context) -> Outcome:
     return Outcome(True, {**value, "run": str(out), "twin": file})
 
 
-def _open(path: str, data: str | None) -> Frozen:
+def open_frozen(path: str, data: str | None) -> Frozen:
     """Read the artifact of a run, or one that is given; RunError, ArtifactError."""
     artifact, config = path, None
     if os.path.isdir(path):

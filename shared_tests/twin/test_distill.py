@@ -24,7 +24,7 @@ from core.twin.sidecar import read_sidecar
 from shared_tests.support.command_line import Capture, call, refuse
 from shared_tests.support.decoding import Numbers
 from shared_tests.support.distilling import SHORT, data_of, small_artifact, small_config, state_of
-from shared_tests.support.harness import BACKENDS, HYBRID, mini, reader
+from shared_tests.support.harness import BACKENDS, HYBRID, mini, reader, tokens
 from shared_tests.support.killed import fix_threads
 
 pytestmark = pytest.mark.pair
@@ -179,6 +179,23 @@ def test_an_untrained_twin_drafts_the_undrafted_text(name: str, backend: str) ->
             assert drafts > 0
             if name == "exact":
                 assert statistics.count - statistics.cycles[0] >= drafts - ended, "a draft is kept in every cycle"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_block_rule_does_to_frozen_weights(backend: str) -> None:
+    """The seed's first test: exact rows are the model's own at every place; rows that read the block's end are so at
+    the last place alone, and farthest at the first. The first order is not even right at the last."""
+    config = small_config()
+    config = changed(config, {"model.blocks": ("delta", "delta")})
+    model = reader(backend, config, 1.0, dtype="float64")
+    rows = tokens("alike", 2, 24, config.model.vocab, config.model.bos, documents=False)
+    anchors, found = np.array([[3, 8, 12], [2, 9, 14]]), {}
+    for rule in ("causal", "end", "first_order"):
+        twin = model.twin(TwinConfig(rule=rule, exact_anchor=False, block=6), None)
+        found[rule] = twin.alike(rows, anchors)["blocks.0"]
+    assert found["causal"].shape == (6,) and np.allclose(found["causal"], 1, atol=1e-9)
+    assert abs(found["end"][-1] - 1) < 1e-9 and found["end"][0] < min(0.9, found["end"][-2])
+    assert found["first_order"][0] < 0.9 and abs(found["first_order"][-1] - 1) > 1e-6
 
 
 def test_a_step_that_moves_a_frozen_weight_fails(place: tuple[str, str], tmp_path: Path, capsys: Capture) -> None:
