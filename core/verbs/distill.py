@@ -21,7 +21,7 @@ from core.training.run import Run, RunError
 from core.training.writer import hold, refuse_strangers
 from core.twin import acceptance, own_text
 from core.twin.distill_config import DistillConfig
-from core.twin.distilling import RECORD, Learner, TwinRun, check_frozen, reading
+from core.twin.distilling import RECORD, TwinLearner, TwinRun, check_frozen, reading
 from core.twin.params import twin_rows
 from core.twin.sidecar import Sidecar, artifact_sha256, beside, write_sidecar
 from core.verbs.common import (
@@ -89,7 +89,7 @@ def distill(options: Distill, context: Context) -> Outcome:
     with enough_memory(model, schedule.batch, schedule.seq, lower, training=True):
         engine = load_engine(backend, subject.config, subject.weights, EngineOptions(dtype=options.dtype))
         twin = engine.twin(settings.twin, None)
-        learner: Any = Learner(engine, twin, settings, model.bos)
+        learner: Any = TwinLearner(engine, twin, settings, model.bos)
         size = sum(row.size for row in twin_rows(model, settings.twin).values())
         _introduce(frozen, engine, settings, schedule.seq, size, say)
         value = {"path": options.path, "artifact": frozen.artifact, "backend": backend, "parameters": size}
@@ -157,7 +157,7 @@ def _distil(
     say(f"the frozen weights are what they were ({after[:12]})")
     near, drafts = {}, {}
     for texts in acceptance.held_out(engine, dataset.val, bos, settings, seq):
-        near[texts.kind] = acceptance.places(twin, texts, bos, settings)
+        near[texts.kind] = acceptance.nearness(twin, texts, bos, settings)
         drafts[texts.kind] = acceptance.decoding(engine, dataset.tokenizer, twin, texts, settings, limit)
     run.log(step, {"twin/places": near, "twin/decoding": drafts})
     _show(near, drafts, say)
@@ -171,12 +171,12 @@ def _own_rows(run: TwinRun, engine: Engine, dataset: Dataset, artifact: str, say
     path, count = run.path / own_text.NAME, settings.own_rows
     made = {"artifact": artifact, "seed": settings.seed, "prompt": settings.prompt, "rows": count, "seq": seq}
     made |= {"data": identity(dataset)["sha256"], "dtype": engine.dtype, "backend": engine.backend}
-    rows = own_text.read_rows(path, count, seq, model.vocab, made)
+    rows = own_text.read_own(path, count, seq, model.vocab, made)
     words = "read again"
     if rows is None:
         begun = own_text.prompts(dataset.train, model.bos, count, settings.prompt, settings.seed)
         rows, words = own_text.continued(engine, begun, seq, say.progress("own text")), "written"
-        own_text.write_rows(path, rows, made)
+        own_text.write_own(path, rows, made)
     share = own_text.distinct(rows[:, settings.prompt :].tolist())
     say(f"own text {words}: {count:,} rows of {seq:,} tokens, {share:.1%} of the 8-grams behind the prompts distinct")
     if run.last("twin/text") is None:

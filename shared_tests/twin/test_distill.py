@@ -140,15 +140,15 @@ def test_own_text_is_what_the_model_says(backend: str, tmp_path: Path) -> None:
     assert (rows[:, :3] == begun).all()
     assert (rows[:, 3:] == model.logits(rows).argmax(-1)[:, 2:-1]).all()
     path, made = tmp_path / "own.safetensors", {"seed": 3}
-    own_text.write_rows(path, rows, made)
-    again = own_text.read_rows(path, 3, 12, vocab, made)
+    own_text.write_own(path, rows, made)
+    again = own_text.read_own(path, 3, 12, vocab, made)
     assert again is not None and (again == rows).all()
-    assert own_text.read_rows(path, 3, 12, vocab, {"seed": 4}) is None
+    assert own_text.read_own(path, 3, 12, vocab, {"seed": 4}) is None
     data = bytearray(path.read_bytes())
     data[-4] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(ValueError, match="not the text that was written"):
-        own_text.read_rows(path, 3, 12, vocab, made)
+        own_text.read_own(path, 3, 12, vocab, made)
     assert own_text.distinct([[1, 2, 3, 1, 2, 3]], 2) == 3 / 5
 
 
@@ -201,7 +201,7 @@ def test_what_a_block_rule_does_to_frozen_weights(backend: str) -> None:
 def test_a_step_that_moves_a_frozen_weight_fails(place: tuple[str, str], tmp_path: Path, capsys: Capture) -> None:
     """Planted: the program itself notices, and writes no twin."""
     artifact, data = place
-    real = distilling.Learner.train_step
+    real = distilling.TwinLearner.train_step
 
     def careless(self: Any, batch: Any, plan: Any) -> Any:
         weights = self._engine.params()
@@ -211,7 +211,7 @@ def test_a_step_that_moves_a_frozen_weight_fails(place: tuple[str, str], tmp_pat
         return real(self, batch, plan)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distilling.Learner, "train_step", careless)
+        patch.setattr(distilling.TwinLearner, "train_step", careless)
         out = str(tmp_path / "twin.safetensors")
         base = ("distill", artifact, "--data", data, *SHORT, "--backend", "cuda", "--out", str(tmp_path / "out"))
         capsys.readouterr()
