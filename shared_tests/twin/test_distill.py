@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import skc
 from core.checks import ConfigError
 from core.config import changed
 from core.decoding.generate import Text, write
@@ -79,6 +80,10 @@ def test_distil_and_draft(backend: str, place: tuple[str, str], tmp_path: Path, 
         plain = call(capsys, *sample, *how)
         drafted = call(capsys, *sample, *how, "--draft", "twin", "--twin", twin, "--block", "4")
         assert drafted["samples"] == plain["samples"] and drafted["decoding"]["draft_passes"] > 0
+    model = skc.load(artifact, data=data, backend=backend)
+    assert model.sample("The cat", 12, draft="twin", twin=twin, block=4) == model.sample("The cat", 12)
+    with pytest.raises(ConfigError, match="only with draft=twin"):
+        model.sample("The cat", 12, twin=twin)
 
 
 def test_refusals(place: tuple[str, str], tmp_path: Path, capsys: Capture) -> None:
