@@ -228,7 +228,7 @@ def test_the_twins_of_both_backends_draft_and_learn_alike() -> None:
     for name in NAMES:
         rows = text(name)
         anchors = draw_anchors(rows, config_of(name).model.bos, BLOCK, 2, 0, "alike")
-        for i, config in enumerate(forms(name)):
+        for i, config in enumerate(forms(name)[: 1 if name == EVERYTHING else None]):
             found, steps = [], 2 if i else 10
             for backend in BACKENDS:
                 model = made(name, backend)
