@@ -255,9 +255,13 @@ def test_only_the_twin_learns_and_goes_on_from_what_was_kept(backend: str) -> No
     model, rows = made(name, backend), text(name)
     before = {key: value.tobytes() for key, value in model.weights().items()}
     twin = model.twin(TwinConfig(block=BLOCK))
+    state = state_at(model, rows, 4)
+    fresh = twin.draft(state, rows[:, 4]).logits()
     for _ in range(2):
         twin.step(rows, anchors, WEIGHTS, "kl", 1e-2, 1.0)
     again = model.twin(TwinConfig(block=BLOCK), twin.params())
+    said = twin.draft(state, rows[:, 4]).logits()
+    assert (said == again.draft(state, rows[:, 4]).logits()).all() and (said[:, 1:] != fresh[:, 1:]).any()
     again.load_optimizer(twin.optimizer())
     results = [one.step(rows, anchors, WEIGHTS, "kl", 1e-2, 1.0) for one in (twin, again)]
     assert results[0] == results[1] and results[0].finite
