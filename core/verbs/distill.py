@@ -16,6 +16,7 @@ from core.engine.loading import check_dtype, choose_backend, load_engine
 from core.engine.memory import enough_memory
 from core.engine.protocol import DType, Engine, EngineOptions
 from core.training.checkpoint import digest
+from core.training.environment import environment
 from core.training.loop import train, warm_up
 from core.training.run import Run, RunError
 from core.training.writer import hold, refuse_strangers
@@ -102,6 +103,8 @@ def distill(options: Distill, context: Context) -> Outcome:
             origin = {"artifact_sha256": frozen.sha256, "data": identity(dataset), "dtype": engine.dtype}
             run = TwinRun.begin(out, config, settings, origin)
             stack.enter_context(say.copied_to(stack.enter_context(run.open_log())))
+            saved = run.checkpoint()
+            run.record_environment(environment(engine, dataset, context.command, saved.step if saved else 0))
             say(context.command)
             value |= _distil(run, engine, twin, learner, dataset, frozen, say)
             file = options.twin or str(beside(frozen.artifact))
@@ -153,7 +156,8 @@ def _distil(
     after = digest(engine.weights())
     check_frozen(before, after)
     step, limit = summary.steps, context_limit(frozen.subject.config)
-    run.log(step, {"twin/frozen": after})
+    text = {} if spread is None else {"twin/text": {"rows": settings.own_rows, "distinct": spread}}
+    run.log(step, {"twin/frozen": after, **text})
     say(f"the frozen weights are what they were ({after[:12]})")
     near, drafts = {}, {}
     for texts in acceptance.held_out(engine, dataset.val, bos, settings, seq):
@@ -179,8 +183,6 @@ def _own_rows(run: TwinRun, engine: Engine, dataset: Dataset, artifact: str, say
         own_text.write_own(path, rows, made)
     share = own_text.distinct(rows[:, settings.prompt :].tolist())
     say(f"own text {words}: {count:,} rows of {seq:,} tokens, {share:.1%} of the 8-grams behind the prompts distinct")
-    if run.last("twin/text") is None:
-        run.log(0, {"twin/text": {"rows": count, "distinct": share}})
     return rows, share
 
 

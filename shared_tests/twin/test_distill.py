@@ -1,6 +1,7 @@
 """skc distill and skc sample --draft twin, from the command line: the frozen model stays, killed runs go on, drafted
 text is the undrafted one. Budget: 40 s."""
 
+import json
 import os
 import subprocess
 import sys
@@ -57,6 +58,11 @@ def test_distil_and_draft(backend: str, place: tuple[str, str], tmp_path: Path, 
         assert drafts["plain"]["tpf"] == 1 and all(arm["same"] == arm["texts"] == 2 for arm in drafts.values())
     own = value["decoding"]["own"]["twin"]
     assert own["tokens"] == 16 and own["tpf"] >= 0.9, "an exact anchor is worth its pass, but for the ends of texts"
+    rows = [json.loads(line) for line in (tmp_path / "calm" / "metrics.jsonl").read_text().splitlines()]
+    names = {name for row in rows for name in row}
+    assert {"train/loss", "opt/lr", "twin/text", "twin/places", "twin/decoding", "twin/frozen"} <= names
+    assert "train/bpb" not in names and sum("train/loss" in row for row in rows) == 6
+    assert json.loads((tmp_path / "calm" / "env.json").read_text())["backend"] == backend
     sidecar = read_sidecar(twin, read_artifact(artifact).model, artifact)
     assert sidecar.steps == 6 and sidecar.weights_sha256 == value["frozen"]
 
@@ -80,7 +86,8 @@ def test_distil_and_draft(backend: str, place: tuple[str, str], tmp_path: Path, 
         plain = call(capsys, *sample, *how)
         drafted = call(capsys, *sample, *how, "--draft", "twin", "--twin", twin, "--block", "4")
         assert drafted["samples"] == plain["samples"] and drafted["decoding"]["draft_passes"] > 0
-    model = skc.load(artifact, data=data, backend=backend)
+    named: Any = backend
+    model = skc.load(artifact, data=data, backend=named)
     assert model.sample("The cat", 12, draft="twin", twin=twin, block=4) == model.sample("The cat", 12)
     with pytest.raises(ConfigError, match="only with draft=twin"):
         model.sample("The cat", 12, twin=twin)
@@ -104,6 +111,8 @@ def test_refusals(place: tuple[str, str], tmp_path: Path, capsys: Capture) -> No
         (("--distill.twin.block", "1"), "twin.block=1"),
     ):
         assert word in refuse(capsys, *base, *options)
+    planned = call(capsys, *base, *SHORT, "--dry-run")
+    assert planned["parameters"] > 0 and "step" not in planned
     assert not (tmp_path / "out").exists()
     folder = tmp_path / "other"
     folder.mkdir()
