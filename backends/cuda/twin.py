@@ -110,7 +110,7 @@ class Twin:
         for name, low in self._low.items():
             product = params[f"{name}.lora_b"] @ params[f"{name}.lora_a"]
             matrix = self._rest[name] + scale(self.config) * product
-            weights |= zip(low.members, torch.split(matrix, low.sizes), strict=True)
+            weights |= zip(low.members, torch.split(matrix, list(low.sizes)), strict=True)
         return weights | {MASK: params.get(MASK, self._mask)}
 
     def _pass(self, weights, tokens, state, places, mixed=None):
@@ -135,15 +135,16 @@ class Twin:
     ) -> StepResult:
         value, grads = self._gradient(tokens, anchors, weights, loss)
         norm = optim.global_norm(grads.values())
-        result = StepResult(value.item(), norm.item(), math.isfinite(value.item()) and math.isfinite(norm.item()))
+        mean, size = value.item(), norm.item()
+        result = StepResult(mean, size, math.isfinite(mean) and math.isfinite(size))
         if not result.finite:
             return result
         self._steps, self._weights = self._steps + 1, None
-        biases = [1 - beta**self._steps for beta in BETAS]
+        bias1, bias2 = (1 - beta**self._steps for beta in BETAS)
         share = optim.clip_scale(norm, clip)
         for name, grad in grads.items():
             old = self._params[name], grad * share, self._m[name], self._v[name]
-            self._params[name], self._m[name], self._v[name] = optim.adamw(*old, lr, 0.0, *biases, *BETAS, EPS)
+            self._params[name], self._m[name], self._v[name] = optim.adamw(*old, lr, 0.0, bias1, bias2, *BETAS, EPS)
         return result
 
     def _gradient(self, tokens, anchors, weights, loss):
@@ -151,7 +152,8 @@ class Twin:
         first, count = self._checked(tokens, anchors, weights), self.config.block
         logits_BTV, tape = self._frozen_pass(tokens)
         shares = torch.as_tensor(weights[first:] / weights[first:].sum() / anchors.size).to(logits_BTV)
-        total, sums = 0.0, {name: torch.zeros_like(value) for name, value in self._params.items()}
+        total = torch.zeros((), dtype=self._engine._wide, device=self._engine._device)
+        sums = {name: torch.zeros_like(value) for name, value in self._params.items()}
         for group in self._groups(tokens, anchors):
             at_NK, state = self._places(group, first, count), self._states(tokens, group, tape, first)
             leaves = {name: value.detach().requires_grad_() for name, value in self._params.items()}

@@ -129,23 +129,24 @@ class Twin:
 
     def gradients(self, tokens: np.ndarray, anchors: np.ndarray, weights: np.ndarray, loss: str = "kl"):
         value, grads = self._gradient(tokens, anchors, weights, loss)
-        return value.item(), {name: np.array(grad) for name, grad in grads.items()}
+        return float(np.array(value)), {name: np.array(grad) for name, grad in grads.items()}
 
     def step(
         self, tokens: np.ndarray, anchors: np.ndarray, weights: np.ndarray, loss: str, lr: float, clip: float | None
     ) -> StepResult:
         value, grads = self._gradient(tokens, anchors, weights, loss)
         norm = optim.global_norm(grads.values())
-        result = StepResult(value.item(), norm.item(), math.isfinite(value.item()) and math.isfinite(norm.item()))
+        mean, size = float(np.array(value)), float(np.array(norm))
+        result = StepResult(mean, size, math.isfinite(mean) and math.isfinite(size))
         if not result.finite:
             return result
         self._steps, self._weights = self._steps + 1, None
         # MLX: a float of Python's would become a float32.
-        biases = [self._move(np.array(1 - beta**self._steps)) for beta in BETAS]
+        bias1, bias2 = (self._move(np.array(1 - beta**self._steps)) for beta in BETAS)
         share, rate, none = optim.clip_scale(norm, clip), self._move(np.array(lr)), self._move(np.array(0.0))
         for name, grad in grads.items():
             old = self._params[name], grad * share, self._m[name], self._v[name]
-            self._params[name], self._m[name], self._v[name] = optim.adamw(*old, rate, none, *biases, *BETAS, EPS)
+            self._params[name], self._m[name], self._v[name] = optim.adamw(*old, rate, none, bias1, bias2, *BETAS, EPS)
         mx.eval(self._params, self._m, self._v)
         return result
 
@@ -265,4 +266,4 @@ def cosines(a, b):
     """Return the sum of all cosines of a and b over the last axis."""
     a, b = (x if x.dtype == mx.float64 else x.astype(mx.float32) for x in (a, b))
     lengths = mx.sqrt(mx.sum(mx.square(a), axis=-1) * mx.sum(mx.square(b), axis=-1))
-    return mx.sum(mx.sum(a * b, axis=-1) / mx.maximum(lengths, 1e-12)).item()
+    return float(np.array(mx.sum(mx.sum(a * b, axis=-1) / mx.maximum(lengths, 1e-12))))

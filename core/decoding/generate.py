@@ -202,10 +202,12 @@ class _Writer:
         return say(said, draft, place, text.number, self._how) if said.ndim else int(said)
 
 
-def sample(engine: Engine, tokenizer: Tokenizer, prompt: str, how: Decoding, limit: int | None) -> str:
+def sample(
+    engine: Engine, tokenizer: Tokenizer, prompt: str, how: Decoding, limit: int | None, twin: RowDrafter | None = None
+) -> str:
     """Return `prompt` and what the model writes after it; see `write`."""
     text = Text(tokenizer, prompt)
-    for _ in write(engine, [text], how, limit):
+    for _ in write(engine, [text], how, limit, twin=twin):
         pass
     return str(text)
 

@@ -50,7 +50,7 @@ def held_out(engine: Engine, val: Split, bos: int, settings: DistillConfig, seq:
     return [Texts("own", own, begin), Texts("corpus", given, begin)]
 
 
-def places(twin: Any, texts: Texts, bos: int, settings: DistillConfig) -> dict[str, Any]:
+def nearness(twin: Any, texts: Texts, bos: int, settings: DistillConfig) -> dict[str, Any]:
     """Return agreement and divergence by place of a block, and the cosine of every layer."""
     count = min(4 * settings.anchors, texts.rows.shape[1])
     anchors = draw_anchors(texts.rows, bos, settings.twin.block, count, 0, f"report/{texts.kind}")

@@ -66,6 +66,7 @@ class DistillConfig:
         require_limits("distill", self, 2**31 - 1, **limits, own_rows=MOST_ROWS, report_texts=16, prompt=MOST_TOKENS)
         require_least("distill", self, 1, "own_rows", "anchors", "report_texts", "report_tokens", "prompt")
         require_least("distill", self, 0, "lr", "seed")
+        require(self.twin.block >= 2, f"distill.twin.block={self.twin.block}: expected at least 2")
         places = self.twin.block - 1
         where = f"distill.weights={', '.join(map(str, self.weights))}"
         expected = f"expected none, or {places} numbers from 0 up, of which some place that learns has more than 0"

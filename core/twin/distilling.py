@@ -38,7 +38,7 @@ class Learned:
         return self._result
 
 
-class Learner:
+class TwinLearner:
     """What the training loop asks of an engine, answered by a twin; the model itself never changes."""
 
     quantise = False

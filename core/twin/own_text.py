@@ -59,12 +59,12 @@ def distinct(texts: Sequence[Sequence[int]], gram: int = GRAM) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def write_rows(path: Path, rows: np.ndarray, made: dict[str, Any]) -> None:
+def write_own(path: Path, rows: np.ndarray, made: dict[str, Any]) -> None:
     """Write own text in place of `path`; `made`: what decides it."""
     write_tensors(path, {"tokens": rows}, {"skc": json.dumps({**made, "sha256": _sha256(rows)}, sort_keys=True)})
 
 
-def read_rows(path: Path, count: int, seq: int, vocab: int, made: dict[str, Any]) -> np.ndarray | None:
+def read_own(path: Path, count: int, seq: int, vocab: int, made: dict[str, Any]) -> np.ndarray | None:
     """Return the own text of a distillation, (count, seq) int32; None where there is none, or other settings made it.
 
     RunError for a damaged file.

@@ -109,7 +109,7 @@ def twin_start(
 
 def mask_start(weights: dict[str, np.ndarray]) -> np.ndarray:
     """Return the mean of the embedding's rows, float64."""
-    return np.mean(weights["embed.weight"], axis=0, dtype=np.float64)
+    return np.asarray(weights["embed.weight"], np.float64).mean(axis=0)
 
 
 def _whole(one: LowRank, weights: dict[str, np.ndarray]) -> np.ndarray:

@@ -17,12 +17,13 @@ from core.engine.loading import check_dtype, choose_backend, load_engine
 from core.engine.memory import enough_memory
 from core.engine.protocol import DType, Engine, EngineOptions
 from core.training.checkpoint import digest
+from core.training.environment import environment
 from core.training.loop import train, warm_up
 from core.training.run import Run, RunError
-from core.training.writer import hold
+from core.training.writer import hold, refuse_strangers
 from core.twin import acceptance, own_text
 from core.twin.distill_config import DistillConfig
-from core.twin.distilling import RECORD, Learner, TwinRun, check_frozen, reading
+from core.twin.distilling import RECORD, TwinLearner, TwinRun, check_frozen, reading
 from core.twin.params import twin_rows
 from core.twin.recipes import recipe
 from core.twin.sidecar import Sidecar, artifact_sha256, beside, write_sidecar
@@ -81,7 +82,7 @@ class Frozen(NamedTuple):
 def distill(options: Distill, context: Context) -> Outcome:
     """Make a twin of a model, or go on making it; then say what its drafts come to."""
     settings, say = options.distill, context.say
-    frozen = _open(options.path, options.data)
+    frozen = open_frozen(options.path, options.data)
     subject, seq = frozen.subject, frozen.subject.config.train.seq
     model = subject.config.model
     settings.check(model, seq)
@@ -92,11 +93,13 @@ def distill(options: Distill, context: Context) -> Outcome:
     check_data(config, dataset, "give the data it was trained on with --data PATH")
     backend = choose_backend(options.backend)
     check_dtype(backend, options.dtype)
+    out = Path(options.out or os.path.join(os.path.dirname(frozen.artifact), "distill"))
+    refuse_strangers(out, RECORD)
     lower = f"--distill.batch (now {settings.batch:,} rows) or --distill.anchors (now {settings.anchors:,})"
     with enough_memory(model, schedule.batch, schedule.seq, lower, training=True):
         engine = load_engine(backend, subject.config, subject.weights, EngineOptions(dtype=options.dtype))
         twin = engine.twin(settings.twin, None)
-        learner: Any = Learner(engine, twin, settings, model.bos)
+        learner: Any = TwinLearner(engine, twin, settings, model.bos)
         size = sum(row.size for row in twin_rows(model, settings.twin).values())
         _introduce(frozen, engine, settings, schedule.seq, size, say)
         value = {"path": options.path, "artifact": frozen.artifact, "backend": backend, "parameters": size}
@@ -104,12 +107,13 @@ def distill(options: Distill, context: Context) -> Outcome:
             warm_up(learner, config)
             say("one step was taken on random tokens; nothing is written")
             return Outcome(True, value)
-        out = Path(options.out or os.path.join(os.path.dirname(frozen.artifact), "distill"))
         with contextlib.ExitStack() as stack:
             stack.enter_context(hold(out, RECORD))
             origin = {"artifact_sha256": frozen.sha256, "data": identity(dataset), "dtype": engine.dtype}
             run = TwinRun.begin(out, config, settings, origin)
             stack.enter_context(say.copied_to(stack.enter_context(run.open_log())))
+            saved = run.checkpoint()
+            run.record_environment(environment(engine, dataset, context.command, saved.step if saved else 0))
             say(context.command)
             value |= _distil(run, engine, twin, learner, dataset, frozen, say)
             file = options.twin or str(beside(frozen.artifact))
@@ -119,7 +123,7 @@ def distill(options: Distill, context: Context) -> Outcome:
     return Outcome(True, {**value, "run": str(out), "twin": file})
 
 
-def _open(path: str, data: str | None) -> Frozen:
+def open_frozen(path: str, data: str | None) -> Frozen:
     """Read the artifact of a run, or one that is given; RunError, ArtifactError."""
     artifact, config = path, None
     if os.path.isdir(path):
@@ -161,11 +165,12 @@ def _distil(
     after = digest(engine.weights())
     check_frozen(before, after)
     step, limit = summary.steps, context_limit(frozen.subject.config)
-    run.log(step, {"twin/frozen": after})
+    text = {} if spread is None else {"twin/text": {"rows": settings.own_rows, "distinct": spread}}
+    run.log(step, {"twin/frozen": after, **text})
     say(f"the frozen weights are what they were ({after[:12]})")
     near, drafts = {}, {}
     for texts in acceptance.held_out(engine, dataset.val, bos, settings, seq):
-        near[texts.kind] = acceptance.places(twin, texts, bos, settings)
+        near[texts.kind] = acceptance.nearness(twin, texts, bos, settings)
         drafts[texts.kind] = acceptance.decoding(engine, dataset.tokenizer, twin, texts, settings, limit)
     run.log(step, {"twin/places": near, "twin/decoding": drafts})
     _show(near, drafts, say)
@@ -179,16 +184,14 @@ def _own_rows(run: TwinRun, engine: Engine, dataset: Dataset, artifact: str, say
     path, count = run.path / own_text.NAME, settings.own_rows
     made = {"artifact": artifact, "seed": settings.seed, "prompt": settings.prompt, "rows": count, "seq": seq}
     made |= {"data": identity(dataset)["sha256"], "dtype": engine.dtype, "backend": engine.backend}
-    rows = own_text.read_rows(path, count, seq, model.vocab, made)
+    rows = own_text.read_own(path, count, seq, model.vocab, made)
     words = "read again"
     if rows is None:
         begun = own_text.prompts(dataset.train, model.bos, count, settings.prompt, settings.seed)
         rows, words = own_text.continued(engine, begun, seq, say.progress("own text")), "written"
-        own_text.write_rows(path, rows, made)
+        own_text.write_own(path, rows, made)
     share = own_text.distinct(rows[:, settings.prompt :].tolist())
     say(f"own text {words}: {count:,} rows of {seq:,} tokens, {share:.1%} of the 8-grams behind the prompts distinct")
-    if run.last("twin/text") is None:
-        run.log(0, {"twin/text": {"rows": count, "distinct": share}})
     return rows, share
 
 

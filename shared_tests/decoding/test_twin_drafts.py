@@ -104,7 +104,7 @@ def test_speculative_keeps_its_law_with_drafts_by_rows() -> None:
     model = reader("cuda", config, 1.0, dtype="float64")
     how = Decoding(3, 1.0, None, seed=7, sampler="speculative", block=3)
     numbers: Any = Numbers()
-    texts = [Text(numbers, "", number) for number in range(1500)]
+    texts = [Text(numbers, "", number) for number in range(600)]
     for _ in write(model, texts, how, None, twin=Planted(model, config.model.vocab, exact=True)):
         pass
     state = model.start(1)

@@ -228,7 +228,7 @@ def test_the_twins_of_both_backends_draft_and_learn_alike() -> None:
     for name in NAMES:
         rows = text(name)
         anchors = draw_anchors(rows, config_of(name).model.bos, BLOCK, 2, 0, "alike")
-        for i, config in enumerate(forms(name)):
+        for i, config in enumerate(forms(name)[: 1 if name == EVERYTHING else None]):
             found, steps = [], 2 if i else 10
             for backend in BACKENDS:
                 model = made(name, backend)
@@ -255,9 +255,13 @@ def test_only_the_twin_learns_and_goes_on_from_what_was_kept(backend: str) -> No
     model, rows = made(name, backend), text(name)
     before = {key: value.tobytes() for key, value in model.weights().items()}
     twin = model.twin(TwinConfig(block=BLOCK))
+    state = state_at(model, rows, 4)
+    fresh = twin.draft(state, rows[:, 4]).logits()
     for _ in range(2):
         twin.step(rows, anchors, WEIGHTS, "kl", 1e-2, 1.0)
     again = model.twin(TwinConfig(block=BLOCK), twin.params())
+    said = twin.draft(state, rows[:, 4]).logits()
+    assert (said == again.draft(state, rows[:, 4]).logits()).all() and (said[:, 1:] != fresh[:, 1:]).any()
     again.load_optimizer(twin.optimizer())
     results = [one.step(rows, anchors, WEIGHTS, "kl", 1e-2, 1.0) for one in (twin, again)]
     assert results[0] == results[1] and results[0].finite

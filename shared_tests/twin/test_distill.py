@@ -1,6 +1,7 @@
 """skc distill and skc sample --draft twin, from the command line: the frozen model stays, killed runs go on, drafted
 text is the undrafted one. Budget: 40 s."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import skc
 from core.checks import ConfigError
 from core.config import changed
 from core.decoding.generate import Text, write
@@ -24,7 +26,7 @@ from core.twin.sidecar import read_sidecar
 from shared_tests.support.command_line import Capture, call, refuse
 from shared_tests.support.decoding import Numbers
 from shared_tests.support.distilling import SHORT, data_of, small_artifact, small_config, state_of
-from shared_tests.support.harness import BACKENDS, HYBRID, mini, reader
+from shared_tests.support.harness import BACKENDS, HYBRID, mini, reader, tokens
 from shared_tests.support.killed import fix_threads
 
 pytestmark = pytest.mark.pair
@@ -56,6 +58,11 @@ def test_distil_and_draft(backend: str, place: tuple[str, str], tmp_path: Path, 
         assert drafts["plain"]["tpf"] == 1 and all(arm["same"] == arm["texts"] == 2 for arm in drafts.values())
     own = value["decoding"]["own"]["twin"]
     assert own["tokens"] == 16 and own["tpf"] >= 0.9, "an exact anchor is worth its pass, but for the ends of texts"
+    rows = [json.loads(line) for line in (tmp_path / "calm" / "metrics.jsonl").read_text().splitlines()]
+    names = {name for row in rows for name in row}
+    assert {"train/loss", "opt/lr", "twin/text", "twin/places", "twin/decoding", "twin/frozen"} <= names
+    assert "train/bpb" not in names and sum("train/loss" in row for row in rows) == 6
+    assert json.loads((tmp_path / "calm" / "env.json").read_text())["backend"] == backend
     sidecar = read_sidecar(twin, read_artifact(artifact).model, artifact)
     assert sidecar.steps == 6 and sidecar.weights_sha256 == value["frozen"]
 
@@ -79,6 +86,11 @@ def test_distil_and_draft(backend: str, place: tuple[str, str], tmp_path: Path, 
         plain = call(capsys, *sample, *how)
         drafted = call(capsys, *sample, *how, "--draft", "twin", "--twin", twin, "--block", "4")
         assert drafted["samples"] == plain["samples"] and drafted["decoding"]["draft_passes"] > 0
+    named: Any = backend
+    model = skc.load(artifact, data=data, backend=named)
+    assert model.sample("The cat", 12, draft="twin", twin=twin, block=4) == model.sample("The cat", 12)
+    with pytest.raises(ConfigError, match="only with draft=twin"):
+        model.sample("The cat", 12, twin=twin)
 
 
 def test_refusals(place: tuple[str, str], tmp_path: Path, capsys: Capture) -> None:
@@ -99,6 +111,8 @@ def test_refusals(place: tuple[str, str], tmp_path: Path, capsys: Capture) -> No
         (("--distill.twin.block", "1"), "twin.block=1"),
     ):
         assert word in refuse(capsys, *base, *options)
+    planned = call(capsys, *base, *SHORT, "--dry-run")
+    assert planned["parameters"] > 0 and "step" not in planned
     assert not (tmp_path / "out").exists()
     folder = tmp_path / "other"
     folder.mkdir()
@@ -140,15 +154,15 @@ def test_own_text_is_what_the_model_says(backend: str, tmp_path: Path) -> None:
     assert (rows[:, :3] == begun).all()
     assert (rows[:, 3:] == model.logits(rows).argmax(-1)[:, 2:-1]).all()
     path, made = tmp_path / "own.safetensors", {"seed": 3}
-    own_text.write_rows(path, rows, made)
-    again = own_text.read_rows(path, 3, 12, vocab, made)
+    own_text.write_own(path, rows, made)
+    again = own_text.read_own(path, 3, 12, vocab, made)
     assert again is not None and (again == rows).all()
-    assert own_text.read_rows(path, 3, 12, vocab, {"seed": 4}) is None
+    assert own_text.read_own(path, 3, 12, vocab, {"seed": 4}) is None
     data = bytearray(path.read_bytes())
     data[-4] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(ValueError, match="not the text that was written"):
-        own_text.read_rows(path, 3, 12, vocab, made)
+        own_text.read_own(path, 3, 12, vocab, made)
     assert own_text.distinct([[1, 2, 3, 1, 2, 3]], 2) == 3 / 5
 
 
@@ -181,10 +195,27 @@ def test_an_untrained_twin_drafts_the_undrafted_text(name: str, backend: str) ->
                 assert statistics.count - statistics.cycles[0] >= drafts - ended, "a draft is kept in every cycle"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_block_rule_does_to_frozen_weights(backend: str) -> None:
+    """The seed's first test: exact rows are the model's own at every place; rows that read the block's end are so at
+    the last place alone, and farthest at the first. The first order is not even right at the last."""
+    config = small_config()
+    config = changed(config, {"model.blocks": ("delta", "delta")})
+    model = reader(backend, config, 1.0, dtype="float64")
+    rows = tokens("alike", 2, 24, config.model.vocab, config.model.bos, documents=False)
+    anchors, found = np.array([[3, 8, 12], [2, 9, 14]]), {}
+    for rule in ("causal", "end", "first_order"):
+        twin = model.twin(TwinConfig(rule=rule, exact_anchor=False, block=6), None)
+        found[rule] = twin.alike(rows, anchors)["blocks.0"]
+    assert found["causal"].shape == (6,) and np.allclose(found["causal"], 1, atol=1e-9)
+    assert abs(found["end"][-1] - 1) < 1e-9 and found["end"][0] < min(0.9, found["end"][-2])
+    assert found["first_order"][0] < 0.9 and abs(found["first_order"][-1] - 1) > 1e-6
+
+
 def test_a_step_that_moves_a_frozen_weight_fails(place: tuple[str, str], tmp_path: Path, capsys: Capture) -> None:
     """Planted: the program itself notices, and writes no twin."""
     artifact, data = place
-    real = distilling.Learner.train_step
+    real = distilling.TwinLearner.train_step
 
     def careless(self: Any, batch: Any, plan: Any) -> Any:
         weights = self._engine.params()
@@ -194,7 +225,7 @@ def test_a_step_that_moves_a_frozen_weight_fails(place: tuple[str, str], tmp_pat
         return real(self, batch, plan)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distilling.Learner, "train_step", careless)
+        patch.setattr(distilling.TwinLearner, "train_step", careless)
         out = str(tmp_path / "twin.safetensors")
         base = ("distill", artifact, "--data", data, *SHORT, "--backend", "cuda", "--out", str(tmp_path / "out"))
         capsys.readouterr()
