@@ -70,6 +70,15 @@ class Run:
         self.copies: Copies | None = None
         """Trackers that get every line of metrics.jsonl too."""
 
+    @property
+    def frozen_path(self) -> Path | None:
+        """The file whose weights a twin is made of: the artifact; of an import, which may be too large for one, the
+        checkpoint; None: there is none yet.
+        """
+        if self.artifact_path.exists():
+            return self.artifact_path
+        return self.checkpoint_path if "imported" in self.environment() else None
+
     @classmethod
     def open(cls, path: str | Path) -> "Run":
         """Open an existing run; RunError says what is there instead."""

@@ -1,6 +1,5 @@
 """The file of a twin, twin.safetensors beside the artifact: its weights, and which artifact it belongs to."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.config import from_json, to_json
+from core.data.shards import file_sha256
 from core.engine.protocol import Arrays
-from core.export.artifact import MAX_FILE as MAX_ARTIFACT
-from core.files import FileError, parse_json, read_file
+from core.files import FileError, parse_json
 from core.formats.kinds import ANYTHING, COUNT, check_value, text, whole
 from core.formats.tensors import read_tensors, write_tensors
 from core.model.config import ModelConfig
@@ -49,13 +48,13 @@ class Sidecar(NamedTuple):
 
 
 def artifact_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of an artifact's file; FileError, OSError."""
-    return hashlib.sha256(read_file(path, MAX_ARTIFACT)).hexdigest()
+    """Return the SHA-256 of an artifact's file, or of an import's checkpoint; FileError, OSError."""
+    return file_sha256(str(path))
 
 
-def beside(artifact: str | Path) -> Path:
-    """Return where the twin of an artifact lies."""
-    return Path(os.path.dirname(artifact)) / NAME
+def beside(path: str | Path) -> Path:
+    """Return where the twin of a run or of an artifact lies."""
+    return Path(path if os.path.isdir(path) else os.path.dirname(path)) / NAME
 
 
 def write_sidecar(path: str | Path, sidecar: Sidecar) -> None:

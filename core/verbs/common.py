@@ -151,10 +151,10 @@ def open_twin(engine: Engine, path: str, file: str | None, config: RunConfig) ->
     """
     from core.twin.sidecar import beside, read_sidecar
 
-    artifact = str(Run.open(path).artifact_path) if os.path.isdir(path) else path
-    if not os.path.isfile(artifact):
+    artifact = Run.open(path).frozen_path if os.path.isdir(path) else path
+    if artifact is None or not os.path.isfile(artifact):
         raise RunError(f"{path}: has no artifact yet, to which its twin would belong; write it: skc export {path}")
-    name = str(beside(artifact)) if file is None else file
+    name = str(beside(path)) if file is None else file
     if not os.path.exists(name):
         raise RunError(f"{name}: there is no twin; make it with skc distill {path}, or give its file with --twin")
     sidecar = read_sidecar(name, config.model, artifact)

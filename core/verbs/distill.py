@@ -36,6 +36,7 @@ from core.verbs.common import (
     check_tokenizer,
     open_artifact,
     open_named,
+    open_subject,
 )
 
 
@@ -44,7 +45,7 @@ class Distill:
     """Options of `skc distill`."""
 
     path: Positional[str]
-    """Run folder with an artifact, or artifact."""
+    """Run folder with an artifact or of skc import-hf, or artifact."""
     recipe: str | None = None
     """Named settings that take the place of the defaults below: orthrus_qwen35 (docs/import.md)."""
     distill: FlagConversionOff[DistillConfig] = field(default_factory=DistillConfig)
@@ -73,6 +74,7 @@ class Frozen(NamedTuple):
     """What a twin is made of."""
 
     artifact: str
+    """Of an import without one its checkpoint."""
     sha256: str
     subject: Subject
     weights_sha256: str
@@ -93,7 +95,7 @@ def distill(options: Distill, context: Context) -> Outcome:
     check_data(config, dataset, "give the data it was trained on with --data PATH")
     backend = choose_backend(options.backend)
     check_dtype(backend, options.dtype)
-    out = Path(options.out or os.path.join(os.path.dirname(frozen.artifact), "distill"))
+    out = Path(options.out or beside(options.path).with_name("distill"))
     refuse_strangers(out, RECORD)
     lower = f"--distill.batch (now {settings.batch:,} rows) or --distill.anchors (now {settings.anchors:,})"
     with enough_memory(model, schedule.batch, schedule.seq, lower, training=True):
@@ -116,10 +118,11 @@ def distill(options: Distill, context: Context) -> Outcome:
             run.record_environment(environment(engine, dataset, context.command, saved.step if saved else 0))
             say(context.command)
             value |= _distil(run, engine, twin, learner, dataset, frozen, say)
-            file = options.twin or str(beside(frozen.artifact))
+            file = options.twin or str(beside(options.path))
             made = Sidecar(settings.twin, twin.params(), frozen.sha256, frozen.weights_sha256, value["step"])
             write_sidecar(file, made)
-            say(f"twin {file}: skc sample {frozen.artifact} --draft twin; its training is in {out}")
+            shown = frozen.artifact if frozen.subject.step is None else options.path
+            say(f"twin {file}: skc sample {shown} --draft twin; its training is in {out}")
     return Outcome(True, {**value, "run": str(out), "twin": file})
 
 
@@ -128,9 +131,13 @@ def open_frozen(path: str, data: str | None) -> Frozen:
     artifact, config = path, None
     if os.path.isdir(path):
         run = Run.open(path)
-        artifact, config = str(run.artifact_path), run.config
-        if not run.artifact_path.exists():
+        frozen, config = run.frozen_path, run.config
+        if frozen is None:
             raise RunError(f"{path}: has no artifact yet, whose weights a twin is made of; write it: skc export {path}")
+        if frozen != run.artifact_path:
+            subject = open_subject(path, data)
+            return Frozen(str(frozen), artifact_sha256(frozen), subject, digest(subject.weights))
+        artifact = str(frozen)
     elif not os.path.isfile(path):
         raise RunError(f"{path}: no such run folder or artifact; make one with: skc train tiny --out {path}")
     subject = open_artifact(artifact, data)

@@ -28,6 +28,7 @@ from core.training.records import RunError
 from core.training.run import Run
 from core.twin.params import scale, twin_rows
 from core.twin.recipes import RECIPES, recipe
+from core.twin.sidecar import artifact_sha256
 from core.verbs.common import open_subject
 from shared_tests.support.harness import BACKENDS
 from shared_tests.support.hf_checkpoints import ODD, TINY, as_multimodal, change, logits_of, random_model, save
@@ -365,7 +366,6 @@ def test_from_import_to_distilled_drafts(tiny: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "text.jsonl").write_text("".join(lines))
     tokenizer = ["--tokenizer", str(run / "tokenizer.model")]
     assert main(["data", "prepare", str(tmp_path / "text.jsonl"), "--out", data, *tokenizer]) == 0
-    assert main(["export", str(run), "--data", data, "--backend", "cuda"]) == 0
     small = [
         "--distill.twin.rank",
         "4",
@@ -387,11 +387,19 @@ def test_from_import_to_distilled_drafts(tiny: Path, tmp_path: Path, capsys: pyt
         "--backend",
         "cuda",
     ]
-    assert main(["distill", str(run), *options]) == 0
+    assert main(["distill", str(run), *options]) == 0  # a model may be too large for an artifact
     assert "rank 4; block of 4, rule first_order, anchor of its own" in capsys.readouterr().out
     texts = []
     for draft in ([], ["--draft", "twin"]):
         arguments = ["--temperature", "0", "--tokens", "6", "--prompt", "the", "--backend", "cuda", "--json", *draft]
-        assert main(["sample", str(run / "artifact.skc"), *arguments]) == 0
+        assert main(["sample", str(run), *arguments]) == 0
         texts.append(json.loads(capsys.readouterr().out)["samples"][0]["text"])
     assert texts[0] == texts[1] and len(texts[0]) > 3
+    assert main(["export", str(run), "--data", data, "--backend", "cuda"]) == 0
+    capsys.readouterr()
+    arguments = [str(run / "artifact.skc"), "--draft", "twin", "--tokens", "2", "--backend", "cuda"]
+    assert main(["sample", *arguments]) == 2  # whose weights are in float16: not those that the twin was made of
+    assert (
+        f"is the twin of artifact {artifact_sha256(run / 'state' / 'checkpoint.safetensors')[:12]}"
+        in capsys.readouterr().err
+    )
