@@ -7,6 +7,7 @@ apart needs its size twice.
 import json
 import os
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -106,7 +107,7 @@ def read_tensors_header(path: str | Path, file: BinaryIO) -> TensorsHeader:
     return TensorsHeader(metadata, {name: entry for name, (entry, _, _) in order}, file.tell())
 
 
-def read_array(path: str | Path, file: BinaryIO, header: TensorsHeader, name: str) -> np.ndarray:
+def read_array(path: str | Path, file: BufferedReader, header: TensorsHeader, name: str) -> np.ndarray:
     """Return one array, bfloat16 as its bits; FileError, OSError."""
     entry = header.entries[name]
     array = np.empty(entry.shape, DTYPES[entry.kind])

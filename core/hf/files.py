@@ -2,8 +2,9 @@
 
 import os
 from contextlib import ExitStack
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -17,6 +18,8 @@ ONE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "confi
 MAX_CONFIG = 1 << 20
 """Bytes of config.json."""
 MAX_FILES = 256
+PIECE = 1 << 22
+"""Numbers of a large array that are looked at together."""
 KINDS = ("BF16", "F16", "F32")
 """Kinds of values that weights may have."""
 NAME = Leaf("the name of a file in this folder", is_name)
@@ -53,7 +56,7 @@ class Tensors:
 
     def __init__(self, folder: str | Path) -> None:
         """Open the files and check what they say of themselves; HFError."""
-        self._files: dict[str, tuple[Path, BinaryIO, TensorsHeader]] = {}
+        self._files: dict[str, tuple[Path, BufferedReader, TensorsHeader]] = {}
         self._where: dict[str, str] = {}
         self.entries, self.folder = {}, Path(folder)
         with ExitStack() as stack:
@@ -96,9 +99,11 @@ class Tensors:
             array = read_array(path, file, header, tensor)
         except FileError as error:
             raise HFError(str(error)) from error
-        finite = (array & 0x7F80) != 0x7F80 if kind == "BF16" else np.isfinite(array)
-        if not finite.all():
-            fail_hf(path, f"{tensor} holds NaN or infinity; {CURE}")
+        flat = array.reshape(-1)
+        for start in range(0, flat.size, PIECE):
+            part = flat[start : start + PIECE]
+            if not ((part & 0x7F80) != 0x7F80 if kind == "BF16" else np.isfinite(part)).all():
+                fail_hf(path, f"{tensor} holds NaN or infinity; {CURE}")
         return array
 
 
