@@ -17,6 +17,8 @@ from core.model.table import GROUPS, Group, Param, Part, Rows, below
 
 MOST_VALUES = 1 << 30
 """Most parameters of a model: several times what an artifact holds, and a little more than Qwen3.5-0.8B has."""
+MOST_DRAWN = 1 << 28
+"""Most parameters that start from drawn values: larger models are imported, with theirs."""
 
 
 def named_parts(config: ModelConfig) -> dict[str, Part]:
@@ -40,8 +42,14 @@ def param_table(config: ModelConfig) -> dict[str, Param]:
 
 
 def start_values(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
-    """Return the float32 weights that every run of (config, seed) starts from, bit for bit on every platform."""
-    return {name: _start(row, seed, name).astype(np.float32) for name, row in param_table(config).items()}
+    """Return the float32 weights that every run of (config, seed) starts from, bit for bit on every platform.
+
+    ConfigError for a model of more than MOST_DRAWN.
+    """
+    table = param_table(config)
+    values = sum(row.size for row in table.values())
+    require(values <= MOST_DRAWN, f"model: {values:,} parameters, at most {MOST_DRAWN:,} are drawn; import its weights")
+    return {name: _start(row, seed, name).astype(np.float32) for name, row in table.items()}
 
 
 def _start(row: Param, seed: int, name: str) -> np.ndarray:

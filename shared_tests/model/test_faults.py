@@ -46,7 +46,7 @@ def rope_base_off_by_a_percent(ops: Any) -> Callable:
 
 def default_eps(ops: Any) -> Callable:
     honest = ops.rms_norm
-    return lambda x, eps, exact: honest(x, 1e-5, exact)
+    return lambda x, eps, exact, gain=None: honest(x, 1e-5, exact, gain)
 
 
 def heads_interleaved(ops: Any) -> Callable:

@@ -176,6 +176,7 @@ def test_one_layer_trains(name: str, seq: int) -> None:
     if config.model.kind(0) != "attention":  # then no setting may be on that only attention has a use for
         alone |= {f"attention.{name}": getattr(Attention, name) for name in ("conv", "xsa", "xsa_layers", "head_gate")}
         alone |= {f"attention.{name}": getattr(Attention, name) for name in ("head_gate_width", "head_gate_scale")}
+        alone |= {f"attention.{name}": getattr(Attention, name) for name in ("head_width", "output_gate")}
     config = dataclasses.replace(
         config,
         model=changed(config.model, alone),

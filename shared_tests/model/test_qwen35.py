@@ -16,7 +16,7 @@ import torch
 from core import presets
 from core.check.tolerances import P2_FLOAT64, relative_rms
 from core.config import ConfigError, ModelConfig, RunConfig, changed
-from core.model.params import count, param_table
+from core.model.params import count, param_table, start_values
 from core.model.shares import shares
 from shared_tests import oracle
 from shared_tests.support.harness import BACKENDS, draw, engine, tokens
@@ -193,14 +193,19 @@ def test_parameters_are_counted_without_any_weights() -> None:
     """752,393,024, part by part; transformers' own model says the same."""
     config = config_of(LARGE)
     model = settings_of(config)
-    sizes = {name: row.size for name, row in param_table(model).items()}
-    mixers = [sum(oracle.below(sizes, f"blocks.{i}.mixer.").values()) for i in range(4)]
-    assert mixers == [10_543_264] * 3 + [7_340_544]
-    assert sum(oracle.below(sizes, "blocks.0.mlp.").values()) == 11_010_048
+    table = param_table(model)
+
+    def size(prefix: str) -> int:
+        return sum(row.size for name, row in table.items() if name.startswith(prefix))
+
+    assert [size(f"blocks.{i}.mixer.") for i in range(4)] == [10_543_264] * 3 + [7_340_544]
+    assert size("blocks.0.mlp.") == 11_010_048
     with torch.device("meta"):
         theirs = library().Qwen3_5ForCausalLM(config)
     assert count(model) == sum(value.numel() for value in theirs.parameters()) == 752_393_024
     assert sum(share.parameters for share in shares(model, 64).values()) == 752_393_024
+    with pytest.raises(ConfigError, match="752,393,024 parameters, at most 268,435,456 are drawn"):
+        start_values(model, 0)
 
 
 def test_its_mini_has_what_it_has() -> None:
@@ -225,7 +230,8 @@ BESIDE = {"blocks": ("delta", "attention_parallel"), "output_norm": "gain"}
 def test_the_twins_agree(more: dict[str, Any]) -> None:
     """Logits and gradients in float64."""
     config = of(changed(ModelConfig(), SMALL | more))
-    assert_same(*(outcome(b, config, 5.0, dtype="float64") for b in BACKENDS), P2_FLOAT64)
+    ours, theirs = (outcome(b, config, 5.0, dtype="float64") for b in BACKENDS)
+    assert_same(ours, theirs, P2_FLOAT64)
 
 
 @pytest.mark.parametrize(
