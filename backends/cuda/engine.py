@@ -1,6 +1,7 @@
 """The PyTorch engine: model, optimizer and device behind core.engine.protocol.Engine; the MLX engine's twin."""
 
 import functools
+import importlib
 import resource
 import sys
 import warnings
@@ -21,7 +22,6 @@ from backends.cuda.further import further_loss
 from backends.cuda.model import Model
 from backends.cuda.predicting import Predicting
 from backends.cuda.staging import to_gpu
-from backends.cuda.twin import Twinned
 from backends.cuda.update import Update
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
@@ -83,7 +83,7 @@ class Tape:
         return ops.cross_entropy(self._logits, wanted, self._exact)[0].cpu().numpy()
 
 
-class Engine(Predicting, Adapting, Descent, Twinned):
+class Engine(Predicting, Adapting, Descent):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "cuda"
@@ -320,6 +320,10 @@ class Engine(Predicting, Adapting, Descent, Twinned):
     def forget(self, state: State, rows: np.ndarray) -> State:
         model = self._model.forget(state.model, torch.from_numpy(rows).to(self._device))
         return State(model, np.where(rows, 0, state.position), np.where(rows, 0, state.seen))
+
+    def twin(self, config: Any, params: Arrays | None = None) -> Any:
+        # By its name: no evaluation imports it, so that none has to pack its code.
+        return importlib.import_module("backends.cuda.twin").Twin(self, config, params)
 
     def stats(self) -> dict[str, float]:
         if self._device.type == "cuda":

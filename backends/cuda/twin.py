@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from backends.cuda import ops, optim
-from backends.cuda.masters import Masters
 from core.engine.protocol import Arrays, State, StepResult
 from core.model.context import Draft, joined_rows
 from core.model.params import check_arrays
@@ -23,13 +22,6 @@ from core.twin.settings import TwinConfig
 
 PLACES = 1 << 17
 """Most places of blocks and of their states' keys that go through the twin at once."""
-
-
-class Twinned(Masters):
-    """The part of core.engine.protocol.Engine that makes twins."""
-
-    def twin(self, config: TwinConfig, params: Arrays | None = None) -> "Twin":
-        return Twin(self, config, params)
 
 
 class Drafted:

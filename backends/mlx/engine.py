@@ -1,6 +1,7 @@
 """The MLX engine: model, optimizer and device behind core.engine.protocol.Engine; the PyTorch engine's twin."""
 
 import functools
+import importlib
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,7 +20,6 @@ from backends.mlx.further import further_loss
 from backends.mlx.kernels import trial
 from backends.mlx.model import Model
 from backends.mlx.predicting import Predicting
-from backends.mlx.twin import Twinned
 from backends.mlx.update import Update
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note
@@ -74,7 +74,7 @@ class Tape:
         return np.array(ops.cross_entropy(self._logits, mx.array(targets), self._exact)[0])
 
 
-class Engine(Predicting, Adapting, Descent, Twinned):
+class Engine(Predicting, Adapting, Descent):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "mlx"
@@ -298,6 +298,10 @@ class Engine(Predicting, Adapting, Descent, Twinned):
     def forget(self, state: State, rows: np.ndarray) -> State:
         model = self._model.forget(state.model, mx.array(rows))
         return State(model, np.where(rows, 0, state.position), np.where(rows, 0, state.seen))
+
+    def twin(self, config: Any, params: Arrays | None = None) -> Any:
+        # By its name: no evaluation imports it, so that none has to pack its code.
+        return importlib.import_module("backends.mlx.twin").Twin(self, config, params)
 
     def stats(self) -> dict[str, float]:
         memory = {"peak_bytes": float(mx.get_peak_memory()), "active_bytes": float(mx.get_active_memory())}

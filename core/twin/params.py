@@ -56,8 +56,9 @@ def _tables(model: ModelConfig, twin: TwinConfig) -> tuple[Rows, dict[str, LowRa
         for name, (members, sizes) in factors.items():
             named = tuple(f"blocks.{block}.mixer.{member}.weight" for member in members)
             low[f"{BLOCKS}{block}.mixer.{name}"] = LowRank(named, sizes)
-    where = f"twin.rank={twin.rank}: two factors would be no smaller than any matrix; lower it, or leave it out"
-    require(not twin.rank or bool(low), where)
+    where = f"twin.rank={twin.rank}: two factors would be no smaller than any matrix"
+    where = f"{where} beside twin.full={twin.full}" if twin.full else where
+    require(not twin.rank or bool(low), f"{where}; lower it, or leave it out")
     if twin.learned_mask:
         rows[MASK] = vector(model.embedding.dim or model.dim)
     return rows, low
