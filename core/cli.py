@@ -51,11 +51,15 @@ VERBS = {
     "train": Verb("core.verbs.train", "Train", "train_run", "train a preset, score it, export it, report", "preset"),
     "eval": Verb("core.verbs.eval", "Eval", "evaluate", "score a run or an artifact on validation text"),
     "sample": Verb("core.verbs.sample", "Sample", "write_text", "let a run or an artifact write text"),
+    "distill": Verb("core.verbs.distill", "Distill", "distill", "let a frozen model learn to draft for itself"),
     "audit": Verb("core.verbs.audit", "Audit", "audit_score", "does the score of a run or an artifact keep the rules?"),
     "export": Verb("core.verbs.export", "Export", "export_run", "write a run's artifact, reload it, score it again"),
     "ablate": Verb("core.verbs.ablate", "Ablate", "ablate", "variants of a preset: what helped, by how much, how sure"),
     "import-official": Verb(
         "core.verbs.import_official", "Import", "import_official", "make a run of a checkpoint of the official scripts"
+    ),
+    "import-hf": Verb(
+        "core.verbs.import_hf", "ImportHF", "import_hf", "make a run of a Qwen3.5 text model in Hugging Face's form"
     ),
     "track": Verb("core.verbs.track", "Track", "track", "copy recorded runs to TensorBoard or Weights & Biases"),
     "compare": Verb("core.verbs.compare", "Compare", "compare_runs", "runs: what differs, where curves part, speed"),
@@ -215,6 +219,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
             )
         program += f" {'|'.join(re.split(', | or ', verb.first)).upper()}"
         purpose += f" The defaults are those of the {verb.first}: {program} --help shows them."
+    if name == "distill" and (chosen := options.value_of(arguments, "--recipe")):
+        default = importlib.import_module(verb.module).by_recipe(chosen)
     keywords: dict[str, Any] = {} if default is None else {"default": default}
     known = options.options_of(kind)
     for option in [name for name in known if name.endswith("plugins")]:

@@ -116,19 +116,19 @@ def read_json(path: str | Path, limit: int = MAX_TEXT) -> Any:
     return parse_json(path, read_text(path, limit))
 
 
-def parse_json(where: object, text: str) -> Any:
-    """Return the value of a JSON text: at most MOST_VALUES values, no NaN, no infinity; FileError names `where`."""
-    bound_values(where, text)
+def parse_json(where: object, text: str, most: int = MOST_VALUES) -> Any:
+    """Return the value of a JSON text: at most `most` values, no NaN, no infinity; FileError names `where`."""
+    bound_values(where, text, most)
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{where}: not JSON ({error}); the file is damaged") from error
 
 
-def bound_values(where: object, text: str) -> None:
+def bound_values(where: object, text: str, most: int = MOST_VALUES) -> None:
     """Raise FileError for a JSON text of so many values that they would fill the memory."""
-    if sum(map(text.count, ",[{")) > MOST_VALUES and sum(map(_TEXTS.sub("", text).count, ",[{")) > MOST_VALUES:
-        raise FileError(f"{where}: over {MOST_VALUES:,} values: this is not the file it is named as")
+    if sum(map(text.count, ",[{")) > most and sum(map(_TEXTS.sub("", text).count, ",[{")) > most:
+        raise FileError(f"{where}: over {most:,} values: this is not the file it is named as")
 
 
 def _refuse_constant(name: str) -> Any:

@@ -14,14 +14,15 @@ from core.engine.loading import load_engine
 from core.engine.protocol import DType, Engine, EngineOptions
 from core.scoring.evaluation import Evaluation
 from core.scoring.score import Score, score
-from core.verbs.common import Backend, Subject, open_subject, open_tokenizer
+from core.verbs.common import Backend, Subject, open_subject, open_tokenizer, open_twin
 
 
 class Model:
     """The weights of a run or an artifact on a backend, and the tokenizer that they were trained with."""
 
-    def __init__(self, subject: Subject, tokenizer: Tokenizer, engine: Engine) -> None:
-        self.config, self.tokenizer, self.engine = subject.config, tokenizer, engine
+    def __init__(self, subject: Subject, tokenizer: Tokenizer, engine: Engine, path: str = "") -> None:
+        self.config, self.tokenizer, self.engine, self._path = subject.config, tokenizer, engine, path
+        self._twins: dict[str | None, Any] = {}
         self._what = f"{subject.what} on {engine.backend}, {engine.device}, {engine.dtype}"
 
     def __repr__(self) -> str:
@@ -36,7 +37,7 @@ class Model:
         ids = self.tokenizer.encode(text)
         require(len(ids) > 0, "text: has no tokens; expected at least one letter")
         split = Split(
-            [np.append(self.tokenizer.bos, ids).astype("<u2")],
+            [np.append(self.tokenizer.bos, ids).astype(np.int32)],
             self.tokenizer,
             "text",
             document_bytes=np.array([len(text.encode())]),
@@ -56,10 +57,12 @@ class Model:
         sampler: Sampler = "coupled",
         draft: Draft = "none",
         block: int = 8,
+        twin: str | None = None,
     ) -> str:
         """Return `prompt` and what the model writes after it, at most `tokens` tokens. ConfigError.
 
-        `draft` changes how long that takes and not what is written; see docs/decoding.md.
+        `draft` changes how long that takes and not what is written; see docs/decoding.md. `twin`: the file of the twin
+        that drafts, if it is not twin.safetensors beside the artifact.
         """
         _check_text("prompt", prompt)
         _check_number("tokens", tokens, int)
@@ -71,7 +74,12 @@ class Model:
             _check_number("top_k", top_k, int)
         limit = generate.context_limit(self.config)
         how = Decoding(tokens, temperature, top_k, top_p, seed, sampler, draft, block)
-        return generate.sample(self.engine, self.tokenizer, prompt, how, limit)
+        how.check()
+        require(twin is None or draft == "twin", f"twin={in_words(twin)}: drafts only with draft=twin")
+        if draft == "twin" and twin not in self._twins:
+            self._twins[twin] = open_twin(self.engine, self._path, twin, self.config)
+        drafter = self._twins[twin] if draft == "twin" else None
+        return generate.sample(self.engine, self.tokenizer, prompt, how, limit, drafter)
 
 
 def load(
@@ -94,7 +102,7 @@ def load(
     subject = open_subject(name, data, step)
     tokenizer = open_tokenizer(subject, name, data)
     engine = load_engine(backend, subject.config, subject.weights, EngineOptions(dtype=dtype), subject.quantise)
-    return Model(subject, tokenizer, engine)
+    return Model(subject, tokenizer, engine, name)
 
 
 def _check_number(name: str, value: Any, kind: Any) -> None:

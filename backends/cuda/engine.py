@@ -1,6 +1,7 @@
 """The PyTorch engine: model, optimizer and device behind core.engine.protocol.Engine; the MLX engine's twin."""
 
 import functools
+import importlib
 import resource
 import sys
 import warnings
@@ -167,9 +168,9 @@ class Engine(Predicting, Adapting, Descent):
 
     def _forward(
         self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None, begins=None,
-        adapters=None,
+        adapters=None, draft=None,
     ):  # fmt: skip
-        given = (tokens, tables, self._compute, repeat, record, state, capped, training, begins, adapters)
+        given = (tokens, tables, self._compute, repeat, record, state, capped, training, begins, adapters, draft)
         return functional_call(self._model, weights, given, strict=True)
 
     def _read(self, tokens, **options):
@@ -319,6 +320,10 @@ class Engine(Predicting, Adapting, Descent):
     def forget(self, state: State, rows: np.ndarray) -> State:
         model = self._model.forget(state.model, torch.from_numpy(rows).to(self._device))
         return State(model, np.where(rows, 0, state.position), np.where(rows, 0, state.seen))
+
+    def twin(self, config: Any, params: Arrays | None = None) -> Any:
+        # By its name: no evaluation imports it, so that none has to pack its code.
+        return importlib.import_module("backends.cuda.twin").Twin(self, config, params)
 
     def stats(self) -> dict[str, float]:
         if self._device.type == "cuda":

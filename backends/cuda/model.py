@@ -76,9 +76,11 @@ class Model(nn.Module):
     def norm(self, x_BTD, gain_D=None):
         return ops.rms_norm(x_BTD, self._config.norm_eps, self._exact, gain_D)
 
-    def embedding(self, tokens_BT, dtype):
-        """Return the stream before the first stage."""
-        x_BTD = self.embed(tokens_BT).to(dtype)
+    def embedding(self, tokens_BT, dtype, draft=None):
+        """Return the stream before the first stage; `draft` as in forward."""
+        x_BTD = self.embed(tokens_BT if draft is None else torch.clamp(tokens_BT, min=0)).to(dtype)
+        if draft is not None:
+            x_BTD = torch.where((tokens_BT < 0)[..., None], draft.mask.to(dtype), x_BTD)
         x_BTD = self.embed_up(x_BTD) if self._config.embedding.dim is not None else x_BTD
         n_BTD = self.norm(x_BTD)
         entering_BTD = n_BTD if self._config.embedding.norm else x_BTD
@@ -89,8 +91,8 @@ class Model(nn.Module):
         x_BTD = self.norm(x_BTD, 1 + self.head.norm_gain if self._config.norm_gains else None)
         return self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
 
-    def context(self, tokens_BT, constants, state, wide, begins=None, training=None):
-        """Return the Context of these rows; `begins` and `training` as in forward."""
+    def context(self, tokens_BT, constants, state, wide, begins=None, training=None, draft=None):
+        """Return the Context of these rows; `begins`, `training` and `draft` as in forward."""
         seq, isolated = tokens_BT.shape[1], self._config.documents == "isolated"
         starts_BT = tokens_BT == self._config.bos if isolated else torch.zeros_like(tokens_BT, dtype=torch.bool)
         ids_BT = ops.document_ids(tokens_BT, self._config.bos) if isolated else torch.zeros_like(tokens_BT)
@@ -100,6 +102,8 @@ class Model(nn.Module):
         keys, mask = ids_BS.shape[1], None
         if self._config.mixes("attention") and (isolated or keys > seq):
             mask = ops.causal_mask(seq, keys, ids_BS) if begins is None else None
+        if draft is not None and draft.open and kept_BS is not None:
+            mask = (ids_BS[:, keys - seq :, None] == ids_BS[:, None])[:, None]
         if begins is not None:  # CUDA: some forms of attention take where documents begin instead
             mask = attention.Spans(begins, seq)
         position = constants.position
@@ -113,12 +117,12 @@ class Model(nn.Module):
             alone = before[:, keys - seq : keys] != ids_BT
         return Context(
             constants.cos, constants.sin, mask, ids_BT, history, starts_BT, constants.hadamard, constants.walsh,
-            constants.signs, position, ids, wide, stored, attend=attend, alone=alone, training=training,
+            constants.signs, position, ids, wide, stored, attend=attend, alone=alone, training=training, draft=draft,
         )  # fmt: skip
 
     def forward(
         self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=None,
-        begins=None, adapters=None,
+        begins=None, adapters=None, draft=None,
     ):  # fmt: skip
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
@@ -127,12 +131,13 @@ class Model(nn.Module):
         come, for ops.cross_entropy. `training` (Training): this is a training step's pass.
         `begins`: where documents begin (attention.spans), for attention without a mask, which takes no state.
         `adapters` (Adapter by site): what is added beside matrices; they stay handed over until `take_back`.
+        `draft` (Draft): this is a twin's pass.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        context = self.context(tokens_BT, constants, state, wide, begins, training)
+        context = self.context(tokens_BT, constants, state, wide, begins, training, draft)
         if adapters is not None:
             self.hand("", "", adapters)
-        stream, stages, tapes = self.embedding(tokens_BT, dtype), self._stages[repeat], []
+        stream, stages, tapes = self.embedding(tokens_BT, dtype, draft), self._stages[repeat], []
         if record is not None:
             record["embed"] = stream.x
         states = (None,) * len(stages) if state is None else state.parts

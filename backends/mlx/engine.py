@@ -1,6 +1,7 @@
 """The MLX engine: model, optimizer and device behind core.engine.protocol.Engine; the PyTorch engine's twin."""
 
 import functools
+import importlib
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -142,10 +143,11 @@ class Engine(Predicting, Adapting, Descent):
         return parts(self._banks, rows)
 
     def _forward(
-        self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None, adapters=None
-    ):
+        self, weights, tokens, tables, repeat=True, record=None, state=None, capped=True, training=None, adapters=None,
+        draft=None,
+    ):  # fmt: skip
         self._model.update(tree_unflatten(list(weights.items())))
-        return self._model(tokens, tables, self._compute, repeat, record, state, capped, training, adapters)
+        return self._model(tokens, tables, self._compute, repeat, record, state, capped, training, adapters, draft)
 
     def _logits(self, weights, tokens, tables):
         return self._forward(weights, tokens, tables)[0]
@@ -296,6 +298,10 @@ class Engine(Predicting, Adapting, Descent):
     def forget(self, state: State, rows: np.ndarray) -> State:
         model = self._model.forget(state.model, mx.array(rows))
         return State(model, np.where(rows, 0, state.position), np.where(rows, 0, state.seen))
+
+    def twin(self, config: Any, params: Arrays | None = None) -> Any:
+        # By its name: no evaluation imports it, so that none has to pack its code.
+        return importlib.import_module("backends.mlx.twin").Twin(self, config, params)
 
     def stats(self) -> dict[str, float]:
         memory = {"peak_bytes": float(mx.get_peak_memory()), "active_bytes": float(mx.get_active_memory())}

@@ -73,9 +73,11 @@ class Model(nn.Module):
     def norm(self, x_BTD, gain_D=None):
         return ops.rms_norm(x_BTD, self._config.norm_eps, self._exact, gain_D)
 
-    def embedding(self, tokens_BT, dtype):
-        """Return the stream before the first stage."""
-        x_BTD = self.embed(tokens_BT).astype(dtype)
+    def embedding(self, tokens_BT, dtype, draft=None):
+        """Return the stream before the first stage; `draft` as in __call__."""
+        x_BTD = self.embed(tokens_BT if draft is None else mx.maximum(tokens_BT, 0)).astype(dtype)
+        if draft is not None:
+            x_BTD = mx.where((tokens_BT < 0)[..., None], draft.mask.astype(dtype), x_BTD)
         x_BTD = self.embed_up(x_BTD) if self._config.embedding.dim is not None else x_BTD
         n_BTD = self.norm(x_BTD)
         entering_BTD = n_BTD if self._config.embedding.norm else x_BTD
@@ -86,8 +88,8 @@ class Model(nn.Module):
         x_BTD = self.norm(x_BTD, 1 + self.head.norm_gain if self._config.norm_gains else None)
         return self.embed_down(x_BTD) if self._config.embedding.dim is not None else x_BTD
 
-    def context(self, tokens_BT, constants, state, wide, training, learns):
-        """Return the Context of these rows; `training` as in __call__; `learns`: gradients follow."""
+    def context(self, tokens_BT, constants, state, wide, training, learns, draft=None):
+        """Return the Context of these rows; `training` and `draft` as in __call__; `learns`: gradients follow."""
         seq, isolated = tokens_BT.shape[1], self._config.documents == "isolated"
         starts_BT = tokens_BT == self._config.bos if isolated else mx.zeros(tokens_BT.shape, mx.bool_)
         ids_BT = ops.document_ids(tokens_BT, self._config.bos) if isolated else mx.zeros_like(tokens_BT)
@@ -97,6 +99,8 @@ class Model(nn.Module):
         keys, mask = ids_BS.shape[1], None
         if self._config.mixes("attention") and (isolated or keys > seq):
             mask = ops.causal_mask(seq, keys, ids_BS)
+        if draft is not None and draft.open and kept_BS is not None:
+            mask = (ids_BS[:, keys - seq :, None] == ids_BS[:, None])[:, None]
         position = constants.position
         ids = tokens_BT if state is None else mx.concatenate([state.ids, tokens_BT], axis=1)
         if state is None:
@@ -109,12 +113,12 @@ class Model(nn.Module):
             alone = before[:, keys - seq : keys] != ids_BT
         return Context(
             constants.cos, constants.sin, mask, ids_BT, history, starts_BT, constants.hadamard, constants.walsh,
-            constants.signs, position, ids, wide, stored, attend=attend, alone=alone, training=training,
+            constants.signs, position, ids, wide, stored, attend=attend, alone=alone, training=training, draft=draft,
         )  # fmt: skip
 
     def __call__(
         self, tokens_BT, constants, dtype, repeat=True, record=None, state=None, capped=True, training=None,
-        adapters=None,
+        adapters=None, draft=None,
     ):  # fmt: skip
         """Return logits (B, T, V), float32 or wider, and a tape: what `commit` makes states of.
 
@@ -123,14 +127,14 @@ class Model(nn.Module):
         come, for ops.cross_entropy.
         `training` (Training): this is a training step's pass. `adapters` (Adapter by site): what is added beside
         matrices; they stay handed over until `take_back`. With either, attention is of the form whose gradients cost
-        least.
+        least. `draft` (Draft): this is a twin's pass.
         """
         wide = mx.float64 if dtype == mx.float64 else mx.float32
         learns = training is not None or adapters is not None
-        context = self.context(tokens_BT, constants, state, wide, training, learns)
+        context = self.context(tokens_BT, constants, state, wide, training, learns, draft)
         if adapters is not None:
             self.hand("", "", adapters)
-        stream, stages, tapes = self.embedding(tokens_BT, dtype), self._stages[repeat], []
+        stream, stages, tapes = self.embedding(tokens_BT, dtype, draft), self._stages[repeat], []
         if record is not None:
             record["embed"] = stream.x
         states = (None,) * len(stages) if state is None else state.parts

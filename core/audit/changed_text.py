@@ -22,7 +22,7 @@ from core.audit.fingerprints import HARMLESS, Predictions, checksums
 from core.audit.flips import PASSES
 from core.config import RunConfig
 from core.data.dataset import Dataset
-from core.data.shards import shard_record, write_shard
+from core.data.shards import shard_record, shard_type, write_shard
 from core.files import new_file, read_file, replace_file
 from core.training.run import MAX_TOKENIZER
 
@@ -56,7 +56,7 @@ Score = Callable[[Rescoring], Predictions | None]
 def write_changed(dataset: Dataset, tokens: np.ndarray, folder: Path) -> None:
     """Write other validation tokens, with the same BOS, as a prepared folder without training text."""
     folder.mkdir(parents=True)
-    write_shard(str(folder / "val_000000.bin"), tokens)
+    write_shard(str(folder / "val_000000.bin"), tokens, shard_type(dataset.tokenizer.vocab))
     tokenizer = Path(dataset.path) / dataset.manifest["tokenizer"]["file"]
     replace_file(folder / "tokenizer.model", read_file(tokenizer, MAX_TOKENIZER))
     entry = {
@@ -230,6 +230,7 @@ def draw_targets(first: Predictions, tokens: np.ndarray, bos: int, stop: int, di
 def token_chances(tokens: np.ndarray, vocab: int, never: Sequence[int]) -> np.ndarray:
     """Return the chance of each token to be put in, (vocab,): half as in the text, half even; 0 for `never`."""
     counts, even = np.bincount(tokens, minlength=vocab).astype(np.float64), np.ones(vocab)
+    never = [token for token in never if token >= 0]  # nothing is unknown to a tokenizer of bytes
     counts[never] = even[never] = 0
     chances = counts / max(counts.sum(), 1) + even / even.sum()
     return chances / chances.sum()

@@ -241,7 +241,7 @@ def _others(text: Split, config: RunConfig, seed: int, number: int) -> OtherDocu
         places += own.tolist()
     others = [_other(int(tokens[place]), config, seed, f"{number}/{place}") for place in places]
     at = np.array(places, np.int64)
-    return OtherDocuments(text.changed(0, len(text), at, np.array(others, "<u2")), at, firsts, len(firsts))
+    return OtherDocuments(text.changed(0, len(text), at, np.array(others, np.int32)), at, firsts, len(firsts))
 
 
 def _small(config: RunConfig) -> RunConfig:

@@ -13,7 +13,7 @@ from core.data.dataset import SCAN, Split
 from core.data.making import write_manifest
 from core.data.manifest import MANIFEST, SCHEMA
 from core.data.prepare import Progress, silent, tokenizer_record
-from core.data.shards import DataError, open_shard, shard_record
+from core.data.shards import DataError, open_shard, shard_record, shard_type
 from core.data.tokenizer import MARKER_BYTES, Tokenizer
 from core.data.transform import MARKERS, Transform
 from core.files import replace_file
@@ -54,7 +54,7 @@ def adopt_shards(
         paths = sorted({str(path) for path in Path(folder).glob(f"*_{split}_*.bin")} - set(sidecars))
         if not paths:
             raise DataError(f"{folder}: no *_{split}_*.bin here; expected official shards of both splits")
-        shards = [open_shard(path) for path in paths]
+        shards = [open_shard(path, dtype=shard_type(model.vocab)) for path in paths]
         stream = Split(shards, model, os.path.join(folder, split))
         if stream.read(0, 1)[0] != model.bos:
             raise DataError(f"{paths[0]}: does not start with BOS (id {model.bos}), so its documents are unknown")

@@ -25,6 +25,7 @@ from core.data.column import Column
 from core.data.manifest import CURE, MANIFEST, read_manifest
 from core.data.shards import DataError as DataError
 from core.data.shards import open_shard as open_shard
+from core.data.shards import shard_type
 from core.data.shards import write_shard as write_shard
 from core.data.tokenizer import Tokenizer, token_bytes
 from core.files import FileError, note_input, open_input
@@ -184,7 +185,7 @@ class Split:
         self, start: int, stop: int, place: int | np.ndarray | None = None, token: int | np.ndarray = 0
     ) -> "Split":
         """Return tokens start to stop as a stream of their own, with another token at `place`, or at several."""
-        tokens = self.read(start, stop).astype("<u2")
+        tokens = self.read(start, stop)
         if place is not None:
             tokens[place] = token
         return Split([tokens], self.tokenizer, self.name)
@@ -207,9 +208,10 @@ class Split:
             start, done, shard = start + count, done + count, shard + 1
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
-        if tokens.size and tokens.max() >= self.tokenizer.vocab:
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab:
+            wrong = tokens.min() if tokens.min() < 0 else tokens.max()
             raise DataError(
-                f"{self.name}: token id {tokens.max()} is outside the vocabulary of {self.tokenizer.vocab}: "
+                f"{self.name}: token id {wrong} is outside the vocabulary of {self.tokenizer.vocab}: "
                 "the shards were made with another tokenizer"
             )
         return tokens
@@ -279,12 +281,12 @@ def open_dataset(path: str, train: bool = True) -> Dataset:
     return Dataset(path, manifest["name"], tokenizer, manifest, text, val)
 
 
-def _open_shards(path: str, records: list[dict[str, Any]]) -> list[np.ndarray | Column]:
+def _open_shards(path: str, records: list[dict[str, Any]], dtype: str = "<u2") -> list[np.ndarray | Column]:
     shards: list[np.ndarray | Column] = []
     for record in records:
         file = os.path.join(path, record["file"])
         try:
-            shard = open_shard(file, record.get("sha256"))
+            shard = open_shard(file, record.get("sha256"), dtype)
         except FileNotFoundError as error:
             raise DataError(f"{file}: missing, but the manifest lists it; prepare the data again") from error
         if len(shard) != record["tokens"]:
@@ -294,7 +296,7 @@ def _open_shards(path: str, records: list[dict[str, Any]]) -> list[np.ndarray | 
 
 
 def _open_split(path: str, entry: dict[str, Any], name: str, tokenizer: Tokenizer) -> Split:
-    shards, sidecar = _open_shards(path, entry["files"]), None
+    shards, sidecar = _open_shards(path, entry["files"], shard_type(tokenizer.vocab)), None
     if entry.get("token_bytes") is not None:
         sidecar = Split(_open_shards(path, entry["token_bytes"]), tokenizer, os.path.join(path, f"{name} bytes"))
         if len(sidecar) != sum(map(len, shards)):

@@ -312,7 +312,7 @@ def tokenizer_record(tokenizer: Tokenizer) -> dict[str, Any]:
         "sha256": tokenizer.sha256,
         "vocab": tokenizer.vocab,
         "bos": tokenizer.bos,
-        "unknown": tokenizer.unknown,
+        "unknown": tokenizer.unknown if tokenizer.unknown >= 0 else None,
         "byte_pieces": tokenizer.byte_pieces,
     }
     return {"tokenizer": entry, **({"transform": tokenizer.transform} if tokenizer.transform != "none" else {})}

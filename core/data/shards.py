@@ -1,6 +1,7 @@
 """The official shard format (docs/challenge.md, 3), and documents streamed into it.
 
-256 little-endian int32 (magic 20240520, version 1, token count, the rest ignored), then `count` uint16 tokens.
+256 little-endian int32 (magic 20240520, version 1, token count, the rest ignored), then `count` uint16 tokens. Of a
+vocabulary that uint16 cannot number the tokens are int32, behind a magic of our own.
 """
 
 import hashlib
@@ -18,23 +19,30 @@ from core.data.column import DataError as DataError
 from core.data.tokenizer import Tokenizer, token_bytes
 from core.files import append_file, edit_file, open_file, open_input, replace_file
 
-MAGIC = 20240520
+MAGICS = {"<u2": 20240520, "<i4": 20261124}
+"""Type of the tokens -> the number that a shard of them begins with; the second is ours."""
+MAGIC = MAGICS["<u2"]
 VERSION = 1
 HEADER_BYTES = 1024
 ENCODE_BYTES = 1 << 22
 """Text that is encoded at once."""
 
 
-def open_shard(path: str, sha256: str | None = None) -> Column:
-    """Return the tokens of an official shard, (count,) uint16 that are read from it when they are asked for.
+def shard_type(vocab: int) -> str:
+    """Return the type of the tokens in shards of a vocabulary: uint16 where it numbers them all, else int32."""
+    return "<u2" if vocab <= 1 << 16 else "<i4"
+
+
+def open_shard(path: str, sha256: str | None = None, dtype: str = "<u2") -> Column:
+    """Return the tokens of a shard, (count,) of a type of MAGICS, that are read from it when they are asked for.
 
     `sha256` is what `verify` holds the file to. DataError names the field that is wrong.
     """
     with open_input(path) as file:
-        return _tokens(path, file, sha256)
+        return _tokens(path, file, sha256, dtype)
 
 
-def _tokens(path: str, file: BinaryIO, sha256: str | None) -> Column:
+def _tokens(path: str, file: BinaryIO, sha256: str | None, dtype: str) -> Column:
     header = file.read(HEADER_BYTES)
     size = os.fstat(file.fileno()).st_size
     if len(header) < HEADER_BYTES:
@@ -42,23 +50,28 @@ def _tokens(path: str, file: BinaryIO, sha256: str | None) -> Column:
             f"{path}: header: {len(header)} bytes, expected {HEADER_BYTES}; the file is cut off or no shard"
         )
     magic, version, count = struct.unpack_from("<3i", header)
-    if magic != MAGIC:
-        raise DataError(f"{path}: magic: {magic}, expected {MAGIC}; this is not a token shard")
+    other = next((known for known, number in MAGICS.items() if number == magic != MAGICS[dtype]), None)
+    if other is not None:
+        what = f"tokens of type {other}, expected {dtype} for the vocabulary of this tokenizer"
+        raise DataError(f"{path}: magic: {magic}: {what}; the shards were made with another one")
+    if magic != MAGICS[dtype]:
+        raise DataError(f"{path}: magic: {magic}, expected {MAGICS[dtype]}; this is not a token shard")
     if version != VERSION:
         raise DataError(f"{path}: version: {version}, expected {VERSION}")
     if count < 1:
         raise DataError(f"{path}: count: {count} tokens, expected at least 1")
-    expected = HEADER_BYTES + 2 * count
+    expected = HEADER_BYTES + np.dtype(dtype).itemsize * count
     if size != expected:
         raise DataError(f"{path}: size: {size} bytes, expected {expected} for {count} tokens; the file is damaged")
-    return Column(path, file, "<u2", HEADER_BYTES, count, sha256)
+    return Column(path, file, dtype, HEADER_BYTES, count, sha256)
 
 
-def write_shard(path: str, tokens: np.ndarray) -> None:
-    """Write (count,) token ids from 0 to 65,535 as an official shard: to a temporary name, fsynced, renamed."""
-    if not tokens.size or tokens.min() < 0 or tokens.max() > 65_535:
-        raise DataError(f"{path}: expected at least one token id, all from 0 to 65535")
-    replace_file(path, _header(tokens.size) + tokens.astype("<u2").tobytes())
+def write_shard(path: str, tokens: np.ndarray, dtype: str = "<u2") -> None:
+    """Write (count,) token ids that fit a type of MAGICS as a shard: to a temporary name, fsynced, renamed."""
+    most = np.iinfo(dtype).max
+    if not tokens.size or tokens.min() < 0 or tokens.max() > most:
+        raise DataError(f"{path}: expected at least one token id, all from 0 to {most}")
+    replace_file(path, _header(tokens.size, dtype) + tokens.astype(dtype).tobytes())
 
 
 def file_sha256(path: str) -> str:
@@ -80,7 +93,8 @@ class SplitWriter:
 
     def __init__(self, folder: str, name: str, tokenizer: Tokenizer, shard_tokens: int) -> None:
         self._folder, self._name, self._tokenizer = folder, name, tokenizer
-        self._shards = _ShardWriter(folder, name, shard_tokens)
+        self._dtype = shard_type(tokenizer.vocab)
+        self._shards = _ShardWriter(folder, name, shard_tokens, self._dtype)
         self._lengths = array("q")
         self._tokens = self._table_bytes = self._unknown = 0
 
@@ -96,7 +110,7 @@ class SplitWriter:
             charged = token_bytes(self._tokenizer.table, stream[:-1], stream[1:])
             self._table_bytes += int(charged.sum(dtype=np.int64))
             self._unknown += int(np.count_nonzero(stream == self._tokenizer.unknown))
-            self._shards.add(stream.astype("<u2"))
+            self._shards.add(stream.astype(self._dtype))
 
     def close(self) -> dict[str, Any]:
         """Finish the files and return the split's entry of the manifest, `documents` of which may be 0."""
@@ -129,25 +143,25 @@ def grouped(texts: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _header(count: int) -> bytes:
-    return struct.pack("<3i", MAGIC, VERSION, count).ljust(HEADER_BYTES, b"\0")
+def _header(count: int, dtype: str = "<u2") -> bytes:
+    return struct.pack("<3i", MAGICS[dtype], VERSION, count).ljust(HEADER_BYTES, b"\0")
 
 
 class _ShardWriter:
     """A stream of tokens cut into shards of `limit` tokens; nothing is held but the tokens being added."""
 
-    def __init__(self, folder: str, name: str, limit: int) -> None:
-        self._folder, self._name, self._limit = folder, name, limit
+    def __init__(self, folder: str, name: str, limit: int, dtype: str) -> None:
+        self._folder, self._name, self._limit, self._dtype = folder, name, limit, dtype
         self._count = 0
         self._files: list[dict[str, Any]] = []
 
     def add(self, tokens: np.ndarray) -> None:
-        """Append (count,) uint16 tokens to the stream."""
+        """Append (count,) tokens to the stream."""
         while tokens.size:
             piece, tokens = np.split(tokens, [self._limit - self._count])
             with append_file(self._path()) as file:
                 if self._count == 0:
-                    file.write(_header(0))
+                    file.write(_header(0, self._dtype))
                 file.write(piece.tobytes())
             self._count += piece.size
             if self._count == self._limit:
@@ -165,7 +179,7 @@ class _ShardWriter:
     def _finish(self) -> None:
         path = self._path()
         with edit_file(path) as file:
-            file.write(_header(self._count))
+            file.write(_header(self._count, self._dtype))
             file.flush()
             os.fsync(file.fileno())
         self._files.append(shard_record(path, self._count))

@@ -1,7 +1,11 @@
-"""Who guesses the tokens that a model will write next, for nothing: no drafter here runs a model."""
+"""Who guesses the tokens that a model will write next: for nothing, text by text, or by a pass over all rows."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
+
+from core.engine.protocol import State
 
 ORDERS = range(6, 1, -1)
 """Lengths of the endings that NGrams looks for, longest first."""
@@ -19,6 +23,17 @@ class Drafter(Protocol):
 
     def see(self, guesses: list[int]) -> None:
         """Learn what the model said in the same pass behind what was kept, one token for each further place."""
+        ...
+
+
+class RowDrafter(Protocol):
+    """What drafts all rows in one pass of its own: a twin of the model (docs/orthrus.md)."""
+
+    def draft(self, state: State, anchor: np.ndarray, block: int) -> Any:
+        """Return a Tape whose place i says what follows the i-th token from `anchor` (rows,) on, (rows, block) of them.
+
+        `anchor`: the tokens that `state` has not read; nothing changes it.
+        """
         ...
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from core import rng
-from core.config import RunConfig
+from core.config import RunConfig, require
 from core.data.tokenizer import Tokenizer
-from core.decoding.drafters import DRAFTERS, Drafter
-from core.decoding.samplers import choose, say
+from core.decoding.drafters import DRAFTERS, Drafter, RowDrafter
+from core.decoding.samplers import choose, guess, say
 from core.decoding.settings import Decoding
 from core.decoding.statistics import DraftStatistics
-from core.engine.protocol import Engine, step
+from core.engine.protocol import Engine, State, step
 
 PROMPTS = ("", "The")
 SAMPLE_TOKENS = 64
@@ -62,6 +62,7 @@ def write(
     limit: int | None,
     drafter: Callable[[Text], Drafter] | None = None,
     statistics: DraftStatistics | None = None,
+    twin: RowDrafter | None = None,
 ) -> Iterator[Text]:
     """Let a model write texts, and yield a text whenever it has more or is done.
 
@@ -71,12 +72,16 @@ def write(
     A model that may look back on `limit` tokens only begins anew with the later half of them when it has read so many;
     a block ends there too. Draws follow from the seed, the text's number and the place in it: the same text comes, to
     rounding, whatever is written beside it and (but for the sampler `speculative`) whatever is drafted.
-    `drafter`: what makes the drafter of a text, if it is not the one of `how`. `statistics` are added to.
+    `drafter`: what makes the drafter of a text, if it is not the one of `how`. `twin` drafts for all rows in a pass of
+    its own, where a row has read all but its last token. `statistics` are added to.
     """
     how.check()
-    drafted = drafter is not None or how.draft != "none"
-    drafter = drafter or (lambda text: DRAFTERS[how.draft]())
-    yield from _Writer(engine, how, limit, drafter, how.block if drafted else 1, statistics).run(texts)
+    drafted = drafter is not None or twin is not None or how.draft != "none"
+    if drafter is None:
+        kind = "none" if twin is not None else how.draft
+        require(kind in DRAFTERS, f"draft={kind}: is a model's, which was not given; expected {', '.join(DRAFTERS)}")
+        drafter = lambda text: DRAFTERS[kind]()  # noqa: E731
+    yield from _Writer(engine, how, limit, drafter, how.block if drafted else 1, statistics, twin).run(texts)
 
 
 class _Writer:
@@ -94,8 +99,10 @@ class _Writer:
         drafter: Callable[[Text], Drafter],
         block: int,
         statistics: DraftStatistics | None,
+        twin: RowDrafter | None,
     ) -> None:
         self._engine, self._how, self._limit, self._drafter, self._block = engine, how, limit, drafter, block
+        self._twin = twin
         self._statistics = DraftStatistics() if statistics is None else statistics
 
     def run(self, texts: Sequence[Text]) -> Iterator[Text]:
@@ -106,11 +113,14 @@ class _Writer:
         unread = [text.ids[-limit:] if limit else text.ids for text in rows]
         while any(unread):
             times = [clock()]
-            rooms = map(self._room, rows, unread, state.position.tolist())
-            drafts = [
-                drafter.draft(text.ids, room)[:room] if room > 0 else []
-                for text, drafter, room in zip(rows, drafters, rooms, strict=True)
-            ]
+            rooms = list(map(self._room, rows, unread, state.position.tolist()))
+            if self._twin is not None:
+                drafts = self._twin_drafts(self._twin, state, rows, unread, rooms)
+            else:
+                drafts = [
+                    drafter.draft(text.ids, room)[:room] if room > 0 else []
+                    for text, drafter, room in zip(rows, drafters, rooms, strict=True)
+                ]
             chunk, n = self._chunk(unread, drafts)
             times.append(clock())
             tape = self._engine.chunk(state, chunk)
@@ -143,6 +153,24 @@ class _Writer:
         room = min(self._block - len(unread), self._how.tokens - text.said - 1)
         return room if self._limit is None else min(room, self._limit - position - len(unread))
 
+    def _twin_drafts(
+        self, twin: RowDrafter, state: State, rows: list[Text], unread: list[list[int]], rooms: list[int]
+    ) -> list[list[int]]:
+        """Return what the twin drafts for every row that has room and one token to read: one pass over all of them."""
+        rooms = [room if len(ids) == 1 else 0 for ids, room in zip(unread, rooms, strict=True)]
+        if max(rooms) < 1:
+            return [[] for _ in rows]
+        tape = twin.draft(state, np.array([text.ids[-1] for text in rows], np.int32), self._block)
+        said = tape.best() if self._how.temperature == 0 else tape.logits()
+        self._statistics.draft_passes += 1
+        return [
+            [self._guess(said[row, i], text, text.said + i) for i in range(max(0, room))]
+            for row, (text, room) in enumerate(zip(rows, rooms, strict=True))
+        ]
+
+    def _guess(self, said: np.ndarray, text: Text, place: int) -> int:
+        return guess(said, place, text.number, self._how) if said.ndim else int(said)
+
     def _chunk(self, unread: list[list[int]], drafts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Return what the next pass is over, (rows, width), and how many first tokens of each row are no drafts."""
         given = [ids + more for ids, more in zip(unread, drafts, strict=True)]
@@ -163,7 +191,8 @@ class _Writer:
             text.take(token, self._how.tokens)
             if token != draft or text.done:
                 break
-        self._statistics.add_cycle(len(drafts), kept)
+        passes = 2 if self._twin is not None and drafts else 1
+        self._statistics.add_cycle(len(drafts), kept, passes)
         if drafter.guesses:
             behind = said[kept + 1 : len(drafts) + 1]
             drafter.see([self._say(row, None, text, text.said + i) for i, row in enumerate(behind)])
@@ -173,10 +202,12 @@ class _Writer:
         return say(said, draft, place, text.number, self._how) if said.ndim else int(said)
 
 
-def sample(engine: Engine, tokenizer: Tokenizer, prompt: str, how: Decoding, limit: int | None) -> str:
+def sample(
+    engine: Engine, tokenizer: Tokenizer, prompt: str, how: Decoding, limit: int | None, twin: RowDrafter | None = None
+) -> str:
     """Return `prompt` and what the model writes after it; see `write`."""
     text = Text(tokenizer, prompt)
-    for _ in write(engine, [text], how, limit):
+    for _ in write(engine, [text], how, limit, twin=twin):
         pass
     return str(text)
 

@@ -2,10 +2,10 @@
 
 A draft is kept where the model says the very token that was drafted. `coupled` and `gumbel` draw without looking at the
 draft, by noise that follows from the seed, the text's number and the place alone: a drafted text is the undrafted one,
-token by token. A drafter proposes one token for sure, so that they keep a draft d with probability p(d), as often as
-any lossless rule can, and what they say in its place has p without d: they are speculative sampling (Leviathan et al.
-2023) with the draw of its residual coupled to that of its acceptance. `speculative` draws the two apart: texts have
-the same distribution, but are others than the undrafted ones.
+token by token. A drafter without a model proposes one token for sure, so that they keep a draft d with probability
+p(d), as often as any lossless rule can, and what they say in its place has p without d: they are speculative sampling
+(Leviathan et al. 2023) with the draw of its residual coupled to that of its acceptance. `speculative` draws the two
+apart: texts have the same distribution, but are others than the undrafted ones.
 """
 
 import numpy as np
@@ -27,6 +27,15 @@ def say(logits: np.ndarray, draft: int | None, place: int, number: int, how: Dec
             return draft
         weights = np.where(drafted, 0.0, weights)
     return drawn(ids, weights, _draw(how.seed, "sample", place, number))
+
+
+def guess(logits: np.ndarray, place: int, number: int, how: Decoding) -> int:
+    """Return the token that a drafter with these (V,) logits proposes: what it would say by the text's own noise.
+
+    That is the model's token as often as the two distributions allow. `speculative` draws acceptance and rest apart,
+    and a proposal by either noise would bend its law: there it is the likeliest token.
+    """
+    return int(np.argmax(logits)) if how.sampler == "speculative" else say(logits, None, place, number, how)
 
 
 def gumbel(vocab: int, place: int, number: int, how: Decoding) -> np.ndarray:

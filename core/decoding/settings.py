@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from core.checks import in_words
 from core.config import require
 
-Draft = Literal["none", "ngram", "jacobi"]
+Draft = Literal["none", "ngram", "jacobi", "twin"]
 Sampler = Literal["coupled", "gumbel", "speculative"]
 MOST_BLOCK = 64
 """Tokens of a block: a pass over more costs more than drafts can save."""

@@ -17,7 +17,11 @@ class DraftStatistics:
     """Cycles by the number of drafts that were kept."""
     drafted: int = 0
     passes: int = 0
-    """Forward passes, those over prompts too."""
+    """Forward passes that check drafts, those over prompts too."""
+    draft_passes: int = 0
+    """Forward passes of a twin that drafts."""
+    turns: int = 0
+    """Forward passes of both kinds in the cycles, counted for every text."""
     draft: float = 0.0
     verify: float = 0.0
     """Passes, until their logits are on the host."""
@@ -32,9 +36,9 @@ class DraftStatistics:
         self.passes, self.draft, self.verify = self.passes + 1, self.draft + drafted, self.verify + verified
         self.rest, self.commit = self.rest + chosen, self.commit + committed
 
-    def add_cycle(self, drafted: int, kept: int) -> None:
-        """Add a cycle of one text."""
-        self.drafted += drafted
+    def add_cycle(self, drafted: int, kept: int, passes: int = 1) -> None:
+        """Add a cycle of one text, which took so many `passes`."""
+        self.drafted, self.turns = self.drafted + drafted, self.turns + passes
         self.cycles[kept] += 1
 
     @property
@@ -53,14 +57,21 @@ class DraftStatistics:
         return self.accepted + self.count
 
     @property
-    def tokens_per_pass(self) -> float:
-        """Return tokens per cycle: a text's tokens per forward pass (TPF), as no drafter runs a model."""
+    def tokens_per_cycle(self) -> float:
+        """Return the tokens that a cycle gives."""
         return self.tokens / max(1, self.count)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Return a text's tokens per forward pass (TPF), a twin's passes counted like the model's."""
+        return self.tokens / max(1, self.turns)
 
     def line(self, draft: str) -> str:
         """Return in words what the drafts of `draft` came to."""
         empty = self.cycles[0] / max(1, self.count)
-        return f"{draft}: {self.tokens_per_pass:.2f} tokens a cycle, {empty:.0%} of {self.count:,} cycles kept no draft"
+        passes = f", {self.tokens_per_pass:.2f} a forward pass" if self.draft_passes else ""
+        words = f"{self.tokens_per_cycle:.2f} tokens a cycle{passes}"
+        return f"{draft}: {words}, {empty:.0%} of {self.count:,} cycles kept no draft"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; times in milliseconds per pass."""
@@ -70,10 +81,11 @@ class DraftStatistics:
             "tokens": self.tokens,
             "cycles": self.count,
             "passes": self.passes,
+            "draft_passes": self.draft_passes,
             "drafted": self.drafted,
             "accepted": self.accepted,
             "accepted_per_cycle": self.accepted / cycles,
-            "tokens_per_cycle": self.tokens_per_pass,
+            "tokens_per_cycle": self.tokens_per_cycle,
             "tpf": self.tokens_per_pass,
             "empty": self.cycles[0] / cycles,
             "by_accepted": {str(kept): self.cycles[kept] for kept in sorted(self.cycles)},

@@ -340,6 +340,14 @@ class Engine(Protocol):
         """Score with the weights of before `loosen` again."""
         ...
 
+    def twin(self, config: Any, params: Arrays | None = None) -> Any:
+        """Return a twin (core.twin.protocol.Twin) of the scored weights, which must stay as they are.
+
+        `config`: a core.twin.settings.TwinConfig; a ConfigError if it has no use in this model. `params` None: as
+        core.twin.params.twin_start has it.
+        """
+        ...
+
     def stats(self) -> dict[str, float]:
         """Return what the device tells: peak_bytes and active_bytes of arrays, or process_bytes; and traces.
 

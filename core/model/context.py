@@ -104,6 +104,15 @@ class Training(NamedTuple):
     untied: Any = None  # (): share u with which an untied head's own table counts; None: 1
 
 
+class Draft(NamedTuple):
+    """What a twin's pass has beside tokens, of which -1 is a mask (core/twin)."""
+
+    mask: Any  # (E,): a mask's vector
+    rule: str = "causal"  # what recurrent mixers read in the block: TwinConfig.rule
+    open: bool = False  # attention sees the whole block
+    mixed: Any = None  # a dict that collects what mixers put out, by a pass' label; None: nobody asks
+
+
 class Kept(NamedTuple):
     """The first n tokens of each row, which a commit keeps."""
 
@@ -175,6 +184,7 @@ class Context(NamedTuple):
     attend: Any = None  # the form of attention that was chosen at build; MLX: one to train, one to score
     alone: Any = None  # (B, T) bool: tokens that see no other; None: no attention leaves out its own value
     training: Any = None  # Training, or None: not a step's forward pass
+    draft: Any = None  # Draft, or None: not a twin's pass
 
     @property
     def continues(self):
@@ -193,3 +203,11 @@ def each_array(state: Any, change: Callable[[Any], Any]) -> Any:
         return None if state is None else change(state)
     parts = [each_array(part, change) for part in state]
     return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+
+
+def joined_rows(states: list[Any], join: Callable[[list], Any]) -> Any:
+    """Return one state of the rows of several, whose arrays `join` puts together."""
+    if not isinstance(states[0], tuple):
+        return None if states[0] is None else join(states)
+    parts = [joined_rows(list(part), join) for part in zip(*states, strict=True)]
+    return type(states[0])(*parts) if hasattr(states[0], "_fields") else tuple(parts)

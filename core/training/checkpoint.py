@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -14,19 +14,22 @@ from core.engine.protocol import Arrays, DType, Engine
 from core.engine.scaffolding import trained_table
 from core.files import FileError, parse_json
 from core.formats.kinds import COUNT, FLAG, among, check_value, number, text, whole
-from core.formats.tensors import read_tensors, write_tensors
+from core.formats.tensors import Entry, read_tensors, widened, write_parts, write_tensors
 from core.model.params import check_arrays
 from core.model.upgrade import parameter
 from core.training.records import RunError
 
+Shapes = dict[str, tuple[int, ...]]
 SCHEMA = 3
 READS = (2, SCHEMA)
 STATE = {
     "schema": whole("2 or 3", *READS), "step": COUNT, "dtype": among(*get_args(DType)), "quantise": FLAG,
-    "seconds": number("a number from 0 up", 0.0, 2.0**1023), "sha256": text(64), "tokens?": COUNT,
+    "seconds": number("a number from 0 up", 0.0, 2.0**1023), "sha256": text(64), "tokens?": COUNT, "fresh?": FLAG,
 }  # fmt: skip
 """What it says of itself."""
 CURE = "delete it to train from the start"
+PIECE = 1 << 22
+"""Numbers of a large array that are looked at together."""
 SLACK = 1 << 16
 """Bytes that a checkpoint may have beside its arrays, and 512 more for each of them: its header."""
 
@@ -61,13 +64,45 @@ def write_checkpoint(path: Path, engine: Engine, step: int, seconds: float, toke
     write_tensors(path, arrays, {"skc": state})
 
 
+class WeightSource(Protocol):
+    """WeightSource that lie elsewhere and are read one after another: all of them may be more than the memory holds."""
+
+    entries: dict[str, Entry]
+    """Kind and shape of each, by name."""
+
+    def read(self, name: str) -> np.ndarray:
+        """Return one of them, of its kind: bfloat16 as its bits."""
+        ...
+
+
+def write_weights(path: Path, weights: WeightSource) -> None:
+    """Write weights as the checkpoint of step 0, in the types that they have, without an optimizer's state (`fresh`).
+
+    They are read twice, the largest is held.
+    """
+    names, state = sorted(weights.entries), hashlib.sha256()
+    for name in names:
+        flat, kind = weights.read(name).reshape(-1), weights.entries[name].kind
+        for start in range(0, flat.size, PIECE):
+            state.update(widened(flat[start : start + PIECE], kind).astype(np.float32).data)
+    meta = {"dtype": "float32", "fresh": True, "quantise": False, "schema": SCHEMA, "seconds": 0.0, "step": 0}
+    skc = json.dumps({**meta, "sha256": state.hexdigest()}, separators=(",", ":"), sort_keys=True)
+    entries = {f"param/{name}": weights.entries[name] for name in names}
+    write_parts(path, entries, {"skc": skc}, (weights.read(name) for name in names))
+
+
 def read_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
     """Read the checkpoint of a run of `config`; RunError names the file and the field that is wrong, OSError.
 
-    No more is read than the table of what is trained and the optimizer's states can have.
+    No more is read than the table of what is trained and the optimizer's states can have. Of a fresh one
+    (`write_weights`) the optimizer's state is zeros, its averages the weights; float16 and bfloat16 come as float32.
     """
     table = {name: row.shape for name, row in trained_table(config.model, config.train).items()}
-    slots = optimizer_slots(config.model, config.train)
+    return read_arrays(path, table, optimizer_slots(config.model, config.train), config.train.tokens_per_step)
+
+
+def read_arrays(path: Path, table: Shapes, slots: Shapes, tokens_per_step: int) -> Checkpoint:
+    """Read a checkpoint of weights of `table` and an optimizer state of `slots`; errors as of `read_checkpoint`."""
     shapes = [*table.values(), *slots.values()]
     limit = SLACK + sum(512 + 8 * math.prod(shape) for shape in shapes)
     try:
@@ -82,17 +117,31 @@ def read_checkpoint(path: Path, config: RunConfig) -> Checkpoint:
         name = parameter(side, name) if state["schema"] == 2 else name
         if side not in sides or name in sides[side]:
             raise RunError(f"{path}: {key}: unknown tensor")
+        if state.get("fresh") and value.dtype == np.float16:
+            arrays[key] = value = value.astype(np.float32)
         _check_type(path, key, value)
         sides[side][name] = value
     try:
         check_arrays(sides["param"], table, str(path))
+        if state.get("fresh"):
+            check_arrays(sides["optim"], {}, f"{path}: optimizer state")
+            sides["optim"] = _begun(sides["param"], slots)
         check_arrays(sides["optim"], slots, f"{path}: optimizer state")
     except ValueError as error:
         raise RunError(str(error)) from error
     if state["sha256"] != digest(arrays):
         raise RunError(f"{path}: skc: sha256: the tensors are not the ones that were saved; delete it")
-    seconds, tokens = float(state["seconds"]), state.get("tokens", state["step"] * config.train.tokens_per_step)
+    seconds, tokens = float(state["seconds"]), state.get("tokens", state["step"] * tokens_per_step)
     return Checkpoint(state["step"], seconds, sides["param"], sides["optim"], state["dtype"], state["quantise"], tokens)
+
+
+def _begun(params: Arrays, slots: dict[str, tuple[int, ...]]) -> Arrays:
+    """Return the optimizer's state of no step; zeros that nobody writes into take no memory."""
+    averages = {f"{name}.ema": value for name, value in params.items()}
+    return {
+        slot: averages[slot].copy() if slot in averages else np.zeros(shape, np.float32)
+        for slot, shape in slots.items()
+    }
 
 
 def _check_type(path: Path, key: str, value: np.ndarray) -> None:

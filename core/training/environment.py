@@ -13,7 +13,7 @@ from core.data.dataset import Dataset, identity
 from core.engine.protocol import Engine
 from core.files import MAX_TEXT, read_file
 
-PACKAGES = ("numpy", "torch", "mlx", "sentencepiece", "safetensors", "tyro", "matplotlib", "rich")
+PACKAGES = ("numpy", "torch", "mlx", "sentencepiece", "tokenizers", "safetensors", "tyro", "matplotlib", "rich")
 ROOT = Path(core.__file__).resolve().parent.parent
 READERS = ("core/ablation/", "core/compare/", "core/verbs/")
 """How the names of files begin that ask for runs or read them: no run imports them, but for these."""
@@ -65,18 +65,25 @@ def reads(name: str) -> bool:
 
 def environment(engine: Engine, dataset: Dataset, command: str, step: int) -> dict[str, Any]:
     """Return what env.json says about this start of a run at `step`."""
+    return {
+        **made_by(command, step),
+        "backend": engine.backend,
+        "device": engine.device,
+        "ranks": engine.ranks.world,
+        "dtype": engine.dtype,
+        "notes": list(engine.notes),
+        "data": identity(dataset),
+    }
+
+
+def made_by(command: str, step: int) -> dict[str, Any]:
+    """Return what env.json says where no engine was needed."""
     head, dirty = commit()
     return {
         "command": command,
         "commit": head,
         "dirty": dirty,
         "step": step,
-        "backend": engine.backend,
-        "device": engine.device,
-        "ranks": engine.ranks.world,
-        "dtype": engine.dtype,
-        "notes": list(engine.notes),
         "platform": platform.platform(),
         "versions": versions(),
-        "data": identity(dataset),
     }

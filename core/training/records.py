@@ -124,6 +124,15 @@ METRICS: dict[str, tuple[Kind, str]] = {
     "final/artifact": (
         ARTIFACT, "the Score of the weights reloaded from the artifact, its bytes and the gap"
     ),
+    "twin/frozen": (TEXT, "SHA-256 of the frozen weights before and after a twin learned (skc distill)"),
+    "twin/text": ({"rows": ONE, "distinct": SHARE}, "own text that a twin learns from: rows, share of new 8-grams"),
+    "twin/places": (
+        {"*": {"agreement": [SHARE], "kl": [NUMBER], "cosine": {"*": NUMBER}}},
+        "by kind of text: how near the twin's rows are to the model's, by place of a block and by layer",
+    ),
+    "twin/decoding": (
+        {"*": {"*": {"*": NUMBER}}}, "by kind of text and drafter: what drafts came to in the decoding loop"
+    ),
     "final/plugins": (SCORE, "the Score of the artifact with eval.plugins and eval.adapt"),
 }  # fmt: skip
 """Every name that metrics.jsonl may hold beside `step`, the number of steps done: what it is, and what it means."""

@@ -30,7 +30,7 @@ from core.files import (
     sync_folder,
 )
 from core.training.checkpoint import Checkpoint as Checkpoint
-from core.training.checkpoint import read_checkpoint, write_checkpoint
+from core.training.checkpoint import WeightSource, read_checkpoint, write_checkpoint, write_weights
 from core.training.records import METRICS, of_a_run, read_environment, read_object, read_rows
 from core.training.records import RunError as RunError
 from core.training.trackers import Copies
@@ -49,7 +49,7 @@ NAMES = (
     "state/plugins.ledger", "state/plugins.ledger.plugins", "state/moments.safetensors",
 )  # fmt: skip
 """Files that training writes: better that none is a folder at its start than at its end."""
-MAX_TOKENIZER = 16 << 20
+MAX_TOKENIZER = 64 << 20
 BLOCK = 1 << 16
 """Bytes that are looked through at a time for the end of the last whole line."""
 
@@ -69,6 +69,15 @@ class Run:
         """What metrics.jsonl held when it was last read, and as which file: a long one takes seconds."""
         self.copies: Copies | None = None
         """Trackers that get every line of metrics.jsonl too."""
+
+    @property
+    def frozen_path(self) -> Path | None:
+        """The file whose weights a twin is made of: the artifact; of an import, which may be too large for one, the
+        checkpoint; None: there is none yet.
+        """
+        if self.artifact_path.exists():
+            return self.artifact_path
+        return self.checkpoint_path if "imported" in self.environment() else None
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -217,6 +226,13 @@ class Run:
             self._keep(step)
             sync_folder(self.checkpoint_path.parent)
 
+    def import_weights(self, weights: WeightSource) -> None:
+        """Write weights that lie elsewhere as the checkpoint of step 0; OSError."""
+        with of_a_run():
+            own_folder(self.checkpoint_path.parent)
+            write_weights(self.checkpoint_path, weights)
+            sync_folder(self.checkpoint_path.parent)
+
     def _keep(self, step: int) -> None:
         """Copy the last checkpoint, which is that of `step`, to a name of its own if the run keeps it."""
         train, copy_path = self.config.train, self.kept_path(step)
@@ -248,10 +264,14 @@ class Run:
             steps = [*self.kept(), *([saved.step] if saved and saved.step not in self.kept() else [])]
             there = ", ".join(map(str, steps)) or "none yet"
             raise RunError(f"{self.path}: has no checkpoint of step {step}; it has {there}")
-        checkpoint = read_checkpoint(path, self.config)
+        checkpoint = self.read(path)
         if step not in (None, checkpoint.step):
             raise RunError(f"{path}: holds step {checkpoint.step}, not {step}: it was renamed; delete it")
         return checkpoint
+
+    def read(self, path: Path) -> Checkpoint:
+        """Return a checkpoint file of this run; RunError, OSError."""
+        return read_checkpoint(path, self.config)
 
     def restore(self, engine: Engine) -> tuple[int, float, int]:
         """Load the checkpoint into `engine` and return (steps done, training seconds, tokens); zeros without one.

@@ -10,16 +10,16 @@ from core.training.records import RunError, of_a_run
 
 
 @contextmanager
-def hold(path: str | Path) -> Iterator[None]:
+def hold(path: str | Path, record: str = "config.json") -> Iterator[None]:
     """Be the one process that writes into a run folder, which is made if there is none, until the block ends.
 
     The lock ends with its process, whatever ends that; what killed writers left is swept. RunError, with nothing
-    touched, if another process holds it or something else is in the way.
+    touched, if another process holds it or something else is in the way. `record`: the file that tells such a folder.
     """
     path = Path(path)
     with ExitStack() as stack:
         with of_a_run():
-            refuse_strangers(path)
+            refuse_strangers(path, record)
             path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(sole_writer(path))
             if os.path.lexists(path / "state"):
@@ -38,11 +38,11 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def refuse_strangers(path: Path) -> None:
+def refuse_strangers(path: Path, record: str = "config.json") -> None:
     """Raise RunError for a path where something else is than a run, an empty folder, or nothing."""
     if path.exists() and not path.is_dir():
         raise RunError(f"{path}: is a file, expected a run folder; choose another folder")
-    if path.is_dir() and not (path / "config.json").exists():
+    if path.is_dir() and not (path / record).exists():
         ours = ("state", "lock")  # what a kill during `create` leaves
         if any(name not in ours and not TEMPORARY.search(name) for name in os.listdir(path)):
             raise RunError(f"{path}: exists, is not empty and is not a run; choose another --out")

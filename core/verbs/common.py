@@ -144,6 +144,23 @@ def open_artifact(path: str, data: str | None) -> Subject:
     return Subject(f"artifact {path}", config, artifact.weights, artifact.tokenizer_sha256, None, False)
 
 
+def open_twin(engine: Engine, path: str, file: str | None, config: RunConfig) -> Any:
+    """Return the twin of a run's or an artifact's model on its engine: of `file`, or of what lies beside the artifact.
+
+    SidecarError for a twin of another artifact, RunError where there is no twin.
+    """
+    from core.twin.sidecar import beside, read_sidecar
+
+    artifact = Run.open(path).frozen_path if os.path.isdir(path) else path
+    if artifact is None or not os.path.isfile(artifact):
+        raise RunError(f"{path}: has no artifact yet, to which its twin would belong; write it: skc export {path}")
+    name = str(beside(path)) if file is None else file
+    if not os.path.exists(name):
+        raise RunError(f"{name}: there is no twin; make it with skc distill {path}, or give its file with --twin")
+    sidecar = read_sidecar(name, config.model, artifact)
+    return engine.twin(sidecar.twin, sidecar.params)
+
+
 def open_named(path: str, config: RunConfig, data: str | None, train: bool = True, option: str = "--data") -> Dataset:
     """Open the data of a run or artifact, or `data` instead; ConfigError where config.json names a folder not here."""
     if data is None and config.data.path not in SAMPLES and not os.path.isdir(config.data.path):

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +14,13 @@ from core.data.dataset import Dataset, identity
 from core.engine.loading import choose_backend, load_engine
 from core.engine.protocol import Engine
 from core.export.artifact import check_limits
-from core.files import place_file
 from core.model.params import count
 from core.official.checkpoint import OfficialCheckpoint, model_of, read_official, to_ours
 from core.presets.transformers import BASELINE
 from core.training.environment import environment
-from core.training.run import Run, RunError, config_digest
-from core.training.writer import hold
+from core.training.run import config_digest
 from core.verbs.common import Backend, Context, Outcome, check_data
-
-PART = ".import.part"
-"""Folder in that of the run in which it is made."""
+from core.verbs.imported import check_new, new_run
 
 
 @dataclass(frozen=True)
@@ -55,8 +50,7 @@ class Import:
 def import_official(options: Import, context: Context) -> Outcome:
     """Make a run folder of step 0 out of an official checkpoint; nothing is left in --out if it cannot be."""
     say, out = context.say, Path(options.out)
-    if os.path.lexists(out) and (not out.is_dir() or set(os.listdir(out)) - {PART}):
-        raise RunError(f"{out}: exists, and an import makes a folder of its own; choose another --out")
+    check_new(out)
     checkpoint = read_official(options.file)
     config, dataset = _configured(options, checkpoint)
     engine = load_engine(choose_backend(options.backend), config, to_ours(checkpoint, config.model))
@@ -76,7 +70,9 @@ def import_official(options: Import, context: Context) -> Outcome:
     ]
     if not loss < uniform:
         lines.append("WARNING: no better than no model: was it trained with this tokenizer? Give its data with --data")
-    _write(out, config, engine, dataset, _environment(options, checkpoint, engine, dataset, context), lines)
+    env = _environment(options, checkpoint, engine, dataset, context)
+    with new_run(out, config, dataset.tokenizer.model, env, lines, identity(dataset)) as run:
+        run.save(engine, 0, 0.0)
     for line in [*lines[2:], f"wrote {out}, a run for skc eval, sample, export, and after that audit"]:
         say(line)
     value = {
@@ -123,26 +119,6 @@ def _environment(
     note = "weights of an official checkpoint; its optimizer state is not known, and steps are counted from 0"
     env = environment(engine, dataset, context.command, 0)
     return {**env, "notes": [*env["notes"], note], "imported": source}
-
-
-def _write(out: Path, config: RunConfig, engine: Engine, dataset: Dataset, env: dict, lines: list[str]) -> None:
-    """Make the run in a part of the folder `out` and move it up once it is whole, config.json last."""
-    staging, fresh = out / PART, not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(staging, ignore_errors=True)  # of an import that was killed
-    try:
-        with hold(out):
-            run = Run.create(staging, config, dataset.tokenizer.model, identity(dataset))
-            run.record_environment(env)
-            with run.open_log() as log:
-                log.writelines(f"{line}\n" for line in lines)
-            run.save(engine, 0, 0.0)
-            for name in sorted(os.listdir(staging), key=lambda name: name == "config.json"):
-                place_file(staging / name, out / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if fresh and set(os.listdir(out)) <= {"lock"}:
-            shutil.rmtree(out)
 
 
 def _first_loss(engine: Engine, dataset: Dataset, seq: int) -> float:

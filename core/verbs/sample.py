@@ -11,7 +11,7 @@ from core.decoding.generate import Text, context_limit, read_as, write
 from core.decoding.settings import Decoding, Draft, Sampler
 from core.decoding.statistics import DraftStatistics
 from core.engine.loading import load_engine
-from core.verbs.common import Backend, Context, Outcome, open_subject, open_tokenizer
+from core.verbs.common import Backend, Context, Outcome, open_subject, open_tokenizer, open_twin
 
 MOST = 10_000
 """Samples of a prompt."""
@@ -37,7 +37,10 @@ class Sample:
     """Of the candidates the likeliest that have this share of the probability together; 1: all."""
     draft: Draft = "none"
     """Guess the next tokens and let the model check them in one pass, the same text in less time: ngram (what followed
-    such words before), jacobi (what the model said behind a wrong guess); docs/decoding.md."""
+    such words before), jacobi (what the model said behind a wrong guess), twin (what the model's twin says, after skc
+    distill); docs/decoding.md."""
+    twin: str | None = None
+    """The twin's file, for --draft twin; None: twin.safetensors beside the artifact."""
     block: int = 8
     """Tokens of such a pass: the last one and block - 1 guesses."""
     sampler: Sampler = "coupled"
@@ -61,6 +64,7 @@ def write_text(options: Sample, context: Context) -> Outcome:
     require(options.prompt != (), "--prompt: expected a text; leave it out to begin a document")
     how = Decoding(**{field.name: getattr(options, field.name) for field in fields(Decoding)})
     how.check()
+    require(options.twin is None or how.draft == "twin", f"--twin {options.twin}: drafts only with --draft twin")
     subject = open_subject(options.path, options.data, options.step)
     tokenizer = open_tokenizer(subject, options.path, options.data)
     engine = load_engine(options.backend, subject.config, subject.weights, quantise=subject.quantise)
@@ -70,7 +74,8 @@ def write_text(options: Sample, context: Context) -> Outcome:
             context.say(f"the tokenizer normalises text: the model reads the prompt as {read!r}")
     texts = [Text(tokenizer, prompt, number) for prompt in options.prompt for number in range(options.n)]
     statistics = DraftStatistics()
-    grown = write(engine, texts, how, context_limit(subject.config), statistics=statistics)
+    twin = open_twin(engine, options.path, options.twin, subject.config) if how.draft == "twin" else None
+    grown = write(engine, texts, how, context_limit(subject.config), statistics=statistics, twin=twin)
     _show(texts, grown, context.say)
     if how.draft != "none":
         context.say(statistics.line(how.draft))

@@ -230,6 +230,7 @@ def public(thing: object) -> dict[str, object]:
             "measured",
             "parts",
             "adapting",
+            "twin",
         ),
         *(f"parts.{name}" for name in sorted(stems("backends/mlx/parts"))),
     ],

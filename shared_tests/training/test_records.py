@@ -29,6 +29,9 @@ WHOLE = {
     "clock/train_stop": 1.5, "tokens": 640,
     "progress/each": [0.5, 1.0], "val/bpb": 2.5, "val/error": 0.01, "samples": ["it was"], "final/score": SCORE,
     "final/artifact": ARTIFACT, "final/plugins": {**SCORE, "error": 0.5, "bpb_raw": 2.0, "plugins": ["temperature"]},
+    "twin/frozen": "0" * 64, "twin/text": {"rows": 4, "distinct": 0.5},
+    "twin/places": {"own": {"agreement": [1.0, 0.5], "kl": [0.0, 1.5], "cosine": {"blocks.0": -0.5}}},
+    "twin/decoding": {"own": {"twin": {"tpf": 1.5}}},
 }  # fmt: skip
 ENV = {
     "command": "skc train debug", "commit": None, "dirty": False, "step": 0, "backend": "cuda", "device": "CPU",
@@ -75,6 +78,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("final/artifact", SCORE, "missing"), ("final/artifact.score", 5, "an object"),
     ("final/artifact.bytes", 5000.0, "a whole number"), ("final/artifact.within", "yes", "true or false"),
     ("final/artifact.rounding.plain", "0", "a finite number"), ("final/artifact.rounding.method", "dice", "gptq"),
+    ("twin/text.distinct", 2, "a share"), ("twin/places.own.agreement", [2], "a share"),
+    ("twin/places.own", 5, "an object"), ("twin/decoding.own.twin", {"tpf": "1"}, "a finite number"),
     ("final/artifact.score.targets", 0, "a whole number"), ("val/bbp", 2.0, "unknown name"), ("\x1b[31m", 1, "unknown"),
 ]  # fmt: skip
 

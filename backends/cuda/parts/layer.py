@@ -63,6 +63,8 @@ class Layer(Part):
             x_BTD = own(self.stream_mix) * x_BTD + own(self.embed_mix) * stream.embedded
         n_BTD = self.norm(x_BTD, stage, "mixer")
         stream, tape = self.mixer(stream._replace(x=n_BTD), context, stage, state)
+        if context.draft is not None and context.draft.mixed is not None:
+            context.draft.mixed[stage.label] = stream.x
         mixed_BTD = scaled("mixer", self.block_mixer.beside(n_BTD, stream.x), 0)
         if self._kind.gated:
             mixed_BTD = own(self.gate) * mixed_BTD

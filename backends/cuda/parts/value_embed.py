@@ -22,7 +22,10 @@ class ValueEmbed(Part):
 
     def forward(self, stream, context, stage, state):
         ids_BT, _ = context.last_ids(0)
-        rows_BTE = ops.embedding(ids_BT, self.table).to(stream.x.dtype)
+        rows_BTE = ops.embedding(ids_BT if context.draft is None else torch.clamp(ids_BT, min=0), self.table)
+        rows_BTE = rows_BTE.to(stream.x.dtype)
+        if context.draft is not None:  # a mask has no row
+            rows_BTE = torch.where((ids_BT < 0)[..., None], 0.0, rows_BTE)
         shared_BTC = self.scale.to(rows_BTE.dtype) * self.proj(rows_BTE)
         gains = self.gains.to(rows_BTE.dtype)
         return stream._replace(to_values={layer: gains[i] * shared_BTC for i, layer in enumerate(self._layers)}), None

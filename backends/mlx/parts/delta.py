@@ -53,11 +53,14 @@ class Delta(Part):
         decay_BTH = -ops.exp(self.decay_rate.astype(wide), exact) * rate_BTH
         given = (q_BTHK, k_BTHK, v_BTHV, beta_BTH, decay_BTH, context.documents, state.last)
         o_BTHV, d_BTHV = delta.rule(*given, exact)
+        tape = DeltaTape(tail_BPC, k_BTGK, d_BTHV, decay_BTH, state.last)
+        if context.draft is not None and context.draft.rule != "causal":
+            o_BTHV = self.at_end(q_BTHK, k_BTHK, v_BTHV, beta_BTH, tape, context)
         o_BTHV = ops.rms_norm(o_BTHV.astype(kind), self._config.norm_eps, exact, self.read_gain)
         y_BTC = o_BTHV.reshape(*split[:2], -1)
         if settings.gate:
             y_BTC = y_BTC * ops.silu(self.gate(x_BTD), exact)
-        return stream._replace(x=self.o(y_BTC)), DeltaTape(tail_BPC, k_BTGK, d_BTHV, decay_BTH, state.last)
+        return stream._replace(x=self.o(y_BTC)), tape
 
     def unit(self, x_BTC):
         """Return queries or keys of length 1: with beta up to 1 no write then grows a state, whatever the weights."""
@@ -81,11 +84,25 @@ class Delta(Part):
         """Return the state after the first n tokens of each row of a chunk, from the tokens' factors."""
         # Of the last document's kept tokens; the first of a document decays nothing that is kept.
         kept_BT = (ops.span(-n_B, tape.decay.shape[1]) < 0) & (context.documents == context.kept.last)
+        last_BHKV = self.after(tape, kept_BT, context.kept.last)
+        tail_BPC = None if tape.tail is None else ops.tail(tape.tail, *context.kept.tail, empty=0.0)
+        return DeltaState(tail_BPC, last_BHKV)
+
+    def after(self, tape, kept_BT, last_B1):
+        """Return the matrices (B, H, K, V) after the marked tokens, all of the document `last_B1`."""
         decay_BTH = mx.where(kept_BT[..., None], tape.decay, 0.0)
         later_BTH = mx.cumsum(decay_BTH, axis=1, reverse=True, inclusive=False)
         left_BTH = mx.where(kept_BT[..., None], ops.exp(later_BTH, self._exact), 0.0)
         k_BHKT = mx.transpose(self.shared(tape.keys) * left_BTH[..., None], (0, 2, 3, 1))
-        whole_BH = mx.where(context.kept.last == 0, ops.exp(mx.sum(decay_BTH, axis=1), self._exact), 0.0)
-        last_BHKV = whole_BH[..., None, None] * tape.before + k_BHKT @ mx.swapaxes(tape.written, 1, 2)
-        tail_BPC = None if tape.tail is None else ops.tail(tape.tail, *context.kept.tail, empty=0.0)
-        return DeltaState(tail_BPC, last_BHKV)
+        whole_BH = mx.where(last_B1 == 0, ops.exp(mx.sum(decay_BTH, axis=1), self._exact), 0.0)
+        return whole_BH[..., None, None] * tape.before + k_BHKT @ mx.swapaxes(tape.written, 1, 2)
+
+    def at_end(self, q_BTHK, k_BTHK, v_BTHV, beta_BTH, tape, context):
+        """Return what all places of a draft's block read of its end, (B, T, H, V), by its rule (docs/orthrus.md)."""
+        if context.draft.rule == "first_order":  # each writes what the state before the block lacks, undecayed
+            known_BTHV = (k_BTHK[..., None, :] @ tape.before[:, None]).squeeze(-2)
+            known_BTHV = mx.where((context.documents == 0)[..., None, None], known_BTHV, 0.0)
+            tape = tape._replace(written=beta_BTH[..., None] * (v_BTHV - known_BTHV))
+        last_B1 = context.documents[:, -1:]
+        last_BHKV = self.after(tape, context.documents == last_B1, last_B1)
+        return (q_BTHK[..., None, :] @ last_BHKV[:, None]).squeeze(-2)

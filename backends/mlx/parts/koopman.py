@@ -50,7 +50,10 @@ class Koopman(Part):
         # Mixed channels, so that every time constant sees every feature.
         drive_BTC = ops.hadamard(s_BTC, context.hadamard).astype(wide) * scale_BTC
         states_BTC = ops.scan(decay_BTC, drive_BTC, state.last, self._exact)
-        h_BTC = states_BTC.astype(kind)
+        read_BTC = states_BTC
+        if context.draft is not None and context.draft.rule != "causal":
+            read_BTC = mx.broadcast_to(states_BTC[:, -1:], states_BTC.shape)
+        h_BTC = read_BTC.astype(kind)
         # The coupling acts on what is read, not on what is kept: so it needs no bound to be stable.
         h_BTC = h_BTC + ops.linear(h_BTC @ self.couple_in.astype(kind), self.couple_out)
         h_BTC = ops.hadamard(h_BTC, context.hadamard)

@@ -91,10 +91,10 @@ def _pieces(split: Split, bos: int) -> Iterator[tuple[int, _Piece]]:
     for start in range(0, len(split), CHUNK):
         tokens = split.read(start, min(start + CHUNK, len(split)))
         done = start + len(tokens)
-        data, begin, documents = memoryview(tokens.astype("<u2").tobytes()), 0, []
+        data, begin, documents = memoryview(tokens.astype("<i4").tobytes()), 0, []
         ends = np.flatnonzero(tokens == bos).tolist()
         for end in [*ends, len(tokens)]:
-            digest.update(data[2 * begin : 2 * end])
+            digest.update(data[4 * begin : 4 * end])
             size += end - begin
             if end == len(tokens) and done < len(split):
                 break  # goes on in the next chunk

@@ -49,7 +49,7 @@ def check_bytes(
     if unknown:
         by = f" ({count['missed']} bytes of text missed in their documents)" if recorded else ""
         problems.append(f"{unknown} unknown tokens were charged 0 bytes each{by}")
-    if not (tokenizer.table.leading & (tokenizer.table.base == 0)).any():
+    if tokenizer.spaced and not (tokenizer.table.leading & (tokenizer.table.base == 0)).any():
         problems.append(
             f"no piece for a space alone: {count['spaces']} spaces were charged 3 bytes each, "
             f"{2 * count['spaces']} too many"
