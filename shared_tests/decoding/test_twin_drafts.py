@@ -72,7 +72,7 @@ def test_a_text_drafted_by_rows_is_the_undrafted_one(how: Decoding, backend: str
     for limit in (None, 14):
         plain, alone = written(model, how, limit)
         assert alone.turns == alone.count == alone.tokens
-        for exact in (False, True):
+        for exact in (False, True) if limit is None else (True,):
             twin = Planted(model, config.model.vocab, exact)
             drafted, statistics = written(model, how, limit, twin)
             assert [text.ids for text in drafted] == [text.ids for text in plain]

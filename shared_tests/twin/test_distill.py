@@ -178,21 +178,20 @@ def test_an_untrained_twin_drafts_the_undrafted_text(name: str, backend: str) ->
     model = reader(backend, config, 1.0, dtype="float64")
     twin = model.twin(TWINS[name], None)
     numbers: Any = Numbers()
-    for how in (Decoding(15, 0.0, block=5), Decoding(15, 1.3, None, seed=2, block=5)):
-        for limit in (None, 14):
-            ids: list[Any] = []
-            for drafter in (None, twin):
-                texts = [Text(numbers, prompt, i) for i, prompt in enumerate(("", "5 6 7", "4 5 6 7 8 9 10 11"))]
-                statistics = DraftStatistics()
-                for _ in write(model, texts, how, limit, statistics=statistics, twin=drafter):
-                    pass
-                ids.append([text.ids for text in texts])
-            assert ids[0] == ids[1]
-            drafts = statistics.turns - statistics.count
-            ended = sum(text.said < how.tokens for text in texts)
-            assert drafts > 0
-            if name == "exact":
-                assert statistics.count - statistics.cycles[0] >= drafts - ended, "a draft is kept in every cycle"
+    for how, limit in ((Decoding(15, 0.0, block=5), None), (Decoding(15, 1.3, None, seed=2, block=5), 14)):
+        ids: list[Any] = []
+        for drafter in (None, twin):
+            texts = [Text(numbers, prompt, i) for i, prompt in enumerate(("", "5 6 7", "4 5 6 7 8 9 10 11"))]
+            statistics = DraftStatistics()
+            for _ in write(model, texts, how, limit, statistics=statistics, twin=drafter):
+                pass
+            ids.append([text.ids for text in texts])
+        assert ids[0] == ids[1]
+        drafts = statistics.turns - statistics.count
+        ended = sum(text.said < how.tokens for text in texts)
+        assert drafts > 0
+        if name == "exact":
+            assert statistics.count - statistics.cycles[0] >= drafts - ended, "a draft is kept in every cycle"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
