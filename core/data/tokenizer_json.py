@@ -4,12 +4,18 @@ The library `tokenizers` gets a file that is written anew from the parts that we
 text is compared with the text: tokens that spell anything else are an error.
 """
 
+import functools
+import hashlib
 import importlib
 import json
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
+
+from core.data.byte_table import ByteTable, TokenizerError, checked_ids
 from core.data.column import DataError
-from core.data.tokenizer_refusal import TokenizerError
+from core.data.transform import Transform
 from core.files import FileError, decode_text, parse_json
 from core.formats.kinds import ANYTHING, FLAG, Kind, check_value, whole
 from core.formats.kinds import text as text_of
@@ -47,6 +53,99 @@ def _letters() -> dict[str, int]:
 
 
 LETTERS = _letters()
+
+
+class JsonTokenizer:
+    """A byte-level BPE out of a tokenizer.json; TokenizerError in one line for a file that is anything else.
+
+    It has the methods and fields of `core.data.tokenizer.Tokenizer`. `bos`, which stands in front of every document, is
+    its <|endoftext|> or <|begin_of_text|>. Nothing is unknown, and `unknown` is -1. A control token that a text spells
+    out is text.
+    """
+
+    spaced = False
+
+    def __init__(self, model: bytes, name: str = "tokenizer") -> None:
+        file = parse_tokenizer(model, name)
+        self._bytes, self._control = token_spellings(file, name)
+        self.model, self.sha256 = model, hashlib.sha256(model).hexdigest()
+        self.transform: Transform = "none"
+        self.vocab = file.get("skc", {}).get("vocab", len(self._bytes))
+        if self.vocab < len(self._bytes):
+            refuse_tokenizer(name, f"skc: vocab: {self.vocab}, but it has tokens up to {len(self._bytes) - 1}")
+        by_content = {added["content"]: added["id"] for added in file.get("added_tokens") or () if added["special"]}
+        starts = [by_content[start] for start in STARTS if start in by_content]
+        if not starts:
+            refuse_tokenizer(name, f"no control token {' or '.join(STARTS)}, so documents have no start")
+        self.bos, self.unknown, self.byte_pieces = starts[0], -1, True
+        self._tokenizer = build_tokenizer(file, name)
+        self.encode(PROBE)
+
+    def transformed(self, transform: Transform, name: str = "tokenizer") -> "JsonTokenizer":
+        """Return it for `none`; TokenizerError for a transform, for whose markers it has no pieces."""
+        if transform == "none":
+            return self
+        raise TokenizerError(f"{name}: a tokenizer.json has no markers for --transform {transform}: leave that out")
+
+    def widened(self, vocab: int, name: str = "tokenizer") -> "JsonTokenizer":
+        """Return the tokenizer of a model with `vocab` entries, the last of which no text becomes; TokenizerError."""
+        if self.vocab == vocab:
+            return self
+        if b'"skc"' in self.model[-64:] or vocab < self.vocab:
+            refuse_tokenizer(name, f"has {self.vocab:,} tokens, the model {vocab:,}: it is not the model's own")
+        return JsonTokenizer(self.model.rstrip()[:-1] + FIELD % vocab, name)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the token ids of `text` (int32), without BOS."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """Return the token ids of every text (int32); TokenizerError if they spell another text."""
+        try:
+            if threads == 1:
+                ids = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+            else:
+                encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+                ids = [each.ids for each in encoded]
+        except Exception as error:  # tokenizers has no type of its own: a pattern that cannot be matched, say
+            raise TokenizerError(f"tokenizer.json: {' '.join(str(error).split())[:200]}; {CURE}") from error
+        for text, row in zip(texts, ids, strict=True):
+            spelled = b"".join(self._bytes[i] for i in row)
+            if spelled != text.encode() and self._same(spelled) != self._same(text.encode()):
+                raise TokenizerError(f"tokenizer.json: does not spell {ascii(text[:40])} as it is written; {CURE}")
+        return [np.array(row, np.int32) for row in ids]
+
+    def _same(self, spelled: bytes) -> str:
+        return self.normalise(spelled.decode("utf-8", "replace"))
+
+    def normalise(self, text: str) -> str:
+        """Return what the tokens of a text spell: the text, in Unicode's form NFC where the file asks for that."""
+        normaliser = self._tokenizer.normalizer
+        return text if normaliser is None else normaliser.normalize_str(text)
+
+    def decode(self, ids: Iterable[int] | np.ndarray, *, strict: bool = False) -> str:
+        """Return the text of token ids, without control tokens; bytes that are no UTF-8 become U+FFFD. ValueError."""
+        plain = checked_ids(ids, self.vocab)
+        spelled = b"".join(self._bytes[i] for i in plain.tolist() if i < len(self._bytes) and not self._control[i])
+        return spelled.decode("utf-8", "replace")
+
+    def identity(self, text: str) -> bytes:
+        """Return bytes that are equal for texts that become the same tokens."""
+        return self.normalise(text).encode()
+
+    @functools.cached_property
+    def table_fault(self) -> str | None:
+        """None: a token costs the bytes that it is made of."""
+        return None
+
+    @functools.cached_property
+    def table(self) -> ByteTable:
+        """The bytes of every token; control tokens, and entries that no text becomes, cost nothing."""
+        base, boundary = np.zeros(self.vocab, np.int32), np.ones(self.vocab, bool)
+        boundary[: len(self._bytes)] = self._control
+        base[: len(self._bytes)] = list(map(len, self._bytes))
+        base[boundary] = 0
+        return ByteTable(base, np.zeros(self.vocab, bool), boundary)
 
 
 def refuse_tokenizer(name: str, problem: str) -> NoReturn:

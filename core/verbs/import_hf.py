@@ -11,7 +11,8 @@ from typing import Any
 from tyro.conf import Positional
 
 from core.config import DataConfig, EvalConfig, RunConfig, TrainConfig
-from core.data.tokenizer import JsonTokenizer, Tokenizer
+from core.data.tokenizer import Tokenizer
+from core.data.tokenizer_json import JsonTokenizer
 from core.files import read_file
 from core.hf.files import CONFIG, MAX_CONFIG, Tensors, fail_hf, read_config
 from core.hf.qwen import QwenText, QwenWeights, read_settings

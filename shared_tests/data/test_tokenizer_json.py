@@ -17,14 +17,14 @@ from tokenizers import pre_tokenizers
 from core.data.dataset import DataError, Split, open_dataset, open_shard, write_shard
 from core.data.prepare import prepare
 from core.data.shards import MAGICS, shard_type
-from core.data.tokenizer import JsonTokenizer, Tokenizer, TokenizerError, token_bytes
-from core.data.tokenizer_json import LETTERS
+from core.data.tokenizer import Tokenizer, TokenizerError, token_bytes
+from core.data.tokenizer_json import LETTERS, JsonTokenizer
 from core.files import FileError
 from core.scoring.accounting import count_bytes
 from shared_tests.support.json_tokenizers import changed_json, qwen_like
 
-QWEN = JsonTokenizer(qwen_like())
-WIDE = QWEN.widened(70_000)
+QWEN: Any = JsonTokenizer(qwen_like())
+WIDE: Any = QWEN.widened(70_000)
 """Of more entries than uint16 can number, as Qwen's own."""
 
 
