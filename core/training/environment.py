@@ -79,4 +79,6 @@ def environment(engine: Engine, dataset: Dataset, command: str, step: int) -> di
         "platform": platform.platform(),
         "versions": versions(),
         "data": identity(dataset),
+        "train_tokens": len(dataset.train),
+        "val_tokens": len(dataset.val),
     }

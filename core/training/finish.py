@@ -1,5 +1,6 @@
 """What ends a run: the artifact, its score as its reader returns it, that of the weights in memory, the report."""
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,18 @@ def finish(
     """
     config, ranks = run.config, engine.ranks
     state, first = run.path / "state", ranks.rank == 0
+    clocks: dict[str, float | None] = {}
 
     def judge(label: str, name: str, plugins: bool = False) -> Score:
-        return final_score(engine, dataset, config, say, label, state / name if first else None, plugins=plugins)
+        begun, began = first and (state / name).exists(), time.perf_counter()
+        result = final_score(engine, dataset, config, say, label, state / name if first else None, plugins=plugins)
+        clocks["pass"] = None if begun else time.perf_counter() - began
+        return result
 
     target, exact = path or run.artifact_path, engine.quantise
     if config.train.quantise != "never" and not exact:
         say(f"WARNING: train.quantise={config.train.quantise} never switched on: weights are rounded only now")
-    size, decoded, plain = _store(run, engine, dataset, step, target, say)
+    size, decoded, plain, reading = _store(run, engine, dataset, step, target, say)
     once = agree(ranks, same_bits(decoded, engine.weights()))
     scored = None
     if once:
@@ -54,7 +59,9 @@ def finish(
         scored = judge("scoring", "score.ledger")
         say(f"{describe(scored)} (weights in memory)")
     costs = {} if plain is None else {"rounding": _costs(engine, dataset, config, plain, decoded, say)}
+    began = time.perf_counter()
     engine.load_params(decoded)
+    reading += time.perf_counter() - began
     stored = judge("scoring the artifact", "artifact.ledger")
     scored = scored or stored
     gap = stored.bpb - scored.bpb
@@ -70,13 +77,14 @@ def finish(
     if path is not None:
         say(f"wrote {path}")
         return {**value, "samples": [], "files": [str(path)]}
-    run.log(step, {"final/score": scored.to_json(), "final/artifact": exported})
+    times = {} if config.eval.learns else _times(clocks["pass"], reading)
+    run.log(step, {"final/score": scored.to_json(), "final/artifact": exported, **times})
     if config.eval.learns:
         kind = config.eval.adapt.kind
         parts = [*config.eval.plugins, *([kind] if kind != "none" else [])]
         helped = judge(f"scoring with {', '.join(parts)}", "plugins.ledger", plugins=True)
         say(f"{describe(helped)} (artifact)")
-        run.log(step, {"final/plugins": helped.to_json()})
+        run.log(step, {"final/plugins": helped.to_json(), **_times(clocks["pass"], reading)})
         value["plugins"] = helped.to_json()
     if not first:
         return value
@@ -93,10 +101,10 @@ def finish(
 
 def _store(
     run: Run, engine: Engine, dataset: Dataset, step: int, target: Path, say: Console
-) -> tuple[int, Arrays, Arrays | None]:
-    """Write the artifact and return its bytes, what its reader returns, and what plain rounding would have stored.
+) -> tuple[int, Arrays, Arrays | None, float]:
+    """Write the artifact; return its bytes, what its reader returns, what plain rounding would have stored, and a time.
 
-    The last is None where that is what was stored. PromiseError.
+    Plain rounding is None where that is what was stored; the time is that of reading, in seconds. PromiseError.
     """
     config, ranks = run.config, engine.ranks
     provenance = {"preset": config.preset, "seed": config.seed, "step": step, "train_seq": config.train.seq}
@@ -120,13 +128,20 @@ def _store(
 
     codes = chosen() if ranks.rank == 0 else None
     size = only_rank_0(ranks, lambda: written(target, codes) if codes else None)
+    began = time.perf_counter()
     decoded = share_arrays(ranks, read_artifact(target).weights if ranks.rank == 0 else None)
+    reading = time.perf_counter() - began
     if engine.quantise:
         check_promise(decoded, engine.weights(), target)
     elif codes:
         check_promise(decoded, codes.weights(config), target)
     plain = share_arrays(ranks, codes and codes.plain) if config.export.method == "gptq" else None
-    return size, decoded, plain
+    return size, decoded, plain, reading
+
+
+def _times(scoring: float | None, reading: float) -> dict[str, Any]:
+    """Return what metrics.jsonl says of the time of an evaluation; nothing where it went on from an earlier start."""
+    return {} if scoring is None else {"eval/seconds": scoring, "eval/strict": reading + scoring}
 
 
 def _costs(
