@@ -7,10 +7,15 @@ from typing import Any
 
 from core.config import RunConfig
 
-ROOTS = {"config": ("", "model", "train", "eval"), "settings": ("train", "eval", "export"), "model": ("model",)}
+ROOTS = {
+    "config": ("", "model", "train", "eval"), "settings": ("train", "eval", "export"), "model": ("model",),
+}  # fmt: skip
 """What a variable (or an attribute, less its underscores) of this name holds: the settings of which part, "": of all."""
-LATER = ("preset", "seed", "data", "export.code_bytes", "model.vocab", "model.bos")
+TOP = ("", "model", "train", "eval", "export")
+LATER = ("preset", "seed", "data", "export.code_bytes")
 """Settings that are read as they are when the program runs."""
+LEARNING = ("eval.plugins", "eval.round", "eval.adapt", "eval.phases", "eval.learns")
+"""Settings that EvalConfig.plain changes."""
 OPERATORS = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
     ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
@@ -21,41 +26,49 @@ PLAIN = (bool, int, float, str, type(None))
 
 
 class Folder(ast.NodeTransformer):
-    """Puts the values of settings into a module's text and leaves out what they make dead."""
+    """Puts the values of settings, and of attributes by module, into texts and leaves out what they make dead."""
 
-    def __init__(self, config: RunConfig) -> None:
-        learns = config.eval.learns  # then scores without what learns are made too, by other settings
-        self._later = (*LATER, *(("eval",) if learns else ()))
+    def __init__(self, config: RunConfig, facts: dict[str, dict[str, Any]]) -> None:
+        self._facts, self._known, self._module = facts, dict[str, Any](), ""
+        self._later = (*LATER, *(LEARNING if config.eval.learns else ()))
         parts = {"model": config.model, "train": config.train, "eval": config.eval, "export": config.export}
         self._parts: dict[str, Any] = {"": config, **parts}
-        self._classes: dict[str, str] = {type(part).__name__: name for name, part in self._parts.items()}
+        self._classes = {_class(part): name for name, part in self._parts.items()}
         for field in dataclasses.fields(config.model):
             inner = getattr(config.model, field.name)
             if dataclasses.is_dataclass(inner):
                 self._parts[f"model.{field.name}"] = inner
-                self._classes[type(inner).__name__] = f"model.{field.name}"
+                self._classes[_class(inner)] = f"model.{field.name}"
+        self._parts["adapt"] = config.eval.adapt
         self._inside: str | None = None
 
-    def folded(self, tree: ast.Module) -> ast.Module:
-        """Return the module, changed."""
+    def folded(self, name: str, tree: ast.Module) -> ast.Module:
+        """Return the text of module `name`, changed."""
+        self._module, self._known = name, self._facts.get(name, {})
         return ast.fix_missing_locations(self.visit(tree))
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        before, self._inside = self._inside, self._classes.get(node.name)
+        before, self._inside = self._inside, self._classes.get(f"{self._module}.{node.name}")
         self.generic_visit(node)
         self._inside = before
         return node
 
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        value = self._known.get(node.id, MISSING) if isinstance(node.ctx, ast.Load) else MISSING
+        return node if value is MISSING else _literal(value)
+
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        value = self._value(node) if isinstance(node.ctx, ast.Load) else MISSING
-        if type(value) in PLAIN or value == ():
-            return ast.Tuple([], ast.Load()) if value == () else ast.Constant(value)
-        return self.generic_visit(node)
+        value = self._known.get(node.attr, MISSING) if isinstance(node.ctx, ast.Load) else MISSING
+        if value is MISSING and isinstance(node.ctx, ast.Load):
+            value = self._value(node)
+        return _literal(value) if type(value) in PLAIN or value == () else self.generic_visit(node)
 
     def _value(self, node: ast.Attribute) -> Any:
         """Return the value of a setting, or of a property of settings; MISSING for anything else."""
-        found = [(place, self._parts[place]) for place in self._holders(node.value)]
-        found = [(place, part) for place, part in found if hasattr(part, node.attr)]
+        holders = self._holders(node.value)
+        found = [(place, self._parts[place]) for place in holders if hasattr(self._parts[place], node.attr)]
+        if found and len(holders) > 1:  # a variable's name is no proof: no other part may have such a setting
+            found = [(place, self._parts[place]) for place in TOP if hasattr(self._parts[place], node.attr)]
         if len(found) != 1 or self._is_later(f"{found[0][0]}.{node.attr}".strip(".")):
             return MISSING
         return getattr(found[0][1], node.attr)
@@ -73,6 +86,10 @@ class Folder(ast.NodeTransformer):
                 inner = [f"{place}.{name}".strip(".") for place in self._holders(node.value)]
                 if known := [place for place in inner if place in self._parts]:
                     return known
+            if name == "_run":
+                return [""]
+            if name == "_adapt":  # of what adapts, which an evaluation without it does not make
+                return ["adapt"]
             if name != "_model":  # a backend's module
                 return list(ROOTS.get(name.lstrip("_"), ("train",) if name == "_train" else ()))
         return []
@@ -141,6 +158,14 @@ class Folder(ast.NodeTransformer):
         return node
 
     visit_With = visit_While = visit_ExceptHandler = visit_For  # type: ignore[assignment]
+
+
+def _class(part: Any) -> str:
+    return f"{type(part).__module__}.{type(part).__name__}"
+
+
+def _literal(value: Any) -> ast.expr:
+    return ast.Tuple([], ast.Load()) if value == () else ast.Constant(value)
 
 
 def _alive(body: list[ast.stmt]) -> list[ast.stmt]:

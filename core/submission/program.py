@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.config import ConfigError, RunConfig, from_json, to_json
+from core.config import ConfigError, RunConfig, to_json
 from core.data.dataset import Dataset
 from core.data.unlisted import open_unlisted
 from core.engine.protocol import Arrays, EngineOptions
 from core.engine.ranks import Alone, Ranks, launched
 from core.files import append_file, replace_file, replace_text
 from core.model.params import count
+from core.plain import rebuilt
 from core.submission.logs import Program, log_lines, opening_lines, row_lines
 from core.training.calibrate import calibrate
 from core.training.environment import surroundings
@@ -162,7 +163,7 @@ def run_program(
 ) -> bool:
     """Train, export and score as the settings and the environment say; return whether the artifact fits its budget."""
     check_environment()
-    settings = with_code(seeded(from_json(RunConfig, config)), program.bytes)
+    settings = with_code(seeded(rebuilt(RunConfig, config, "settings")), program.bytes)
     dataset = open_text(settings)
     check_rows(settings.train, ranks)
     run: Any = Made(run_name(settings), settings, not ranks.rank)

@@ -75,7 +75,7 @@ class Shaken:
         self,
         entry: str,
         absent: Collection[str] = (),
-        change: Callable[[ast.Module], ast.Module] = bare,
+        change: Callable[[str, ast.Module], ast.Module] = lambda name, tree: bare(tree),
     ) -> None:
         self._change = change
         self.modules: dict[str, Module] = {}
@@ -85,7 +85,7 @@ class Shaken:
         """Name -> (module, method) of classes that stay and methods that nobody has called so far."""
         self._dropped: set[ast.stmt] = set()
         self._waiting: list[tuple[str, ast.AST]] = []
-        self._enter(ENTRY, change(ast.parse(entry)))
+        self._enter(ENTRY, change(ENTRY, ast.parse(entry)))
         while self._waiting:
             self._scan(*self._waiting.pop())
 
@@ -136,7 +136,7 @@ class Shaken:
             file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
             if not file.is_file():
                 return None
-            tree = self._change(ast.parse(read_text(file)))
+            tree = self._change(name, ast.parse(read_text(file)))
         module = self.modules[name] = Module(tree)
         self._waiting += [(name, statement) for statement in module.others]
         if "." in name:
@@ -150,7 +150,7 @@ class Shaken:
             return
         if name not in module.defined and name not in module.imported:
             self._enter(f"{place}.{name}")
-        elif name not in module.needed:
+        elif name not in module.needed and not self.is_absent(f"{place}.{name}"):
             module.needed.add(name)
             for statement in module.defined.get(name, []):
                 self._keep(place, statement)

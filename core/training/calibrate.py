@@ -1,7 +1,5 @@
 """Second moments for GPTQ: from training text inside the training clock, or without any text of others."""
 
-import numpy as np
-
 from core.checks import ConfigError
 from core.config import RunConfig
 from core.console import Console

@@ -231,7 +231,8 @@ def final_score(
     the user's and LedgerError says so if it is of another evaluation, another one is replaced.
     """
     evaluation = Evaluation.of(dataset.val, config, config.eval.documents, plugins)
-    used = load_plugins(config.eval.plugins) if plugins else ()  # first: a wrong name must not open a ledger
+    # First: a wrong name must not open a ledger.
+    used = load_plugins(config.eval.plugins) if plugins and config.eval.plugins else ()
     if ledger is None:
         book = Ledger(len(dataset.val))
     else:
