@@ -12,7 +12,7 @@ NEVER = (
     "core.decoding.samplers", "core.model.upgrade", "core.presets", "core.verbs", "core.engine.joining.watched",
     "core.engine.protocol.Engine", "core.scoring.journal.Journal", "core.scoring.key", "core.config._upgrade", "core.training.moments",
     "core.engine.ranks.Stopped",
-    *(f"core.scoring.ledger.Ledger.{name}" for name in ("open", "_continued", "read", "confirm")),
+    *(f"core.scoring.ledger.Ledger.{name}" for name in ("open", "_continued", "read")),
 )  # fmt: skip
 """Of any program: modules, definitions (module.name) and methods (module.class.name). It keeps no ledger's file."""
 UNASKED = ("check", "flops", "tape", "state", "mini")
@@ -54,9 +54,9 @@ def absent(config: RunConfig, backend: str) -> set[str]:
     if evaluation.adapt.kind != "sgd":
         left.add("core.scoring.adapt.stream")
         if not evaluation.phases.at:
-            left |= {"core.scoring.adapt.phases", "core.scoring.adapt.weights", f"{engine}.descent"}
+            left |= {"core.scoring.adapt.phases.learn_phase", "core.scoring.adapt.weights"}
     if not evaluation.learns:
-        left |= {"core.scoring.adapt", f"{engine}.predicting"}
+        left |= {"core.scoring.ledger.Ledger.confirm", "core.scoring.adapt", f"{engine}.predicting"}
     return left
 
 

@@ -119,7 +119,7 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
         dtype=options.dtype,
         wire=options.wire,
         spans=rooms(dataset.train, config, ranks.world),
-        micro_tokens=None if _asks_for_rows(config, options.given) else EngineOptions.micro_tokens,
+        micro_tokens=None if asks_for_rows(config, options.given) else EngineOptions.micro_tokens,
     )
     with contextlib.ExitStack() as stack:
         run = end = None
@@ -149,7 +149,7 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
     return Outcome(value["artifact"]["within"], value)
 
 
-def _asks_for_rows(config: RunConfig, given: Sequence[str]) -> bool:
+def asks_for_rows(config: RunConfig, given: Sequence[str]) -> bool:
     """Return whether someone chose train.micro_batch for this run: here, or in an ablation; else it is the preset's."""
     theirs = presets.get(config.preset).config.train.micro_batch
     return "--train.micro-batch" in given or config.train.micro_batch != theirs
