@@ -23,6 +23,8 @@ COMPLIANCE = (
     "train_under_600s", "artifact_under_16mb", "eval_under_600s", "no_slot", "no_pre_quant_ttt", "no_etlb",
     "no_ngram_cache", "score_first_ttt", "three_seeds",
 )  # fmt: skip
+ADMITTED = ("three_seeds", "no_ngram_cache")
+"""Those that may be false and break no rule."""
 SECRETS = {
     "a home folder": re.compile(r"(?<![\w.])(?:/home/|/Users/|/root/|[A-Za-z]:\\\\?Users\\\\?)[\w.$-]{1,64}"),
     "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{20,}"),
@@ -123,7 +125,7 @@ def _compliance(values: dict[str, Any]) -> list[str]:
     named = values.get("compliance", {})
     if not isinstance(named, dict) or not all(type(value) is bool for value in named.values()):
         return ["compliance: expected an object of true and false"]
-    return [f"compliance.{name} is false" for name in COMPLIANCE if named.get(name) is False and name != "three_seeds"]
+    return [f"compliance.{name} is false" for name in COMPLIANCE if named.get(name) is False and name not in ADMITTED]
 
 
 def _seeds(folder: Folder, values: dict[str, Any]) -> list[str]:
@@ -161,23 +163,27 @@ def _seeds(folder: Folder, values: dict[str, Any]) -> list[str]:
 
 def check_secrets(subject: Subject) -> Answer:
     """Look for home folders, credentials and names of machines in every file."""
-    problems, texts = [], subject.folder.texts()
+    problems, texts, values = [], subject.folder.texts(), subject.folder.submission or {}
+    known = f"{values.get('author')} {values.get('github_id')}"
     for name, text in texts:
-        problems += [f"{name}: {what}" for what in secrets_in(text)]
+        problems += [f"{name}: {what}" for what in secrets_in(text, known)]
     return Answer(f"looked at {len(texts)} files for home folders, credentials, names of machines", problems)
 
 
-def secrets_in(text: str) -> list[str]:
-    """Return what of a text must not be sent: each kind once, with its line, never the secret itself."""
+def secrets_in(text: str, known: str = "") -> list[str]:
+    """Return what of a text must not be sent: each kind once, with its line, never the secret itself.
+
+    `known`: what the author says of themselves, which is no secret.
+    """
     found = []
-    for what, pattern in [*SECRETS.items(), *_of_this_machine().items()]:
+    for what, pattern in [*SECRETS.items(), *_of_this_machine(known).items()]:
         if match := pattern.search(text):
             line = text.count("\n", 0, match.start()) + 1
             found.append(f"line {line} has {what}")
     return found
 
 
-def _of_this_machine() -> dict[str, re.Pattern[str]]:
+def _of_this_machine(known: str) -> dict[str, re.Pattern[str]]:
     """Return patterns of what names this machine and its user, where the names say anything."""
     names = {"the name of this machine": socket.gethostname().partition(".")[0]}
     with contextlib.suppress(OSError, KeyError):  # a user may have no name
@@ -185,7 +191,7 @@ def _of_this_machine() -> dict[str, re.Pattern[str]]:
     patterns = {
         what: re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
         for what, name in names.items()
-        if len(name) > 3 and name.lower() not in PLAIN_NAMES
+        if len(name) > 3 and name.lower() not in PLAIN_NAMES and name.lower() not in known.lower()
     }
     home = str(Path.home())
     if home.count("/") > 1:
