@@ -9,7 +9,7 @@ from typing import Any
 
 from core.console import printable
 from core.files import FileError, bound_values, check_name, decode_text, read_file
-from core.submission.logs import MAX_LOG, Log, read_log
+from core.submission.logs import Log, read_log
 
 TRACKS = ("10min_16mb", "non_record_16mb")
 SEVERAL = ("track_10min_16mb", "track_non_record_16mb")
@@ -85,13 +85,14 @@ class Folder:
         """Return (name, content) of every file, as far as it is text."""
         contents = []
         for entry in self.entries:
-            if entry.kind != "file" or entry.size > MAX_LOG:
+            if entry.kind != "file" or entry.size > MAX_FILE:
                 continue
             try:
-                data = read_file(self.path / entry.name, MAX_LOG, follow=False)
+                data = read_file(self.path / entry.name, MAX_FILE, follow=False)
             except (FileError, OSError):  # check 1 names it
                 continue
-            contents.append((entry.name, data.decode("utf-8", "replace")))
+            if b"\0" not in data:
+                contents.append((entry.name, data.decode("utf-8", "replace")))
         return contents
 
 

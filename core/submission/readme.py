@@ -16,6 +16,7 @@ FILES = {
     "tokenizer.model": "the tokenizer", "audit.json": "sizes and hashes of the artifacts, findings of the audits",
     "legality.md": "the findings, to read",
 }  # fmt: skip
+FORMS = {"text": "source", "packed text": "compressed source in a line", "zip": "a zip that Python runs"}
 UNTOLD = ("schema", "seed", "data.")
 
 
@@ -49,7 +50,7 @@ def readme(page: Page) -> str:
         f"{values['val_loss']:.8f} nats. Track `{page.track}`.",
         "",
         *(f"* Not in the record track: {reason}." for reason in page.why),
-        "",
+        *([""] if page.why else []),
         "## Results",
         "",
         *_results(page.logs),
@@ -151,8 +152,7 @@ def _command(page: Page) -> list[str]:
     names = "DATA_PATH=data TOKENIZER_PATH=tokenizer.model"
     lines = [f"    SEED={log.seed} RUN_ID=seed{log.seed} {names} {start}{each} train_gpt.py" for log in page.logs]
     code = page.code
-    form = "compressed source in a line" if code["form"] == "text" else "a zip that Python runs"
-    about = f"train_gpt.py has {code['bytes']:,} bytes ({form}), SHA-256 {code['sha256']}."
+    about = f"train_gpt.py has {code['bytes']:,} bytes ({FORMS[code['form']]}), SHA-256 {code['sha256']}."
     if not code["ran"]:
         about += " The runs were made by a checkout; the program was packed from their settings, and did not make them."
     return [about, "", *lines]

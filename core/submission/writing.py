@@ -64,7 +64,7 @@ def write_submission(order: Order, say: Say) -> Written:
     audits, silent = _audits(runs)
     why = _not_a_record(logs, made_by is not None, len(program))
     track = TRACKS[1] if why else TRACKS[0]
-    code = {"bytes": len(program), "sha256": Program.of(program, "").sha256, "form": _form(program)}
+    code = {"bytes": len(program), "sha256": Program.of(program, "").sha256, "form": unpack(program).form}
     values = submission_json(order.about, track, logs, len(program), compliance_of(logs, list(audits.values())))
     page = Page(
         order.about, track, tuple(why), runs[0].config, logs, {**code, "ran": made_by is not None}, values, silent
@@ -127,10 +127,6 @@ def _program(order: Order, say: Say) -> tuple[bytes, Program | None]:
             "give the one that ran with --program FILE"
         )
     return data, made_by
-
-
-def _form(program: bytes) -> str:
-    return "zip" if unpack(program).form == "zip" else "text"
 
 
 def _audits(runs: Sequence[Run]) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 from core.console import shorten
 from core.submission.checks.answers import Answer, Subject, number
 from core.submission.folder import DATED, LOG_NAME, MAX_FILE, SEVERAL, TRACKS, Folder
+from core.submission.unpack import unpack
 
 SPELLED = (*TRACKS, "non-record-16mb", "non-record-unlimited-compute-16mb")
 """Tracks as the public folders spell them."""
@@ -165,6 +166,8 @@ def check_secrets(subject: Subject) -> Answer:
     """Look for home folders, credentials and names of machines in every file."""
     problems, texts, values = [], subject.folder.texts(), subject.folder.submission or {}
     known = f"{values.get('author')} {values.get('github_id')}"
+    if subject.folder.program:
+        texts += [(subject.folder.program_name, text) for text in unpack(subject.folder.program).texts[1:]]
     for name, text in texts:
         problems += [f"{name}: {what}" for what in secrets_in(text, known)]
     return Answer(f"looked at {len(texts)} files for home folders, credentials, names of machines", problems)
