@@ -1,5 +1,6 @@
 """A submission folder as it lies on a disk, ours or anyone's: what is in it, read with bounds and without links."""
 
+import itertools
 import json
 import os
 import re
@@ -187,7 +188,9 @@ def _entries(path: Path) -> tuple[list[Entry], list[str]]:
     waiting = [(path, "", 0)]
     while waiting:
         place, prefix, depth = waiting.pop()
-        for item in os.scandir(place):
+        with os.scandir(place) as listing:
+            items = list(itertools.islice(listing, MAX_ENTRIES + 1))
+        for item in items:
             if len(entries) >= MAX_ENTRIES:
                 return entries, [f"over {MAX_ENTRIES:,} names: this is no submission folder"]
             kind = "link" if item.is_symlink() else "folder" if item.is_dir() else "file" if item.is_file() else "other"
