@@ -36,14 +36,14 @@ class Program:
     form: str
     """text or zip."""
 
-    @classmethod
-    def of(cls, data: bytes, form: str) -> "Program":
-        """Return the description of a program's file."""
-        return cls(hashlib.sha256(data).hexdigest(), len(data), form)
-
     def to_json(self) -> dict[str, Any]:
         """Return the entries of env.json."""
         return {"program_sha256": self.sha256, "program_bytes": self.bytes, "program_form": self.form}
+
+
+def described(data: bytes, form: str) -> Program:
+    """Return the description of a program's file."""
+    return Program(hashlib.sha256(data).hexdigest(), len(data), form)
 
 
 def program_of(environment: dict[str, Any]) -> Program | None:

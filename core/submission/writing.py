@@ -15,7 +15,7 @@ from core.files import check_name, new_file, open_file, place_file, read_file, r
 from core.submission.audits import audit_json, audit_of, legality
 from core.submission.checks.form import secrets_in
 from core.submission.folder import MAX_FILE, TRACKS, SubmissionError
-from core.submission.logs import Log, Program, log_lines, parse_log, program_of
+from core.submission.logs import Log, Program, described, log_lines, parse_log, program_of
 from core.submission.readme import Page, readme
 from core.submission.requirements import requirements
 from core.submission.submission_json import SEEDS, Author, compliance_of, submission_json
@@ -64,7 +64,7 @@ def write_submission(order: Order, say: Say) -> Written:
     audits, silent = _audits(runs)
     why = _not_a_record(logs, made_by is not None, len(program))
     track = TRACKS[1] if why else TRACKS[0]
-    code = {"bytes": len(program), "sha256": Program.of(program, "").sha256, "form": unpack(program).form}
+    code = {"bytes": len(program), "sha256": described(program, "").sha256, "form": unpack(program).form}
     values = submission_json(order.about, track, logs, len(program), compliance_of(logs, list(audits.values())))
     page = Page(
         order.about, track, tuple(why), runs[0].config, logs, {**code, "ran": made_by is not None}, values, silent
@@ -121,9 +121,9 @@ def _program(order: Order, say: Say) -> tuple[bytes, Program | None]:
         form = made_by.form if made_by is not None and made_by.form in ("text", "zip") else order.form
         say(f"packing {PROGRAM} of the runs' settings ({form})")
         data = pack(order.runs[0].config, backend, form)
-    if made_by is not None and Program.of(data, "").sha256 != made_by.sha256:
+    if made_by is not None and described(data, "").sha256 != made_by.sha256:
         raise SubmissionError(
-            f"the runs were made by the program {made_by.sha256[:12]}, this one is {Program.of(data, '').sha256[:12]}: "
+            f"the runs were made by the program {made_by.sha256[:12]}, this one is {described(data, '').sha256[:12]}: "
             "give the one that ran with --program FILE"
         )
     return data, made_by

@@ -161,7 +161,7 @@ def _reference(path: Path) -> tuple[dict[str, float], str]:
         raise SubmissionError(f"{path}: expected seed_results, or an object of seed -> bits per byte")
     inner = [entry for entry in results.values() if isinstance(entry, dict)]
     unit = "loss" if inner and all("val_loss" in entry for entry in inner) else "bpb"
-    scores = {
+    scores: dict[str, Any] = {
         str(seed)[:40]: entry.get("val_loss" if unit == "loss" else "val_bpb") if isinstance(entry, dict) else entry
         for seed, entry in results.items()
     }

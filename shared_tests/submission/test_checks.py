@@ -122,7 +122,7 @@ def cased(size: int) -> Callable[[Path], None]:
     return change
 
 
-BROKEN: list[tuple[int, Callable[[Path], None], str]] = [
+BROKEN: list[tuple[int, Callable[[Path], object], str]] = [
     (1, link, "extra: is a link"),
     (1, renamed, "expected train_seed<N>.log"),
     (1, big, "weights.bin: 10,000,001 bytes"),

@@ -13,7 +13,7 @@ from typing import Any
 from core.config import RunConfig, changed, to_json
 from core.data.bundled import BUNDLED, TOKENIZERS
 from core.presets import PRESETS
-from core.submission.logs import Program
+from core.submission.logs import described
 from core.submission.submission_json import Author
 from core.submission.writing import Order, Written, write_submission
 from core.training.run import Run, config_digest
@@ -59,7 +59,7 @@ def write_run(place: Path, seed: int, program: bytes | None = PROGRAM, **changes
         "train_tokens": 8_000_000_000, "val_tokens": TARGETS + 1,
     }  # fmt: skip
     if program is not None:
-        env |= Program.of(program, "text").to_json()
+        env |= described(program, "text").to_json()
         (path / "train_gpt.py").write_bytes(program)
     (path / "env.json").write_text(json.dumps(env | changes))
     bpb = 1.08 + seed / 1e6 + 1e-9
