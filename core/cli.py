@@ -60,6 +60,7 @@ VERBS = {
     ),
     "track": Verb("core.verbs.track", "Track", "track", "copy recorded runs to TensorBoard or Weights & Biases"),
     "compare": Verb("core.verbs.compare", "Compare", "compare_runs", "runs: what differs, where curves part, speed"),
+    "submit": Verb("core.verbs.submit", "Submit", "submit", "write, check or run again the folder that one would send"),
     "parity": Verb("core.verbs.parity", "Parity", "parity", "hold both backends to each other", "preset"),
     "bench": Verb("core.verbs.bench", "Bench", "bench", "measure training speed", "preset"),
 }

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from core.config import to_json
-from core.files import FileError, open_file, parse_json, read_text
+from core.data.tokenizer import Tokenizer
+from core.files import FileError, decode_text, open_file, parse_json, read_file
 from core.model.params import count
 from core.training.records import RunError
 from core.training.run import Run, config_digest
@@ -38,6 +39,11 @@ class Program:
     def to_json(self) -> dict[str, Any]:
         """Return the entries of env.json."""
         return {"program_sha256": self.sha256, "program_bytes": self.bytes, "program_form": self.form}
+
+
+def described(data: bytes, form: str) -> Program:
+    """Return the description of a program's file."""
+    return Program(hashlib.sha256(data).hexdigest(), len(data), form)
 
 
 def program_of(environment: dict[str, Any]) -> Program | None:
@@ -72,6 +78,8 @@ def opening_lines(run: Run) -> list[str]:
     }
     for name in ("backend", "device", "ranks", "dtype", "versions", "data", "train_tokens", "val_tokens"):
         facts[name] = environment.get(name)
+    tokenizer = Tokenizer(run.tokenizer(), str(run.tokenizer_path))
+    facts |= {"tokenizer_sha256": tokenizer.sha256, "transform": tokenizer.transform}
     return _lines(facts)
 
 
@@ -220,6 +228,9 @@ class Log:
     data: dict[str, Any] | None = None
     train_tokens: int | None = None
     val_tokens: int | None = None
+    tokenizer_sha256: str | None = None
+    transform: str | None = None
+    """What was done to a text before it became tokens."""
     stop_reason: str | None = None
     stop_step: int | None = None
     train_seconds: float | None = None
@@ -251,6 +262,8 @@ class Log:
     total_bytes: int | None = None
     losses: tuple[tuple[int, str], ...] = ()
     """(step, training loss as printed)."""
+    hyper: dict[str, str] = field(default_factory=dict)
+    """Settings by their names, as printed: the hyper-parameters of a public log."""
     problems: tuple[str, ...] = field(default=())
     """What cannot be read as what it is named."""
 
@@ -262,10 +275,10 @@ FIELDS: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(
         ("train_seconds", "closed_seconds", "step_avg_ms", "weights_val_loss", "weights_val_bpb", "exported_val_loss",
          "exported_val_bpb", "val_loss", "val_bpb", "eval_seconds", "eval_strict_seconds"), finite),
-    **dict.fromkeys(("config_sha256", "code_sha256", "artifact_sha256"), digest),
+    **dict.fromkeys(("config_sha256", "code_sha256", "artifact_sha256", "tokenizer_sha256"), digest),
     **dict.fromkeys(("settings", "versions", "data"), table),
     **dict.fromkeys(("code_form", "backend", "device", "dtype", "stop_reason", "val_windows", "val_byte_rule",
-                     "val_adaptation"), words),
+                     "val_adaptation", "transform"), words),
     "val_full": truth, "val_plugins": texts,
 }  # fmt: skip
 """Name of a line -> how its value is read."""
@@ -277,7 +290,7 @@ def read_log(path: Path) -> Log:
 
     Lines that nobody knows are passed over; a known one with a bad value is a problem of the log.
     """
-    lines = read_text(path, MAX_LOG).split("\n")
+    lines = decode_text(path, read_file(path, MAX_LOG, follow=False)).split("\n")
     if any(line.startswith("skc_log:") for line in lines[:50]):
         return parse_log(path.name, lines)
     from core.submission.public_logs import parse_public_log

@@ -13,7 +13,7 @@ from core.data.dataset import Dataset, identity
 from core.engine.protocol import Engine
 from core.files import MAX_TEXT, read_file
 
-PACKAGES = ("numpy", "torch", "mlx", "sentencepiece", "safetensors", "tyro", "matplotlib", "rich")
+PACKAGES = ("numpy", "torch", "triton", "mlx", "scipy", "sentencepiece", "safetensors", "tyro", "matplotlib", "rich")
 ROOT = Path(core.__file__).resolve().parent.parent
 READERS = ("core/ablation/", "core/compare/", "core/verbs/")
 """How the names of files begin that ask for runs or read them: no run imports them, but for these."""

@@ -28,7 +28,8 @@ WHOLE = {
     "perf/step_ms": 1.5, "clock/seconds": 2, "clock/stopped": 2.0, "clock/closed": 2.5, "progress": 1.0,
     "clock/train_stop": 1.5, "tokens": 640,
     "progress/each": [0.5, 1.0], "val/bpb": 2.5, "val/error": 0.01, "samples": ["it was"], "final/score": SCORE,
-    "final/artifact": ARTIFACT, "final/plugins": {**SCORE, "error": 0.5, "bpb_raw": 2.0, "plugins": ["temperature"]},
+    "final/artifact": ARTIFACT, "eval/seconds": 9.5, "eval/strict": 9.75,
+    "final/plugins": {**SCORE, "error": 0.5, "bpb_raw": 2.0, "plugins": ["temperature"]},
 }  # fmt: skip
 ENV = {
     "command": "skc train debug", "commit": None, "dirty": False, "step": 0, "backend": "cuda", "device": "CPU",
