@@ -10,8 +10,8 @@ from core.files import read_text
 
 NEVER = (
     "core.decoding.samplers", "core.model.upgrade", "core.presets", "core.verbs", "core.engine.joining.watched",
-    "core.engine.protocol.Engine", "core.scoring.journal.Journal", "core.scoring.key", "core.config._upgrade", "core.training.moments",
-    "core.engine.ranks.Stopped",
+    "core.engine.protocol.Engine", "core.scoring.journal.Journal", "core.scoring.key", "core.config._upgrade",
+    "core.training.moments",
     *(f"core.scoring.ledger.Ledger.{name}" for name in ("open", "_continued", "read")),
 )  # fmt: skip
 """Of any program: modules, definitions (module.name) and methods (module.class.name). It keeps no ledger's file."""

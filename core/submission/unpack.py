@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import bz2
 import io
 import json
 import lzma
@@ -73,7 +74,7 @@ def _unzip(data: bytes) -> Unpacked:
     texts, names, left = [], [], MAX_UNPACKED
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = [info for info in archive.infolist() if info.filename.endswith(".py")]
+            members = [info for info in archive.infolist() if info.filename.endswith(".py") or info.filename == "p"]
             if len(archive.infolist()) > MAX_MEMBERS:
                 return Unpacked("zip", (), (), (f"over {MAX_MEMBERS} members",))
             for info in sorted(members, key=lambda info: info.filename != "__main__.py"):
@@ -82,8 +83,10 @@ def _unzip(data: bytes) -> Unpacked:
                 if len(content) > left:
                     return Unpacked("zip", (), (), (f"unpacks to over {MAX_UNPACKED:,} bytes",))
                 left -= len(content)
-                texts.append(content.decode("utf-8-sig"))
-                names.append(info.filename[:200])
+                inner = (_decompressed(content) or "").split("\0") if info.filename == "p" else []
+                found = inner or [content.decode("utf-8-sig")]  # p: where our own programs keep their modules
+                texts += found
+                names += [info.filename[:200]] * len(found)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, ValueError, OSError, EOFError,
             NotImplementedError, RuntimeError, KeyError) as error:  # fmt: skip
         return Unpacked("zip", (), (), (f"is a damaged zip: {error}"[:200],))
@@ -102,7 +105,7 @@ def _inner(text: str) -> list[str]:
             except (ValueError, binascii.Error):
                 continue
             if source is not None:
-                sources.append(source)
+                sources += source.split("\0")  # our own programs: texts of modules, and their names
                 break
     return sources
 
@@ -117,15 +120,16 @@ def _decompressed(data: bytes) -> str | None:
     methods: list[Callable[[], bytes]] = [
         lambda: lzma.LZMADecompressor(lzma.FORMAT_AUTO, memlimit=1 << 28).decompress(data, MAX_UNPACKED),
         lambda: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=raw).decompress(data, MAX_UNPACKED),
+        lambda: bz2.BZ2Decompressor().decompress(data, MAX_UNPACKED),
         lambda: zlib.decompressobj().decompress(data, MAX_UNPACKED),
         lambda: zlib.decompressobj(-15).decompress(data, MAX_UNPACKED),
     ]
     for method in methods:
         try:
             text = method().decode("utf-8")
-        except (lzma.LZMAError, zlib.error, UnicodeDecodeError, EOFError):
+        except (lzma.LZMAError, zlib.error, UnicodeDecodeError, EOFError, OSError, ValueError):
             continue
-        if len(text) > 100 and "\0" not in text:
+        if len(text) > 100 and ("\0" not in text or text.startswith("import ")):
             return text
     return None
 
