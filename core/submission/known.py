@@ -54,7 +54,7 @@ def absent(config: RunConfig, backend: str) -> set[str]:
     if evaluation.adapt.kind != "sgd":
         left.add("core.scoring.adapt.stream")
         if not evaluation.phases.at:
-            left |= {"core.scoring.adapt.phases.learn_phase", "core.scoring.adapt.weights"}
+            left |= {"core.scoring.adapt.phases.learn_phase", "core.scoring.adapt.weights.LooseWeights"}
     if not evaluation.learns:
         left |= {"core.scoring.ledger.Ledger.confirm", "core.scoring.adapt", f"{engine}.predicting"}
     return left
