@@ -42,7 +42,7 @@ def absent(config: RunConfig, backend: str) -> set[str]:
             left |= {f"{engine}.engine.Engine.{name}" for name in DECODING}
             left |= {f"{engine}.model.Model.{name}" for name in DECODING}
     if config.export.method != "gptq":
-        left |= {"core.export.gptq", f"{engine}.gptq", f"{engine}.engine.Engine.second_moments"}
+        left |= {"core.export.gptq", "backends.cuda.gptq", f"{engine}.engine.Engine.second_moments"}
     if not config.export.fit:
         left.add("core.export.fit")
     if not evaluation.plugins:

@@ -20,6 +20,8 @@ from core.engine.ranks import Alone, Ranks, launched
 from core.files import append_file, replace_file, replace_text
 from core.model.params import count
 from core.plain import rebuilt
+from core.scoring.adapt.phases import phases_of
+from core.scoring.evaluation import Evaluation
 from core.submission.logs import Program, closing_lines, opening_lines, row_lines
 from core.training.calibrate import calibrate
 from core.training.environment import surroundings
@@ -175,6 +177,8 @@ def run_program(
     settings = with_code(seeded(rebuilt(RunConfig, config, "settings")), program.bytes)
     dataset = open_text(settings)
     check_rows(settings.train, ranks)
+    if settings.eval.phases.at:  # now, not after the training
+        phases_of(Evaluation.of(dataset.val, settings, settings.eval.documents, plugins=True))
     run: Any = Made(run_name(settings), settings, not ranks.rank)
     say: Any = Say(run)
     chosen = EngineOptions(spans=rooms(dataset.train, settings, ranks.world), **options)
