@@ -12,8 +12,7 @@ ROOTS = {
     "settings": ("train", "eval", "export"),
     "model": ("model",),
 }
-"""Name of a variable, or of an attribute less its underscores -> the parts of the settings that it may hold; "": all."""
-TOP = ("", "model", "train", "eval", "export")
+"""Name of a variable, or of an attribute less its underscores -> parts of the settings that it may hold; "": all."""
 LATER = ("preset", "seed", "data", "export.code_bytes")
 """Settings that are read as they are when the program runs."""
 LEARNING = ("eval.plugins", "eval.round", "eval.adapt", "eval.phases", "eval.learns")
@@ -41,7 +40,7 @@ class Folder(ast.NodeTransformer):
             if dataclasses.is_dataclass(inner):
                 self._parts[f"model.{field.name}"] = inner
                 self._classes[_class(inner)] = f"model.{field.name}"
-        self._parts["adapt"] = config.eval.adapt
+        self._parts |= {"adapt": config.eval.adapt, "eval.phases": config.eval.phases}
         self._inside: str | None = None
 
     def folded(self, name: str, tree: ast.Module) -> ast.Module:
@@ -70,7 +69,7 @@ class Folder(ast.NodeTransformer):
         holders = self._holders(node.value)
         found = [(place, self._parts[place]) for place in holders if hasattr(self._parts[place], node.attr)]
         if found and len(holders) > 1:  # a variable's name is no proof: no other part may have such a setting
-            found = [(place, self._parts[place]) for place in TOP if hasattr(self._parts[place], node.attr)]
+            found = [(place, part) for place, part in self._parts.items() if hasattr(part, node.attr)]
         if len(found) != 1 or self._is_later(f"{found[0][0]}.{node.attr}".strip(".")):
             return MISSING
         return getattr(found[0][1], node.attr)
@@ -100,12 +99,17 @@ class Folder(ast.NodeTransformer):
         asked = node.func if isinstance(node.func, ast.Attribute) and node.func.attr == "mixes" else None
         if asked is not None and "model" in self._holders(asked.value):
             return ast.Constant(self._parts["model"].mixes(ast.literal_eval(node.args[0])))
+        if isinstance(node.func, ast.Attribute) and f"{node.func.attr}()" in self._known:
+            return _literal(self._known[f"{node.func.attr}()"])
         if isinstance(node.func, ast.Attribute):  # a method has no value here
             node.func.value = self.visit(node.func.value)
             node.args = [self.visit(one) for one in node.args]
             node.keywords = [self.visit(one) for one in node.keywords]
             return node
         self.generic_visit(node)
+        given = self._known.get(f"{getattr(node.func, 'id', '')}()", MISSING)
+        if given is not MISSING:
+            return _literal(given)
         plain = isinstance(node.func, ast.Name) and node.func.id == "bool" and len(node.args) == 1
         value = _constant(node.args[0]) if plain else MISSING
         return node if value is MISSING else ast.Constant(bool(value))

@@ -7,12 +7,16 @@ from typing import Any
 from core import ROOT
 from core.config import RunConfig
 from core.files import read_text
+from core.model.params import param_table
+from core.model.storage import by_ratios
 
 NEVER = (
     "core.decoding.samplers", "core.model.upgrade", "core.presets", "core.verbs", "core.engine.joining.watched",
     "core.engine.protocol.Engine", "core.scoring.journal.Journal", "core.scoring.key", "core.config._upgrade",
     "core.training.moments",
     *(f"core.scoring.ledger.Ledger.{name}" for name in ("open", "_continued", "read")),
+    *(f"core.data.dataset.Split.{name}" for name in ("documents", "document_bytes", "verify", "start_verify")),
+    "core.data.column.Column.verify",
 )  # fmt: skip
 """Of any program: modules, definitions (module.name) and methods (module.class.name). It keeps no ledger's file."""
 UNASKED = ("check", "flops", "tape", "state", "mini")
@@ -61,9 +65,12 @@ def absent(config: RunConfig, backend: str) -> set[str]:
 
 
 def facts(config: RunConfig, backend: str) -> dict[str, dict[str, Any]]:
-    """Return module -> attribute or variable -> what that always holds in a program of `config`."""
+    """Return module -> attribute, variable or call() -> what that always is in a program of `config`.
+
+    Its shards have no manifest; it shows no line that moves, and goes on from nothing.
+    """
     engine, given = f"backends.{backend}", dict[str, dict[str, Any]]()
-    scoring: dict[str, Any] = {"_watch": None, "watched": False, "due": False}
+    scoring: dict[str, Any] = {"_watch": None, "watched": False, "due": False, "_restored()": 0}
     if not config.eval.plugins:
         scoring |= {"plugins": (), "predictors": (), "_strangers": (), "_predictors": ()}
         given |= {f"{engine}.adapting": {"prediction": None}, "core.scoring.plugins": {"_before": None}}
@@ -78,10 +85,23 @@ def facts(config: RunConfig, backend: str) -> dict[str, dict[str, Any]]:
         "core.scoring.accounting": {"document_bytes": None, "unknown_tokens": None},
         "core.scoring.ledger": {"_journal": None},
         "core.scoring.snapshots": {"path": None},
-        "core.training.finish": {"ledger": None},
-    }
+        "core.training.finish": {"ledger": None, "plain": None, "Tally()": ""},
+        "core.training.loop": {
+            "StepLine()": None, "line()": None, "_line()": "", "_warn()": None, "start_verify()": None,
+        },
+    }  # fmt: skip
     if config.train.sample_every is None:
-        given["core.training.loop"] = {"write": False}
+        given["core.training.loop"]["write"] = False
+    if backend == "cuda":
+        dead = [] if config.train.rate else ["_priced"]
+        dead += [] if config.train.quantise_soft or config.train.ternary_noise else ["softened_all", "noised_all"]
+        for name in ("engine", "masters", "update"):
+            given[f"{engine}.{name}"] = dict.fromkeys(dead)
+        if config.train.snapshot_every is None:
+            given[f"{engine}.engine"]["snapshot"] = False
+    if not any(by_ratios(row.storage) for row in param_table(config.model).values()):
+        for place in (f"{engine}.storage", "core.model.storage", "core.export.symbols", "core.export.budget"):
+            given.setdefault(place, {})["by_ratios()"] = False
     return given
 
 

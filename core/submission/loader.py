@@ -1,13 +1,43 @@
-# The packed program's loader, its first part. PARTS: this text, the entry, then names and texts of modules in turn;
-# FILE: the program's own path. linecache and inspect, which Triton and torch.compile read, find every module's text
-# under a file name inside the program's own, where no file can be.
+# The packed program's loader, its first part. PARTS: this text, the entry, names to leave alone, then names and texts
+# of modules in turn; FILE: the program's own path. linecache and inspect, which Triton and torch.compile read, find
+# every module's text under a file name inside the program's own, where no file can be.
+import ast
+import builtins
 import importlib.util
 import linecache
 import os
 import sys
 
 FILE = os.path.abspath(FILE)  # noqa: F821
-TEXTS = dict(zip(PARTS[2::2], PARTS[3::2], strict=True))  # noqa: F821
+TEXTS = dict(zip(PARTS[3::2], PARTS[4::2], strict=True))  # noqa: F821
+
+
+def bound(tree):
+    for node in tree.body:
+        if hasattr(node, "name"):
+            yield node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                yield alias.asname or alias.name.partition(".")[0]
+        else:
+            yield from (
+                part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+            )
+
+
+def defined(tree):
+    for node in tree.body:
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            yield from bound(ast.Module([node], []))
+
+
+TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
+OWNERS = {}
+for name, tree in TREES.items():
+    for one in set(defined(tree)):
+        OWNERS[one] = None if one in OWNERS else name
+for one in [*PARTS[2].split(), *dir(builtins)]:  # noqa: F821
+    OWNERS[one] = None
 
 
 class Packed:
@@ -21,9 +51,15 @@ class Packed:
         pass
 
     def exec_module(self, module):
-        place, text = module.__spec__.origin, self.get_source(module.__name__)
+        name, place = module.__name__, module.__spec__.origin
+        text = self.get_source(name)
         module.__file__ = place
         linecache.cache[place] = len(text), None, text.splitlines(True), place
+        if name in TREES:
+            tree = TREES.pop(name)
+            for one in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(bound(tree)):
+                if OWNERS.get(one):
+                    setattr(module, one, getattr(importlib.import_module(OWNERS[one]), one))
         exec(compile(text, place, "exec"), module.__dict__)
 
     def get_source(self, name):

@@ -17,6 +17,7 @@ from core.files import read_text
 from core.submission.bare import bare
 from core.submission.folding import Folder
 from core.submission.known import absent, facts
+from core.submission.linking import linked
 from core.submission.shaking import ENTRY, Shaken
 
 Form = Literal["text", "zip"]
@@ -37,7 +38,9 @@ SPEAKING = ("core.submission.program", "core.data.unlisted", "core.training.loop
 def pack(config: RunConfig, backend: str, form: Form = "text", **options: Any) -> bytes:
     """Return the program that runs `config` on a backend (cuda or mlx), as a file; `options`: of EngineOptions."""
     texts = sources(config, backend, form, options)
-    parts = [minified(bare(ast.parse(read_text(LOADER)))), texts.pop(ENTRY)]
+    start = texts.pop(ENTRY)
+    texts, alone = linked(texts)
+    parts = [minified(bare(ast.parse(read_text(LOADER)))), start, alone]
     parts += [part for name, text in texts.items() if text for part in (name, text)]
     data = bz2.compress("\0".join(parts).encode())
     return _zipped(data) if form == "zip" else _written(data)
@@ -62,7 +65,7 @@ def minified(tree: ast.Module) -> str:
     return python_minifier.minify(
         text,
         remove_annotations=False,
-        remove_literal_statements=False,
+        remove_literal_statements=True,
         hoist_literals=False,
         rename_locals="triton" not in text,
         rename_globals=False,

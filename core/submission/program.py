@@ -53,7 +53,7 @@ class Say:
 
     def __call__(self, line: str) -> None:
         """Print a line, on rank 0."""
-        if self._run.writes:
+        if self._run.writes and line:
             print(line, file=sys.stderr, flush=True)
             self._run.append("log.txt", line)
 
@@ -162,7 +162,8 @@ def start(build: Callable[..., Any], join: Callable[[], Ranks], file: str, form:
         good = run_program(build, ranks, program, **json.loads(settings))
         ranks.close()
     except (ValueError, OSError, ArithmeticError) as error:
-        if not (isinstance(error, OSError) or type(error).__module__.startswith("core.")):
+        told = isinstance(error, OSError) or type(error).__module__.startswith("core.")
+        if not (told and str(error)):  # else the traceback says where it was
             raise
         print(f"{os.path.basename(file)}: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, ArithmeticError) else 2)
