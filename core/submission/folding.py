@@ -144,17 +144,19 @@ class Folder(ast.NodeTransformer):
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
         self.generic_visit(node)
-        value = _constant(node.test)
+        value = _truth(node.test)
         return node if value is MISSING else node.body if value else node.orelse
 
     def visit_If(self, node: ast.If) -> Any:
         self.generic_visit(node)
         node.body, node.orelse = _alive(node.body) or [ast.Pass()], _alive(node.orelse)
-        value = _constant(node.test)
+        value = _truth(node.test)
         return node if value is MISSING else (node.body if value else node.orelse)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         self.generic_visit(node)
+        read = {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)}
+        node = _Unread(read).visit(node)
         node.body = _alive(node.body) or [ast.Pass()]
         return node
 
@@ -180,6 +182,35 @@ def _alive(body: list[ast.stmt]) -> list[ast.stmt]:
         if isinstance(one, ast.Return | ast.Raise):
             return body[: place + 1]
     return body
+
+
+class _Unread(ast.NodeTransformer):
+    """Takes texts away that are given names which nobody reads: of errors whose words were left out."""
+
+    def __init__(self, read: set[str]) -> None:
+        self._read = read
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        target, text = node.targets[0], isinstance(node.value, ast.JoinedStr | ast.Constant)
+        return None if text and isinstance(target, ast.Name) and target.id not in self._read else node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        return node
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        self.generic_visit(node)
+        node.body = node.body or [ast.Pass()]
+        return node
+
+    visit_For = visit_While = visit_With = visit_Try = visit_ExceptHandler = visit_If  # type: ignore[assignment]
+
+
+def _truth(node: ast.expr) -> Any:
+    """Return what a condition comes to, also where its last part decides and the others do nothing; else MISSING."""
+    if isinstance(node, ast.BoolOp) and not any(isinstance(one, ast.Call) for one in ast.walk(node)):
+        last = _constant(node.values[-1])
+        return bool(last) if last is not MISSING and bool(last) == isinstance(node.op, ast.Or) else MISSING
+    return _constant(node)
 
 
 def _constant(node: ast.expr) -> Any:

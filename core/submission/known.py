@@ -16,6 +16,8 @@ NEVER = (
     "core.training.moments",
     *(f"core.scoring.ledger.Ledger.{name}" for name in ("open", "_continued", "read")),
     *(f"core.data.dataset.Split.{name}" for name in ("documents", "document_bytes", "verify", "start_verify")),
+    *(f"core.scoring.snapshots.Snapshots.{name}" for name in ("read", "write", "_read")),
+    *(f"core.scoring.adapt.weights.LooseWeights.{name}" for name in ("state", "load")),
     "core.data.column.Column.verify",
 )  # fmt: skip
 """Of any program: modules, definitions (module.name) and methods (module.class.name). It keeps no ledger's file."""
@@ -34,7 +36,8 @@ def absent(config: RunConfig, backend: str) -> set[str]:
     """Return the modules, definitions and methods that a program of `config` never calls."""
     model, evaluation, engine = config.model, config.eval, f"backends.{backend}"
     used = used_parts(config)
-    left = {*NEVER, *(f"{engine}.parts.{name}" for name in _with_imports(engine, used)[1])}
+    left = {*NEVER, f"{engine}.descent.Descent.loosened", f"{engine}.descent.Descent.load_loosened"}
+    left |= {*(f"{engine}.parts.{name}" for name in _with_imports(engine, used)[1])}
     for name, part in {**model.parts, "layer": model.part(model.stages(True)[0])}.items():
         kind = type(part)
         methods = UNASKED if name in used or name == "layer" else (*UNASKED, *UNUSED)
@@ -70,7 +73,7 @@ def facts(config: RunConfig, backend: str) -> dict[str, dict[str, Any]]:
     Its shards have no manifest; it shows no line that moves, and goes on from nothing.
     """
     engine, given = f"backends.{backend}", dict[str, dict[str, Any]]()
-    scoring: dict[str, Any] = {"_watch": None, "watched": False, "due": False, "_restored()": 0}
+    scoring: dict[str, Any] = {"_watch": None, "watched": False, "due": False, "_restored()": 0, "_copy()": None}
     if not config.eval.plugins:
         scoring |= {"plugins": (), "predictors": (), "_strangers": (), "_predictors": ()}
         given |= {f"{engine}.adapting": {"prediction": None}, "core.scoring.plugins": {"_before": None}}
@@ -85,11 +88,15 @@ def facts(config: RunConfig, backend: str) -> dict[str, dict[str, Any]]:
         "core.scoring.accounting": {"document_bytes": None, "unknown_tokens": None},
         "core.scoring.ledger": {"_journal": None},
         "core.scoring.snapshots": {"path": None},
-        "core.training.finish": {"ledger": None, "plain": None, "Tally()": ""},
+        "core.training.finish": {"ledger": None, "plain": None, "Tally()": "", "describe()": ""},
         "core.training.loop": {
             "StepLine()": None, "line()": None, "_line()": "", "_warn()": None, "start_verify()": None,
+            "training_bytes()": None,
         },
     }  # fmt: skip
+    given.setdefault("core.scoring.score", {})["verify()"] = None
+    if not config.eval.plugins:
+        given["core.scoring.score"]["check_plugins()"] = None
     if config.train.sample_every is None:
         given["core.training.loop"]["write"] = False
     if backend == "cuda":

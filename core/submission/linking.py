@@ -29,7 +29,7 @@ def linked(texts: dict[str, str]) -> tuple[dict[str, str], str]:
         tree.body = [one for one in tree.body if not isinstance(one, ast.ImportFrom) or one.names]
     alone = {one for one, count in counts.items() if count == 1} - known
     strangers = {one for name, tree in trees.items() for one in named(tree) & alone if one not in own[name]}
-    return {name: python_minifier.unparse(tree) for name, tree in trees.items()}, " ".join(sorted(strangers))
+    return {name: python_minifier.unparse(tree) for name, tree in trees.items()}, ",".join(sorted(strangers))
 
 
 def bound(tree: ast.Module) -> set[str]:

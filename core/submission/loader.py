@@ -36,7 +36,7 @@ OWNERS = {}
 for name, tree in TREES.items():
     for one in set(defined(tree)):
         OWNERS[one] = None if one in OWNERS else name
-for one in [*PARTS[2].split(), *dir(builtins)]:  # noqa: F821
+for one in [*PARTS[2].split(","), *dir(builtins)]:  # noqa: F821
     OWNERS[one] = None
 
 
