@@ -42,8 +42,9 @@ class _Bare(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        if not self._words and isinstance(node.func, ast.Name) and node.func.id == "require":
-            node.args[1:] = [ast.Constant("")]
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        if not self._words and name in ("require", "_fail"):  # both raise, with words of their arguments
+            node.args = [node.args[0], *(ast.Constant("") for _ in node.args[1:])]
         return node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:

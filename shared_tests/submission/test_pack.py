@@ -32,9 +32,9 @@ LORA = {
 }  # fmt: skip
 SKC = {"train.average_from": 0.5, "train.weight_decay": 0.01, **LORA}
 ATTENTION = {
-    **LORA, "eval.adapt.sites": ("q", "v", "head"), "eval.adapt.warm_a": True, "eval.phases.at": (0.5,), "eval.phases.chunk": 16,
-    "eval.adapt.documents": 1, "eval.round": 1, "export.calibration_tokens": 256, "export.budget": 170_000,
-    "export.code_bytes": 1000,
+    **LORA, "eval.adapt.sites": ("q", "v", "head"), "eval.adapt.warm_a": True, "eval.adapt.documents": 1,
+    "eval.round": 1, "eval.phases.at": (0.5,), "eval.phases.chunk": 16, "export.calibration_tokens": 256,
+    "export.budget": 170_000, "export.code_bytes": 1000,
 }  # fmt: skip
 
 
