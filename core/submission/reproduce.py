@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.audit.rules import Verdict
-from core.files import replace_file
+from core.files import FileError, decode_text, read_file, replace_file
 from core.submission.folder import Folder, SubmissionError
-from core.submission.logs import Log, parse_log
+from core.submission.logs import MAX_LOG, Log, parse_log
 from core.submission.public_logs import parse_public_log
 
 NEAR = 2e-2
@@ -30,6 +30,8 @@ PACKAGES = ("numpy", "torch", "triton", "mlx")
 """Packages that decide what a step computes."""
 MAX_LINES = 20_000
 MAX_LINE = 1 << 17
+LOOK = 0.2
+LOSS = re.compile(r"(?:step:\s*)?(\d{1,12})/\d{1,12} +train_loss:")
 PATIENCE = 20.0
 """Seconds for a program that was asked to end."""
 
@@ -134,19 +136,46 @@ def _run(folder: Folder, log: Log, place: Path, last: int, data: str | None, lim
         stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     lines: list[str] = []
+    written = place / "logs" / f"{environment['RUN_ID']}.txt"
     try:
         for line in _lines(process, limit):
-            lines.append(line)
-            if (match := re.match(r"(?:step:\s*)?(\d{1,12})/\d{1,12} +train_loss:", line)) and int(match[1]) >= last:
+            lines += [] if line is None else [line]
+            if came_to(lines[-1:], last):
                 return lines
+            if line is None or len(lines) % 16 == 0:  # it may say more in its log than here
+                log_lines = _written(written)
+                if came_to(log_lines, last):
+                    return log_lines
+        log_lines = _written(written)
+        if came_to(log_lines, last):
+            return log_lines
     finally:
         _end(process)
     said = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
     raise SubmissionError(f"{folder.program_name} ended before step {last} ({process.returncode}): {said[:200]}")
 
 
-def _lines(process: subprocess.Popen[bytes], limit: float) -> Iterator[str]:
-    """Yield the lines of a process until it ends; SubmissionError after `limit` seconds, or MAX_LINES lines."""
+def came_to(lines: list[str], last: int) -> bool:
+    """Return whether the last loss that some lines print is of step `last`, or of a later one."""
+    for line in reversed(lines):
+        if match := LOSS.match(line):
+            return int(match[1]) >= last
+    return False
+
+
+def _written(path: Path) -> list[str]:
+    """Return the whole lines of a log that a program writes, or none."""
+    try:
+        return decode_text(path, read_file(path, MAX_LOG, follow=False)).split("\n")[:-1]
+    except (FileError, OSError):
+        return []
+
+
+def _lines(process: subprocess.Popen[bytes], limit: float) -> Iterator[str | None]:
+    """Yield the lines of a process until it ends, and None in every LOOK seconds without any.
+
+    SubmissionError after `limit` seconds, or MAX_LINES lines.
+    """
     waiting: queue.Queue[bytes] = queue.Queue()
     stream = process.stdout
     assert stream is not None
@@ -160,13 +189,18 @@ def _lines(process: subprocess.Popen[bytes], limit: float) -> Iterator[str]:
 
     threading.Thread(target=read, daemon=True).start()
     end = time.monotonic() + limit
-    for _ in range(MAX_LINES):
+    count = 0
+    while count < MAX_LINES:
+        if time.monotonic() > end:
+            raise SubmissionError(f"the program did not come to that step in {limit:.0f} s: add --limit")
         try:
-            line = waiting.get(timeout=max(0.0, end - time.monotonic()))
+            line = waiting.get(timeout=LOOK)
         except queue.Empty:
-            raise SubmissionError(f"the program did not come to that step in {limit:.0f} s: add --limit") from None
+            yield None
+            continue
         if not line:
             return
+        count += 1
         yield line.decode("utf-8", "replace").rstrip("\n")
     raise SubmissionError(f"the program printed over {MAX_LINES:,} lines")
 

@@ -129,9 +129,10 @@ def test_a_program_that_unpacks_to_too_much_is_bounded() -> None:
     assert unpack(buffer.getvalue()[:-30]).problems or not unpack(buffer.getvalue()[:-30]).texts
 
 
-@pytest.mark.parametrize("packer", ["lzma", "raw", "zlib", "seams"])
+@pytest.mark.parametrize("packer", ["lzma", "raw", "zlib", "seams", "bz2"])
 def test_a_packed_program_is_read_and_never_run(packer: str) -> None:
     import base64
+    import bz2
     import lzma
     import zlib
 
@@ -139,7 +140,10 @@ def test_a_packed_program_is_read_and_never_run(packer: str) -> None:
         f"a{i} = {i * i}" for i in range(200)
     )
     raw = [{"id": lzma.FILTER_LZMA2}]
-    if packer == "raw":
+    if packer == "bz2":
+        source += "\0core.name\0def second(): pass"
+        data = bz2.compress(source.encode())
+    elif packer == "raw":
         data = lzma.compress(source.encode(), lzma.FORMAT_RAW, filters=raw)
     else:
         data = zlib.compress(source.encode()) if packer == "zlib" else lzma.compress(source.encode())
@@ -147,7 +151,7 @@ def test_a_packed_program_is_read_and_never_run(packer: str) -> None:
     if packer == "seams":
         text = '""'.join(text[i : i + 90] for i in range(0, len(text), 90))
     found = unpack(f'import x\nexec(x.decode("{text}"))\n'.encode())
-    assert found.form == "packed text" and found.texts[1] == source
+    assert found.form == "packed text" and found.texts[1:] == tuple(source.split("\0"))
 
 
 def test_references_that_are_none_are_refused(tmp_path: Path) -> None:
