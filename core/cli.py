@@ -53,6 +53,7 @@ VERBS = {
     "sample": Verb("core.verbs.sample", "Sample", "write_text", "let a run or an artifact write text"),
     "audit": Verb("core.verbs.audit", "Audit", "audit_score", "does the score of a run or an artifact keep the rules?"),
     "export": Verb("core.verbs.export", "Export", "export_run", "write a run's artifact, reload it, score it again"),
+    "pack": Verb("core.verbs.pack", "Pack", "pack_preset", "one program that trains, exports and scores", "preset"),
     "ablate": Verb("core.verbs.ablate", "Ablate", "ablate", "variants of a preset: what helped, by how much, how sure"),
     "import-official": Verb(
         "core.verbs.import_official", "Import", "import_official", "make a run of a checkpoint of the official scripts"

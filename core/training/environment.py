@@ -64,12 +64,14 @@ def reads(name: str) -> bool:
 
 
 def environment(engine: Engine, dataset: Dataset, command: str, step: int) -> dict[str, Any]:
-    """Return what env.json says about this start of a run at `step`."""
+    """Return what env.json says about this start of a run at `step`, by a checkout."""
     head, dirty = commit()
+    return {"command": command, "commit": head, "dirty": dirty, **surroundings(engine, dataset, step)}
+
+
+def surroundings(engine: Engine, dataset: Dataset, step: int) -> dict[str, Any]:
+    """Return what env.json says about any start of a run: machine, engine, versions, data."""
     return {
-        "command": command,
-        "commit": head,
-        "dirty": dirty,
         "step": step,
         "backend": engine.backend,
         "device": engine.device,

@@ -20,7 +20,7 @@ from core.scoring.plugins import load_plugins
 from core.scoring.score import Score, score
 from core.scoring.tally import Tally
 from core.training.calibrate import moments_of
-from core.training.loop import write_samples
+from core.training.loop import TrainingSummary, write_samples
 from core.training.report import write_run_report
 from core.training.rounding import Codes, chosen_codes
 from core.training.run import Run
@@ -29,20 +29,59 @@ from core.training.run import Run
 def finish(
     run: Run, engine: Engine, dataset: Dataset, step: int, say: Console, path: Path | None = None
 ) -> dict[str, Any]:
-    """Write the artifact of `step`, score it as its reader returns it, and write the report.
+    """Do what `export_and_score` does, and write samples and the report, unless `path` is given.
+
+    Returns what a verb prints as JSON. `engine` is left with the artifact's weights. All ranks score; rank 0 writes.
+    """
+    value = export_and_score(run, engine, dataset, step, say, path)
+    if path is not None:
+        return {**value, "samples": [], "files": [str(path)]}
+    if engine.ranks.rank:
+        return value
+    for left in (run.path / "state").glob("*.ledger*"):  # of an evaluation that was given up
+        if left.is_symlink() or not left.is_dir():
+            left.unlink()
+    shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
+    texts = shown[-1] if shown else write_samples(run, engine, dataset, step, say)
+    written = [run.artifact_path, *write_run_report(run)]
+    for file in written:
+        say(f"wrote {file}")
+    return {**value, "samples": texts, "files": [str(file) for file in written]}
+
+
+def close_training(run: Run, dataset: Dataset, summary: TrainingSummary, say: Console) -> None:
+    """Close the training text for good: what comes after training cannot read it (rule D2)."""
+    closed = summary.seconds + time.perf_counter() - summary.ended
+    dataset.train.close(f"training ended at {summary.seconds:.1f} s, and nothing reads its text after that")
+    if not summary.taken:  # an earlier start trained, and its record stands
+        return
+    times = {"clock/stopped": summary.seconds, "clock/closed": closed}
+    say(f"training stopped at {summary.seconds:.3f} s; training data was closed at {closed:.3f} s")
+    train = run.config.train
+    if train.seconds is not None and train.train_stop is not None and train.reserve_seconds:
+        times["clock/train_stop"] = train.train_stop
+        left = train.seconds - closed
+        over = "" if left >= 0 else "WARNING: more than train.reserve_seconds was used: "
+        say(f"{over}train_stop {train.train_stop:.3f} s; {left:.3f} s of train.seconds={train.seconds} are left")
+    run.log(summary.steps, times)
+
+
+def export_and_score(
+    run: Run, engine: Engine, dataset: Dataset, step: int, say: Console, path: Path | None = None
+) -> dict[str, Any]:
+    """Write the artifact of `step` and score it as its reader returns it.
 
     One score is made, and shown for both, where the decoded weights are those in memory bit for bit; else the weights
     in memory are scored first. With `path` only the artifact is written, there: the run's own results stay those of
-    its end. Returns what a verb prints as JSON. `engine` is left with the artifact's weights. All ranks score; rank 0
-    writes.
+    its end.
     """
     config, ranks = run.config, engine.ranks
-    state, first = run.path / "state", ranks.rank == 0
     clocks: dict[str, float | None] = {}
 
     def judge(label: str, name: str, plugins: bool = False) -> Score:
-        begun, began = first and (state / name).exists(), time.perf_counter()
-        result = final_score(engine, dataset, config, say, label, state / name if first else None, plugins=plugins)
+        ledger = run.ledger_path(name)
+        begun, began = ledger is not None and ledger.exists(), time.perf_counter()
+        result = final_score(engine, dataset, config, say, label, ledger, plugins=plugins)
         clocks["pass"] = None if begun else time.perf_counter() - began
         return result
 
@@ -76,7 +115,7 @@ def finish(
     value["artifact"] = {"path": str(target), **exported}
     if path is not None:
         say(f"wrote {path}")
-        return {**value, "samples": [], "files": [str(path)]}
+        return value
     times = {} if config.eval.learns else _times(clocks["pass"], reading)
     run.log(step, {"final/score": scored.to_json(), "final/artifact": exported, **times})
     if config.eval.learns:
@@ -86,17 +125,7 @@ def finish(
         say(f"{describe(helped)} (artifact)")
         run.log(step, {"final/plugins": helped.to_json(), **_times(clocks["pass"], reading)})
         value["plugins"] = helped.to_json()
-    if not first:
-        return value
-    for left in state.glob("*.ledger*"):  # of an evaluation that was given up
-        if left.is_symlink() or not left.is_dir():
-            left.unlink()
-    shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
-    texts = shown[-1] if shown else write_samples(run, engine, dataset, step, say)
-    written = [run.artifact_path, *write_run_report(run)]
-    for file in written:
-        say(f"wrote {file}")
-    return {**value, "samples": texts, "files": [str(file) for file in written]}
+    return value
 
 
 def _store(
@@ -202,7 +231,8 @@ def final_score(
     the user's and LedgerError says so if it is of another evaluation, another one is replaced.
     """
     evaluation = Evaluation.of(dataset.val, config, config.eval.documents, plugins)
-    used = load_plugins(config.eval.plugins) if plugins else ()  # first: a wrong name must not open a ledger
+    # First: a wrong name must not open a ledger.
+    used = load_plugins(config.eval.plugins) if plugins and config.eval.plugins else ()
     if ledger is None:
         book = Ledger(len(dataset.val))
     else:
