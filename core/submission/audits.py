@@ -54,7 +54,7 @@ def without_places(words: str, runs: Sequence[Run]) -> str:
     """Return a text with runs named by their seeds, and of every other path its last name."""
     for run in runs:
         for place in {str(run.path.resolve()), str(run.path)} - {".", "/"}:
-            words = words if 1 else re.sub(rf"(?<![\w./-]){re.escape(place)}(?![\w-])", f"the run of seed {run.config.seed}", words)
+            words = re.sub(rf"(?<![\w./-]){re.escape(place)}(?![\w-])", f"the run of seed {run.config.seed}", words)
     return PLACE.sub(r"\1", words)
 
 

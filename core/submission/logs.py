@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from core.config import to_json
-from core.data.tokenizer import Tokenizer
 from core.files import FileError, decode_text, open_file, parse_json, read_file
 from core.model.params import count
 from core.training.records import RunError
@@ -25,6 +24,11 @@ MAX_LOG = 16 << 20
 """Bytes of the longest log that is read; the published ones have at most 0.2 MB."""
 MAX_LINE = 1 << 20
 MAX_PROBLEMS = 20
+PLACES = (
+    "backend", "device", "ranks", "dtype", "versions", "data", "train_tokens", "val_tokens", "tokenizer_sha256",
+    "transform",
+)  # fmt: skip
+"""What a log says of where a run was made, and of what."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,8 @@ def opening_lines(run: Run) -> list[str]:
         "code_bytes": program.bytes if program else run.config.export.code_bytes,
         "code_sha256": program.sha256 if program else None,
     }
-    for name in ("backend", "device", "ranks", "dtype", "versions", "data", "train_tokens", "val_tokens"):
+    for name in PLACES:
         facts[name] = environment.get(name)
-    tokenizer = Tokenizer(run.tokenizer(), str(run.tokenizer_path))
-    facts |= {"tokenizer_sha256": tokenizer.sha256, "transform": tokenizer.transform}
     return _lines(facts)
 
 

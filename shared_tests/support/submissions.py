@@ -56,7 +56,7 @@ def write_run(place: Path, seed: int, program: bytes | None = PROGRAM, **changes
     env = {
         "command": "train_gpt.py", "backend": "cuda", "device": "NVIDIA H100 80GB HBM3", "ranks": 8,
         "dtype": "bfloat16", "versions": VERSIONS, "data": {"name": "fineweb_sp1024", "sha256": "1" * 64},
-        "train_tokens": 8_000_000_000, "val_tokens": TARGETS + 1,
+        "train_tokens": 8_000_000_000, "val_tokens": TARGETS + 1, "transform": "none", "tokenizer_sha256": "2" * 64,
     }  # fmt: skip
     if program is not None:
         env |= described(program, "text").to_json()
