@@ -24,7 +24,7 @@ from core.submission.public_logs import parse_public_log
 NEAR = 2e-2
 """Nats by which losses in bfloat16 may differ."""
 KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "XDG_CACHE_HOME",
-        "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "TRITON_CACHE_DIR", "OMP_NUM_THREADS", "DATA_PATH")  # fmt: skip
+        "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "TRITON_CACHE_DIR", "DATA_PATH")  # fmt: skip
 """What the program gets of this process's environment: no token, and of the challenge's settings the data's place."""
 PACKAGES = ("numpy", "torch", "triton", "mlx")
 """Packages that decide what a step computes."""
@@ -99,7 +99,7 @@ def _differences(log: Log, again: Log) -> list[str]:
     if log.dtype not in ("float32", "bfloat16", "float16") or again.dtype is None or log.device is None:
         return ["the log, or the program, does not say device and compute type"]
     apart = []
-    pairs = [("device", _kind(log.device), _kind(again.device)), ("ranks", log.ranks, again.ranks)]
+    pairs: list[tuple[str, Any, Any]] = [("device", log.device, again.device), ("ranks", log.ranks, again.ranks)]
     pairs += [("compute type", log.dtype, again.dtype), ("backend", log.backend, again.backend)]
     ours, theirs = log.versions or {}, again.versions or {}
     pairs += [
@@ -111,17 +111,14 @@ def _differences(log: Log, again: Log) -> list[str]:
     return apart
 
 
-def _kind(device: str | None) -> str:
-    """Return the kind of a device, without how many threads it has."""
-    return (device or "unknown").partition(",")[0]
-
-
 def _run(folder: Folder, log: Log, place: Path, last: int, data: str | None, limit: float) -> list[str]:
     """Start the program in a place of its own and return what it printed until it had done step `last`."""
     assert folder.program is not None
     replace_file(place / folder.program_name, folder.program)
     environment = {name: os.environ[name] for name in KEPT if name in os.environ}
     environment |= {"SEED": str(log.seed), "RUN_ID": f"seed{log.seed}", "PYTHONUNBUFFERED": "1"}
+    if threads := re.fullmatch(r"CPU, (\d{1,4}) threads", log.device or ""):  # sums of other pieces have other digits
+        environment["OMP_NUM_THREADS"] = threads[1]
     if data is not None:
         environment["DATA_PATH"] = os.path.abspath(data)
     tokenizer = folder.path / "tokenizer.model"
