@@ -9,7 +9,8 @@ from core.audit.rules import RULES
 from core.files import FileError, read_json
 from core.formats.kinds import ANYTHING, COUNT, NUMBER, among, check_value, or_null, text
 from core.submission.folder import SubmissionError
-from core.submission.logs import Log, file_sha256
+from core.submission.log_values import Log
+from core.submission.logs import file_sha256
 from core.training.run import Run, config_digest
 
 FINDING = {"rule": among(*RULES), "verdict": among(*MEANING), "evidence": text(1 << 16), "*": ANYTHING}

@@ -10,7 +10,8 @@ from typing import Any
 
 from core.console import printable
 from core.files import FileError, bound_values, check_name, decode_text, read_file
-from core.submission.logs import Log, read_log
+from core.submission.log_values import Log
+from core.submission.public_logs import read_log
 
 TRACKS = ("10min_16mb", "non_record_16mb")
 SEVERAL = ("track_10min_16mb", "track_non_record_16mb")

@@ -4,7 +4,6 @@ import contextlib
 import os
 import queue
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +16,8 @@ from typing import Any, NamedTuple
 
 from core.audit.rules import Verdict
 from core.files import FileError, decode_text, read_file, replace_file
-from core.submission.folder import Folder, SubmissionError
-from core.submission.logs import MAX_LOG, Log, parse_log
+from core.submission.folder import MAX_FILE, Folder, SubmissionError
+from core.submission.log_values import MAX_LOG, Log, parse_log
 from core.submission.public_logs import parse_public_log
 
 NEAR = 2e-2
@@ -123,7 +122,7 @@ def _run(folder: Folder, log: Log, place: Path, last: int, data: str | None, lim
         environment["DATA_PATH"] = os.path.abspath(data)
     tokenizer = folder.path / "tokenizer.model"
     if any(entry.name == tokenizer.name and entry.kind == "file" for entry in folder.entries):
-        shutil.copyfile(tokenizer, place / tokenizer.name, follow_symlinks=False)
+        replace_file(place / tokenizer.name, read_file(tokenizer, MAX_FILE, follow=False))
         environment["TOKENIZER_PATH"] = str(place / tokenizer.name)
     start = [sys.executable]
     if (log.ranks or 1) > 1:

@@ -52,7 +52,7 @@ class Unpacked:
     problems: tuple[str, ...] = ()
 
 
-def unpack(data: bytes) -> Unpacked:
+def unpack_program(data: bytes) -> Unpacked:
     """Return the sources in a program's file: a script, one that unpacks itself, or a zip that Python runs."""
     if zipfile.is_zipfile(io.BytesIO(data)) and b"PK\x03\x04" in data[: 1 << 16]:
         return _unzip(data)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from core.submission.folder import Folder, SubmissionError, read_folder
-from core.submission.logs import Log
+from core.submission.log_values import Log
 from core.submission.reproduce import compare, reproduce
 from shared_tests.support.submissions import submitted, write_run
 

@@ -14,7 +14,7 @@ import pytest
 from core.submission import writing
 from core.submission.checks.form import secrets_in
 from core.submission.folder import SubmissionError
-from core.submission.logs import read_log
+from core.submission.public_logs import read_log
 from shared_tests.support.submissions import PROGRAM, SEEDS, submitted, write_audit, write_run, write_runs
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from core.config import RunConfig, changed, to_json
 from core.data.bundled import BUNDLED, TOKENIZERS
 from core.presets import PRESETS
-from core.submission.logs import described
+from core.submission.logs import program_described
 from core.submission.submission_json import Author
-from core.submission.writing import Order, Written, write_submission
+from core.submission.writing import SubmissionOrder, Written, write_submission
 from core.training.run import Run, config_digest
 
 SEEDS = (42, 314, 999)
@@ -59,7 +59,7 @@ def write_run(place: Path, seed: int, program: bytes | None = PROGRAM, **changes
         "train_tokens": 8_000_000_000, "val_tokens": TARGETS + 1, "transform": "none", "tokenizer_sha256": "2" * 64,
     }  # fmt: skip
     if program is not None:
-        env |= described(program, "text").to_json()
+        env |= program_described(program, "text").to_json()
         (path / "train_gpt.py").write_bytes(program)
     (path / "env.json").write_text(json.dumps(env | changes))
     bpb = 1.08 + seed / 1e6 + 1e-9
@@ -110,5 +110,5 @@ def write_runs(place: Path, **changes: Any) -> tuple[Run, ...]:
 def submitted(place: Path, runs: tuple[Run, ...] | None = None, **changes: Any) -> Written:
     """Write runs below a place, and the folder that is made of them; `changes` replace entries of the order."""
     runs = write_runs(place / "runs") if runs is None else runs
-    order = Order(runs, ABOUT, place / "out", "text")._replace(**changes)
+    order = SubmissionOrder(runs, ABOUT, place / "out", "text")._replace(**changes)
     return write_submission(order, lambda line: None)

@@ -15,7 +15,7 @@ EVIDENCE = 4000
 """Letters of the longest evidence."""
 
 
-class Subject(NamedTuple):
+class Checked(NamedTuple):
     """What is checked: a folder, and what was given beside it."""
 
     folder: Folder
@@ -60,7 +60,7 @@ class Check(NamedTuple):
         return self._asdict()
 
 
-def number(value: Any) -> float | None:
+def claimed_number(value: Any) -> float | None:
     """Return a finite number from 0 up out of someone's JSON file, or None for anything else."""
     if type(value) not in (int, float) or not 0 <= value <= 1e15:  # NaN is in no range
         return None
