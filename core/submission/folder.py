@@ -41,7 +41,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Folder:
+class SubmissionFolder:
     """What a folder holds; None: it does not, or it cannot be read, and then `problems` says so."""
 
     path: Path
@@ -111,7 +111,7 @@ def find_folder(path: Path) -> Path:
     return below[0] if below else path
 
 
-def read_folder(path: Path) -> Folder:
+def read_folder(path: Path) -> SubmissionFolder:
     """Return what a folder holds; whatever is odd in it is noted, not raised; OSError for the folder itself."""
     entries, problems = _entries(path)
     files = {entry.name: entry for entry in entries if entry.kind == "file"}
@@ -145,7 +145,7 @@ def read_folder(path: Path) -> Folder:
     programs = [n for n in sorted(files) if n.endswith(".py") and n.startswith("train")]
     program = "train_gpt.py" if "train_gpt.py" in files else programs[0] if programs else ""
     logs, spare = _logs(path, files, problems)
-    return Folder(
+    return SubmissionFolder(
         path=path,
         entries=tuple(entries),
         submission=submission,

@@ -7,11 +7,10 @@ or name of a machine.
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from core.config import to_json
-from core.files import open_file
+from core.data.shards import file_sha256
 from core.model.params import count
 from core.training.records import RunError
 from core.training.run import Run, config_digest
@@ -119,16 +118,10 @@ def closing_lines(run: Run) -> list[str]:
         "eval_seconds": run.last("eval/seconds"),
         "eval_strict_seconds": run.last("eval/strict"),
         "artifact_bytes": stored["bytes"],
-        "artifact_sha256": file_sha256(run.artifact_path),
+        "artifact_sha256": file_sha256(str(run.artifact_path)),
         "total_bytes": stored["bytes"] + code_bytes,
     }
     return _lines(facts)
-
-
-def file_sha256(path: Path, limit: int = 1 << 32) -> str:
-    """Return the SHA-256 of a regular file; FileError, OSError."""
-    with open_file(path, limit) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from core.audit.rules import Verdict
 from core.files import FileError, decode_text, read_file, replace_file
-from core.submission.folder import MAX_FILE, Folder, SubmissionError
+from core.submission.folder import MAX_FILE, SubmissionError, SubmissionFolder
 from core.submission.log_values import MAX_LOG, Log, parse_log
 from core.submission.public_logs import parse_public_log
 
@@ -50,7 +50,7 @@ class Again(NamedTuple):
         return {**self._asdict(), "rows": [dict(zip(names, row, strict=True)) for row in self.rows]}
 
 
-def reproduce(folder: Folder, seed: int | None, steps: int, data: str | None, limit: float) -> Again:
+def reproduce(folder: SubmissionFolder, seed: int | None, steps: int, data: str | None, limit: float) -> Again:
     """Run the program of a folder for `steps` steps, at most `limit` seconds, and judge its losses.
 
     It is run: whoever asks for this trusts it. SubmissionError if there is no log to compare, or it does not run.
@@ -68,10 +68,10 @@ def reproduce(folder: Folder, seed: int | None, steps: int, data: str | None, li
     with tempfile.TemporaryDirectory() as place:
         lines = _run(folder, log, Path(place), wanted[-1], data, limit)
     read = parse_log if any(line.startswith("skc_log:") for line in lines) else parse_public_log
-    return compare(log, read(log.name, lines), wanted[-1])
+    return judge_losses(log, read(log.name, lines), wanted[-1])
 
 
-def compare(log: Log, again: Log, last: int) -> Again:
+def judge_losses(log: Log, again: Log, last: int) -> Again:
     """Judge the losses of a second run, up to step `last`, against a log."""
     now = dict(again.losses)
     logged = [(step, loss) for step, loss in log.losses if step <= last and step in now]
@@ -110,7 +110,7 @@ def _differences(log: Log, again: Log) -> list[str]:
     return apart
 
 
-def _run(folder: Folder, log: Log, place: Path, last: int, data: str | None, limit: float) -> list[str]:
+def _run(folder: SubmissionFolder, log: Log, place: Path, last: int, data: str | None, limit: float) -> list[str]:
     """Start the program in a place of its own and return what it printed until it had done step `last`."""
     assert folder.program is not None
     replace_file(place / folder.program_name, folder.program)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from core.files import decode_text, read_file
-from core.submission.checks.answers import Check, Checked
+from core.submission.checks.answers import Checked, SubmissionCheck
 from core.submission.checks.fourteen import run_checks
 from core.submission.folder import (
     MAX_JSON,
@@ -137,7 +137,7 @@ def _check(options: Submit, path: str, context: Context) -> Outcome:
     return _shown(run_checks(Checked(folder, artifact, reference, unit)), context, {"folder": str(folder.path)})
 
 
-def _shown(checks: list[Check], context: Context, value: dict[str, Any]) -> Outcome:
+def _shown(checks: list[SubmissionCheck], context: Context, value: dict[str, Any]) -> Outcome:
     """Print the checks as a table and return the outcome."""
     width = max(60, shutil.get_terminal_size().columns)
     for check in checks:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from core.submission.checks.answers import Check, Checked
+from core.submission.checks.answers import Checked, SubmissionCheck
 from core.submission.checks.fourteen import CHECKS, run_checks
 from core.submission.folder import read_folder
 from shared_tests.support.submissions import PROGRAM, SEEDS, submitted
@@ -26,7 +26,9 @@ def artifact_of(folder: Path) -> Path:
     return folder.parents[2] / f"{folder.name}_seed42.skc"
 
 
-def checked(folder: Path, artifact: Path | None = None, reference: dict[str, float] | None = None) -> dict[int, Check]:
+def checked(
+    folder: Path, artifact: Path | None = None, reference: dict[str, float] | None = None
+) -> dict[int, SubmissionCheck]:
     return {check.number: check for check in run_checks(Checked(read_folder(folder), artifact, reference or REFERENCE))}
 
 

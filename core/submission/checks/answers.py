@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from core.audit.rules import Verdict
 from core.console import printable, shorten
-from core.submission.folder import Folder
+from core.submission.folder import SubmissionFolder
 
 MOST_SHOWN = 8
 EVIDENCE = 4000
@@ -18,7 +18,7 @@ EVIDENCE = 4000
 class Checked(NamedTuple):
     """What is checked: a folder, and what was given beside it."""
 
-    folder: Folder
+    folder: SubmissionFolder
     artifact: Path | None = None
     reference: dict[str, float] | None = None
     """Label of a run of the reference -> its score, in the unit that `unit` names."""
@@ -47,7 +47,7 @@ class Answer:
         return shorten(printable("; ".join(part for part in parts if part)), EVIDENCE)
 
 
-class Check(NamedTuple):
+class SubmissionCheck(NamedTuple):
     """One of the fourteen checks, done."""
 
     number: int

@@ -10,7 +10,7 @@ from core.audit.seeds import beats
 from core.data.published import BYTES, BYTES_PER_TOKEN, DOCUMENTS, TARGETS, TOLERANCE, compare_published
 from core.statistics import StatisticsError
 from core.submission.checks.answers import Answer, Checked, agrees, claimed_number
-from core.submission.folder import TRACKS, Folder
+from core.submission.folder import TRACKS, SubmissionFolder
 from core.submission.log_values import Log
 
 LN2 = 0.6931471805599453
@@ -79,7 +79,7 @@ def _hold(what: str, name: str, claimed: float, log: Log, notes: dict[str, None]
     return [f"{what} {claimed:.10g}, {log.name} says {found:.10g}"]
 
 
-def _means(values: dict[str, Any], folder: Folder) -> list[str]:
+def _means(values: dict[str, Any], folder: SubmissionFolder) -> list[str]:
     """Return which means over the seeds are not those of the logs."""
     problems = []
     before: dict[str, Callable[[Log], float | None]] = {
@@ -97,7 +97,7 @@ def _means(values: dict[str, Any], folder: Folder) -> list[str]:
     return problems
 
 
-def _spreads(values: dict[str, Any], folder: Folder) -> list[str]:
+def _spreads(values: dict[str, Any], folder: SubmissionFolder) -> list[str]:
     problems = []
     for name in ("val_bpb", "val_loss"):
         claimed, found = claimed_number(values.get(f"{name}_std")), [OF_LOG[name](log) for log in folder.logs]
@@ -111,7 +111,7 @@ def _spreads(values: dict[str, Any], folder: Folder) -> list[str]:
     return problems
 
 
-def _totals(values: dict[str, Any], folder: Folder) -> list[str]:
+def _totals(values: dict[str, Any], folder: SubmissionFolder) -> list[str]:
     """Return whether bytes_total is not the largest artifact with the code, as claimed and as logged."""
     claimed, code = claimed_number(values.get("bytes_total")), claimed_number(values.get("bytes_code"))
     if claimed is None:
@@ -259,7 +259,7 @@ def check_operators(subject: Checked) -> Answer:
     return Answer(seen, problems, lacking)
 
 
-def _audited_bytes(folder: Folder) -> str:
+def _audited_bytes(folder: SubmissionFolder) -> str:
     """Return the passed finding of an audit that counted the bytes of every token, or an empty text."""
     audits = (folder.audit or {}).get("audits")
     for audit in audits.values() if isinstance(audits, dict) else ():

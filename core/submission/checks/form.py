@@ -10,7 +10,7 @@ from typing import Any
 
 from core.console import shorten
 from core.submission.checks.answers import Answer, Checked, claimed_number
-from core.submission.folder import DATED, LOG_NAME, MAX_FILE, SEVERAL, TRACKS, Folder
+from core.submission.folder import DATED, LOG_NAME, MAX_FILE, SEVERAL, TRACKS, SubmissionFolder
 from core.submission.unpack import unpack_program
 
 SPELLED = (*TRACKS, "non-record-16mb", "non-record-unlimited-compute-16mb")
@@ -129,7 +129,7 @@ def _compliance(values: dict[str, Any]) -> list[str]:
     return [f"compliance.{name} is false" for name in COMPLIANCE if named.get(name) is False and name not in ADMITTED]
 
 
-def _seeds(folder: Folder, values: dict[str, Any]) -> list[str]:
+def _seeds(folder: SubmissionFolder, values: dict[str, Any]) -> list[str]:
     """Return what is wrong with the seeds, and with what is said of each."""
     problems, seeds, results = [], values.get("seeds"), values.get("seed_results")
     if isinstance(seeds, dict):

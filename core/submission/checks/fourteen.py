@@ -1,7 +1,7 @@
 """The fourteen checks, in order, over one folder."""
 
 from core.submission.checks import figures, form, settings, shipped
-from core.submission.checks.answers import Check, Checked
+from core.submission.checks.answers import Checked, SubmissionCheck
 
 CHECKS = (
     ("names, places and sizes of what is in the folder", form.check_layout),
@@ -22,10 +22,10 @@ CHECKS = (
 """What each check asks for, and the function that answers; the first is number 1."""
 
 
-def run_checks(subject: Checked) -> list[Check]:
+def run_checks(subject: Checked) -> list[SubmissionCheck]:
     """Return the fourteen checks of a folder."""
     checks = []
     for place, (asks, ask) in enumerate(CHECKS, 1):
         answer = ask(subject)
-        checks.append(Check(place, asks, answer.verdict, answer.words()))
+        checks.append(SubmissionCheck(place, asks, answer.verdict, answer.words()))
     return checks

@@ -8,7 +8,7 @@ from core.config import ConfigError, RunConfig, from_json
 from core.model.params import count
 from core.plain import flattened
 from core.submission.checks.answers import Answer, Checked, claimed_number
-from core.submission.folder import Folder
+from core.submission.folder import SubmissionFolder
 from core.submission.log_values import Log
 from core.submission.unpack import unpack_program
 from core.training.run import config_digest
@@ -76,7 +76,7 @@ def check_readme(subject: Checked) -> Answer:
     return Answer(f"{seen} settings of the README compared", problems, "" if seen else "the README names no settings")
 
 
-def _own_settings(folder: Folder, readme: str) -> tuple[list[str], int]:
+def _own_settings(folder: SubmissionFolder, readme: str) -> tuple[list[str], int]:
     """Return what is wrong with settings of ours that a README names, and how many it names."""
     problems, seen = [], 0
     for log in folder.logs:
@@ -94,7 +94,7 @@ def _own_settings(folder: Folder, readme: str) -> tuple[list[str], int]:
     return list(dict.fromkeys(problems)), seen
 
 
-def _variables(folder: Folder, readme: str) -> tuple[list[str], int]:
+def _variables(folder: SubmissionFolder, readme: str) -> tuple[list[str], int]:
     """Return which VAR=value of a README's commands no log has, and how many were compared."""
     commands = "\n".join([*(block for _, block in BLOCK.findall(readme)), *INDENTED.findall(readme)])
     named: dict[str, set[str]] = {}
@@ -121,7 +121,7 @@ def _same(text: str, other: str) -> bool:
         return text == other
 
 
-def _unused_claims(folder: Folder, readme: str) -> list[str]:
+def _unused_claims(folder: SubmissionFolder, readme: str) -> list[str]:
     """Return what the README claims and the program has no use of."""
     if folder.program is None or len(folder.program) < 1024:
         return []

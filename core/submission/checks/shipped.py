@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 from core.console import shorten
+from core.data.shards import file_sha256
 from core.files import FileError
 from core.submission.checks.answers import Answer, Checked, claimed_number
-from core.submission.logs import file_sha256
 from core.submission.unpack import compile_problem, unpack_program
 
 STUB = 1024
@@ -76,7 +76,7 @@ def check_artifact(subject: Checked) -> Answer:
     if subject.artifact is None:
         return Answer(f"{seen}; give one with --artifact FILE to compare it", problems)
     try:
-        sha256 = file_sha256(subject.artifact)
+        sha256 = file_sha256(str(subject.artifact))
     except FileError as error:
         return Answer(seen, [*problems, str(error)])
     seeds = [seed for seed, entry in named.items() if entry.get("sha256") == sha256]
