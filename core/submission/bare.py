@@ -40,6 +40,12 @@ class _Bare(ast.NodeTransformer):
         node.body = node.body or [ast.Expr(ast.Constant(0))]
         return node
 
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if not self._words and isinstance(node.func, ast.Name) and node.func.id == "require":
+            node.args[1:] = [ast.Constant("")]
+        return node
+
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         before = self._fields
         self._fields = any(word in ast.unparse(part) for part in (*node.decorator_list, *node.bases) for word in FIELDS)

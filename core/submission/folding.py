@@ -8,9 +8,11 @@ from typing import Any
 from core.config import RunConfig
 
 ROOTS = {
-    "config": ("", "model", "train", "eval"), "settings": ("train", "eval", "export"), "model": ("model",),
-}  # fmt: skip
-"""What a variable (or an attribute, less its underscores) of this name holds: the settings of which part, "": of all."""
+    "config": ("", "model", "train", "eval"),
+    "settings": ("train", "eval", "export"),
+    "model": ("model",),
+}
+"""Name of a variable, or of an attribute less its underscores -> the parts of the settings that it may hold; "": all."""
 TOP = ("", "model", "train", "eval", "export")
 LATER = ("preset", "seed", "data", "export.code_bytes")
 """Settings that are read as they are when the program runs."""

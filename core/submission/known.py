@@ -10,8 +10,8 @@ from core.files import read_text
 
 NEVER = (
     "core.decoding.samplers", "core.model.upgrade", "core.presets", "core.verbs", "core.engine.joining.watched",
-    "core.engine.protocol.Engine", "core.scoring.journal.Journal", "core.scoring.key", "core.config._upgrade", "core.training.moments",
-    "core.engine.ranks.Stopped",
+    "core.engine.protocol.Engine", "core.scoring.journal.Journal", "core.scoring.key", "core.config._upgrade",
+    "core.training.moments",
     *(f"core.scoring.ledger.Ledger.{name}" for name in ("open", "_continued", "read")),
 )  # fmt: skip
 """Of any program: modules, definitions (module.name) and methods (module.class.name). It keeps no ledger's file."""
@@ -42,7 +42,7 @@ def absent(config: RunConfig, backend: str) -> set[str]:
             left |= {f"{engine}.engine.Engine.{name}" for name in DECODING}
             left |= {f"{engine}.model.Model.{name}" for name in DECODING}
     if config.export.method != "gptq":
-        left |= {"core.export.gptq", f"{engine}.gptq", f"{engine}.engine.Engine.second_moments"}
+        left |= {"core.export.gptq", "backends.cuda.gptq", f"{engine}.engine.Engine.second_moments"}
     if not config.export.fit:
         left.add("core.export.fit")
     if not evaluation.plugins:
@@ -54,7 +54,7 @@ def absent(config: RunConfig, backend: str) -> set[str]:
     if evaluation.adapt.kind != "sgd":
         left.add("core.scoring.adapt.stream")
         if not evaluation.phases.at:
-            left |= {"core.scoring.adapt.phases.learn_phase", "core.scoring.adapt.weights"}
+            left |= {"core.scoring.adapt.phases.learn_phase", "core.scoring.adapt.weights.LooseWeights"}
     if not evaluation.learns:
         left |= {"core.scoring.ledger.Ledger.confirm", "core.scoring.adapt", f"{engine}.predicting"}
     return left

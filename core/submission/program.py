@@ -20,7 +20,9 @@ from core.engine.ranks import Alone, Ranks, launched
 from core.files import append_file, replace_file, replace_text
 from core.model.params import count
 from core.plain import rebuilt
-from core.submission.logs import Program, log_lines, opening_lines, row_lines
+from core.scoring.adapt.phases import phases_of
+from core.scoring.evaluation import Evaluation
+from core.submission.logs import Program, closing_lines, opening_lines, row_lines
 from core.training.calibrate import calibrate
 from core.training.environment import surroundings
 from core.training.finish import close_training, export_and_score
@@ -42,7 +44,7 @@ OFFICIAL = (
 
 
 class Say:
-    """Lines on standard output, and into log.txt of the run; nothing that moves."""
+    """Lines on standard error, and into log.txt of the run; nothing that moves."""
 
     terminal = False
 
@@ -52,7 +54,7 @@ class Say:
     def __call__(self, line: str) -> None:
         """Print a line, on rank 0."""
         if self._run.writes:
-            print(line, flush=True)
+            print(line, file=sys.stderr, flush=True)
             self._run.append("log.txt", line)
 
     def progress(self, label: str, detail: object = "") -> Callable[..., None]:
@@ -75,20 +77,30 @@ class Made:
         self.checkpoint_path = self.path / "config.json"
         self._rows: list[dict[str, Any]] = []
         self._environment: dict[str, Any] = {}
+        self._tokenizer = b""
+        self.tokenizer_path = self.path / "tokenizer.model"
         self._moments: Arrays | None = None
 
     def begin(self, environment: dict[str, Any], tokenizer: bytes) -> None:
         """Make the folder anew: what an earlier start left there goes."""
-        self._environment = environment
+        self._environment, self._tokenizer = environment, tokenizer
         for folder in (self.path, self.log_path.parent):
             os.makedirs(folder, exist_ok=True)
         for name in ("metrics.jsonl", "log.txt", "artifact.skc"):
             (self.path / name).unlink(missing_ok=True)
         for name, value in (("config.json", to_json(self.config)), ("env.json", environment)):
             replace_text(self.path / name, json.dumps(value, indent=2) + "\n")
-        replace_file(self.path / "tokenizer.model", tokenizer)
+        replace_file(self.tokenizer_path, tokenizer)
         self.append("log.txt", f"settings sha256 {config_digest(self.config)}")
-        replace_text(self.log_path, "".join(f"{line}\n" for line in opening_lines(self)))
+        self.log_path.unlink(missing_ok=True)
+        self.tell(opening_lines(self))
+
+    def tell(self, lines: list[str]) -> None:
+        """Print lines and add them to logs/RUN_ID.txt."""
+        text = "".join(f"{line}\n" for line in lines)
+        print(text, end="", flush=True)
+        with append_file(self.log_path) as file:
+            file.write(text.encode())
 
     def append(self, name: str, line: str) -> None:
         """Add a line to a file of the folder."""
@@ -101,12 +113,7 @@ class Made:
         self._rows.append(row)
         if self.writes:
             self.append("metrics.jsonl", json.dumps(row, allow_nan=False))
-            with append_file(self.log_path) as file:
-                file.write("".join(f"{line}\n" for line in row_lines(self.config.train.steps, row)).encode())
-
-    def end(self) -> None:
-        """Write the log as the records of the finished run have it."""
-        replace_text(self.log_path, "".join(f"{line}\n" for line in log_lines(self)))
+            self.tell(row_lines(self.config.train.steps, row))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return what was recorded."""
@@ -115,6 +122,10 @@ class Made:
     def last(self, name: str) -> Any:
         """Return the newest value of a metric, or None."""
         return next((row[name] for row in reversed(self._rows) if name in row), None)
+
+    def tokenizer(self) -> bytes:
+        """Return the tokenizer model."""
+        return self._tokenizer
 
     def environment(self) -> dict[str, Any]:
         """Return what env.json holds."""
@@ -166,6 +177,8 @@ def run_program(
     settings = with_code(seeded(rebuilt(RunConfig, config, "settings")), program.bytes)
     dataset = open_text(settings)
     check_rows(settings.train, ranks)
+    if settings.eval.phases.at:  # now, not after the training
+        phases_of(Evaluation.of(dataset.val, settings, settings.eval.documents, plugins=True))
     run: Any = Made(run_name(settings), settings, not ranks.rank)
     say: Any = Say(run)
     chosen = EngineOptions(spans=rooms(dataset.train, settings, ranks.world), **options)
@@ -180,7 +193,7 @@ def run_program(
     close_training(run, dataset, summary, say)
     value = export_and_score(run, engine, dataset, summary.steps, say)
     if run.writes:
-        run.end()
+        run.tell(closing_lines(run))
     return value["artifact"]["within"]
 
 

@@ -130,7 +130,7 @@ def _decompressed(data: bytes) -> list[str]:
     for method in methods:
         try:
             text = method().decode("utf-8")
-        except (lzma.LZMAError, zlib.error, OSError, UnicodeDecodeError, EOFError):
+        except (lzma.LZMAError, zlib.error, OSError, ValueError, EOFError):
             continue
         if len(text) > 100:
             return text.split("\0")[:MAX_MEMBERS]  # several modules in one stream, as our programs have them

@@ -62,7 +62,7 @@ def pack_preset(options: Pack, context: Context) -> Outcome:
 
 
 def check_packable(config: RunConfig) -> None:
-    """Raise ConfigError for settings that no program of ours alone can have, or where the packer's package is missing."""
+    """Raise ConfigError for settings that a program of our code alone cannot have, or without the packer's package."""
     if strangers := foreign(config.eval.plugins):
         raise ConfigError(f"eval.plugins={', '.join(strangers)}: a packed program holds our code alone; leave them out")
     if importlib.util.find_spec("python_minifier") is None:

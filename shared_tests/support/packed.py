@@ -87,7 +87,7 @@ def result(folder: Path) -> dict[str, Any]:
     return {
         "losses": [row["train/loss"] for row in rows if "train/loss" in row],
         "nats": [final[name]["nats"] for name in ("final/score", "final/plugins") if name in final],
-        "exported": final["final/artifact"]["score"],
+        "exported": {k: v for k, v in final["final/artifact"]["score"].items() if k != "bpb_raw"},  # by a manifest
         "artifact": hashlib.sha256((folder / "artifact.skc").read_bytes()).hexdigest(),
     }
 
