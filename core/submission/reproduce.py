@@ -181,7 +181,8 @@ def _lines(process: subprocess.Popen[bytes], limit: float) -> Iterator[str | Non
             line = stream.readline(MAX_LINE)
             waiting.put(line)
             if not line:
-                return
+                break
+        stream.close()  # here: closing waits for a read, and what holds the other end may never write again
 
     threading.Thread(target=read, daemon=True).start()
     end = time.monotonic() + limit
@@ -202,12 +203,10 @@ def _lines(process: subprocess.Popen[bytes], limit: float) -> Iterator[str | Non
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and what it started: its group is its own."""
+    """End a process and what it started: its group is its own. Its output is closed by whoever reads it."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(PATIENCE)
             break
-    if process.stdout is not None:
-        process.stdout.close()

@@ -50,7 +50,8 @@ def write_run(place: Path, seed: int, program: bytes | None = PROGRAM, **changes
     """Write the records of a finished run of `seed`; `changes` replace entries of env.json."""
     path = place / f"run{seed}"
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(to_json(config_of(seed))))
+    config = changed(config_of(seed), {"data.path": str(place / "shards")})  # a place of this machine
+    (path / "config.json").write_text(json.dumps(to_json(config)))
     (path / "tokenizer.model").write_bytes((BUNDLED / TOKENIZERS["sample"]).read_bytes())
     (path / "artifact.skc").write_bytes(bytes(range(256)) * 40 + str(seed).encode())
     env = {
