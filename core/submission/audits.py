@@ -6,10 +6,11 @@ from typing import Any
 
 from core.audit.legality import MEANING
 from core.audit.rules import RULES
+from core.data.shards import file_sha256
 from core.files import FileError, read_json
 from core.formats.kinds import ANYTHING, COUNT, NUMBER, among, check_value, or_null, text
 from core.submission.folder import SubmissionError
-from core.submission.logs import Log, file_sha256
+from core.submission.log_values import Log
 from core.training.run import Run, config_digest
 
 FINDING = {"rule": among(*RULES), "verdict": among(*MEANING), "evidence": text(1 << 16), "*": ANYTHING}
@@ -34,7 +35,7 @@ def audit_of(run: Run, runs: Sequence[Run]) -> tuple[dict[str, Any] | None, str]
         check_value(value, AUDIT, str(path), "audit the run again")
     except FileError as error:
         raise SubmissionError(str(error)) from error
-    if value.get("artifact_sha256") != file_sha256(run.artifact_path):
+    if value.get("artifact_sha256") != file_sha256(str(run.artifact_path)):
         return None, "its audit was of another artifact, or of an unnamed one (audit it again)"
     if value["config_sha256"] != config_digest(run.config):
         return None, "its audit was made with other settings (audit it again)"

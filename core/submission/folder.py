@@ -10,7 +10,8 @@ from typing import Any
 
 from core.console import printable
 from core.files import FileError, bound_values, check_name, decode_text, read_file
-from core.submission.logs import Log, read_log
+from core.submission.log_values import Log
+from core.submission.public_logs import read_log
 
 TRACKS = ("10min_16mb", "non_record_16mb")
 SEVERAL = ("track_10min_16mb", "track_non_record_16mb")
@@ -40,7 +41,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Folder:
+class SubmissionFolder:
     """What a folder holds; None: it does not, or it cannot be read, and then `problems` says so."""
 
     path: Path
@@ -110,7 +111,7 @@ def find_folder(path: Path) -> Path:
     return below[0] if below else path
 
 
-def read_folder(path: Path) -> Folder:
+def read_folder(path: Path) -> SubmissionFolder:
     """Return what a folder holds; whatever is odd in it is noted, not raised; OSError for the folder itself."""
     entries, problems = _entries(path)
     files = {entry.name: entry for entry in entries if entry.kind == "file"}
@@ -144,7 +145,7 @@ def read_folder(path: Path) -> Folder:
     programs = [n for n in sorted(files) if n.endswith(".py") and n.startswith("train")]
     program = "train_gpt.py" if "train_gpt.py" in files else programs[0] if programs else ""
     logs, spare = _logs(path, files, problems)
-    return Folder(
+    return SubmissionFolder(
         path=path,
         entries=tuple(entries),
         submission=submission,

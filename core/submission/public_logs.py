@@ -3,9 +3,11 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from core.submission.logs import MAX_PROBLEMS, Log, finite, whole
+from core.files import decode_text, read_file
+from core.submission.log_values import MAX_LOG, MAX_PROBLEMS, Log, parse_log, read_finite, read_whole
 
 NUMBER = r"([\d.][\w.,+-]{0,40}|-?(?:nan|inf)\b)"
 FIGURES: dict[str, str] = {
@@ -37,6 +39,16 @@ MAX_SETTINGS = 1000
 MAX_LINE = 2000
 
 
+def read_log(path: Path) -> Log:
+    """Return what a log says, ours or one in the habits of the public records; FileError for no text, OSError.
+
+    Lines that nobody knows are passed over; a known one with a bad value is a problem of the log.
+    """
+    lines = decode_text(path, read_file(path, MAX_LOG, follow=False)).split("\n")
+    ours = any(line.startswith("skc_log:") for line in lines[:50])
+    return parse_log(path.name, lines) if ours else parse_public_log(path.name, lines)
+
+
 def parse_public_log(name: str, lines: list[str]) -> Log:
     """Return what the lines of a log say: of every figure the last one, the score of the last evaluation."""
     values: dict[str, Any] = {}
@@ -58,7 +70,7 @@ def parse_public_log(name: str, lines: list[str]) -> Log:
             continue
         for key, pattern in PATTERNS:
             if match := pattern.search(line):
-                note(place, key, match[1], whole)
+                note(place, key, match[1], read_whole)
         for key, pattern in SECONDS.items():
             if (match := pattern.search(line)) and re.fullmatch(r"\d+(\.\d+)?", match[1]):
                 times[key] = float(match[1])
@@ -67,7 +79,7 @@ def parse_public_log(name: str, lines: list[str]) -> Log:
         if (match := TIME.search(line)) and "/" in line:
             values["train_seconds"] = int(match[1]) / 1000
         if (match := PACE.search(line)) and "/" in line:
-            note(place, "step_avg_ms", match[1], finite)
+            note(place, "step_avg_ms", match[1], read_finite)
         counted = COUNTED.match(line)
         if (match := SCORED.match(line)) and not counted:
             _score(match, place, values, note)
@@ -94,8 +106,8 @@ def _score(match: re.Match[str], place: int, values: dict[str, Any], note: Calla
     """Note the score of an evaluation: the last one is the claim, that before export is named so."""
     before = re.search(r"pre-quant|post.ema", match["what"], re.IGNORECASE)
     prefix = "weights_" if before else ""
-    note(place, f"{prefix}val_loss", match[2], finite)
-    note(place, f"{prefix}val_bpb", match[3], finite)
+    note(place, f"{prefix}val_loss", match[2], read_finite)
+    note(place, f"{prefix}val_bpb", match[3], read_finite)
     if match[4] and not before:
         values["eval_seconds"] = int(match[4]) / 1000
 

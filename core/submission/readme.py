@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from core.config import RunConfig, chosen
 from core.model.params import param_table
 from core.plain import flattened
-from core.submission.logs import Log
+from core.submission.log_values import Log
 from core.submission.submission_json import RULES, Author, hardware
 
 FILES = {

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from core.submission.unpack import unpack
+from core.submission.unpack import unpack_program
 
 OURS = ("core", "backends", "skc")
 
@@ -18,7 +18,7 @@ def requirements(program: bytes, versions: dict[str, Any]) -> str:
     A version's local part (+cpu, +cu128) names a build that the package index does not have: it becomes a comment.
     """
     lines = []
-    for name in sorted(_imports(unpack(program).texts) & versions.keys()):
+    for name in sorted(_imports(unpack_program(program).texts) & versions.keys()):
         version, _, build = str(versions[name]).partition("+")
         lines.append(f"{name}=={version}" + (f"  # ran with {version}+{build}" if build else ""))
     return "\n".join([f"# Python {versions.get('python', 'unknown')}", *lines]) + "\n"

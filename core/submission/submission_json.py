@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from core.audit.rules import Verdict
-from core.submission.logs import Log
+from core.submission.log_values import Log
 
 RULES = {
     "train_under_600s": "D2", "artifact_under_16mb": "D1", "eval_under_600s": "D3", "no_slot": "D11",

@@ -4,6 +4,7 @@ import base64
 import binascii
 import bz2
 import io
+import itertools
 import json
 import lzma
 import re
@@ -51,7 +52,7 @@ class Unpacked:
     problems: tuple[str, ...] = ()
 
 
-def unpack(data: bytes) -> Unpacked:
+def unpack_program(data: bytes) -> Unpacked:
     """Return the sources in a program's file: a script, one that unpacks itself, or a zip that Python runs."""
     if zipfile.is_zipfile(io.BytesIO(data)) and b"PK\x03\x04" in data[: 1 << 16]:
         return _unzip(data)
@@ -59,11 +60,11 @@ def unpack(data: bytes) -> Unpacked:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return Unpacked("text", (), (), (f"is not UTF-8 (byte {error.start})",))
-    texts, names = [text], ["train_gpt.py"]
+    texts, names, inner = [text], ["train_gpt.py"], [text]
     for level in range(MAX_LEVELS):
-        inner = _inner(texts[-1])
-        if not inner:
-            break
+        inner = _inner(inner)
+        if sum(map(len, texts)) + sum(map(len, inner)) > MAX_UNPACKED:
+            return Unpacked("packed text", (), (), (f"unpacks to over {MAX_UNPACKED:,} letters",))
         texts += inner
         names += [f"unpacked {level + 1}.{i + 1}" for i in range(len(inner))]
     return Unpacked("packed text" if len(texts) > 1 else "text", tuple(texts), tuple(names))
@@ -74,19 +75,18 @@ def _unzip(data: bytes) -> Unpacked:
     texts, names, left = [], [], MAX_UNPACKED
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            members = [info for info in archive.infolist() if info.filename.endswith(".py") or info.filename == "p"]
+            members = archive.infolist()
             if len(archive.infolist()) > MAX_MEMBERS:
                 return Unpacked("zip", (), (), (f"over {MAX_MEMBERS} members",))
             for info in sorted(members, key=lambda info: info.filename != "__main__.py"):
                 with archive.open(info) as file:
                     content = file.read(left + 1)
-                if len(content) > left:
+                if len(content) > left or left < 0:
                     return Unpacked("zip", (), (), (f"unpacks to over {MAX_UNPACKED:,} bytes",))
-                left -= len(content)
-                inner = (_decompressed(content) or "").split("\0") if info.filename == "p" else []
-                found = inner or [content.decode("utf-8-sig")]  # p: where our own programs keep their modules
-                texts += found
-                names += [info.filename[:200]] * len(found)
+                sources = [content.decode("utf-8-sig")] if info.filename.endswith(".py") else _decompressed(content)
+                left -= max(len(content), sum(map(len, sources)))
+                texts += sources
+                names += [info.filename[:200]] * len(sources)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, ValueError, OSError, EOFError,
             NotImplementedError, RuntimeError, KeyError) as error:  # fmt: skip
         return Unpacked("zip", (), (), (f"is a damaged zip: {error}"[:200],))
@@ -94,18 +94,21 @@ def _unzip(data: bytes) -> Unpacked:
     return Unpacked("zip", tuple(texts), tuple(names), problems)
 
 
-def _inner(text: str) -> list[str]:
-    """Return the sources that a text holds, compressed, in long literals."""
-    sources = []
-    for match in list(LITERAL.finditer(SEAM.sub("", text)))[:MAX_LITERALS]:
+def _inner(texts: list[str]) -> list[str]:
+    """Return the sources that texts hold, compressed, in long literals; a little over MAX_UNPACKED letters at most."""
+    sources: list[str] = []
+    literals = itertools.chain.from_iterable(LITERAL.finditer(SEAM.sub("", text)) for text in texts)
+    for match in itertools.islice(literals, MAX_LITERALS):
+        if sum(map(len, sources)) > MAX_UNPACKED:
+            break
         literal = ESCAPED.sub(r"\1", match[2]).encode("ascii", "replace")
         for decode in (base64.b85decode, _base64, base64.a85decode):
             try:
-                source = _decompressed(decode(literal))
+                inner = _decompressed(decode(literal))
             except (ValueError, binascii.Error):
                 continue
-            if source is not None:
-                sources += source.split("\0")  # our own programs: texts of modules, and their names
+            if inner:
+                sources += inner
                 break
     return sources
 
@@ -114,24 +117,24 @@ def _base64(data: bytes) -> bytes:
     return base64.b64decode(data, validate=True)
 
 
-def _decompressed(data: bytes) -> str | None:
-    """Return the text of a compressed stream, by whichever method it was, or None."""
+def _decompressed(data: bytes) -> list[str]:
+    """Return the texts of a compressed stream, by whichever method it was, or none."""
     raw = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 26}]
     methods: list[Callable[[], bytes]] = [
         lambda: lzma.LZMADecompressor(lzma.FORMAT_AUTO, memlimit=1 << 28).decompress(data, MAX_UNPACKED),
         lambda: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=raw).decompress(data, MAX_UNPACKED),
-        lambda: bz2.BZ2Decompressor().decompress(data, MAX_UNPACKED),
         lambda: zlib.decompressobj().decompress(data, MAX_UNPACKED),
         lambda: zlib.decompressobj(-15).decompress(data, MAX_UNPACKED),
+        lambda: bz2.BZ2Decompressor().decompress(data, MAX_UNPACKED),
     ]
     for method in methods:
         try:
             text = method().decode("utf-8")
-        except (lzma.LZMAError, zlib.error, UnicodeDecodeError, EOFError, OSError, ValueError):
+        except (lzma.LZMAError, zlib.error, OSError, ValueError, EOFError):
             continue
-        if len(text) > 100 and ("\0" not in text or text.startswith("import ")):
-            return text
-    return None
+        if len(text) > 100:
+            return text.split("\0")[:MAX_MEMBERS]  # several modules in one stream, as our programs have them
+    return []
 
 
 def compile_problem(unpacked: Unpacked) -> str:

@@ -15,18 +15,19 @@ from core.files import check_name, new_file, open_file, place_file, read_file, r
 from core.submission.audits import audit_json, audit_of, legality
 from core.submission.checks.form import secrets_in
 from core.submission.folder import MAX_FILE, TRACKS, SubmissionError
-from core.submission.logs import Log, Program, described, log_lines, parse_log, program_of
+from core.submission.log_values import Log, parse_log
+from core.submission.logs import Program, log_lines, program_described, program_of
 from core.submission.readme import Page, readme
 from core.submission.requirements import requirements
 from core.submission.submission_json import SEEDS, Author, compliance_of, submission_json
-from core.submission.unpack import unpack
+from core.submission.unpack import unpack_program
 from core.training.run import Run, config_digest
 
 PROGRAM = "train_gpt.py"
 Say = Callable[[str], None]
 
 
-class Order(NamedTuple):
+class SubmissionOrder(NamedTuple):
     """What is to be written, and where."""
 
     runs: tuple[Run, ...]
@@ -49,7 +50,7 @@ class Written(NamedTuple):
     """Why it is not in the record track."""
 
 
-def write_submission(order: Order, say: Say) -> Written:
+def write_submission(order: SubmissionOrder, say: Say) -> Written:
     """Write the folder, and the artifacts beside it; SubmissionError, RunError, FileError, OSError.
 
     Nothing is written if something in it must not be sent, and nothing that is there is touched unless told.
@@ -64,7 +65,11 @@ def write_submission(order: Order, say: Say) -> Written:
     audits, silent = _audits(runs)
     why = _not_a_record(logs, made_by is not None, len(program))
     track = TRACKS[1] if why else TRACKS[0]
-    code = {"bytes": len(program), "sha256": described(program, "").sha256, "form": unpack(program).form}
+    code = {
+        "bytes": len(program),
+        "sha256": program_described(program, "").sha256,
+        "form": unpack_program(program).form,
+    }
     values = submission_json(order.about, track, logs, len(program), compliance_of(logs, list(audits.values())))
     page = Page(
         order.about, track, tuple(why), runs[0].config, logs, {**code, "ran": made_by is not None}, values, silent
@@ -103,17 +108,20 @@ def _check_runs(runs: Sequence[Run]) -> None:
             raise SubmissionError(f"{run.path}: has another tokenizer than {first.path}")
 
 
-def _program(order: Order, say: Say) -> tuple[bytes, Program | None]:
+def _program(order: SubmissionOrder, say: Say) -> tuple[bytes, Program | None]:
     """Return the program that is shipped, and the one that made the runs if it is that one."""
     named = {program_of(run.environment()) for run in order.runs}
     if len(named) > 1:
         raise SubmissionError("the runs were made by different programs; one submission is of one program's runs")
     made_by = named.pop()
-    beside = order.runs[0].path / PROGRAM
+    path = order.runs[0].path.resolve()
+    beside = [place / PROGRAM for place in (path, path.parent, path.parent.parent)] if made_by is not None else []
+    copies = [read_file(place, MAX_FILE) for place in beside if place.is_file() and place.stat().st_size < MAX_FILE]
+    known = [copy for copy in copies if made_by is not None and program_described(copy, "").sha256 == made_by.sha256]
     if order.program is not None:
         data = read_file(order.program, MAX_FILE)
-    elif made_by is not None and beside.exists():
-        data = read_file(beside, MAX_FILE)
+    elif known:
+        data = known[0]
     else:
         from core.submission.pack import pack
 
@@ -121,10 +129,11 @@ def _program(order: Order, say: Say) -> tuple[bytes, Program | None]:
         form = made_by.form if made_by is not None and made_by.form in ("text", "zip") else order.form
         say(f"packing {PROGRAM} of the runs' settings ({form})")
         data = pack(order.runs[0].config, backend, form)
-    if made_by is not None and described(data, "").sha256 != made_by.sha256:
+    sha256 = program_described(data, "").sha256
+    if made_by is not None and sha256 != made_by.sha256:
         raise SubmissionError(
-            f"the runs were made by the program {made_by.sha256[:12]}, this one is {described(data, '').sha256[:12]}: "
-            "give the one that ran with --program FILE"
+            f"the runs were made by the program {made_by.sha256[:12]}, this one is {sha256[:12]}: give the one that "
+            "ran with --program FILE"
         )
     return data, made_by
 
@@ -167,18 +176,18 @@ def _json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _refuse_secrets(files: dict[str, bytes], order: Order) -> None:
+def _refuse_secrets(files: dict[str, bytes], order: SubmissionOrder) -> None:
     """Raise SubmissionError if a file has a path, a user, a machine or a credential in it: which, but never what."""
     known = f"{order.about.author} {order.about.github_id}"
     for name, data in files.items():
         text = data.decode("utf-8", "replace")
         if name == PROGRAM:
-            text = "\n".join([text, *unpack(data).texts])
+            text = "\n".join([text, *unpack_program(data).texts])
         for what in secrets_in(text, known):
             raise SubmissionError(f"{name}: {what}, which must not be sent: nothing was written")
 
 
-def _place(folder: Path, files: dict[str, bytes], artifacts: Sequence[Path], order: Order) -> None:
+def _place(folder: Path, files: dict[str, bytes], artifacts: Sequence[Path], order: SubmissionOrder) -> None:
     """Write the folder under a name of its own and rename it, then the artifacts."""
     check_name(folder)
     for path in (folder, *artifacts):

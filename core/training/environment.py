@@ -83,4 +83,6 @@ def surroundings(engine: Engine, dataset: Dataset, step: int) -> dict[str, Any]:
         "data": identity(dataset),
         "train_tokens": len(dataset.train),
         "val_tokens": len(dataset.val),
+        "tokenizer_sha256": dataset.tokenizer.sha256,
+        "transform": dataset.tokenizer.transform,
     }

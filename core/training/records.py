@@ -134,7 +134,8 @@ START = {
     "command?": TEXT, "commit??": TEXT, "dirty??": FLAG, "step?": COUNT, "backend?": TEXT, "device?": TEXT,
     "ranks?": whole("a whole number from 1 to 65536", 1, 2**16), "dtype?": TEXT, "notes?": [TEXT], "platform?": TEXT,
     "versions?": {"*": TEXT}, "data?": {"*": SCALAR}, "imported?": {"*": SCALAR}, "train_tokens?": COUNT,
-    "val_tokens?": COUNT, "program_sha256?": TEXT, "program_bytes?": COUNT, "program_form?": TEXT, "*": SCALAR,
+    "val_tokens?": COUNT, "tokenizer_sha256?": TEXT, "transform?": TEXT,
+    "program_sha256?": TEXT, "program_bytes?": COUNT, "program_form?": TEXT, "*": SCALAR,
 }  # fmt: skip
 ENVIRONMENT = {**START, "earlier?": [START]}
 """What env.json says of a start of the run, and of those before it."""

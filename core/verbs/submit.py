@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from core.files import decode_text, read_file
-from core.submission.checks.answers import Check, Subject
+from core.submission.checks.answers import Checked, SubmissionCheck
 from core.submission.checks.fourteen import run_checks
 from core.submission.folder import (
     MAX_JSON,
@@ -22,7 +22,7 @@ from core.submission.folder import (
 )
 from core.submission.reproduce import reproduce
 from core.submission.submission_json import Author
-from core.submission.writing import Order, write_submission
+from core.submission.writing import SubmissionOrder, write_submission
 from core.training.run import Run
 from core.verbs.common import Context, Outcome
 from core.verbs.errors import UsageError
@@ -116,14 +116,14 @@ def _write(options: Submit, context: Context) -> Outcome:
     )  # fmt: skip
     runs = tuple(Run.open(path) for path in options.runs)
     program = Path(options.program) if options.program else None
-    order = Order(runs, about, Path(str(options.out)), options.pack, program, options.replace)
+    order = SubmissionOrder(runs, about, Path(str(options.out)), options.pack, program, options.replace)
     written = write_submission(order, context.say)
     context.say(f"wrote {written.folder}, track {written.track}")
     for reason in written.why:
         context.say(f"not in the record track: {reason}")
     for path in written.artifacts:
         context.say(f"wrote {path}")
-    checks = run_checks(Subject(read_folder(written.folder), written.artifacts[0]))
+    checks = run_checks(Checked(read_folder(written.folder), written.artifacts[0]))
     value = {"folder": str(written.folder), "track": written.track, "why": list(written.why)}
     return _shown(checks, context, {**value, "artifacts": [str(path) for path in written.artifacts]})
 
@@ -134,10 +134,10 @@ def _check(options: Submit, path: str, context: Context) -> Outcome:
     if artifact is not None and not artifact.is_file():
         raise SubmissionError(f"{artifact}: no such artifact")
     folder = read_folder(find_folder(Path(path)))
-    return _shown(run_checks(Subject(folder, artifact, reference, unit)), context, {"folder": str(folder.path)})
+    return _shown(run_checks(Checked(folder, artifact, reference, unit)), context, {"folder": str(folder.path)})
 
 
-def _shown(checks: list[Check], context: Context, value: dict[str, Any]) -> Outcome:
+def _shown(checks: list[SubmissionCheck], context: Context, value: dict[str, Any]) -> Outcome:
     """Print the checks as a table and return the outcome."""
     width = max(60, shutil.get_terminal_size().columns)
     for check in checks:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from core.submission.checks.answers import Check, Subject
+from core.submission.checks.answers import Checked, SubmissionCheck
 from core.submission.checks.fourteen import CHECKS, run_checks
 from core.submission.folder import read_folder
 from shared_tests.support.submissions import PROGRAM, SEEDS, submitted
@@ -26,8 +26,10 @@ def artifact_of(folder: Path) -> Path:
     return folder.parents[2] / f"{folder.name}_seed42.skc"
 
 
-def checked(folder: Path, artifact: Path | None = None, reference: dict[str, float] | None = None) -> dict[int, Check]:
-    return {check.number: check for check in run_checks(Subject(read_folder(folder), artifact, reference or REFERENCE))}
+def checked(
+    folder: Path, artifact: Path | None = None, reference: dict[str, float] | None = None
+) -> dict[int, SubmissionCheck]:
+    return {check.number: check for check in run_checks(Checked(read_folder(folder), artifact, reference or REFERENCE))}
 
 
 def test_the_good_folder_passes_every_check(good: Path) -> None:
@@ -38,7 +40,7 @@ def test_the_good_folder_passes_every_check(good: Path) -> None:
 
 
 def test_what_was_not_given_is_not_checked(good: Path) -> None:
-    answer = CHECKS[10][1](Subject(read_folder(good)))
+    answer = CHECKS[10][1](Checked(read_folder(good)))
     assert (answer.verdict, answer.words()) == ("NOT CHECKED", "give the reference's scores with --against FILE")
 
 
@@ -176,7 +178,7 @@ def test_a_broken_folder_fails_its_check(case: int, good: Path, tmp_path: Path) 
     shutil.copytree(good, folder)
     breaks(folder)
     reference = {"1": 1.0801, "2": 1.0802, "3": 1.0803} if number == 11 else None
-    answer = CHECKS[number - 1][1](Subject(read_folder(folder), artifact_of(good), reference or REFERENCE))
+    answer = CHECKS[number - 1][1](Checked(read_folder(folder), artifact_of(good), reference or REFERENCE))
     assert answer.verdict == "FAIL" and words in answer.words(), answer
 
 
@@ -187,7 +189,7 @@ def test_every_check_has_a_broken_folder() -> None:
 def test_an_artifact_that_is_not_the_named_one_fails(good: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.skc"
     other.write_bytes(b"other")
-    answer = CHECKS[11][1](Subject(read_folder(good), other))
+    answer = CHECKS[11][1](Checked(read_folder(good), other))
     assert answer.verdict == "FAIL" and "other.skc: sha256" in answer.words()
 
 
@@ -196,4 +198,4 @@ def test_case_operators_are_not_checked_without_an_audit(good: Path, tmp_path: P
     shutil.copytree(good, folder)
     cased(151_075_000)(folder)
     fields(folder, lambda value: value.update(audits={}), "audit.json")
-    assert CHECKS[13][1](Subject(read_folder(folder))).verdict == "NOT CHECKED"
+    assert CHECKS[13][1](Checked(read_folder(folder))).verdict == "NOT CHECKED"

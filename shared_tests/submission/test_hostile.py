@@ -9,11 +9,12 @@ import pytest
 
 from core.files import FileError
 from core.submission.audits import audit_of
-from core.submission.checks.answers import Subject
+from core.submission.checks.answers import Checked
 from core.submission.checks.fourteen import CHECKS
 from core.submission.folder import MAX_ENTRIES, SubmissionError, find_folder, parse_object, read_folder
-from core.submission.logs import FIELDS, parse_log, read_log
-from core.submission.unpack import MAX_UNPACKED, unpack
+from core.submission.log_values import FIELDS, parse_log
+from core.submission.public_logs import read_log
+from core.submission.unpack import MAX_UNPACKED, unpack_program
 from core.training.run import RunError
 from core.verbs.submit import _reference
 from shared_tests.support.mutants import alter, edit, hostile, json_text
@@ -32,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def look(folder: Path) -> None:
     """Ask every check but the slow ones: an answer is words and a verdict, whatever lies there."""
-    subject = Subject(read_folder(folder), reference={"1": 1.1, "2": 1.2})
+    subject = Checked(read_folder(folder), reference={"1": 1.1, "2": 1.2})
     for number, (_, ask) in enumerate(CHECKS, 1):
         if number not in SLOW:
             answer = ask(subject)
@@ -88,8 +89,8 @@ def test_mutated_logs_are_never_a_crash(folder: Path, tmp_path: Path) -> None:
 def test_a_known_line_with_a_bad_value_is_a_problem_and_counts_for_nothing() -> None:
     for name in FIELDS:
         log = parse_log("a.log", ["skc_log: 1", f"{name}: \x00", f"unknown: {name}"])
-        assert len(log.problems) == (0 if FIELDS[name].__name__ == "words" else 1), (name, log.problems)
-        assert getattr(log, name) is None or FIELDS[name].__name__ == "words" or name == "skc_log"
+        assert len(log.problems) == (0 if FIELDS[name].__name__ == "read_words" else 1), (name, log.problems)
+        assert getattr(log, name) is None or FIELDS[name].__name__ == "read_words" or name == "skc_log"
     twice = parse_log("a.log", ["skc_log: 1", "seed: 1", "seed: 2"])
     assert twice.seed == 1 and "an earlier line says 1" in twice.problems[0]
     assert parse_log("a.log", ["step:3/9 train_loss:nan"]).problems
@@ -125,13 +126,14 @@ def test_a_program_that_unpacks_to_too_much_is_bounded() -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("__main__.py", b"#" * (MAX_UNPACKED + 1))
-    assert unpack(buffer.getvalue()).problems == (f"unpacks to over {MAX_UNPACKED:,} bytes",)
-    assert unpack(buffer.getvalue()[:-30]).problems or not unpack(buffer.getvalue()[:-30]).texts
+    assert unpack_program(buffer.getvalue()).problems == (f"unpacks to over {MAX_UNPACKED:,} bytes",)
+    assert unpack_program(buffer.getvalue()[:-30]).problems or not unpack_program(buffer.getvalue()[:-30]).texts
 
 
-@pytest.mark.parametrize("packer", ["lzma", "raw", "zlib", "seams"])
+@pytest.mark.parametrize("packer", ["lzma", "raw", "zlib", "seams", "bz2"])
 def test_a_packed_program_is_read_and_never_run(packer: str) -> None:
     import base64
+    import bz2
     import lzma
     import zlib
 
@@ -139,15 +141,18 @@ def test_a_packed_program_is_read_and_never_run(packer: str) -> None:
         f"a{i} = {i * i}" for i in range(200)
     )
     raw = [{"id": lzma.FILTER_LZMA2}]
-    if packer == "raw":
+    if packer == "bz2":
+        source += "\0core.name\0def second(): pass"
+        data = bz2.compress(source.encode())
+    elif packer == "raw":
         data = lzma.compress(source.encode(), lzma.FORMAT_RAW, filters=raw)
     else:
         data = zlib.compress(source.encode()) if packer == "zlib" else lzma.compress(source.encode())
     text = base64.b85encode(data).decode()
     if packer == "seams":
         text = '""'.join(text[i : i + 90] for i in range(0, len(text), 90))
-    found = unpack(f'import x\nexec(x.decode("{text}"))\n'.encode())
-    assert found.form == "packed text" and found.texts[1] == source
+    found = unpack_program(f'import x\nexec(x.decode("{text}"))\n'.encode())
+    assert found.form == "packed text" and found.texts[1:] == tuple(source.split("\0"))
 
 
 def test_references_that_are_none_are_refused(tmp_path: Path) -> None:

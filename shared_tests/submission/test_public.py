@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from core.submission.checks.answers import Answer, Subject
+from core.submission.checks.answers import Answer, Checked
 from core.submission.checks.fourteen import CHECKS
 from core.submission.folder import read_folder
-from core.submission.logs import read_log
+from core.submission.public_logs import read_log
 
 LOG = """import os
 def main(seed: int) -> None:
@@ -58,7 +58,7 @@ def folder_of(place: Path, values: Any, log: str = LOG, log_name: str = "train_s
 
 
 def ask(folder: Path, number: int) -> Answer:
-    return CHECKS[number - 1][1](Subject(read_folder(folder)))
+    return CHECKS[number - 1][1](Checked(read_folder(folder)))
 
 
 def test_a_public_log_is_read_by_its_last_lines(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from core.submission import writing
 from core.submission.checks.form import secrets_in
 from core.submission.folder import SubmissionError
-from core.submission.logs import read_log
+from core.submission.public_logs import read_log
 from shared_tests.support.submissions import PROGRAM, SEEDS, submitted, write_audit, write_run, write_runs
 
 
@@ -104,6 +104,8 @@ def test_no_path_user_or_machine_is_in_what_is_written(tmp_path: Path) -> None:
         text = file.read_text()
         assert not [name for name in names if len(name) > 3 and name in text], file.name
         assert not re.search(r"/(tmp|home|root|work|Users|var)/", text), file.name
+    legality = (written.folder / "legality.md").read_text()
+    assert "looked at the run of seed 42/artifact.skc and shard.bin" in legality
 
 
 def test_a_secret_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -158,5 +160,5 @@ def test_runs_that_are_no_submission_are_refused(tmp_path: Path) -> None:
             submitted(tmp_path, given)
     (runs[0].path / "train_gpt.py").write_bytes(PROGRAM + b"# changed\n")
     with pytest.raises(SubmissionError, match="the runs were made by the program"):
-        submitted(tmp_path, runs)
+        submitted(tmp_path, runs, program=runs[0].path / "train_gpt.py")
     assert submitted(tmp_path, runs, program=runs[1].path / "train_gpt.py").track == writing.TRACKS[0]

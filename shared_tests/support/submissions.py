@@ -13,9 +13,9 @@ from typing import Any
 from core.config import RunConfig, changed, to_json
 from core.data.bundled import BUNDLED, TOKENIZERS
 from core.presets import PRESETS
-from core.submission.logs import described
+from core.submission.logs import program_described
 from core.submission.submission_json import Author
-from core.submission.writing import Order, Written, write_submission
+from core.submission.writing import SubmissionOrder, Written, write_submission
 from core.training.run import Run, config_digest
 
 SEEDS = (42, 314, 999)
@@ -50,16 +50,17 @@ def write_run(place: Path, seed: int, program: bytes | None = PROGRAM, **changes
     """Write the records of a finished run of `seed`; `changes` replace entries of env.json."""
     path = place / f"run{seed}"
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(to_json(config_of(seed))))
+    config = changed(config_of(seed), {"data.path": str(place / "shards")})  # a place of this machine
+    (path / "config.json").write_text(json.dumps(to_json(config)))
     (path / "tokenizer.model").write_bytes((BUNDLED / TOKENIZERS["sample"]).read_bytes())
     (path / "artifact.skc").write_bytes(bytes(range(256)) * 40 + str(seed).encode())
     env = {
         "command": "train_gpt.py", "backend": "cuda", "device": "NVIDIA H100 80GB HBM3", "ranks": 8,
         "dtype": "bfloat16", "versions": VERSIONS, "data": {"name": "fineweb_sp1024", "sha256": "1" * 64},
-        "train_tokens": 8_000_000_000, "val_tokens": TARGETS + 1,
+        "train_tokens": 8_000_000_000, "val_tokens": TARGETS + 1, "transform": "none", "tokenizer_sha256": "2" * 64,
     }  # fmt: skip
     if program is not None:
-        env |= described(program, "text").to_json()
+        env |= program_described(program, "text").to_json()
         (path / "train_gpt.py").write_bytes(program)
     (path / "env.json").write_text(json.dumps(env | changes))
     bpb = 1.08 + seed / 1e6 + 1e-9
@@ -87,7 +88,8 @@ def write_audit(run: Run, **verdicts: str) -> None:
     folder.mkdir()
     findings = [
         {"rule": f"D{i}", "verdict": verdicts.get(f"D{i}", "NOT CHECKED" if i == 17 else "PASS"),
-         "evidence": f"looked at {run.path.resolve()}/artifact.skc and {run.path}", "details": {"at": str(run.path)}}
+         "evidence": f"looked at {run.path.resolve()}/artifact.skc and {run.path.resolve().parent}/data/shard.bin",
+         "details": {"at": str(run.path)}}
         for i in range(1, 19)
     ]  # fmt: skip
     value = {
@@ -109,5 +111,5 @@ def write_runs(place: Path, **changes: Any) -> tuple[Run, ...]:
 def submitted(place: Path, runs: tuple[Run, ...] | None = None, **changes: Any) -> Written:
     """Write runs below a place, and the folder that is made of them; `changes` replace entries of the order."""
     runs = write_runs(place / "runs") if runs is None else runs
-    order = Order(runs, ABOUT, place / "out", "text")._replace(**changes)
+    order = SubmissionOrder(runs, ABOUT, place / "out", "text")._replace(**changes)
     return write_submission(order, lambda line: None)

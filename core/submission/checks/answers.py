@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 
 from core.audit.rules import Verdict
 from core.console import printable, shorten
-from core.submission.folder import Folder
+from core.submission.folder import SubmissionFolder
 
 MOST_SHOWN = 8
 EVIDENCE = 4000
 """Letters of the longest evidence."""
 
 
-class Subject(NamedTuple):
+class Checked(NamedTuple):
     """What is checked: a folder, and what was given beside it."""
 
-    folder: Folder
+    folder: SubmissionFolder
     artifact: Path | None = None
     reference: dict[str, float] | None = None
     """Label of a run of the reference -> its score, in the unit that `unit` names."""
@@ -47,7 +47,7 @@ class Answer:
         return shorten(printable("; ".join(part for part in parts if part)), EVIDENCE)
 
 
-class Check(NamedTuple):
+class SubmissionCheck(NamedTuple):
     """One of the fourteen checks, done."""
 
     number: int
@@ -60,7 +60,7 @@ class Check(NamedTuple):
         return self._asdict()
 
 
-def number(value: Any) -> float | None:
+def claimed_number(value: Any) -> float | None:
     """Return a finite number from 0 up out of someone's JSON file, or None for anything else."""
     if type(value) not in (int, float) or not 0 <= value <= 1e15:  # NaN is in no range
         return None

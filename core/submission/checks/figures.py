@@ -9,9 +9,9 @@ from core.audit.claims import LIMIT, SECONDS
 from core.audit.seeds import beats
 from core.data.published import BYTES, BYTES_PER_TOKEN, DOCUMENTS, TARGETS, TOLERANCE, compare_published
 from core.statistics import StatisticsError
-from core.submission.checks.answers import Answer, Subject, agrees, number
-from core.submission.folder import TRACKS, Folder
-from core.submission.logs import Log
+from core.submission.checks.answers import Answer, Checked, agrees, claimed_number
+from core.submission.folder import TRACKS, SubmissionFolder
+from core.submission.log_values import Log
 
 LN2 = 0.6931471805599453
 MEBIBYTES = re.compile(
@@ -37,7 +37,7 @@ LONGEST_ROW = 32_768
 """Tokens: scripts cut the text to whole rows."""
 
 
-def check_numbers(subject: Subject) -> Answer:
+def check_figures(subject: Checked) -> Answer:
     """Hold every figure of submission.json to the logs."""
     folder, values = subject.folder, subject.folder.submission
     if values is None or not folder.logs:
@@ -52,7 +52,7 @@ def check_numbers(subject: Subject) -> Answer:
             continue
         for name, value in claim.items():
             spelled = OTHER_NAMES.get(name, name)
-            if spelled in OF_LOG and (claimed := number(value)) is not None:
+            if spelled in OF_LOG and (claimed := claimed_number(value)) is not None:
                 compared += 1
                 problems += _hold(f"seed {seed}: {name}", spelled, claimed, logs[seed], notes)
     problems += [*_means(values, folder), *_spreads(values, folder), *_totals(values, folder)]
@@ -79,14 +79,14 @@ def _hold(what: str, name: str, claimed: float, log: Log, notes: dict[str, None]
     return [f"{what} {claimed:.10g}, {log.name} says {found:.10g}"]
 
 
-def _means(values: dict[str, Any], folder: Folder) -> list[str]:
+def _means(values: dict[str, Any], folder: SubmissionFolder) -> list[str]:
     """Return which means over the seeds are not those of the logs."""
     problems = []
     before: dict[str, Callable[[Log], float | None]] = {
         "pre_quant_val_bpb": lambda log: log.weights_val_bpb, "pre_quant_val_loss": lambda log: log.weights_val_loss,
     }  # fmt: skip
     for name, of in {**{n: OF_LOG[n] for n in ("val_bpb", "val_loss")}, **before}.items():
-        claimed, found = number(values.get(name)), [of(log) for log in folder.logs]
+        claimed, found = claimed_number(values.get(name)), [of(log) for log in folder.logs]
         if claimed is None or None in found:
             continue
         mean = statistics.fmean(value for value in found if value is not None)
@@ -97,10 +97,10 @@ def _means(values: dict[str, Any], folder: Folder) -> list[str]:
     return problems
 
 
-def _spreads(values: dict[str, Any], folder: Folder) -> list[str]:
+def _spreads(values: dict[str, Any], folder: SubmissionFolder) -> list[str]:
     problems = []
     for name in ("val_bpb", "val_loss"):
-        claimed, found = number(values.get(f"{name}_std")), [OF_LOG[name](log) for log in folder.logs]
+        claimed, found = claimed_number(values.get(f"{name}_std")), [OF_LOG[name](log) for log in folder.logs]
         known = [value for value in found if value is not None]
         if claimed is None or len(known) < len(found) or len(known) < 2:
             continue
@@ -111,9 +111,9 @@ def _spreads(values: dict[str, Any], folder: Folder) -> list[str]:
     return problems
 
 
-def _totals(values: dict[str, Any], folder: Folder) -> list[str]:
+def _totals(values: dict[str, Any], folder: SubmissionFolder) -> list[str]:
     """Return whether bytes_total is not the largest artifact with the code, as claimed and as logged."""
-    claimed, code = number(values.get("bytes_total")), number(values.get("bytes_code"))
+    claimed, code = claimed_number(values.get("bytes_total")), claimed_number(values.get("bytes_code"))
     if claimed is None:
         return []
     logged = [total for log in folder.logs if (total := _total(log)) is not None]
@@ -132,10 +132,10 @@ def _total(log: Log) -> int | None:
     return log.artifact_bytes + log.code_bytes
 
 
-def check_bytes(subject: Subject) -> Answer:
+def check_totals(subject: Checked) -> Answer:
     """Judge that artifact and code of each seed are within the limit, in bytes of a million to the MB."""
     folder = subject.folder
-    code = number((folder.submission or {}).get("bytes_code"))
+    code = claimed_number((folder.submission or {}).get("bytes_code"))
     shipped = len(folder.program or b"")
     problems, totals = [], {}
     for log in folder.logs:
@@ -145,7 +145,7 @@ def check_bytes(subject: Subject) -> Answer:
         if total is not None:
             totals[log.seed] = total
     for seed, claim in folder.claimed.items():
-        artifact = number(claim.get("artifact_bytes"))
+        artifact = claimed_number(claim.get("artifact_bytes"))
         if artifact is not None:
             totals[seed] = max(totals.get(seed, 0), int(artifact))
     problems += [f"seed {seed}: {total:,} bytes, over {LIMIT:,}" for seed, total in totals.items() if total > LIMIT]
@@ -160,7 +160,7 @@ def check_bytes(subject: Subject) -> Answer:
     return Answer(f"largest total {max(totals.values(), default=0):,} of {LIMIT:,} bytes", problems, unchecked)
 
 
-def check_times(subject: Subject) -> Answer:
+def check_times(subject: Checked) -> Answer:
     """Judge training with its calibration, and evaluation by the timer and strictly, against 600 s."""
     folder, record = subject.folder, subject.folder.track == TRACKS[0]
     problems, seen, silent = [], [], []
@@ -186,7 +186,7 @@ def check_times(subject: Subject) -> Answer:
     return Answer(evidence, problems, lacking if folder.logs else "no log")
 
 
-def check_text(subject: Subject) -> Answer:
+def check_text(subject: Checked) -> Answer:
     """Hold what was scored to the published validation text: documents, targets, bytes per token."""
     problems, known, unknown = [], [], []
     for log in subject.folder.logs:
@@ -233,7 +233,7 @@ def _of_our_log(log: Log, known: list[str], unknown: list[str]) -> list[str]:
     return problems
 
 
-def check_operators(subject: Subject) -> Answer:
+def check_operators(subject: Checked) -> Answer:
     """Judge that case operators cost no bytes: the counted bytes are those of the text."""
     folder = subject.folder
     logs = [log for log in folder.logs if log.transform == "caseops" or log.val_tokens == 47_851_520]
@@ -259,7 +259,7 @@ def check_operators(subject: Subject) -> Answer:
     return Answer(seen, problems, lacking)
 
 
-def _audited_bytes(folder: Folder) -> str:
+def _audited_bytes(folder: SubmissionFolder) -> str:
     """Return the passed finding of an audit that counted the bytes of every token, or an empty text."""
     audits = (folder.audit or {}).get("audits")
     for audit in audits.values() if isinstance(audits, dict) else ():
@@ -270,7 +270,7 @@ def _audited_bytes(folder: Folder) -> str:
     return ""
 
 
-def check_reference(subject: Subject) -> Answer:
+def check_against(subject: Checked) -> Answer:
     """Judge by Welch's test whether the seeds are below the reference by 0.005 nats, at p < 0.01."""
     folder, reference = subject.folder, subject.reference
     if reference is None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from core.console import shorten
-from core.submission.checks.answers import Answer, Subject, number
-from core.submission.folder import DATED, LOG_NAME, MAX_FILE, SEVERAL, TRACKS, Folder
-from core.submission.unpack import unpack
+from core.submission.checks.answers import Answer, Checked, claimed_number
+from core.submission.folder import DATED, LOG_NAME, MAX_FILE, SEVERAL, TRACKS, SubmissionFolder
+from core.submission.unpack import unpack_program
 
 SPELLED = (*TRACKS, "non-record-16mb", "non-record-unlimited-compute-16mb")
 """Tracks as the public folders spell them."""
@@ -47,7 +47,7 @@ PLAIN_NAMES = ("root", "user", "users", "admin", "ubuntu", "debian", "runner", "
 """Names of users and machines that say nothing."""
 
 
-def check_layout(subject: Subject) -> Answer:
+def check_layout(subject: Checked) -> Answer:
     """Judge names, places, sizes and kinds of what lies in the folder."""
     folder, place = subject.folder, subject.folder.path.resolve()
     problems = list(folder.problems)
@@ -77,7 +77,7 @@ def check_layout(subject: Subject) -> Answer:
     return Answer(beside, problems)
 
 
-def check_json(subject: Subject) -> Answer:
+def check_json(subject: Checked) -> Answer:
     """Judge the fields of submission.json: there, of their types, real dates, seeds as many as logs."""
     folder, values = subject.folder, subject.folder.submission
     if values is None:
@@ -89,10 +89,10 @@ def check_json(subject: Subject) -> Answer:
             problems.append(_wrong(name, name in values, value, "a text"))
     for name in ("val_bpb", "val_loss", "bytes_total", "bytes_code"):
         value = values.get(name)
-        if number(value) is None or (name.startswith("bytes") and type(value) is not int):
+        if claimed_number(value) is None or (name.startswith("bytes") and type(value) is not int):
             problems.append(_wrong(name, name in values, value, "a number above 0"))
     for name in OPTIONAL:
-        if name in values and number(values[name]) is None:
+        if name in values and claimed_number(values[name]) is None:
             problems.append(_wrong(name, True, values[name], "a number from 0 up"))
     problems += [*_dates(values), *_compliance(values), *_seeds(folder, values)]
     github = values.get("github_id")
@@ -129,7 +129,7 @@ def _compliance(values: dict[str, Any]) -> list[str]:
     return [f"compliance.{name} is false" for name in COMPLIANCE if named.get(name) is False and name not in ADMITTED]
 
 
-def _seeds(folder: Folder, values: dict[str, Any]) -> list[str]:
+def _seeds(folder: SubmissionFolder, values: dict[str, Any]) -> list[str]:
     """Return what is wrong with the seeds, and with what is said of each."""
     problems, seeds, results = [], values.get("seeds"), values.get("seed_results")
     if isinstance(seeds, dict):
@@ -147,7 +147,7 @@ def _seeds(folder: Folder, values: dict[str, Any]) -> list[str]:
     for seed, figures in list(folder.claimed.items())[:20]:
         for name in PER_SEED:
             value = figures.get(name)
-            if number(value) is None or (name in WHOLE and type(value) is not int):
+            if claimed_number(value) is None or (name in WHOLE and type(value) is not int):
                 problems.append(_wrong(f"seed_results.{seed}.{name}", name in figures, value, "a number"))
     logs = {log.seed for log in folder.logs}
     if not len(set(seeds)) == len(folder.claimed) == len(logs):
@@ -162,12 +162,12 @@ def _seeds(folder: Folder, values: dict[str, Any]) -> list[str]:
     return problems
 
 
-def check_secrets(subject: Subject) -> Answer:
+def check_secrets(subject: Checked) -> Answer:
     """Look for home folders, credentials and names of machines in every file."""
     problems, texts, values = [], subject.folder.texts(), subject.folder.submission or {}
     known = f"{values.get('author')} {values.get('github_id')}"
     if subject.folder.program:
-        texts += [(subject.folder.program_name, text) for text in unpack(subject.folder.program).texts[1:]]
+        texts += [(subject.folder.program_name, text) for text in unpack_program(subject.folder.program).texts[1:]]
     for name, text in texts:
         problems += [f"{name}: {what}" for what in secrets_in(text, known)]
     return Answer(f"looked at {len(texts)} files for home folders, credentials, names of machines", problems)

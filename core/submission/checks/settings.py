@@ -7,10 +7,10 @@ from typing import Any
 from core.config import ConfigError, RunConfig, from_json
 from core.model.params import count
 from core.plain import flattened
-from core.submission.checks.answers import Answer, Subject, number
-from core.submission.folder import Folder
-from core.submission.logs import Log
-from core.submission.unpack import unpack
+from core.submission.checks.answers import Answer, Checked, claimed_number
+from core.submission.folder import SubmissionFolder
+from core.submission.log_values import Log
+from core.submission.unpack import unpack_program
 from core.training.run import config_digest
 
 NAMED = re.compile(r"^\s*`?([a-z_]+(?:\.[a-z0-9_]+)+)`? = (\S.{0,400})$", re.MULTILINE)
@@ -39,10 +39,10 @@ def config_of(log: Log) -> RunConfig | None:
         return None
 
 
-def check_parameters(subject: Subject) -> Answer:
+def check_parameters(subject: Checked) -> Answer:
     """Count the parameters of the model that the settings describe."""
     folder, problems, counted = subject.folder, [], {}
-    claimed = number((folder.submission or {}).get("model_params"))
+    claimed = claimed_number((folder.submission or {}).get("model_params"))
     for log in folder.logs:
         config = config_of(log)
         if log.settings is not None and config is None:
@@ -64,7 +64,7 @@ def check_parameters(subject: Subject) -> Answer:
     return Answer(evidence, problems, "the logs hold no settings that a model can be built from")
 
 
-def check_readme(subject: Subject) -> Answer:
+def check_readme(subject: Checked) -> Answer:
     """Hold the settings that the README and its commands name to those of the logs."""
     folder = subject.folder
     if folder.readme is None or not folder.logs:
@@ -76,7 +76,7 @@ def check_readme(subject: Subject) -> Answer:
     return Answer(f"{seen} settings of the README compared", problems, "" if seen else "the README names no settings")
 
 
-def _own_settings(folder: Folder, readme: str) -> tuple[list[str], int]:
+def _own_settings(folder: SubmissionFolder, readme: str) -> tuple[list[str], int]:
     """Return what is wrong with settings of ours that a README names, and how many it names."""
     problems, seen = [], 0
     for log in folder.logs:
@@ -94,7 +94,7 @@ def _own_settings(folder: Folder, readme: str) -> tuple[list[str], int]:
     return list(dict.fromkeys(problems)), seen
 
 
-def _variables(folder: Folder, readme: str) -> tuple[list[str], int]:
+def _variables(folder: SubmissionFolder, readme: str) -> tuple[list[str], int]:
     """Return which VAR=value of a README's commands no log has, and how many were compared."""
     commands = "\n".join([*(block for _, block in BLOCK.findall(readme)), *INDENTED.findall(readme)])
     named: dict[str, set[str]] = {}
@@ -121,11 +121,11 @@ def _same(text: str, other: str) -> bool:
         return text == other
 
 
-def _unused_claims(folder: Folder, readme: str) -> list[str]:
+def _unused_claims(folder: SubmissionFolder, readme: str) -> list[str]:
     """Return what the README claims and the program has no use of."""
     if folder.program is None or len(folder.program) < 1024:
         return []
-    text = "\n".join(unpack(folder.program).texts)
+    text = "\n".join(unpack_program(folder.program).texts)
     problems = []
     for what, (claim, use, least) in CLAIMS.items():
         lines = [line for line in text.split("\n") if not line.lstrip().startswith(("#", "import ", "from "))]
@@ -134,7 +134,7 @@ def _unused_claims(folder: Folder, readme: str) -> list[str]:
     return problems
 
 
-def check_one_configuration(subject: Subject) -> Answer:
+def check_one_configuration(subject: Checked) -> Answer:
     """Judge that all logs have one configuration, but for the seed."""
     logs = subject.folder.logs
     if len(logs) < 2:

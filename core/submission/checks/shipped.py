@@ -7,10 +7,10 @@ import sys
 from typing import Any
 
 from core.console import shorten
+from core.data.shards import file_sha256
 from core.files import FileError
-from core.submission.checks.answers import Answer, Subject, number
-from core.submission.logs import file_sha256
-from core.submission.unpack import compile_problem, unpack
+from core.submission.checks.answers import Answer, Checked, claimed_number
+from core.submission.unpack import compile_problem, unpack_program
 
 STUB = 1024
 """Bytes: a program that trains a model is longer, packed or not."""
@@ -18,7 +18,7 @@ FORWARD = re.compile(r"\bdef (?:forward|__call__)\b|\bmatmul\b|\beinsum\b|\bF\.l
 """Words of a program that has a model in it."""
 
 
-def check_program(subject: Subject) -> Answer:
+def check_program(subject: Checked) -> Answer:
     """Judge that the program compiles, is a whole one, and is the one that the logs and submission.json name."""
     folder = subject.folder
     data, name = folder.program, folder.program_name
@@ -26,7 +26,7 @@ def check_program(subject: Subject) -> Answer:
         return Answer("", [f"no program: {name or 'train_gpt.py'} is not there, or cannot be read"])
     if not data.strip():
         return Answer("", [f"{name}: is empty"])
-    size, unpacked = len(data), unpack(data)
+    size, unpacked = len(data), unpack_program(data)
     problems, newer = [f"{name}: {problem}" for problem in unpacked.problems], ""
     if unpacked.texts and (problem := compile_problem(unpacked)):
         words = f"{name}: does not compile under Python {platform.python_version()}: {problem}"
@@ -43,10 +43,10 @@ def check_program(subject: Subject) -> Answer:
     return Answer(f"{name}: {size:,} bytes ({how})", problems, newer)
 
 
-def _claims(subject: Subject, size: int, sha256: str) -> list[str]:
+def _claims(subject: Checked, size: int, sha256: str) -> list[str]:
     """Return in what the program is not the one that is claimed."""
     folder, problems = subject.folder, []
-    claimed = number((folder.submission or {}).get("bytes_code"))
+    claimed = claimed_number((folder.submission or {}).get("bytes_code"))
     if claimed is not None and int(claimed) != size:
         problems.append(f"bytes_code {claimed:,.0f}, {folder.program_name} has {size:,} bytes: what is shipped counts")
     for log in folder.logs:
@@ -61,7 +61,7 @@ def _claims(subject: Subject, size: int, sha256: str) -> list[str]:
     return problems
 
 
-def check_artifact(subject: Subject) -> Answer:
+def check_artifact(subject: Checked) -> Answer:
     """Hold the artifacts that audit.json names to the logs, and to a file that was given."""
     folder, audit = subject.folder, subject.folder.audit
     if audit is None and not any(entry.name == "audit.json" for entry in folder.entries):
@@ -76,7 +76,7 @@ def check_artifact(subject: Subject) -> Answer:
     if subject.artifact is None:
         return Answer(f"{seen}; give one with --artifact FILE to compare it", problems)
     try:
-        sha256 = file_sha256(subject.artifact)
+        sha256 = file_sha256(str(subject.artifact))
     except FileError as error:
         return Answer(seen, [*problems, str(error)])
     seeds = [seed for seed, entry in named.items() if entry.get("sha256") == sha256]
@@ -86,7 +86,7 @@ def check_artifact(subject: Subject) -> Answer:
     return Answer(f"{seen}; {subject.artifact.name} is that of seed {shorten(', '.join(seeds), 60)}", problems)
 
 
-def _of_logs(subject: Subject, named: dict[str, Any]) -> list[str]:
+def _of_logs(subject: Checked, named: dict[str, Any]) -> list[str]:
     problems = []
     for log in subject.folder.logs:
         entry = named.get(str(log.seed))
