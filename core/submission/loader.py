@@ -8,8 +8,8 @@ import linecache
 import os
 import sys
 
-FILE = os.path.abspath(FILE)  # noqa: F821
-TEXTS = dict(zip(PARTS[3::2], PARTS[4::2], strict=True))  # noqa: F821
+FILE, PARTS = os.path.abspath(globals()["FILE"]), globals()["PARTS"]
+TEXTS = dict(zip(PARTS[3::2], PARTS[4::2], strict=True))
 
 
 def bound(tree):
@@ -36,7 +36,7 @@ OWNERS = {}
 for name, tree in TREES.items():
     for one in set(defined(tree)):
         OWNERS[one] = None if one in OWNERS else name
-for one in [*PARTS[2].split(","), *dir(builtins)]:  # noqa: F821
+for one in [*PARTS[2].split(","), *dir(builtins)]:
     OWNERS[one] = None
 
 
@@ -68,4 +68,4 @@ class Packed:
 
 sys.meta_path.insert(0, Packed())
 if __name__ == "__main__":
-    exec(compile(PARTS[1], FILE + "/start.py", "exec"))  # noqa: F821
+    exec(compile(PARTS[1], FILE + "/start.py", "exec"))

@@ -3,6 +3,7 @@
 import ast
 import base64
 import bz2
+import dataclasses
 import io
 import json
 import zipfile
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import python_minifier
 
 from core import ROOT
-from core.config import RunConfig, chosen
+from core.config import ExportConfig, RunConfig, chosen
 from core.files import read_text
 from core.submission.bare import bare
 from core.submission.folding import Folder
@@ -37,7 +38,8 @@ SPEAKING = ("core.submission.program", "core.data.unlisted", "core.training.loop
 
 def pack(config: RunConfig, backend: str, form: Form = "text", **options: Any) -> bytes:
     """Return the program that runs `config` on a backend (cuda or mlx), as a file; `options`: of EngineOptions."""
-    texts = sources(config, backend, form, options)
+    export = dataclasses.replace(config.export, code_bytes=ExportConfig.code_bytes)  # the program knows its own
+    texts = sources(dataclasses.replace(config, export=export), backend, form, options)
     start = texts.pop(ENTRY)
     texts, alone = linked(texts)
     parts = [minified(bare(ast.parse(read_text(LOADER)))), start, alone]

@@ -17,7 +17,7 @@ from core.data.dataset import Dataset
 from core.data.unlisted import open_unlisted
 from core.engine.protocol import Arrays, EngineOptions
 from core.engine.ranks import Alone, Ranks, launched
-from core.files import append_file, replace_file, replace_text
+from core.files import append_file, read_file, replace_file, replace_text
 from core.model.params import count
 from core.plain import rebuilt
 from core.scoring.adapt.phases import phases_of
@@ -156,7 +156,7 @@ def start(build: Callable[..., Any], join: Callable[[], Ranks], file: str, form:
     `settings`: JSON of the run's settings and the engine's options.
     """
     try:
-        code = Path(file).read_bytes()
+        code = read_file(file, 1 << 24)
         program = Program(hashlib.sha256(code).hexdigest(), len(code), form)
         ranks = join() if launched() else Alone()
         good = run_program(build, ranks, program, **json.loads(settings))

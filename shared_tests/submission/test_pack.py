@@ -21,7 +21,7 @@ from core.submission import known
 from core.submission.pack import Form, pack, sources
 from core.submission.program import OFFICIAL
 from core.submission.shaking import Shaken
-from core.submission.unpack import compile_problem, unpack
+from core.submission.unpack import compile_problem, unpack_program
 from core.verbs.pack import TARGETS
 from shared_tests.support import cross_entropy_cases, packed, scan_cases
 from shared_tests.support.killed import small_data
@@ -91,7 +91,7 @@ def test_an_skc_program_computes_what_the_checkout_does(data: str, tmp_path: Pat
     words = log + (tmp_path / "room" / "runs" / "one" / "env.json").read_text()
     assert not re.search(rf"(?<!\w){re.escape(os.uname().nodename)}(?!\w)", words)
     for name in (os.path.expanduser("~"), str(tmp_path), ROOT):
-        assert name not in words + "".join(unpack(program).texts), name
+        assert name not in words + "".join(unpack_program(program).texts), name
 
 
 @pytest.mark.long
@@ -131,7 +131,7 @@ def test_programs_have_no_more_bytes_than_they_should(preset: str, form: Any, tm
     if form == "text":
         (tmp_path / "train_gpt.py").write_bytes(program)
         py_compile.compile(str(tmp_path / "train_gpt.py"), cfile=str(tmp_path / "x.pyc"), doraise=True)
-    found = unpack(program)
+    found = unpack_program(program)
     assert not found.problems and len(found.texts) > 100 and not compile_problem(found)
 
 
