@@ -85,7 +85,10 @@ def write_submission(order: SubmissionOrder, say: Say) -> Written:
         **{f"train_seed{run.config.seed}.log": "\n".join([*log_lines(run), ""]).encode() for run in runs},
     }
     _refuse_secrets(files, order)
-    name = f"{order.about.date}_{re.sub(r'[^A-Za-z0-9.+]+', '_', order.about.name).strip('_')[:80]}"
+    title = re.sub(r"[^A-Za-z0-9.+]+", "_", order.about.name).strip("_.")[:80]
+    if not title:
+        raise SubmissionError(f"--name {order.about.name[:40]!r}: no letter or digit that a folder can be named by")
+    name = f"{order.about.date}_{title}"
     folder = order.out / "records" / f"track_{track}" / name
     artifacts = tuple(order.out / f"{name}_seed{run.config.seed}.skc" for run in runs)
     _place(folder, files, artifacts, order)

@@ -97,6 +97,15 @@ def test_a_program_is_run_with_its_seed_and_judged(made: SubmissionFolder) -> No
     assert other.rows[1][1:3] == ("6.000020", "6.000030")
 
 
+def test_losses_that_a_program_writes_to_its_log_alone_are_read(made: SubmissionFolder) -> None:
+    quiet = changed(made, "# padding", "time.sleep(300)")
+    quiet = changed(
+        quiet, 'print("skc_log', 'os.mkdir("logs")\nsys.stdout = open("logs/seed42.txt", "w")\nprint("skc_log'
+    )
+    result = reproduce(quiet, 42, 1000, None, 60.0)
+    assert (result.verdict, len(result.rows)) == ("PASS", 3), result
+
+
 def test_a_program_sees_its_settings_and_no_secret(
     made: SubmissionFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

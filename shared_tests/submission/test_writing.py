@@ -15,7 +15,7 @@ from core.submission import writing
 from core.submission.checks.form import secrets_in
 from core.submission.folder import SubmissionError
 from core.submission.public_logs import read_log
-from shared_tests.support.submissions import PROGRAM, SEEDS, submitted, write_audit, write_run, write_runs
+from shared_tests.support.submissions import ABOUT, PROGRAM, SEEDS, submitted, write_audit, write_run, write_runs
 
 
 def test_every_figure_is_that_of_the_records(tmp_path: Path) -> None:
@@ -158,6 +158,8 @@ def test_runs_that_are_no_submission_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(SubmissionError, match=words):
             submitted(tmp_path, given)
+    with pytest.raises(SubmissionError, match="no letter or digit"):
+        submitted(tmp_path, runs, about=ABOUT._replace(name="!?"))
     (runs[0].path / "train_gpt.py").write_bytes(PROGRAM + b"# changed\n")
     with pytest.raises(SubmissionError, match="the runs were made by the program"):
         submitted(tmp_path, runs, program=runs[0].path / "train_gpt.py")
