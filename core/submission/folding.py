@@ -26,7 +26,7 @@ MISSING = object()
 PLAIN = (bool, int, float, str, type(None))
 
 
-class Folder(ast.NodeTransformer):
+class Folding(ast.NodeTransformer):
     """Puts the values of settings, and of attributes by module, into texts and leaves out what they make dead."""
 
     def __init__(self, config: RunConfig, facts: dict[str, dict[str, Any]]) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 from core import ROOT
 from core.config import RunConfig
 from core.files import read_text
-from core.model.params import param_table
+from core.model.params import count, param_table
 from core.model.storage import by_ratios
+from core.scoring.score import adaptation_in_words
+from core.training.run import config_digest
 
 NEVER = (
     "core.decoding.samplers", "core.model.upgrade", "core.presets", "core.verbs", "core.engine.joining.watched",
@@ -67,7 +69,7 @@ def absent(config: RunConfig, backend: str) -> set[str]:
     return left
 
 
-def facts(config: RunConfig, backend: str) -> dict[str, dict[str, Any]]:
+def known_values(config: RunConfig, backend: str) -> dict[str, dict[str, Any]]:
     """Return module -> attribute, variable or call() -> what that always is in a program of `config`.
 
     Its shards have no manifest; it shows no line that moves, and goes on from nothing.
@@ -95,6 +97,9 @@ def facts(config: RunConfig, backend: str) -> dict[str, dict[str, Any]]:
         },
     }  # fmt: skip
     given.setdefault("core.scoring.score", {})["verify()"] = None
+    given["core.scoring.score"]["adaptation_in_words()"] = adaptation_in_words(config.eval)
+    for name in ("logs", "program"):
+        given[f"core.submission.{name}"] = {"config_digest()": config_digest(config), "count()": count(config.model)}
     if not config.eval.plugins:
         given["core.scoring.score"]["check_plugins()"] = None
     if config.train.sample_every is None:

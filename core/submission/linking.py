@@ -15,24 +15,24 @@ def linked(texts: dict[str, str]) -> tuple[dict[str, str], str]:
     that name; the latter are what the loader is told to leave alone.
     """
     trees = {name: ast.parse(text) for name, text in texts.items()}
-    own = {name: bound(tree) for name, tree in trees.items()}
+    own = {name: bound_names(tree) for name, tree in trees.items()}
     counts = Counter(one for names in own.values() for one in names)
     known = {one for one, count in counts.items() if count == 1} - set(dir(builtins))
     for name, tree in trees.items():
         brought = {alias.asname or alias.name: alias for node in _ours(tree) for alias in node.names}
         known -= {local for local, alias in brought.items() if local != alias.name}
-        known -= foreign(tree) | _asked_of_modules(tree)
-        known -= {one for one in named(tree) if one not in brought and one not in own[name]}
+        known -= foreign_names(tree) | _asked_of_modules(tree)
+        known -= {one for one in all_names(tree) if one not in brought and one not in own[name]}
     for tree in trees.values():
         for node in _ours(tree):
             node.names = [alias for alias in node.names if alias.name not in known]
         tree.body = [one for one in tree.body if not isinstance(one, ast.ImportFrom) or one.names]
     alone = {one for one, count in counts.items() if count == 1} - known
-    strangers = {one for name, tree in trees.items() for one in named(tree) & alone if one not in own[name]}
+    strangers = {one for name, tree in trees.items() for one in all_names(tree) & alone if one not in own[name]}
     return {name: python_minifier.unparse(tree) for name, tree in trees.items()}, ",".join(sorted(strangers))
 
 
-def bound(tree: ast.Module) -> set[str]:
+def bound_names(tree: ast.Module) -> set[str]:
     """Return the names that a module's own statements define at its top."""
     return {
         one
@@ -45,12 +45,12 @@ def bound(tree: ast.Module) -> set[str]:
     }
 
 
-def named(tree: ast.Module) -> set[str]:
+def all_names(tree: ast.Module) -> set[str]:
     """Return the names that a module's text has, of variables of any kind."""
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
-def foreign(tree: ast.Module) -> set[str]:
+def foreign_names(tree: ast.Module) -> set[str]:
     """Return the names that a module imports from others' modules, or imports inside a function, or as a module."""
     tops = set(map(id, _ours(tree)))
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in tops]

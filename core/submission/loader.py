@@ -1,6 +1,10 @@
-# The packed program's loader, its first part. PARTS: this text, the entry, names to leave alone, then names and texts
-# of modules in turn; FILE: the program's own path. linecache and inspect, which Triton and torch.compile read, find
-# every module's text under a file name inside the program's own, where no file can be.
+"""The packed program's loader, its first part: it is run, never imported.
+
+PARTS: this text, the entry, names to leave alone, then names and texts of modules in turn; FILE: the program's own
+path. linecache and inspect, which Triton and torch.compile read, find every module's text under a file name inside the
+program's own, where no file can be. A module gets the names that linking.py has left to it.
+"""
+
 import ast
 import builtins
 import importlib.util
@@ -12,7 +16,7 @@ FILE, PARTS = os.path.abspath(globals()["FILE"]), globals()["PARTS"]
 TEXTS = dict(zip(PARTS[3::2], PARTS[4::2], strict=True))
 
 
-def bound(tree):
+def _bound(tree):
     for node in tree.body:
         if hasattr(node, "name"):
             yield node.name
@@ -25,22 +29,22 @@ def bound(tree):
             )
 
 
-def defined(tree):
+def _defined(tree):
     for node in tree.body:
         if not isinstance(node, ast.Import | ast.ImportFrom):
-            yield from bound(ast.Module([node], []))
+            yield from _bound(ast.Module([node], []))
 
 
 TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
 OWNERS = {}
 for name, tree in TREES.items():
-    for one in set(defined(tree)):
+    for one in set(_defined(tree)):
         OWNERS[one] = None if one in OWNERS else name
 for one in [*PARTS[2].split(","), *dir(builtins)]:
     OWNERS[one] = None
 
 
-class Packed:
+class _Packed:
     def find_spec(self, name, path=None, target=None):
         package = any(other.startswith(name + ".") for other in TEXTS)
         if name in TEXTS or package:
@@ -57,7 +61,7 @@ class Packed:
         linecache.cache[place] = len(text), None, text.splitlines(True), place
         if name in TREES:
             tree = TREES.pop(name)
-            for one in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(bound(tree)):
+            for one in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(_bound(tree)):
                 if OWNERS.get(one):
                     setattr(module, one, getattr(importlib.import_module(OWNERS[one]), one))
         exec(compile(text, place, "exec"), module.__dict__)
@@ -66,6 +70,6 @@ class Packed:
         return TEXTS.get(name, "")
 
 
-sys.meta_path.insert(0, Packed())
+sys.meta_path.insert(0, _Packed())
 if __name__ == "__main__":
     exec(compile(PARTS[1], FILE + "/start.py", "exec"))

@@ -16,8 +16,8 @@ from core import ROOT
 from core.config import ExportConfig, RunConfig, chosen
 from core.files import read_text
 from core.submission.bare import bare
-from core.submission.folding import Folder
-from core.submission.known import absent, facts
+from core.submission.folding import Folding
+from core.submission.known import absent, known_values
 from core.submission.linking import linked
 from core.submission.shaking import ENTRY, Shaken
 
@@ -36,7 +36,7 @@ SPEAKING = ("core.submission.program", "core.data.unlisted", "core.training.loop
 """Modules whose errors keep their words: what a user of the program can mend."""
 
 
-def pack(config: RunConfig, backend: str, form: Form = "text", **options: Any) -> bytes:
+def pack_program(config: RunConfig, backend: str, form: Form = "text", **options: Any) -> bytes:
     """Return the program that runs `config` on a backend (cuda or mlx), as a file; `options`: of EngineOptions."""
     export = dataclasses.replace(config.export, code_bytes=ExportConfig.code_bytes)  # the program knows its own
     texts = sources(dataclasses.replace(config, export=export), backend, form, options)
@@ -51,8 +51,9 @@ def pack(config: RunConfig, backend: str, form: Form = "text", **options: Any) -
 def sources(config: RunConfig, backend: str, form: Form, options: dict[str, Any]) -> dict[str, str]:
     """Return module -> what a program needs of its text; its entry is one of them."""
     settings = json.dumps({"config": chosen(config), "options": options}, separators=(",", ":"))
-    entry = f"from core.submission.program import start\nstart(build, join, FILE, {form!r}, {settings!r})\n"
-    folder = Folder(config, facts(config, backend))
+    call = f"start_program(build, join, FILE, {form!r}, {settings!r})\n"
+    entry = f"from core.submission.program import start_program\n{call}"
+    folder = Folding(config, known_values(config, backend))
 
     def changed(name: str, tree: ast.Module) -> ast.Module:
         return folder.folded(name, bare(tree, name in SPEAKING))
@@ -83,9 +84,7 @@ def _written(data: bytes) -> bytes:
 
 def _zipped(data: bytes) -> bytes:
     """Return the program as a zip file, which Python runs as well; the same settings give the same bytes."""
-    unpack = (
-        'import bz2,os,zipfile\nFILE=os.path.dirname(__file__)\nPARTS=bz2.decompress(zipfile.ZipFile(FILE).read("p"))'
-    )
+    unpack = 'import bz2,zipfile\nFILE=__file__[:-12]\nPARTS=bz2.decompress(zipfile.ZipFile(FILE).read("p"))'
     members = {"__main__.py": f'{unpack}.decode().split("\\0")\nexec(PARTS[0])\n'.encode(), "p": data}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:

@@ -150,7 +150,7 @@ class Made:
         """Return nothing: a scoring that is killed begins anew."""
 
 
-def start(build: Callable[..., Any], join: Callable[[], Ranks], file: str, form: str, settings: str) -> None:
+def start_program(build: Callable[..., Any], join: Callable[[], Ranks], file: str, form: str, settings: str) -> None:
     """Run the program in `file` to its end and exit: 0, 1 where the artifact is too large, 2 where the input is wrong.
 
     `settings`: JSON of the run's settings and the engine's options.

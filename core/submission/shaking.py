@@ -38,14 +38,14 @@ class Module:
         if isinstance(statement, ast.Import | ast.ImportFrom):
             self.imported.update(imports(statement))
             return
-        names = list(bound(statement))
+        names = list(defines(statement))
         if not names:
             self.others.append(statement)
         for name in names:
             self.defined.setdefault(name, []).append(statement)
 
 
-def bound(statement: ast.stmt) -> Iterator[str]:
+def defines(statement: ast.stmt) -> Iterator[str]:
     """Yield the names that a statement defines and does nothing else; none for one that does more."""
     if isinstance(statement, ast.FunctionDef | ast.ClassDef):
         yield statement.name
@@ -99,7 +99,7 @@ class Shaken:
         for statement in module.tree.body:
             if isinstance(statement, ast.Import | ast.ImportFrom):
                 body += self._import(module, statement)
-            elif not (names := list(bound(statement))) or module.needed.intersection(names):
+            elif not (names := list(defines(statement))) or module.needed.intersection(names):
                 body.append(self._without(statement))
         return ast.fix_missing_locations(ast.Module(body, []))
 

@@ -126,12 +126,12 @@ def _program(order: SubmissionOrder, say: Say) -> tuple[bytes, Program | None]:
     elif known:
         data = known[0]
     else:
-        from core.submission.pack import pack
+        from core.submission.pack import pack_program
 
         backend = order.runs[0].environment().get("backend", "cuda")
         form = made_by.form if made_by is not None and made_by.form in ("text", "zip") else order.form
         say(f"packing {PROGRAM} of the runs' settings ({form})")
-        data = pack(order.runs[0].config, backend, form)
+        data = pack_program(order.runs[0].config, backend, form)
     sha256 = program_described(data, "").sha256
     if made_by is not None and sha256 != made_by.sha256:
         raise SubmissionError(

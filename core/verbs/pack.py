@@ -44,12 +44,12 @@ def pack_preset(options: Pack, context: Context) -> Outcome:
         for line in changes:
             context.say(line)
     check_limits(config.model)
-    from core.submission.pack import pack
+    from core.submission.pack import pack_program
 
     chosen: dict[str, Any] = {"dtype": options.dtype} if options.dtype else {}
     if asks_for_rows(config, options.given) and EngineOptions.micro_tokens is not None:
         chosen["micro_tokens"] = None
-    program = pack(config, options.backend, options.pack, **chosen)
+    program = pack_program(config, options.backend, options.pack, **chosen)
     size = len(program)
     check_budget(dataclasses.replace(config, export=dataclasses.replace(config.export, code_bytes=size)))
     replace_file(options.out, program)

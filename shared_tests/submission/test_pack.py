@@ -18,7 +18,7 @@ from core import ROOT, presets
 from core.cli import main
 from core.config import RunConfig, changed
 from core.submission import known
-from core.submission.pack import Form, pack, sources
+from core.submission.pack import Form, pack_program, sources
 from core.submission.program import OFFICIAL
 from core.submission.shaking import Shaken
 from core.submission.unpack import compile_problem, unpack_program
@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def written(folder: Path, config: RunConfig, backend: str = "cuda", form: Form = "text") -> Path:
     file = folder / "train_gpt.py"
-    file.write_bytes(pack(config, backend, form, dtype="float32", micro_tokens=None))
+    file.write_bytes(pack_program(config, backend, form, dtype="float32", micro_tokens=None))
     return file
 
 
@@ -124,10 +124,10 @@ def test_nothing_of_the_checkout_is_there_for_a_stranger(tmp_path: Path) -> None
 @pytest.mark.parametrize("preset", ["skc_8xh100", "pr1855"])
 def test_programs_have_no_more_bytes_than_they_should(preset: str, form: Any, tmp_path: Path) -> None:
     config = presets.get(preset).config
-    program = pack(config, "cuda", form)
+    program = pack_program(config, "cuda", form)
     assert len(program) <= TARGETS[form], len(program)
     assert len(program) <= config.export.code_bytes, "what training leaves for code covers it"
-    assert program == pack(config, "cuda", form), "the same settings give the same bytes"
+    assert program == pack_program(config, "cuda", form), "the same settings give the same bytes"
     if form == "text":
         (tmp_path / "train_gpt.py").write_bytes(program)
         py_compile.compile(str(tmp_path / "train_gpt.py"), cfile=str(tmp_path / "x.pyc"), doraise=True)

@@ -45,7 +45,7 @@ def test_a_checkouts_runs_go_to_the_other_track_with_the_program_packed_from_the
         return PROGRAM
 
     packer = types.ModuleType("core.submission.pack")
-    packer.__dict__["pack"] = pack
+    packer.__dict__["pack_program"] = pack
     monkeypatch.setitem(sys.modules, packer.__name__, packer)
     runs = write_runs(tmp_path / "runs", program=None)
     written = submitted(tmp_path, runs, form="zip")
