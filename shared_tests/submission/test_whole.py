@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core.cli import main
-from core.submission.pack import Form, pack
+from core.submission.pack import Form, pack_program
 from shared_tests.support import packed
 from shared_tests.support.killed import small_data
 
@@ -20,7 +20,7 @@ def sent(place: Path, form: Form, seeds: tuple[int, ...], capsys: pytest.Capture
     data = small_data(place / "text", 60)
     config = packed.tiny("debug", data, **{"train.steps": 6})
     program = place / "train_gpt.py"
-    program.write_bytes(pack(config, "cuda", form, dtype="float32", micro_tokens=None))
+    program.write_bytes(pack_program(config, "cuda", form, dtype="float32", micro_tokens=None))
     for seed in seeds:
         done = packed.start(program, place, DATA_PATH=data, SEED=str(seed), RUN_ID=f"run{seed}")
         assert done.returncode == 0, done.stderr[-3000:]
