@@ -54,6 +54,7 @@ VERBS = {
     "distill": Verb("core.verbs.distill", "Distill", "distill", "let a frozen model learn to draft for itself"),
     "audit": Verb("core.verbs.audit", "Audit", "audit_score", "does the score of a run or an artifact keep the rules?"),
     "export": Verb("core.verbs.export", "Export", "export_run", "write a run's artifact, reload it, score it again"),
+    "pack": Verb("core.verbs.pack", "Pack", "pack_preset", "one program that trains, exports and scores", "preset"),
     "ablate": Verb("core.verbs.ablate", "Ablate", "ablate", "variants of a preset: what helped, by how much, how sure"),
     "import-official": Verb(
         "core.verbs.import_official", "Import", "import_official", "make a run of a checkpoint of the official scripts"
@@ -63,6 +64,7 @@ VERBS = {
     ),
     "track": Verb("core.verbs.track", "Track", "track", "copy recorded runs to TensorBoard or Weights & Biases"),
     "compare": Verb("core.verbs.compare", "Compare", "compare_runs", "runs: what differs, where curves part, speed"),
+    "submit": Verb("core.verbs.submit", "Submit", "submit", "write, check or run again the folder that one would send"),
     "parity": Verb("core.verbs.parity", "Parity", "parity", "hold both backends to each other", "preset"),
     "bench": Verb("core.verbs.bench", "Bench", "bench", "measure training speed", "preset"),
 }

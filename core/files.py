@@ -39,15 +39,17 @@ class FileError(ValueError):
     """A file cannot be what was expected: the message names the file, what it is and what to do."""
 
 
-def open_file(path: str | Path, limit: int | None = None) -> io.BufferedReader:
+def open_file(path: str | Path, limit: int | None = None, follow: bool = True) -> io.BufferedReader:
     """Open a regular file of at most `limit` bytes for reading; FileError for any other kind, OSError.
 
-    A link to a regular file is one. Nothing waits, whatever is there, and no device is opened.
+    A link to a regular file is one if links are to be followed. Nothing waits, whatever is there, and no device is
+    opened.
     """
     check_name(path)
     try:
-        _refuse_kind(path, os.stat(path))
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        _refuse_kind(path, os.stat(path, follow_symlinks=follow))
+        links = 0 if follow else os.O_NOFOLLOW
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | links)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
@@ -81,9 +83,9 @@ def note_input(path: str | Path) -> None:
             TELL.write(os.fsencode(real) + b"\0")
 
 
-def read_file(path: str | Path, limit: int) -> bytes:
+def read_file(path: str | Path, limit: int, follow: bool = True) -> bytes:
     """Return the content of a regular file of at most `limit` bytes; FileError, OSError."""
-    with open_file(path, limit) as file:
+    with open_file(path, limit, follow) as file:
         return read_bounded(path, file, limit)
 
 

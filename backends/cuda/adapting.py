@@ -1,5 +1,6 @@
 """Adapters in PyTorch: passes in which every row has low-rank maps of its own, and what those learn of them."""
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,8 +59,15 @@ class Adapting(Masters):
     _move: Any
     _compute: Any
     _exact: bool
-    _adapt_costs: Any
-    _adapt_rule: Any
+    _compiled_pass: Any
+
+    @functools.cached_property
+    def _adapt_costs(self):
+        return self._compiled_pass(self._adapted_costs)
+
+    @functools.cached_property
+    def _adapt_rule(self):
+        return self._compiled_pass(self._adapt_rows)
 
     def adapters(self, spec: AdapterSpec, rows: int, slot: int, a: Arrays | None = None) -> Adapters:
         first_BM = torch.from_numpy(first_a(self._config, spec, rows, slot, a)).to(self._device, self._wide)

@@ -1,5 +1,6 @@
 """The scored weights, as they learn from scored text: SGD beside the masters. A translation of the MLX file."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,11 @@ class Descent(Masters):
     _begins: Any
     _move: Any
     _rows: Any
-    _weighed: Any
+    _compiled_step: Any
+
+    @functools.cached_property
+    def _weighed(self):
+        return self._compiled_step(self._cost)
 
     def _scored(self):
         return super()._scored() if self._loose is None else self._loose

@@ -19,6 +19,7 @@ from backends.cuda.banks import Quantiser, compiler_options, noised_all, softene
 from backends.cuda.descent import Descent
 from backends.cuda.distributed import Reducer
 from backends.cuda.further import further_loss
+from backends.cuda.masters import Masters
 from backends.cuda.model import Model
 from backends.cuda.predicting import Predicting
 from backends.cuda.staging import to_gpu
@@ -83,7 +84,7 @@ class Tape:
         return ops.cross_entropy(self._logits, wanted, self._exact)[0].cpu().numpy()
 
 
-class Engine(Predicting, Adapting, Descent):
+class Engine(Predicting, Adapting, Descent, Masters):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "cuda"
@@ -126,10 +127,9 @@ class Engine(Predicting, Adapting, Descent):
         self.load_params(weights, quantise)
         wanted = options.compile if options.compile is not None else gpu
         compiled = functools.partial(torch.compile, backend=self._count, dynamic=False) if wanted else lambda f: f
-        self._objective, self._weighed = compiled(self._losses), compiled(self._cost)
-        self._score = torch.compile(self._costs, dynamic=False) if wanted else self._costs
-        self._adapt_costs = torch.compile(self._adapted_costs, dynamic=False) if wanted else self._adapted_costs
-        self._adapt_rule = torch.compile(self._adapt_rows, dynamic=False) if wanted else self._adapt_rows
+        self._compiled_step = compiled
+        self._compiled_pass = functools.partial(torch.compile, dynamic=False) if wanted else lambda f: f
+        self._objective, self._score = compiled(self._losses), self._compiled_pass(self._costs)
         self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, compiled)
         self._finish = self._update.alone
         self._store = Quantiser(functools.partial(compiled, backend=self._count_exact) if wanted else None)

@@ -1,5 +1,6 @@
 """Adapters in MLX: passes in which every row has low-rank maps of its own, and what those learn of them."""
 
+import functools
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -61,8 +62,15 @@ class Adapting(Masters):
     _constants: Any
     _compute: Any
     _exact: bool
-    _adapt_costs: Any
-    _adapt_rule: Any
+    _compiled_step: Any
+
+    @functools.cached_property
+    def _adapt_costs(self):
+        return self._compiled_step(self._adapted_costs)
+
+    @functools.cached_property
+    def _adapt_rule(self):
+        return self._compiled_step(self._adapt_rows)
 
     def adapters(self, spec: AdapterSpec, rows: int, slot: int, a: Arrays | None = None) -> Adapters:
         first_BM = mx.array(first_a(self._config, spec, rows, slot, a), self._wide)

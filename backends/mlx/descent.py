@@ -1,5 +1,6 @@
 """The scored weights, as they learn from scored text: SGD beside the masters. A translation of the PyTorch file."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,8 +27,15 @@ class Descent(Masters):
     _costs: Any
     _constants: Any
     _rows: Any
-    _weighed: Any
-    _moved: Any
+    _compiled_step: Any
+
+    @functools.cached_property
+    def _weighed(self):
+        return self._compiled_step(self._add_cost)
+
+    @functools.cached_property
+    def _moved(self):
+        return self._compiled_step(optim.sgd)
 
     def _scored(self):
         return super()._scored() if self._loose is None else self._loose

@@ -11,13 +11,14 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from backends.mlx import attention, device, noise, ops, optim
+from backends.mlx import attention, device, noise, ops
 from backends.mlx.adapting import Adapting
 from backends.mlx.banks import parts
 from backends.mlx.blas import load_fast_blas
 from backends.mlx.descent import Descent
 from backends.mlx.further import further_loss
 from backends.mlx.kernels import trial
+from backends.mlx.masters import Masters
 from backends.mlx.model import Model
 from backends.mlx.predicting import Predicting
 from backends.mlx.update import Update
@@ -74,7 +75,7 @@ class Tape:
         return np.array(ops.cross_entropy(self._logits, mx.array(targets), self._exact)[0])
 
 
-class Engine(Predicting, Adapting, Descent):
+class Engine(Predicting, Adapting, Descent, Masters):
     """See core.engine.protocol.Engine for every public method."""
 
     backend = "mlx"
@@ -110,14 +111,13 @@ class Engine(Predicting, Adapting, Descent):
         compiled = mx.compile if self._compiled else lambda f: f
         self._whole = compiled(self._step)
         self._accumulate = compiled(self._add_gradient)
-        self._weighed, self._moved = compiled(self._add_cost), compiled(optim.sgd)
+        self._compiled_step = compiled
         self._update = Update(config, self._banks, self._buckets, ranks, self._orthogonal, self._wire, compiled)
         self._finish = compiled(self._update.alone)
         self._tokens, self._memory = device.micro_batch(self._chip, options.micro_tokens, ranks)
         self._fitting: dict[int, int] = {}
         self._checked: set[int] = set()
         self._score = compiled(self._costs)
-        self._adapt_costs, self._adapt_rule = compiled(self._adapted_costs), compiled(self._adapt_rows)
         self._predict = compiled(self._logits)
         self._store, self._soften = compiled(self._stored), compiled(self._soft)
         self._shake = compiled(self._shaken)

@@ -1,6 +1,7 @@
 """Audits a run or an artifact: watches its evaluation, checks the texts, and has a finding for every rule."""
 
 import dataclasses
+import hashlib
 import os
 import secrets
 import tempfile
@@ -34,7 +35,7 @@ from core.config import to_json
 from core.console import Console
 from core.data.bundled import open_data
 from core.data.dataset import DataError, Dataset, identity
-from core.files import FileError, append_file, locked, read_text
+from core.files import FileError, append_file, locked, open_file, read_text
 from core.scoring.ledger import Ledger, LedgerError
 from core.training.run import config_digest
 
@@ -46,6 +47,7 @@ class AuditResult(NamedTuple):
     isolated: Isolated
     plan: Plan
     seconds: float
+    artifact_sha256: str = ""
 
     @property
     def ok(self) -> bool:
@@ -72,6 +74,7 @@ class AuditResult(NamedTuple):
             "error": process.error,
             "isolation": isolation,
             "config_sha256": config_digest(self.plan.config),
+            "artifact_sha256": self.artifact_sha256,
             "seconds": self.seconds,
         }
 
@@ -86,6 +89,8 @@ def audit(plan: Plan, say: Console) -> AuditResult:
     AuditError if what was given cannot be evaluated at all.
     """
     began = time.monotonic()
+    with open_file(plan.artifact) as file:
+        artifact = hashlib.file_digest(file, "sha256").hexdigest()
     # Without the training text, so that nothing in this process can read it.
     dataset = open_data(plan.config.data.path, train=False)
     for split in (dataset.train, dataset.val):
@@ -116,7 +121,7 @@ def audit(plan: Plan, say: Console) -> AuditResult:
         check_seeds(plan),
         check_packages(process),
     ]
-    return AuditResult(_founded(findings), process, plan, time.monotonic() - began)
+    return AuditResult(_founded(findings), process, plan, time.monotonic() - began, artifact)
 
 
 def _evaluations(

@@ -97,7 +97,7 @@ def score(
     """
     ranks = ranks or Alone()
     if plugins is None:
-        plugins = load_plugins(evaluation.config.plugins) if evaluation.plugins else ()
+        plugins = load_plugins(evaluation.config.plugins) if evaluation.plugins and evaluation.config.plugins else ()
     if ranks.world > 1 and any(isinstance(plugin, Plugin) for plugin in plugins):
         act = functools.partial(score, engine, evaluation, ledger, plugins=plugins, watch=watch, progress=progress)
         value = only_rank_0(ranks, lambda: rank_alone(engine, lambda: act().to_json()))
@@ -171,7 +171,7 @@ def score_text(
     The arguments are those of `score`, which makes a figure of what is in the ledger then.
     """
     if plugins is None:
-        plugins = load_plugins(evaluation.config.plugins) if evaluation.plugins else ()
+        plugins = load_plugins(evaluation.config.plugins) if evaluation.plugins and evaluation.config.plugins else ()
     check_plugins(evaluation.config, plugins)
     if evaluation.adapts:
         predictors = [plugin for plugin in plugins if isinstance(plugin, Predictor)]

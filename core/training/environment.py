@@ -13,7 +13,9 @@ from core.data.dataset import Dataset, identity
 from core.engine.protocol import Engine
 from core.files import MAX_TEXT, read_file
 
-PACKAGES = ("numpy", "torch", "mlx", "sentencepiece", "tokenizers", "safetensors", "tyro", "matplotlib", "rich")
+PACKAGES = (
+    "numpy", "torch", "triton", "mlx", "scipy", "sentencepiece", "tokenizers", "safetensors", "tyro", "matplotlib", "rich",
+)  # fmt: skip
 ROOT = Path(core.__file__).resolve().parent.parent
 READERS = ("core/ablation/", "core/compare/", "core/verbs/")
 """How the names of files begin that ask for runs or read them: no run imports them, but for these."""
@@ -64,26 +66,33 @@ def reads(name: str) -> bool:
 
 
 def environment(engine: Engine, dataset: Dataset, command: str, step: int) -> dict[str, Any]:
-    """Return what env.json says about this start of a run at `step`."""
+    """Return what env.json says about this start of a run at `step`, by a checkout."""
+    return {**made_by(command, step), **surroundings(engine, dataset, step)}
+
+
+def made_by(command: str, step: int) -> dict[str, Any]:
+    """Return what env.json says where a checkout made a run and no engine was needed."""
+    head, dirty = commit()
+    return {"command": command, "commit": head, "dirty": dirty, **machine(step)}
+
+
+def surroundings(engine: Engine, dataset: Dataset, step: int) -> dict[str, Any]:
+    """Return what env.json says about any start of a run: machine, engine, versions, data."""
     return {
-        **made_by(command, step),
+        **machine(step),
         "backend": engine.backend,
         "device": engine.device,
         "ranks": engine.ranks.world,
         "dtype": engine.dtype,
         "notes": list(engine.notes),
         "data": identity(dataset),
+        "train_tokens": len(dataset.train),
+        "val_tokens": len(dataset.val),
+        "tokenizer_sha256": dataset.tokenizer.sha256,
+        "transform": dataset.tokenizer.transform,
     }
 
 
-def made_by(command: str, step: int) -> dict[str, Any]:
-    """Return what env.json says where no engine was needed."""
-    head, dirty = commit()
-    return {
-        "command": command,
-        "commit": head,
-        "dirty": dirty,
-        "step": step,
-        "platform": platform.platform(),
-        "versions": versions(),
-    }
+def machine(step: int) -> dict[str, Any]:
+    """Return what env.json says about the machine and what is installed on it."""
+    return {"step": step, "platform": platform.platform(), "versions": versions()}

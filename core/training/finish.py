@@ -1,5 +1,6 @@
 """What ends a run: the artifact, its score as its reader returns it, that of the weights in memory, the report."""
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from core.scoring.plugins import load_plugins
 from core.scoring.score import Score, score
 from core.scoring.tally import Tally
 from core.training.calibrate import moments_of
-from core.training.loop import write_samples
+from core.training.loop import TrainingSummary, write_samples
 from core.training.report import write_run_report
 from core.training.rounding import Codes, chosen_codes
 from core.training.run import Run
@@ -28,23 +29,66 @@ from core.training.run import Run
 def finish(
     run: Run, engine: Engine, dataset: Dataset, step: int, say: Console, path: Path | None = None
 ) -> dict[str, Any]:
-    """Write the artifact of `step`, score it as its reader returns it, and write the report.
+    """Do what `export_and_score` does, and write samples and the report, unless `path` is given.
+
+    Returns what a verb prints as JSON. `engine` is left with the artifact's weights. All ranks score; rank 0 writes.
+    """
+    value = export_and_score(run, engine, dataset, step, say, path)
+    if path is not None:
+        return {**value, "samples": [], "files": [str(path)]}
+    if engine.ranks.rank:
+        return value
+    for left in (run.path / "state").glob("*.ledger*"):  # of an evaluation that was given up
+        if left.is_symlink() or not left.is_dir():
+            left.unlink()
+    shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
+    texts = shown[-1] if shown else write_samples(run, engine, dataset, step, say)
+    written = [run.artifact_path, *write_run_report(run)]
+    for file in written:
+        say(f"wrote {file}")
+    return {**value, "samples": texts, "files": [str(file) for file in written]}
+
+
+def close_training(run: Run, dataset: Dataset, summary: TrainingSummary, say: Console) -> None:
+    """Close the training text for good: what comes after training cannot read it (rule D2)."""
+    closed = summary.seconds + time.perf_counter() - summary.ended
+    dataset.train.close(f"training ended at {summary.seconds:.1f} s, and nothing reads its text after that")
+    if not summary.taken:  # an earlier start trained, and its record stands
+        return
+    times = {"clock/stopped": summary.seconds, "clock/closed": closed}
+    say(f"training stopped at {summary.seconds:.3f} s; training data was closed at {closed:.3f} s")
+    train = run.config.train
+    if train.seconds is not None and train.train_stop is not None and train.reserve_seconds:
+        times["clock/train_stop"] = train.train_stop
+        left = train.seconds - closed
+        over = "" if left >= 0 else "WARNING: more than train.reserve_seconds was used: "
+        say(f"{over}train_stop {train.train_stop:.3f} s; {left:.3f} s of train.seconds={train.seconds} are left")
+    run.log(summary.steps, times)
+
+
+def export_and_score(
+    run: Run, engine: Engine, dataset: Dataset, step: int, say: Console, path: Path | None = None
+) -> dict[str, Any]:
+    """Write the artifact of `step` and score it as its reader returns it.
 
     One score is made, and shown for both, where the decoded weights are those in memory bit for bit; else the weights
     in memory are scored first. With `path` only the artifact is written, there: the run's own results stay those of
-    its end. Returns what a verb prints as JSON. `engine` is left with the artifact's weights. All ranks score; rank 0
-    writes.
+    its end.
     """
     config, ranks = run.config, engine.ranks
-    state, first = run.path / "state", ranks.rank == 0
+    clocks: dict[str, float | None] = {}
 
     def judge(label: str, name: str, plugins: bool = False) -> Score:
-        return final_score(engine, dataset, config, say, label, state / name if first else None, plugins=plugins)
+        ledger = run.ledger_path(name)
+        begun, began = ledger is not None and ledger.exists(), time.perf_counter()
+        result = final_score(engine, dataset, config, say, label, ledger, plugins=plugins)
+        clocks["pass"] = None if begun else time.perf_counter() - began
+        return result
 
     target, exact = path or run.artifact_path, engine.quantise
     if config.train.quantise != "never" and not exact:
         say(f"WARNING: train.quantise={config.train.quantise} never switched on: weights are rounded only now")
-    size, decoded, plain = _store(run, engine, dataset, step, target, say)
+    size, decoded, plain, reading = _store(run, engine, dataset, step, target, say)
     once = agree(ranks, same_bits(decoded, engine.weights()))
     scored = None
     if once:
@@ -54,7 +98,9 @@ def finish(
         scored = judge("scoring", "score.ledger")
         say(f"{describe(scored)} (weights in memory)")
     costs = {} if plain is None else {"rounding": _costs(engine, dataset, config, plain, decoded, say)}
+    began = time.perf_counter()
     engine.load_params(decoded)
+    reading += time.perf_counter() - began
     stored = judge("scoring the artifact", "artifact.ledger")
     scored = scored or stored
     gap = stored.bpb - scored.bpb
@@ -69,34 +115,25 @@ def finish(
     value["artifact"] = {"path": str(target), **exported}
     if path is not None:
         say(f"wrote {path}")
-        return {**value, "samples": [], "files": [str(path)]}
-    run.log(step, {"final/score": scored.to_json(), "final/artifact": exported})
+        return value
+    times = {} if config.eval.learns else _times(clocks["pass"], reading)
+    run.log(step, {"final/score": scored.to_json(), "final/artifact": exported, **times})
     if config.eval.learns:
         kind = config.eval.adapt.kind
         parts = [*config.eval.plugins, *([kind] if kind != "none" else [])]
         helped = judge(f"scoring with {', '.join(parts)}", "plugins.ledger", plugins=True)
         say(f"{describe(helped)} (artifact)")
-        run.log(step, {"final/plugins": helped.to_json()})
+        run.log(step, {"final/plugins": helped.to_json(), **_times(clocks["pass"], reading)})
         value["plugins"] = helped.to_json()
-    if not first:
-        return value
-    for left in state.glob("*.ledger*"):  # of an evaluation that was given up
-        if left.is_symlink() or not left.is_dir():
-            left.unlink()
-    shown = [row["samples"] for row in run.metrics() if row["step"] == step and "samples" in row]
-    texts = shown[-1] if shown else write_samples(run, engine, dataset, step, say)
-    written = [run.artifact_path, *write_run_report(run)]
-    for file in written:
-        say(f"wrote {file}")
-    return {**value, "samples": texts, "files": [str(file) for file in written]}
+    return value
 
 
 def _store(
     run: Run, engine: Engine, dataset: Dataset, step: int, target: Path, say: Console
-) -> tuple[int, Arrays, Arrays | None]:
-    """Write the artifact and return its bytes, what its reader returns, and what plain rounding would have stored.
+) -> tuple[int, Arrays, Arrays | None, float]:
+    """Write the artifact; return its bytes, what its reader returns, what plain rounding would have stored, and a time.
 
-    The last is None where that is what was stored. PromiseError.
+    Plain rounding is None where that is what was stored; the time is that of reading, in seconds. PromiseError.
     """
     config, ranks = run.config, engine.ranks
     provenance = {"preset": config.preset, "seed": config.seed, "step": step, "train_seq": config.train.seq}
@@ -120,13 +157,20 @@ def _store(
 
     codes = chosen() if ranks.rank == 0 else None
     size = only_rank_0(ranks, lambda: written(target, codes) if codes else None)
+    began = time.perf_counter()
     decoded = share_arrays(ranks, read_artifact(target).weights if ranks.rank == 0 else None)
+    reading = time.perf_counter() - began
     if engine.quantise:
         check_promise(decoded, engine.weights(), target)
     elif codes:
         check_promise(decoded, codes.weights(config), target)
     plain = share_arrays(ranks, codes and codes.plain) if config.export.method == "gptq" else None
-    return size, decoded, plain
+    return size, decoded, plain, reading
+
+
+def _times(scoring: float | None, reading: float) -> dict[str, Any]:
+    """Return what metrics.jsonl says of the time of an evaluation; nothing where it went on from an earlier start."""
+    return {} if scoring is None else {"eval/seconds": scoring, "eval/strict": reading + scoring}
 
 
 def _costs(
@@ -187,7 +231,8 @@ def final_score(
     the user's and LedgerError says so if it is of another evaluation, another one is replaced.
     """
     evaluation = Evaluation.of(dataset.val, config, config.eval.documents, plugins)
-    used = load_plugins(config.eval.plugins) if plugins else ()  # first: a wrong name must not open a ledger
+    # First: a wrong name must not open a ledger.
+    used = load_plugins(config.eval.plugins) if plugins and config.eval.plugins else ()
     if ledger is None:
         book = Ledger(len(dataset.val))
     else:

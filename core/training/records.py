@@ -134,13 +134,17 @@ METRICS: dict[str, tuple[Kind, str]] = {
         {"*": {"*": {"*": NUMBER}}}, "by kind of text and drafter: what drafts came to in the decoding loop"
     ),
     "final/plugins": (SCORE, "the Score of the artifact with eval.plugins and eval.adapt"),
+    "eval/seconds": (POSITIVE, "time of the pass that gave the claimed score, if one start made it whole"),
+    "eval/strict": (POSITIVE, "the same from before the artifact was read: decompression counts"),
 }  # fmt: skip
 """Every name that metrics.jsonl may hold beside `step`, the number of steps done: what it is, and what it means."""
 ROW = {"step": COUNT} | {f"{name}?": kind for name, (kind, _) in METRICS.items()}
 START = {
     "command?": TEXT, "commit??": TEXT, "dirty??": FLAG, "step?": COUNT, "backend?": TEXT, "device?": TEXT,
     "ranks?": whole("a whole number from 1 to 65536", 1, 2**16), "dtype?": TEXT, "notes?": [TEXT], "platform?": TEXT,
-    "versions?": {"*": TEXT}, "data?": {"*": SCALAR}, "imported?": {"*": SCALAR}, "*": SCALAR,
+    "versions?": {"*": TEXT}, "data?": {"*": SCALAR}, "imported?": {"*": SCALAR}, "train_tokens?": COUNT,
+    "val_tokens?": COUNT, "tokenizer_sha256?": TEXT, "transform?": TEXT,
+    "program_sha256?": TEXT, "program_bytes?": COUNT, "program_form?": TEXT, "*": SCALAR,
 }  # fmt: skip
 ENVIRONMENT = {**START, "earlier?": [START]}
 """What env.json says of a start of the run, and of those before it."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from core.config import ConfigError, RunConfig, chosen, differences, flattened, from_json, to_json
-from core.engine.protocol import Engine
+from core.engine.protocol import Arrays, Engine
 from core.engine.ranks import Ranks, agree, share_arrays
 from core.files import (
     MAX_TEXT,
@@ -31,6 +31,7 @@ from core.files import (
 )
 from core.training.checkpoint import Checkpoint as Checkpoint
 from core.training.checkpoint import WeightSource, read_checkpoint, write_checkpoint, write_weights
+from core.training.moments import read_moments, write_moments
 from core.training.records import METRICS, of_a_run, read_environment, read_object, read_rows
 from core.training.records import RunError as RunError
 from core.training.trackers import Copies
@@ -273,6 +274,22 @@ class Run:
         """Return a checkpoint file of this run; RunError, OSError."""
         return read_checkpoint(path, self.config)
 
+    def keep_moments(self, moments: Arrays, of: str) -> None:
+        """Keep second moments of training text for the export; `of`: what they depend on."""
+        write_moments(self._moments_path, moments, of)
+
+    def kept_moments(self, of: str) -> Arrays | None:
+        """Return the moments of `of`, None if the run keeps none of them; RunError."""
+        return read_moments(self._moments_path, self.config.model, of)
+
+    @property
+    def _moments_path(self) -> Path:
+        return self.path / "state" / "moments.safetensors"
+
+    def ledger_path(self, name: str) -> Path | None:
+        """Return where the costs of a scoring are kept, so that one that is killed goes on; None: nowhere."""
+        return self.path / "state" / name
+
     def restore(self, engine: Engine) -> tuple[int, float, int]:
         """Load the checkpoint into `engine` and return (steps done, training seconds, tokens); zeros without one.
 
@@ -311,6 +328,15 @@ class Follower(Run):
     def save(self, engine: Engine, step: int, seconds: float, tokens: int | None = None) -> None:
         """Give rank 0 what this rank knows of the optimizer's state."""
         engine.optimizer()
+
+    def keep_moments(self, moments: Arrays, of: str) -> None:
+        """Leave it to rank 0."""
+
+    def kept_moments(self, of: str) -> Arrays | None:
+        """Return nothing: rank 0 has them."""
+
+    def ledger_path(self, name: str) -> None:
+        """Return nothing: rank 0 writes."""
 
     def restore(self, engine: Engine) -> tuple[int, float, int]:
         """Load the checkpoint that rank 0 read."""

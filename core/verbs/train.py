@@ -35,8 +35,8 @@ from core.scoring.score import check_plugins
 from core.training import trackers
 from core.training.calibrate import calibrate, check_kept
 from core.training.environment import environment
-from core.training.finish import finish
-from core.training.loop import TrainingSummary, check_rows, done, train
+from core.training.finish import close_training, finish
+from core.training.loop import check_rows, done, train
 from core.training.pruning import start_weights
 from core.training.run import Follower, Run, config_digest
 from core.training.spans import rooms
@@ -119,7 +119,7 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
         dtype=options.dtype,
         wire=options.wire,
         spans=rooms(dataset.train, config, ranks.world),
-        micro_tokens=None if _asks_for_rows(config, options.given) else EngineOptions.micro_tokens,
+        micro_tokens=None if asks_for_rows(config, options.given) else EngineOptions.micro_tokens,
     )
     with contextlib.ExitStack() as stack:
         run = end = None
@@ -142,14 +142,14 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
             stack.callback(run.copies.close)
         summary = train(run, engine, dataset, say, say.moving if say.terminal else None)
         calibrate(run, engine, dataset, summary.steps, summary.taken, say)
-        _close_training(run, dataset, summary, say)
+        close_training(run, dataset, summary, say)
         value = finish(run, engine, dataset, summary.steps, say)
         say(f"the whole run is in {run.path}")
     value |= {"seconds": summary.seconds, "backend": engine.backend, "parameters": count(config.model)}
     return Outcome(value["artifact"]["within"], value)
 
 
-def _asks_for_rows(config: RunConfig, given: Sequence[str]) -> bool:
+def asks_for_rows(config: RunConfig, given: Sequence[str]) -> bool:
     """Return whether someone chose train.micro_batch for this run: here, or in an ablation; else it is the preset's."""
     theirs = presets.get(config.preset).config.train.micro_batch
     return "--train.micro-batch" in given or config.train.micro_batch != theirs
@@ -196,23 +196,6 @@ def _shown(out: Path, config: RunConfig, end: dict[str, Any], say: Console) -> O
     }  # fmt: skip
     value |= {"plugins": end["final/plugins"]} if config.eval.learns else {}
     return Outcome(stored.get("within", True), value)
-
-
-def _close_training(run: Run, dataset: Dataset, summary: TrainingSummary, say: Console) -> None:
-    """Close the training text for good: what comes after training cannot read it (rule D2)."""
-    closed = summary.seconds + time.perf_counter() - summary.ended
-    dataset.train.close(f"training ended at {summary.seconds:.1f} s, and nothing reads its text after that")
-    if not summary.taken:  # an earlier start trained, and its record stands
-        return
-    times = {"clock/stopped": summary.seconds, "clock/closed": closed}
-    say(f"training stopped at {summary.seconds:.3f} s; training data was closed at {closed:.3f} s")
-    train = run.config.train
-    if train.seconds is not None and train.train_stop is not None and train.reserve_seconds:
-        times["clock/train_stop"] = train.train_stop
-        left = train.seconds - closed
-        over = "" if left >= 0 else "WARNING: more than train.reserve_seconds was used: "
-        say(f"{over}train_stop {train.train_stop:.3f} s; {left:.3f} s of train.seconds={train.seconds} are left")
-    run.log(summary.steps, times)
 
 
 def _forecast(engine: Engine, dataset: Dataset, config: RunConfig, out: str, build: float, say: Console) -> Outcome:

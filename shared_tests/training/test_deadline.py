@@ -103,7 +103,7 @@ def test_seconds_in_reserve_are_left_when_training_stops(
     monkeypatch.setattr(time, "perf_counter", lambda: 100.0)
     said: list[str] = []
     say: Any = said.append
-    core.verbs.train._close_training(run, open_dataset(run.config.data.path), TrainingSummary(9, 1.0, 0.0, 9), say)
+    core.training.finish.close_training(run, open_dataset(run.config.data.path), TrainingSummary(9, 1.0, 0.0, 9), say)
     assert said[-1].startswith("WARNING: more than train.reserve_seconds was used: train_stop 0.500 s; -40.500 s of")
 
 

@@ -290,7 +290,7 @@ REACHED = {
     ("core/ablation/store.py", "--store"): ("ablate",),
 }
 """What verbs reach a message that names an option; other files' messages need at least one verb that has it."""
-OTHERS = {"--help", "--version", "--nproc_per_node"}
+OTHERS = {"--help", "--version", "--nproc_per_node", "--standalone"}
 """Options of every verb, of the program, and of torchrun."""
 NO_VERB = ("core/config.py", "core/model/config.py", "core/train_config.py", "core/checks.py", "core/scoring/")
 """Files whose messages reach verbs of other options (`eval` has --stride, `train` --eval.stride): they name fields."""

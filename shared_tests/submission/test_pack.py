@@ -1,0 +1,277 @@
+"""The packed program: what the checkout computes, bit for bit, where nothing of the checkout can be imported."""
+
+import ast
+import hashlib
+import os
+import py_compile
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core import ROOT, presets
+from core.cli import main
+from core.config import RunConfig, changed
+from core.submission import known
+from core.submission.pack import Form, pack_program, sources
+from core.submission.program import OFFICIAL
+from core.submission.shaking import Shaken
+from core.submission.unpack import compile_problem, unpack_program
+from core.verbs.pack import TARGETS
+from shared_tests.support import cross_entropy_cases, packed, scan_cases
+from shared_tests.support.killed import small_data
+
+LORA = {
+    "eval.windows": "documents", "eval.seq": 32, "eval.adapt.kind": "lora", "eval.adapt.rank": 2,
+    "eval.adapt.chunk": 16, "eval.adapt.sites": ("mixer", "head"), "eval.adapt.documents": 4, "eval.round": 2,
+}  # fmt: skip
+SKC = {"train.average_from": 0.5, "train.weight_decay": 0.01, **LORA}
+ATTENTION = {
+    **LORA, "eval.adapt.sites": ("q", "v", "head"), "eval.adapt.warm_a": True, "eval.adapt.documents": 1,
+    "eval.round": 1, "eval.phases.at": (0.5,), "eval.phases.chunk": 16, "export.calibration_tokens": 256,
+    "export.budget": 170_000, "export.code_bytes": 1000,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_data(tmp_path_factory.mktemp("text"), 60)
+
+
+def written(folder: Path, config: RunConfig, backend: str = "cuda", form: Form = "text") -> Path:
+    file = folder / "train_gpt.py"
+    file.write_bytes(pack_program(config, backend, form, dtype="float32", micro_tokens=None))
+    return file
+
+
+def same(config: RunConfig, folder: Path, backend: str = "cuda", form: Form = "text", world: int = 1) -> dict[str, Any]:
+    """Run a program and the checkout and return what both have come to."""
+    program, room = written(folder, config, backend, form), folder / "room"
+    room.mkdir()
+    size, variables = len(program.read_bytes()), {"DATA_PATH": config.data.path, "RUN_ID": "one"}
+    checkout = changed(config, {"export.code_bytes": size})
+    if world == 1:
+        done = packed.start(program, room, **variables)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (room / "logs" / "one.txt").read_text() == done.stdout
+    else:
+        packed.together([*packed.STRANGER, str(program)], room, packed.seats(world), **variables)
+    ours = [sys.executable, "-W", "ignore", "-m", "shared_tests.support.packed", "run", packed.as_json(checkout)]
+    places = packed.seats(world) if world > 1 else [{}]
+    packed.together([*ours, backend, str(folder / "checkout")], Path(ROOT), places)
+    found = packed.result(room / "runs" / "one")
+    assert found == packed.result(folder / "checkout")
+    assert len(found["losses"]) == 20 and found["losses"][-1] < found["losses"][0]
+    return found
+
+
+def skc(data: str) -> RunConfig:
+    """Ternary weights, engram with rows left out, bank, averages, adapters, and an artifact in codes."""
+    config = packed.tiny("skc_8xh100", data, **SKC)
+    assert config.model.engram.keep and config.model.bank.places and "skc" in config.model.blocks
+    return config
+
+
+def attention(data: str) -> RunConfig:
+    """The record's loops, lanes and smear, phases of adaptation, steps that GPTQ fits to what the program leaves."""
+    return packed.tiny("pr1855", data, **ATTENTION)
+
+
+def test_an_skc_program_computes_what_the_checkout_does(data: str, tmp_path: Path) -> None:
+    found = same(skc(data), tmp_path)
+    log = (tmp_path / "room" / "logs" / "one.txt").read_text()
+    program = (tmp_path / "train_gpt.py").read_bytes()
+    assert f"code_sha256: {hashlib.sha256(program).hexdigest()}\n" in log and f"code_bytes: {len(program)}\n" in log
+    assert f"artifact_sha256: {found['artifact']}\n" in log and len(found["nats"]) == 2
+    words = log + (tmp_path / "room" / "runs" / "one" / "env.json").read_text()
+    assert not re.search(rf"(?<!\w){re.escape(os.uname().nodename)}(?!\w)", words)
+    for name in (os.path.expanduser("~"), str(tmp_path), ROOT):
+        assert name not in words + "".join(unpack_program(program).texts), name
+
+
+@pytest.mark.long
+def test_an_attention_program_computes_what_the_checkout_does(data: str, tmp_path: Path) -> None:
+    same(attention(data), tmp_path, form="zip")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [skc, attention])
+def test_programs_of_two_ranks_compute_what_the_checkout_does(kind: Any, data: str, tmp_path: Path) -> None:
+    same(kind(data), tmp_path, world=2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [skc, attention])
+def test_programs_for_mlx_compute_what_the_checkout_does(kind: Any, data: str, tmp_path: Path) -> None:
+    same(kind(data), tmp_path, "mlx")
+
+
+def test_nothing_of_the_checkout_is_there_for_a_stranger(tmp_path: Path) -> None:
+    """Else the programs of these tests could take from it what they lack."""
+    done = subprocess.run(
+        [*packed.STRANGER, "-c", "import numpy, core"],
+        cwd=tmp_path, env=packed.environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert "No module named 'core'" in done.stderr
+
+
+@pytest.mark.parametrize("form", ["text", "zip"])
+@pytest.mark.parametrize("preset", ["skc_8xh100", "pr1855"])
+def test_programs_have_no_more_bytes_than_they_should(preset: str, form: Any, tmp_path: Path) -> None:
+    config = presets.get(preset).config
+    program = pack_program(config, "cuda", form)
+    assert len(program) <= TARGETS[form], len(program)
+    assert len(program) <= config.export.code_bytes, "what training leaves for code covers it"
+    assert program == pack_program(config, "cuda", form), "the same settings give the same bytes"
+    if form == "text":
+        (tmp_path / "train_gpt.py").write_bytes(program)
+        py_compile.compile(str(tmp_path / "train_gpt.py"), cfile=str(tmp_path / "x.pyc"), doraise=True)
+    found = unpack_program(program)
+    assert not found.problems and len(found.texts) > 100 and not compile_problem(found)
+
+
+def test_what_is_left_out_exists() -> None:
+    """A name that has changed would leave nothing out."""
+    for backend in ("cuda", "mlx"):
+        for preset in ("skc_8xh100", "pr1855", "debug"):
+            for name in known.absent(presets.get(preset).config, backend):
+                assert _exists(name.split(".")), name
+
+
+def _exists(parts: list[str]) -> bool:
+    place = Path(ROOT)
+    for i, part in enumerate(parts):
+        if (place / part).is_dir():
+            place /= part
+        elif (place / f"{part}.py").is_file():
+            tree: Any = ast.parse((place / f"{part}.py").read_text())
+            for name in parts[i + 1 :]:
+                tree = next((one for one in tree.body if getattr(one, "name", None) == name), None)
+                if tree is None:
+                    return i + 3 == len(parts)  # a method that the class inherits
+            return True
+        else:
+            return False
+    return True
+
+
+def test_shaking_keeps_what_is_named_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {
+        "one": "from core.two import kept, left\nimport core.three as three\nBOTH = 1\n"
+        "def used():\n    return kept() + three.far() + BOTH\ndef unused():\n    return left()\n",
+        "two": "def kept():\n    return Thing().called()\ndef left():\n    return 2\n"
+        "class Thing:\n    def called(self):\n        return getattr(self, 'named')()\n"
+        "    def named(self):\n        return 3\n    def idle(self):\n        return 4\n",
+        "three": "print('done by itself')\ndef far():\n    return 5\n",
+    }
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core" / "__init__.py").touch()
+    for name, text in texts.items():
+        (tmp_path / "core" / f"{name}.py").write_text(text)
+    monkeypatch.setattr("core.submission.shaking.ROOT", str(tmp_path))
+    shaken = Shaken("from core.one import used\nused()", ["core.three"])
+    found = {name: ast.unparse(shaken.text(name)) for name in shaken.modules}
+    assert "used" in found["core.one"] and "unused" not in found["core.one"] and "left" not in found["core.one"]
+    assert "called" in found["core.two"] and "named" in found["core.two"] and "idle" not in found["core.two"]
+    assert "core.three" not in found
+    whole = Shaken("from core.one import used\nused()")
+    assert "done by itself" in ast.unparse(whole.text("core.three"))
+
+
+def test_a_program_refuses_what_it_does_not_read(data: str, tmp_path: Path) -> None:
+    config = packed.tiny("debug", data)
+    program, good = written(tmp_path, config), {"DATA_PATH": data}
+    cases = {
+        "NUM_LAYERS: this program reads DATA_PATH, TOKENIZER_PATH, SEED, RUN_ID alone": {"NUM_LAYERS": "4", **good},
+        "SEED='x': expected a whole number": {"SEED": "x", **good},
+        "RUN_ID='../x': expected letters": {"RUN_ID": "../x", **good},
+        "no such folder; give the one that holds the shards": {"DATA_PATH": str(tmp_path / "none")},
+    }
+    for words, variables in cases.items():
+        done = packed.start(program, tmp_path, **variables)
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr[-2000:]
+    assert "NUM_LAYERS" in OFFICIAL.split() and not (tmp_path / "runs").exists()
+
+
+def test_libraries_read_the_source_of_packed_modules(tmp_path: Path) -> None:
+    """Triton and torch.compile ask inspect for the lines of a function, which lie in no file."""
+    program = written(tmp_path, presets.get("skc_8xh100").config)
+    script = (
+        "import runpy, inspect, sys; runpy.run_path(sys.argv[1], run_name='packed')\n"
+        "from core.rng import stream\nfrom backends.cuda.kernels import scan\n"
+        "print(inspect.getsource(stream).splitlines()[0], inspect.getsourcefile(stream))\n"
+        "print('tl.constexpr' in scan.forward_kernel.src, scan.forward_kernel.src.splitlines()[0])\n"
+    )
+    done = subprocess.run(
+        [*packed.STRANGER, "-c", script, str(program)],
+        cwd=tmp_path, env=packed.environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = done.stdout.splitlines()
+    assert first.startswith("def stream(") and first.endswith("train_gpt.py/core/rng.py")
+    assert second.startswith("True def forward_kernel(")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("kernels")
+    return folder, [sys.executable, "-W", "ignore", "-m", "shared_tests.support.packed"]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux only")
+def test_packed_kernels_equal_the_oracle(kernels: Any) -> None:
+    folder, command = kernels
+    program, file = written(folder, presets.get("skc_8xh100").config), folder / "found.npz"
+    environment = scan_cases.environment(TRITON_INTERPRET="1")
+    subprocess.run([*command, "kernels", str(program), str(file)], env=environment, check=True, timeout=400, cwd=ROOT)
+    with np.load(file) as arrays:
+        found = dict(arrays)
+    for case in scan_cases.CASES:
+        got = {key.rpartition("/")[2]: value for key, value in found.items() if key.startswith(f"scan {case}/")}
+        assert max(scan_cases.gaps(case, got).values()) <= scan_cases.LIMITS[case.dtype], case
+    for case in cross_entropy_cases.CASES:
+        start = f"cross_entropy {case}/"
+        got = {key.removeprefix(start): value for key, value in found.items() if key.startswith(start)}
+        for output, gap in (
+            cross_entropy_cases.Run({f"{case}/{k}": v for k, v in got.items()}, {}).gaps(case, case).items()
+        ):
+            assert gap <= case.limit(output), (case, output, gap)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="triton has wheels for Linux only")
+def test_packed_kernels_compile_for_an_h100(kernels: Any) -> None:
+    folder, command = kernels
+    program = written(folder, presets.get("skc_8xh100").config)
+    done = subprocess.run(
+        [*command, "compile", str(program)],
+        env=scan_cases.environment(), capture_output=True, text=True, timeout=400, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = [line.split()[0] for line in done.stdout.splitlines() if line]
+    assert names == ["forward_kernel", "backward_kernel"] * 5, done.stdout
+
+
+def test_the_verb_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "train_gpt.py"
+    assert main(["pack", "debug", "--out", str(out), "--pack", "zip", "--json"]) == 0
+    said = capsys.readouterr().out
+    assert f'"bytes": {out.stat().st_size}' in said and hashlib.sha256(out.read_bytes()).hexdigest() in said
+    assert runpy.run_path(str(out), run_name="packed")["PARTS"]
+    sys.meta_path.pop(0)
+    assert main(["pack", "debug", "--out", str(out), "--eval.plugins", "package.module:Class"]) == 2
+    assert "a packed program holds our code alone" in capsys.readouterr().err
+
+
+def test_settings_are_folded_and_what_runs_later_is_not() -> None:
+    config = presets.get("debug").config
+    texts = sources(config, "cuda", "text", {})
+    assert "mtp_heads" not in texts["backends.cuda.engine"] and "depth_drop" not in texts["backends.cuda.engine"]
+    assert "code_bytes" in texts["core.training.finish"], "the program's own bytes"
+    assert "class Delta" not in "".join(texts.values()).replace("class Delta:0", "").replace("class Delta(Part)", "")

@@ -1,0 +1,149 @@
+"""Packed programs as a stranger runs them, the same runs by the checkout, and the kernels out of a program.
+
+`python -m shared_tests.support.packed run CONFIG BACKEND FOLDER` is a rank of the checkout's run; `... kernels PROGRAM
+FILE` runs the cases of every kernel of a program by Triton's interpreter, `... compile PROGRAM` compiles them.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core import presets
+from core.config import RunConfig, changed, from_json, to_json
+from core.console import Console
+from core.verbs.common import Context
+from core.verbs.train import Train, train_run
+
+STRANGER = [sys.executable, "-S", "-W", "ignore"]
+"""Python without the files in site-packages that lead to this checkout."""
+KERNELS = ("scan", "cross_entropy")
+
+
+def tiny(preset: str, data: str, **fields: Any) -> RunConfig:
+    """Return 20 recorded steps of a preset's mini on `data`, whose tokens are of the bundled tokenizer."""
+    config = presets.mini(presets.get(preset).config)
+    given = {"data.path": data, "model.vocab": 1024, "train.steps": 20, "train.log_every": 1, "train.save_every": None}
+    return changed(config, {**given, "train.eval_every": None, "eval.documents": None, **fields})
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return a stranger's environment: the packages of this one, and nothing of the checkout."""
+    left = ("PYTHONPATH", "PYTHONSAFEPATH", "TRITON_INTERPRET")
+    kept = {name: value for name, value in os.environ.items() if name not in left and "PYTEST" not in name}
+    return {**kept, "PYTHONPATH": sysconfig.get_paths()["purelib"], "OMP_NUM_THREADS": "1", **variables}
+
+
+def start(program: Path, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a folder, alone."""
+    return subprocess.run(
+        [*STRANGER, str(program)],
+        cwd=folder, env=environment(**variables), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+
+
+def seats(world: int) -> list[dict[str, str]]:
+    """Return what torchrun sets for each of some ranks on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+def together(command: list[str], folder: Path, places: list[dict[str, str]], **variables: str) -> None:
+    """Run a command on several ranks; AssertionError with what a rank said that did not end well."""
+    ranks = [
+        subprocess.Popen(
+            command, cwd=folder, env={**os.environ, **environment(**variables), **place},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for place in places
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=400)[1] for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), [words[-2000:] for words in said]
+
+
+def by_checkout(config: RunConfig, backend: str, folder: Path) -> None:
+    """Do with the checkout what a program of these settings does, in float32."""
+    options = dataclasses.replace(Train.of(config), backend=backend, dtype="float32", out=str(folder))  # pyright: ignore
+    assert train_run(options, Context(Console(True), "skc train")).ok
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """Return what has to be the same bit for bit: losses, the scores' nats, and the artifact."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    final = {name: value for row in rows for name, value in row.items() if name.startswith("final/")}
+    return {
+        "losses": [row["train/loss"] for row in rows if "train/loss" in row],
+        "nats": [final[name]["nats"] for name in ("final/score", "final/plugins") if name in final],
+        "exported": {k: v for k, v in final["final/artifact"]["score"].items() if k != "bpb_raw"},  # by a manifest
+        "artifact": hashlib.sha256((folder / "artifact.skc").read_bytes()).hexdigest(),
+    }
+
+
+def kernels_of(program: str) -> list[str]:
+    """Take a program's kernels in place of the checkout's and return their names."""
+    runpy.run_path(program, run_name="packed")
+    finder: Any = sys.meta_path.pop(0)  # of all else the cases take the checkout's
+    taken = []
+    for name in KERNELS:
+        spec = finder.find_spec(f"backends.cuda.kernels.{name}")
+        if spec is not None:
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            taken.append(name)
+            setattr(importlib.import_module("backends.cuda.kernels"), name, module)
+    return taken
+
+
+def main(task: str, *given: str) -> None:
+    """Do what the command line asks for."""
+    if task == "run":
+        by_checkout(from_json(RunConfig, json.loads(given[0])), given[1], Path(given[2]))
+        return
+    taken = kernels_of(given[0])
+    from shared_tests.support import cross_entropy_cases, scan_cases
+
+    if task == "compile":
+        cross_entropy_cases.trace = lambda: ""  # it takes a whole engine
+        compilers = {"scan": scan_cases.compile_for_h100, "cross_entropy": cross_entropy_cases.compile_and_trace}
+        for name in taken:
+            compilers[name]()
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")
+    found: dict[str, Any] = {}
+    if "scan" in taken:
+        from backends.cuda.kernels import scan
+
+        for case in scan_cases.CASES:
+            found |= {f"scan {case}/{key}": x for key, x in scan_cases.outcome(scan.scan, case, "cpu").items()}
+    if "cross_entropy" in taken:
+        from backends.cuda.kernels import cross_entropy
+
+        for case in cross_entropy_cases.CASES:
+            outcome = cross_entropy_cases.outcome(cross_entropy, case, "cpu")
+            found |= {f"cross_entropy {case}/{key}": x for key, x in outcome.items()}
+    np.savez(given[1], **found)  # pyright: ignore[reportArgumentType]
+
+
+def as_json(config: RunConfig) -> str:
+    """Return settings as an argument of `run`."""
+    return json.dumps(to_json(config))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
