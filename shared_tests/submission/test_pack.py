@@ -9,12 +9,15 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from core import ROOT, presets
+from core.audit.claims import Plan, check_size
+from core.audit.rules import Finding
 from core.cli import main
 from core.config import RunConfig, changed
 from core.submission import known
@@ -275,3 +278,27 @@ def test_settings_are_folded_and_what_runs_later_is_not() -> None:
     assert "mtp_heads" not in texts["backends.cuda.engine"] and "depth_drop" not in texts["backends.cuda.engine"]
     assert "code_bytes" in texts["core.training.finish"], "the program's own bytes"
     assert "class Delta" not in "".join(texts.values()).replace("class Delta:0", "").replace("class Delta(Part)", "")
+
+
+def test_an_audit_counts_the_program_that_made_the_run(tmp_path: Path) -> None:
+    program, artifact = tmp_path / "train_gpt.py", tmp_path / "artifact.skc"
+    program.write_bytes(b"x" * 70_000)
+    artifact.write_bytes(b"a" * 1000)
+    sha256 = hashlib.sha256(program.read_bytes()).hexdigest()
+    manifest = {"splits": {"val": {"files": []}}, "tokenizer": {"file": "tokenizer.model"}}
+    dataset: Any = SimpleNamespace(path=str(tmp_path), manifest=manifest)
+    code = SimpleNamespace(kind="code", path=known.__file__, size=9, read=True)
+    process: Any = SimpleNamespace(files=[code], packages=[])
+
+    def found(environment: dict[str, Any], file: Path | None) -> Finding:
+        run: Any = SimpleNamespace(environment=lambda: environment)
+        plan = Plan(artifact, run, RunConfig(), tmp_path, "cuda", None, None, 0, 0, (), (), file)
+        return check_size(plan, process, dataset)
+
+    good = found({"program_sha256": sha256}, program)
+    assert (
+        good.verdict == "PASS" and good.details["challenge"] == 71_000 and "the packed program 70,000" in good.evidence
+    )
+    assert found({"program_sha256": sha256}, None).details["packed_code"] < 70_000
+    for other in ({"program_sha256": "0" * 64}, {}, {"program_sha256": sha256, "earlier": [{}]}):
+        assert found(other, program).verdict == "FAIL", other
