@@ -1,5 +1,6 @@
 """Judges what a run claims beside its predictions: bytes, times, seeds, configuration (D1 to D3, D15 to D17)."""
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from core.audit.seeds import beats
 from core.audit.watch.isolation import Isolated
 from core.config import RunConfig
 from core.data.dataset import Dataset
+from core.files import read_file
 from core.scoring.score import adaptation_in_words
 from core.training.run import Run, config_digest
 
@@ -50,12 +52,15 @@ class Plan(NamedTuple):
     """All runs of the claim, this one included."""
     reference: tuple[float, ...]
     """Scores to beat, in bits per byte."""
+    program: Path | None = None
+    """The packed program that made the run, whose bytes are those of the code."""
 
 
 def check_size(plan: Plan, process: Isolated, dataset: Dataset) -> Finding:
     """Judge rule D1: artifact, code and whatever else the evaluation read, but for the text, are within the limit.
 
-    Code counts as submissions pack it. A strict total, which decides nothing, counts code as it is, and the tokenizer.
+    Code counts as submissions pack it; of a packed program, which must be the one that made the run, its file counts. A
+    strict total, which decides nothing, counts code as it is, and the tokenizer.
     """
     data, val = Path(dataset.path), dataset.manifest["splits"]["val"]
     names = ["manifest.json", *(entry["file"] for entry in val["files"]), val.get("document_bytes")]
@@ -65,6 +70,14 @@ def check_size(plan: Plan, process: Isolated, dataset: Dataset) -> Finding:
     artifact = plan.artifact.stat().st_size
     code = [file for file in process.files if file.kind == "code"]
     packed = packed_bytes([Path(file.path) for file in code])
+    how = f"{len(code)} files of code {packed:,} packed (LZMA, base85)"
+    if plan.program is not None:
+        data_of = read_file(plan.program, 1 << 24)
+        sha256, packed = hashlib.sha256(data_of).hexdigest(), len(data_of)
+        if sha256 not in _programs(plan.run):
+            words = f"{plan.program.name} (sha256 {sha256[:12]}) is not the program that made the run, by its env.json"
+            return Finding("D1", "FAIL", words)
+        how = f"the packed program {packed:,}"
     rest = [file for file in process.files if file.kind in ("input", "other") and file.read and file.path not in text]
     rest = [file for file in rest if Path(file.path) != plan.artifact.resolve()]
     raw, others = sum(file.size or 0 for file in code), sum(file.size or 0 for file in rest)
@@ -75,8 +88,7 @@ def check_size(plan: Plan, process: Isolated, dataset: Dataset) -> Finding:
     names = ", ".join(sorted(Path(file.path).name for file in rest)) or "nothing else"
     over = "" if strict <= LIMIT else f", over {LIMIT:,}"
     evidence = (
-        f"{challenge:,} bytes: artifact {artifact:,}, {len(code)} files of code {packed:,} packed (LZMA, base85)"
-        f"{more}. "
+        f"{challenge:,} bytes: artifact {artifact:,}, {how}{more}. "
         f"Strictly, every file that was opened as it is: {strict:,}{over} (code {raw:,}; {names} {others:,}). "
         f"Left out: the validation text, and {len(process.packages)} installed packages (D18)"
     )
@@ -87,6 +99,13 @@ def check_size(plan: Plan, process: Isolated, dataset: Dataset) -> Finding:
     if not code and artifact <= LIMIT:
         return Finding("D1", "NOT CHECKED", "the evaluation ended before its files were known", details)
     return Finding("D1", "PASS" if challenge <= LIMIT else "FAIL", evidence, details)
+
+
+def _programs(run: Run | None) -> set[Any]:
+    """Return the SHA-256 of the program that made every start of a run, if one did, and no checkout."""
+    environment = {} if run is None else run.environment()
+    found = {start.get("program_sha256") for start in (environment, *environment.get("earlier", []))}
+    return found if len(found) == 1 else set()
 
 
 def check_training_time(plan: Plan) -> Finding:

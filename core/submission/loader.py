@@ -46,15 +46,17 @@ for one in [*PARTS[2].split(","), *dir(builtins)]:
 
 class _Packed:
     def find_spec(self, name, path=None, target=None):
+        """Find a module of the program."""
         package = any(other.startswith(name + ".") for other in TEXTS)
         if name in TEXTS or package:
             place = FILE + "/" + name.replace(".", "/") + ".py"
             return importlib.util.spec_from_loader(name, self, origin=place, is_package=package)
 
     def create_module(self, spec):
-        pass
+        """Leave it to Python."""
 
     def exec_module(self, module):
+        """Run a module, whose text linecache knows, with the names that its text leaves out."""
         name, place = module.__name__, module.__spec__.origin
         text = self.get_source(name)
         module.__file__ = place
@@ -67,6 +69,7 @@ class _Packed:
         exec(compile(text, place, "exec"), module.__dict__)
 
     def get_source(self, name):
+        """Return a module's text."""
         return TEXTS.get(name, "")
 
 

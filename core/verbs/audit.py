@@ -54,6 +54,8 @@ class Audit:
     """Seed of where the audit looks."""
     seeds: tuple[str, ...] = ()
     """Other runs of the same claim, one per seed."""
+    program: str | None = None
+    """The packed program that made the run (skc pack): its bytes count as code; None: this checkout's, packed."""
     reference: tuple[float, ...] = ()
     """Scores to beat, in bits per byte."""
     out: str | None = None
@@ -154,4 +156,5 @@ def _plan(options: Audit) -> Plan:
         seed=options.seed,
         seeds=tuple([run, *others] if run else others),
         reference=options.reference,
+        program=None if options.program is None else Path(options.program),
     )

@@ -9,17 +9,20 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from core import ROOT, presets
+from core.audit.claims import Plan, check_size
+from core.audit.rules import Finding
 from core.cli import main
-from core.config import RunConfig, changed
+from core.config import ConfigError, RunConfig, changed
 from core.submission import known
 from core.submission.pack import Form, pack_program, sources
-from core.submission.program import OFFICIAL
+from core.submission.program import open_text, run_name, seeded
 from core.submission.shaking import Shaken
 from core.submission.unpack import compile_problem, unpack_program
 from core.verbs.pack import TARGETS
@@ -120,19 +123,20 @@ def test_nothing_of_the_checkout_is_there_for_a_stranger(tmp_path: Path) -> None
     assert "No module named 'core'" in done.stderr
 
 
-@pytest.mark.parametrize("form", ["text", "zip"])
-@pytest.mark.parametrize("preset", ["skc_8xh100", "pr1855"])
+@pytest.mark.parametrize(("preset", "form"), [("skc_8xh100", "text"), ("pr1855", "text"), ("pr1855", "zip")])
 def test_programs_have_no_more_bytes_than_they_should(preset: str, form: Any, tmp_path: Path) -> None:
     config = presets.get(preset).config
     program = pack_program(config, "cuda", form)
     assert len(program) <= TARGETS[form], len(program)
     assert len(program) <= config.export.code_bytes, "what training leaves for code covers it"
-    assert program == pack_program(config, "cuda", form), "the same settings give the same bytes"
+    found = unpack_program(program)
+    assert not found.problems and len(found.texts) > 100
     if form == "text":
+        assert not compile_problem(found)
         (tmp_path / "train_gpt.py").write_bytes(program)
         py_compile.compile(str(tmp_path / "train_gpt.py"), cfile=str(tmp_path / "x.pyc"), doraise=True)
-    found = unpack_program(program)
-    assert not found.problems and len(found.texts) > 100 and not compile_problem(found)
+    else:
+        assert program == pack_program(config, "cuda", form), "the same settings give the same bytes"
 
 
 def test_what_is_left_out_exists() -> None:
@@ -183,19 +187,24 @@ def test_shaking_keeps_what_is_named_and_no_more(tmp_path: Path, monkeypatch: py
     assert "done by itself" in ast.unparse(whole.text("core.three"))
 
 
-def test_a_program_refuses_what_it_does_not_read(data: str, tmp_path: Path) -> None:
+def test_a_program_refuses_what_it_does_not_read(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = packed.tiny("debug", data)
-    program, good = written(tmp_path, config), {"DATA_PATH": data}
-    cases = {
-        "NUM_LAYERS: this program reads DATA_PATH, TOKENIZER_PATH, SEED, RUN_ID alone": {"NUM_LAYERS": "4", **good},
-        "SEED='x': expected a whole number": {"SEED": "x", **good},
-        "RUN_ID='../x': expected letters": {"RUN_ID": "../x", **good},
-        "no such folder; give the one that holds the shards": {"DATA_PATH": str(tmp_path / "none")},
-    }
-    for words, variables in cases.items():
-        done = packed.start(program, tmp_path, **variables)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr[-2000:]
-    assert "NUM_LAYERS" in OFFICIAL.split() and not (tmp_path / "runs").exists()
+    done = packed.start(written(tmp_path, config), tmp_path, DATA_PATH=data, NUM_LAYERS="4")
+    words = "NUM_LAYERS: this program reads DATA_PATH, TOKENIZER_PATH, SEED, RUN_ID alone"
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr[-2000:]
+    assert not (tmp_path / "runs").exists()
+    for name, value, of, words in (
+        ("SEED", "x", seeded, "SEED='x': expected a whole number"),
+        ("RUN_ID", "../x", run_name, "RUN_ID='../x': expected letters"),
+        ("DATA_PATH", str(tmp_path / "none"), open_text, "no such folder; give the one that holds the shards"),
+        ("DATA_PATH", str(tmp_path), open_text, "tokenizer.model"),
+    ):
+        with monkeypatch.context() as given:
+            given.setenv(name, value)
+            with pytest.raises((ConfigError, OSError), match=re.escape(words)):
+                of(config)
+    monkeypatch.setenv("SEED", "7")
+    assert seeded(config).seed == 7 and run_name(seeded(config)) == "debug_seed7"
 
 
 def test_libraries_read_the_source_of_packed_modules(tmp_path: Path) -> None:
@@ -275,3 +284,27 @@ def test_settings_are_folded_and_what_runs_later_is_not() -> None:
     assert "mtp_heads" not in texts["backends.cuda.engine"] and "depth_drop" not in texts["backends.cuda.engine"]
     assert "code_bytes" in texts["core.training.finish"], "the program's own bytes"
     assert "class Delta" not in "".join(texts.values()).replace("class Delta:0", "").replace("class Delta(Part)", "")
+
+
+def test_an_audit_counts_the_program_that_made_the_run(tmp_path: Path) -> None:
+    program, artifact = tmp_path / "train_gpt.py", tmp_path / "artifact.skc"
+    program.write_bytes(b"x" * 70_000)
+    artifact.write_bytes(b"a" * 1000)
+    sha256 = hashlib.sha256(program.read_bytes()).hexdigest()
+    manifest = {"splits": {"val": {"files": []}}, "tokenizer": {"file": "tokenizer.model"}}
+    dataset: Any = SimpleNamespace(path=str(tmp_path), manifest=manifest)
+    code = SimpleNamespace(kind="code", path=known.__file__, size=9, read=True)
+    process: Any = SimpleNamespace(files=[code], packages=[])
+
+    def found(environment: dict[str, Any], file: Path | None) -> Finding:
+        run: Any = SimpleNamespace(environment=lambda: environment)
+        plan = Plan(artifact, run, RunConfig(), tmp_path, "cuda", None, None, 0, 0, (), (), file)
+        return check_size(plan, process, dataset)
+
+    good = found({"program_sha256": sha256}, program)
+    assert (
+        good.verdict == "PASS" and good.details["challenge"] == 71_000 and "the packed program 70,000" in good.evidence
+    )
+    assert found({"program_sha256": sha256}, None).details["packed_code"] < 70_000
+    for other in ({"program_sha256": "0" * 64}, {}, {"program_sha256": sha256, "earlier": [{}]}):
+        assert found(other, program).verdict == "FAIL", other
