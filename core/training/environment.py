@@ -14,7 +14,8 @@ from core.engine.protocol import Engine
 from core.files import MAX_TEXT, read_file
 
 PACKAGES = (
-    "numpy", "torch", "triton", "mlx", "scipy", "sentencepiece", "tokenizers", "safetensors", "tyro", "matplotlib", "rich",
+    "numpy", "torch", "triton", "mlx", "scipy", "sentencepiece", "tokenizers", "safetensors", "tyro", "matplotlib",
+    "rich",
 )  # fmt: skip
 ROOT = Path(core.__file__).resolve().parent.parent
 READERS = ("core/ablation/", "core/compare/", "core/verbs/")
