@@ -13,7 +13,7 @@ from core.scoring.score import adaptation_in_words
 from core.training.run import config_digest
 
 NEVER = (
-    "core.model.upgrade", "core.presets", "core.verbs", "core.engine.joining.watched",
+    "core.decoding.samplers", "core.model.upgrade", "core.presets", "core.verbs", "core.engine.joining.watched",
     "core.engine.protocol.Engine", "core.scoring.journal.Journal", "core.scoring.key", "core.config._upgrade",
     "core.training.moments",
     *(f"core.scoring.ledger.Ledger.{name}" for name in ("open", "_continued", "read")),
@@ -44,7 +44,7 @@ def absent(config: RunConfig, backend: str) -> set[str]:
         kind = type(part)
         methods = UNASKED if name in used or name == "layer" else (*UNASKED, *UNUSED)
         left |= {f"{kind.__module__}.{kind.__name__}.{method}" for method in methods}
-    if config.export.calibration != "self":
+    if config.train.sample_every is None and config.export.calibration != "self":
         left.add("core.decoding")
         if evaluation.windows != "stateful":
             left |= {"core.scoring.stateful", f"{engine}.engine.Tape"}

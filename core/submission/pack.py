@@ -39,8 +39,7 @@ SPEAKING = ("core.submission.program", "core.data.unlisted", "core.training.loop
 def pack_program(config: RunConfig, backend: str, form: Form = "text", **options: Any) -> bytes:
     """Return the program that runs `config` on a backend (cuda or mlx), as a file; `options`: of EngineOptions."""
     export = dataclasses.replace(config.export, code_bytes=ExportConfig.code_bytes)  # the program knows its own
-    train = dataclasses.replace(config.train, sample_every=None)  # it writes no report that would show samples
-    texts = sources(dataclasses.replace(config, export=export, train=train), backend, form, options)
+    texts = sources(dataclasses.replace(config, export=export), backend, form, options)
     start = texts.pop(ENTRY)
     texts, alone = linked(texts)
     parts = [minified(bare(ast.parse(read_text(LOADER)))), start, alone]

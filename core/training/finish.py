@@ -170,7 +170,7 @@ def _store(
 
 def _times(scoring: float | None, reading: float) -> dict[str, Any]:
     """Return what metrics.jsonl says of the time of an evaluation; nothing where it went on from an earlier start."""
-    return {} if scoring is None else {"eval/seconds": scoring, "eval/strict": reading + scoring}
+    return {} if scoring is None else {"clock/scoring": scoring, "clock/scoring_strict": reading + scoring}
 
 
 def _costs(

@@ -134,8 +134,8 @@ METRICS: dict[str, tuple[Kind, str]] = {
         {"*": {"*": {"*": NUMBER}}}, "by kind of text and drafter: what drafts came to in the decoding loop"
     ),
     "final/plugins": (SCORE, "the Score of the artifact with eval.plugins and eval.adapt"),
-    "eval/seconds": (POSITIVE, "time of the pass that gave the claimed score, if one start made it whole"),
-    "eval/strict": (POSITIVE, "the same from before the artifact was read: decompression counts"),
+    "clock/scoring": (POSITIVE, "time of the pass that gave the claimed score, if one start made it whole"),
+    "clock/scoring_strict": (POSITIVE, "the same from before the artifact was read: decompression counts"),
 }  # fmt: skip
 """Every name that metrics.jsonl may hold beside `step`, the number of steps done: what it is, and what it means."""
 ROW = {"step": COUNT} | {f"{name}?": kind for name, (kind, _) in METRICS.items()}

@@ -28,7 +28,7 @@ WHOLE = {
     "perf/step_ms": 1.5, "clock/seconds": 2, "clock/stopped": 2.0, "clock/closed": 2.5, "progress": 1.0,
     "clock/train_stop": 1.5, "tokens": 640,
     "progress/each": [0.5, 1.0], "val/bpb": 2.5, "val/error": 0.01, "samples": ["it was"], "final/score": SCORE,
-    "final/artifact": ARTIFACT, "eval/seconds": 9.5, "eval/strict": 9.75,
+    "final/artifact": ARTIFACT, "clock/scoring": 9.5, "clock/scoring_strict": 9.75,
     "final/plugins": {**SCORE, "error": 0.5, "bpb_raw": 2.0, "plugins": ["temperature"]},
     "twin/frozen": "0" * 64, "twin/text": {"rows": 4, "distinct": 0.5},
     "twin/places": {"own": {"agreement": [1.0, 0.5], "kl": [0.0, 1.5], "cosine": {"blocks.0": -0.5}}},
