@@ -135,6 +135,13 @@ def test_a_program_writes_samples_where_its_settings_ask_for_them(data: str, tmp
     assert len([row for row in rows if "samples" in row]) == 2
 
 
+def test_a_program_has_no_place_of_the_machine_that_packed_it(tmp_path: Path) -> None:
+    here = changed(presets.get("debug").config, {"data.path": str(tmp_path)})
+    program = pack_program(here, "cuda", "text")
+    assert not any(str(tmp_path) in text for text in unpack_program(program).texts)
+    assert program == pack_program(presets.get("debug").config, "cuda", "text")
+
+
 def test_a_program_reads_sentencepiece_alone(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setenv("DATA_PATH", data)
