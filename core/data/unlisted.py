@@ -7,8 +7,9 @@ from typing import Any
 from core.data.column import DataError
 from core.data.dataset import Dataset, Split
 from core.data.shards import open_shard
-from core.data.tokenizer import Tokenizer
+from core.data.tokenizer import MAX_MODEL, Tokenizer
 from core.data.transform import MARKERS
+from core.files import read_file
 
 
 def open_unlisted(path: str, tokenizer: str) -> Dataset:
@@ -16,7 +17,7 @@ def open_unlisted(path: str, tokenizer: str) -> Dataset:
 
     A tokenizer with pieces for case markers is one of transformed text. Nothing is counted and nothing written.
     """
-    model = Tokenizer.load(tokenizer)
+    model = Tokenizer(read_file(tokenizer, MAX_MODEL), tokenizer)  # of no other kind: packed programs read no JSON
     if model.transform == "none" and len(set(model.encode("".join(MARKERS)).tolist()) - {model.unknown}) == len(
         MARKERS
     ):

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class SubmissionFolder:
         }
 
     def texts(self) -> list[tuple[str, str]]:
-        """Return (name, content) of every file, as far as it is text."""
+        """Return (name, content) of every file; of one that is no text what can be read in it, UTF-16 too."""
         contents = []
         for entry in self.entries:
             if entry.kind != "file" or entry.size > MAX_FILE:
@@ -93,8 +94,7 @@ class SubmissionFolder:
                 data = read_file(self.path / entry.name, MAX_FILE, follow=False)
             except (FileError, OSError):  # check 1 names it
                 continue
-            if b"\0" not in data:
-                contents.append((entry.name, data.decode("utf-8", "replace")))
+            contents.append((entry.name, data.replace(b"\0", b"").decode("utf-8", "replace")))
         return contents
 
 
@@ -166,8 +166,8 @@ def parse_object(where: str, text: str) -> tuple[dict[str, Any], tuple[str, ...]
     doubled: dict[str, None] = {}
 
     def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        doubled.update(dict.fromkeys(key for key in keys if keys.count(key) > 1) if len(keys) < MAX_ENTRIES else {})
+        times = Counter(key for key, _ in pairs)
+        doubled.update(dict.fromkeys(key for key, count in times.items() if count > 1))
         return dict(pairs)
 
     def refuse(constant: str) -> Any:
@@ -186,6 +186,7 @@ def parse_object(where: str, text: str) -> tuple[dict[str, Any], tuple[str, ...]
 def _entries(path: Path) -> tuple[list[Entry], list[str]]:
     """Return every name below a folder, and what is too much of them; links are not followed."""
     entries: list[Entry] = []
+    problems: list[str] = []
     waiting = [(path, "", 0)]
     while waiting:
         place, prefix, depth = waiting.pop()
@@ -199,7 +200,9 @@ def _entries(path: Path) -> tuple[list[Entry], list[str]]:
             entries.append(Entry(name, kind, item.stat(follow_symlinks=False).st_size if kind == "file" else 0))
             if kind == "folder" and depth < MAX_DEPTH and item.name != ".git":
                 waiting.append((Path(item.path), f"{name}/", depth + 1))
-    return sorted(entries, key=lambda entry: entry.name), []
+            elif kind == "folder" and item.name != ".git":
+                problems.append(f"{name}: lies below {MAX_DEPTH} folders, and what is in it was not looked at")
+    return sorted(entries, key=lambda entry: entry.name), problems
 
 
 def _logs(path: Path, files: dict[str, Entry], problems: list[str]) -> tuple[tuple[Log, ...], tuple[Log, ...]]:

@@ -13,14 +13,14 @@ from core.scoring.score import adaptation_in_words
 from core.training.run import config_digest
 
 NEVER = (
-    "core.decoding.samplers", "core.model.upgrade", "core.presets", "core.verbs", "core.engine.joining.watched",
+    "core.model.upgrade", "core.presets", "core.verbs", "core.engine.joining.watched",
     "core.engine.protocol.Engine", "core.scoring.journal.Journal", "core.scoring.key", "core.config._upgrade",
     "core.training.moments",
     *(f"core.scoring.ledger.Ledger.{name}" for name in ("open", "_continued", "read")),
     *(f"core.data.dataset.Split.{name}" for name in ("documents", "document_bytes", "verify", "start_verify")),
     *(f"core.scoring.snapshots.Snapshots.{name}" for name in ("read", "write", "_read")),
     *(f"core.scoring.adapt.weights.LooseWeights.{name}" for name in ("state", "load")),
-    "core.data.column.Column.verify",
+    "core.data.column.Column.verify", "core.data.tokenizer.Tokenizer.load", "core.data.tokenizer.Tokenizer.of",
 )  # fmt: skip
 """Of any program: modules, definitions (module.name) and methods (module.class.name). It keeps no ledger's file."""
 UNASKED = ("check", "flops", "tape", "state", "mini")
@@ -39,6 +39,7 @@ def absent(config: RunConfig, backend: str) -> set[str]:
     model, evaluation, engine = config.model, config.eval, f"backends.{backend}"
     used = used_parts(config)
     left = {*NEVER, f"{engine}.descent.Descent.loosened", f"{engine}.descent.Descent.load_loosened"}
+    left.add(f"{engine}.engine.Engine.twin")
     left |= {*(f"{engine}.parts.{name}" for name in _with_imports(engine, used)[1])}
     for name, part in {**model.parts, "layer": model.part(model.stages(True)[0])}.items():
         kind = type(part)
@@ -100,6 +101,10 @@ def known_values(config: RunConfig, backend: str) -> dict[str, dict[str, Any]]:
     given["core.scoring.score"]["adaptation_in_words()"] = adaptation_in_words(config.eval)
     for name in ("logs", "program"):
         given[f"core.submission.{name}"] = {"config_digest()": config_digest(config), "count()": count(config.model)}
+    for name in ("model", "parts.layer", "parts.delta", "parts.koopman", "parts.value_embed"):  # no twin's pass
+        given[f"{engine}.{name}"] = {"draft": None}
+    for name in ("engine.protocol", "model.adapters", "model.scopes", "plain"):  # words of errors that have none
+        given[f"core.{name}"] = {"closest()": None}
     if not config.eval.plugins:
         given["core.scoring.score"]["check_plugins()"] = None
     if config.train.sample_every is None:

@@ -39,7 +39,8 @@ SPEAKING = ("core.submission.program", "core.data.unlisted", "core.training.loop
 def pack_program(config: RunConfig, backend: str, form: Form = "text", **options: Any) -> bytes:
     """Return the program that runs `config` on a backend (cuda or mlx), as a file; `options`: of EngineOptions."""
     export = dataclasses.replace(config.export, code_bytes=ExportConfig.code_bytes)  # the program knows its own
-    texts = sources(dataclasses.replace(config, export=export), backend, form, options)
+    data = type(config.data)()  # a place of this machine: the program reads DATA_PATH
+    texts = sources(dataclasses.replace(config, export=export, data=data), backend, form, options)
     start = texts.pop(ENTRY)
     texts, alone = linked(texts)
     parts = [minified(bare(ast.parse(read_text(LOADER)))), start, alone]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,12 +125,40 @@ def cased(size: int) -> Callable[[Path], None]:
     return change
 
 
+def many(folder: Path) -> None:
+    """A key is twice among more keys than anyone compares in pairs."""
+    spare = ", ".join(f'"k{i}": 0' for i in range(1100))
+    edit(folder, "submission.json", lambda text: text.replace('"author"', f'{spare}, "author": "B", "author"', 1))
+
+
+def swapped(folder: Path) -> None:
+    first, second = folder / "train_seed42.log", folder / "train_seed314.log"
+    texts = first.read_bytes(), second.read_bytes()
+    second.write_bytes(texts[0])
+    first.write_bytes(texts[1])
+
+
+def deep(folder: Path) -> None:
+    place = folder.joinpath(*"abcdefg")
+    place.mkdir(parents=True)
+    (place / "weights.bin").write_bytes(b"x")
+
+
+def zipped(folder: Path) -> None:
+    """A zip whose first source has a token."""
+    with zipfile.ZipFile(folder / "train_gpt.py", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("__main__.py", PROGRAM.decode() + f"TOKEN = 'hf_{'a' * 30}'\n")
+
+
 BROKEN: list[tuple[int, Callable[[Path], object], str]] = [
     (1, link, "extra: is a link"),
     (1, renamed, "expected train_seed<N>.log"),
     (1, big, "weights.bin: 10,000,001 bytes"),
     (1, lambda folder: (folder / "README.md").unlink(), "no README.md"),
+    (1, swapped, "train_seed42.log: is the log of seed 314"),
+    (1, deep, "a/b/c/d/e: lies below 4 folders"),
     (2, twice, "key 'author' is there twice"),
+    (2, many, "key 'author' is there twice"),
     (2, put("date", "2026-02-30"), "date: '2026-02-30'"),
     (2, put("val_bpb", None), "val_bpb: null"),
     (2, put("seeds", [42, 42, 999]), "a seed is there twice"),
@@ -142,6 +171,10 @@ BROKEN: list[tuple[int, Callable[[Path], object], str]] = [
     (3, put("val_bpb", 1.080042), "which is one seed's alone"),
     (3, put("val_bpb_std", 0.0001), "val_bpb_std"),
     (3, put("bytes_total", 10_000), "bytes_total 10,000, by the logs"),
+    (3, put("artifact_bytes_max", 10_000), "artifact_bytes_max 10000, by the logs"),
+    (3, put("artifact_bytes_mean", 10_000), "artifact_bytes_mean 10000, by the logs"),
+    (3, put("step_stop", 5_000), "step_stop 5000, by the logs"),
+    (3, put("seed_results/42/pre_ttt_val_bpb", 1.09), "seed 42: pre_ttt_val_bpb 1.09"),
     (3, replaced("train_seed42.log", "stop_step: 4790", "stop_step: nan"), "stop_step: 'nan', expected a whole number"),
     (4, over, "seed 42: 16,0"),
     (4, replaced("README.md", "## Results", "The artifact has 15.9 MiB.\n\n## Results"), "in MiB"),
@@ -164,6 +197,10 @@ BROKEN: list[tuple[int, Callable[[Path], object], str]] = [
     (11, lambda folder: None, "needed p < 0.01"),
     (12, lambda folder: (folder / "audit.json").unlink(), "no audit.json"),
     (12, put("artifacts/42/sha256", "0" * 64, "audit.json"), "audit.json: seed 42: sha256 000000"),
+    (12, put("code/sha256", "0" * 64, "audit.json"), "audit.json: code is not train_gpt.py"),
+    (13, zipped, "a Hugging Face token"),
+    (13, lambda folder: (folder / "bpe.model").write_bytes(b"\0\1/home/somebody/text.txt\2"), "has a home folder"),
+    (13, lambda folder: (folder / "notes.txt").write_text("hf_" + "a" * 30, "utf-16"), "a Hugging Face token"),
     (13, replaced("README.md", "## Results", "See /home/somebody/runs.\n\n## Results"), "line 7 has a home folder"),
     (13, replaced("legality.md", "# What", "hf_" + "a" * 30 + "\n# What"), "a Hugging Face token"),
     (14, cased(162_000_000), "are operators charged?"),

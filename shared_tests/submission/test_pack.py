@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import json
 import os
 import py_compile
 import re
@@ -20,6 +21,7 @@ from core.audit.claims import Plan, check_size
 from core.audit.rules import Finding
 from core.cli import main
 from core.config import ConfigError, RunConfig, changed
+from core.data.tokenizer import TokenizerError
 from core.submission import known
 from core.submission.pack import Form, pack_program, sources
 from core.submission.program import open_text, run_name, seeded
@@ -122,6 +124,32 @@ def test_a_program_for_mlx_computes_nearly_what_the_checkout_does(data: str, tmp
     assert found["losses"][:6] == checkout["losses"][:6] and len(found["losses"]) == 20
     assert np.allclose(found["losses"], checkout["losses"], rtol=0, atol=2e-2)
     assert np.allclose(found["nats"], checkout["nats"], rtol=2e-2)
+
+
+def test_a_program_writes_samples_where_its_settings_ask_for_them(data: str, tmp_path: Path) -> None:
+    """As those of debug, tiny and skc_mac do."""
+    program = written(tmp_path, packed.tiny("debug", data, **{"train.steps": 2, "train.sample_every": 1}))
+    done = packed.start(program, tmp_path, DATA_PATH=data, RUN_ID="one")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert len([row for row in rows if "samples" in row]) == 2
+
+
+def test_a_program_has_no_place_of_the_machine_that_packed_it(tmp_path: Path) -> None:
+    here = changed(presets.get("debug").config, {"data.path": str(tmp_path)})
+    program = pack_program(here, "cuda", "text")
+    assert not any(str(tmp_path) in text for text in unpack_program(program).texts)
+    assert program == pack_program(presets.get("debug").config, "cuda", "text")
+
+
+def test_a_program_reads_sentencepiece_alone(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setenv("DATA_PATH", data)
+    monkeypatch.setenv("TOKENIZER_PATH", str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="not a SentencePiece model"):
+        open_text(packed.tiny("debug", data))
+    texts = sources(presets.get("debug").config, "cuda", "text", {})
+    assert not {"core.data.tokenizer_json", "backends.cuda.twin", "core.formats.kinds"} & set(texts)
 
 
 def test_nothing_of_the_checkout_is_there_for_a_stranger(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ OF_LOG: dict[str, Callable[[Log], float | int | None]] = {
     "artifact_bytes": lambda log: log.artifact_bytes, "steps": lambda log: log.stop_step,
     "step_avg_ms": lambda log: log.step_avg_ms, "train_time_s": lambda log: log.train_seconds,
     "eval_time_s": lambda log: log.eval_seconds, "bytes_total": lambda log: _total(log),
+    "pre_ttt_val_bpb": lambda log: log.exported_val_bpb,
 }  # fmt: skip
 """Field of a seed's results -> what a log says of it."""
 OTHER_NAMES = {"total_bytes": "bytes_total", "ms_per_step": "step_avg_ms"}
@@ -56,6 +57,7 @@ def check_figures(subject: Checked) -> Answer:
                 compared += 1
                 problems += _hold(f"seed {seed}: {name}", spelled, claimed, logs[seed], notes)
     problems += [*_means(values, folder), *_spreads(values, folder), *_totals(values, folder)]
+    problems += _over_seeds(values, folder)
     if not compared:
         notes["no figure of a seed is claimed"] = None
     spare = [log.name for log in folder.spare if log.val_bpb is not None]
@@ -71,7 +73,7 @@ def _hold(what: str, name: str, claimed: float, log: Log, notes: dict[str, None]
     if found is None:
         notes[f"{log.name} does not say {name}"] = None
         return []
-    if agrees(claimed, found, at_least=4 if name.startswith("val") else 0):
+    if agrees(claimed, found, at_least=4 if "val_" in name else 0):
         return []
     if name == "artifact_bytes" and claimed == log.total_bytes:
         notes["artifact_bytes are totals with the code, expected the artifact alone"] = None
@@ -123,6 +125,24 @@ def _totals(values: dict[str, Any], folder: SubmissionFolder) -> list[str]:
     if not wanted or int(claimed) in wanted:
         return []
     return [f"bytes_total {claimed:,.0f}, by the logs {' or '.join(f'{total:,}' for total in sorted(wanted))}"]
+
+
+def _over_seeds(values: dict[str, Any], folder: SubmissionFolder) -> list[str]:
+    """Return which other figures over the seeds are not those of the logs; sizes may be those with the code."""
+    sizes = [[log.artifact_bytes for log in folder.logs], [_total(log) for log in folder.logs]]
+    whole = [[size for size in found if size is not None] for found in sizes if None not in found]
+    steps = [log.stop_step for log in folder.logs if log.stop_step is not None]
+    allowed: dict[str, list[float]] = {
+        "artifact_bytes_max": [max(found) for found in whole],
+        "artifact_bytes_mean": [statistics.fmean(found) for found in whole],
+        "step_stop": [*steps, statistics.fmean(steps)] if len(steps) == len(folder.logs) else [],
+    }
+    problems = []
+    for name, wanted in allowed.items():
+        claimed, near = claimed_number(values.get(name)), 1.0 if name.endswith("mean") else 0.5
+        if claimed is not None and wanted and not any(abs(claimed - value) <= near for value in wanted):
+            problems.append(f"{name} {claimed:.10g}, by the logs {' or '.join(f'{value:.10g}' for value in wanted)}")
+    return problems
 
 
 def _total(log: Log) -> int | None:

@@ -68,6 +68,9 @@ def check_layout(subject: Checked) -> Answer:
     odd = [log.name for log in folder.logs if not LOG_NAME.fullmatch(log.name)]
     if odd:
         problems.append(f"logs are named {', '.join(odd)}, expected train_seed<N>.log")
+    for log in (*folder.logs, *folder.spare):
+        if (named := LOG_NAME.fullmatch(log.name)) and int(named[1]) != log.seed:
+            problems.append(f"{log.name}: is the log of seed {log.seed}")
     if not folder.logs:
         problems.append("no log of a seed")
     if place.parent.name in SEVERAL and folder.track not in place.parent.name:
@@ -167,10 +170,12 @@ def check_secrets(subject: Checked) -> Answer:
     problems, texts, values = [], subject.folder.texts(), subject.folder.submission or {}
     known = f"{values.get('author')} {values.get('github_id')}"
     if subject.folder.program:
-        texts += [(subject.folder.program_name, text) for text in unpack_program(subject.folder.program).texts[1:]]
+        texts += [(subject.folder.program_name, text) for text in unpack_program(subject.folder.program).texts]
     for name, text in texts:
         problems += [f"{name}: {what}" for what in secrets_in(text, known)]
-    return Answer(f"looked at {len(texts)} files for home folders, credentials, names of machines", problems)
+    return Answer(
+        f"looked at {len(texts)} files for home folders, credentials, names of machines", [*dict.fromkeys(problems)]
+    )
 
 
 def secrets_in(text: str, known: str = "") -> list[str]:

@@ -71,7 +71,7 @@ def check_artifact(subject: Checked) -> Answer:
     named = (audit or {}).get("artifacts")
     if not isinstance(named, dict) or not all(isinstance(entry, dict) for entry in named.values()):
         return Answer("", ["audit.json: artifacts: expected an object of seeds, each with bytes and sha256"])
-    problems = [*_of_logs(subject, named)]
+    problems = [*_of_logs(subject, named), *_of_code(subject)]
     seen = f"audit.json names {len(named)} artifacts"
     if subject.artifact is None:
         return Answer(f"{seen}; give one with --artifact FILE to compare it", problems)
@@ -84,6 +84,17 @@ def check_artifact(subject: Checked) -> Answer:
         known = ", ".join(f"seed {seed} {str(entry.get('sha256'))[:12]}" for seed, entry in named.items())
         problems.append(f"{subject.artifact.name}: sha256 {sha256[:12]}, audit.json has {known}")
     return Answer(f"{seen}; {subject.artifact.name} is that of seed {shorten(', '.join(seeds), 60)}", problems)
+
+
+def _of_code(subject: Checked) -> list[str]:
+    """Return in what the program is not the one that audit.json names."""
+    data, code = subject.folder.program or b"", (subject.folder.audit or {}).get("code")
+    if code is None:
+        return []
+    found = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    if isinstance(code, dict) and all(code.get(name) == value for name, value in found.items()):
+        return []
+    return [f"audit.json: code is not {subject.folder.program_name}: bytes and sha256 of another file"]
 
 
 def _of_logs(subject: Checked, named: dict[str, Any]) -> list[str]:
