@@ -96,7 +96,8 @@ def read_settings(config: dict[str, Any], where: str, bos: int) -> QwenText:
 
 def _model(text: dict[str, Any], where: str, bos: int) -> ModelConfig:
     rope = text.get("rope_parameters") or {}
-    share, base = (rope.get(key) or text.get(key) or unset for key, unset in ROPE_UNSET)
+    named = [(rope.get(key), text.get(key), unset) for key, unset in ROPE_UNSET]
+    share, base = (next(value for value in values if value is not None) for values in named)
     width = text["head_dim"]
     return ModelConfig(
         vocab=text["vocab_size"], dim=text["hidden_size"], layers=text["num_hidden_layers"],

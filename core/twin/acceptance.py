@@ -34,18 +34,25 @@ class Texts(NamedTuple):
     """Tokens that a text is given before it is written on."""
 
 
-def held_out(engine: Engine, val: Split, bos: int, settings: DistillConfig, seq: int) -> list[Texts]:
-    """Return both kinds of text, from the same places of the validation text, each without an end of a document."""
-    begin, count = min(settings.prompt, seq - settings.twin.block - 1), settings.report_texts
+def held_out_rows(val: Split, bos: int, settings: DistillConfig, seq: int) -> np.ndarray:
+    """Return rows of validation text without an end of a document, (texts, seq) int32, each from a BOS on; RunError
+    where it is too short for them.
+    """
     span = min(2 * seq, len(val))
     rows = []
-    for i in range(count):
-        start = i * (len(val) - span) // count
+    for i in range(settings.report_texts):
+        start = i * (len(val) - span) // settings.report_texts
         tokens = val.read(start, start + span)
         rows.append([bos, *tokens[tokens != bos][: seq - 1].tolist()])
     if min(map(len, rows)) < seq:
         raise RunError(f"{val.name}: {len(val)} tokens, too few for texts of {seq}: lower distill.seq")
-    given = np.array(rows, np.int32)
+    return np.array(rows, np.int32)
+
+
+def held_out(engine: Engine, given: np.ndarray, settings: DistillConfig) -> list[Texts]:
+    """Return both kinds of text, from the same places of the validation text: `given`, rows of `held_out_rows`."""
+    seq = given.shape[1]
+    begin = max(1, min(settings.prompt, seq - settings.twin.block - 1))  # a text is the BOS at least
     own = continued(engine, given[:, :begin], seq, lambda done, total: None)
     return [Texts("own", own, begin), Texts("corpus", given, begin)]
 

@@ -10,9 +10,9 @@ import numpy as np
 from core.config import from_json, to_json
 from core.data.shards import file_sha256
 from core.engine.protocol import Arrays
-from core.files import FileError, parse_json
+from core.files import FileError, open_file, parse_json
 from core.formats.kinds import ANYTHING, COUNT, check_value, text, whole
-from core.formats.tensors import read_tensors, write_tensors
+from core.formats.tensors import read_tensors, read_tensors_header, write_tensors
 from core.model.config import ModelConfig
 from core.model.params import check_arrays, param_table
 from core.training.checkpoint import digest
@@ -55,6 +55,30 @@ def artifact_sha256(path: str | Path) -> str:
 def beside(path: str | Path) -> Path:
     """Return where the twin of a run or of an artifact lies."""
     return Path(path if os.path.isdir(path) else os.path.dirname(path)) / NAME
+
+
+def check_place(path: str | Path, artifact: str | Path) -> None:
+    """Raise SidecarError unless the twin of `artifact` may be written to `path`: no folder is made for it, and no file
+    is lost but a twin, or what lies where twins do.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise SidecarError(f"{path}: there is no folder {folder} for the twin: make it, or choose another --twin")
+    if os.path.isdir(path):
+        raise SidecarError(f"{path}: is a folder, expected the name of a file for the twin; choose another --twin")
+    if os.path.exists(path) and (
+        os.path.samefile(path, artifact) or (os.path.basename(path) != NAME and not _is_twin(path))
+    ):
+        raise SidecarError(f"{path}: is there and no twin, and would be written over; choose another --twin")
+
+
+def _is_twin(path: str | Path) -> bool:
+    try:
+        with open_file(path) as file:
+            metadata = read_tensors_header(path, file).metadata
+        return "artifact_sha256" in parse_json(path, str(metadata.get("skc", "")))
+    except (FileError, TypeError):
+        return False
 
 
 def write_sidecar(path: str | Path, sidecar: Sidecar) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from core.twin.distill_config import DistillConfig
 from core.twin.distilling import RECORD, TwinLearner, TwinRun, check_frozen, reading
 from core.twin.params import twin_rows
 from core.twin.recipes import recipe
-from core.twin.sidecar import Sidecar, artifact_sha256, beside, write_sidecar
+from core.twin.sidecar import Sidecar, artifact_sha256, beside, check_place, write_sidecar
 from core.verbs.common import (
     Backend,
     Context,
@@ -97,6 +98,9 @@ def distill(options: Distill, context: Context) -> Outcome:
     check_dtype(backend, options.dtype)
     out = Path(options.out or beside(options.path).with_name("distill"))
     refuse_strangers(out, RECORD)
+    file = options.twin or str(beside(options.path))
+    check_place(file, frozen.artifact)
+    given = acceptance.held_out_rows(dataset.val, model.bos, settings, schedule.seq)
     lower = f"--distill.batch (now {settings.batch:,} rows) or --distill.anchors (now {settings.anchors:,})"
     with enough_memory(model, schedule.batch, schedule.seq, lower, training=True):
         engine = load_engine(backend, subject.config, subject.weights, EngineOptions(dtype=options.dtype))
@@ -117,12 +121,13 @@ def distill(options: Distill, context: Context) -> Outcome:
             saved = run.checkpoint()
             run.record_environment(environment(engine, dataset, context.command, saved.step if saved else 0))
             say(context.command)
-            value |= _distil(run, engine, twin, learner, dataset, frozen, say)
-            file = options.twin or str(beside(options.path))
+            value |= _distil(run, engine, twin, learner, dataset, frozen, given, say)
             made = Sidecar(settings.twin, twin.params(), frozen.sha256, frozen.weights_sha256, value["step"])
             write_sidecar(file, made)
             shown = frozen.artifact if frozen.subject.step is None else options.path
-            say(f"twin {file}: skc sample {shown} --draft twin; its training is in {out}")
+            named = ["--twin", file] if options.twin else []
+            again = shlex.join(["skc", "sample", shown, "--draft", "twin", *named])
+            say(f"twin {file}: {again}; its training is in {out}")
     return Outcome(True, {**value, "run": str(out), "twin": file})
 
 
@@ -161,10 +166,10 @@ def _introduce(frozen: Frozen, engine: Engine, settings: DistillConfig, seq: int
 
 
 def _distil(
-    run: TwinRun, engine: Engine, twin: Any, learner: Any, dataset: Dataset, frozen: Frozen, say: Console
+    run: TwinRun, engine: Engine, twin: Any, learner: Any, dataset: Dataset, frozen: Frozen, given: Any, say: Console
 ) -> dict[str, Any]:
-    """Train the twin to the end of its run and measure it; return what is said of it."""
-    settings, seq, bos = run.settings, run.config.train.seq, run.config.model.bos
+    """Train the twin to the end of its run and measure it on `given`, held-out rows; return what is said of it."""
+    settings, bos = run.settings, run.config.model.bos
     before, rows, spread = digest(engine.weights()), None, None
     if settings.text == "own":
         rows, spread = _own_rows(run, engine, dataset, frozen.sha256, say)
@@ -176,7 +181,7 @@ def _distil(
     run.log(step, {"twin/frozen": after, **text})
     say(f"the frozen weights are what they were ({after[:12]})")
     near, drafts = {}, {}
-    for texts in acceptance.held_out(engine, dataset.val, bos, settings, seq):
+    for texts in acceptance.held_out(engine, given, settings):
         near[texts.kind] = acceptance.nearness(twin, texts, bos, settings)
         drafts[texts.kind] = acceptance.decoding(engine, dataset.tokenizer, twin, texts, settings, limit)
     run.log(step, {"twin/places": near, "twin/decoding": drafts})

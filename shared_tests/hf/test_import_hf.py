@@ -231,6 +231,15 @@ def test_settings_that_we_do_not_have_are_refused(
     assert message in refusal(folder, tmp_path / "out", capsys)
 
 
+def test_a_rotation_of_nothing_is_none(tiny: Path) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    for share, dims in ((0.0, 0), (0.5, 8), (None, 4)):  # None: what transformers takes, a quarter
+        config["rope_parameters"]["partial_rotary_factor"] = share
+        if share is None:
+            del config["rope_parameters"]["partial_rotary_factor"]
+        assert read_settings(config, "config.json", 0).model.attention.rope_dims == dims
+
+
 def test_settings_that_nobody_knows_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"sparkle": 3}))

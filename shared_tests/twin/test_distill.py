@@ -13,6 +13,7 @@ import pytest
 
 import skc
 from core.checks import ConfigError
+from core.cli import main
 from core.config import changed
 from core.decoding.generate import Text, write
 from core.decoding.settings import Decoding
@@ -27,7 +28,7 @@ from shared_tests.support.command_line import Capture, call, refuse
 from shared_tests.support.decoding import Numbers
 from shared_tests.support.distilling import SHORT, data_of, small_artifact, small_config, state_of
 from shared_tests.support.harness import BACKENDS, HYBRID, mini, reader, tokens
-from shared_tests.support.killed import fix_threads
+from shared_tests.support.killed import fix_threads, small_data
 
 pytestmark = pytest.mark.pair
 
@@ -118,6 +119,31 @@ def test_refusals(place: tuple[str, str], tmp_path: Path, capsys: Capture) -> No
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     assert "is not empty" in refuse(capsys, *base[:-1], str(folder), *SHORT)
+
+
+def test_what_would_fail_at_the_end_is_refused_at_the_beginning(
+    place: tuple[str, str], tmp_path: Path, capsys: Capture
+) -> None:
+    artifact, data = place
+    bytes_then = Path(artifact).read_bytes()
+    base = ("distill", artifact, "--data", data, "--backend", "cuda", "--out", str(tmp_path / "out"), *SHORT)
+    assert "choose another --twin" in refuse(capsys, *base, "--twin", artifact)
+    assert "there is no folder" in refuse(capsys, *base, "--twin", str(tmp_path / "nowhere" / "twin.safetensors"))
+    little = (*base[:3], small_data(tmp_path / "text", 4), *base[4:], "--distill.seq", "30")
+    assert "25 tokens, too few for texts of 30: lower distill.seq" in refuse(capsys, *little)
+    assert Path(artifact).read_bytes() == bytes_then and not (tmp_path / "out").exists()
+
+
+def test_rows_of_one_token_more_than_a_block_are_measured(
+    place: tuple[str, str], tmp_path: Path, capsys: Capture
+) -> None:
+    """Training text has no prompt: what is left of a row in front of a block is its BOS. The last line can be run."""
+    artifact, data = place
+    twin = str(tmp_path / "the twin.safetensors")
+    options = ("--distill.text", "training", "--distill.seq", "5", "--distill.twin.block", "4", "--distill.steps", "1")
+    options += ("--distill.report-texts", "1", "--out", str(tmp_path / "out"), "--twin", twin)
+    assert main(["distill", artifact, "--data", data, "--backend", "cuda", *options]) == 0
+    assert f"skc sample {artifact} --draft twin --twin '{twin}';" in capsys.readouterr().out
 
 
 def test_a_distillation_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -228,7 +254,5 @@ def test_a_step_that_moves_a_frozen_weight_fails(place: tuple[str, str], tmp_pat
         out = str(tmp_path / "twin.safetensors")
         base = ("distill", artifact, "--data", data, *SHORT, "--backend", "cuda", "--out", str(tmp_path / "out"))
         capsys.readouterr()
-        from core.cli import main
-
         assert main([*base, "--twin", out]) == 2
         assert "the frozen weights changed" in capsys.readouterr().err and not os.path.exists(out)

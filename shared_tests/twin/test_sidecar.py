@@ -6,12 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from core.formats.tensors import write_tensors
 from core.model.params import start_values
 from core.training.checkpoint import digest
 from core.twin import sidecar
 from core.twin.params import twin_start
 from core.twin.settings import TwinConfig
-from core.twin.sidecar import Sidecar, SidecarError, artifact_sha256, beside, read_sidecar, write_sidecar
+from core.twin.sidecar import (
+    Sidecar,
+    SidecarError,
+    artifact_sha256,
+    beside,
+    check_place,
+    read_sidecar,
+    write_sidecar,
+)
 from shared_tests.support import mutants, mutations
 from shared_tests.support.distilling import small_config
 
@@ -44,6 +53,22 @@ def test_the_twin_of_another_artifact_is_refused_in_one_line(tmp_path: Path) -> 
     artifact.write_bytes(b"another")
     with pytest.raises(SidecarError, match="is the twin of artifact .* make its own with skc distill"):
         read_sidecar(path, MODEL, artifact)
+
+
+def test_a_twin_takes_the_place_of_nothing_but_a_twin(tmp_path: Path) -> None:
+    artifact, path, made = written(tmp_path, "full")
+    own, other = tmp_path / "own_text.safetensors", tmp_path / "other.safetensors"
+    write_tensors(own, {"tokens": np.zeros(3, np.int32)}, {"skc": '{"artifact": "a"}'})
+    write_sidecar(other, made)
+    path.write_bytes(b"a damaged one, to be made again")
+    for free in (path, other, tmp_path / "new.safetensors"):
+        check_place(free, artifact)
+    (tmp_path / "model").mkdir()
+    named = artifact.rename(tmp_path / "model" / "twin.safetensors")
+    (tmp_path / "linked").symlink_to(named)
+    for taken in (named, tmp_path / "linked", own, tmp_path, tmp_path / "nowhere" / "twin.safetensors"):
+        with pytest.raises(SidecarError, match="choose another --twin"):
+            check_place(taken, named)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
