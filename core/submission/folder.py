@@ -31,7 +31,7 @@ class SubmissionError(ValueError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class FolderEntry:
     """A name in the folder."""
 
     name: str
@@ -46,7 +46,7 @@ class SubmissionFolder:
     """What a folder holds; None: it does not, or it cannot be read, and then `problems` says so."""
 
     path: Path
-    entries: tuple[Entry, ...]
+    entries: tuple[FolderEntry, ...]
     submission: dict[str, Any] | None
     submission_name: str
     doubled: tuple[str, ...]
@@ -183,9 +183,9 @@ def parse_object(where: str, text: str) -> tuple[dict[str, Any], tuple[str, ...]
     return value, tuple(doubled)
 
 
-def _entries(path: Path) -> tuple[list[Entry], list[str]]:
+def _entries(path: Path) -> tuple[list[FolderEntry], list[str]]:
     """Return every name below a folder, and what is too much of them; links are not followed."""
-    entries: list[Entry] = []
+    entries: list[FolderEntry] = []
     problems: list[str] = []
     waiting = [(path, "", 0)]
     while waiting:
@@ -197,7 +197,7 @@ def _entries(path: Path) -> tuple[list[Entry], list[str]]:
                 return entries, [f"over {MAX_ENTRIES:,} names: this is no submission folder"]
             kind = "link" if item.is_symlink() else "folder" if item.is_dir() else "file" if item.is_file() else "other"
             name = f"{prefix}{item.name}"
-            entries.append(Entry(name, kind, item.stat(follow_symlinks=False).st_size if kind == "file" else 0))
+            entries.append(FolderEntry(name, kind, item.stat(follow_symlinks=False).st_size if kind == "file" else 0))
             if kind == "folder" and depth < MAX_DEPTH and item.name != ".git":
                 waiting.append((Path(item.path), f"{name}/", depth + 1))
             elif kind == "folder" and item.name != ".git":
@@ -205,7 +205,7 @@ def _entries(path: Path) -> tuple[list[Entry], list[str]]:
     return sorted(entries, key=lambda entry: entry.name), problems
 
 
-def _logs(path: Path, files: dict[str, Entry], problems: list[str]) -> tuple[tuple[Log, ...], tuple[Log, ...]]:
+def _logs(path: Path, files: dict[str, FolderEntry], problems: list[str]) -> tuple[tuple[Log, ...], tuple[Log, ...]]:
     """Return a log of each seed, that of the proper name first, and further ones."""
     logs: list[Log] = []
     for name in files:

@@ -124,7 +124,7 @@ def known_values(config: RunConfig, backend: str) -> dict[str, dict[str, Any]]:
 
 def used_parts(config: RunConfig) -> set[str]:
     """Return the parts of a model: the names of their files in core/model and in a backend."""
-    model = config.model
+    model: Any = config.model
     mixers = {kind.mixer(model) for kind in {model.part(s) for s in model.stages(True) if s.part == "layer"}}
     mlps = {kind.mlp(model) for kind in {model.part(s) for s in model.stages(True) if s.part == "layer"}}
     names = {name for name, part in model.parts.items() if any(part is one for one in mixers | mlps)}

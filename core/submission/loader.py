@@ -50,7 +50,7 @@ class _Packed:
         package = any(other.startswith(name + ".") for other in TEXTS)
         if name in TEXTS or package:
             place = FILE + "/" + name.replace(".", "/") + ".py"
-            return importlib.util.spec_from_loader(name, self, origin=place, is_package=package)
+            return importlib.util.spec_from_loader(name, self, origin=place, is_package=package)  # pyright: ignore[reportArgumentType]
 
     def create_module(self, spec):
         """Leave it to Python."""

@@ -57,7 +57,7 @@ def log_lines(run: Run) -> list[str]:
     return [*opening_lines(run), *rows, *closing_lines(run)]
 
 
-def opening_lines(run: Run) -> list[str]:
+def opening_lines(run: "Run | Any") -> list[str]:
     """Return what a log says before the first step: settings, sizes, versions, and the program that runs."""
     environment, program = run.environment(), program_of(run.environment())
     settings = to_json(run.config)
@@ -90,7 +90,7 @@ def row_lines(steps: int, row: dict[str, Any]) -> list[str]:
     return lines
 
 
-def closing_lines(run: Run) -> list[str]:
+def closing_lines(run: "Run | Any") -> list[str]:
     """Return what a log says of the end of a run: why it stopped, its scores, times, and the artifact; RunError."""
     stored, weights = run.last("final/artifact"), run.last("final/score")
     if stored is None or weights is None or not run.artifact_path.is_file():

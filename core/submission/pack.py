@@ -40,7 +40,7 @@ def pack_program(config: RunConfig, backend: str, form: Form = "text", **options
     """Return the program that runs `config` on a backend (cuda or mlx), as a file; `options`: of EngineOptions."""
     export = dataclasses.replace(config.export, code_bytes=ExportConfig.code_bytes)  # the program knows its own
     data = type(config.data)()  # a place of this machine: the program reads DATA_PATH
-    texts = sources(dataclasses.replace(config, export=export, data=data), backend, form, options)
+    texts = program_sources(dataclasses.replace(config, export=export, data=data), backend, form, options)
     start = texts.pop(ENTRY)
     texts, alone = linked(texts)
     parts = [minified(bare(ast.parse(read_text(LOADER)))), start, alone]
@@ -49,7 +49,7 @@ def pack_program(config: RunConfig, backend: str, form: Form = "text", **options
     return _zipped(data) if form == "zip" else _written(data)
 
 
-def sources(config: RunConfig, backend: str, form: Form, options: dict[str, Any]) -> dict[str, str]:
+def program_sources(config: RunConfig, backend: str, form: Form, options: dict[str, Any]) -> dict[str, str]:
     """Return module -> what a program needs of its text; its entry is one of them."""
     settings = json.dumps({"config": chosen(config), "options": options}, separators=(",", ":"))
     call = f"start_program(build, join, FILE, {form!r}, {settings!r})\n"
@@ -78,9 +78,9 @@ def minified(tree: ast.Module) -> str:
 
 def _written(data: bytes) -> bytes:
     """Return the program as text: its line holds everything in base85."""
-    data = base64.b85encode(data).decode()
+    text = base64.b85encode(data).decode()
     unpack = 'import base64,bz2\nFILE=__file__\nPARTS=bz2.decompress(base64.b85decode(DATA)).decode().split("\\0")'
-    return f'{HEAD}DATA="{data}"\n{unpack}\nexec(PARTS[0])\n'.encode()
+    return f'{HEAD}DATA="{text}"\n{unpack}\nexec(PARTS[0])\n'.encode()
 
 
 def _zipped(data: bytes) -> bytes:

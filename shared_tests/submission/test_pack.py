@@ -23,7 +23,7 @@ from core.cli import main
 from core.config import ConfigError, RunConfig, changed
 from core.data.tokenizer import TokenizerError
 from core.submission import known
-from core.submission.pack import Form, pack_program, sources
+from core.submission.pack import Form, pack_program, program_sources
 from core.submission.program import open_text, run_name, seeded
 from core.submission.shaking import Shaken
 from core.submission.unpack import compile_problem, unpack_program
@@ -148,7 +148,7 @@ def test_a_program_reads_sentencepiece_alone(data: str, tmp_path: Path, monkeypa
     monkeypatch.setenv("TOKENIZER_PATH", str(tmp_path / "tokenizer.json"))
     with pytest.raises(TokenizerError, match="not a SentencePiece model"):
         open_text(packed.tiny("debug", data))
-    texts = sources(presets.get("debug").config, "cuda", "text", {})
+    texts = program_sources(presets.get("debug").config, "cuda", "text", {})
     assert not {"core.data.tokenizer_json", "backends.cuda.twin", "core.formats.kinds"} & set(texts)
 
 
@@ -318,7 +318,7 @@ def test_the_verb_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_settings_are_folded_and_what_runs_later_is_not() -> None:
     config = presets.get("debug").config
-    texts = sources(config, "cuda", "text", {})
+    texts = program_sources(config, "cuda", "text", {})
     assert "mtp_heads" not in texts["backends.cuda.engine"] and "depth_drop" not in texts["backends.cuda.engine"]
     assert "code_bytes" in texts["core.training.finish"], "the program's own bytes"
     assert "class Delta" not in "".join(texts.values()).replace("class Delta:0", "").replace("class Delta(Part)", "")
