@@ -49,16 +49,19 @@ class Folding(ast.NodeTransformer):
         return ast.fix_missing_locations(self.visit(tree))
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        """Know in whose methods a name stands."""
         before, self._inside = self._inside, self._classes.get(f"{self._module}.{node.name}")
         self.generic_visit(node)
         self._inside = before
         return node
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
+        """Put in what a variable is known to hold."""
         value = self._known.get(node.id, MISSING) if isinstance(node.ctx, ast.Load) else MISSING
         return node if value is MISSING else _literal(value)
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """Put in what an attribute is known to hold."""
         value = self._known.get(node.attr, MISSING) if isinstance(node.ctx, ast.Load) else MISSING
         if value is MISSING and isinstance(node.ctx, ast.Load):
             value = self._value(node)
@@ -96,6 +99,7 @@ class Folding(ast.NodeTransformer):
         return []
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
+        """Put in what a call is known to give."""
         asked = node.func if isinstance(node.func, ast.Attribute) and node.func.attr == "mixes" else None
         if asked is not None and "model" in self._holders(asked.value):
             return ast.Constant(self._parts["model"].mixes(ast.literal_eval(node.args[0])))
@@ -115,6 +119,7 @@ class Folding(ast.NodeTransformer):
         return node if value is MISSING else ast.Constant(bool(value))
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        """Put in what a comparison of constants says."""
         self.generic_visit(node)
         left, right = _constant(node.left), _constant(node.comparators[0])
         if len(node.ops) > 1 or left is MISSING or right is MISSING:
@@ -125,11 +130,13 @@ class Folding(ast.NodeTransformer):
             return node
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
+        """Put in what `not` makes of a constant."""
         self.generic_visit(node)
         value = _constant(node.operand) if isinstance(node.op, ast.Not) else MISSING
         return node if value is MISSING else ast.Constant(not value)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        """Leave out what a constant decides."""
         self.generic_visit(node)
         ends, kept = isinstance(node.op, ast.Or), list[ast.expr]()
         for place, one in enumerate(node.values):
@@ -143,17 +150,20 @@ class Folding(ast.NodeTransformer):
         return node if len(kept) > 1 else kept[0]
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        """Take the side that a constant decides for."""
         self.generic_visit(node)
         value = _truth(node.test)
         return node if value is MISSING else node.body if value else node.orelse
 
     def visit_If(self, node: ast.If) -> Any:
+        """Take the branch that a constant decides for."""
         self.generic_visit(node)
         node.body, node.orelse = _alive(node.body) or [ast.Pass()], _alive(node.orelse)
         value = _truth(node.test)
         return node if value is MISSING else (node.body if value else node.orelse)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        """Leave out what nobody reads any more, and what stands behind a return."""
         self.generic_visit(node)
         read = {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)}
         node = _Unread(read).visit(node)
@@ -161,6 +171,7 @@ class Folding(ast.NodeTransformer):
         return node
 
     def visit_For(self, node: ast.For) -> ast.AST:
+        """Keep a body that has lost everything."""
         self.generic_visit(node)
         node.body = _alive(node.body) or [ast.Pass()]
         return node
@@ -191,13 +202,16 @@ class _Unread(ast.NodeTransformer):
         self._read = read
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        """Leave out a text that nobody reads."""
         target, text = node.targets[0], isinstance(node.value, ast.JoinedStr | ast.Constant)
         return None if text and isinstance(target, ast.Name) and target.id not in self._read else node
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        """Leave classes as they are."""
         return node
 
     def visit_If(self, node: ast.If) -> ast.AST:
+        """Keep a body that has lost everything."""
         self.generic_visit(node)
         node.body = node.body or [ast.Pass()]
         return node
