@@ -38,7 +38,9 @@ SPEAKING = ("core.submission.program", "core.data.unlisted", "core.training.loop
 
 def pack_program(config: RunConfig, backend: str, form: Form = "text", **options: Any) -> bytes:
     """Return the program that runs `config` on a backend (cuda or mlx), as a file; `options`: of EngineOptions."""
-    export = dataclasses.replace(config.export, code_bytes=ExportConfig.code_bytes)  # the program knows its own
+    # The program knows its own size: here stands what every program has alike.
+    code = min(ExportConfig.code_bytes, config.export.budget - 1)
+    export = dataclasses.replace(config.export, code_bytes=code)
     data = type(config.data)()  # a place of this machine: the program reads DATA_PATH
     texts = program_sources(dataclasses.replace(config, export=export, data=data), backend, form, options)
     start = texts.pop(ENTRY)
