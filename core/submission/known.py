@@ -20,7 +20,8 @@ NEVER = (
     *(f"core.data.dataset.Split.{name}" for name in ("documents", "document_bytes", "verify", "start_verify")),
     *(f"core.scoring.snapshots.Snapshots.{name}" for name in ("read", "write", "_read")),
     *(f"core.scoring.adapt.weights.LooseWeights.{name}" for name in ("state", "load")),
-    "core.data.column.Column.verify", "core.data.tokenizer.Tokenizer.load", "core.data.tokenizer.Tokenizer.of",
+    "core.data.column.Column.verify", "core.data.tokenizer.Tokenizer.decode", "core.data.byte_table.checked_ids",
+    "core.data.transform.invert_transform", "core.data.tokenizer.Tokenizer.load", "core.data.tokenizer.Tokenizer.of",
 )  # fmt: skip
 """Of any program: modules, definitions (module.name) and methods (module.class.name). It keeps no ledger's file."""
 UNASKED = ("check", "flops", "tape", "state", "mini")
