@@ -20,8 +20,7 @@ NEVER = (
     *(f"core.data.dataset.Split.{name}" for name in ("documents", "document_bytes", "verify", "start_verify")),
     *(f"core.scoring.snapshots.Snapshots.{name}" for name in ("read", "write", "_read")),
     *(f"core.scoring.adapt.weights.LooseWeights.{name}" for name in ("state", "load")),
-    "core.data.column.Column.verify", "core.data.tokenizer.Tokenizer.decode", "core.data.byte_table.checked_ids",
-    "core.data.transform.invert_transform", "core.data.tokenizer.Tokenizer.load", "core.data.tokenizer.Tokenizer.of",
+    "core.data.column.Column.verify", "core.data.tokenizer.Tokenizer.load", "core.data.tokenizer.Tokenizer.of",
 )  # fmt: skip
 """Of any program: modules, definitions (module.name) and methods (module.class.name). It keeps no ledger's file."""
 UNASKED = ("check", "flops", "tape", "state", "mini")
@@ -47,7 +46,8 @@ def absent(config: RunConfig, backend: str) -> set[str]:
         methods = UNASKED if name in used or name == "layer" else (*UNASKED, *UNUSED)
         left |= {f"{kind.__module__}.{kind.__name__}.{method}" for method in methods}
     if config.train.sample_every is None and config.export.calibration != "self":
-        left.add("core.decoding")
+        left |= {"core.decoding", "core.data.tokenizer.Tokenizer.decode", "core.data.byte_table.checked_ids"}
+        left.add("core.data.transform.invert_transform")
         if evaluation.windows != "stateful":
             left |= {"core.scoring.stateful", f"{engine}.engine.Tape"}
             left |= {f"{engine}.engine.Engine.{name}" for name in DECODING}
