@@ -240,13 +240,14 @@ class Adaptation:
         """Return the A of every slot, which its rank alone has; every rank calls this."""
         if self._ranks.world == 1:
             return self._warm
-        shapes = agree(self._ranks, {site: a.shape for site, a in self._warm.get(0, {}).items()})
+        kinds = agree(self._ranks, {site: (a.shape, a.dtype.str) for site, a in self._warm.get(0, {}).items()})
         slots = sorted(self._warm)
         numbers = self._ranks.gather(np.array(slots, np.int64))
         warm: dict[int, Arrays] = {int(slot): {} for own in numbers for slot in own}
-        for site, shape in shapes.items():
+        for site, (shape, kind) in kinds.items():
             own = [np.asarray(self._warm[slot][site]).reshape(-1) for slot in slots]
-            flat = self._ranks.gather(np.concatenate(own) if own else np.empty(0))
+            # A round may have fewer slots than ranks: nothing is of the same type then, too.
+            flat = self._ranks.gather(np.concatenate([np.empty(0, kind), *own]))
             for theirs, values in zip(numbers, flat, strict=True):
                 for slot, a in zip(theirs.tolist(), values.reshape(len(theirs), *shape), strict=True):
                     warm[slot][site] = a
