@@ -27,7 +27,7 @@ COMPLIANCE = (
 ADMITTED = ("three_seeds", "no_ngram_cache")
 """Those that may be false and break no rule."""
 SECRETS = {
-    "a home folder": re.compile(r"(?<![\w.])(?:/home/|/Users/|/root/|[A-Za-z]:\\\\?Users\\\\?)[\w.$-]{1,64}"),
+    "a home folder": re.compile(r"(?<![\w.])(?:/(?:home|Users|root)/|[A-Za-z]:\\\\?Users\\\\?)[\w.$-]{1,64}"),
     "a Hugging Face token": re.compile(r"\bhf_[A-Za-z0-9]{20,}"),
     "a GitHub token": re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,})"),
     "an API key": re.compile(
