@@ -31,7 +31,8 @@ class FakeAdapters(NamedTuple):
     v: dict[tuple[str, str], np.ndarray]
 
     def a(self) -> dict[str, np.ndarray]:
-        return {site: self.values[site, "a"].copy() for site in self.spec.sites}
+        # As narrow as those of engines, so that nothing takes them for what numpy makes by itself.
+        return {site: self.values[site, "a"].astype(np.float32) for site in self.spec.sites}
 
 
 @dataclasses.dataclass
@@ -301,7 +302,9 @@ class ThreadRank(NamedTuple):
         return self.talk.everyone(self.rank, value)[0]
 
     def gather(self, value: np.ndarray) -> list[np.ndarray]:
-        return [each.copy() for each in self.talk.everyone(self.rank, value)]
+        every = self.talk.everyone(self.rank, value)
+        assert len({each.dtype for each in every}) == 1, "what ranks gather has one type: devices ask for it"
+        return [each.copy() for each in every]
 
     def sum(self, value: Any) -> Any:
         """Return the sum of the ranks' arrays of a backend."""
