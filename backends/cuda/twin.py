@@ -206,7 +206,7 @@ class Twin:
     @torch.no_grad()
     def report(self, tokens: np.ndarray, anchors: np.ndarray) -> TwinReport:
         first, count = self._checked(tokens, anchors, np.ones(self.config.block)), self.config.block
-        right: dict[str, Any] = {}
+        weights, right = self._whole(self._params), dict[str, Any]()
         logits_BTV, tape = self._frozen_pass(tokens, right)
         agreement_K, kl_K = np.zeros(count), np.zeros(count)
         agreement_K[:first] = 1.0  # the anchor's place is the model's own
@@ -214,7 +214,7 @@ class Twin:
         for group in self._groups(tokens, anchors):
             mixed: dict[str, Any] = {}
             state = self._states(tokens, group, tape, first)
-            drafted_NKV = self._drafted(self._whole(self._params), tokens, group, state, first, mixed)
+            drafted_NKV = self._drafted(weights, tokens, group, state, first, mixed)
             at_NK = self._places(group, first, count)
             same_NK = torch.argmax(logits_BTV[at_NK], dim=-1) == torch.argmax(drafted_NKV, dim=-1)
             apart_NK = divergence(logits_BTV[at_NK], drafted_NKV, self._engine._exact)
@@ -227,14 +227,14 @@ class Twin:
     @torch.no_grad()
     def alike(self, tokens: np.ndarray, anchors: np.ndarray) -> Arrays:
         first, count = self._checked(tokens, anchors, np.ones(self.config.block)), self.config.block
-        right: dict[str, Any] = {}
+        weights, right = self._whole(self._params), dict[str, Any]()
         tape = self._frozen_pass(tokens, right)[1]
         sums = {label: np.zeros(count - first) for label in right}
         for group in self._groups(tokens, anchors):
             mixed: dict[str, Any] = {}
             state, at_NK = self._states(tokens, group, tape, first), self._places(group, first, count)
             blocks = tokens[tuple(at.cpu().numpy() for at in at_NK)]
-            self._pass(self._whole(self._params), blocks, state, (group + first).T.reshape(-1), mixed)
+            self._pass(weights, blocks, state, (group + first).T.reshape(-1), mixed)
             for label, value in right.items():
                 for place in range(count - first):
                     here = cosines(value[at_NK][:, place], mixed[label][:, place])

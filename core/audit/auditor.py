@@ -1,7 +1,6 @@
 """Audits a run or an artifact: watches its evaluation, checks the texts, and has a finding for every rule."""
 
 import dataclasses
-import hashlib
 import os
 import secrets
 import tempfile
@@ -35,7 +34,8 @@ from core.config import to_json
 from core.console import Console
 from core.data.bundled import open_data
 from core.data.dataset import DataError, Dataset, identity
-from core.files import FileError, append_file, locked, open_file, read_text
+from core.data.shards import file_sha256
+from core.files import FileError, append_file, locked, read_text
 from core.scoring.ledger import Ledger, LedgerError
 from core.training.run import config_digest
 
@@ -89,8 +89,7 @@ def audit(plan: Plan, say: Console) -> AuditResult:
     AuditError if what was given cannot be evaluated at all.
     """
     began = time.monotonic()
-    with open_file(plan.artifact) as file:
-        artifact = hashlib.file_digest(file, "sha256").hexdigest()
+    artifact = file_sha256(str(plan.artifact))
     # Without the training text, so that nothing in this process can read it.
     dataset = open_data(plan.config.data.path, train=False)
     for split in (dataset.train, dataset.val):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from core.config import ConfigError, RunConfig, to_json
+from core.config import ConfigError, RunConfig, flattened, to_json
 from core.data.batch import Batch
 from core.data.dataset import Dataset, Split
 from core.engine.plan import StepPlan
@@ -116,19 +116,9 @@ class TwinRun(Run):
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return what differs between two records, `name: old -> new`."""
-    names = sorted({*(flat_then := _flat(then)), *(flat_now := _flat(now))})
-    pairs = [(name, flat_then.get(name), flat_now.get(name)) for name in names]
-    return [f"{name}: {json.dumps(old)} -> {json.dumps(new)}" for name, old, new in pairs if old != new]
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: list(values) if isinstance(values, tuple) else values}
-    return {
-        key: value
-        for name, inner in values.items()
-        for key, value in _flat(inner, f"{prefix}.{name}" if prefix else name).items()
-    }
+    old, new = ({name: json.dumps(value) for name, value in flattened(record).items()} for record in (then, now))
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    return [f"{name}: {old.get(name, 'null')} -> {new.get(name, 'null')}" for name in names]
 
 
 def reading(dataset: Dataset, rows: np.ndarray | None) -> Dataset:
