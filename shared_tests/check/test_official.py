@@ -177,10 +177,17 @@ def test_a_run_folder_comes_out_that_the_other_verbs_take(
     assert len(scores) == 2 and abs(scores[0] - scores[1]) < 1e-5
     assert main(["sample", str(out), "--tokens", "4"]) == 0
     assert main(["export", str(out)]) == 0
-    assert main(["audit", str(out), "--flips", "1"]) == 0
-    assert "broken" in capsys.readouterr().out
     assert main(["import-official", *options]) == 2
     assert "choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_an_imported_run_is_audited(data: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path, out = saved(tmp_path / "final_model.pt", small()), tmp_path / "imported"
+    assert main(["import-official", str(path), "--out", str(out), "--data", data, "--seq", "64"]) == 0
+    assert main(["export", str(out)]) == 0
+    assert main(["audit", str(out), "--flips", "1"]) == 0
+    assert "broken" in capsys.readouterr().out
 
 
 def test_one_layer_has_no_skips(data: str, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from core.formats import toml
 from shared_tests.support import mutants, mutations
 
 
-@pytest.mark.parametrize("before, after", [(1_500, 1_000), pytest.param(10_000, 2_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("before, after", [(1_000, 700), pytest.param(10_000, 2_000, marks=pytest.mark.long)])
 def test_no_mutation_breaks_a_reader(before: int, after: int) -> None:
     command = [sys.executable, "-m", "shared_tests.support.mutations", "--seed", "1"]
     command += ["--before", str(before), "--after", str(after)]

@@ -256,8 +256,14 @@ def last_loss(backend: str, config: RunConfig, enough: float = -math.inf) -> flo
     return float(np.mean([p.result().loss for p in losses[-50:]]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, backend",
+    [
+        pytest.param(kind, backend, marks=pytest.mark.long if number % 2 else ())  # one engine each in the short run
+        for i, kind in enumerate(KINDS)
+        for number, backend in enumerate(BACKENDS, i)
+    ],
+)
 def test_random_tokens_teach_no_layer_kind(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = mini("debug")
     one_kind = dataclasses.replace(config, model=dataclasses.replace(config.model, blocks=(kind,)))
