@@ -282,12 +282,6 @@ def sync_folder(path: str | Path) -> None:
         os.close(handle)
 
 
-def check_own(path: str | Path) -> None:
-    """Raise FileError for anything but a regular file, or nothing, in the place of a file of our own; OSError."""
-    with suppress(FileNotFoundError):
-        _refuse_kind(path, os.lstat(path))
-
-
 def locked(file: BinaryIO, shared: bool = False, wait: bool = False) -> bool:
     """Lock an open file until it is closed or its process ends; False if another process holds it; FileError.
 
