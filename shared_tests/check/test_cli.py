@@ -402,7 +402,7 @@ def spoil(name: str) -> Callable[[Path], None]:
         (lambda run: shutil.rmtree(run / "state"), "sample RUN", "has no checkpoint yet; train it first"),
         (lambda run: (run / "tokenizer.model").unlink(), "eval RUN", r"tokenizer\.model: No such file"),
         (lambda run: (run / "tokenizer.model").write_bytes(b"x"), "eval RUN", "was made with tokenizer"),
-        (lambda run: (run / "tokenizer.model").write_bytes(b"x"), "sample RUN", "not a SentencePiece model"),
+        (lambda run: (run / "tokenizer.model").write_bytes(b"x"), "sample RUN", "neither a SentencePiece .model nor a tokenizer.json"),
     ],
 )
 def test_a_damaged_run_gets_one_line(
