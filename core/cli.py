@@ -146,7 +146,7 @@ def _version() -> str:
 def _run(verb: Verb, options: Any, command: str, began: float) -> int:
     from core.verbs.common import Context
 
-    context = Context(Console(options.json), command, began=began)
+    context = Context(Console(options.json), command, began=began, verbs=VERBS)
     try:
         outcome = getattr(importlib.import_module(verb.module), verb.function)(options, context)
     finally:
@@ -256,7 +256,7 @@ def _defaults(name: str, kind: Any, arguments: list[str], wants_help: bool) -> t
     None for the settings: only help on the verb was asked for.
     """
     from core import presets
-    from core.config_file import read_config
+    from core.config_file import settings_of_file
     from core.options import taken, value_of
     from core.scoring.plugins import foreign
     from core.short_forms import CONFIG
@@ -268,7 +268,7 @@ def _defaults(name: str, kind: Any, arguments: list[str], wants_help: bool) -> t
         if value_of(arguments, CONFIG):
             raise UsageError(f"{CONFIG} takes the place of a {first}: leave one of them out")
     elif file := value_of(arguments, CONFIG):
-        default, arguments = kind.of(read_config(file)), taken(arguments, CONFIG)
+        default, arguments = kind.of(settings_of_file(file)), taken(arguments, CONFIG)
         strangers = foreign(default.eval.plugins)
         if strangers and not value_of(arguments, "--eval.plugins"):
             raise UsageError(

@@ -14,7 +14,7 @@ from core.training.records import read_object
 SECTIONS = ("model", "data", "train", "eval", "export")
 
 
-def read_config(path: str) -> RunConfig:
+def settings_of_file(path: str) -> RunConfig:
     """Return the settings that a file brings; ConfigError, FileError or RunError names it and what is wrong, OSError.
 
     A folder is a run's. A TOML file has `preset`, perhaps `seed`, and settings in tables, as ablation files have them.

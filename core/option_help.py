@@ -62,7 +62,8 @@ def metavar(hint: Any) -> str:
         hint = typing.get_args(hint)[0]
     parts = [part for part in typing.get_args(hint) if part not in (type(None), ...)]
     if typing.get_origin(hint) is typing.Literal:
-        return "|".join(map(str, typing.get_args(hint)))
+        choices = "|".join(map(str, typing.get_args(hint)))
+        return choices if len(choices) <= COLUMN + 10 else "NAME"
     if typing.get_origin(hint) is tuple:
         return f"{metavar(parts[0])} ..."
     if parts:

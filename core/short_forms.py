@@ -8,9 +8,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from core.config import MOST_STEPS, RunConfig
-from core.options import plain
-from core.verbs.errors import UsageError
+from core.config import MOST_STEPS, ConfigError, RunConfig
+from core.options import hyphened
 
 RATES = ("lr_embed", "lr_matrix", "lr_vector", "lr_hash")
 CONFIG = "--config"
@@ -74,27 +73,27 @@ def of_verb(verb: str) -> dict[str, Short]:
 
 
 def lengthened(verb: str, arguments: Sequence[str], base: RunConfig) -> list[str]:
-    """Return a command line with settings in place of short forms; UsageError for a setting that is given twice.
+    """Return a command line with settings in place of short forms; ConfigError for a setting that is given twice.
 
     `base` has the learning rates that --lr multiplies.
     """
-    mine, there = of_verb(verb), {plain(word.partition("=")[0]) for word in arguments if word.startswith("--")}
+    mine, there = of_verb(verb), {hyphened(word.partition("=")[0]) for word in arguments if word.startswith("--")}
     words: list[str] = []
     rest = iter(arguments)
     for word in rest:
         name, equals, value = word.partition("=")
-        short = mine.get(plain(name)) if name.startswith("--") else None
+        short = mine.get(hyphened(name)) if name.startswith("--") else None
         if short is None:
             words.append(word)
             continue
         twice = next((setting for setting in short.settings if setting in there), None)
         if twice:
-            raise UsageError(f"{name} and {twice} are two values of one setting: give one")
-        if plain(name) == "--lr":
+            raise ConfigError(f"{name} and {twice} are two values of one setting: give one")
+        if hyphened(name) == "--lr":
             words += _multiplied(value if equals else next(rest, ""), base)
             continue
         words.append(f"{short.settings[0]}{equals}{value}")
-        if plain(name) == "--seconds" and not {"--steps", "--train.steps"} & there:
+        if hyphened(name) == "--seconds" and not {"--steps", "--train.steps"} & there:
             words[-1:-1] = ["--train.steps", str(MOST_STEPS)]
     return words
 
@@ -107,20 +106,20 @@ def _multiplied(factor: str, base: RunConfig) -> Iterator[str]:
 
 
 def read_factor(factor: str | float) -> float:
-    """Return the factor of --lr; UsageError for what is none."""
+    """Return the factor of --lr; ConfigError for what is none."""
     try:
         by = float(factor)
     except ValueError:
         by = math.nan
     if not (math.isfinite(by) and by >= 0):
-        raise UsageError(f"--lr {factor}: expected a factor of all learning rates, as in --lr 0.5")
+        raise ConfigError(f"{f'--lr {factor}'.strip()}: expected a factor of all learning rates, as in --lr 0.5")
     return by
 
 
 def refused(verb: str, arguments: Sequence[str], known: Sequence[str]) -> str:
     """Return what to say of the first short form that a verb has no use for, or nothing."""
     for word in arguments:
-        name = plain(word.partition("=")[0]) if word.startswith("--") else ""
+        name = hyphened(word.partition("=")[0]) if word.startswith("--") else ""
         if verb in SHORTENED and name in (*SHORT, *OWN) and name not in (*known, *of_verb(verb)):
             return f"unknown option {name}: it has no meaning in skc {verb}{HINTS.get((verb, name), '')}"
     return ""

@@ -21,17 +21,18 @@ def with_base(plan: Ablation, given: dict[str, Any]) -> Ablation:
 
     ConfigError where a variant cannot be had with it.
     """
-    chosen: dict[str, Any] = {name: given[name] for name in NAMES if given[name] not in (None, ())}
+    chosen: dict[str, Any] = {}
+    chosen.update((name, given[name]) for name in NAMES if given[name] not in (None, ()))
     if not chosen:
         return plan
     if "steps" in chosen and "seconds" in chosen:
         raise ConfigError("--steps and --seconds are two budgets, and an ablation has one: give one of them")
     settings, words = dict(plan.settings), []
-    for name in chosen:
-        value: Any = chosen[name]
-        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    for name, value in chosen.items():
+        listed = name == "blocks"
+        words += [f"--{name}", *map(str, value if listed else [value])]
         if name in SETTINGS:
-            settings[SETTINGS[name]] = list(value) if isinstance(value, tuple) else value
+            settings[SETTINGS[name]] = list(value) if listed else value
         elif name in ("steps", "seconds"):
             if not value > 0:
                 raise ConfigError(f"--{name} {value}: expected a positive number")

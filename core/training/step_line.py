@@ -1,5 +1,6 @@
 """The moving line of a training run on a terminal: after every step, how far it is, how fast, and how long it takes."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -34,7 +35,7 @@ class StepLine:
         self._settings, self._seconds, self._show, self._stats = settings, seconds, show, stats
         self._pending: deque[Pending] = deque(maxlen=AHEAD + 1)
         self._marks = deque([(step, tokens, seconds())], maxlen=RECENT + 1)
-        self._shown = 0.0
+        self._shown = -math.inf
         if show is not None:
             show(f"{of_steps(step + 1, settings)}: under way")
 

@@ -43,7 +43,7 @@ class Ablate:
     file: Positional[str]
     """TOML file: base preset, variants, seeds, budget (docs/ablations.md)."""
     data: str | None = None
-    """Text or prepared folder for all runs, in place of what the file says; so with the options down to --backend."""
+    """Text or prepared folder for all runs, in place of what the file says."""
     steps: int | None = None
     """Steps of every run: the file's budget."""
     seconds: float | None = None
@@ -124,14 +124,14 @@ def _read_plan(options: Ablate, say: Console) -> Ablation:
         load_optuna()  # now, not after hours
     elif plan.search is not None:
         say(f"{options.file}: [search] is left alone: add --search to try its settings")
-    plan = with_text(with_base(plan, {name: getattr(options, name) for name in NAMES}), say)
+    plan = _with_text(with_base(plan, {name: getattr(options, name) for name in NAMES}), say)
     if len(options.devices) > options.parallel:
         left = " ".join(options.devices[options.parallel :])
         say(f"careful: with --parallel {options.parallel} nothing runs on --devices {left}; raise --parallel")
     return plan
 
 
-def with_text(plan: Ablation, say: Console) -> Ablation:
+def _with_text(plan: Ablation, say: Console) -> Ablation:
     """Return an ablation whose data are prepared folders: text is prepared in the cache folder first."""
 
     def prepared(fields: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
@@ -54,6 +54,8 @@ class Context(NamedTuple):
     """How `skc train` gets its engine; the worker of an ablation hands out the same one for every seed."""
     began: float = 0.0
     """When the program began, by time.monotonic."""
+    verbs: Collection[str] = ()
+    """The verbs that there are, of which a verb may name those that come next."""
 
 
 class Outcome(NamedTuple):

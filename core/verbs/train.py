@@ -4,7 +4,7 @@ import contextlib
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -160,8 +160,8 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
         close_training(run, dataset, summary, say)
         value = finish(run, engine, dataset, summary.steps, say)
         say(f"the whole run is in {run.path}")
-        for words in next_commands(run.path):
-            say(f"next: {words}")
+        for command in next_commands(run.path, context.verbs):
+            say(f"next: {command}")
     value |= {"seconds": summary.seconds, "backend": engine.backend, "parameters": count(config.model)}
     return Outcome(value["artifact"]["within"], value)
 
@@ -182,13 +182,11 @@ def _plot(options: Train, run: Run | Follower, say: Console) -> LossPlot | None:
     return plot
 
 
-def next_commands(run: Path) -> list[str]:
-    """Return what one may do with a finished run, as command lines."""
-    from core.cli import VERBS
-
+def next_commands(run: Path, verbs: Collection[str]) -> list[str]:
+    """Return what one may do with a finished run, as command lines of the verbs that there are."""
     folder, artifact = shlex.quote(str(run)), shlex.quote(str(run / "artifact.skc"))
     commands = (f"skc sample {folder}", f"skc audit {folder}", f"skc serve {artifact}")
-    return [command for command in commands if command.split()[1] in VERBS]
+    return [command for command in commands if command.split()[1] in verbs]
 
 
 def asks_for_rows(config: RunConfig, given: Sequence[str]) -> bool:
