@@ -37,10 +37,8 @@ def short_help(verb: str, usage: str, purpose: str, kind: type, base: Any) -> st
             lines.append(_row(name, metavar(hints[name]), about.get(field.name, ""), default))
     if rows:
         lines.append(_row(CONFIG, "FILE", CONFIG_PURPOSE))
-    more = "all settings: --model.*, --train.*, --eval.*, --data.*, --export.*" if rows else "the same at length"
-    return "\n".join(
-        [*lines, _row("-h, --help", "", "This help."), _row(HELP_ALL, "", f"{more[0].upper()}{more[1:]}.")]
-    )
+    more = "All settings (model.*, data.*, train.*, eval.*, export.*)." if rows else "The same at length."
+    return "\n".join([*lines, _row("-h, --help", "", "This help."), _row(HELP_ALL, "", more)])
 
 
 def _config(base: Any) -> RunConfig:

@@ -57,7 +57,7 @@ def test_what_decides_the_tokens_decides_the_folder(book: str, tmp_path: Path, m
     lines = tmp_path / "book.jsonl"
     lines.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     (tmp_path / "same.txt").write_bytes(lines.read_bytes())
-    keys = [content_key([book], Cutting(*cutting)) for cutting in ((), (None, 300), ("bytes",))]
+    keys = [content_key([book], cutting) for cutting in (Cutting(), Cutting(None, 300), Cutting("bytes"))]
     keys += [content_key([str(path)], Cutting()) for path in (lines, tmp_path / "same.txt")]
     keys += [content_key([book, str(lines)], Cutting()), content_key([str(lines), book], Cutting())]
     monkeypatch.setattr(core.data.user_text, "PREPARATION", 2)
