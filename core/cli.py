@@ -146,7 +146,7 @@ def _version() -> str:
 def _run(verb: Verb, options: Any, command: str, began: float) -> int:
     from core.verbs.common import Context
 
-    context = Context(Console(options.json), command, began=began)
+    context = Context(Console(options.json), command, began=began, verbs=VERBS)
     try:
         outcome = getattr(importlib.import_module(verb.module), verb.function)(options, context)
     finally:
@@ -172,7 +172,13 @@ def _help(verbs: dict[str, Verb]) -> str:
     width = max(map(len, verbs))
     lines = [f"  {name.ljust(width)}  {verb.purpose}" for name, verb in verbs.items()]
     return "\n".join(
-        ["usage: skc VERB ...", "", *lines, "", "skc VERB --help shows its options; every verb takes --json"]
+        [
+            "usage: skc VERB ...",
+            "",
+            *lines,
+            "",
+            "skc VERB --help shows its options (--help-all: every setting); every verb takes --json",
+        ]
     )
 
 
@@ -197,36 +203,32 @@ def _parse(name: str, arguments: list[str]) -> Any:
     """Return a verb's options; UsageError in one line for whatever tyro says in many."""
     import tyro
 
-    from core import options
+    from core import options, short_forms
+    from core.option_help import short_help
     from core.scoring.choices import folded
-    from core.verbs.scoring_options import of_kind
 
     verb = VERBS[name]
     kind = getattr(importlib.import_module(verb.module), verb.options)
     purpose = f"{verb.purpose[0].upper()}{verb.purpose[1:]}."
-    wants_help = any(a in ("-h", "--help") for a in arguments)
+    wants_help = any(a in ("-h", "--help", short_forms.HELP_ALL) for a in arguments)
     default: Any = None
     program = f"skc {name}"
     if verb.first:
-        from core import presets
-
-        if arguments and not arguments[0].startswith("-"):
-            default = kind.named(arguments[0])
-            arguments = arguments[1:]
-            if chosen := options.value_of(arguments, "--eval.adapt.kind"):
-                default = dataclasses.replace(default, eval=of_kind(default.eval, chosen))
-        elif not wants_help:
-            raise UsageError(
-                f"name a {verb.first} first: skc {name} PRESET [options]; known: {', '.join(presets.PRESETS)}"
-            )
+        default, arguments = _defaults(name, kind, arguments, wants_help)
         program += f" {'|'.join(re.split(', | or ', verb.first)).upper()}"
         purpose += f" The defaults are those of the {verb.first}: {program} --help shows them."
     if name == "distill" and (chosen := options.value_of(arguments, "--recipe")):
         default = importlib.import_module(verb.module).by_recipe(chosen)
-    keywords: dict[str, Any] = {} if default is None else {"default": default}
+    if name in short_forms.SHORTENED and {"-h", "--help"} & {*arguments}:
+        print(short_help(name, program if verb.first else f"{program} FILE", purpose, kind, default))
+        raise SystemExit(0)
     known = options.options_of(kind)
+    if verb.first and default is not None and not wants_help:
+        arguments = short_forms.lengthened(name, arguments, default.config())
     for option in [name for name in known if name.endswith("plugins")]:
         arguments = folded(arguments, option, default.eval.plugins if default else ())
+    arguments = ["--help" if a == short_forms.HELP_ALL else a for a in arguments]
+    keywords: dict[str, Any] = {} if default is None else {"default": default}
     messages = io.StringIO()
     try:
         with contextlib.nullcontext() if wants_help else _captured(messages):
@@ -238,10 +240,48 @@ def _parse(name: str, arguments: list[str]) -> Any:
         if stop.code == 0:
             raise
         box = condense(messages.getvalue()).rstrip(".")
-        problem = options.unknown(arguments, known) or box + options.choice(arguments, known)
-        raise UsageError(f"{problem} (see: skc {name}{' PRESET' if verb.first else ''} --help)") from None
+        problem = short_forms.refused(name, arguments, list(known)) or options.unknown(
+            arguments, known, short_forms.of_verb(name)
+        )
+        problem = problem or box + options.choice(arguments, known)
+        more = short_forms.HELP_ALL if name in short_forms.SHORTENED else "--help"
+        raise UsageError(f"{problem} (see: skc {name}{' PRESET' if verb.first else ''} {more})") from None
     given = {"given": tuple(options.given(arguments, known))} if hasattr(parsed, "given") else {}
     return dataclasses.replace(parsed, **given)
+
+
+def _defaults(name: str, kind: Any, arguments: list[str], wants_help: bool) -> tuple[Any, list[str]]:
+    """Return the settings that a verb's first argument, or the file of --config, brings, and the other arguments.
+
+    None for the settings: only help on the verb was asked for.
+    """
+    from core import presets
+    from core.config_file import settings_of_file
+    from core.options import taken, value_of
+    from core.scoring.plugins import foreign
+    from core.short_forms import CONFIG
+    from core.verbs.scoring_options import of_kind
+
+    first, file = VERBS[name].first, None
+    if arguments and not arguments[0].startswith("-"):
+        default, arguments = kind.named(arguments[0]), arguments[1:]
+        if value_of(arguments, CONFIG):
+            raise UsageError(f"{CONFIG} takes the place of a {first}: leave one of them out")
+    elif file := value_of(arguments, CONFIG):
+        default, arguments = kind.of(settings_of_file(file)), taken(arguments, CONFIG)
+        strangers = foreign(default.eval.plugins)
+        if strangers and not value_of(arguments, "--eval.plugins"):
+            raise UsageError(
+                f"{file}: names a plug-in that is not ours ({', '.join(strangers)}), whose code runs only if you name "
+                f"it: add --eval.plugins {shlex.join(default.eval.plugins)}"
+            )
+    elif wants_help:
+        return None, arguments
+    else:
+        raise UsageError(f"name a {first} first: skc {name} PRESET [options]; known: {', '.join(presets.PRESETS)}")
+    if chosen := value_of(arguments, "--eval.adapt.kind"):
+        default = dataclasses.replace(default, eval=of_kind(default.eval, chosen))
+    return default, arguments
 
 
 @contextlib.contextmanager

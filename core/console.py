@@ -133,13 +133,22 @@ class Console:
 
         return report
 
-    def moving(self, line: str) -> None:
-        """Show a line on a terminal, in place of the last such line; elsewhere nothing."""
-        if self.terminal and not self._muted:
-            self._show(line)
+    def stages(self) -> Callable[[str, int, int], None]:
+        """Return a function of (stage, done, total) that shows the progress of each stage as `progress` does."""
+        shown: dict[str, Callable[..., None]] = {}
 
-    def _show(self, line: str) -> None:
-        line = one_line(line)
+        def report(stage: str, done: int, total: int) -> None:
+            shown.setdefault(stage, self.progress(stage))(done, total)
+
+        return report
+
+    def moving(self, line: str, below: Sequence[str] = ()) -> None:
+        """Show a line, and lines below it, on a terminal, in place of the last ones; elsewhere nothing."""
+        if self.terminal and not self._muted:
+            self._show(line, below)
+
+    def _show(self, line: str, below: Sequence[str] = ()) -> None:
+        line = "\n".join([one_line(line), *below])
         if not self.terminal:
             print(line, file=self.stream, flush=True)
             return

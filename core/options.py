@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from core.model.upgrade import moved
@@ -24,7 +24,7 @@ def options_of(kind: type, prefix: str = "") -> dict[str, Any]:
             options |= options_of(typing.cast(type, hint), f"{prefix}{field.name}.")
         elif not {"Positional", "Suppress"} & {*map(str, marks)}:
             name = next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
-            options[_plain(f"--{prefix}{name}")] = hint
+            options[hyphened(f"--{prefix}{name}")] = hint
     return options
 
 
@@ -38,7 +38,7 @@ def value_of(arguments: Sequence[str], option: str) -> str:
     value = ""
     for word, after in zip(arguments, [*arguments[1:], ""], strict=False):  # no argument at all: no pair
         name, equals, joined = word.partition("=")
-        if name.startswith("--") and _plain(name) == option:
+        if name.startswith("--") and hyphened(name) == option:
             value = joined if equals else after
     return value
 
@@ -52,7 +52,7 @@ def spelled(arguments: Sequence[str], known: dict[str, Any]) -> list[str]:
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name.startswith("--"):
-            open_ = known.get(_plain(name))
+            open_ = known.get(hyphened(name))
             open_ = None if open_ is bool and "." not in name else open_  # a flag: what follows is not its value
             words.append(f"{name}={_value(value, open_)}" if value else argument)
         else:
@@ -61,12 +61,25 @@ def spelled(arguments: Sequence[str], known: dict[str, Any]) -> list[str]:
     return words
 
 
-def unknown(arguments: Sequence[str], known: dict[str, Any]) -> str:
-    """Return what to say of the first option that a verb does not have, or nothing."""
+def taken(arguments: Sequence[str], option: str) -> list[str]:
+    """Return a command line without an option and its value."""
+    words = iter(arguments)
+    rest = []
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if not (name.startswith("--") and hyphened(name) == option):
+            rest.append(word)
+        elif not equals:
+            next(words, None)
+    return rest
+
+
+def unknown(arguments: Sequence[str], known: dict[str, Any], short: Iterable[str] = ()) -> str:
+    """Return what to say of the first option that a verb does not have, or nothing; `short`: forms of settings."""
     for name, typed in _named(arguments):
         if name not in known and name.replace("--no-", "--", 1) not in known:
-            new = _plain(f"--{moved(name.removeprefix('--').replace('-', '_'))}")
-            close = [new] if new in known else meant_options(name, list(known))
+            new = hyphened(f"--{moved(name.removeprefix('--').replace('-', '_'))}")
+            close = [new] if new in known else meant_options(name, [*known, *short])
             return f"unknown option {typed}" + (f"; did you mean {' or '.join(close)}?" if close else "")
     return ""
 
@@ -94,7 +107,7 @@ def meant_options(name: str, known: Sequence[str]) -> list[str]:
 def choice(arguments: Sequence[str], known: dict[str, Any]) -> str:
     """Return a hint at the nearest choice of an option that was given another value, or nothing."""
     for name, value in zip(arguments, arguments[1:], strict=False):
-        choices = _choices(known.get(_plain(name.partition("=")[0])))
+        choices = _choices(known.get(hyphened(name.partition("=")[0])))
         close = difflib.get_close_matches(value, choices, 1)
         if close and value not in choices:
             return f"; did you mean {close[0]}?"
@@ -105,10 +118,11 @@ def _named(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     for argument in arguments:
         typed = argument.partition("=")[0]
         if typed.startswith("--") and len(typed) > 2:
-            yield _plain(typed), typed
+            yield hyphened(typed), typed
 
 
-def _plain(name: str) -> str:
+def hyphened(name: str) -> str:
+    """Return an option as `--help` spells it: with hyphens."""
     return "--" + name[2:].replace("_", "-")
 
 

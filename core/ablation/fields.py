@@ -15,7 +15,7 @@ from core.scoring import choices
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
 
 
-def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
+def put(values: dict[str, Any], field: str, value: Any, where: str, budget: bool = True) -> None:
     """Set `model.bank.at` in a run's plain values; ConfigError for an unknown field, or one that [budget] decides."""
     if field.startswith("eval.plugins."):
         name = field.removeprefix("eval.plugins.")
@@ -26,9 +26,9 @@ def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
     if field not in known:
         new = moved(field)
         close = [new] if new else options.meant_options(field, known)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see: skc train PRESET --help"
+        hint = f"did you mean {' or '.join(close)}?" if close else "see: skc train PRESET --help-all"
         raise ConfigError(f"{where}: unknown field {field!r}; {hint}")
-    if field in ("train.steps", "train.seconds"):
+    if budget and field in ("train.steps", "train.seconds"):
         raise ConfigError(f"{where}: {field}: is what [budget] decides")
     if field == "eval.adapt.kind" and value != values["eval"]["adapt"]["kind"]:  # what another kind has goes
         nothing = to_json(EvalConfig())

@@ -86,10 +86,6 @@ class Ablation(NamedTuple):
     search: Search | None = None
     """What `--search` does; nothing without it."""
 
-    def with_data(self, folder: str) -> "Ablation":
-        """Return the ablation with another prepared folder for all runs."""
-        return self._replace(settings={**self.settings, "data.path": folder}, options=("--data", folder))
-
     def command(self, search: bool) -> str:
         """Return the command that repeats this ablation where its text is saved under its name."""
         return shlex.join(["skc", "ablate", f"{self.name}.toml", *self.options, *(["--search"] if search else [])])
@@ -173,18 +169,23 @@ def read_plan(path: str | Path) -> Ablation:
     runs = len(plan.seeds) * len(plan.backends) * len(plan.variants)
     if runs > MOST_RUNS:
         raise ConfigError(f"{where}: {runs:,} runs; expected at most {MOST_RUNS:,}: fewer seeds or variants")
-    variant_of: dict[str, str] = {}
-    for name in plan.variants:
-        digest = json.dumps(to_json(plan.config(name, 0)))
-        if digest in variant_of:
-            raise ConfigError(f"{where}: variants.{name}: is the same as variants.{variant_of[digest]}; remove one")
-        variant_of[digest] = name
+    check_variants(plan)
     if "search" not in value:
         return plan
     taken = next((name for name in plan.variants if name == FOUND or TRIAL.fullmatch(name)), None)
     if taken:
         raise ConfigError(f"{where}: variants.{taken}: is what [search] calls its own; give it another name")
     return plan._replace(search=read_search(typed(value, "search", dict, where), plan, f"{where}: search"))
+
+
+def check_variants(plan: Ablation) -> None:
+    """Raise ConfigError for a variant that no run can have, or that is the same as another one."""
+    variant_of: dict[str, str] = {}
+    for name in plan.variants:
+        digest = json.dumps(to_json(plan.config(name, 0)))
+        if digest in variant_of:
+            raise ConfigError(f"{plan.path}: variants.{name}: is the same as variants.{variant_of[digest]}; remove one")
+        variant_of[digest] = name
 
 
 def job_key(job: Job, code: str, data: dict[str, str]) -> str:

@@ -5,6 +5,7 @@ bytes of each document (<split>_document_bytes.npy).
 """
 
 import hashlib
+import importlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ TRAINING_BYTES = 1 << 27
 """About the most text that a tokenizer is trained on: a sample of the documents, chosen by hash."""
 VOCAB = 1024
 """Pieces of a trained tokenizer where nothing else is asked for, if the text allows so many."""
+BYTES = "bytes"
+"""The name, in place of a file's, of the tokenizer whose every token is one byte."""
 BREAKS = (r"\n[ \t\r]*\n\s*", r"\n\s*", r"\s+")
 """Where one text may be cut in two, the best first."""
 
@@ -50,12 +53,12 @@ def prepare(
 
     Without `val`, about `val_share` of the documents (at least one) become validation, chosen by a hash of their
     tokens, so that what the model reads alike lands on one side; of a single text its end does. With `val`, training
-    documents that are also in validation are dropped. Without `tokenizer`, one of `vocab` pieces is trained on the
-    training text (None: 1024, or as many as the text allows). `transform` is what is done to every document, once it is
-    normalised, before it becomes tokens; a given tokenizer must have pieces for its markers. A folder made from the
-    same inputs is kept if it is sound; one made from others is replaced only with `overwrite`. `notes` of the manifest
-    are what a user must know. The manifest is written last, into the folder that was named. DataError or TokenizerError
-    says what is wrong with the input.
+    documents that are also in validation are dropped. `tokenizer` is a file, or `bytes`; without it, one of `vocab`
+    pieces is trained on the training text (None: 1024, or as many as the text allows). `transform` is what is done to
+    every document, once it is normalised, before it becomes tokens; a given tokenizer must have pieces for its markers.
+    A folder made from the same inputs is kept if it is sound; one made from others is replaced only with `overwrite`.
+    `notes` of the manifest are what a user must know. The manifest is written last, into the folder that was named.
+    DataError or TokenizerError says what is wrong with the input.
     """
     if not inputs or (val is not None and not val):
         raise DataError("no input files: give at least one .txt, .jsonl (also .gz, .xz, .zst) or .parquet file")
@@ -69,7 +72,11 @@ def prepare(
         check_writable(out)
     inputs = find_inputs(inputs)
     val = None if val is None else find_inputs(val)
-    given = Tokenizer.load(tokenizer).transformed(transform, tokenizer) if tokenizer is not None else None
+    if tokenizer is not None and vocab is not None:
+        raise DataError(
+            f"--vocab {vocab} is for a tokenizer that is trained: leave it out with --tokenizer {tokenizer}"
+        )
+    given = named_tokenizer(tokenizer).transformed(transform, tokenizer) if tokenizer is not None else None
     trained = {"trained": vocab} if vocab is not None else {"trained_at_most": VOCAB}
     made_from = {
         "name": name or os.path.basename(os.path.abspath(out)),
@@ -93,6 +100,14 @@ def prepare(
         manifest |= _fill(part, sources, shard_tokens, threads or os.cpu_count() or 1)
         install(part, out, manifest, before)
         return manifest
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """Return the tokenizer of a file, or the one called `bytes`; TokenizerError, FileError, OSError."""
+    if name != BYTES:
+        return Tokenizer.load(name)
+    module = importlib.import_module("core.data.tokenizer_json")  # by name, as `Tokenizer.of` says
+    return Tokenizer.of(module.byte_tokenizer(), BYTES)
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -274,7 +289,8 @@ def _cut(sources: _Sources, text: str) -> tuple[list[str], str]:
         raise DataError(f"{sources.inputs[0]}: one document, too short to be split; give a --val, or more text")
     note = (
         f"{sources.inputs[0]}: one text, of which the last {len(parts[1].encode()):,} bytes "
-        f"({len(parts[1]) / len(text):.1%}) are validation; --split blank-lines makes documents of its paragraphs"
+        f"({len(parts[1]) / len(text):.1%}) are validation; skc data prepare --split blank-lines makes "
+        "documents of its paragraphs"
     )
     return parts, note
 

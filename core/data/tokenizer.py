@@ -61,7 +61,9 @@ class Tokenizer:
                 raise RuntimeError("empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError, TypeError) as error:
-            raise TokenizerError(f"{name}: not a SentencePiece model; give the .model file of a tokenizer") from error
+            raise TokenizerError(
+                f"{name}: neither a SentencePiece .model nor a tokenizer.json; give one of them"
+            ) from error
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab = self._processor.vocab_size()

@@ -55,11 +55,26 @@ def _letters() -> dict[str, int]:
 LETTERS = _letters()
 
 
+def byte_tokenizer() -> bytes:
+    """Return the tokenizer.json of the byte-level vocabulary: token i is byte i, and <|endoftext|> is token 256."""
+    start = {"id": 256, "content": STARTS[0], "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True}  # fmt: skip
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    vocab = dict(sorted(LETTERS.items(), key=lambda pair: pair[1]))
+    file = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [start], "normalizer": None,
+        "pre_tokenizer": level, "post_processor": None, "decoder": level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    }  # fmt: skip
+    return json.dumps(file).encode()
+
+
 class JsonTokenizer:
     """A byte-level BPE out of a tokenizer.json; TokenizerError in one line for a file that is anything else.
 
-    It has the methods and fields of `core.data.tokenizer.Tokenizer`. `bos`, which stands in front of every document, is
-    its <|endoftext|> or <|begin_of_text|>. Nothing is unknown, and `unknown` is -1. A control token that a text spells
+    One whose tokens are single bytes needs no library. It has the methods and fields of
+    `core.data.tokenizer.Tokenizer`. `bos`, which stands in front of every document, is its <|endoftext|> or
+    <|begin_of_text|>. Nothing is unknown, and `unknown` is -1. A control token that a text spells
     out is text.
     """
 
@@ -78,7 +93,8 @@ class JsonTokenizer:
         if not starts:
             refuse_tokenizer(name, f"no control token {' or '.join(STARTS)}, so documents have no start")
         self.bos, self.unknown, self.byte_pieces = starts[0], -1, True
-        self._tokenizer = build_tokenizer(file, name)
+        self._single = single_bytes(file, self._bytes, self._control)
+        self._tokenizer: Any = None if self._single is not None else build_tokenizer(file, name)
         self.encode(PROBE)
 
     def transformed(self, transform: Transform, name: str = "tokenizer") -> "JsonTokenizer":
@@ -101,6 +117,8 @@ class JsonTokenizer:
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
         """Return the token ids of every text (int32); TokenizerError if they spell another text."""
+        if self._single is not None:
+            return [self._single[np.frombuffer(text.encode(), np.uint8)] for text in texts]
         try:
             if threads == 1:
                 ids = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
@@ -120,7 +138,7 @@ class JsonTokenizer:
 
     def normalise(self, text: str) -> str:
         """Return what the tokens of a text spell: the text, in Unicode's form NFC where the file asks for that."""
-        normaliser = self._tokenizer.normalizer
+        normaliser = self._tokenizer and self._tokenizer.normalizer
         return text if normaliser is None else normaliser.normalize_str(text)
 
     def decode(self, ids: Iterable[int] | np.ndarray, *, strict: bool = False) -> str:
@@ -226,6 +244,14 @@ def token_spellings(file: dict[str, Any], name: str) -> tuple[list[bytes], list[
             refuse_tokenizer(name, f"added_tokens: {ascii(content)[:40]}: id {i} is another token's too")
         spelled[i], control[i] = content.encode("utf-8", "replace"), each["special"]
     return spelled, control
+
+
+def single_bytes(file: dict[str, Any], spelled: list[bytes], control: list[bool]) -> np.ndarray | None:
+    """Return the token of every byte, (256,) int32, where no token is of several bytes: nothing is left to merge."""
+    tokens = {spelled[i]: i for i in range(len(spelled)) if not control[i]}
+    if file.get("normalizer") or len(tokens) != 256 or max(map(len, tokens)) > 1:
+        return None
+    return np.array([tokens[bytes([byte])] for byte in range(256)], np.int32)
 
 
 def build_tokenizer(file: dict[str, Any], name: str) -> Any:

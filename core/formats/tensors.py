@@ -99,8 +99,10 @@ def read_tensors_header(path: str | Path, file: BinaryIO) -> TensorsHeader:
     spans = {name: _span(path, name, entry) for name, entry in header.items()}
     order, at = sorted(spans.items(), key=lambda item: item[1][1:]), 0
     for name, (_, begin, end) in order:
-        if begin != at or end > size:
+        if begin != at:
             _fail(path, name, f"data_offsets: {begin}, expected {at}, of {size} bytes in all")
+        if end > size:
+            _fail(path, name, f"data_offsets: ends at {end}, but there are {size} bytes: the file was cut")
         at = end
     if at != size:
         _fail(path, "header", f"accounts for {at} of {size} bytes")

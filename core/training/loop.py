@@ -26,7 +26,7 @@ from core.scoring.evaluation import Evaluation
 from core.scoring.score import score
 from core.training.run import Run
 from core.training.schedule import plan, progress_by_steps
-from core.training.step_line import Show, StepLine
+from core.training.step_line import Show, StepLine, of_steps
 
 Say = Callable[[str], None]
 MOST_LINES = MAX_TEXT // 400
@@ -136,7 +136,7 @@ def train(run: Run, engine: Engine, dataset: Dataset, say: Say, show: Show | Non
     clock, first = Clock(seconds), step
     ended = time.perf_counter()
     meter, saved, saved_at = Meter(run, engine, dataset, clock, say), step, time.monotonic()
-    line = StepLine(settings, lambda: clock.seconds, step, tokens, show)
+    line = StepLine(settings, lambda: clock.seconds, step, tokens, show, engine.stats)
     with Leave() as leave, contextlib.closing(feed):
         while not done(step, seconds := agreed(clock, engine, settings), settings):
             progress = progress_of(step, seconds, settings)
@@ -339,7 +339,7 @@ class Meter:
             left = min(left, settings.train_stop - now)
         bpb = f"  bpb {values['train/bpb']:.4f}" if "train/bpb" in values else ""
         return (
-            f"step {step}/{settings.steps}  loss {values['train/loss']:.4f}{bpb}  lr {values['opt/lr']:.2e}  "
+            f"{of_steps(step, settings)}  loss {values['train/loss']:.4f}{bpb}  lr {values['opt/lr']:.2e}  "
             f"{values['perf/tok_s']:,.0f} tok/s  {duration(left)} left"
         )
 

@@ -107,6 +107,10 @@ class Copies:
         self.lost: list[str] = []
         """Names of those that failed."""
 
+    def add(self, name: str, tracker: Tracker) -> None:
+        """Give one more tracker the lines from here on."""
+        self._trackers[name] = tracker
+
     def row(self, step: int, values: dict[str, Any]) -> None:
         """Give one line to every tracker."""
         self._each(lambda tracker: tracker.row(step, values))

@@ -8,6 +8,7 @@ import numpy as np
 from core.checks import require, require_least, require_limits
 from core.model.config import ModelConfig
 from core.train_config import MOST_ROWS, MOST_STEPS, MOST_TOKENS, TrainConfig
+from core.twin.params import twin_rows
 from core.twin.settings import TwinConfig
 
 MOST_ANCHORS = 1 << 16
@@ -99,7 +100,10 @@ class DistillConfig:
 
     def check(self, model: ModelConfig, seq: int) -> None:
         """Raise ConfigError for settings that cannot be used with a model that was trained on rows of `seq` tokens."""
-        self.twin.check(model)
+        try:
+            twin_rows(model, self.twin)
+        except ValueError as error:
+            raise type(error)(str(error).replace("twin.", "distill.twin.")) from None
         rows = self.seq or seq
         require(
             not model.mixes("attention") or rows <= seq,

@@ -8,6 +8,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from core.ablation.base import NAMES, with_base
 from core.ablation.dry_run import described, dry_run, to_time
 from core.ablation.locks import alone
 from core.ablation.plan import Ablation, Job, read_plan
@@ -25,12 +26,14 @@ from core.config import ConfigError, RunConfig
 from core.console import Console, one_line
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
+from core.data.user_text import is_text, prepare_user_text
 from core.files import read_text, replace_text
+from core.model.storage import Storage
 from core.training import trackers
 from core.training.environment import code_version
 from core.training.run import Run, RunError
 from core.verbs.ablation_timing import time_runs
-from core.verbs.common import Context, Outcome, check_data
+from core.verbs.common import Backend, Context, Outcome, check_data
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,23 @@ class Ablate:
     file: Positional[str]
     """TOML file: base preset, variants, seeds, budget (docs/ablations.md)."""
     data: str | None = None
-    """Prepared folder for all runs, in place of what the file says."""
+    """Text or prepared folder for all runs, in place of what the file says."""
+    steps: int | None = None
+    """Steps of every run: the file's budget."""
+    seconds: float | None = None
+    """Seconds of training of every run: the file's budget."""
+    batch: int | None = None
+    """Rows of a step, where a variant does not set train.batch itself."""
+    seq: int | None = None
+    """Tokens of a row in training, where a variant does not set train.seq itself."""
+    lr: float | None = None
+    """Factor of all learning rates of the base; what a variant sets itself stays."""
+    storage: Storage | None = None
+    """How matrices are stored, where a variant does not set model.matrix_storage itself."""
+    blocks: tuple[str, ...] = ()
+    """Kinds of layers, where a variant does not set model.blocks itself."""
+    backend: Backend | None = None
+    """What trains, in place of the file's backends."""
     store: str = "runs/ablate"
     """Folder of all ablations' runs; a run that is there is never repeated."""
     dry_run: bool = False
@@ -105,12 +124,24 @@ def _read_plan(options: Ablate, say: Console) -> Ablation:
         load_optuna()  # now, not after hours
     elif plan.search is not None:
         say(f"{options.file}: [search] is left alone: add --search to try its settings")
-    if options.data is not None:
-        plan = plan.with_data(options.data)
+    plan = _with_text(with_base(plan, {name: getattr(options, name) for name in NAMES}), say)
     if len(options.devices) > options.parallel:
         left = " ".join(options.devices[options.parallel :])
         say(f"careful: with --parallel {options.parallel} nothing runs on --devices {left}; raise --parallel")
     return plan
+
+
+def _with_text(plan: Ablation, say: Console) -> Ablation:
+    """Return an ablation whose data are prepared folders: text is prepared in the cache folder first."""
+
+    def prepared(fields: dict[str, Any]) -> dict[str, Any]:
+        path = fields.get("data.path")
+        if not isinstance(path, str) or not is_text(path):
+            return fields
+        return {**fields, "data.path": prepare_user_text(path, say, progress=say.stages())}
+
+    variants = {name: prepared(fields) for name, fields in plan.variants.items()}
+    return plan._replace(settings=prepared(plan.settings), variants=variants)
 
 
 class _Runs:

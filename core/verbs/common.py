@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
@@ -22,12 +22,14 @@ from core.config import (
     ModelConfig,
     RunConfig,
     TrainConfig,
+    require,
     to_json,
 )
 from core.console import Console
 from core.data.bundled import SAMPLES, open_data
 from core.data.dataset import Dataset, batch, identity
 from core.data.tokenizer import Tokenizer
+from core.data.user_text import DEFAULT, Cutting, is_text, prepare_user_text
 from core.engine.loading import load_engine
 from core.engine.optimizer_state import exported
 from core.engine.protocol import Arrays, Engine
@@ -52,6 +54,8 @@ class Context(NamedTuple):
     """How `skc train` gets its engine; the worker of an ablation hands out the same one for every seed."""
     began: float = 0.0
     """When the program began, by time.monotonic."""
+    verbs: Collection[str] = ()
+    """The verbs that there are, of which a verb may name those that come next."""
 
 
 class Outcome(NamedTuple):
@@ -161,8 +165,30 @@ def open_twin(engine: Engine, path: str, file: str | None, config: RunConfig) ->
     return engine.twin(sidecar.twin, sidecar.params)
 
 
+def with_text(config: RunConfig, say: Console, cutting: Cutting = DEFAULT) -> RunConfig:
+    """Return settings whose data is a prepared folder: text is prepared in the cache folder, as `cutting` says.
+
+    ConfigError for a choice of tokens where the data has its own.
+    """
+    path = config.data.path
+    if is_text(path):
+        folder = prepare_user_text(path, say, cutting, say.stages())
+        return dataclasses.replace(config, data=DataConfig(folder))
+    for name, value in cutting._asdict().items():
+        require(value is None, f"--{name} {value}: {path} has its tokens already: leave it out, or give a text")
+    return config
+
+
 def open_named(path: str, config: RunConfig, data: str | None, train: bool = True, option: str = "--data") -> Dataset:
-    """Open the data of a run or artifact, or `data` instead; ConfigError where config.json names a folder not here."""
+    """Open the data of a run or artifact, or `data` instead; ConfigError where config.json names a folder not here.
+
+    Text is refused: it would have to be prepared with the model's own tokenizer.
+    """
+    if data is not None and is_text(data):
+        raise ConfigError(
+            f"{data}: is no prepared folder; make one with the model's tokenizer: skc data prepare {data} --tokenizer "
+            f"{path if os.path.isdir(path) else os.path.dirname(path) or '.'}/tokenizer.model --out FOLDER"
+        )
     if data is None and config.data.path not in SAMPLES and not os.path.isdir(config.data.path):
         raise ConfigError(
             f"{path}: was trained on {config.data.path}, which is not here (in {os.getcwd()}): give its data with "

@@ -47,7 +47,8 @@ class Prepare:
     split: Literal["files", "blank-lines"] = "files"
     """What separates documents of a .txt: files and form feeds, or blank lines too."""
     tokenizer: str | None = None
-    """A SentencePiece .model; None: train one."""
+    """A SentencePiece .model, a tokenizer.json, or bytes (256 tokens of one byte, and one between documents); None:
+    train one."""
     vocab: int | None = None
     """Pieces of the tokenizer that is trained; None: 1024, or as many as a small text allows."""
     transform: Transform = "none"
@@ -71,7 +72,7 @@ class Adopt:
     folder: Positional[str]
     """Folder with official shards: *_train_*.bin and *_val_*.bin."""
     tokenizer: str
-    """The SentencePiece .model that they were made with."""
+    """The SentencePiece .model, or the tokenizer.json, that they were made with."""
     transform: Transform = "none"
     """What was done to their text: none, or caseops for shards of lower-case text with markers of capitals."""
     name: str | None = None

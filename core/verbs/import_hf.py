@@ -10,7 +10,8 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from core.config import DataConfig, EvalConfig, RunConfig, TrainConfig
+from core.config import ConfigError, DataConfig, EvalConfig, RunConfig, TrainConfig
+from core.data.bundled import open_data
 from core.data.tokenizer import Tokenizer
 from core.data.tokenizer_json import JsonTokenizer
 from core.files import read_file
@@ -51,6 +52,7 @@ def import_hf(options: ImportHF, context: Context) -> Outcome:
     own = tokenizer.vocab
     tokenizer = tokenizer.widened(text.model.vocab, str(folder / TOKENIZER))
     config = _configured(options, text)
+    _check_data(options.data, tokenizer)
     with Tensors(folder) as tensors:
         weights = QwenWeights(tensors, text.model)
         lines = [context.command, *_lines(options, text, config, weights, own, tokenizer)]
@@ -75,6 +77,18 @@ def _tokenizer(folder: Path) -> JsonTokenizer:
     if not isinstance(tokenizer, JsonTokenizer):
         fail_hf(path, "a SentencePiece model, expected the tokenizer.json of a byte-level BPE")
     return tokenizer
+
+
+def _check_data(data: str | None, tokenizer: JsonTokenizer) -> None:
+    """Raise ConfigError or DataError unless the data that config.json will name is there and the tokenizer's own."""
+    if data is None:
+        return
+    theirs = open_data(data, train=False).tokenizer.sha256
+    if theirs != tokenizer.sha256:
+        raise ConfigError(
+            f"--data {data}: has tokenizer {theirs[:12]}, the run will have {tokenizer.sha256[:12]}: leave it out, and "
+            "prepare text with the tokenizer.model of the run"
+        )
 
 
 def _configured(options: ImportHF, text: QwenText) -> RunConfig:

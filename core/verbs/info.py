@@ -18,7 +18,7 @@ from core.export.fit import SLACK, FitError
 from core.model.params import count, param_table
 from core.model.shares import FLOP_RULE, Share, bytes_by_storage, decoding_state, decoding_tape, flops_per_token, shares
 from core.scoring.plugins import load_plugins
-from core.verbs.common import Backend, Context, Outcome, PresetOptions, fit_tokens, open_subject
+from core.verbs.common import Backend, Context, Outcome, PresetOptions, fit_tokens, open_subject, with_text
 from core.verbs.info_bytes import tensor_bytes
 from core.verbs.info_statistics import open_reader, statistics
 
@@ -49,6 +49,7 @@ def info(options: Info, context: Context) -> Outcome:
     load_plugins(config.eval.plugins, strangers=options.path is None)  # what a run names is not run to look at it
     reader = open_reader(options.path, config, options.backend) if options.statistics else None  # what is wrong, first
     if "--data.path" in options.given and options.path is None:
+        config = with_text(config, say)
         config, changed = fit_tokens(config, open_data(config.data.path, train=False), options.given)
         for line in changed:
             say(line)

@@ -13,7 +13,7 @@ from core.engine.protocol import DType, EngineOptions
 from core.export.artifact import check_limits
 from core.files import replace_file
 from core.scoring.plugins import foreign
-from core.verbs.common import Context, Outcome, PresetOptions, fit_tokens
+from core.verbs.common import Context, Outcome, PresetOptions, fit_tokens, with_text
 from core.verbs.train import asks_for_rows, check_budget
 
 TARGETS = {"text": 75_000, "zip": 60_000}
@@ -40,6 +40,7 @@ def pack_preset(options: Pack, context: Context) -> Outcome:
     check_dtype(options.backend, options.dtype)
     check_packable(config)
     if config.data.path not in SAMPLES:
+        config = with_text(config, context.say)
         config, changes = fit_tokens(config, open_data(config.data.path, train=False), options.given)
         for line in changes:
             context.say(line)

@@ -8,6 +8,7 @@ from core.verbs.common import (
     Context,
     Outcome,
     PresetOptions,
+    with_text,
 )
 
 
@@ -26,7 +27,11 @@ class Parity(PresetOptions):
 def parity(options: Parity, context: Context) -> Outcome:
     """Compare the backends; not ok beyond tolerance."""
     report = run_parity(
-        options.config(), steps=options.steps, dtype=options.dtype, mini=options.mini, report=context.say
+        with_text(options.config(), context.say),
+        steps=options.steps,
+        dtype=options.dtype,
+        mini=options.mini,
+        report=context.say,
     )
     for line in report.lines():
         context.say(line)

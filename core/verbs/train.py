@@ -1,9 +1,10 @@
 """Verb `skc train PRESET`: train or go on training, then score, export and report; or show the plan of that."""
 
 import contextlib
+import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from core.config import ConfigError, RunConfig, changed
 from core.console import Console, duration
 from core.data.bundled import open_data
 from core.data.dataset import Dataset, identity
+from core.data.user_text import Cutting
 from core.engine.heartbeat import Heartbeat
 from core.engine.loading import check_dtype, choose_backend
 from core.engine.memory import enough_memory
@@ -37,6 +39,7 @@ from core.training.calibrate import calibrate, check_kept
 from core.training.environment import environment
 from core.training.finish import close_training, finish
 from core.training.loop import check_rows, done, train
+from core.training.loss_plot import LossPlot, letters_for
 from core.training.pruning import start_weights
 from core.training.run import Follower, Run, config_digest
 from core.training.spans import rooms
@@ -49,6 +52,7 @@ from core.verbs.common import (
     check_data,
     fit_tokens,
     same_start,
+    with_text,
 )
 
 
@@ -66,8 +70,14 @@ class Train(PresetOptions):
     """Type in which several ranks send their gradients: half the bytes of float32, and rounded. None: as computed."""
     track: tuple[trackers.Name, ...] = ()
     """Copy every recorded line to tensorboard, wandb or both, in the run folder."""
+    tokenizer: str | None = None
+    """What cuts text that is given as data: a SentencePiece .model, a tokenizer.json, or bytes; None: trains one."""
+    vocab: int | None = None
+    """Pieces of the tokenizer that is trained on such text; None: 1024, or as many as a small text allows."""
     again: bool = False
     """Score a finished run once more, and write its artifact and report anew; without it, what is there is shown."""
+    plot: bool = False
+    """On a terminal: draw the loss below the moving line, and once more at the end."""
     dry_run: bool = False
     """Build everything, time some steps and scoring passes, show the plan of the run, and write nothing."""
 
@@ -102,6 +112,7 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
     say, began = context.say, time.perf_counter()
     if options.dry_run and config.train.seconds is None:
         check_steps(config.train.steps)
+    config = with_text(config, say, Cutting(options.tokenizer, options.vocab))
     dataset = open_data(config.data.path)
     config, changed = fit_tokens(config, dataset, options.given)
     for line in changed:
@@ -140,13 +151,42 @@ def _train(options: Train, config: RunConfig, backend: str, out: str, ranks: Ran
             _introduce(run, engine, dataset, context)
             run.copies = trackers.start(options.track, run.path, config, say)
             stack.callback(run.copies.close)
-        summary = train(run, engine, dataset, say, say.moving if say.terminal else None)
+        plot = _plot(options, run, say)
+        show = plot.show if plot else say.moving if say.terminal else None
+        summary = train(run, engine, dataset, say, show)
+        for line in plot.lines() if plot else ():
+            say(line)
         calibrate(run, engine, dataset, summary.steps, summary.taken, say)
         close_training(run, dataset, summary, say)
         value = finish(run, engine, dataset, summary.steps, say)
         say(f"the whole run is in {run.path}")
+        for command in next_commands(run.path, context.verbs):
+            say(f"next: {command}")
     value |= {"seconds": summary.seconds, "backend": engine.backend, "parameters": count(config.model)}
     return Outcome(value["artifact"]["within"], value)
+
+
+def _plot(options: Train, run: Run | Follower, say: Console) -> LossPlot | None:
+    """Return the picture of the losses, which gets those that the run recorded before and records from here on."""
+    if not options.plot:
+        return None
+    if not say.terminal or run.copies is None:
+        say("--plot draws on a terminal only; curve.png will have the losses")
+        return None
+    plot = LossPlot(letters_for(getattr(say.stream, "encoding", None)), say.moving)
+    saved = run.checkpoint()
+    for row in run.metrics():
+        if saved and row["step"] <= saved.step:
+            plot.row(row["step"], row)
+    run.copies.add("plot", plot)
+    return plot
+
+
+def next_commands(run: Path, verbs: Collection[str]) -> list[str]:
+    """Return what one may do with a finished run, as command lines of the verbs that there are."""
+    folder, artifact = shlex.quote(str(run)), shlex.quote(str(run / "artifact.skc"))
+    commands = (f"skc sample {folder}", f"skc audit {folder}", f"skc serve {artifact}")
+    return [command for command in commands if command.split()[1] in verbs]
 
 
 def asks_for_rows(config: RunConfig, given: Sequence[str]) -> bool:

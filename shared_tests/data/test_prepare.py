@@ -255,7 +255,8 @@ def test_one_text_is_cut_at_a_paragraph(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["data", "prepare", str(book), "--out", str(tmp_path / "out"), "--tokenizer", MODEL]) == 0
     said = capsys.readouterr().out
     assert re.search(
-        r"book\.txt: one text, of which the last [\d,]+ bytes \([45]\.\d%\) are validation; --split blank", said
+        r"book\.txt: one text, of which the last [\d,]+ bytes \([45]\.\d%\) are validation; skc data prepare --split b",
+        said,
     )
     dataset = open_dataset(str(tmp_path / "out"))
     (train,), (val,) = documents(dataset, "train"), documents(dataset, "val")

@@ -162,7 +162,7 @@ def test_batch_encoding_equals_single(bundled: Tokenizer) -> None:
 
 @pytest.mark.parametrize("cut", [0, 10, 100_000])
 def test_not_a_model(cut: int) -> None:
-    with pytest.raises(TokenizerError, match="mine.model: not a SentencePiece model"):
+    with pytest.raises(TokenizerError, match="mine.model: neither a SentencePiece .model nor a tokenizer.json"):
         Tokenizer(BUNDLED.read_bytes()[:cut], "mine.model")
 
 

@@ -134,6 +134,20 @@ def test_the_run_writes_text_and_is_scored(tiny: Path, tmp_path: Path, capsys: p
     assert json.loads(capsys.readouterr().out)["score"]["bpb"] > 1
 
 
+def test_data_that_the_run_cannot_be_scored_on_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for data, message in (("nowhere", "nowhere: no such folder"), ("sample", "--data sample: has tokenizer ")):
+        assert main(["import-hf", str(tiny), "--out", str(tmp_path / "out"), "--data", data]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    (tmp_path / "text.txt").write_text("\f".join(f"the sea and {i} cafés" for i in range(60)))
+    argv = ["data", "prepare", str(tmp_path / "text.txt"), "--out", str(tmp_path / "data")]
+    assert main([*argv, "--tokenizer", str(imported(tiny, tmp_path / "first") / "tokenizer.model")]) == 0
+    out = tmp_path / "second"
+    assert main(["import-hf", str(tiny), "--out", str(out), "--data", str(tmp_path / "data")]) == 0
+    assert Run.open(out).config.data.path == str(tmp_path / "data")
+
+
 def test_the_run_keeps_bits_and_types_and_says_where_they_are_from(tmp_path: Path) -> None:
     folder = save(random_model(TINY, torch.bfloat16), tmp_path / "hf", torch.bfloat16)
     change(folder, **{"model.layers.0.linear_attn.A_log": torch.tensor([0.1, 0.2, 0.3, 0.4])})

@@ -146,7 +146,7 @@ def test_a_program_reads_sentencepiece_alone(data: str, tmp_path: Path, monkeypa
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setenv("DATA_PATH", data)
     monkeypatch.setenv("TOKENIZER_PATH", str(tmp_path / "tokenizer.json"))
-    with pytest.raises(TokenizerError, match="not a SentencePiece model"):
+    with pytest.raises(TokenizerError, match="neither a SentencePiece .model nor a tokenizer.json"):
         open_text(packed.tiny("debug", data))
     texts = program_sources(presets.get("debug").config, "cuda", "text", {})
     assert not {"core.data.tokenizer_json", "backends.cuda.twin", "core.formats.kinds"} & set(texts)

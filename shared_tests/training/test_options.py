@@ -20,6 +20,7 @@ from core.data.tokenizer_training import train_tokenizer
 from core.engine.loading import choose_backend
 from core.model.upgrade import MOVED
 from core.options import given, meant_options, options_of, spelled, unknown
+from core.short_forms import CONFIG, HELP_ALL, of_verb
 from core.verbs.common import fit_tokens
 from core.verbs.scoring_options import judged
 from core.verbs.train import Train
@@ -38,7 +39,7 @@ def options(verb: str) -> dict[str, Any]:
 @pytest.mark.parametrize("verb", VERBS)
 def test_options_are_those_of_the_help(verb: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
-        main([*verb.split(), "--help"])
+        main([*verb.split(), "--help-all"])
     text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     shown = {name for line in text.splitlines() for name in re.findall(r"^[│ ]*(--\w[\w.-]*)", line)}
     assert shown - {"--help"} == options(verb).keys()
@@ -56,10 +57,10 @@ def test_help_says_what_the_first_argument_may_be(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("train debug --steps 30", "unknown option --steps; did you mean --train.steps?"),
-        ("train debug --lr 0.1", "unknown option --lr; did you mean --train.lr-embed or --train.lr-matrix"),
+        ("distill RUN --steps 30", "unknown option --steps; did you mean --distill.steps?"),
+        ("pack debug --lr 0.1", "unknown option --lr; did you mean --train.lr-embed or --train.lr-matrix"),
         ("train debug --train.eval-evry 3", "unknown option --train.eval-evry; did you mean --train.eval-every?"),
-        ("train debug --seed=3 --data x", "unknown option --data; did you mean --data.path?"),
+        ("pack debug --seed=3 --data x", "unknown option --data; did you mean --data.path?"),
         (
             "train debug --layers 3",
             "unknown option --layers; did you mean --model.layers or --model.value-embed.layers?",
@@ -129,7 +130,7 @@ def test_a_wrong_field_of_an_ablation_file_is_told_what_was_meant(table: dict[st
 
 def test_every_part_has_a_box_of_its_own(capsys: Capture) -> None:
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     boxes = re.findall(r"(model[\w.-]*) options", capsys.readouterr().out)
     own = ["deviations", *RunConfig().model.parts]
     assert [box.replace("-", "_") for box in boxes] == ["model", *(f"model.{name}" for name in own)]
@@ -290,7 +291,7 @@ REACHED = {
     ("core/ablation/store.py", "--store"): ("ablate",),
 }
 """What verbs reach a message that names an option; other files' messages need at least one verb that has it."""
-OTHERS = {"--help", "--version", "--nproc_per_node", "--standalone"}
+OTHERS = {"--help", HELP_ALL, CONFIG, "--version", "--nproc_per_node", "--standalone"}
 """Options of every verb, of the program, and of torchrun."""
 NO_VERB = ("core/config.py", "core/model/config.py", "core/train_config.py", "core/checks.py", "core/scoring/")
 """Files whose messages reach verbs of other options (`eval` has --stride, `train` --eval.stride): they name fields."""
@@ -343,7 +344,7 @@ def test_every_advice_is_an_option_that_the_verb_has() -> None:
     found, wrong = 0, []
     for file, option, verbs in advised():
         found += 1
-        having = [verb for verb in VERBS if option in options(verb)]
+        having = [verb for verb in VERBS if option in {**options(verb), **of_verb(verb)}]
         if not having or not set(verbs) <= set(having) or file.startswith(NO_VERB):
             wrong.append((file, option, verbs, having))
     assert not wrong and found > 40

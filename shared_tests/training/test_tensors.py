@@ -45,7 +45,7 @@ A = entry("F32", [2], 0, 8)
 @pytest.mark.parametrize(
     "header, size, message",
     [
-        ({"a": A}, 7, "data_offsets"),
+        ({"a": A}, 7, "data_offsets: ends at 8, but there are 7 bytes: the file was cut"),
         ({"a": A}, 12, "accounts for 8 of 12"),
         ({"a": A, "b": entry("F32", [2], 12, 20)}, 20, "data_offsets: 12, expected 8"),
         ({"a": A, "b": entry("F32", [2], 4, 12)}, 12, "data_offsets: 4, expected 8"),

@@ -109,7 +109,9 @@ def test_refusals(place: tuple[str, str], tmp_path: Path, capsys: Capture) -> No
         (("--distill.weights", "1", "0"), "7 numbers"),
         (("--distill.text", "training", "--distill.prompt", "3"), "change nothing"),
         (("--distill.twin.block", "2"), "no other is left"),
-        (("--distill.twin.block", "1"), "twin.block=1"),
+        (("--distill.twin.block", "1"), "distill.twin.block=1"),
+        (("--distill.twin.alpha", "1"), "distill: distill.twin.alpha=1.0: distill.twin.rank=0 clones in full"),
+        (("--distill.twin.rank", "1000"), "distill: distill.twin.rank=1000: two factors would be no smaller"),
     ):
         assert word in refuse(capsys, *base, *options)
     planned = call(capsys, *base, *SHORT, "--dry-run")

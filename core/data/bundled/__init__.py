@@ -17,12 +17,12 @@ TOKENIZERS = {"sample": "tokenizer.model", "sample-case": "tokenizer_case.model"
 
 
 def sample_folder(name: str = "sample") -> str:
-    """Return where the bundled text is prepared on first use: in the user's cache folder, as the platform has it."""
+    """Return where text of a name is prepared on first use: in the user's cache folder, as the platform has it."""
     caches = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(caches):  # what the XDG specification says of other values: ignore them
         caches = os.path.expanduser("~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
     if not os.path.isabs(caches):
-        raise DataError("no home folder to prepare the bundled text in: set XDG_CACHE_HOME, or HOME")
+        raise DataError("no home folder to prepare text in: set XDG_CACHE_HOME, or HOME")
     return os.path.join(caches, "skc", name)
 
 
