@@ -1,7 +1,6 @@
 """Readers of an ablation file's keys and values: every mistake is one line that names the file and the key."""
 
 import dataclasses
-import functools
 import re
 import typing
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from typing import Any
 from core import checks, options
 from core.config import ConfigError, EvalConfig, RunConfig, flattened, to_json
 from core.model.upgrade import moved
+from core.plain import type_hints
 from core.scoring import choices
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
@@ -61,11 +61,8 @@ def hint(field: str) -> Any:
     """Return the type of a field such as `model.bank.at`, or of a section; None for one that does not exist."""
     kind: Any = RunConfig
     for name in field.split("."):
-        kind = _hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+        kind = type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
     return kind
-
-
-_hints = functools.cache(typing.get_type_hints)
 
 
 def only(value: dict[str, Any], known: Iterable[str], where: str) -> None:
