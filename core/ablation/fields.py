@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from core import checks, options
@@ -15,7 +15,11 @@ from core.scoring import choices
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
 
 
-def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
+BUDGETED = ("train.steps", "train.seconds")
+"""Fields that the budget of an ablation decides."""
+
+
+def put(values: dict[str, Any], field: str, value: Any, where: str, decided: Sequence[str] = BUDGETED) -> None:
     """Set `model.bank.at` in a run's plain values; ConfigError for an unknown field, or one that [budget] decides."""
     if field.startswith("eval.plugins."):
         name = field.removeprefix("eval.plugins.")
@@ -28,7 +32,7 @@ def put(values: dict[str, Any], field: str, value: Any, where: str) -> None:
         close = [new] if new else options.meant_options(field, known)
         hint = f"did you mean {' or '.join(close)}?" if close else "see: skc train PRESET --help"
         raise ConfigError(f"{where}: unknown field {field!r}; {hint}")
-    if field in ("train.steps", "train.seconds"):
+    if field in decided:
         raise ConfigError(f"{where}: {field}: is what [budget] decides")
     if field == "eval.adapt.kind" and value != values["eval"]["adapt"]["kind"]:  # what another kind has goes
         nothing = to_json(EvalConfig())
