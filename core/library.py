@@ -104,7 +104,7 @@ class Model:
         if draft == "twin" and twin not in self._twins:
             self._twins[twin] = open_twin(self.engine, self._path, twin, self.config)
         drafter = self._twins[twin] if draft == "twin" else None
-        return generate.stream(self.engine, self.tokenizer, prompt, how, limit, drafter)
+        return generate.streamed(self.engine, generate.Text(self.tokenizer, prompt), how, limit, twin=drafter)
 
     def logits(self, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the logits of what follows each token, (tokens, vocab) float32. ConfigError.
@@ -115,9 +115,7 @@ class Model:
 
     def state(self, text: str | Sequence[int] | np.ndarray = "") -> TextState:
         """Return the state behind a text, or behind ids, as `logits` takes them. ConfigError."""
-        state = TextState(self.engine, self.config.model.vocab)
-        state.advance(self._ids(text))
-        return state
+        return TextState(self.engine, self.config.model.vocab, self._ids(text))
 
     def _ids(self, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the tokens of a text, BOS first, or ids as (tokens,) int32; ConfigError."""

@@ -34,7 +34,7 @@ class TrainedRun:
     """Its folder."""
     step: int
     score: Score
-    """Of the weights in memory, which are those of the artifact."""
+    """Of the artifact, read back, as `skc runs` has it."""
     artifact: Path
     artifact_bytes: int
     within: bool
@@ -110,9 +110,8 @@ def train_preset(
     )  # fmt: skip
     words = [str(word) for option, value in given.items() for word in (option, *_words(value))]
     value = train_run(options, Context(_console(verbose), shlex.join(["skc", "train", preset, *words]))).value
-    score = {**value["score"], "plugins": tuple(value["score"].get("plugins", ()))}
-    names = {field.name for field in dataclasses.fields(Score)}
-    stored = value["artifact"]
+    stored, names = value["artifact"], {field.name for field in dataclasses.fields(Score)}
+    score = {**stored["score"], "plugins": tuple(stored["score"].get("plugins", ()))}
     return TrainedRun(
         Path(value["run"]), value["step"], Score(**{name: score[name] for name in names if name in score}),
         Path(stored["path"]), stored["bytes"], stored.get("within", True), value["seconds"], value["backend"],

@@ -215,14 +215,7 @@ def sample(
     engine: Engine, tokenizer: Tokenizer, prompt: str, how: Decoding, limit: int | None, twin: RowDrafter | None = None
 ) -> str:
     """Return `prompt` and what the model writes after it; see `write`."""
-    return prompt + "".join(stream(engine, tokenizer, prompt, how, limit, twin))
-
-
-def stream(
-    engine: Engine, tokenizer: Tokenizer, prompt: str, how: Decoding, limit: int | None, twin: RowDrafter | None = None
-) -> Iterator[str]:
-    """Yield what the model writes after `prompt` as it comes, in whole letters; see `write`."""
-    yield from streamed(engine, Text(tokenizer, prompt), how, limit, twin=twin)
+    return prompt + "".join(streamed(engine, Text(tokenizer, prompt), how, limit, twin=twin))
 
 
 def streamed(

@@ -13,10 +13,13 @@ from core.engine.protocol import Engine
 class TextState:
     """What a model knows of a text so far. `advance` moves it on; a copy goes its own way and costs nothing."""
 
-    def __init__(self, engine: Engine, vocab: int) -> None:
+    logits: np.ndarray
+    """What follows the last token, (vocab,) float32, read-only."""
+
+    def __init__(self, engine: Engine, vocab: int, ids: Sequence[int] | np.ndarray) -> None:
+        """Read the first tokens, one or more. ConfigError."""
         self._engine, self._vocab, self._state = engine, vocab, engine.start(1)
-        self.logits: np.ndarray | None = None
-        """What follows the last token, (vocab,) float32; None before the first token. Nobody may write into it."""
+        self.advance(ids)
 
     @property
     def tokens(self) -> int:
@@ -35,8 +38,8 @@ class TextState:
             rows.append(np.asarray(tape.logits()[0], np.float32))
             self._state = self._engine.commit(tape, chunk.shape[1])
         logits = np.concatenate(rows)
-        self.logits = last = logits[-1].copy()
-        last.flags.writeable = False  # copies share it
+        self.logits = logits[-1].copy()
+        self.logits.flags.writeable = False  # copies share it
         return logits
 
     def copy(self) -> "TextState":
