@@ -77,11 +77,11 @@ class Conversation:
 
     def _add(self, typed: str) -> None:
         """Put what was typed behind the text, and let the model go on, until it is done or Ctrl-C stops it."""
-        self._turns += 1
         if typed:  # cut into tokens together: what was written may end inside a word
             self._text = Text(self._tokenizer, f"{self._text}{typed}", self._turns)
         else:
             self._text.go_on(self._turns)
+        self._turns += 1  # every turn has draws of its own; the first those of skc sample --prompt
         said = DraftStatistics()
         self._say(typed, end="")
         try:

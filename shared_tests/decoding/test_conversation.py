@@ -49,13 +49,22 @@ def test_lines_go_into_the_text_and_the_model_goes_on(
 
 
 def test_an_empty_line_lets_it_write_on(run: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    """The tokens that it has said stay, and its draws are others than those of the first turn."""
-    value = talk(monkeypatch, capsys, run, "She\n\n\n", "--temperature", "1", "--prompt", "Oh, ")
+    """The first turn is what `skc sample` writes, its tokens stay, and every turn has draws of its own."""
+    numbers = []
+
+    def streamed(engine: Any, text: Any, *arguments: Any) -> Iterator[str]:
+        numbers.append((text.number, list(text.ids)))
+        return real(engine, text, *arguments)
+
+    real = conversation.streamed
+    monkeypatch.setattr(conversation, "streamed", streamed)
+    value = talk(monkeypatch, capsys, run, "\n\n", "--temperature", "1", "--seed", "2", "--prompt", "She")
     (text,) = value["texts"]
-    assert text.startswith("Oh, ") and "She" in text and 8 < value["decoding"]["tokens"] <= 32
-    twice = talk(monkeypatch, capsys, run, "\n\n", "--temperature", "1", "--prompt", "She")["texts"][0]
-    once = skc.load(run).sample("She", tokens=8, temperature=1.0)
-    assert twice.startswith("She") and twice[len(once) :] and not twice.endswith(2 * once[3:])
+    first = skc.load(run).sample("She", tokens=8, temperature=1.0, seed=2)
+    assert text.startswith(first) and len(text) > len(first) and value["decoding"]["tokens"] > 16
+    assert [number for number, _ in numbers] == [0, 1, 2]
+    begun, second, third = (ids for _, ids in numbers)
+    assert second[: len(begun)] == begun and third[: len(second)] == second and len(third) > len(second) > len(begun)
 
 
 def test_commands_change_how_it_writes(run: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
