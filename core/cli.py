@@ -63,6 +63,8 @@ VERBS = {
         "core.verbs.import_hf", "ImportHF", "import_hf", "make a run of a Qwen3.5 text model in Hugging Face's form"
     ),
     "track": Verb("core.verbs.track", "Track", "track", "copy recorded runs to TensorBoard or Weights & Biases"),
+    "runs": Verb("core.verbs.runs", "Runs", "show_runs", "list runs and ablations, or the best; skc runs rm removes"),
+    "runs rm": Verb("core.verbs.runs", "RemoveRuns", "remove_runs", "remove runs and stores, after a question"),
     "compare": Verb("core.verbs.compare", "Compare", "compare_runs", "runs: what differs, where curves part, speed"),
     "submit": Verb("core.verbs.submit", "Submit", "submit", "write, check or run again the folder that one would send"),
     "parity": Verb("core.verbs.parity", "Parity", "parity", "hold both backends to each other", "preset"),
@@ -185,7 +187,7 @@ def _help(verbs: dict[str, Verb]) -> str:
 def _find(argv: list[str]) -> tuple[str | None, list[str]]:
     """Return the verb of a command line and its arguments; None for the verb: help on a group was asked for."""
     groups = {name.split()[0] for name in VERBS if " " in name}
-    words = 2 if argv[0] in groups else 1
+    words = 2 if argv[0] in groups and (argv[0] not in VERBS or " ".join(argv[:2]) in VERBS) else 1
     if words == 2 and argv[1:2] in (["-h"], ["--help"]):
         return None, []
     name = " ".join(argv[:words])

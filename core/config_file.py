@@ -1,6 +1,7 @@
 """Settings of a run out of a file: a TOML file that changes a preset, or the config.json that a run folder holds."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,23 @@ def settings_of_file(path: str) -> RunConfig:
     if not path.endswith(".toml"):
         return from_json(RunConfig, read_object(Path(path)), path)
     value, _ = read_toml(path)
-    values = to_json(presets.get(typed(value, "preset", str, path)).config)
+    preset = typed(value, "preset", str, path)
     for key in value:
         if key.partition(".")[0] not in SECTIONS and key not in ("preset", "seed"):
             expected = f"known: preset, seed, {', '.join(SECTIONS)}"
             raise ConfigError(f"{path}: unknown key {in_words(key)}; {closest(key, SECTIONS, expected)}")
-    settings: dict[str, Any] = {key: inner for key, inner in value.items() if key not in ("preset", "seed")}
-    for field, one in flat(settings, path).items():
-        put(values, field, one, path, budget=False)
-    values["seed"] = value.get("seed", values["seed"])
+    return changed_preset(preset, flat({key: inner for key, inner in value.items() if key != "preset"}, path), path)
+
+
+def changed_preset(preset: str, settings: Mapping[str, Any], where: str) -> RunConfig:
+    """Return a preset with other values of fields, `train.steps` or `seed`; ConfigError names `where` and the field."""
+    values = to_json(presets.get(preset).config)
+    for field, value in settings.items():
+        if field == "seed":
+            values[field] = value
+        else:
+            put(values, field, value, where, decided=())
     try:
         return from_json(RunConfig, values, "config")
     except ConfigError as error:
-        raise ConfigError(f"{path}: {str(error).replace('config.', '', 1)}") from error
+        raise ConfigError(f"{where}: {str(error).replace('config.', '', 1)}") from error

@@ -63,9 +63,9 @@ def shorten(text: str, most: int, letters: int | None = None) -> str:
 class Console:
     """Lines for people: on stdout, or on stderr when stdout carries the JSON object."""
 
-    def __init__(self, as_json: bool = False) -> None:
+    def __init__(self, as_json: bool = False, stream: TextIO | None = None) -> None:
         self.as_json = as_json
-        self.stream: TextIO = sys.stderr if as_json else sys.stdout
+        self.stream: TextIO = stream or (sys.stderr if as_json else sys.stdout)
         # What an ASCII terminal lacks is replaced there, not in log.txt.
         if isinstance(self.stream, io.TextIOWrapper) and self.stream.errors == "strict":
             self.stream.reconfigure(errors="replace")

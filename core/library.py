@@ -1,6 +1,7 @@
 """A trained model as a Python object: it scores text and writes text. `skc.py` shows this to the outside."""
 
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -10,6 +11,7 @@ from core.data.dataset import Split
 from core.data.tokenizer import Tokenizer
 from core.decoding import generate
 from core.decoding.settings import Decoding, Draft, Sampler
+from core.decoding.text_state import TextState, token_ids
 from core.engine.loading import load_engine
 from core.engine.protocol import DType, Engine, EngineOptions
 from core.scoring.evaluation import Evaluation
@@ -64,6 +66,29 @@ class Model:
         `draft` changes how long that takes and not what is written; see docs/decoding.md. `twin`: the file of the twin
         that drafts, if it is not twin.safetensors beside the artifact.
         """
+        more = self.generate(
+            prompt, tokens, temperature, top_k, seed, top_p=top_p, sampler=sampler, draft=draft, block=block, twin=twin
+        )
+        return prompt + "".join(more)
+
+    def generate(
+        self,
+        prompt: str = "",
+        tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int | None = 40,
+        seed: int = 0,
+        *,
+        top_p: float = 1.0,
+        sampler: Sampler = "coupled",
+        draft: Draft = "none",
+        block: int = 8,
+        twin: str | None = None,
+    ) -> Iterator[str]:
+        """Return an iterator over what `sample` writes after `prompt`, piece by piece as it comes; the same errors.
+
+        A piece is one letter or more. Who takes no more pieces stops the model.
+        """
         _check_text("prompt", prompt)
         _check_number("tokens", tokens, int)
         _check_number("temperature", temperature, int | float)
@@ -79,7 +104,29 @@ class Model:
         if draft == "twin" and twin not in self._twins:
             self._twins[twin] = open_twin(self.engine, self._path, twin, self.config)
         drafter = self._twins[twin] if draft == "twin" else None
-        return generate.sample(self.engine, self.tokenizer, prompt, how, limit, drafter)
+        return generate.streamed(self.engine, generate.Text(self.tokenizer, prompt), how, limit, twin=drafter)
+
+    def logits(self, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the logits of what follows each token, (tokens, vocab) float32. ConfigError.
+
+        Of a text the tokens are BOS and its own, so that row 0 says how the text may begin; ids are taken as they are.
+        """
+        return np.asarray(self.engine.logits(self._ids(text)[None])[0], np.float32)
+
+    def state(self, text: str | Sequence[int] | np.ndarray = "") -> TextState:
+        """Return the state behind a text, or behind ids, as `logits` takes them. ConfigError."""
+        return TextState(self.engine, self.config.model.vocab, self._ids(text))
+
+    def _ids(self, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return the tokens of a text, BOS first, or ids as (tokens,) int32; ConfigError."""
+        if isinstance(text, str):
+            _check_text("text", text)
+            return np.append(self.tokenizer.bos, self.tokenizer.encode(text)).astype(np.int32)
+        expected = "expected text, or token ids"
+        require(
+            isinstance(text, Sequence | np.ndarray) and not isinstance(text, bytes), f"{in_words(text)}: {expected}"
+        )
+        return token_ids("ids", text, self.config.model.vocab)
 
 
 def load(

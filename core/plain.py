@@ -1,17 +1,21 @@
 """Settings, which are nested frozen dataclasses, as plain values: made of these, changed, compared."""
 
 import dataclasses
+import functools
 import types
 import typing
 from typing import Any, Literal
 
 from core.checks import MOST_ENTRIES, ConfigError, closest, in_words, require
 
+type_hints = functools.cache(typing.get_type_hints)
+"""Field -> type of a dataclass: Python reads the annotations anew at every call, which takes a list of runs seconds."""
+
 
 def rebuilt(kind: type, values: Any, where: str) -> Any:
     """Return dataclass `kind` of plain values; ConfigError names an unknown key or a wrong type."""
     require(isinstance(values, dict), f"{where}: expected an object, got {type(values).__name__}")
-    hints = typing.get_type_hints(kind)
+    hints = type_hints(kind)
     fields = [f.name for f in dataclasses.fields(kind)]
     for key in values:
         if key not in fields:

@@ -91,6 +91,7 @@ def _search_runs(searched: Searched, store: RunStore) -> list[tuple[str, str, in
     """Return (name, backend, runs, runs to do) of a search's trials, and of `found` until the search is complete."""
     plan, search = searched.plan, searched.search
     done = sum(store.status(place)[0] in ("done", "failed") for place in searched.places)
+    done += searched.elsewhere * len(search.seeds)
     trials = len(searched.trials) if searched.complete else search.trials + 1
     runs = trials * len(search.seeds)
     rows = [(f"{trials - 1} trials, start", plan.backends[0], runs, runs - done)]

@@ -1,21 +1,25 @@
 """Readers of an ablation file's keys and values: every mistake is one line that names the file and the key."""
 
 import dataclasses
-import functools
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from core import checks, options
 from core.config import ConfigError, EvalConfig, RunConfig, flattened, to_json
 from core.model.upgrade import moved
+from core.plain import type_hints
 from core.scoring import choices
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,60}")
 
 
-def put(values: dict[str, Any], field: str, value: Any, where: str, budget: bool = True) -> None:
+BUDGETED = ("train.steps", "train.seconds")
+"""Fields that the budget of an ablation decides."""
+
+
+def put(values: dict[str, Any], field: str, value: Any, where: str, decided: Sequence[str] = BUDGETED) -> None:
     """Set `model.bank.at` in a run's plain values; ConfigError for an unknown field, or one that [budget] decides."""
     if field.startswith("eval.plugins."):
         name = field.removeprefix("eval.plugins.")
@@ -28,7 +32,7 @@ def put(values: dict[str, Any], field: str, value: Any, where: str, budget: bool
         close = [new] if new else options.meant_options(field, known)
         hint = f"did you mean {' or '.join(close)}?" if close else "see: skc train PRESET --help-all"
         raise ConfigError(f"{where}: unknown field {field!r}; {hint}")
-    if budget and field in ("train.steps", "train.seconds"):
+    if field in decided:
         raise ConfigError(f"{where}: {field}: is what [budget] decides")
     if field == "eval.adapt.kind" and value != values["eval"]["adapt"]["kind"]:  # what another kind has goes
         nothing = to_json(EvalConfig())
@@ -61,11 +65,8 @@ def hint(field: str) -> Any:
     """Return the type of a field such as `model.bank.at`, or of a section; None for one that does not exist."""
     kind: Any = RunConfig
     for name in field.split("."):
-        kind = _hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+        kind = type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
     return kind
-
-
-_hints = functools.cache(typing.get_type_hints)
 
 
 def only(value: dict[str, Any], known: Iterable[str], where: str) -> None:

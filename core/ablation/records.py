@@ -80,6 +80,13 @@ def read_members(file: Path) -> tuple[str, list[str]]:
     return value["file"], [row[3] for row in value["runs"]]
 
 
+def member_variants(file: Path) -> dict[str, str]:
+    """Return key -> variant of an ablation's runs, by its members.json."""
+    value = read(file)
+    _check(value, MEMBERS, file)
+    return {row[3]: str(row[0])[:MOST_LETTERS] for row in value["runs"]}
+
+
 def is_earlier(home: Path) -> bool:
     """Return whether a run was asked for by a version whose settings had an earlier schema."""
     try:

@@ -20,8 +20,9 @@ from core.ablation.plan import Ablation, Job, job_key
 from core.ablation.records import STORE_SCHEMA, Start, StoreError, is_earlier, read_failure, read_members, starts
 from core.ablation.stats.results import Result, Results, Status, read_result
 from core.config import to_json
-from core.files import FileError, append_file, locked, open_file, replace_file
+from core.files import FileError, append_file, locked, replace_file
 from core.training.run import RunError
+from core.training.writer import is_held
 
 
 class Place(NamedTuple):
@@ -115,11 +116,7 @@ class RunStore:
 
     def busy(self, place: Place) -> bool:
         """Return whether a process trains a run now."""
-        try:
-            with open_file(place.home / "lock") as file:  # shared: whoever only looks keeps nobody else from looking
-                return not locked(file, shared=True)
-        except FileNotFoundError:
-            return False
+        return is_held(place.home)
 
     def status(self, place: Place) -> tuple[Status, str | None]:
         """Return where a run stands, and what it said last if it failed."""

@@ -43,6 +43,15 @@ class Text:
         """Return the prompt as it was given, whatever the tokenizer made of it (`read_as`), and what follows so far."""
         return self.prompt + self._tokenizer.decode(self.ids).removeprefix(self._read_as)
 
+    def whole(self) -> str:
+        """Return the text so far without the first bytes of a letter whose rest is to come."""
+        text = str(self)
+        return text if self.done else self.prompt + text[len(self.prompt) :].rstrip("\ufffd")
+
+    def go_on(self, number: int) -> None:
+        """Let the text be written on from where it is, with the draws of another number."""
+        self.begin, self.number, self.done = len(self.ids), number, False
+
     @property
     def said(self) -> int:
         """Return how many tokens it has behind the prompt: the place of the next one."""
@@ -206,10 +215,20 @@ def sample(
     engine: Engine, tokenizer: Tokenizer, prompt: str, how: Decoding, limit: int | None, twin: RowDrafter | None = None
 ) -> str:
     """Return `prompt` and what the model writes after it; see `write`."""
-    text = Text(tokenizer, prompt)
-    for _ in write(engine, [text], how, limit, twin=twin):
-        pass
-    return str(text)
+    return prompt + "".join(streamed(engine, Text(tokenizer, prompt), how, limit, twin=twin))
+
+
+def streamed(
+    engine: Engine, text: Text, how: Decoding, limit: int | None, statistics: DraftStatistics | None = None,
+    twin: RowDrafter | None = None,
+) -> Iterator[str]:  # fmt: skip
+    """Yield what a model adds to a text as it comes, in whole letters; see `write`."""
+    shown = text.whole()
+    for _ in write(engine, [text], how, limit, statistics=statistics, twin=twin):
+        now = text.whole()
+        if now != shown:
+            yield now.removeprefix(shown)
+            shown = now
 
 
 def read_as(tokenizer: Tokenizer, prompt: str) -> str:

@@ -1,7 +1,7 @@
 """What drafts came to."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -29,6 +29,11 @@ class DraftStatistics:
     """Making states of what was kept."""
     rest: float = 0.0
     """Choosing tokens."""
+
+    def add(self, other: "DraftStatistics") -> None:
+        """Add what was written elsewhere."""
+        for name in (one.name for one in fields(self)):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def add_pass(self, *times: float) -> None:
         """Add a pass: when drafting, passing, choosing and committing began, and when the last of them ended."""
@@ -66,6 +71,20 @@ class DraftStatistics:
         """Return a text's tokens per forward pass (TPF), a twin's passes counted like the model's."""
         return self.tokens / max(1, self.turns)
 
+    @property
+    def seconds(self) -> float:
+        """Return the time that the passes took, those over prompts too, with the choice of tokens."""
+        return self.draft + self.verify + self.commit + self.rest
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return the tokens of all texts together in a second of that time."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def speed(self) -> str:
+        """Return in words how fast texts were written."""
+        return f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s"
+
     def line(self, draft: str) -> str:
         """Return in words what the drafts of `draft` came to."""
         empty = self.cycles[0] / max(1, self.count)
@@ -79,6 +98,8 @@ class DraftStatistics:
         times = {name: 1e3 * getattr(self, name) / passes for name in ("draft", "verify", "commit", "rest")}
         return {
             "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
             "cycles": self.count,
             "passes": self.passes,
             "draft_passes": self.draft_passes,

@@ -1,7 +1,9 @@
 """How a TOML file is read: its size and depth are bounded before the parser sees it, its numbers afterwards."""
 
+import json
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,33 @@ def read_toml(path: str | Path) -> tuple[dict[str, Any], str]:
         raise FileError(f"{path}: not TOML: {error}") from error
     _check_numbers(path, value)
     return value, text
+
+
+def toml_text(table: Mapping[str, Any], where: str) -> str:
+    """Return a TOML text of a table of text, numbers, lists and tables; FileError, which `where` begins."""
+    return "".join(f"{_text(key)} = {_value(value, f'{where}.{key}')}\n" for key, value in table.items())
+
+
+def _value(value: Any, where: str, depth: int = 0) -> str:
+    if depth > DEPTH:
+        raise FileError(f"{where}: nested too deeply; expected at most {DEPTH} levels")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_value(one, where, depth + 1) for one in value)}]"
+    if isinstance(value, Mapping):
+        inner = (f"{_text(key)} = {_value(one, f'{where}.{key}', depth + 1)}" for key, one in value.items())
+        return f"{{{', '.join(inner)}}}"
+    raise FileError(f"{where}: {type(value).__name__}; expected text, a number, a list or a table")
+
+
+def _text(value: object) -> str:
+    """Return a TOML string: JSON's, whose letters TOML also has, but for the one that it wants written out."""
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _check_depth(path: str | Path, text: str) -> None:

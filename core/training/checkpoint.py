@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -12,9 +12,9 @@ from core.config import RunConfig
 from core.engine.optimizer_state import optimizer_slots
 from core.engine.protocol import Arrays, DType, Engine
 from core.engine.scaffolding import trained_table
-from core.files import FileError, parse_json
+from core.files import FileError, open_file, parse_json
 from core.formats.kinds import COUNT, FLAG, among, check_value, number, text, whole
-from core.formats.tensors import Entry, read_tensors, widened, write_parts, write_tensors
+from core.formats.tensors import Entry, read_tensors, read_tensors_header, widened, write_parts, write_tensors
 from core.model.params import check_arrays
 from core.model.upgrade import parameter
 from core.training.records import RunError
@@ -107,8 +107,7 @@ def read_arrays(path: Path, table: Shapes, slots: Shapes, tokens_per_step: int) 
     limit = SLACK + sum(512 + 8 * math.prod(shape) for shape in shapes)
     try:
         metadata, arrays = read_tensors(path, limit)
-        state = parse_json(f"{path}: skc", str(metadata.get("skc", "")))
-        check_value(state, STATE, f"{path}: skc", CURE)
+        state = _state(path, metadata)
     except FileError as error:
         raise RunError(str(error) if str(error).endswith(CURE) else f"{error}; {CURE}") from error
     sides: dict[str, Arrays] = {"param": {}, "optim": {}}
@@ -133,6 +132,22 @@ def read_arrays(path: Path, table: Shapes, slots: Shapes, tokens_per_step: int) 
         raise RunError(f"{path}: skc: sha256: the tensors are not the ones that were saved; delete it")
     seconds, tokens = float(state["seconds"]), state.get("tokens", state["step"] * tokens_per_step)
     return Checkpoint(state["step"], seconds, sides["param"], sides["optim"], state["dtype"], state["quantise"], tokens)
+
+
+def saved_step(path: Path) -> int:
+    """Return the step of a checkpoint by its header alone: the arrays are not looked at; RunError, OSError."""
+    try:
+        with open_file(path) as file:
+            return _state(path, read_tensors_header(path, file).metadata)["step"]
+    except FileError as error:
+        raise RunError(str(error) if str(error).endswith(CURE) else f"{error}; {CURE}") from error
+
+
+def _state(path: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says of itself; FileError."""
+    state = parse_json(f"{path}: skc", str(metadata.get("skc", "")))
+    check_value(state, STATE, f"{path}: skc", CURE)
+    return state
 
 
 def _begun(params: Arrays, slots: dict[str, tuple[int, ...]]) -> Arrays:

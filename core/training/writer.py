@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from core.files import TEMPORARY, append_file, locked, own_folder, sweep
+from core.files import TEMPORARY, append_file, locked, open_file, own_folder, sweep
 from core.training.records import RunError, of_a_run
 
 
@@ -36,6 +36,15 @@ def sole_writer(folder: Path) -> Iterator[None]:
             raise RunError(f"{folder}: another process writes into it: wait until it ends, or stop it")
         sweep(folder)
         yield
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process holds a folder now; FileError, OSError."""
+    try:
+        with open_file(folder / "lock") as file:  # shared: whoever only looks keeps nobody else from looking
+            return not locked(file, shared=True)
+    except FileNotFoundError:
+        return False
 
 
 def refuse_strangers(path: Path, record: str = "config.json") -> None:

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tyro.conf import Positional
 
@@ -17,6 +17,7 @@ from core.ablation.report.live_table import Live
 from core.ablation.report.report import write_report
 from core.ablation.runner import run_all
 from core.ablation.search.search import Searched, load_optuna, run_search
+from core.ablation.search.study import open_study, run_shared_search
 from core.ablation.stats.added_seeds import looked
 from core.ablation.stats.effects import VariantEffect
 from core.ablation.stats.findings import Findings, assess
@@ -67,7 +68,11 @@ class Ablate:
     search: bool = False
     """Try the settings of [search], then train the best of them on the ablation's own seeds as variant `found`."""
     retry: bool = False
-    """With --search: train failed trials again; those that came after them are then asked for anew."""
+    """With --search: train failed trials again; those that came after them are then asked for anew. With --study: take
+    over the trials that others left open."""
+    study: str | None = None
+    """With --search: keep the trials in a database, on which several machines and optuna-dashboard may work:
+    sqlite:///FILE or postgresql+psycopg2://USER@HOST/DATABASE."""
     parallel: int = 1
     """Runs at a time."""
     devices: tuple[str, ...] = ()
@@ -85,6 +90,7 @@ class Ablate:
         most = 1024
         require(1 <= self.parallel <= most, f"--parallel {self.parallel}: expected at least 1, at most {most}")
         require(self.search or not self.retry, "--retry is about trials of a search: add --search")
+        require(self.search or self.study is None, "--study is about trials of a search: add --search")
         good = self.threads is None or 1 <= self.threads <= most
         require(good, f"--threads {self.threads}: expected at least 1, at most {most}")
 
@@ -99,6 +105,26 @@ def ablate(options: Ablate, context: Context) -> Outcome:
         places = runs.places(plan)
         seconds = time_runs(to_time(plan, runs.store, places, searched), say)
         return Outcome(True, dry_run(plan, runs.store, places, searched, seconds, options.parallel, say))
+    ended = _run(options, plan, runs)
+    return _summary(ended.results, ended.searched, ended.files, say)
+
+
+class AblationEnd(NamedTuple):
+    """What an ablation came to."""
+
+    results: Results
+    searched: Searched | None
+    files: list[Path]
+    """Its report."""
+
+
+def run_ablation(options: Ablate, say: Console) -> AblationEnd:
+    """Run what is not done yet, write the report, and return what there is; runs that failed are among it."""
+    plan = _read_plan(options, say)
+    return _run(options, plan, _Runs(options, plan, say))
+
+
+def _run(options: Ablate, plan: Ablation, runs: "_Runs") -> AblationEnd:
     trackers.check(options.track)
     places = runs.begin()
     searched = runs.search(train=True)
@@ -111,8 +137,7 @@ def ablate(options: Ablate, context: Context) -> Outcome:
     folder = runs.store.ablation_folder(plan)
     with alone(folder):  # another `skc ablate` of this file may have ended now too
         results = results._replace(added=looked(folder, places))
-        files = write_report(results, folder, searched)
-    return _summary(results, searched, files, say)
+        return AblationEnd(results, searched, write_report(results, folder, searched))
 
 
 def _read_plan(options: Ablate, say: Console) -> Ablation:
@@ -182,9 +207,12 @@ class _Runs:
         """Try settings, or only look up what is stored of a search unless `train`; None without --search."""
         if not self._options.search or self._plan.search is None:
             return None
-        work = self.train if train else None
-        retry = self._options.retry
-        return run_search(self._plan, self._plan.search, self.store, self.place, _fit, work, retry, self._tried)
+        work, options = self.train if train else None, self._options
+        how = (self._plan, self._plan.search, self.store, self.place)
+        if options.study is None:
+            return run_search(*how, _fit, work, options.retry, self._tried)
+        study = open_study(options.study, *how, look=not train)
+        return run_shared_search(study, *how, _fit, work, options.retry, self._tried)
 
     def _tried(self, so_far: Searched) -> None:
         """Write down and say what a round of trials gave."""

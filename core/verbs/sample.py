@@ -12,6 +12,7 @@ from core.decoding.settings import Decoding, Draft, Sampler
 from core.decoding.statistics import DraftStatistics
 from core.engine.loading import load_engine
 from core.verbs.common import Backend, Context, Outcome, open_subject, open_tokenizer, open_twin
+from core.verbs.conversation import Conversation
 
 MOST = 10_000
 """Samples of a prompt."""
@@ -25,6 +26,8 @@ class Sample:
     """Run folder or artifact."""
     prompt: tuple[str, ...] = ("",)
     """Texts to go on from, one or more; empty: the start of a document."""
+    interactive: bool = False
+    """Write together: a line that is typed goes into the text, which the model goes on with; /help says the rest."""
     n: int = 1
     """Samples of each prompt."""
     tokens: int = 128
@@ -64,19 +67,26 @@ def write_text(options: Sample, context: Context) -> Outcome:
     require(options.prompt != (), "--prompt: expected a text; leave it out to begin a document")
     how = Decoding(**{field.name: getattr(options, field.name) for field in fields(Decoding)})
     how.check()
+    one = options.n == 1 and len(options.prompt) == 1
+    require(one or not options.interactive, "--interactive writes one text: leave out --n, and give one --prompt")
     require(options.twin is None or how.draft == "twin", f"--twin {options.twin}: drafts only with --draft twin")
     subject = open_subject(options.path, options.data, options.step)
     tokenizer = open_tokenizer(subject, options.path, options.data)
     engine = load_engine(options.backend, subject.config, subject.weights, quantise=subject.quantise)
+    twin = open_twin(engine, options.path, options.twin, subject.config) if how.draft == "twin" else None
+    if options.interactive:
+        talk = Conversation(engine, tokenizer, how, context_limit(subject.config), twin, context.say)
+        talk.hold(options.prompt[0])
+        return Outcome(True, {"path": options.path, "backend": engine.backend, **talk.to_json()})
     reads = {prompt: read_as(tokenizer, prompt) for prompt in options.prompt}
     for prompt, read in reads.items():
         if read != prompt:
             context.say(f"the tokenizer normalises text: the model reads the prompt as {read!r}")
     texts = [Text(tokenizer, prompt, number) for prompt in options.prompt for number in range(options.n)]
     statistics = DraftStatistics()
-    twin = open_twin(engine, options.path, options.twin, subject.config) if how.draft == "twin" else None
     grown = write(engine, texts, how, context_limit(subject.config), statistics=statistics, twin=twin)
     _show(texts, grown, context.say)
+    context.say(statistics.speed())
     if how.draft != "none":
         context.say(statistics.line(how.draft))
     rows = [{"prompt": text.prompt, "read_as": reads[text.prompt], "text": str(text)} for text in texts]
@@ -89,10 +99,9 @@ def _show(texts: list[Text], grown: Iterator[Text], say: Console) -> None:
     turn, shown = 0, ""
     for text in grown:
         while turn < len(texts) and (text is texts[turn] or texts[turn].done):
-            text, now = texts[turn], str(texts[turn])
+            text, now = texts[turn], texts[turn].whole()
             if not shown and len(texts) > 1:
                 say(f"{turn + 1} of {len(texts)}, sample {text.number + 1} after {text.prompt!r}:")
-            now = now if text.done else now.rstrip("\ufffd")  # the first bytes of a letter
             say(now.removeprefix(shown), end="")
             shown = now
             if not text.done:

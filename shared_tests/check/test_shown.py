@@ -17,7 +17,7 @@ from core.check.bench_report import BenchReport
 from core.cli import main
 from core.compare.picture import _curve, _difference
 from core.compare.runs import compare
-from core.decoding.generate import PROMPTS, sample_lines
+from core.decoding.generate import PROMPTS, Text, sample_lines
 from core.model.shares import FLOP_RULE
 from core.training.report import MARGIN, whole_ticks
 from core.training.run import Run
@@ -64,6 +64,8 @@ class Growing:
 
     def __str__(self) -> str:
         return self.words
+
+    whole: Any = Text.whole
 
 
 def test_texts_are_shown_as_they_grow_and_in_their_order() -> None:

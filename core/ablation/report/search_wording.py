@@ -101,6 +101,8 @@ def summary(searched: Searched) -> str:
     )
     if searched.short:
         text += f" {search.trials} were asked for, but {searched.short}."
+    if open_ := sum(trial.status == "running" for trial in searched.trials):
+        text += f" {open_} of them are not done, here or elsewhere: start the command again when they are."
     if failed:
         text += f" Failed: {', '.join(map(title, failed))}."
     best = searched.best
@@ -153,10 +155,13 @@ def rows(searched: Searched) -> list[tuple[str, ...]]:
 def method(searched: Searched) -> list[str]:
     """Return how the search was made."""
     search = searched.search
+    how = f"sampler seed {search.sampler_seed}), {search.round} at a time, whatever ran side by side"
+    again = "a killed search asks for the same ones again."
+    if searched.study:
+        how = f"a seed for each machine), in the study {searched.study}, on which several may work"
+        again = "who is faster decides what is asked for next, so that another such search asks for others."
     return [
-        f"Trials were drawn by optuna {version('optuna')} (TPE, all fields together, sampler seed "
-        f"{search.sampler_seed}), {search.round} at a time, whatever ran side by side; a killed "
-        "search asks for the same ones again.",
+        f"Trials were drawn by optuna {version('optuna')} (TPE, all fields together, {how}; {again}",
         "A trial’s figure is the mean over the search’s seeds; it is only the ground on which one was chosen. A failed "
         "trial counts as infinitely bad, so that the search leaves where it failed.",
     ]

@@ -54,9 +54,17 @@ class Searched(NamedTuple):
     trials: tuple[Trial, ...]
     """Trial 0, then the others in the order in which they were asked for."""
     places: tuple[Place, ...]
-    """Of all their runs."""
+    """Of all their runs in this store."""
     short: str = ""
     """Why there are fewer trials than the file asks for; empty if there are not."""
+    study: str = ""
+    """Name of the study, if the trials are in a database that others work on too."""
+
+    @property
+    def elsewhere(self) -> int:
+        """How many trials have ended whose runs are not in this store."""
+        here = {place.job.variant for place in self.places}
+        return sum(trial.status in ("done", "failed") and trial.name not in here for trial in self.trials)
 
     @property
     def start(self) -> Trial:
@@ -122,7 +130,7 @@ def run_search(
 
     fresh({})
     while len(searched.trials) <= search.trials and not searched.short:
-        asked = [] if searched.trials else [Trial(0, _start(plan, search))]
+        asked = [] if searched.trials else [Trial(0, start_of(plan, search))]
         for _ in range(min(search.round, search.trials + 1 - max(1, len(searched.trials)))):
             settings = sampler.ask(fresh)
             if settings is None:
@@ -136,7 +144,7 @@ def run_search(
         if train is not None and trained:
             train(open_)
         results = store.outcome(runs, places).results
-        done = [_ended(trial, [r for r in results if r.variant == trial.name]) for trial in asked]
+        done = [ended(trial, [r for r in results if r.variant == trial.name]) for trial in asked]
         searched = searched._replace(trials=(*searched.trials, *done), places=(*searched.places, *places))
         if trained:
             after_round(searched)
@@ -148,7 +156,7 @@ def run_search(
     return searched
 
 
-def _ended(trial: Trial, results: Sequence[Result]) -> Trial:
+def ended(trial: Trial, results: Sequence[Result]) -> Trial:
     """Return a trial with what its runs gave: failed if one of them did."""
     figures = tuple((r.seed, r.bpb) for r in results if r.status == "done" and r.bpb is not None)
     lost = next((r for r in results if r.status == "failed"), None)
@@ -161,7 +169,7 @@ def _ended(trial: Trial, results: Sequence[Result]) -> Trial:
     return trial._replace(status="done", figures=figures, bpb=fmean(bpb for _, bpb in figures))
 
 
-def _start(plan: Ablation, search: Search) -> dict[str, Any]:
+def start_of(plan: Ablation, search: Search) -> dict[str, Any]:
     """Return the start's values of the searched fields, as a file would have them."""
     config = json.loads(json.dumps(to_json(plan.config(search.variant, search.seeds[0]))))
     return {field.name: flattened(config)[field.name] for field in search.space}

@@ -1,0 +1,1 @@
+"""Folders of runs and ablations: listed, held against each other, removed."""
