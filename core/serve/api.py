@@ -76,7 +76,7 @@ class Api:
         body = await read_body(request, self._limits.body)
         try:
             given = body.decode()
-        except UnicodeError as error:
+        except UnicodeDecodeError as error:
             raise Refused(400, f"the text is not UTF-8 (byte {error.start:,}): {error.reason}") from error
         return self._places.answer(functools.partial(score_of_text, model, given))
 

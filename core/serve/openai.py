@@ -67,8 +67,9 @@ class Completions:
         """Write on after prompts."""
         asked = await read_json(request, self._kind, self._limits)
         order = Order(find_model(self._models, asked["model"]), {name: v for name, v in asked.items() if v is not None})
-        work = functools.partial(completion_events if order.stream else completion, order)
-        return self._places.events(work) if order.stream else self._places.answer(work)
+        if order.stream:
+            return self._places.events(functools.partial(completion_events, order))
+        return self._places.answer(functools.partial(completion, order))
 
 
 STOP = Leaf("a text of 1 to 256 letters", lambda value: isinstance(value, str) and 0 < len(value) <= 256)

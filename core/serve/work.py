@@ -9,7 +9,7 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from core.serve.guards import Refused
 from core.serve.limits import Limits
@@ -123,15 +123,19 @@ class Answer:
         parts, begun = self._work(client), False
         for part in parts:
             if not begun:
-                anyio.from_thread.run(send, {"type": "http.response.start", "status": 200, "headers": headers})
+                anyio.from_thread.run(
+                    _send, client, send, {"type": "http.response.start", "status": 200, "headers": headers}
+                )
                 begun = True
             client.waits()
-            anyio.from_thread.run(_send, client, send, part.encode())
+            anyio.from_thread.run(
+                _send, client, send, {"type": "http.response.body", "body": part.encode(), "more_body": True}
+            )
 
 
-async def _send(client: Client, send: Send, body: bytes) -> None:
+async def _send(client: Client, send: Send, message: Message) -> None:
     """Send a part of an answer to a client that reads it while there is time."""
     with anyio.move_on_after(max(1.0, client.rest)) as waiting:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send(message)
     if waiting.cancelled_caught:
         raise Gone
