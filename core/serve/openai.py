@@ -241,7 +241,7 @@ def _join(joined: dict[str, Any], entry: dict[str, Any]) -> None:
     """Add what was told of a choice to what was told before."""
     logprobs, before = entry["logprobs"], joined["logprobs"]
     if logprobs and before:
-        logprobs = {name: value and before[name] + value for name, value in logprobs.items()}
+        logprobs = {name: None if value is None else before[name] + value for name, value in logprobs.items()}
     joined |= {**entry, "text": joined["text"] + entry["text"], "logprobs": logprobs or before}
 
 

@@ -1,4 +1,4 @@
-"""The routes of the page on both backends: text, bits and scores are those of `skc sample` and `skc eval`. Budget: 8 s."""
+"""The routes of the page on both backends: text and bits are those of `skc sample` and the library. Budget: 8 s."""
 
 import bz2
 import math
@@ -14,7 +14,6 @@ from core.scoring.evaluation import Evaluation, one_document
 from core.scoring.score import score
 from core.serve.reading import series
 from core.serve.surprise import offsets, predictions
-from core.serve.work import Client
 from shared_tests.support.harness import BACKENDS
 from shared_tests.support.serving import app_of, ask, bundled_tokenizer, never, served
 
@@ -67,7 +66,9 @@ def bits_by_hand(model: Any, ids: np.ndarray) -> np.ndarray:
 def test_settings_left_out_are_those_of_sample_and_drafts_change_no_letter() -> None:
     app, texts = app_of([served("cuda", parts=True)]), []
     for draft in ("none", "ngram", "jacobi"):
-        events = ask(app, "POST", "/api/generate", {"model": "parts", "prompt": PROMPT, "tokens": 24, "draft": draft}).events()
+        events = ask(
+            app, "POST", "/api/generate", {"model": "parts", "prompt": PROMPT, "tokens": 24, "draft": draft}
+        ).events()
         assert sum(len(event["tokens"]) for _, event in events[:-1]) == 24
         texts.append(PROMPT + "".join(event["text"] for _, event in events[:-1]))
     assert texts == [str(text_by_hand("cuda", Decoding(24), parts=True))] * 3

@@ -24,7 +24,8 @@ def test_this_machine_may_be_called_by_its_names(app: Any, host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.", "127.0.0.1:8000@evil.example", ""]
+    "host",
+    ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.", "127.0.0.1:8000@evil.example", ""],
 )
 def test_a_foreign_host_is_refused(app: Any, host: str) -> None:
     for method, path in (("GET", "/"), ("GET", "/api/models"), ("POST", "/v1/completions"), ("GET", "/nothing")):
@@ -37,7 +38,9 @@ def test_two_hosts_are_refused(app: Any) -> None:
     assert ask(app, "GET", "/v1/models", headers=pairs).status == 403
 
 
-@pytest.mark.parametrize("origin", ["null", "http://evil.example", "http://127.0.0.1:9000", "http://127.0.0.1:8000.evil.example"])
+@pytest.mark.parametrize(
+    "origin", ["null", "http://evil.example", "http://127.0.0.1:9000", "http://127.0.0.1:8000.evil.example"]
+)
 def test_a_page_of_another_site_is_refused(app: Any, origin: str) -> None:
     reply = ask(app, "POST", "/api/generate", {"model": "debug", "prompt": ""}, headers=[("origin", origin)])
     assert reply.status == 403 and origin in reply.json()["error"]["message"]
@@ -59,8 +62,8 @@ def test_every_answer_carries_the_headers(app: Any, path: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/../pyproject.toml", "/page/../../limits.py", "/%2e%2e/limits.py", "/page.js/../../limits.py", "//etc/passwd", "/page/",
-     "/index.html", "/core/serve/limits.py", "/page.css/", "/api/", "/\x00", "/page.js%00"],
+    ["/../pyproject.toml", "/page/../../limits.py", "/%2e%2e/limits.py", "/page.js/../../limits.py", "//etc/passwd",
+     "/page/", "/index.html", "/core/serve/limits.py", "/page.css/", "/api/", "/\x00", "/page.js%00"],
 )  # fmt: skip
 def test_nothing_else_of_the_disk_is_there(app: Any, path: str) -> None:
     reply = ask(app, "GET", path)
