@@ -5,7 +5,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -245,7 +245,7 @@ def _join(joined: dict[str, Any], entry: dict[str, Any]) -> None:
     joined |= {**entry, "text": joined["text"] + entry["text"], "logprobs": logprobs or before}
 
 
-def completion_events(order: Order, client: Client) -> Iterator[str]:
+def completion_events(order: Order, client: Client) -> Generator[str]:
     """Yield the answer part by part, as data-only server-sent events."""
     written = 0
     for count, entry in parts(order, client):
