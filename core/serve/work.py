@@ -25,7 +25,7 @@ RETRY = "1"
 
 
 class Gone(Exception):
-    """Nobody waits for the answer: the client went away, or the server stops."""
+    """Nobody waits for the answer: the client went away, or reads no more."""
 
 
 class Client:
@@ -41,13 +41,15 @@ class Client:
         return self._end - time.monotonic()
 
     def waits(self) -> bool:
-        """Return whether there is time left; Gone if nobody waits."""
-        if self.left.is_set() or self._stopping.is_set():
+        """Return whether there is time left; Gone if nobody waits, Refused if the server stops."""
+        if self.left.is_set():
             raise Gone
+        if self._stopping.is_set():
+            raise Refused(503, "the server stops")
         return self.rest > 0
 
     def require_time(self) -> None:
-        """Raise Refused if the time is over, Gone if nobody waits."""
+        """Raise Refused if the time is over, or as `waits` does."""
         if not self.waits():
             raise Refused(
                 503, f"took longer than {self.seconds:g} seconds, the most that this server gives (--seconds)"

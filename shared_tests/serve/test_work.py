@@ -103,7 +103,8 @@ def test_the_server_stops_work_when_it_stops() -> None:
             yield "data: 1\n\n"
 
     reply = ask(app_with(work, Limits(), stream=True, stopping=stopping), "GET", "/work")
-    assert reply.status == 200 and len(reply.events()) <= 6
+    *_, (name, last) = reply.events()
+    assert reply.status == 200 and len(reply.events()) <= 7 and (name, last["message"]) == ("error", "the server stops")
 
 
 def test_a_client_that_reads_nothing_holds_a_place_no_longer_than_the_time() -> None:
