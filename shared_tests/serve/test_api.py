@@ -108,11 +108,7 @@ def test_a_model_with_a_limit_reads_as_it_writes() -> None:
     ids = np.array(Text(model.tokenizer, TEXT * 2).ids, np.int32)[:150]
     rows = np.concatenate(list(predictions(model.engine, ids, model.limit, never())))
     assert len(rows) == len(ids) - 1
-
-    class Script(list):
-        """Notes the logits of every place, and lets the text go on as it is."""
-
-    said: list[np.ndarray] = Script()
+    said: list[np.ndarray] = []
     text = Text(model.tokenizer, "")
 
     def choose(logits: np.ndarray, *given: Any) -> int:
