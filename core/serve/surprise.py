@@ -14,6 +14,8 @@ from core.serve.work import Client
 
 ALTERNATIVES = 5
 """Likeliest tokens that are told of every place."""
+WINDOW = 32
+"""Tokens behind which one spells what it spells behind all: no letter and no word is as long."""
 
 
 def describe_tokens(tokenizer: Tokenizer, ids: Sequence[int], logits: np.ndarray) -> list[dict[str, Any]]:
@@ -56,9 +58,21 @@ def predictions(engine: Turns, ids: np.ndarray, limit: int | None, client: Clien
 
 
 def offsets(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> list[int]:
-    """Return where in `text`, which tokens `ids` spell, each of them ends; of a letter in several, at the last."""
+    """Return where in `text`, which tokens `ids` spell, each of them ends; of a letter in several, at the last.
+
+    What a token adds is looked at behind WINDOW tokens or more, not behind all: that would take seconds.
+    """
     ends, last = [], 0
-    for count in range(1, len(ids) + 1):
-        last = max(last, len(tokenizer.decode(ids[:count]).rstrip("\ufffd")))
-        ends.append(min(last, len(text)))
+    for begin in range(0, len(ids), WINDOW):
+        context = list(ids[max(0, begin - WINDOW) : begin])
+        base = last - _letters(tokenizer, context)
+        for end in range(begin, min(begin + WINDOW, len(ids))):
+            context.append(ids[end])
+            last = min(max(last, base + _letters(tokenizer, context)), len(text))
+            ends.append(last)
     return [*ends[:-1], len(text)]
+
+
+def _letters(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+    """Return how many letters tokens spell, without the first bytes of another."""
+    return len(tokenizer.decode(ids).rstrip("\ufffd"))
