@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from core.decoding.generate import ROWS, Text
 from core.formats.kinds import FLAG, Kind, Leaf, number, text, whole
-from core.serve.api import SEED, decoding
+from core.serve.api import SEED, requested_decoding
 from core.serve.choices import Choice, join_entries
 from core.serve.guards import Refused, read_json
 from core.serve.models import Served, find_model
@@ -65,10 +65,12 @@ class Completions:
     async def completions(self, request: Request) -> Any:
         """Write on after prompts."""
         asked = await read_json(request, self._kind, self._limits)
-        order = Order(find_model(self._models, asked["model"]), {name: v for name, v in asked.items() if v is not None})
-        if order.stream:
-            return self._places.events(functools.partial(completion_events, order))
-        return self._places.answer(functools.partial(completion, order))
+        wanted = CompletionRequest(
+            find_model(self._models, asked["model"]), {name: v for name, v in asked.items() if v is not None}
+        )
+        if wanted.stream:
+            return self._places.events(functools.partial(completion_events, wanted))
+        return self._places.answer(functools.partial(completion, wanted))
 
 
 STOP = Leaf("a text of 1 to 256 letters", lambda value: isinstance(value, str) and 0 < len(value) <= 256)
@@ -79,7 +81,7 @@ def _list_of(value: Any, most: int, leaf: Leaf) -> bool:
     return type(value) is list and 1 <= len(value) <= most and all(map(leaf.fits, value))
 
 
-class Order:
+class CompletionRequest:
     """What a request for completions asks for, with the defaults of OpenAI's API; Refused."""
 
     def __init__(self, model: Served, asked: dict[str, Any]) -> None:
@@ -104,7 +106,7 @@ class Order:
             "top_p": asked.get("top_p", 1.0),
             "seed": asked.get("seed", secrets.randbits(48)),
         }
-        self.how = decoding(model, settings)
+        self.how = requested_decoding(model, settings)
         self.head = {
             "id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()),
             "model": model.name,
@@ -115,15 +117,15 @@ class Order:
         return [Text(self.model.tokenizer, prompt, number) for prompt in self.prompts for number in range(self.n)]
 
 
-def parts(order: Order, client: Client) -> Iterator[tuple[int, dict[str, Any]]]:
+def parts(wanted: CompletionRequest, client: Client) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield what is told, as entries of `choices`, each with how many tokens were written for it."""
-    model, texts, explained = order.model, order.texts(), order.logprobs is not None
-    choices = [Choice(index, order.stops, order.logprobs) for index in range(len(texts))]
-    open_ = set(range(len(texts))) if order.tokens else set()
-    for choice, given in zip(choices, texts, strict=True) if order.echo else ():
+    model, texts, explained = wanted.model, wanted.texts(), wanted.logprobs is not None
+    choices = [Choice(index, wanted.stops, wanted.logprobs) for index in range(len(texts))]
+    open_ = set(range(len(texts))) if wanted.tokens else set()
+    for choice, given in zip(choices, texts, strict=True) if wanted.echo else ():
         tokens = _prompt_tokens(model, given, client) if explained else []
         yield 0, choice.echo(given.prompt, tokens, None if open_ else "length")
-    for said in writing(model, texts, order.how, client, explained) if open_ else ():
+    for said in writing(model, texts, wanted.how, client, explained) if open_ else ():
         if said.place not in open_:
             continue
         rows = [] if said.logits is None else describe_tokens(model.tokenizer, said.ids, said.logits)
@@ -146,31 +148,31 @@ def _prompt_tokens(model: Served, given: Text, client: Client) -> list[tuple[int
     return list(zip([0, *ends[:-1]], rows, strict=False))  # of a prompt without tokens there is one end, and no row
 
 
-def usage(order: Order, written: int) -> dict[str, int]:
+def usage(wanted: CompletionRequest, written: int) -> dict[str, int]:
     """Return how many tokens were read and written."""
-    read = sum(len(order.model.tokenizer.encode(prompt)) for prompt in order.prompts)
+    read = sum(len(wanted.model.tokenizer.encode(prompt)) for prompt in wanted.prompts)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def completion(order: Order, client: Client) -> dict[str, Any]:
+def completion(wanted: CompletionRequest, client: Client) -> dict[str, Any]:
     """Return the whole answer."""
     written = 0
     joined: dict[int, dict[str, Any]] = {}
-    for count, entry in parts(order, client):
+    for count, entry in parts(wanted, client):
         written += count
         if entry:
             joined[entry["index"]] = join_entries(joined.get(entry["index"]), entry)
     choices = [joined[index] for index in sorted(joined)]
-    return {**order.head, "choices": choices, "usage": usage(order, written)}
+    return {**wanted.head, "choices": choices, "usage": usage(wanted, written)}
 
 
-def completion_events(order: Order, client: Client) -> Generator[str]:
+def completion_events(wanted: CompletionRequest, client: Client) -> Generator[str]:
     """Yield the answer part by part, as data-only server-sent events."""
     written = 0
-    for count, entry in parts(order, client):
+    for count, entry in parts(wanted, client):
         written += count
         if entry:
-            yield f"data: {json.dumps({**order.head, 'choices': [entry]})}\n\n"
-    if order.usage:
-        yield f"data: {json.dumps({**order.head, 'choices': [], 'usage': usage(order, written)})}\n\n"
+            yield f"data: {json.dumps({**wanted.head, 'choices': [entry]})}\n\n"
+    if wanted.usage:
+        yield f"data: {json.dumps({**wanted.head, 'choices': [], 'usage': usage(wanted, written)})}\n\n"
     yield "data: [DONE]\n\n"
