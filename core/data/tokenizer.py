@@ -146,6 +146,10 @@ class Tokenizer:
         plain = checked_ids(ids, self.vocab).tolist()
         return (invert_transform if strict else restore_text)(self._processor.decode(plain), self.transform)
 
+    def piece(self, token: int) -> str:
+        """Return a token as it is shown: its letters with their space, or the name of a byte or control token."""
+        return self._processor.id_to_piece(token).replace(SPACE, " ")
+
     def identity(self, text: str) -> bytes:
         """Return bytes that are equal for texts that become the same tokens, and empty for one that becomes none."""
         if self.byte_pieces:  # tokens spell the normalised text out, which is found ten times faster

@@ -1,0 +1,137 @@
+"""Work of a request in a thread: so many at once, so long at most, and none for a client that has gone."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from core.serve.guards import Refused
+from core.serve.limits import Limits
+
+RETRY = "1"
+"""Seconds after which a client may ask again that was told that all places are taken."""
+
+
+class Gone(Exception):
+    """Nobody waits for the answer: the client went away, or the server stops."""
+
+
+class Client:
+    """Whoever waits for an answer, as the thread that works for them sees them."""
+
+    def __init__(self, seconds: float, stopping: threading.Event) -> None:
+        self.seconds, self._end, self._stopping = seconds, time.monotonic() + seconds, stopping
+        self.left = threading.Event()
+
+    @property
+    def rest(self) -> float:
+        """Seconds until the answer has to be there."""
+        return self._end - time.monotonic()
+
+    def waits(self) -> bool:
+        """Return whether there is time left; Gone if nobody waits."""
+        if self.left.is_set() or self._stopping.is_set():
+            raise Gone
+        return self.rest > 0
+
+    def require_time(self) -> None:
+        """Raise Refused if the time is over, Gone if nobody waits."""
+        if not self.waits():
+            raise Refused(
+                503, f"took longer than {self.seconds:g} seconds, the most that this server gives (--seconds)"
+            )
+
+
+class Places:
+    """How many requests may run, and how many do; all of it in the server's own thread."""
+
+    def __init__(self, limits: Limits, stopping: threading.Event | None = None) -> None:
+        self.limits, self.stopping = limits, stopping or threading.Event()
+        self.running = 0
+        self._threads = anyio.CapacityLimiter(limits.requests)
+
+    def answer(self, work: Callable[[Client], Any]) -> "Answer":
+        """Return the answer to a request: one JSON value, which `work` returns."""
+        return Answer(self, work)
+
+    def events(self, work: Callable[[Client], Iterator[str]]) -> "Answer":
+        """Return the answer to a request: server-sent events, which `work` yields."""
+        return Answer(self, work, stream=True)
+
+    async def run(self, work: Callable[[Client], Any], client: Client, receive: Receive) -> Any:
+        """Return what `work` returns in a thread, while somebody waits for it; Refused if all places are taken."""
+        if self.running >= self.limits.requests:
+            raise Refused(
+                429, f"{self.running} requests are running, the most at once; try again", **{"Retry-After": RETRY}
+            )
+        self.running += 1
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(_watch, receive, client)
+                outcome = await anyio.to_thread.run_sync(_outcome, work, client, limiter=self._threads)
+                group.cancel_scope.cancel()
+        finally:
+            client.left.set()
+            self.running -= 1
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+def _outcome(work: Callable[[Client], Any], client: Client) -> Any:
+    """Return what `work` returns, or what it raises: a group of tasks would wrap it in a group of exceptions."""
+    try:
+        return work(client)
+    except Exception as error:
+        return error
+
+
+async def _watch(receive: Receive, client: Client) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    client.left.set()
+
+
+class Answer:
+    """An ASGI application that answers one request by work in a thread."""
+
+    def __init__(self, places: Places, work: Callable[[Client], Any], stream: bool = False) -> None:
+        self._places, self._work, self._stream = places, work, stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Work and answer, as long as somebody waits."""
+        client = Client(self._places.limits.seconds, self._places.stopping)
+        try:
+            if self._stream:
+                await self._places.run(lambda client: self._tell(client, send), client, receive)
+                await send({"type": "http.response.body", "body": b""})
+            else:
+                value = await self._places.run(self._work, client, receive)
+                await JSONResponse(value)(scope, receive, send)
+        except Gone:
+            return
+
+    def _tell(self, client: Client, send: Send) -> None:
+        """Send what the work yields while it comes, from its thread."""
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        parts, begun = self._work(client), False
+        for part in parts:
+            if not begun:
+                anyio.from_thread.run(send, {"type": "http.response.start", "status": 200, "headers": headers})
+                begun = True
+            client.waits()
+            anyio.from_thread.run(_send, client, send, part.encode())
+
+
+async def _send(client: Client, send: Send, body: bytes) -> None:
+    """Send a part of an answer to a client that reads it while there is time."""
+    with anyio.move_on_after(max(1.0, client.rest)) as waiting:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+    if waiting.cancelled_caught:
+        raise Gone
