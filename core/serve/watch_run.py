@@ -156,7 +156,7 @@ def _head(folder: Path, config: RunConfig, env: dict[str, Any]) -> dict[str, Any
     """Return what a page says of a run beside its metrics."""
     preset = PRESETS.get(config.preset)
     train = config.train
-    commit = env.get("commit") and f"{env['commit']}{' (with uncommitted changes)' if env.get('dirty') else ''}"
+    commit = env.get("commit") and f"{env['commit'][:12]}{' (with uncommitted changes)' if env.get('dirty') else ''}"
     facts = {
         "parameters": f"{count(config.model):,}", "backend": env.get("backend"), "device": env.get("device"),
         "computed in": env.get("dtype"), "data": config.data.path, "commit": commit,

@@ -1,10 +1,9 @@
 // The page of `skc serve`: write with a model, read a text token by token, measure a whole text.
 import { Chart } from "./chart.js";
-import { byId, bytes, element, facts, number, table } from "./dom.js";
+import { byId, bytes, element, number, table } from "./dom.js";
 import { askEvents, askJson } from "./stream.js";
 import { TokenView, legend } from "./tokens.js";
 
-const NONE = "–";
 const state = { models: [], limits: {} };
 
 /** Return the models that are chosen: the first, and the one beside it if there is one. */
@@ -28,11 +27,11 @@ function showModels() {
   for (const select of shown.filter(Boolean)) {
     const model = state.models.find((one) => one.name === select.value);
     const about = model ? [
-      ["parameters", number(model.parameters)], ["artifact", bytes(model.bytes)], ["vocabulary", number(model.vocab)],
-      ["bits per byte", number(model.score, 4)], ["looks back on", model.limit ? `${number(model.limit)} tokens` : "all"],
-      ["runs on", model.backend ?? NONE],
+      `${number(model.parameters)} parameters`, model.bytes ? `artifact of ${bytes(model.bytes)}` : "no artifact yet",
+      `vocabulary of ${number(model.vocab)}`, model.score ? `${number(model.score, 4)} bits per byte` : "not scored yet",
+      model.limit ? `looks back on ${number(model.limit)} tokens` : "looks back on everything", model.backend,
     ] : [];
-    byId(`${select.id}-facts`).replaceChildren(...(model ? [element("p", { class: "hint" }, model.what ?? ""), facts(about)] : []));
+    byId(`${select.id}-facts`).replaceChildren(element("p", { class: "hint" }, about.filter(Boolean).join(" · ")));
   }
   const models = chosen();
   const drafts = models.map((model) => model.drafts ?? ["none"]).reduce((a, b) => a.filter((name) => b.includes(name)), models[0]?.drafts ?? ["none"]);
@@ -88,7 +87,7 @@ async function each(name, made, work) {
   if (stop) stop.disabled = true;
 }
 
-const REASONS = { tokens: "it has as many tokens as were asked for", end: "the document ends here", seconds: "the time of a request was over" };
+const REASONS = { tokens: "all that were asked for", end: "the document ends here", seconds: "the time of a request was over" };
 
 async function write(event) {
   event.preventDefault();
@@ -123,11 +122,11 @@ async function write(event) {
   };
 }
 
-/** Return a text's tokens as a view shows them: each with the letters of the text that are its own. */
-function spelled(answer) {
+/** Return a text's tokens as a view shows them: each with the letters that are its own, and what a part saves. */
+function spelled(answer, part, has) {
   const letters = Array.from(answer.read_as ?? "");
   return answer.tokens.map((token) => ({
-    ...token, saved: token.without ?? null, without: token.without === undefined ? null : token.bits + token.without,
+    ...token, saved: part ? token.without ?? 0 : null, part: has ? part : null,
     shown: answer.read_as === undefined ? undefined : letters.slice(token.start, token.end).join("") || "·",
   }));
 }
@@ -141,7 +140,7 @@ async function read(event) {
     const without = part && one.model.parts.includes(part) ? part : null;
     const asked = { model: one.model.name, text: byId("text").value, ...(without ? { without } : {}) };
     const answer = await askJson("api/tokens", asked, signal);
-    const tokens = spelled(answer);
+    const tokens = spelled(answer, part, without);
     one.view.box.replaceChildren();
     one.view.add(tokens);
     const saved = tokens.reduce((sum, token) => sum + (token.saved ?? 0), 0);
@@ -186,7 +185,7 @@ function showScore(found) {
   ]);
   const levels = [["bz2", "third"], ["brotli", "ink"]].filter(([name]) => found[0][name]);
   byId("score-figure").hidden = false;
-  state.chart ??= new Chart(byId("score-chart"), "byte", "bits per byte", (x) => number(x), 3);
+  state.chart ??= new Chart(byId("score-chart"), "place in the text (bytes)", "bits per byte", (x) => number(x), 3);
   state.chart.draw([...lines, ...levels.map(([name, colour]) => ({ name, colour, level: found[0][name] }))], byId("score-chart").clientWidth);
   const size = found[0].bytes;
   const rows = [...found.map((one) => [one.name, one.bpb]), ...levels.map(([name]) => [name, found[0][name]])];

@@ -48,18 +48,20 @@ export class TokenView {
   begin(text) {
     this.tokens = [];
     hideCard();
-    this.box.replaceChildren(element("span", { class: "token given" }, text));
+    this.box.replaceChildren(element("span", { class: "given", role: "presentation" }, text));
   }
 
-  /** Add tokens: {piece, bits, alternatives, without?, saved?}. */
+  /** Add tokens: {piece, bits, alternatives, shown?: its letters of the text, part?, saved?: bits}. */
   add(tokens) {
     for (const token of tokens) {
       const bits = token.bits === null || token.bits === undefined ? "given" : `${number(token.bits, 2)} bits`;
       const saved = token.saved === undefined || token.saved === null ? "" : `, ${number(token.saved, 2, true)} saved`;
+      const text = token.shown ?? readable(token.piece);
+      const letters = text.trimStart() || text; // the space before a word would be a coloured sliver at the end of a line
       const made = element("span", {
-        class: `token ${shade(token)}`, role: "option", "aria-selected": "false", "data-at": this.tokens.length,
+        class: "token", role: "option", "aria-selected": "false", "data-at": this.tokens.length,
         tabindex: this.tokens.length ? "-1" : "0", "aria-label": `${visible(token.piece)}, ${bits}${saved}`,
-      }, token.shown ?? readable(token.piece));
+      }, text.slice(0, text.length - letters.length), element("span", { class: shade(token) }, letters));
       this.tokens.push(token);
       this.box.append(made);
     }
@@ -87,8 +89,12 @@ export class TokenView {
   }
 }
 
+document.addEventListener("pointerdown", (event) => { if (!event.target.closest?.("[data-at]")) hideCard(); });
+window.addEventListener("resize", hideCard);
+
 /** Hide the card of a token. */
 export function hideCard() {
+  if (byId("card").hidden) return;
   byId("card").hidden = true;
   for (const other of document.querySelectorAll('.token[aria-selected="true"]')) other.setAttribute("aria-selected", "false");
 }
@@ -110,8 +116,9 @@ function describe(token) {
   const head = element("h3", {}, visible(token.piece));
   if (token.bits === null || token.bits === undefined) return [head, element("div", {}, "given: nothing foretold the first token")];
   const lines = [element("div", {}, `${number(token.bits, 2)} bits: probability ${chance(token.bits)}`)];
-  if (token.saved !== null && token.saved !== undefined) {
-    lines.push(element("div", {}, `${number(token.without, 2)} bits without the part: ${number(token.saved, 2, true)}`));
+  if (token.part) {
+    const change = `${token.saved < 0 ? "costs" : "saves"} ${number(Math.abs(token.saved), 2)}`;
+    lines.push(element("div", {}, `${number(token.bits + token.saved, 2)} bits without ${token.part}, which ${change}`));
   }
   const rows = (token.alternatives ?? []).map((other) => {
     const here = other.piece === token.piece;

@@ -24,7 +24,7 @@ export class RunView {
     this.rows = told.rows;
     byId("title").textContent = this.run ? this.run.name : "skc watch";
     document.title = this.run ? `${this.run.name}: skc watch` : "skc watch";
-    byId("purpose").textContent = this.run ? `${this.run.preset}, seed ${this.run.seed}. ${this.run.purpose}` : "";
+    byId("purpose").textContent = this.run ? `Preset ${this.run.preset}, seed ${this.run.seed}${this.run.purpose && `: ${this.run.purpose}`}.` : "";
     this.settings();
     this.show(told);
   }
@@ -70,9 +70,9 @@ export class RunView {
     this.bar.value = this.state.state === "finished" ? 1 : Math.min(1, share);
     const shown = [
       ["step", run && !run.seconds ? `${number(step)} of ${number(run.steps)}` : number(step)],
-      ["training", this.last("train/bpb") ? `${number(this.last("train/bpb").value, 4)} bits per byte` : loss ? `${number(loss.value, 4)} nats per token` : "–"],
-      ["validation estimate", val ? `${number(val.value, 4)}${val.row["val/error"] ? ` ± ${number(val.row["val/error"], 4)}` : ""}` : "–"],
-      final ? [final.label, `${number(final.bpb, 4)} bits per byte`] : null,
+      this.last("train/bpb") || !loss ? ["training bits per byte", number(this.last("train/bpb")?.value, 4)] : ["nats per token", number(loss.value, 4)],
+      ["validation", val ? `${number(val.value, 4)}${val.row["val/error"] ? ` ± ${number(val.row["val/error"], 4)}` : ""}` : "–"],
+      final ? [`final ${final.label}`, number(final.bpb, 4)] : null,
       stored ? ["artifact", `${bytes(stored.bytes)}${stored.within === false ? ", over the budget" : ""}`] : null,
       ["speed", this.last("perf/tok_s") ? `${number(this.last("perf/tok_s").value)} tokens/s` : "–"],
       ["time of a step", this.last("perf/step_ms") ? `${number(this.last("perf/step_ms").value)} ms` : "–"],
