@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from core.files import MAX_TEXT, FileError, read_file
 from core.serve.guards import Refused
 from core.serve.watch_run import RunFeed, WatchEvent
 from core.training.records import RunError
@@ -54,15 +55,20 @@ def is_store(folder: Path) -> bool:
     return (folder / "ablations").is_dir() or (folder / "members.json").exists()
 
 
+def store_of(folder: Path, name: str | None) -> tuple[Path, str | None]:
+    """Return a store and the name of an ablation, for a store and a name, or for the folder of an ablation."""
+    if (folder / "members.json").exists():
+        return folder.resolve().parents[1], folder.resolve().name
+    return folder, name
+
+
 def feed_of(folder: Path, name: str | None = None) -> Feed:
     """Return what a new watcher of a folder follows; `name` is an ablation of a store."""
     if not is_store(folder):
         return RunFeed(folder)
     from core.serve.watch_store import StoreFeed  # scipy, which a run does not need
 
-    if (folder / "members.json").exists():
-        return StoreFeed(folder.resolve().parents[1], folder.resolve().name)
-    return StoreFeed(folder, name)
+    return StoreFeed(*store_of(folder, name))
 
 
 class Watchers:
@@ -74,7 +80,7 @@ class Watchers:
 
     def routes(self) -> list[Route]:
         """Return the routes."""
-        return [Route("/api/watch", self.watch)]
+        return [Route("/api/watch", self.watch), Route("/report", self.report)]
 
     async def watch(self, request: Request) -> Response:
         """Tell one watcher what there is, and then what is new, until the watcher or the server goes."""
@@ -82,7 +88,21 @@ class Watchers:
             raise Refused(429, f"{self._listening} pages are watching, the most at once: close one")
         return StreamingResponse(self.events(request.query_params.get("name")), media_type="text/event-stream")
 
-    async def events(self, name: str | None = None) -> AsyncIterator[str]:
+    async def report(self, request: Request) -> Response:
+        """Return report.html of an ablation, which loads nothing and runs nothing: the page says so itself."""
+        from core.ablation.report.page import POLICY
+        from core.serve.watch_store import ablations, report_file
+
+        store, name = store_of(self._folder, request.query_params.get("name"))
+        try:
+            if name not in ablations(store):
+                raise Refused(404, "no ablation of this name is here")
+            html = read_file(report_file(store, name), MAX_TEXT, follow=False)
+        except (FileError, OSError) as error:
+            raise Refused(404, f"the report cannot be read: {error}") from error
+        return Response(html, media_type="text/html", headers={"content-security-policy": POLICY})
+
+    async def events(self, name: str | None = None) -> AsyncGenerator[str]:
         """Yield server-sent events; a folder that becomes a store is followed as one."""
         kind, feed, quiet = is_store(self._folder), feed_of(self._folder, name), 0
         self._listening += 1

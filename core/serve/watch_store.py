@@ -1,6 +1,7 @@
 """What a watcher of an ablation is told: its runs and findings at first, then every run that got on or ended."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,20 @@ class _Watched:
         self._store, self._home, self._metrics = store, home, MetricsFeed(home / "run", RUN_POINTS)
         self._config: RunConfig | None = None
         self._told: object = None
+        self._stands: tuple[Status, str | None] | None = None
         self.result = Result(member.variant, member.seed, member.backend, "waiting", home / "run")
 
     def look(self) -> tuple[dict[str, Any] | None, bool]:
-        """Return what changed of the run since the last look, and whether it has ended or begun again since."""
-        message = None
+        """Return what changed of the run since the last look, and whether it stands elsewhere than then."""
+        status: Status
         try:
             rows, anew = self._metrics.look()
             status, message = self._status()
         except (FileError, OSError) as error:
             rows, anew, status, message = [], False, "failed", str(error)
-        ended = (status == "done") != (self.result.status == "done") or (anew and status == "done")
-        if ended or (status, message) != (self.result.status, self.result.message):
-            self.result = self._read(status, message)
+        moved = (status, message) != (self._stands or ("waiting", None)) or (anew and status == "done")
+        if moved:
+            self._stands, self.result = (status, message), self._read(status, message)
         last = self._metrics.pace[-1] if self._metrics.pace else {}
         left = self._metrics.left(self._config) if self._config and self.result.status == "running" else None
         value = {
@@ -55,7 +57,7 @@ class _Watched:
         if value == self._told and not rows and not anew:
             return None, False
         self._told = value
-        return {**value, "anew": anew, "points": _points(rows)}, ended
+        return {**value, "anew": anew, "points": _points(rows)}, moved
 
     def whole(self) -> dict[str, Any]:
         """Return all that is known of the run."""
@@ -65,7 +67,8 @@ class _Watched:
     def _status(self) -> tuple[Status, str | None]:
         """Return where the run stands, as RunStore.status does, by the lines that were followed."""
         if self._config is None and (self._home / "job.json").exists():
-            self._config = read_job(self._home).config
+            with suppress(StoreError):  # only how many steps there will be is not known then
+                self._config = read_job(self._home).config
         if "final/artifact" in self._metrics.names:
             return "done", None
         if self._store.busy(self._place()):
@@ -96,6 +99,8 @@ class StoreFeed:
         self._stamp: object = None
         self._runs: list[_Watched] = []
         self._plan: Ablation | None = None
+        self._report: object = None
+        """The file of the report as it was told last."""
 
     def look(self) -> list[WatchEvent]:
         """Return what to tell since the last look: `all` at first and when the ablation has other runs, else `more`."""
@@ -112,16 +117,19 @@ class StoreFeed:
                 self._begin(file, name)
             except (StoreError, OSError) as error:
                 return self._waits(str(error))
-            self._stamp = stamp
+            self._stamp, self._report = stamp, file_stamp(report_file(self._store.path, name))
             for run in self._runs:
                 run.look()
             return [WatchEvent("all", {**self._whole(), "runs": [run.whole() for run in self._runs]})]
         looks = [run.look() for run in self._runs]
         changed = [value for value, _ in looks if value]
-        if not changed:
+        report = file_stamp(report_file(self._store.path, name))
+        if not changed and report == self._report:
             return []
-        findings = {"findings": self._findings()} if any(ended for _, ended in looks) else {}
-        return [WatchEvent("more", {"runs": changed, "facts": self._facts(), **findings})]
+        self._report = report
+        findings = {"findings": self._findings()} if any(moved for _, moved in looks) else {}
+        told = {"runs": changed, "facts": self._facts(), "report": report is not None, **findings}
+        return [WatchEvent("more", told)]
 
     def _waits(self, words: str) -> list[WatchEvent]:
         """Tell why there is nothing to show, once."""
@@ -144,7 +152,7 @@ class StoreFeed:
             "variants": list(dict.fromkeys(run.member.variant for run in self._runs)),
         }  # fmt: skip
         told = {"facts": self._facts(), "findings": self._findings(), "names": ablations(self._store.path)}
-        return {"kind": "store", "store": store, "words": "", **told}
+        return {"kind": "store", "store": store, "words": "", "report": self._report is not None, **told}
 
     def _outcome(self) -> Results:
         assert self._plan is not None
@@ -161,6 +169,11 @@ class StoreFeed:
 def ablations(store: Path) -> list[str]:
     """Return the names of a store's ablations, by name."""
     return sorted(file.parent.name for file in (store / "ablations").glob("*/members.json"))
+
+
+def report_file(store: Path, name: str) -> Path:
+    """Return where the report of an ablation lies, which `skc ablate` writes when its runs have ended."""
+    return store / "ablations" / name / "report.html"
 
 
 def newest(store: Path) -> str | None:

@@ -246,7 +246,8 @@ def test_nothing_is_written_into_the_folder(folder: Path) -> None:
         return sorted((str(file), file.stat().st_mtime_ns, file.stat().st_ino) for file in files)
 
     before, feed = seen(), RunFeed(folder)
-    feed.look(), feed.look()
+    feed.look()
+    feed.look()
     assert seen() == before
 
 

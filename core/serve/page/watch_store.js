@@ -9,7 +9,7 @@ export class StoreView {
   constructor(place, say) {
     this.say = say;
     const part = (id) => element("div", { id });
-    place.replaceChildren(part("facts"), part("findings"), element("h2", {}, "Runs"), part("runs"), element("h2", {}, "Curves"),
+    place.replaceChildren(part("facts"), part("report"), part("findings"), element("h2", {}, "Runs"), part("runs"), element("h2", {}, "Curves"),
       element("p", { class: "hint" }, "Training bits per byte, a line for each run."), element("figure", {}, part("curves")), part("failed"));
     this.chart = new Chart(byId("curves"), "step", "bits per byte");
   }
@@ -34,6 +34,8 @@ export class StoreView {
       this.runs.set(this.id(run), { ...run, points: points.length > MOST_POINTS ? points.filter((_, i) => i % 2 || i === points.length - 1) : points });
     }
     if (told.facts) byId("facts").replaceChildren(facts(told.facts));
+    const link = element("a", { href: `report?name=${encodeURIComponent(this.store?.name ?? "")}` }, "The report that skc ablate wrote last");
+    byId("report").replaceChildren(...(told.report ? [element("p", {}, link, ", with curves over seeds, equal steps, seconds and bytes.")] : []));
     if (told.findings) this.findings(told.findings);
     this.grid();
     this.curves();
@@ -92,7 +94,7 @@ export class StoreView {
       })));
       if (one.resolution) made.push(element("p", {}, one.resolution));
       if (one.effects.length) made.push(element("h2", {}, `Differences${name}`), differences(one.effects, this.store.reference));
-      for (const doubt of one.doubts) made.push(element("p", { class: "hint" }, doubt));
+      if (one.doubts.length) made.push(element("details", {}, element("summary", {}, "Read with care"), element("ul", {}, ...one.doubts.map((doubt) => element("li", {}, doubt)))));
       made.push(element("h2", {}, `Table${name}`), table("All variants", one.head, one.rows, ["variant", "verdict"]));
     }
     byId("findings").replaceChildren(...made);
