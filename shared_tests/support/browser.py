@@ -49,6 +49,10 @@ class Tab:
                 assert "error" not in told, f"{method}: {told['error']}"
                 return told["result"]
 
+    def close(self) -> None:
+        """Leave the browser."""
+        self._line.close()
+
     def show(self, width: int, height: int = 900, scheme: str = "light") -> None:
         """Be a screen of so many pixels, by day or by night."""
         phone = width < 600
@@ -70,13 +74,12 @@ class Tab:
         assert "exceptionDetails" not in told, told["exceptionDetails"]
         return told["result"].get("value")
 
-    def wait(self, expression: str) -> Any:
-        """Wait until an expression is true, and return its value."""
+    def wait(self, expression: str) -> None:
+        """Wait until an expression is true."""
         end = time.monotonic() + PATIENCE
-        while not (value := self.ask(expression)):
+        while not self.ask(f"Boolean({expression})"):  # an element has no value that comes here
             assert time.monotonic() < end, f"never true: {expression}; the page says: {self.errors}"
             time.sleep(LOOK)
-        return value
 
     def click(self, selector: str) -> None:
         """Click on the middle of an element with the mouse."""
@@ -142,9 +145,13 @@ def browser_tab(folder: Path) -> Iterator[Tab]:
         "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank",
     )  # fmt: skip
     process = subprocess.Popen([name, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    tab = None
     try:
-        yield Tab(_address(process, profile / "DevToolsActivePort"))
+        tab = Tab(_address(process, profile / "DevToolsActivePort"))
+        yield tab
     finally:
+        if tab is not None:
+            tab.close()
         process.terminate()
         process.wait()
 

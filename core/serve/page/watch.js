@@ -30,7 +30,10 @@ source.addEventListener("problem", (event) => {
 });
 source.addEventListener("all", (event) => {
   const told = JSON.parse(event.data);
-  if (!(view instanceof VIEWS[told.kind])) view = new VIEWS[told.kind](byId("view"), say);
+  if (!(view instanceof VIEWS[told.kind])) {
+    view?.close();
+    view = new VIEWS[told.kind](byId("view"), say);
+  }
   offer(told.names ?? [], told.store?.name);
   view.all(told);
   document.body.dataset.ready = "yes";

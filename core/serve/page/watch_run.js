@@ -16,8 +16,11 @@ export class RunView {
     place.replaceChildren(this.bar, part("figures"), element("h2", {}, "Curve"), element("figure", {}, part("curve")),
       part("samples"), element("h2", {}, "Steps"), part("steps"), element("h2", {}, "Settings"), part("settings"));
     this.chart = new Chart(byId("curve"), "step", "bits per byte");
-    setInterval(() => this.age(), 1000);
+    this.clock = setInterval(() => this.age(), 1000);
   }
+
+  /** Say nothing any more: another view has taken the place. */
+  close() { clearInterval(this.clock); }
 
   all(told) {
     this.run = told.run;

@@ -14,6 +14,8 @@ export class StoreView {
     this.chart = new Chart(byId("curves"), "step", "bits per byte");
   }
 
+  close() {}
+
   all(told) {
     this.store = told.store;
     this.runs = new Map();
