@@ -3,7 +3,7 @@
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from starlette.requests import Request
@@ -76,7 +76,7 @@ class Api:
         body = await read_body(request, self._limits.body)
         try:
             given = body.decode()
-        except UnicodeError as error:
+        except UnicodeDecodeError as error:
             raise Refused(400, f"the text is not UTF-8 (byte {error.start:,}): {error.reason}") from error
         return self._places.answer(functools.partial(score_of_text, model, given))
 
@@ -98,7 +98,7 @@ def event(name: str, value: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(value)}\n\n"
 
 
-def generate_events(model: Served, prompt: str, how: Decoding, client: Client) -> Iterator[str]:
+def generate_events(model: Served, prompt: str, how: Decoding, client: Client) -> Generator[str]:
     """Yield the events of a text that is written."""
     began, count, reason = time.perf_counter(), 0, "seconds"
     for said in writing(model, [Text(model.tokenizer, prompt)], how, client, explained=True):

@@ -127,10 +127,13 @@ async def read_json(request: Request, kind: Kind, limits: Limits) -> dict[str, A
     try:
         value = parse_json("the request", body.decode(), MOST_VALUES)
         json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are no text
-        check_value(value, kind, "the request", CURE)
     except FileError as error:
-        reason = f"the request: not JSON ({error.__cause__})" if error.__cause__ else str(error)
-        raise Refused(400, reason) from error
+        reason = f"not JSON ({error.__cause__})" if error.__cause__ else f"over {MOST_VALUES:,} values"
+        raise Refused(400, f"the request: {reason}") from error
     except UnicodeError as error:
         raise Refused(400, "the request is not valid Unicode, expected UTF-8") from error
+    try:
+        check_value(value, kind, "the request", CURE)
+    except FileError as error:
+        raise Refused(400, str(error)) from error
     return value

@@ -29,6 +29,8 @@ class Served:
         """Of its artifact, where there is one."""
         self.score: float | None = None
         """Bits per byte of its validation text, where that was measured."""
+        self.label: str | None = None
+        """Whether that is a score or an estimate."""
         self.build: Callable[[Arrays], Engine] | None = None
         """Builds another engine of the same settings, of weights that are used as they are."""
         self.twin: DrafterTurns | None = None
@@ -46,6 +48,7 @@ class Served:
             "parts": list(self.parts),
             "limit": self.limit,
             "score": self.score,
+            "label": self.label,
             "drafts": ["none", "ngram", "jacobi", *(["twin"] if self.twin else [])],
         }
 

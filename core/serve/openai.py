@@ -5,7 +5,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,8 +67,9 @@ class Completions:
         """Write on after prompts."""
         asked = await read_json(request, self._kind, self._limits)
         order = Order(find_model(self._models, asked["model"]), {name: v for name, v in asked.items() if v is not None})
-        work = functools.partial(completion_events if order.stream else completion, order)
-        return self._places.events(work) if order.stream else self._places.answer(work)
+        if order.stream:
+            return self._places.events(functools.partial(completion_events, order))
+        return self._places.answer(functools.partial(completion, order))
 
 
 STOP = Leaf("a text of 1 to 256 letters", lambda value: isinstance(value, str) and 0 < len(value) <= 256)
@@ -240,11 +241,11 @@ def _join(joined: dict[str, Any], entry: dict[str, Any]) -> None:
     """Add what was told of a choice to what was told before."""
     logprobs, before = entry["logprobs"], joined["logprobs"]
     if logprobs and before:
-        logprobs = {name: value and before[name] + value for name, value in logprobs.items()}
+        logprobs = {name: None if value is None else before[name] + value for name, value in logprobs.items()}
     joined |= {**entry, "text": joined["text"] + entry["text"], "logprobs": logprobs or before}
 
 
-def completion_events(order: Order, client: Client) -> Iterator[str]:
+def completion_events(order: Order, client: Client) -> Generator[str]:
     """Yield the answer part by part, as data-only server-sent events."""
     written = 0
     for count, entry in parts(order, client):

@@ -8,8 +8,8 @@ import numpy as np
 
 from core.data.tokenizer import Tokenizer
 from core.decoding.generate import CHUNK
-from core.engine.protocol import Engine
 from core.scoring.plugins import log_softmax
+from core.serve.turns import Turns
 from core.serve.work import Client
 
 ALTERNATIVES = 5
@@ -34,7 +34,7 @@ def likeliest(costs: np.ndarray, count: int) -> list[int]:
     return best[np.argsort(costs[best], kind="stable")].tolist()
 
 
-def predictions(engine: Engine, ids: np.ndarray, limit: int | None, client: Client) -> Iterator[np.ndarray]:
+def predictions(engine: Turns, ids: np.ndarray, limit: int | None, client: Client) -> Iterator[np.ndarray]:
     """Yield the logits of `ids` (n,) from the second on, (count, vocab) at a time: what a model says as it reads.
 
     One that may look back on `limit` tokens only begins anew with the later half of them when it has read so many, as

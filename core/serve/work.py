@@ -1,25 +1,31 @@
 """Work of a request in a thread: so many at once, so long at most, and none for a client that has gone."""
 
+import contextlib
+import functools
+import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from core.serve.guards import Refused
+from core.serve.guards import Refused, error_object
 from core.serve.limits import Limits
 
+EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
+MOMENT = 1.0
+"""Seconds that a client has to read the end of an answer when its time is over."""
 RETRY = "1"
 """Seconds after which a client may ask again that was told that all places are taken."""
 
 
 class Gone(Exception):
-    """Nobody waits for the answer: the client went away, or the server stops."""
+    """Nobody waits for the answer: the client went away, or reads no more."""
 
 
 class Client:
@@ -35,13 +41,15 @@ class Client:
         return self._end - time.monotonic()
 
     def waits(self) -> bool:
-        """Return whether there is time left; Gone if nobody waits."""
-        if self.left.is_set() or self._stopping.is_set():
+        """Return whether there is time left; Gone if nobody waits, Refused if the server stops."""
+        if self.left.is_set():
             raise Gone
+        if self._stopping.is_set():
+            raise Refused(503, "the server stops")
         return self.rest > 0
 
     def require_time(self) -> None:
-        """Raise Refused if the time is over, Gone if nobody waits."""
+        """Raise Refused if the time is over, or as `waits` does."""
         if not self.waits():
             raise Refused(
                 503, f"took longer than {self.seconds:g} seconds, the most that this server gives (--seconds)"
@@ -60,7 +68,7 @@ class Places:
         """Return the answer to a request: one JSON value, which `work` returns."""
         return Answer(self, work)
 
-    def events(self, work: Callable[[Client], Iterator[str]]) -> "Answer":
+    def events(self, work: Callable[[Client], Generator[str]]) -> "Answer":
         """Return the answer to a request: server-sent events, which `work` yields."""
         return Answer(self, work, stream=True)
 
@@ -107,31 +115,42 @@ class Answer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Work and answer, as long as somebody waits."""
         client = Client(self._places.limits.seconds, self._places.stopping)
+        work = functools.partial(self._tell, send) if self._stream else self._work
         try:
-            if self._stream:
-                await self._places.run(lambda client: self._tell(client, send), client, receive)
-                await send({"type": "http.response.body", "body": b""})
-            else:
-                value = await self._places.run(self._work, client, receive)
-                await JSONResponse(value)(scope, receive, send)
+            value = await self._places.run(work, client, receive)
         except Gone:
             return
+        if self._stream:
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            await JSONResponse(value)(scope, receive, send)
 
-    def _tell(self, client: Client, send: Send) -> None:
-        """Send what the work yields while it comes, from its thread."""
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-        parts, begun = self._work(client), False
-        for part in parts:
-            if not begun:
-                anyio.from_thread.run(send, {"type": "http.response.start", "status": 200, "headers": headers})
-                begun = True
-            client.waits()
-            anyio.from_thread.run(_send, client, send, part.encode())
+    def _tell(self, send: Send, client: Client) -> None:
+        """Send what the work yields while it comes, from its thread; a refusal as an event, once others were sent."""
+        begun = False
+
+        def say(message: Message) -> None:
+            anyio.from_thread.run(_send, client, send, message)
+
+        with contextlib.closing(self._work(client)) as parts:
+            try:
+                for part in parts:
+                    client.waits()
+                    if not begun:
+                        say({"type": "http.response.start", "status": 200, "headers": EVENTS})
+                        begun = True
+                    say({"type": "http.response.body", "body": part.encode(), "more_body": True})
+            except Refused as error:
+                if not begun:
+                    raise
+                value = {"message": error.message, **error_object(error.status, error.message)}
+                last = f"event: error\ndata: {json.dumps(value)}\n\n"
+                say({"type": "http.response.body", "body": last.encode(), "more_body": True})
 
 
-async def _send(client: Client, send: Send, body: bytes) -> None:
-    """Send a part of an answer to a client that reads it while there is time."""
-    with anyio.move_on_after(max(1.0, client.rest)) as waiting:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+async def _send(client: Client, send: Send, message: Message) -> None:
+    """Send a part of an answer to a client that reads while there is time, and a moment longer: the end comes then."""
+    with anyio.move_on_after(max(MOMENT, client.rest)) as waiting:
+        await send(message)
     if waiting.cancelled_caught:
         raise Gone

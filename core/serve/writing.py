@@ -67,10 +67,10 @@ def writing(
     model: Served, texts: Sequence[Text], how: Decoding, client: Client, explained: bool = False
 ) -> Iterator[Said]:
     """Yield what texts, ROWS of them at most, get pass by pass, until all are done or the time is over."""
-    engine = Heard(model.engine) if explained else model.engine
+    engine: Any = Heard(model.engine) if explained else model.engine
     growing = {id(text): (place, Growing(text)) for place, text in enumerate(texts)}
     twin = model.twin if how.draft == "twin" else None
-    for text in write(engine, texts, how, model.limit, twin=twin):  # type: ignore[arg-type]
+    for text in write(engine, texts, how, model.limit, twin=twin):
         place, grown = growing[id(text)]
         ended = text.done and text.said < how.tokens
         now, ids = str(text), text.ids[grown.told :]

@@ -121,7 +121,8 @@ def open_model(options: Serve, path: str, name: str, thread: ThreadPoolExecutor,
     artifact = path if subject.step is None else str(Run.open(path).artifact_path)
     model.bytes = os.path.getsize(artifact) if os.path.isfile(artifact) else None
     if subject.step is not None:
-        model.score = (Run.open(path).last("final/score") or {}).get("bpb")
+        final = Run.open(path).last("final/score") or {}
+        model.score, model.label = final.get("bpb"), final.get("label")
     if os.path.exists(beside(path)):
         try:
             model.twin = DrafterTurns(engine.turn(open_twin, engine.own, path, None, subject.config), engine.turn)
