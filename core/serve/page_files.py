@@ -1,4 +1,4 @@
-"""The page: three files of the package, and nothing else from the disk."""
+"""The pages: files of the package, and nothing else from the disk."""
 
 from pathlib import Path
 
@@ -9,17 +9,22 @@ from starlette.routing import Route
 from core.files import MAX_TEXT, read_file
 
 PAGE = Path(__file__).parent / "page"
+TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
+SHARED = ("page.css", "icon.svg", "dom.js", "chart.js")
 FILES = {
-    "/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript"),
-}  # fmt: skip
-"""Each route's file and its type."""
+    "index.html": ("page.js", "stream.js", "tokens.js", *SHARED),
+    "watch.html": ("watch.js", "watch_run.js", "watch_store.js", *SHARED),
+}
+"""Each page's file -> what it loads."""
 
 
-def page_routes() -> list[Route]:
-    """Return the routes of the page."""
-    return [Route(path, _page_file) for path in FILES]
+def page_routes(page: str = "index.html") -> list[Route]:
+    """Return the routes of a page, at / the page itself."""
+    return [_route("/", page), *(_route(f"/{name}", name) for name in FILES[page])]
 
 
-async def _page_file(request: Request) -> Response:
-    name, kind = FILES[request.url.path]
-    return Response(read_file(PAGE / name, MAX_TEXT), media_type=kind)
+def _route(path: str, name: str) -> Route:
+    async def answer(request: Request) -> Response:
+        return Response(read_file(PAGE / name, MAX_TEXT), media_type=TYPES[Path(name).suffix])
+
+    return Route(path, answer)

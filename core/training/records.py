@@ -71,15 +71,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         *lines, _ = read_text(path).split("\n")
         if len(lines) > MAX_ROWS:
             raise RunError(f"{path}: {len(lines):,} lines, expected at most {MAX_ROWS:,}: this is not a run's")
-    rows = []
-    for place, line in enumerate(lines, 1):  # each is judged before the next is parsed
-        with of_a_run():
-            row = parse_json(f"{path}:{place}", line)
-            check_value(row, ROW, f"{path}:{place}")
-        if "train/loss" in row and "clock/seconds" not in row:
-            raise RunError(f"{path}:{place}: clock/seconds: missing beside train/loss; mend or remove the line")
-        rows.append(row)
-    return rows
+    return [read_row(f"{path}:{place}", line) for place, line in enumerate(lines, 1)]
+
+
+def read_row(where: str, line: str) -> dict[str, Any]:
+    """Return one line of metrics.jsonl; RunError names `where` and the field."""
+    with of_a_run():
+        row = parse_json(where, line)
+        check_value(row, ROW, where)
+    if "train/loss" in row and "clock/seconds" not in row:
+        raise RunError(f"{where}: clock/seconds: missing beside train/loss; mend or remove the line")
+    return row
 
 
 POSITIVE = number("a finite number from 0 up", 0.0, 1e15)
