@@ -14,6 +14,8 @@ import anyio.to_thread
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from core.console import one_line
+from core.engine.memory import is_memory, memory_message
 from core.serve.guards import Refused, error_object
 from core.serve.limits import Limits
 
@@ -97,7 +99,17 @@ def _outcome(work: Callable[[Client], Any], client: Client) -> Any:
     try:
         return work(client)
     except Exception as error:
+        return as_refusal(error) or error
+
+
+def as_refusal(error: Exception) -> Refused | None:
+    """Return what to tell a client of an error that is no bug: one of our own types, or too little memory."""
+    if isinstance(error, Refused):
         return error
+    if is_memory(error):
+        return Refused(503, memory_message(error))
+    own = isinstance(error, ValueError) and type(error).__module__.startswith("core.")
+    return Refused(400, one_line(error)) if own else None
 
 
 async def _watch(receive: Receive, client: Client) -> None:
@@ -140,10 +152,11 @@ class WorkAnswer:
                         say({"type": "http.response.start", "status": 200, "headers": EVENTS})
                         begun = True
                     say({"type": "http.response.body", "body": part.encode(), "more_body": True})
-            except Refused as error:
-                if not begun:
+            except Exception as error:
+                refused = as_refusal(error)
+                if refused is None or not begun:
                     raise
-                value = {"message": error.message, **error_object(error.status, error.message)}
+                value = {"message": refused.message, **error_object(refused.status, refused.message)}
                 last = f"event: error\ndata: {json.dumps(value)}\n\n"
                 say({"type": "http.response.body", "body": last.encode(), "more_body": True})
 

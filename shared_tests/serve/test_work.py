@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from starlette.routing import Route
 
+from core.checks import ConfigError
 from core.decoding.generate import Text
 from core.decoding.settings import Decoding
 from core.serve.guards import LOOPBACK, Refused
@@ -211,14 +212,30 @@ def test_an_engine_and_all_that_it_makes_are_touched_in_one_thread_alone() -> No
     assert len(threads) == 11 and threading.get_ident() not in threads
 
 
-def test_a_refusal_in_the_middle_is_the_last_event() -> None:
-    def work(client: Client) -> Iterator[str]:
-        yield "data: 1\n\n"
-        raise Refused(503, "too late")
+@pytest.mark.parametrize(
+    "error, status, words",
+    [
+        (Refused(503, "too late"), 503, "too late"),
+        (ConfigError("text: bits per byte\nis undefined"), 400, "text: bits per byte is undefined"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes"), 503,
+         "not enough memory"),
+        (MemoryError(), 503, "not enough memory"),
+    ],
+)  # fmt: skip
+def test_what_is_no_bug_is_told_before_an_answer_and_in_the_middle(error: Exception, status: int, words: str) -> None:
+    def fail(client: Client) -> Any:
+        raise error
 
-    reply = ask(app_with(work, Limits(), stream=True), "GET", "/work")
-    (_, one), (name, error) = reply.events()
-    assert (one, name, error["message"], error["error"]["type"]) == (1, "error", "too late", "server_error")
+    def begin(client: Client) -> Iterator[str]:
+        yield "data: 1\n\n"
+        raise error
+
+    for stream in (False, True):
+        reply = ask(app_with(fail, Limits(), stream), "GET", "/work")
+        assert reply.status == status and words in reply.json()["error"]["message"]
+    (_, one), (name, told) = ask(app_with(begin, Limits(), stream=True), "GET", "/work").events()
+    assert (one, name) == (1, "error") and words in told["message"] == told["error"]["message"]
+    assert told["error"]["type"] == ("server_error" if status == 503 else "invalid_request_error")
 
 
 def test_a_generator_that_is_left_waits_for_nobody() -> None:
