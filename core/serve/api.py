@@ -61,7 +61,7 @@ class Api:
         """Write text, token by token, with the bits of each and what else could have stood there."""
         asked = await read_json(request, self._generate, self._limits)
         model, prompt = find_model(self._models, asked.pop("model")), asked.pop("prompt")
-        how = decoding(model, {"tokens": min(128, self._limits.tokens), **asked})
+        how = requested_decoding(model, {"tokens": min(128, self._limits.tokens), **asked})
         return self._places.events(functools.partial(generate_events, model, prompt, how))
 
     async def tokens(self, request: Request) -> Any:
@@ -81,7 +81,7 @@ class Api:
         return self._places.answer(functools.partial(score_of_text, model, given))
 
 
-def decoding(model: Served, asked: dict[str, Any]) -> Decoding:
+def requested_decoding(model: Served, asked: dict[str, Any]) -> Decoding:
     """Return how a text is to be written; Refused."""
     if asked.get("draft") == "twin" and model.twin is None:
         raise Refused(400, f"draft=twin: {model.name} has no twin beside it; make one with skc distill", "draft")

@@ -61,7 +61,7 @@ class Guard:
         self._app, self._hosts = app, frozenset(name.lower() for name in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or let the other application answer."""
+        """WorkAnswer one request, or let the other application answer."""
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         if scope["type"] != "http":

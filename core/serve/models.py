@@ -12,7 +12,7 @@ from core.decoding.generate import context_limit
 from core.engine.protocol import Arrays, Engine
 from core.model.params import param_table
 from core.serve.guards import Refused
-from core.serve.turns import DrafterTurns, Turns
+from core.serve.shared_engine import SharedDrafter, SharedEngine
 
 OUTPUTS = {"bank": r"bank_\w+\.gate", "engram": r"engram\.value\.weight", "capsules": r".*\.capsule_gain"}
 """Of each part the weights that its output is a product with: while these are 0, the output is 0."""
@@ -21,7 +21,7 @@ OUTPUTS = {"bank": r"bank_\w+\.gate", "engram": r"engram\.value\.weight", "capsu
 class Served:
     """A model that is served under a name."""
 
-    def __init__(self, name: str, what: str, config: RunConfig, tokenizer: Tokenizer, engine: Turns) -> None:
+    def __init__(self, name: str, what: str, config: RunConfig, tokenizer: Tokenizer, engine: SharedEngine) -> None:
         self.name, self.what, self.config, self.tokenizer, self.engine = name, what, config, tokenizer, engine
         self.limit = context_limit(config)
         self.parts = tuple(part for part in OUTPUTS if outputs(config.model, part))
@@ -33,8 +33,8 @@ class Served:
         """Whether that is a score or an estimate."""
         self.build: Callable[[Arrays], Engine] | None = None
         """Builds another engine of the same settings, of weights that are used as they are."""
-        self.twin: DrafterTurns | None = None
-        self._silent: dict[str, Turns] = {}
+        self.twin: SharedDrafter | None = None
+        self._silent: dict[str, SharedEngine] = {}
 
     def to_json(self) -> dict[str, Any]:
         """Return what a page has to know of the model."""
@@ -52,7 +52,7 @@ class Served:
             "drafts": ["none", "ngram", "jacobi", *(["twin"] if self.twin else [])],
         }
 
-    def without(self, part: str) -> Turns:
+    def without(self, part: str) -> SharedEngine:
         """Return an engine of the same model in which the output of `part` is 0; Refused if the model has none.
 
         It is built when it is first asked for, of the weights as forward passes use them, and kept.
@@ -64,11 +64,11 @@ class Served:
             )
         return self.engine.turn(self._without, part)
 
-    def _without(self, part: str) -> Turns:
+    def _without(self, part: str) -> SharedEngine:
         if part not in self._silent:
             assert self.build is not None
             weights = silenced(self.config.model, self.engine.own.weights(), part)
-            self._silent[part] = Turns(self.build(weights), self.engine.thread)
+            self._silent[part] = SharedEngine(self.build(weights), self.engine.thread)
         return self._silent[part]
 
 

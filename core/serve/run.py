@@ -81,7 +81,7 @@ def serve_routes(
     stopping: threading.Event,
     listening: socket.socket | None = None,
 ) -> None:
-    """Answer requests until Ctrl-C; ConfigError for an address that cannot be had.
+    """WorkAnswer requests until Ctrl-C; ConfigError for an address that cannot be had.
 
     `ready` gets the URL once requests are answered; `stopping` is set when no more are. `listening`: what `listen`
     returned for this address.

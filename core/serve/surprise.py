@@ -9,11 +9,13 @@ import numpy as np
 from core.data.tokenizer import Tokenizer
 from core.decoding.generate import CHUNK
 from core.scoring.plugins import log_softmax
-from core.serve.turns import Turns
+from core.serve.shared_engine import SharedEngine
 from core.serve.work import Client
 
 ALTERNATIVES = 5
 """Likeliest tokens that are told of every place."""
+WINDOW = 32
+"""Tokens behind which one spells what it spells behind all: no letter and no word is as long."""
 
 
 def describe_tokens(tokenizer: Tokenizer, ids: Sequence[int], logits: np.ndarray) -> list[dict[str, Any]]:
@@ -34,7 +36,7 @@ def likeliest(costs: np.ndarray, count: int) -> list[int]:
     return best[np.argsort(costs[best], kind="stable")].tolist()
 
 
-def predictions(engine: Turns, ids: np.ndarray, limit: int | None, client: Client) -> Iterator[np.ndarray]:
+def predictions(engine: SharedEngine, ids: np.ndarray, limit: int | None, client: Client) -> Iterator[np.ndarray]:
     """Yield the logits of `ids` (n,) from the second on, (count, vocab) at a time: what a model says as it reads.
 
     One that may look back on `limit` tokens only begins anew with the later half of them when it has read so many, as
@@ -56,9 +58,21 @@ def predictions(engine: Turns, ids: np.ndarray, limit: int | None, client: Clien
 
 
 def offsets(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> list[int]:
-    """Return where in `text`, which tokens `ids` spell, each of them ends; of a letter in several, at the last."""
+    """Return where in `text`, which tokens `ids` spell, each of them ends; of a letter in several, at the last.
+
+    What a token adds is looked at behind WINDOW tokens or more, not behind all: that would take seconds.
+    """
     ends, last = [], 0
-    for count in range(1, len(ids) + 1):
-        last = max(last, len(tokenizer.decode(ids[:count]).rstrip("\ufffd")))
-        ends.append(min(last, len(text)))
+    for begin in range(0, len(ids), WINDOW):
+        context = list(ids[max(0, begin - WINDOW) : begin])
+        base = last - _letters(tokenizer, context)
+        for end in range(begin, min(begin + WINDOW, len(ids))):
+            context.append(ids[end])
+            last = min(max(last, base + _letters(tokenizer, context)), len(text))
+            ends.append(last)
     return [*ends[:-1], len(text)]
+
+
+def _letters(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+    """Return how many letters tokens spell, without the first bytes of another."""
+    return len(tokenizer.decode(ids).rstrip("\ufffd"))

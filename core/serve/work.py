@@ -64,13 +64,13 @@ class Places:
         self.running = 0
         self._threads = anyio.CapacityLimiter(limits.requests)
 
-    def answer(self, work: Callable[[Client], Any]) -> "Answer":
+    def answer(self, work: Callable[[Client], Any]) -> "WorkAnswer":
         """Return the answer to a request: one JSON value, which `work` returns."""
-        return Answer(self, work)
+        return WorkAnswer(self, work)
 
-    def events(self, work: Callable[[Client], Generator[str]]) -> "Answer":
+    def events(self, work: Callable[[Client], Generator[str]]) -> "WorkAnswer":
         """Return the answer to a request: server-sent events, which `work` yields."""
-        return Answer(self, work, stream=True)
+        return WorkAnswer(self, work, stream=True)
 
     async def run(self, work: Callable[[Client], Any], client: Client, receive: Receive) -> Any:
         """Return what `work` returns in a thread, while somebody waits for it; Refused if all places are taken."""
@@ -106,7 +106,7 @@ async def _watch(receive: Receive, client: Client) -> None:
     client.left.set()
 
 
-class Answer:
+class WorkAnswer:
     """An ASGI application that answers one request by work in a thread."""
 
     def __init__(self, places: Places, work: Callable[[Client], Any], stream: bool = False) -> None:

@@ -55,7 +55,7 @@ class Serve:
 
 
 def serve_models(options: Serve, context: Context) -> Outcome:
-    """Answer requests until Ctrl-C."""
+    """WorkAnswer requests until Ctrl-C."""
     require_libraries("skc serve")
     from core.serve.api import Api
     from core.serve.openai import Completions
@@ -105,7 +105,7 @@ def short_names(paths: tuple[str, ...]) -> list[str]:
 def open_model(options: Serve, path: str, name: str, thread: ThreadPoolExecutor, say: Console) -> "Served":
     """Open a run or an artifact, with an engine in the given thread."""
     from core.serve.models import Served
-    from core.serve.turns import DrafterTurns, Turns
+    from core.serve.shared_engine import SharedDrafter, SharedEngine
     from core.twin.sidecar import SidecarError, beside
 
     subject = open_subject(path, options.data)
@@ -115,7 +115,7 @@ def open_model(options: Serve, path: str, name: str, thread: ThreadPoolExecutor,
     def build(weights, quantise=False):
         return load_engine(options.backend, subject.config, weights, choices, quantise)
 
-    engine = Turns(thread.submit(build, subject.weights, subject.quantise).result(), thread)
+    engine = SharedEngine(thread.submit(build, subject.weights, subject.quantise).result(), thread)
     model = Served(name, subject.what.replace(path, name), subject.config, tokenizer, engine)
     model.build = build
     artifact = path if subject.step is None else str(Run.open(path).artifact_path)
@@ -125,7 +125,7 @@ def open_model(options: Serve, path: str, name: str, thread: ThreadPoolExecutor,
         model.score, model.label = final.get("bpb"), final.get("label")
     if os.path.exists(beside(path)):
         try:
-            model.twin = DrafterTurns(engine.turn(open_twin, engine.own, path, None, subject.config), engine.turn)
+            model.twin = SharedDrafter(engine.turn(open_twin, engine.own, path, None, subject.config), engine.turn)
         except (SidecarError, RunError) as error:
             say(f"careful: {name} goes without its twin: {error}")
     return model

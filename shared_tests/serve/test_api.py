@@ -13,9 +13,9 @@ from core.decoding.settings import Decoding
 from core.scoring.evaluation import Evaluation, one_document
 from core.scoring.score import score
 from core.serve.reading import series
-from core.serve.surprise import offsets, predictions
+from core.serve.surprise import predictions
 from shared_tests.support.harness import BACKENDS
-from shared_tests.support.serving import app_of, ask, bundled_tokenizer, never, served
+from shared_tests.support.serving import app_of, ask, never, served
 
 PROMPT = "She was glad"
 TEXT = "It was naïve of Mr. Knightley, she thought; 東 is “far” away.\nAnd so it was. " * 3
@@ -108,11 +108,7 @@ def test_a_model_with_a_limit_reads_as_it_writes() -> None:
     ids = np.array(Text(model.tokenizer, TEXT * 2).ids, np.int32)[:150]
     rows = np.concatenate(list(predictions(model.engine, ids, model.limit, never())))
     assert len(rows) == len(ids) - 1
-
-    class Script(list):
-        """Notes the logits of every place, and lets the text go on as it is."""
-
-    said: list[np.ndarray] = Script()
+    said: list[np.ndarray] = []
     text = Text(model.tokenizer, "")
 
     def choose(logits: np.ndarray, *given: Any) -> int:
@@ -124,13 +120,6 @@ def test_a_model_with_a_limit_reads_as_it_writes() -> None:
         for _ in write(model.engine, [text], Decoding(149, 1.0), model.limit):  # type: ignore[arg-type]
             pass
     assert text.ids == ids.tolist() and np.allclose(rows, said, atol=2e-4)
-
-
-def test_where_tokens_end_is_a_letters_last_token() -> None:
-    tokenizer = bundled_tokenizer()
-    ids = tokenizer.encode("a東b").tolist()
-    ends = offsets(tokenizer, ids, "a東b")
-    assert [tokenizer.piece(i)[:3] for i in ids] == ["a", "<0x", "<0x", "<0x", "b"] and ends == [1, 1, 1, 2, 3]
 
 
 @pytest.mark.pair

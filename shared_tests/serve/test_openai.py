@@ -100,6 +100,12 @@ def test_a_stop_that_only_begins_is_told_at_the_end(app: Any) -> None:
     assert joined(ask(app, "POST", "/v1/completions", asked).events()) == {0: text}
 
 
+def test_a_stop_in_the_prompt_ends_nothing(app: Any) -> None:
+    asked = {**SEEDED, "prompt": "She was glad", "stop": "was", "echo": True, "max_tokens": 3}
+    (choice,) = ask(app, "POST", "/v1/completions", asked).json()["choices"]
+    assert choice["text"].startswith("She was glad") and choice["finish_reason"] == "length"
+
+
 def test_a_stop_of_one_text_does_not_end_the_others(app: Any) -> None:
     texts = by_hand("cuda", PROMPTS, 1, Decoding(12, 0.8, None, seed=5))
     first, second = (str(text).removeprefix(text.prompt) for text in texts)

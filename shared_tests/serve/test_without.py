@@ -13,7 +13,7 @@ from core.decoding.generate import Text
 from core.engine.loading import load_engine
 from core.engine.protocol import EngineOptions
 from core.serve.models import Served, outputs, silenced
-from core.serve.turns import Turns
+from core.serve.shared_engine import SharedEngine
 from shared_tests.oracle import MODULES, PARTS
 from shared_tests.oracle import model as oracle
 from shared_tests.support.harness import BACKENDS, EVERYTHING, engine, mini, tokens, working_weights
@@ -80,7 +80,7 @@ def test_the_difference_is_told_token_by_token_for_stored_weights(backend: str) 
     config = RunConfig(preset="skc_mac", model=changed(config.model, small), train=config.train)
     build = functools.partial(load_engine, backend, config, options=EngineOptions(compile=False))
     own = THREAD.submit(build, working_weights(config.model, SCALE), quantise=True).result()
-    model = Served("ternary", "", config, bundled_tokenizer(), Turns(own, THREAD))
+    model = Served("ternary", "", config, bundled_tokenizer(), SharedEngine(own, THREAD))
     model.build = build
     text = "She was glad of it, and so was he, for a while. " * 3  # capsules are read from the second block on
     ids, app = np.array(Text(model.tokenizer, text).ids, np.int32), app_of([model])

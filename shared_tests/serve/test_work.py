@@ -16,7 +16,7 @@ from core.decoding.settings import Decoding
 from core.serve.guards import LOOPBACK, Refused
 from core.serve.limits import Limits
 from core.serve.run import application
-from core.serve.turns import Turns
+from core.serve.shared_engine import SharedEngine
 from core.serve.work import Client, Gone, Places
 from core.serve.writing import writing
 from shared_tests.support.serving import app_of, ask, never, request, served
@@ -153,8 +153,8 @@ def test_text_ends_where_it_is_when_the_time_is_over() -> None:
         assert reply.status == 503 and "--seconds" in reply.json()["error"]["message"]
 
 
-class Waiting(Turns):
-    """Turns that count what was asked for, and notes in `order` whose pass was made while the others waited."""
+class Waiting(SharedEngine):
+    """SharedEngine that count what was asked for, and notes in `order` whose pass was made while the others waited."""
 
     def __init__(self, thread: ThreadPoolExecutor, passes: int) -> None:
         super().__init__(self, thread)  # type: ignore[arg-type]
@@ -203,7 +203,7 @@ def test_an_engine_and_all_that_it_makes_are_touched_in_one_thread_alone() -> No
         setattr(own, name, lambda *given: note(0))
     own.chunk, own.nll_later = lambda *given: note(Tape()), lambda *given: note(lambda: note(0))
     with ThreadPoolExecutor(1) as thread:
-        engine: Any = Turns(own, thread)
+        engine: Any = SharedEngine(own, thread)
         tape = engine.chunk(engine.start(1), np.zeros((1, 1)))
         done = [tape.logits(), tape.best(), tape.nll(0), engine.commit(tape, 1), engine.forget(0, 0), engine.logits(0)]
         done += [engine.nll(0, 0), engine.nll_later(0, 0, True)()]

@@ -21,7 +21,7 @@ from core.serve.models import Served
 from core.serve.openai import Completions
 from core.serve.page_files import page_routes
 from core.serve.run import application
-from core.serve.turns import Turns
+from core.serve.shared_engine import SharedEngine
 from core.serve.work import Client, Places
 from shared_tests.support.harness import working_weights
 
@@ -46,7 +46,7 @@ def served(backend: str, parts: bool = False) -> Served:
     config = presets.get("debug").config
     config = RunConfig(preset="debug", model=changed(config.model, PARTS), train=config.train) if parts else config
     build = functools.partial(load_engine, backend, config, options=EngineOptions(compile=False))  # which takes long
-    engine = Turns(THREAD.submit(build, working_weights(config.model, 1.0)).result(), THREAD)
+    engine = SharedEngine(THREAD.submit(build, working_weights(config.model, 1.0)).result(), THREAD)
     model = Served("parts" if parts else "debug", "random weights", config, bundled_tokenizer(), engine)
     model.build = build
     return model

@@ -9,7 +9,7 @@ import numpy as np
 from core.engine.protocol import Engine, State
 
 
-class Turns:
+class SharedEngine:
     """An engine whose passes are made in one thread, in the order in which they were asked for.
 
     So requests that run side by side take turns pass by pass, and none waits for another's end. It has to be one and
@@ -30,11 +30,11 @@ class Turns:
         """Do what the engine does."""
         return self.turn(self.own.start, rows)
 
-    def chunk(self, state: State, tokens: np.ndarray) -> "TapeTurns":
+    def chunk(self, state: State, tokens: np.ndarray) -> "SharedTape":
         """Do what the engine does."""
-        return TapeTurns(self.turn(self.own.chunk, state, tokens), self.turn)
+        return SharedTape(self.turn(self.own.chunk, state, tokens), self.turn)
 
-    def commit(self, tape: "TapeTurns", n: int | np.ndarray) -> State:
+    def commit(self, tape: "SharedTape", n: int | np.ndarray) -> State:
         """Do what the engine does."""
         return self.turn(self.own.commit, tape.own, n)
 
@@ -56,7 +56,7 @@ class Turns:
         return self.turn(self.own.logits, tokens)
 
 
-class TapeTurns:
+class SharedTape:
     """A tape whose numbers come from the engine's thread."""
 
     def __init__(self, own: Any, turn: Callable[..., Any]) -> None:
@@ -75,12 +75,12 @@ class TapeTurns:
         return self._turn(self.own.nll, targets)
 
 
-class DrafterTurns:
+class SharedDrafter:
     """A twin that drafts in the engine's thread."""
 
     def __init__(self, own: Any, turn: Callable[..., Any]) -> None:
         self._own, self._turn = own, turn
 
-    def draft(self, state: State, anchor: np.ndarray, block: int) -> TapeTurns:
+    def draft(self, state: State, anchor: np.ndarray, block: int) -> SharedTape:
         """Do what the twin does."""
-        return TapeTurns(self._turn(self._own.draft, state, anchor, block), self._turn)
+        return SharedTape(self._turn(self._own.draft, state, anchor, block), self._turn)
