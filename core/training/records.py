@@ -108,6 +108,7 @@ METRICS: dict[str, tuple[Kind, str]] = {
     "opt/lr": (POSITIVE, "learning rate of the matrix group"),
     "perf/tok_s": (POSITIVE, "tokens per second of training time since the last line"),
     "perf/step_ms": (POSITIVE, "training time per step since the last line"),
+    "perf/memory": (POSITIVE, "bytes that arrays took at most so far, or the process where the engine tells no more"),
     "clock/seconds": (
         POSITIVE, "training time since step 0: no evaluation, samples, checkpoints or compilation"
     ),

@@ -2,17 +2,16 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from core.cli import main
 from shared_tests.support.browser import Tab, browser_tab, find_browser
+from shared_tests.support.server_process import server
 
 pytestmark = [
     pytest.mark.long,
@@ -25,24 +24,6 @@ PARTS = (
 TRAIN = ("--train.steps", "100", "--train.eval-every", "50", "--eval.documents", "2", "--backend", "torch")
 SCREENS = ((1280, "light"), (390, "dark"), (1280, "dark"), (390, "light"))
 TOKENS = "#{}-answers .answer:nth-child({}) [data-at]"
-
-
-@contextmanager
-def started(*command: str) -> Iterator[str]:
-    """Start `skc` in a process of its own and yield the address that it says."""
-    line, said = [sys.executable, "-m", "core.cli", *command, "--port", "0"], []
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        try:
-            for words in process.stdout:
-                said.append(words)
-                if words.startswith("http://"):
-                    yield words.split()[0]
-                    break
-            else:
-                raise AssertionError("".join(said))
-        finally:
-            process.send_signal(signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +39,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def address(runs: list[str]) -> Iterator[str]:
     """Where both are served."""
-    with started("serve", *runs) as url:
-        yield url
+    with server("serve", *runs) as running:
+        yield f"{running.url}/"
 
 
 @pytest.fixture
@@ -212,8 +193,8 @@ def drawn(tab: Tab) -> int:
 
 def test_a_run_under_way_gets_its_points_while_it_is_watched(tab: Tab, tmp_path: Path) -> None:
     folder = tmp_path / "live"
-    with started("watch", str(folder)) as url:
-        tab.open(url)
+    with server("watch", str(folder)) as running:
+        tab.open(running.url)
         assert text(tab, "#badge") == "waiting"
         options = [*TRAIN, "--train.steps", "60", "--train.log-every", "2", "--out", str(folder)]
         training = subprocess.Popen(
@@ -256,8 +237,8 @@ def test_an_ablation_is_watched_to_its_end(tab: Tab, tmp_path: Path) -> None:
     plan = tmp_path / "quick.toml"
     plan.write_text(PLAN)
     store = tmp_path / "store"
-    with started("watch", str(store)) as url:
-        tab.open(url)
+    with server("watch", str(store)) as running:
+        tab.open(running.url)
         ablating = subprocess.Popen(
             [sys.executable, "-m", "core.cli", "ablate", str(plan), "--store", str(store)], stdout=subprocess.DEVNULL
         )
@@ -269,5 +250,5 @@ def test_an_ablation_is_watched_to_its_end(tab: Tab, tmp_path: Path) -> None:
         for width, scheme in SCREENS:
             tab.show(width, scheme=scheme)
             assert tab.sideways() == 0
-        tab.command("Page.navigate", url=f"{url}report?name=quick")
+        tab.command("Page.navigate", url=f"{running.url}/report?name=quick")
         tab.wait("document.querySelector('h1')?.innerText === 'quick' && document.querySelectorAll('svg').length > 2")

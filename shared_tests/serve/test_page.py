@@ -1,6 +1,5 @@
 """The files of the pages: all served, nothing from elsewhere, no markup out of texts, colours that can be read."""
 
-import asyncio
 import itertools
 import re
 from pathlib import Path
@@ -10,8 +9,8 @@ import pytest
 from core.ablation.report.pictures import COLOURS
 from core.serve.page_files import FILES, PAGE, page_routes
 from core.serve.run import application
-from shared_tests.support.asked import ask
 from shared_tests.support.report_page import Page
+from shared_tests.support.serving import ask
 
 SCRIPTS = sorted(PAGE.glob("*.js"))
 READABLE = 4.5
@@ -23,8 +22,8 @@ def test_every_file_is_served_and_loads_what_is_served() -> None:
     for page, files in FILES.items():
         served = application(page_routes(page), ["127.0.0.1"])
         for path in ("/", *(f"/{name}" for name in files)):
-            answer = asyncio.run(ask(served, path))
-            body = (PAGE / (path[1:] or page)).read_bytes()
+            answer = ask(served, "GET", path)
+            body = (PAGE / (path[1:] or page)).read_text()
             assert (answer.status, answer.body) == (200, body) and "self" in answer.headers["content-security-policy"]
         loads = set(re.findall(r'(?:src|href)="([^"]+)"', (PAGE / page).read_text()))
         for name in files:

@@ -22,8 +22,9 @@ from core.serve.watch import MOST_WATCHERS, Watchers, check_watched, feed_of
 from core.serve.watch_run import MOST_POINTS, RunFeed, WatchEvent
 from core.training.records import RunError
 from shared_tests.support.ablation_worker import whole_score
-from shared_tests.support.asked import ask
 from shared_tests.support.command_line import Capture, refuse
+from shared_tests.support.serving import ask
+from shared_tests.support.watching import listen, watched
 
 
 def line(step: int, **values: Any) -> dict[str, Any]:
@@ -282,19 +283,18 @@ def test_the_stream_tells_several_watchers_what_comes(folder: Path) -> None:
         return count == 2
 
     async def both() -> list[Any]:
-        return await asyncio.gather(*(ask(served, "/api/watch", enough=seen) for _ in range(2)))
+        return await asyncio.gather(*(listen(served, seen) for _ in range(2)))
 
     waiting = [0]
     for answer in asyncio.run(both()):
         assert answer.status == 200 and answer.headers["content-type"].startswith("text/event-stream")
-        (first, whole), (second, more) = answer.events
+        (first, whole), (second, more) = answer.events()
         assert (first, len(whole["rows"]), whole["kind"]) == ("all", 2, "run")
         assert (second, [row["step"] for row in more["rows"]]) == ("more", [30])
 
 
 def test_a_quiet_stream_says_that_it_is_there(folder: Path) -> None:
-    answer = asyncio.run(ask(app(folder), "/api/watch", enough=lambda body: b": still here\n\n" in body))
-    assert [name for name, _ in answer.events] == ["all"]
+    assert [name for name, _ in watched(app(folder), lambda body: b": still here\n\n" in body)] == ["all"]
 
 
 def test_the_stream_ends_when_the_server_does(folder: Path) -> None:
@@ -305,7 +305,7 @@ def test_the_stream_ends_when_the_server_does(folder: Path) -> None:
         stopping.set()
         return False
 
-    assert len(asyncio.run(ask(served, "/api/watch", enough=stop)).events) == 1
+    assert len(watched(served, stop)) == 1
 
 
 def test_too_many_watchers_are_refused_and_places_come_free(folder: Path) -> None:
@@ -316,24 +316,24 @@ def test_too_many_watchers_are_refused_and_places_come_free(folder: Path) -> Non
         streams = [watchers.events() for _ in range(MOST_WATCHERS)]
         for stream in streams:
             await anext(stream)
-        refused = (await ask(served, "/api/watch")).status
+        refused = (await listen(served)).status
         for stream in streams:
             await stream.aclose()
         return refused
 
     assert asyncio.run(crowd()) == 429
-    assert asyncio.run(ask(served, "/api/watch", enough=bool)).status == 200
+    assert asyncio.run(listen(served, bool)).status == 200
 
 
 def test_a_foreign_host_gets_nothing_and_the_page_loads_nothing_from_elsewhere(folder: Path) -> None:
     served = app(folder)
-    assert asyncio.run(ask(served, "/api/watch", host="evil.example")).status == 403
-    page = asyncio.run(ask(served, "/"))
+    assert ask(served, "GET", "/api/watch", headers=(("host", "evil.example"),)).status == 403
+    page = ask(served, "GET", "/")
     assert page.status == 200 and "default-src 'self'" in page.headers["content-security-policy"]
     for name in ("watch.js", "watch_run.js", "watch_store.js", "page.css", "dom.js", "chart.js", "icon.svg"):
-        assert asyncio.run(ask(served, f"/{name}")).status == 200, name
+        assert ask(served, "GET", f"/{name}").status == 200, name
     for path in ("/page.js", "/../watch.py", "/config.json", "/%2e%2e/watch.py", "/metrics.jsonl"):
-        assert asyncio.run(ask(served, path)).status == 404, path
+        assert ask(served, "GET", path).status == 404, path
 
 
 def test_what_is_no_run_and_no_store_is_refused(tmp_path: Path, folder: Path, capsys: Capture) -> None:

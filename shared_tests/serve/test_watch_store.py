@@ -1,6 +1,5 @@
 """`skc watch` of a store: the runs of an ablation as they get on and end, and what they show so far. Budget: 6 s."""
 
-import asyncio
 import json
 import os
 import threading
@@ -22,7 +21,8 @@ from core.serve.watch_store import StoreFeed
 from core.training.run import Run
 from shared_tests.support import ablation_worker
 from shared_tests.support.ablation_runs import DATA, PLAN, places, write
-from shared_tests.support.asked import Answered, ask
+from shared_tests.support.serving import Reply, ask
+from shared_tests.support.watching import watched
 
 
 @pytest.fixture(autouse=True)
@@ -217,14 +217,14 @@ def test_damaged_files_of_a_run_end_nothing(begun: Begun, text: str) -> None:
 def test_the_report_is_served_as_it_is_and_nothing_else_of_the_store(begun: Begun, tmp_path: Path) -> None:
     served = application(Watchers(begun.store.path, threading.Event(), 0.0).routes(), ["127.0.0.1"])
 
-    def get(query: str) -> Answered:
-        return asyncio.run(ask(served, "/report", query))
+    def get(query: str) -> Reply:
+        return ask(served, "GET", f"/report?{query}")
 
     assert get("name=widths").status == 404, "there is none yet"
     report = begun.store.ablation_folder(begun.plan) / "report.html"
     replace_text(report, "<title>report</title>")
     answer = get("name=widths")
-    assert (answer.status, answer.body) == (200, b"<title>report</title>")
+    assert (answer.status, answer.body) == (200, "<title>report</title>")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     for query in ("", "name=..", "name=../../store", "name=%00", "name=widths/../widths"):
         assert get(query).status == 404, query
@@ -243,10 +243,7 @@ def test_the_stream_of_a_store_tells_a_run_that_ends(begun: Begun) -> None:
             done.append(begun.finish("wide", 4))
         return b"event: more" in body
 
-    names = [
-        (name, value["kind"] if name == "all" else len(value["runs"]))
-        for name, value in asyncio.run(ask(served, "/api/watch", enough=enough)).events
-    ]
+    names = [(name, value["kind"] if name == "all" else len(value["runs"])) for name, value in watched(served, enough)]
     assert names == [("all", "store"), ("more", 1)]
 
 
@@ -258,5 +255,5 @@ def test_a_store_that_begins_later_takes_the_place_of_a_run_that_is_waited_for(t
             Begun(tmp_path)
         return b'"kind": "store"' in body
 
-    kinds = [value["kind"] for _, value in asyncio.run(ask(served, "/api/watch", enough=enough)).events]
+    kinds = [value["kind"] for _, value in watched(served, enough)]
     assert kinds == ["run", "store"]

@@ -19,7 +19,7 @@ function range(series, x) {
   for (const one of series) {
     const shown = one.points.filter((point) => point[0] >= x.low + 0.04 * (x.high - x.low));
     const spread = (point) => (point[2] ? [point[1] - point[2], point[1] + point[2]] : [point[1]]);
-    for (const point of shown.length > 8 ? shown : one.points) values.push(...spread(point));
+    for (const point of shown.length > 30 ? shown : one.points) values.push(...spread(point));
     if (one.level !== undefined) values.push(one.level);
   }
   let [low, high] = values.length ? [values[0], values[0]] : [0, 1];

@@ -28,7 +28,7 @@ function showModels() {
     const model = state.models.find((one) => one.name === select.value);
     const about = model ? [
       `${number(model.parameters)} parameters`, model.bytes ? `artifact of ${bytes(model.bytes)}` : "no artifact yet",
-      `vocabulary of ${number(model.vocab)}`, model.score ? `${number(model.score, 4)} bits per byte` : "not scored yet",
+      `vocabulary of ${number(model.vocab)}`, model.score ? `${number(model.score, 4)} bits per byte${model.label === "estimate" ? " (an estimate)" : ""}` : "not scored yet",
       model.limit ? `looks back on ${number(model.limit)} tokens` : "looks back on everything", model.backend,
     ] : [];
     byId(`${select.id}-facts`).replaceChildren(element("p", { class: "hint" }, about.filter(Boolean).join(" · ")));

@@ -104,7 +104,7 @@ function showCard(made, token) {
   const card = byId("card");
   card.replaceChildren(...describe(token));
   card.hidden = false;
-  const place = made.getClientRects()[0];
+  const place = made.lastElementChild.getClientRects()[0];
   const wide = document.documentElement.clientWidth;
   const left = Math.max(8, Math.min(place.left, wide - card.offsetWidth - 8));
   const below = place.bottom + 6 + card.offsetHeight < window.innerHeight || place.top < card.offsetHeight;

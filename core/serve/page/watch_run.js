@@ -80,7 +80,7 @@ export class RunView {
       ["speed", this.last("perf/tok_s") ? `${number(this.last("perf/tok_s").value)} tokens/s` : "–"],
       ["time of a step", this.last("perf/step_ms") ? `${number(this.last("perf/step_ms").value)} ms` : "–"],
       ["time trained", run?.seconds ? `${duration(clock)} of ${duration(run.seconds)}` : duration(clock)],
-      this.last("perf/memory") ? ["memory", bytes(this.last("perf/memory").value)] : null,
+      this.last("perf/memory") ? ["memory at most", bytes(this.last("perf/memory").value)] : null,
       ["learning rate", this.last("opt/lr") ? this.last("opt/lr").value.toExponential(2) : "–"],
       ...(run?.facts ?? []),
     ];
