@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.config import ConfigError, RunConfig, differences, from_json
-from core.files import FileError
+from core.files import MAX_TEXT, FileError
 from core.model.params import count
 from core.presets import PRESETS
-from core.serve.tail import Tail, file_stamp
+from core.serve.tail import BLOCK, Tail, file_stamp
 from core.training.records import METRICS, RunError, read_environment, read_object, read_row
 
 MOST_POINTS = 1000
 """Points of a curve that a watcher is sent at first; of twice as many every second one is dropped."""
+LOOKS = MAX_TEXT // BLOCK + 2
+"""Blocks that are read at once: the whole of the largest file, not of one that grows as fast as it is read."""
 PACE_ROWS = 20
 """Last lines that the time left is reckoned from."""
 ENDS = ("final/score", "final/artifact")
@@ -49,8 +51,8 @@ class MetricsFeed:
 
     def look(self) -> tuple[list[dict[str, Any]], bool]:
         """Return the lines that came since the last look, and whether they are from the start of a file; FileError."""
-        fresh, anew, more = [], False, True
-        while more:
+        fresh, anew = [], False
+        for _ in range(LOOKS):
             lines, restarted, more = self._tail.look()
             if restarted:
                 self._forget()
@@ -61,6 +63,8 @@ class MetricsFeed:
                     self._take(row)
                     continue
                 self.unread += 1
+            if not more:
+                break
         return fresh, anew
 
     def _take(self, row: dict[str, Any]) -> None:

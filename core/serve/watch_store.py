@@ -32,20 +32,21 @@ class _Watched:
         self._store, self._home, self._metrics = store, home, MetricsFeed(home / "run", RUN_POINTS)
         self._config: RunConfig | None = None
         self._told: object = None
-        self._stands: tuple[Status, str | None] | None = None
+        self._stands: tuple[Status, str | None] = "waiting", None
         self.result = Result(member.variant, member.seed, member.backend, "waiting", home / "run")
 
     def look(self) -> tuple[dict[str, Any] | None, bool]:
         """Return what changed of the run since the last look, and whether it stands elsewhere than then."""
-        status: Status
+        stands: tuple[Status, str | None]
         try:
             rows, anew = self._metrics.look()
-            status, message = self._status()
+            stands = self._status()
         except (FileError, OSError) as error:
-            rows, anew, status, message = [], False, "failed", str(error)
-        moved = (status, message) != (self._stands or ("waiting", None)) or (anew and status == "done")
+            rows, anew = [], False
+            stands = "failed", str(error)
+        moved = stands != self._stands or (anew and stands[0] == "done")
         if moved:
-            self._stands, self.result = (status, message), self._read(status, message)
+            self._stands, self.result = stands, self._read(*stands)
         last = self._metrics.pace[-1] if self._metrics.pace else {}
         left = self._metrics.left(self._config) if self._config and self.result.status == "running" else None
         value = {

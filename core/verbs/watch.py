@@ -9,7 +9,7 @@ from core.verbs.common import Context, Outcome
 
 
 @dataclass(frozen=True)
-class Watch:
+class WatchOptions:
     """Options of `skc watch`."""
 
     path: Positional[str]
@@ -24,7 +24,7 @@ class Watch:
     """Print one JSON object on stdout; everything else goes to stderr."""
 
 
-def watch_folder(options: Watch, context: Context) -> Outcome:
+def watch_folder(options: WatchOptions, context: Context) -> Outcome:
     """Show a folder until Ctrl-C; nothing is written into it."""
     from core.serve.limits import require_libraries
 
