@@ -51,6 +51,8 @@ VERBS = {
     "train": Verb("core.verbs.train", "Train", "train_run", "train a preset, score it, export it, report", "preset"),
     "eval": Verb("core.verbs.eval", "Eval", "evaluate", "score a run or an artifact on validation text"),
     "sample": Verb("core.verbs.sample", "Sample", "write_text", "let a run or an artifact write text"),
+    "serve": Verb("core.verbs.serve", "Serve", "serve_models", "a local page and API of runs and artifacts"),
+    "watch": Verb("core.verbs.watch", "WatchOptions", "watch_folder", "a page of a run or of ablations, which goes on"),
     "distill": Verb("core.verbs.distill", "Distill", "distill", "let a frozen model learn to draft for itself"),
     "audit": Verb("core.verbs.audit", "Audit", "audit_score", "does the score of a run or an artifact keep the rules?"),
     "export": Verb("core.verbs.export", "Export", "export_run", "write a run's artifact, reload it, score it again"),

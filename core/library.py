@@ -4,17 +4,14 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
-import numpy as np
-
 from core.checks import in_words, require
-from core.data.dataset import Split
 from core.data.tokenizer import Tokenizer
 from core.decoding import generate
 from core.decoding.settings import Decoding, Draft, Sampler
 from core.decoding.text_state import TextState, token_ids
 from core.engine.loading import load_engine
 from core.engine.protocol import DType, Engine, EngineOptions
-from core.scoring.evaluation import Evaluation
+from core.scoring.evaluation import Evaluation, one_document
 from core.scoring.score import Score, score
 from core.verbs.common import Backend, Subject, open_subject, open_tokenizer, open_twin
 
@@ -36,15 +33,8 @@ class Model:
         `bpb` is in bits per byte, `nats` the sum over all tokens. ConfigError for what is no text, or an empty one.
         """
         _check_text("text", text)
-        ids = self.tokenizer.encode(text)
-        require(len(ids) > 0, "text: has no tokens; expected at least one letter")
-        split = Split(
-            [np.append(self.tokenizer.bos, ids).astype(np.int32)],
-            self.tokenizer,
-            "text",
-            document_bytes=np.array([len(text.encode())]),
-            unknown_tokens=int((ids == self.tokenizer.unknown).sum()),
-        )
+        split = one_document(self.tokenizer, text)
+        require(len(split) > 1, "text: has no tokens; expected at least one letter")
         return score(self.engine, Evaluation.of(split, self.config))
 
     def sample(

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ for _library in ("OMP", "MKL", "OPENBLAS"):  # before numpy loads its BLAS; thre
 
 ROOT = Path(__file__).resolve().parent.parent
 _skipped_pairs: list[str] = []
+_not_checked: Counter[str] = Counter()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,7 +79,11 @@ def no_network() -> Iterator[None]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Remember the pair tests that were skipped (an expected failure counts: it looks green too)."""
+    """Remember the pair tests that were skipped (an expected failure counts: it looks green too), and what for want of
+    a program of others.
+    """
+    if report.skipped and isinstance(report.longrepr, tuple) and "NOT CHECKED" in report.longrepr[2]:
+        _not_checked[report.longrepr[2].removeprefix("Skipped: ")] += 1
     if report.skipped and "pair" in report.keywords:
         _skipped_pairs.append(report.nodeid)
 
@@ -97,6 +103,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Name the pair tests that were skipped."""
+    """Name the pair tests that were skipped, and what nothing here could check."""
+    for what, tests in _not_checked.items():
+        terminalreporter.write_line(f"{what} ({tests} tests)", yellow=True)
     for name in _skipped_pairs:
         terminalreporter.write_line(f"SKIPPED PAIR TEST, so the session fails: {name}", red=True)

@@ -6,6 +6,7 @@ StoreError names the file and the field. What only says how fair a comparison is
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from core.checks import in_words
 from core.config import SCHEMA as CONFIG_SCHEMA
 from core.config import ConfigError, RunConfig, from_json
 from core.engine.loading import BACKENDS
@@ -35,6 +36,15 @@ MACHINE = {"starts": [START], "*": ANYTHING}
 
 class StoreError(ValueError):
     """A file of the store cannot be used: the message names it and says what is wrong."""
+
+
+class Member(NamedTuple):
+    """A run in the list of an ablation's runs."""
+
+    variant: str
+    seed: int
+    backend: Literal["mlx", "cuda"]
+    key: str
 
 
 class JobFile(NamedTuple):
@@ -80,11 +90,15 @@ def read_members(file: Path) -> tuple[str, list[str]]:
     return value["file"], [row[3] for row in value["runs"]]
 
 
-def member_variants(file: Path) -> dict[str, str]:
-    """Return key -> variant of an ablation's runs, by its members.json."""
-    value = read(file)
-    _check(value, MEMBERS, file)
-    return {row[3]: str(row[0])[:MOST_LETTERS] for row in value["runs"]}
+def read_member_rows(file: Path) -> tuple[str, list[Member]]:
+    """Return which file describes an ablation, and its runs with their variants and seeds, by its members.json."""
+    where, _ = read_members(file)
+    rows = read(file)["runs"]
+    for variant, seed, backend, _ in rows:
+        if not (WORD.fits(variant) and type(seed) is int and isinstance(backend, str) and backend in BACKENDS):
+            given = in_words([variant, seed, backend])
+            raise StoreError(f"{file}: runs: {given}, expected variant, seed, backend, key; {CURE}")
+    return where, [Member(*row) for row in rows]
 
 
 def is_earlier(home: Path) -> bool:

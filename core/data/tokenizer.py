@@ -27,6 +27,8 @@ MAX_MODEL = 1 << 24
 MAX_FILE = 1 << 26
 """Bytes of a tokenizer of any kind."""
 SPACE = "\u2581"
+SHOWN = ("<title>", "<all>", "<next>", "<escape>")
+"""What stands for each of MARKERS where tokens are shown one by one."""
 MARKER_BYTES = len(MARKERS[0].encode())
 TRANSFORMED = {name: b"\xc2\x0c" + bytes([len(name)]) + name.encode() for name in get_args(Transform)[1:]}
 """Field 200 of the model, the first of those that SentencePiece leaves to others, at its end."""
@@ -147,6 +149,12 @@ class Tokenizer:
         """
         plain = checked_ids(ids, self.vocab).tolist()
         return (invert_transform if strict else restore_text)(self._processor.decode(plain), self.transform)
+
+    def piece(self, token: int) -> str:
+        """Return a token as it is shown: its letters with their space, or its name: bytes, control tokens, markers."""
+        if self.transform != "none" and token in self._markers:
+            return SHOWN[self._markers.index(token)]
+        return self._processor.id_to_piece(token).replace(SPACE, " ")
 
     def identity(self, text: str) -> bytes:
         """Return bytes that are equal for texts that become the same tokens, and empty for one that becomes none."""

@@ -147,6 +147,12 @@ class JsonTokenizer:
         spelled = b"".join(self._bytes[i] for i in plain.tolist() if i < len(self._bytes) and not self._control[i])
         return spelled.decode("utf-8", "replace")
 
+    def piece(self, token: int) -> str:
+        """Return a token as it is shown: its letters, or the names of its bytes where they are no UTF-8."""
+        spelled = self._bytes[token] if token < len(self._bytes) else b""
+        letters = spelled.decode("utf-8", "surrogateescape")
+        return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c for c in letters)
+
     def identity(self, text: str) -> bytes:
         """Return bytes that are equal for texts that become the same tokens."""
         return self.normalise(text).encode()

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from core.ablation.records import StoreError, member_variants
+from core.ablation.records import StoreError, read_member_rows
 from core.console import one_line
 from core.runs.row import RunRow, RunState, ablation_row, member_row, run_row
 from core.training.records import RunError
@@ -89,6 +89,6 @@ def _variants(ablations: Sequence[Path]) -> dict[str, str]:
     names: dict[str, str] = {}
     for folder in ablations:
         with suppress(StoreError):  # its own row says so
-            variants = member_variants(folder / "members.json")
-            names |= {key: f"{folder.name} {variant}" for key, variant in variants.items()}
+            _, members = read_member_rows(folder / "members.json")
+            names |= {member.key: f"{folder.name} {member.variant}" for member in members}
     return names

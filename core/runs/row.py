@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from core.ablation.records import StoreError, member_variants, read_failure
+from core.ablation.records import StoreError, read_failure, read_member_rows
 from core.config import ConfigError, RunConfig, from_json
 from core.console import one_line
 from core.files import FileError
@@ -100,11 +100,11 @@ def run_row(path: Path, home: Path | None = None) -> RunRow:
 def ablation_row(folder: Path) -> RunRow:
     """Return the row of STORE/ablations/NAME: the best of its finished runs, and how many of them there are."""
     try:
-        variants = member_variants(folder / "members.json")
+        _, members = read_member_rows(folder / "members.json")
     except StoreError as error:
         return RunRow(str(folder), "ablation", "damaged", _changed(folder), one_line(error))
     runs = folder.parent.parent / "runs"
-    return _of_members(folder, [member_row(runs / key, variant) for key, variant in variants.items()])
+    return _of_members(folder, [member_row(runs / member.key, member.variant) for member in members])
 
 
 def member_row(home: Path, variant: str | None = None) -> RunRow:

@@ -8,10 +8,23 @@ import numpy as np
 from core import rng
 from core.config import EvalConfig, RunConfig
 from core.data.dataset import Split
+from core.data.tokenizer import Tokenizer
 from core.model.adapters import chosen_sites
 from core.model.scopes import loose_names
 from core.scoring.ledger import Ledger
 from core.scoring.windows import Windows, cut, document_ranges, document_windows, sliding
+
+
+def one_document(tokenizer: Tokenizer, text: str) -> Split:
+    """Return a text as a stream of one document: BOS and its tokens, if it has any."""
+    ids = tokenizer.encode(text)
+    return Split(
+        [np.append(tokenizer.bos, ids).astype(np.int32)],
+        tokenizer,
+        "text",
+        document_bytes=np.array([len(text.encode())]),
+        unknown_tokens=int((ids == tokenizer.unknown).sum()),
+    )
 
 
 @dataclass(frozen=True)

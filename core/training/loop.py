@@ -287,6 +287,9 @@ class Meter:
             "clock/seconds": now,
             "progress": progress[-1],
         }
+        stats = self._engine.stats()
+        if (memory := stats.get("peak_bytes", stats.get("process_bytes"))) is not None:
+            values["perf/memory"] = memory
         if settings.seconds is not None:
             values["progress/each"] = progress
         if settings.batch_stages:

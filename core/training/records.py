@@ -74,7 +74,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         *lines, _ = read_text(path).split("\n")
         if len(lines) > MAX_ROWS:
             raise RunError(f"{path}: {len(lines):,} lines, expected at most {MAX_ROWS:,}: this is not a run's")
-    return [_row(f"{path}:{place}", line) for place, line in enumerate(lines, 1)]
+    return [read_row(f"{path}:{place}", line) for place, line in enumerate(lines, 1)]
 
 
 def read_last_rows(path: Path) -> list[dict[str, Any]]:
@@ -91,7 +91,7 @@ def read_last_rows(path: Path) -> list[dict[str, Any]]:
         lines = decode_text(path, text).split("\n")[:-1]
         if len(lines) > MAX_ROWS:
             raise RunError(f"{path}: over {MAX_ROWS:,} lines without a loss: this is not a run's")
-    return [_row(f"{path}: line {len(lines) - place} from its end", line) for place, line in enumerate(lines)]
+    return [read_row(f"{path}: line {len(lines) - place} from its end", line) for place, line in enumerate(lines)]
 
 
 def _last_lines(file: BinaryIO) -> bytes:
@@ -107,8 +107,8 @@ def _last_lines(file: BinaryIO) -> bytes:
         count *= 2
 
 
-def _row(where: str, line: str) -> dict[str, Any]:
-    """Return a line of metrics.jsonl, judged before the next one is parsed; RunError, which `where` begins."""
+def read_row(where: str, line: str) -> dict[str, Any]:
+    """Return one line of metrics.jsonl; RunError names `where` and the field."""
     with of_a_run():
         row = parse_json(where, line)
         check_value(row, ROW, where)
@@ -141,6 +141,7 @@ METRICS: dict[str, tuple[Kind, str]] = {
     "opt/lr": (POSITIVE, "learning rate of the matrix group"),
     "perf/tok_s": (POSITIVE, "tokens per second of training time since the last line"),
     "perf/step_ms": (POSITIVE, "training time per step since the last line"),
+    "perf/memory": (POSITIVE, "bytes that arrays took at most so far, or the process where the engine tells no more"),
     "clock/seconds": (
         POSITIVE, "training time since step 0: no evaluation, samples, checkpoints or compilation"
     ),

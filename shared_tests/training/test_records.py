@@ -25,8 +25,8 @@ ARTIFACT = {
 }  # fmt: skip
 WHOLE = {
     "step": 4, "train/loss": 3.0, "train/bpb": 2.5, "train/grad_norm": 1.0, "opt/lr": 0.1, "perf/tok_s": 100.0,
-    "perf/step_ms": 1.5, "clock/seconds": 2, "clock/stopped": 2.0, "clock/closed": 2.5, "progress": 1.0,
-    "clock/train_stop": 1.5, "tokens": 640,
+    "perf/step_ms": 1.5, "perf/memory": 1e9, "clock/seconds": 2, "clock/stopped": 2.0, "clock/closed": 2.5,
+    "progress": 1.0, "clock/train_stop": 1.5, "tokens": 640,
     "progress/each": [0.5, 1.0], "val/bpb": 2.5, "val/error": 0.01, "samples": ["it was"], "final/score": SCORE,
     "final/artifact": ARTIFACT, "clock/scoring": 9.5, "clock/scoring_strict": 9.75,
     "final/plugins": {**SCORE, "error": 0.5, "bpb_raw": 2.0, "plugins": ["temperature"]},
