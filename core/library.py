@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
+import numpy as np
+
 from core.checks import in_words, require
 from core.data.tokenizer import Tokenizer
 from core.decoding import generate
