@@ -17,11 +17,14 @@ import numpy as np
 import pytest
 
 from core import ROOT, presets
-from core.audit.claims import Plan, check_size
+from core.audit.claims import Plan, check_size, same_text
 from core.audit.rules import Finding
 from core.cli import main
 from core.config import ConfigError, RunConfig, changed
+from core.data.dataset import identity, open_dataset
 from core.data.tokenizer import TokenizerError
+from core.data.unlisted import open_unlisted, val_sha256
+from core.files import locked
 from core.submission import known
 from core.submission.pack import pack_program, program_sources
 from core.submission.program import open_text, run_name, seeded
@@ -276,6 +279,30 @@ def test_settings_are_folded_and_what_runs_later_is_not() -> None:
     assert "mtp_heads" not in texts["backends.cuda.engine"] and "depth_drop" not in texts["backends.cuda.engine"]
     assert "code_bytes" in texts["core.training.finish"], "the program's own bytes"
     assert "class Delta" not in "".join(texts.values()).replace("class Delta:0", "").replace("class Delta(Part)", "")
+
+
+def test_an_audit_knows_the_text_of_a_packed_run(data: str) -> None:
+    """By its files: the program read no manifest, the audit reads one."""
+    listed = open_dataset(data)
+    read = val_sha256(open_unlisted(data, str(Path(data, "tokenizer.model"))))
+    known = {"val_sha256": read, "data": {"name": "data", "sha256": "0" * 64}}
+    for environment, same in (
+        (known, True), ({**known, "val_sha256": "0" * 64}, False), ({"data": identity(listed)}, True),
+        ({"data": known["data"]}, False), ({}, True),
+    ):  # fmt: skip
+        run: Any = SimpleNamespace(environment=lambda environment=environment: environment)
+        assert same_text(run, listed) == same, environment
+
+
+def test_two_programs_never_write_into_one_run(data: str, tmp_path: Path) -> None:
+    program = packed.written(tmp_path, packed.tiny("debug", data))
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    with (tmp_path / "runs" / "one" / "lock").open("ab") as file:
+        assert locked(file)
+        done = packed.start(program, tmp_path, DATA_PATH=data, RUN_ID="one")
+    words = "train_gpt.py: runs/one: another program writes into it: wait until it ends, or set RUN_ID\n"
+    assert done.returncode == 2 and done.stderr.endswith(words), done.stderr[-2000:]
+    assert not (tmp_path / "runs" / "one" / "config.json").exists()
 
 
 def test_an_audit_counts_the_program_that_made_the_run(tmp_path: Path) -> None:
