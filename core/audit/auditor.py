@@ -19,6 +19,7 @@ from core.audit.claims import (
     check_size,
     check_training_time,
     claimed_bytes,
+    same_text,
 )
 from core.audit.fingerprints import ROUNDING, Predictions
 from core.audit.predictions import check_isolated, check_once, check_predictions, check_set
@@ -33,7 +34,7 @@ from core.audit.watch.verdicts import check_packages, notes_left
 from core.config import to_json
 from core.console import Console
 from core.data.bundled import open_data
-from core.data.dataset import DataError, Dataset, identity
+from core.data.dataset import DataError, Dataset
 from core.data.shards import file_sha256
 from core.files import FileError, append_file, locked, read_text
 from core.scoring.ledger import Ledger, LedgerError
@@ -94,7 +95,7 @@ def audit(plan: Plan, say: Console) -> AuditResult:
     dataset = open_data(plan.config.data.path, train=False)
     for split in (dataset.train, dataset.val):
         split.verify()
-    same_data = plan.run is not None and plan.run.environment().get("data") in (None, identity(dataset))
+    same_data = plan.run is not None and same_text(plan.run, dataset)
     reference = check_reference(plan)  # a wrong claim is refused before the work
     base = Path(dataset.path)
     shards, texts = ([base / e["file"] for e in dataset.manifest["splits"][n]["files"]] for n in ("train", "val"))

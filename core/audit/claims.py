@@ -10,7 +10,8 @@ from core.audit.rules import Finding
 from core.audit.seeds import beats
 from core.audit.watch.isolation import Isolated
 from core.config import RunConfig
-from core.data.dataset import Dataset
+from core.data.dataset import Dataset, identity
+from core.data.unlisted import val_sha256
 from core.files import read_file
 from core.scoring.score import adaptation_in_words
 from core.training.run import Run, config_digest
@@ -196,6 +197,17 @@ def check_reference(plan: Plan) -> Finding:
     return beats(ours, [bpb * per_token for bpb in plan.reference])
 
 
+def same_text(run: Run, dataset: Dataset) -> bool:
+    """Return whether a run scored the validation text of a dataset: by its manifest, of a packed program by its files.
+
+    Such a program reads no manifest; a run that names no text at all is taken at its word.
+    """
+    environment = run.environment()
+    if "val_sha256" in environment:
+        return environment["val_sha256"] == val_sha256(dataset)
+    return environment.get("data") in (None, identity(dataset))
+
+
 def check_configuration(plan: Plan, process: Isolated, same_data: bool) -> Finding:
     """Judge rule D16: config.json, logs and seeds have one configuration, and the audit finds the figures again.
 
@@ -231,6 +243,8 @@ def check_configuration(plan: Plan, process: Isolated, same_data: bool) -> Findi
         why = "the evaluation gave no score" if not audited else _others(plan) or "on other data"
         return Finding("D16", "NOT CHECKED", f"{words}; its recorded score was not computed again: {why}", details)
     env = plan.run.environment()
+    if "val_sha256" in env:  # a packed program knows no raw bytes: a manifest has them
+        audited = {**audited, "bpb_raw": None}
     same = (env.get("backend"), env.get("dtype")) == (process.value["backend"], process.value["dtype"])
     details |= {"recorded": claim, "audited": audited, "once": plan.run.last("final/artifact").get("once")}
     problems = [f"{name} {claim.get(name)}, audited {audited[name]}" for name in _differ(claim, audited, CLAIM[same])]

@@ -1,12 +1,13 @@
 """Official shards as the challenge's own scripts read them: a folder without a manifest, and a tokenizer beside it."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 from core.data.column import DataError
 from core.data.dataset import Dataset, Split
-from core.data.shards import open_shard
+from core.data.shards import file_sha256, open_shard
 from core.data.tokenizer import MAX_MODEL, Tokenizer
 from core.data.transform import MARKERS
 from core.files import read_file
@@ -33,3 +34,9 @@ def open_unlisted(path: str, tokenizer: str) -> Dataset:
         listed[name] = {"files": [{"file": f.name, "tokens": len(s)} for f, s in zip(files, shards, strict=True)]}
     manifest = {"tokenizer": {"sha256": model.sha256}, "splits": listed}
     return Dataset(path, os.path.basename(os.path.abspath(path)), model, manifest, splits["train"], splits["val"])
+
+
+def val_sha256(dataset: Dataset) -> str:
+    """Return a hash of the validation shards, of a folder with a manifest or without: the same for the same files."""
+    files = [os.path.join(dataset.path, entry["file"]) for entry in dataset.manifest["splits"]["val"]["files"]]
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()

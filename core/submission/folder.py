@@ -21,6 +21,10 @@ MAX_DEPTH = 4
 MAX_FILE = 10_000_000
 """Bytes of the largest file that a folder may hold."""
 MAX_JSON = 4 << 20
+MAX_TEXT = 2_000_000
+"""Bytes of the longest README and program that are looked into; the published ones have at most 0.2 MB."""
+MAX_TEXTS = 32 << 20
+"""Bytes of all files that are searched for what must not be sent."""
 DATED = re.compile(r"\d{4}-\d{2}-\d{2}_[^/]{1,200}")
 LOG_NAME = re.compile(r"train_seed(\d{1,10})\.log")
 NO_LOGS = ("requirements", "license", "notes", "readme")
@@ -85,11 +89,15 @@ class SubmissionFolder:
         }
 
     def texts(self) -> list[tuple[str, str]]:
-        """Return (name, content) of every file; of one that is no text what can be read in it, UTF-16 too."""
-        contents = []
+        """Return (name, content) of the files, MAX_TEXTS bytes of them at most.
+
+        Of a file that is no text what can be read in it, UTF-16 too.
+        """
+        contents, left = [], MAX_TEXTS
         for entry in self.entries:
-            if entry.kind != "file" or entry.size > MAX_FILE:
+            if entry.kind != "file" or entry.size > min(left, MAX_FILE):
                 continue
+            left -= entry.size
             try:
                 data = read_file(self.path / entry.name, MAX_FILE, follow=False)
             except (FileError, OSError):  # check 1 names it
@@ -153,8 +161,8 @@ def read_folder(path: Path) -> SubmissionFolder:
         doubled=doubled,
         logs=logs,
         spare=spare,
-        readme=text("README.md") if "README.md" in files else None,
-        program=content(program, MAX_FILE) if program else None,
+        readme=text("README.md", MAX_TEXT) if "README.md" in files else None,
+        program=content(program, MAX_TEXT) if program else None,
         program_name=program,
         audit=value("audit.json")[0] if "audit.json" in files else None,
         problems=tuple(problems),

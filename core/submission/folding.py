@@ -6,6 +6,8 @@ import operator
 from typing import Any
 
 from core.config import RunConfig
+from core.model.params import param_table
+from core.model.storage import KINDS, storage_class
 
 ROOTS = {
     "config": ("", "model", "train", "eval"),
@@ -42,6 +44,8 @@ class Folding(ast.NodeTransformer):
                 self._classes[_class(inner)] = f"model.{field.name}"
         self._parts |= {"adapt": config.eval.adapt, "eval.phases": config.eval.phases}
         self._inside: str | None = None
+        used = {storage_class(row.storage) for row in param_table(config.model).values()}
+        self._unused = {kind for kind in KINDS if kind not in used} - {"float16"}  # that is a compute type, too
 
     def folded(self, name: str, tree: ast.Module) -> ast.Module:
         """Return the text of module `name`, changed."""
@@ -111,7 +115,10 @@ class Folding(ast.NodeTransformer):
             node.keywords = [self.visit(one) for one in node.keywords]
             return node
         self.generic_visit(node)
-        given = self._known.get(f"{getattr(node.func, 'id', '')}()", MISSING)
+        name, inner = getattr(node.func, "id", ""), node.args[0] if node.args else None
+        if name == "any" and isinstance(inner, ast.GeneratorExp) and _constant(inner.generators[0].iter) == ():
+            return ast.Constant(False)
+        given = self._known.get(f"{name}()", MISSING)
         if given is not MISSING:
             return _literal(given)
         plain = isinstance(node.func, ast.Name) and node.func.id == "bool" and len(node.args) == 1
@@ -122,6 +129,8 @@ class Folding(ast.NodeTransformer):
         """Put in what a comparison of constants says."""
         self.generic_visit(node)
         left, right = _constant(node.left), _constant(node.comparators[0])
+        if type(right) is str and right in self._unused and isinstance(node.ops[0], ast.Eq | ast.NotEq):
+            return ast.Constant(isinstance(node.ops[0], ast.NotEq))
         if len(node.ops) > 1 or left is MISSING or right is MISSING:
             return node
         try:
@@ -162,6 +171,11 @@ class Folding(ast.NodeTransformer):
         value = _truth(node.test)
         return node if value is MISSING else (node.body if value else node.orelse)
 
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        """Leave out the words of `skc info` on FLOPs."""
+        self.generic_visit(node)
+        return None if ast.unparse(node.targets[0]) == "FLOPS" else node
+
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         """Leave out what nobody reads any more, and what stands behind a return."""
         self.generic_visit(node)
@@ -170,9 +184,16 @@ class Folding(ast.NodeTransformer):
         node.body = _alive(node.body) or [ast.Pass()]
         return node
 
-    def visit_For(self, node: ast.For) -> ast.AST:
-        """Keep a body that has lost everything."""
+    def visit_ListComp(self, node: ast.ListComp) -> ast.AST:
+        """Put in what comes of going through nothing."""
         self.generic_visit(node)
+        return ast.List([], ast.Load()) if _constant(node.generators[0].iter) == () else node
+
+    def visit_For(self, node: ast.For) -> ast.AST:
+        """Leave out a walk through nothing, and keep a body that has lost everything."""
+        self.generic_visit(node)
+        if isinstance(node, ast.For) and _constant(node.iter) == ():
+            return ast.Pass()
         node.body = _alive(node.body) or [ast.Pass()]
         return node
 

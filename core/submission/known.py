@@ -18,7 +18,10 @@ NEVER = (
     "core.training.moments",
     *(f"core.scoring.ledger.Ledger.{name}" for name in ("open", "_continued", "read")),
     *(f"core.data.dataset.Split.{name}" for name in ("documents", "document_bytes", "verify", "start_verify")),
-    *(f"core.scoring.snapshots.Snapshots.{name}" for name in ("read", "write", "_read")),
+    *(f"core.scoring.snapshots.Snapshots.{name}" for name in ("read", "write", "_read", "remove")),
+    *(f"core.scoring.adapt.session.Adaptation.{name}" for name in ("_copy", "_everyones_a", "_finished")),
+    "core.scoring.session.Session._copy", "core.scoring.session.Session._take_targets",
+    "core.model.deviations.Deviations.check",
     *(f"core.scoring.adapt.weights.LooseWeights.{name}" for name in ("state", "load")),
     "core.data.column.Column.verify", "core.data.tokenizer.Tokenizer.load", "core.data.tokenizer.Tokenizer.of",
 )  # fmt: skip
@@ -45,13 +48,18 @@ def absent(config: RunConfig, backend: str) -> set[str]:
         kind = type(part)
         methods = UNASKED if name in used or name == "layer" else (*UNASKED, *UNUSED)
         left |= {f"{kind.__module__}.{kind.__name__}.{method}" for method in methods}
+    if not model.stores:
+        left |= {f"core.model.capsules.Store.{method}" for method in ("rows", "state")}
     if config.train.sample_every is None and config.export.calibration != "self":
         left |= {"core.decoding", "core.data.tokenizer.Tokenizer.decode", "core.data.byte_table.checked_ids"}
-        left.add("core.data.transform.invert_transform")
+        left |= {f"core.data.transform.{name}_transform" for name in ("apply", "invert")}
         if evaluation.windows != "stateful":
             left |= {"core.scoring.stateful", f"{engine}.engine.Tape"}
             left |= {f"{engine}.engine.Engine.{name}" for name in DECODING}
             left |= {f"{engine}.model.Model.{name}" for name in DECODING}
+            left |= _methods(engine, used, "commit")  # `start` gives what training begins with, too
+    if config.export.calibration != "random":
+        left.add("core.export.calibration.uniform_rows")
     if config.export.method != "gptq":
         left |= {"core.export.gptq", "backends.cuda.gptq", f"{engine}.engine.Engine.second_moments"}
     if not config.export.fit:
@@ -78,24 +86,25 @@ def known_values(config: RunConfig, backend: str) -> dict[str, dict[str, Any]]:
     """
     engine, given = f"backends.{backend}", dict[str, dict[str, Any]]()
     scoring: dict[str, Any] = {"_watch": None, "watched": False, "due": False, "_restored()": 0, "_copy()": None}
+    scoring |= {"_alike": False, "agree()": False, "_take_targets()": None, "_share_ledger()": None, "remove()": None}
     if not config.eval.plugins:
         scoring |= {"plugins": (), "predictors": (), "_strangers": (), "_predictors": ()}
         given |= {f"{engine}.adapting": {"prediction": None}, "core.scoring.plugins": {"_before": None}}
     if config.eval.windows != "stateful":
         scoring["carries"] = False
-        given["core.scoring.score"] = {"carries": False}
+        given["core.scoring.score"] = {"carries": False, "skip()": False}
     for name in ("session", "adapt.session", "adapt.stream"):
         given[f"core.scoring.{name}"] = scoring
     given |= {
         "core.data.column": {"_verified": True},
         "core.data.dataset": {"sidecar": None, "_lengths": None, "unknown_tokens": None},
         "core.scoring.accounting": {"document_bytes": None, "unknown_tokens": None},
-        "core.scoring.ledger": {"_journal": None},
+        "core.scoring.ledger": {"_journal": None, "journal": None},
         "core.scoring.snapshots": {"path": None},
         "core.training.finish": {"ledger": None, "plain": None, "Tally()": "", "describe()": ""},
         "core.training.loop": {
             "StepLine()": None, "line()": None, "_line()": "", "_warn()": None, "start_verify()": None,
-            "training_bytes()": None,
+            "training_bytes()": None, "_bytes": None, "show": None, "save()": None,
         },
     }  # fmt: skip
     given.setdefault("core.scoring.score", {})["verify()"] = None
@@ -107,9 +116,13 @@ def known_values(config: RunConfig, backend: str) -> dict[str, dict[str, Any]]:
     for name in ("engine.protocol", "model.adapters", "model.scopes", "plain"):  # words of errors that have none
         given[f"core.{name}"] = {"closest()": None}
     if not config.eval.plugins:
-        given["core.scoring.score"]["check_plugins()"] = None
+        given["core.scoring.score"] |= {"check_plugins()": None, "plugins": ()}
     if config.train.sample_every is None:
         given["core.training.loop"]["write"] = False
+    if config.train.eval_every is None:
+        given["core.training.loop"] |= {"evaluate": False, "_estimate()": None}
+        if config.eval.documents is None:
+            given["core.scoring.score"]["ratio_error()"] = None
     if backend == "cuda":
         dead = [] if config.train.rate else ["_priced"]
         dead += [] if config.train.quantise_soft or config.train.ternary_noise else ["softened_all", "noised_all"]
@@ -121,6 +134,17 @@ def known_values(config: RunConfig, backend: str) -> dict[str, dict[str, Any]]:
         for place in (f"{engine}.storage", "core.model.storage", "core.export.symbols", "core.export.budget"):
             given.setdefault(place, {})["by_ratios()"] = False
     return given
+
+
+def _methods(engine: str, used: set[str], name: str) -> set[str]:
+    """Return a method of a name as module.class.name, of every class of a backend's parts that has one."""
+    found = set()
+    for part in _with_imports(engine, used)[0]:
+        path = Path(ROOT, *engine.split("."), "parts", f"{part}.py")
+        for node in ast.parse(read_text(path)).body if path.is_file() else ():
+            if isinstance(node, ast.ClassDef) and name in {getattr(one, "name", "") for one in node.body}:
+                found.add(f"{engine}.parts.{part}.{node.name}.{name}")
+    return found
 
 
 def used_parts(config: RunConfig) -> set[str]:

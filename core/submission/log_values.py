@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from core.files import FileError, parse_json
+from core.submission.logs import VERSION
 
-MAX_LOG = 16 << 20
+MAX_LOG = 4 << 20
 """Bytes of the longest log that is read; the published ones have at most 0.2 MB."""
+MAX_LINES = 100_000
 MAX_LINE = 1 << 20
 MAX_PROBLEMS = 20
 
@@ -167,6 +169,8 @@ def parse_log(name: str, lines: list[str]) -> Log:
             if not problem and key in values and values[key] != value:
                 problem = f"{key}: {text[:60]!r}, but an earlier line says {values[key]!r}"[:300]
             values |= {} if problem else {key: value}
+        if key == "skc_log" and not problem and values[key] != VERSION:
+            problem = f"skc_log: version {values[key]}, only {VERSION} is known here: its lines may mean something else"
         if problem and len(problems) < MAX_PROBLEMS:
             problems.append(f"{name}:{place}: {problem}")
     return replace(Log(name, losses=tuple(losses), problems=tuple(problems)), **values)

@@ -14,10 +14,10 @@ from typing import Any
 
 from core.config import ConfigError, RunConfig, to_json
 from core.data.dataset import Dataset
-from core.data.unlisted import open_unlisted
+from core.data.unlisted import open_unlisted, val_sha256
 from core.engine.protocol import Arrays, EngineOptions
 from core.engine.ranks import Alone, Ranks, launched
-from core.files import append_file, read_file, replace_file, replace_text
+from core.files import append_file, locked, read_file, replace_file, replace_text
 from core.model.params import count
 from core.plain import rebuilt
 from core.scoring.adapt.phases import phases_of
@@ -86,6 +86,9 @@ class Made:
         self._environment, self._tokenizer = environment, tokenizer
         for folder in (self.path, self.log_path.parent):
             os.makedirs(folder, exist_ok=True)
+        self._lock = append_file(self.path / "lock")  # held until the program ends
+        if not locked(self._lock):
+            raise ConfigError(f"{self.path}: another program writes into it: wait until it ends, or set RUN_ID")
         for name in ("metrics.jsonl", "log.txt", "artifact.skc"):
             (self.path / name).unlink(missing_ok=True)
         for name, value in (("config.json", to_json(self.config)), ("env.json", environment)):
@@ -185,8 +188,9 @@ def run_program(
     chosen = EngineOptions(spans=rooms(dataset.train, settings, ranks.world), **options)
     engine = build(settings, start_weights(settings, dataset.train), chosen, False, ranks)
     if run.writes:
-        surrounding = {"command": os.path.basename(sys.argv[0]), **surroundings(engine, dataset, 0)}
-        run.begin({**surrounding, **program.to_json()}, dataset.tokenizer.model)
+        surrounding = {"command": os.path.basename(sys.argv[0]), "val_sha256": val_sha256(dataset)}
+        surrounding |= {**surroundings(engine, dataset, 0), **program.to_json()}
+        run.begin(surrounding, dataset.tokenizer.model)
     say(f"{settings.preset}, seed {settings.seed}: {count(settings.model):,} parameters, code {program.bytes:,} bytes")
     say(f"{engine.backend} on {ranks.world} x {engine.device}, {engine.dtype}; {'; '.join(engine.notes)}")
     summary = train(run, engine, dataset, say)

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from core.files import decode_text, read_file
-from core.submission.log_values import MAX_LOG, MAX_PROBLEMS, Log, parse_log, read_finite, read_whole
+from core.files import FileError, decode_text, read_file
+from core.submission.log_values import MAX_LINES, MAX_LOG, MAX_PROBLEMS, Log, parse_log, read_finite, read_whole
 
 NUMBER = r"([\d.][\w.,+-]{0,40}|-?(?:nan|inf)\b)"
 FIGURES: dict[str, str] = {
@@ -45,6 +45,8 @@ def read_log(path: Path) -> Log:
     Lines that nobody knows are passed over; a known one with a bad value is a problem of the log.
     """
     lines = decode_text(path, read_file(path, MAX_LOG, follow=False)).split("\n")
+    if len(lines) > MAX_LINES:
+        raise FileError(f"{path}: {len(lines):,} lines, expected at most {MAX_LINES:,}; this is no log of a run")
     ours = any(line.startswith("skc_log:") for line in lines[:50])
     return parse_log(path.name, lines) if ours else parse_public_log(path.name, lines)
 

@@ -38,11 +38,20 @@ class Module:
         if isinstance(statement, ast.Import | ast.ImportFrom):
             self.imported.update(imports(statement))
             return
-        names = list(defines(statement))
+        names = self.names(statement)
         if not names:
             self.others.append(statement)
         for name in names:
             self.defined.setdefault(name, []).append(statement)
+
+    def names(self, statement: ast.stmt) -> list[str]:
+        """Return the names that keep a statement: those that it defines, and those that it registers itself with.
+
+        A gradient is named by nobody: `@scan.vjp` or `@op.register_fake` gives it to a function of this module.
+        """
+        decorators = getattr(statement, "decorator_list", ())
+        roots = [one.value for one in decorators if isinstance(one, ast.Attribute)]
+        return [*defines(statement), *(r.id for r in roots if isinstance(r, ast.Name) and r.id in self.defined)]
 
 
 def defines(statement: ast.stmt) -> Iterator[str]:
@@ -99,7 +108,7 @@ class Shaken:
         for statement in module.tree.body:
             if isinstance(statement, ast.Import | ast.ImportFrom):
                 body += self._import(module, statement)
-            elif not (names := list(defines(statement))) or module.needed.intersection(names):
+            elif not (names := module.names(statement)) or module.needed.intersection(names):
                 body.append(self._without(statement))
         return ast.fix_missing_locations(ast.Module(body, []))
 

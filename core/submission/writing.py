@@ -58,6 +58,7 @@ def write_submission(order: SubmissionOrder, say: Say) -> Written:
     runs = order.runs
     _check_runs(runs)
     program, made_by = _program(order, say)
+    _check_artifacts(runs)
     logs = [parse_log(f"train_seed{run.config.seed}.log", log_lines(run)) for run in runs]
     bad = [problem for log in logs for problem in log.problems]
     if bad:
@@ -109,6 +110,19 @@ def _check_runs(runs: Sequence[Run]) -> None:
             raise SubmissionError(f"{run.path}: has other settings than {first.path}; skc compare shows which")
         if run.tokenizer() != first.tokenizer():
             raise SubmissionError(f"{run.path}: has another tokenizer than {first.path}")
+
+
+def _check_artifacts(runs: Sequence[Run]) -> None:
+    """Raise SubmissionError for an artifact that has other bytes than the run recorded of the one that it scored."""
+    for run in runs:
+        recorded, path = run.last("final/artifact"), run.artifact_path
+        if recorded is None or not path.is_file():  # log_lines says so
+            continue
+        if path.stat().st_size != recorded["bytes"]:
+            raise SubmissionError(
+                f"{path}: {path.stat().st_size:,} bytes, but the run scored an artifact of {recorded['bytes']:,}: this "
+                "is another one; write it again: skc export"
+            )
 
 
 def _program(order: SubmissionOrder, say: Say) -> tuple[bytes, Program | None]:

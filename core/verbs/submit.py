@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from core.console import printable, shorten
 from core.files import decode_text, read_file
 from core.submission.checks.answers import Checked, SubmissionCheck
 from core.submission.checks.fourteen import run_checks
@@ -105,6 +106,11 @@ def _write(options: Submit, context: Context) -> Outcome:
     if missing or not options.runs:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in missing) or "RUN"
         raise UsageError(f"{names}: missing; skc submit RUN RUN RUN --out FOLDER --author --github-id --name --blurb")
+    for name, most in (("author", 200), ("github_id", 200), ("name", 200), ("blurb", 2000)):
+        text = str(getattr(options, name))
+        if len(text) > most or (name != "blurb" and not text.isprintable()):
+            given = f"{len(text):,} letters" if len(text) > most else shorten(printable(text), 60)
+            raise UsageError(f"--{name.replace('_', '-')}: {given}; expected one line of at most {most:,} letters")
     date = options.date or datetime.date.today().isoformat()
     try:
         date = datetime.date.fromisoformat(date).isoformat()

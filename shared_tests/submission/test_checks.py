@@ -150,6 +150,16 @@ def zipped(folder: Path) -> None:
         file.writestr("__main__.py", PROGRAM.decode() + f"TOKEN = 'hf_{'a' * 30}'\n")
 
 
+def found(rule: str, verdict: str) -> Callable[[Path], None]:
+    """Return what gives a rule another verdict in one seed's audit."""
+
+    def change(whole: dict[str, Any]) -> None:
+        for finding in whole["audits"]["42"]["findings"]:
+            finding["verdict"] = verdict if finding["rule"] == rule else finding["verdict"]
+
+    return lambda folder: fields(folder, change, "audit.json")
+
+
 BROKEN: list[tuple[int, Callable[[Path], object], str]] = [
     (1, link, "extra: is a link"),
     (1, renamed, "expected train_seed<N>.log"),
@@ -176,6 +186,9 @@ BROKEN: list[tuple[int, Callable[[Path], object], str]] = [
     (3, put("step_stop", 5_000), "step_stop 5000, by the logs"),
     (3, put("seed_results/42/pre_ttt_val_bpb", 1.09), "seed 42: pre_ttt_val_bpb 1.09"),
     (3, replaced("train_seed42.log", "stop_step: 4790", "stop_step: nan"), "stop_step: 'nan', expected a whole number"),
+    (3, put("hardware", "8xA100"), "hardware '8xA100', train_seed42.log says '8xH100 80GB HBM3'"),
+    (3, put("pytorch_version", "2.9.0"), "pytorch_version '2.9.0', train_seed42.log says '2.9.1+cu128'"),
+    (3, all_logs("skc_log: 1", "skc_log: 2"), "skc_log: version 2, only 1 is known here"),
     (4, over, "seed 42: 16,0"),
     (4, replaced("README.md", "## Results", "The artifact has 15.9 MiB.\n\n## Results"), "in MiB"),
     (5, all_logs("parameters: 32900", "parameters: 32901"), "its settings have 32,900"),
@@ -198,6 +211,9 @@ BROKEN: list[tuple[int, Callable[[Path], object], str]] = [
     (12, lambda folder: (folder / "audit.json").unlink(), "no audit.json"),
     (12, put("artifacts/42/sha256", "0" * 64, "audit.json"), "audit.json: seed 42: sha256 000000"),
     (12, put("code/sha256", "0" * 64, "audit.json"), "audit.json: code is not train_gpt.py"),
+    (12, found("D2", "FAIL"), "compliance.train_under_600s is true, by the findings of audit.json false"),
+    (12, found("D9", "NOT CHECKED"), "compliance.score_first_ttt is true, by the findings of audit.json not checked"),
+    (12, put("audits", {}, "audit.json"), "compliance.no_slot is true, by the findings of audit.json not checked"),
     (13, zipped, "a Hugging Face token"),
     (13, lambda folder: (folder / "bpe.model").write_bytes(b"\0\1/home/somebody/text.txt\2"), "has a home folder"),
     (13, lambda folder: (folder / "notes.txt").write_text("hf_" + "a" * 30, "utf-16"), "a Hugging Face token"),

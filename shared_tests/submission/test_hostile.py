@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from random import Random
 
@@ -11,8 +12,8 @@ from core.files import FileError
 from core.submission.audits import audit_of
 from core.submission.checks.answers import Checked
 from core.submission.checks.fourteen import CHECKS
-from core.submission.folder import MAX_ENTRIES, SubmissionError, find_folder, parse_object, read_folder
-from core.submission.log_values import FIELDS, parse_log
+from core.submission.folder import MAX_ENTRIES, MAX_TEXT, SubmissionError, find_folder, parse_object, read_folder
+from core.submission.log_values import FIELDS, MAX_LINES, parse_log
 from core.submission.public_logs import read_log
 from core.submission.unpack import MAX_UNPACKED, unpack_program
 from core.training.run import RunError
@@ -94,6 +95,24 @@ def test_a_known_line_with_a_bad_value_is_a_problem_and_counts_for_nothing() -> 
     twice = parse_log("a.log", ["skc_log: 1", "seed: 1", "seed: 2"])
     assert twice.seed == 1 and "an earlier line says 1" in twice.problems[0]
     assert parse_log("a.log", ["step:3/9 train_loss:nan"]).problems
+
+
+def test_long_files_take_no_longer_than_their_lengths(folder: Path, tmp_path: Path) -> None:
+    """Ten megabytes of newlines once took minutes. Processor time, of a place with 200,000 of them in every file."""
+    place = tmp_path / folder.name
+    shutil.copytree(folder, place)
+    for name in ("README.md", "train_gpt.py"):
+        (place / name).write_text("\n" * 200_000 + " " * 200_000)
+    (place / "train_seed42.log").write_text("\n" * (MAX_LINES + 1))
+    began = time.process_time()
+    look(place)
+    assert time.process_time() - began < 10
+    assert any(f"expected at most {MAX_LINES:,}" in problem for problem in read_folder(place).problems)
+    (place / "README.md").write_text("a" * (MAX_TEXT + 1))
+    assert any("README.md" in problem for problem in read_folder(place).problems)
+    for i in range(4):
+        (place / f"{i}.bin").write_bytes(bytes(9_000_000))
+    assert CHECKS[12][1](Checked(read_folder(place))).verdict == "NOT CHECKED"
 
 
 def test_links_are_named_and_never_followed(folder: Path, tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ def test_three_runs_become_a_folder_that_passes(tmp_path: Path, capsys: pytest.C
         (["--out", "x", "--author", "A"], "--github-id, --name, --blurb: missing"),
         (["nowhere", "--out", "x", *ABOUT], "nowhere: does not exist"),
         (["nowhere", "--out", "x", *ABOUT[:-1], "2026-13-01"], "--date 2026-13-01: expected a day"),
+        (["nowhere", "--out", "x", *ABOUT[2:], "--author", "A\nB"], "--author: A B; expected one line of at most 200"),
+        (["nowhere", "--out", "x", *ABOUT[:6], "--blurb", "b" * 2001], "--blurb: 2,001 letters; expected"),
         (["--reproduce", ".", "--steps", "0"], "--steps 0"),
         (["--reproduce", "."], "has no program to run"),
     ],

@@ -25,6 +25,12 @@ def sent(place: Path, form: Form, seeds: tuple[int, ...], capsys: pytest.Capture
         done = packed.start(program, place, DATA_PATH=data, SEED=str(seed), RUN_ID=f"run{seed}")
         assert done.returncode == 0, done.stderr[-3000:]
     runs = [str(place / "runs" / f"run{seed}") for seed in seeds]
+    for run in runs if len(seeds) > 1 else ():
+        main(["audit", run, "--data", data, "--program", str(program), "--seeds", *runs, "--json"])
+        found = json.loads(capsys.readouterr().out)["findings"]
+        assert [(f["rule"], f["verdict"]) for f in found if f["rule"] in ("D1", "D16")] == [
+            ("D1", "PASS"), ("D16", "PASS"),
+        ], found  # fmt: skip
     assert main(["submit", *runs, "--out", str(place / "out"), *ABOUT, "--json"]) == 1
     value = json.loads(capsys.readouterr().out)
     verdicts = {check["number"]: check["verdict"] for check in value["checks"]}
@@ -33,6 +39,8 @@ def sent(place: Path, form: Form, seeds: tuple[int, ...], capsys: pytest.Capture
     assert value["track"] == "non_record_16mb" and not any("checkout" in reason for reason in value["why"])
     assert (Path(value["folder"]) / "train_gpt.py").read_bytes() == program.read_bytes()
     assert "numpy==" in (Path(value["folder"]) / "requirements.txt").read_text()
+    claims = json.loads((Path(value["folder"]) / "submission.json").read_text())["compliance"]
+    assert claims["three_seeds"] == (len(seeds) > 1)
     words = "".join(file.read_text() for file in Path(value["folder"]).iterdir() if file.suffix in (".md", ".log"))
     assert str(place) not in words and data not in words
     return place / "out"

@@ -35,6 +35,17 @@ def test_every_figure_is_that_of_the_records(tmp_path: Path) -> None:
     assert (log.parameters, log.stop_step, log.losses[0]) == (32_900, 4790, (1, "6.000220")) and not log.problems
 
 
+def test_an_artifact_that_was_not_scored_is_refused(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path / "runs")
+    secret = tmp_path / "secret"
+    secret.write_text("of this machine")
+    runs[1].artifact_path.unlink()
+    runs[1].artifact_path.symlink_to(secret)
+    with pytest.raises(SubmissionError, match="15 bytes, but the run scored an artifact of 10,243"):
+        submitted(tmp_path, runs)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_checkouts_runs_go_to_the_other_track_with_the_program_packed_from_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,20 +14,32 @@ import socket
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core import presets
+from core import ROOT, presets
 from core.config import RunConfig, changed, from_json, to_json
 from core.console import Console
+from core.submission.pack import Form, pack_program
 from core.verbs.common import Context
 from core.verbs.train import Train, train_run
 
 STRANGER = [sys.executable, "-S", "-W", "ignore"]
 """Python without the files in site-packages that lead to this checkout."""
 KERNELS = ("scan", "cross_entropy")
+LORA = {
+    "eval.windows": "documents", "eval.seq": 32, "eval.adapt.kind": "lora", "eval.adapt.rank": 2,
+    "eval.adapt.chunk": 16, "eval.adapt.sites": ("mixer", "head"), "eval.adapt.documents": 4, "eval.round": 2,
+}  # fmt: skip
+SKC = {"train.average_from": 0.5, "train.weight_decay": 0.01, **LORA}
+ATTENTION = {
+    **LORA, "eval.adapt.sites": ("q", "v", "head"), "eval.adapt.warm_a": True, "eval.adapt.documents": 1,
+    "eval.round": 1, "eval.phases.at": (0.5,), "eval.phases.chunk": 16, "export.calibration_tokens": 256,
+    "export.budget": 170_000, "export.code_bytes": 1000,
+}  # fmt: skip
 
 
 def tiny(preset: str, data: str, **fields: Any) -> RunConfig:
@@ -90,6 +102,45 @@ def result(folder: Path) -> dict[str, Any]:
         "exported": {k: v for k, v in final["final/artifact"]["score"].items() if k != "bpb_raw"},  # by a manifest
         "artifact": hashlib.sha256((folder / "artifact.skc").read_bytes()).hexdigest(),
     }
+
+
+def skc(data: str) -> RunConfig:
+    """Return ternary weights, engram with rows left out, bank, averages, adapters, and an artifact in codes."""
+    config = tiny("skc_8xh100", data, **SKC)
+    assert config.model.engram.keep and config.model.bank.places and "skc" in config.model.blocks
+    return config
+
+
+def attention(data: str) -> RunConfig:
+    """Return the record's loops, lanes and smear, phases of adaptation, steps that GPTQ fits to what is left."""
+    return tiny("pr1855", data, **ATTENTION)
+
+
+def written(folder: Path, config: RunConfig, backend: str = "cuda", form: Form = "text") -> Path:
+    """Write the program of some settings, in float32, into a folder."""
+    file = folder / "train_gpt.py"
+    file.write_bytes(pack_program(config, backend, form, dtype="float32", micro_tokens=None))
+    return file
+
+
+def same(
+    config: RunConfig, folder: Path, form: Form = "text", world: int = 1, backend: str = "cuda",
+    python: Sequence[str] = STRANGER,
+) -> dict[str, Any]:  # fmt: skip
+    """Run a program by `python`, and the checkout, and return what both have come to: the same."""
+    program, room = written(folder, config, backend, form), folder / "room"
+    room.mkdir()
+    variables = {"DATA_PATH": config.data.path, "RUN_ID": "one"}
+    variables |= {} if python is STRANGER else {"PYTHONPATH": ""}
+    places = seats(world) if world > 1 else [{}]
+    together([*python, str(program)], room, places, **variables)
+    checkout = changed(config, {"export.code_bytes": len(program.read_bytes())})
+    ours = [sys.executable, "-W", "ignore", "-m", "shared_tests.support.packed", "run", as_json(checkout)]
+    together([*ours, backend, str(folder / "checkout")], Path(ROOT), seats(world) if world > 1 else [{}])
+    found = result(room / "runs" / "one")
+    assert found == result(folder / "checkout")
+    assert len(found["losses"]) == 20 and found["losses"][-1] < found["losses"][0]
+    return found
 
 
 def kernels_of(program: str) -> list[str]:

@@ -7,11 +7,13 @@ from typing import Any
 
 from core.audit.claims import LIMIT, SECONDS
 from core.audit.seeds import beats
+from core.console import shorten
 from core.data.published import BYTES, BYTES_PER_TOKEN, DOCUMENTS, TARGETS, TOLERANCE, compare_published
 from core.statistics import StatisticsError
 from core.submission.checks.answers import Answer, Checked, agrees, claimed_number
 from core.submission.folder import TRACKS, SubmissionFolder
 from core.submission.log_values import Log
+from core.submission.submission_json import hardware
 
 LN2 = 0.6931471805599453
 MEBIBYTES = re.compile(
@@ -57,7 +59,7 @@ def check_figures(subject: Checked) -> Answer:
                 compared += 1
                 problems += _hold(f"seed {seed}: {name}", spelled, claimed, logs[seed], notes)
     problems += [*_means(values, folder), *_spreads(values, folder), *_totals(values, folder)]
-    problems += _over_seeds(values, folder)
+    problems += [*_over_seeds(values, folder), *_made_on(values, folder)]
     if not compared:
         notes["no figure of a seed is claimed"] = None
     spare = [log.name for log in folder.spare if log.val_bpb is not None]
@@ -143,6 +145,21 @@ def _over_seeds(values: dict[str, Any], folder: SubmissionFolder) -> list[str]:
         if claimed is not None and wanted and not any(abs(claimed - value) <= near for value in wanted):
             problems.append(f"{name} {claimed:.10g}, by the logs {' or '.join(f'{value:.10g}' for value in wanted)}")
     return problems
+
+
+def _made_on(values: dict[str, Any], folder: SubmissionFolder) -> list[str]:
+    """Return in what hardware and versions are not those of the logs; public logs say neither."""
+    said: dict[str, Callable[[Log], Any]] = {
+        "hardware": lambda log: log.device and hardware(log),
+        "pytorch_version": lambda log: (log.versions or {}).get("torch"),
+        "mlx_version": lambda log: (log.versions or {}).get("mlx"),
+    }
+    return [
+        f"{name} {shorten(str(values[name])[:100], 60)!r}, {log.name} says {shorten(str(found)[:100], 60)!r}"
+        for name, of in said.items()
+        for log in folder.logs
+        if values.get(name) is not None and (found := of(log)) not in (None, "", values[name])
+    ]
 
 
 def _total(log: Log) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from core.console import shorten
 from core.submission.checks.answers import Answer, Checked, claimed_number
-from core.submission.folder import DATED, LOG_NAME, MAX_FILE, SEVERAL, TRACKS, SubmissionFolder
+from core.submission.folder import DATED, LOG_NAME, MAX_FILE, MAX_TEXTS, SEVERAL, TRACKS, SubmissionFolder
 from core.submission.unpack import unpack_program
 
 SPELLED = (*TRACKS, "non-record-16mb", "non-record-unlimited-compute-16mb")
@@ -173,9 +173,10 @@ def check_secrets(subject: Checked) -> Answer:
         texts += [(subject.folder.program_name, text) for text in unpack_program(subject.folder.program).texts]
     for name, text in texts:
         problems += [f"{name}: {what}" for what in secrets_in(text, known)]
-    return Answer(
-        f"looked at {len(texts)} files for home folders, credentials, names of machines", [*dict.fromkeys(problems)]
-    )
+    size = sum(entry.size for entry in subject.folder.entries if entry.kind == "file" and entry.size <= MAX_FILE)
+    unchecked = f"{size:,} bytes of files, of which {MAX_TEXTS:,} were looked at" if size > MAX_TEXTS else ""
+    seen = f"looked at {len(texts)} files for home folders, credentials, names of machines"
+    return Answer(seen, [*dict.fromkeys(problems)], unchecked)
 
 
 def secrets_in(text: str, known: str = "") -> list[str]:

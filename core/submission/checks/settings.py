@@ -13,7 +13,7 @@ from core.submission.log_values import Log
 from core.submission.unpack import unpack_program
 from core.training.run import config_digest
 
-NAMED = re.compile(r"^\s*`?([a-z_]+(?:\.[a-z0-9_]+)+)`? = (\S.{0,400})$", re.MULTILINE)
+NAMED = re.compile(r"^[ \t]*`?([a-z_]+(?:\.[a-z0-9_]+)+)`? = (\S.{0,400})$", re.MULTILINE)
 """A setting of ours as our README writes it."""
 VARIABLE = re.compile(r"(?<![\w$])([A-Z][A-Z0-9_]{2,40})=([\w.,+-]{1,60})(?![\w/])")
 BLOCK = re.compile(r"^(```|~~~)[^\n]{0,80}\n(.{0,20000}?)^\1", re.MULTILINE | re.DOTALL)

@@ -10,6 +10,7 @@ from core.console import shorten
 from core.data.shards import file_sha256
 from core.files import FileError
 from core.submission.checks.answers import Answer, Checked, claimed_number
+from core.submission.submission_json import RULES, compliance_of
 from core.submission.unpack import compile_problem, unpack_program
 
 STUB = 1024
@@ -71,7 +72,7 @@ def check_artifact(subject: Checked) -> Answer:
     named = (audit or {}).get("artifacts")
     if not isinstance(named, dict) or not all(isinstance(entry, dict) for entry in named.values()):
         return Answer("", ["audit.json: artifacts: expected an object of seeds, each with bytes and sha256"])
-    problems = [*_of_logs(subject, named), *_of_code(subject)]
+    problems = [*_of_logs(subject, named), *_of_code(subject), *_of_verdicts(subject)]
     seen = f"audit.json names {len(named)} artifacts"
     if subject.artifact is None:
         return Answer(f"{seen}; give one with --artifact FILE to compare it", problems)
@@ -95,6 +96,27 @@ def _of_code(subject: Checked) -> list[str]:
     if isinstance(code, dict) and all(code.get(name) == value for name, value in found.items()):
         return []
     return [f"audit.json: code is not {subject.folder.program_name}: bytes and sha256 of another file"]
+
+
+def _of_verdicts(subject: Checked) -> list[str]:
+    """Return which claims of compliance no verdict in audit.json bears out; others' audits are in no form of ours."""
+    folder, audits = subject.folder, (subject.folder.audit or {}).get("audits")
+    claims = (folder.submission or {}).get("compliance")
+    if not folder.ours or not isinstance(claims, dict):
+        return []
+    whole = []
+    for audit in audits.values() if isinstance(audits, dict) else ():
+        findings = audit.get("findings") if isinstance(audit, dict) else None
+        findings = findings if isinstance(findings, list) else []
+        named = [f for f in findings if isinstance(f, dict) and {type(f.get(n)) for n in ("rule", "verdict")} == {str}]
+        whole.append({"findings": named})
+    answers = compliance_of(folder.logs, whole)
+    words = {False: "false", None: "not checked"}
+    return [
+        f"submission.json: compliance.{key} is true, by the findings of audit.json {words[answers.get(key)]}"
+        for key in RULES
+        if claims.get(key) is True and answers.get(key) is not True
+    ]
 
 
 def _of_logs(subject: Checked, named: dict[str, Any]) -> list[str]:
