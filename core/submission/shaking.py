@@ -17,6 +17,10 @@ OURS = ("core", "backends")
 ENTRY = "__main__"
 CALLED = {"forward", "backward", "run", "write"}
 """Methods that libraries call by names that no text of ours has: torch's modules and functions, threads, files."""
+REGISTERED = ("custom_op", "register_fake")
+"""Decorators that give a function to a library, which calls it."""
+GRADIENTS = "vjp"
+"""A decorator that gives a function to the one that it is asked of (`@scan.vjp`), whose gradients it makes."""
 Definition = ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
 
 
@@ -48,12 +52,26 @@ class Module:
 def defines(statement: ast.stmt) -> Iterator[str]:
     """Yield the names that a statement defines and does nothing else; none for one that does more."""
     if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-        yield statement.name
+        yield from _owners(statement)
     elif isinstance(statement, ast.Assign | ast.AnnAssign):
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
         inner = [part for target in targets for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
         if all(isinstance(part, ast.Name) for part in inner):
             yield from (part.id for part in inner if isinstance(part, ast.Name))
+
+
+def _owners(statement: ast.FunctionDef | ast.ClassDef) -> list[str]:
+    """Return the name that a definition belongs to: its own, or that of the function whose gradients it makes.
+
+    None of what a library calls.
+    """
+    for one in statement.decorator_list:
+        called = one.func if isinstance(one, ast.Call) else one
+        if isinstance(called, ast.Attribute) and called.attr in REGISTERED:
+            return []
+        if isinstance(called, ast.Attribute) and called.attr == GRADIENTS and isinstance(called.value, ast.Name):
+            return [called.value.id]
+    return [statement.name]
 
 
 def imports(statement: ast.Import | ast.ImportFrom) -> dict[str, tuple[str, str | None]]:
