@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from backends.cuda.model import Model as Trunk
 from core.model.client import model_of

@@ -26,7 +26,7 @@ ASKED = ("check", "rows", "flops", "state", "values", "tape", "mini")
 
 
 def modelling_file(backend: str) -> str:
-    """Return the text of a backend's modelling file: the same for every model, so that who has read one has read all."""
+    """Return the text of a backend's modelling file: the same for every model: who has read one has read all."""
     what, classes = CLIENTS[backend]
     module = f"backends.{backend}.client"
     tree = ast.parse(read_text(Path(ROOT, *module.split(".")).with_suffix(".py")))

@@ -58,7 +58,9 @@ def bound(scope: ast.AST) -> set[str]:
         given = scope.args
         several = [one for one in (given.vararg, given.kwarg) if one is not None]
         names |= {one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs, *several)}
-    inner = [one.target for one in scope.generators] if isinstance(scope, COMPREHENSIONS) else scope.body
+    inner = (
+        [one.target for one in scope.generators] if isinstance(scope, COMPREHENSIONS) else getattr(scope, "body", [])
+    )
     waiting: list[ast.AST] = list(inner) if isinstance(inner, list) else [inner]
     while waiting:
         node = waiting.pop()
@@ -103,7 +105,9 @@ def renamed(source: bytes, body: Iterable[ast.stmt], called: Callable[[str], Cal
             node = asked
         if name is not None and name != ast.unparse(node):
             if asked in finder.quoted:
-                raise ValueError(f"line {node.lineno}: {ast.unparse(node)} stands in a text, where Python tells no place")
+                raise ValueError(
+                    f"line {node.lineno}: {ast.unparse(node)} stands in a text, where Python tells no place"
+                )
             yield Edit(*span(source, node), name.encode())
 
 

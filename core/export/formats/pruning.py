@@ -25,7 +25,9 @@ class Pruning(ast.NodeTransformer):
             if isinstance(node, ast.ImportFrom) and self._is_absent(node):
                 self._gone |= {alias.asname or alias.name for alias in node.names}
         # What explains a module or a constant: it goes where that goes.
-        tree.body = [one for one in tree.body if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))]
+        tree.body = [
+            one for one in tree.body if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))
+        ]
         return self.visit(tree)
 
     def _is_absent(self, node: ast.ImportFrom) -> bool:
