@@ -3,6 +3,7 @@
 import importlib
 import json
 import lzma
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,6 @@ NORMAL, UNKNOWN, CONTROL, DEFINED, UNUSED, BYTE = range(1, 7)
 """SentencePiece's kinds of pieces."""
 UNIGRAM, BPE = 1, 2
 """SentencePiece's kinds of models that are converted."""
-NEVER = -1e6
-"""Score of a piece that no text becomes: the library would take its name in a text for it."""
 ODD = (
     "", " ", "  two  spaces  ", "a\ttab", "lines\n\nand\r\nlines\n", "Zu\u0308rich, na\u00efve, \u1ec7, e\u0323\u0302",
     "\u304b\u3099\uff76\uff9e",
@@ -23,11 +22,11 @@ ODD = (
     "\U0001f469\u200d\U0001f680 \U0001f1e9\U0001f1ea \u270c\U0001f3fd",
     "\x00\x07\x7f\u200b\ufeff", "\u2028\u3000\u00a0.", "<s> </s> <unk> <pad> <0x41>", "\u2581x\u2581",
     "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u4e2d\u6587 \U00020000",
-    "1234567890 3.14159", "don't  CAN'T", "\u0301at the start", "x" * 300,
+    "1234567890 3.14159", "don't  CAN'T", "\u0301at the start, \u00ca\u0300 x\u0301\u031b", "x" * 300,
 )  # fmt: skip
 """Texts in which tokenizers differ."""
-DOCUMENTS = 20
-"""Of the bundled text's, that both tokenizers read."""
+LETTERS = 5000
+"""Of each of the bundled documents that both tokenizers read."""
 
 
 class ConversionError(ValueError):
@@ -57,10 +56,14 @@ def converted(tokenizer: Any) -> bytes:
 
 def sample_texts(tokenizer: Any) -> list[str]:
     """Return the texts that two tokenizers are compared on."""
-    with lzma.open(BUNDLED / "val.jsonl.xz") as file:
-        documents = [json.loads(line)["text"][:5000] for _, line in zip(range(DOCUMENTS), file, strict=False)]
     pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab)]
-    return [*ODD, *documents, *pieces, " ".join(pieces)]
+    return [*ODD, *bundled_texts(), *pieces, " ".join(pieces)]
+
+
+def bundled_texts() -> list[str]:
+    """Return the beginnings of the bundled text's documents."""
+    with lzma.open(BUNDLED / "val.jsonl.xz") as file:
+        return [json.loads(line)["text"][:LETTERS] for line in file]
 
 
 def check_same(made: Any, tokenizer: Any, texts: Sequence[str]) -> None:
@@ -106,6 +109,8 @@ def _of_sentencepiece(library: Any, tokenizer: Tokenizer) -> tuple[Any, str]:
     except ValueError as error:
         raise ConversionError(str(error)) from error
     made.normalizer = library.normalizers.Sequence(steps)
+    if kind == UNIGRAM:
+        made.pre_tokenizer = _between_names(library, proto)
     parts, decoders = library.decoders, []
     decoders += [parts.Replace(SPACE, " "), parts.ByteFallback(), parts.Fuse()]
     if rules.add_dummy_prefix or rules.remove_extra_whitespaces:
@@ -131,8 +136,18 @@ def _bpe(library: Any, proto: Any, unknown: str, tokenizer: Tokenizer) -> Any:
 
 def _unigram(library: Any, proto: Any, tokenizer: Tokenizer) -> Any:
     """Return a unigram model."""
-    scores = [(piece.piece, piece.score if piece.type == NORMAL else NEVER) for piece in proto.pieces]
+    scores = [(piece.piece, piece.score) for piece in proto.pieces]
     return library.models.Unigram(scores, unk_id=tokenizer.unknown, byte_fallback=tokenizer.byte_pieces)
+
+
+def _between_names(library: Any, proto: Any) -> Any:
+    """Return the step that cuts a text inside what spells the name of a piece that no text becomes.
+
+    The library's unigram model would take the name for the piece.
+    """
+    names = [piece.piece for piece in proto.pieces if piece.type not in (NORMAL, BYTE)]
+    places = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names]
+    return library.pre_tokenizers.Split(library.Regex("|".join([*places, "<(?=0x[0-9A-F]{2}>)"])), "isolated")
 
 
 def _of_json(library: Any, tokenizer: Any) -> tuple[Any, str]:

@@ -1,6 +1,7 @@
 """The one modelling file of an exported folder: our model's own code, without the rest of the checkout."""
 
 import ast
+import functools
 from pathlib import Path
 
 from core import ROOT
@@ -25,6 +26,7 @@ ASKED = ("check", "rows", "flops", "state", "values", "tape", "mini")
 """What only a checkout asks of the settings of a part (core.model.table.Part)."""
 
 
+@functools.cache
 def modelling_file(backend: str) -> str:
     """Return the text of a backend's modelling file: the same for every model: who has read one has read all."""
     what, classes = CLIENTS[backend]
