@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from core.config import ConfigError, ModelConfig
-from core.export.formats.folder import check_folder, write_folder
-from core.export.formats.forms import folder_files
-from core.export.formats.subject import artifact_path, exported
 from core.verbs.common import Context, Outcome, open_artifact, open_tokenizer
+from core.weights.folder import check_folder, write_folder
+from core.weights.forms import folder_files
+from core.weights.subject import artifact_path, read_exported
 
 GGUF = (
     "--format gguf: a gguf file names one of the architectures that llama.cpp has built in, and none has {what}; "
@@ -25,7 +25,7 @@ def export_weights(path: str, form: str, out: str | None, data: str | None, cont
     folder = Path(out) if out is not None else Path(artifact).parent / form
     check_folder(folder)
     tokenizer = open_tokenizer(subject, artifact, data)
-    source = exported(artifact, tokenizer, subject.config.train.seq)
+    source = read_exported(artifact, tokenizer, subject.config.train.seq)
     files, config, unconverted = folder_files(source, form)
     if unconverted is not None:
         context.say(f"no tokenizer.json: {unconverted}; tokenizer.model is written instead")

@@ -1,6 +1,7 @@
 """tokenizer.json of our tokenizers: the same ids on any text, or none is written. Budget: 8 s."""
 
 import functools
+import importlib
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import tokenizers
 
 from core.data.bundled import BUNDLED
 from core.data.tokenizer import Tokenizer
-from core.export.formats.converting import ODD, ConversionError, bundled_texts, check_same, converted, sample_texts
+from core.weights.converting import ODD, ConversionError, bundled_texts, check_ids, converted, sample_texts
 from shared_tests.support.exported import run_client
 from shared_tests.support.harness import LINES, tiny_tokenizer
 from shared_tests.support.json_tokenizers import qwen_like
@@ -83,7 +84,7 @@ def test_ids_are_the_same_on_any_text(kind: str) -> None:
     }  # fmt: skip
     tokenizer = made[kind]()
     theirs = read_by(converted(tokenizer))
-    check_same(theirs, tokenizer, [*nasty(300 if kind == "bundled" else 60), *LINES])
+    check_ids(theirs, tokenizer, [*nasty(300 if kind == "bundled" else 60), *LINES])
     assert theirs.encode("the sea").ids == [tokenizer.bos, *tokenizer.encode("the sea").tolist()]
 
 
@@ -91,16 +92,15 @@ def test_decomposed_texts_are_composed_as_sentencepiece_does() -> None:
     """What the library's own step for these rules loses or fails on."""
     theirs, ours = read_by(converted(bundled())), bundled()
     letters = [chr(one) for one in (*range(0xC0, 0x250), *range(0x3041, 0x30FF), *range(0xAC00, 0xAC80))]
-    check_same(theirs, ours, [unicodedata.normalize("NFD", letter) for letter in letters])
+    check_ids(theirs, ours, [unicodedata.normalize("NFD", letter) for letter in letters])
     plain = tokenizers.normalizers.Precompiled(_charsmap(ours))
     assert plain.normalize_str("\u304b\u3099") != "\u304c" and ours.normalise("\u304b\u3099") == "\u304c"
     assert theirs.normalizer is not None and theirs.normalizer.normalize_str("\u304b\u3099") == "\u304c"
 
 
 def _charsmap(tokenizer: Tokenizer) -> bytes:
-    from sentencepiece import sentencepiece_model_pb2
-
-    return sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model).normalizer_spec.precompiled_charsmap
+    proto = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto
+    return proto.FromString(tokenizer.model).normalizer_spec.precompiled_charsmap
 
 
 def test_what_has_no_form_is_refused() -> None:
@@ -126,7 +126,7 @@ def test_a_tokenizer_that_differs_anywhere_is_refused() -> None:
         else:
             other["decoder"]["decoders"].pop(0)
         with pytest.raises(ConversionError, match="it would"):
-            check_same(read_by(json.dumps(other).encode()), ours, texts)
+            check_ids(read_by(json.dumps(other).encode()), ours, texts)
 
 
 @pytest.mark.long

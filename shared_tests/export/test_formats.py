@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import core.export.formats.forms as forms
+import core.weights.forms as forms
 from core.config import to_json
 from core.data.tokenizer import Tokenizer
 from core.export.artifact import read_artifact
-from core.export.formats.folder import write_folder
-from core.export.formats.modelling import modelling_file
 from core.formats.tensors import read_tensors
+from core.weights.folder import write_folder
+from core.weights.modelling import modelling_file
 from shared_tests.support import exported, harness
 from shared_tests.support.command_line import call, refuse
 
@@ -191,7 +191,7 @@ def test_a_write_that_fails_leaves_the_folder_before(tmp_path: Path, monkeypatch
             raise OSError("no room")
         os.replace(source, target)
 
-    monkeypatch.setattr("core.export.formats.folder.place_file", place)
+    monkeypatch.setattr("core.weights.folder.place_file", place)
     with pytest.raises(OSError, match="no room"):
         write_folder(folder, {"README.md": b"two"}, {"model_type": "skc"})
     assert (folder / "config.json").read_bytes() == before and os.listdir(tmp_path) == ["out"]

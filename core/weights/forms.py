@@ -7,13 +7,13 @@ import safetensors.numpy
 
 from core.config import to_json
 from core.data.tokenizer import Tokenizer
-from core.export.formats.card import card
-from core.export.formats.converting import ConversionError, converted
-from core.export.formats.folder import CARD, CONFIG
-from core.export.formats.modelling import modelling_file
-from core.export.formats.subject import Exported, narrowed
 from core.submission.checks.form import secrets_in
 from core.submission.folder import SubmissionError
+from core.weights.card import card
+from core.weights.converting import ConversionError, converted
+from core.weights.folder import CARD, CONFIG
+from core.weights.modelling import modelling_file
+from core.weights.subject import Exported, narrowed
 
 WEIGHTS = "model.safetensors"
 MODELLING = {"hf": ("modeling_skc.py", "cuda"), "mlx-lm": ("model.py", "mlx")}

@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
 from core import ROOT
-from core.export.formats.naming import Called, Edit, first_line, line_starts, local_names, renamed, without
-from core.export.formats.pruning import Pruning
 from core.files import read_text
 from core.submission.shaking import ENTRY, OURS, Shaken, defines
+from core.weights.naming import Called, Edit, cut, first_line, line_starts, local_names, renamed
+from core.weights.pruning import Pruning
 
 SETTINGS = "core.model"
 """Below it classes are the settings of parts; a backend's part has the same name."""
 
 
-class Place(NamedTuple):
+class Defined(NamedTuple):
     """A definition: the module that it stands in, and its name there."""
 
     module: str
     name: str
 
 
-def flattened(entry: str, names: Mapping[Place, str], absent: Collection[str] = ()) -> str:
+def flat_module(entry: str, names: Mapping[Defined, str], absent: Collection[str] = ()) -> str:
     """Return one module's text with what `entry`, a program's text, needs of ours.
 
     `names`: what definitions are called there. `absent` modules, definitions (module.name) and methods
@@ -41,7 +41,7 @@ def flattened(entry: str, names: Mapping[Place, str], absent: Collection[str] = 
 
 
 class _Flat:
-    def __init__(self, entry: str, names: Mapping[Place, str], absent: Collection[str]) -> None:
+    def __init__(self, entry: str, names: Mapping[Defined, str], absent: Collection[str]) -> None:
         self._absent = absent
         self._sources: dict[str, bytes] = {}
         self._edits: dict[str, list[Edit]] = {}
@@ -63,11 +63,11 @@ class _Flat:
         self._members |= {node: list(node.body) for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
         return tree
 
-    def _place(self, module: str, name: str) -> Place | str | None:
+    def _place(self, module: str, name: str) -> Defined | str | None:
         """Return what a module's global name stands for: a definition, or the name of a module of ours; else None."""
         own = self._modules[module]
         if name in own.defined:
-            return Place(module, name)
+            return Defined(module, name)
         source, inner = own.imported.get(name, ("", None))
         whole = source if inner is None else f"{source}.{inner}"
         if source in self._modules and inner is not None and (found := self._place(source, inner)) is not None:
@@ -86,9 +86,9 @@ class _Flat:
                     raise ValueError(f"{name}: {local} is {source}.{inner}, but elsewhere {found[local]}")
         return found
 
-    def _unique_names(self, given: Mapping[Place, str]) -> dict[Place, str]:
+    def _unique_names(self, given: Mapping[Defined, str]) -> dict[Defined, str]:
         """Return what every definition is called in the one module."""
-        every = (Place(name, one) for name, body in self._kept.items() for part in body for one in defines(part))
+        every = (Defined(name, one) for name, body in self._kept.items() for part in body for one in defines(part))
         places = list(dict.fromkeys(every))
         counts = Counter(place.name for place in places if not place.module.startswith(SETTINGS))
         taken = {*self._foreign, *dir(builtins), *keyword.kwlist, *given.values()}
@@ -120,7 +120,7 @@ class _Flat:
             for local in module.imported:
                 found = self._place(name, local) if local in module.needed else None
                 if found is not None:
-                    enter(found.module if isinstance(found, Place) else found)
+                    enter(found.module if isinstance(found, Defined) else found)
             order[name] = None
 
         for name in self._modules:
@@ -159,20 +159,20 @@ class _Flat:
     def _called(self, module: str, name: str) -> Called:
         """Return what a module's global name is called in the one module."""
         found = self._place(module, name)
-        if isinstance(found, Place):
+        if isinstance(found, Defined):
             return self._names[found]
         if found is None:
             return None
         inner = {*self._modules[found].defined, *self._modules[found].imported}
         places = {one: self._place(found, one) for one in inner}
-        return {one: self._names[at] for one, at in places.items() if isinstance(at, Place) and at in self._names}
+        return {one: self._names[at] for one, at in places.items() if isinstance(at, Defined) and at in self._names}
 
     def _gone(self, name: str) -> Iterator[Edit]:
         """Yield the edits that take methods away which nobody calls."""
         for statement in self._kept[name]:
             members = self._members.get(statement, []) if isinstance(statement, ast.ClassDef) else []
             kept = {id(one) for one in getattr(statement, "body", [])}
-            yield from (without(self._sources[name], one) for one in members if id(one) not in kept)
+            yield from (cut(self._sources[name], one) for one in members if id(one) not in kept)
 
 
 def _path(name: str) -> Path:
@@ -198,7 +198,7 @@ def _import_lines(imports: Mapping[str, tuple[str, str | None]]) -> str:
     return "\n".join(sorted(lines, key=lambda line: line.startswith("from")))
 
 
-def _proposals(place: Place, others: int) -> Iterator[str]:
+def _proposals(place: Defined, others: int) -> Iterator[str]:
     """Yield names for a definition, the best first; `others`: how many modules but those of settings have its name."""
     tail, name = place.module.rpartition(".")[2], place.name.lstrip("_")
     if place.module.startswith(SETTINGS):

@@ -3,9 +3,9 @@
 import json
 
 from core.config import chosen
-from core.export.formats.subject import Exported
 from core.model.params import count, param_table
 from core.plain import flattened
+from core.weights.subject import Exported
 
 TAGS = {"hf": "transformers", "mlx-lm": "mlx"}
 """Format -> the library that a hub names."""

@@ -5,10 +5,10 @@ import functools
 from pathlib import Path
 
 from core import ROOT
-from core.export.formats.flattening import Place, flattened
 from core.files import read_text
 from core.model.config import ModelConfig
 from core.model.trunk import Stage
+from core.weights.flattening import Defined, flat_module
 
 HEAD = '''"""{what}
 
@@ -20,7 +20,7 @@ CLIENTS = {
     "cuda": ("A language model of skc-lab for Hugging Face transformers.", ("SKCConfig", "SKCForCausalLM")),
     "mlx": ("A language model of skc-lab for mlx-lm.", ("Model", "ModelArgs")),
 }
-NAMES = {Place("core.model.table", "Model"): "AnyModel", Place("core.model.context", "Blocks"): "CapsuleBlocks"}
+NAMES = {Defined("core.model.table", "Model"): "AnyModel", Defined("core.model.context", "Blocks"): "CapsuleBlocks"}
 """What is called otherwise than in its own module, where a better name than a made one is known."""
 ASKED = ("check", "rows", "flops", "state", "values", "tape", "mini")
 """What only a checkout asks of the settings of a part (core.model.table.Part)."""
@@ -35,9 +35,9 @@ def modelling_file(backend: str) -> str:
     # What the library calls nobody else may: each method is named.
     called = [one.name for kind in tree.body for one in getattr(kind, "body", []) if isinstance(one, ast.FunctionDef)]
     entry = f"from {module} import {', '.join(classes)}\n{', '.join(classes)}, {called!r}\n"
-    names = {Place(module, name): name for name in classes}
-    names |= {Place(f"backends.{backend}.model", "Model"): "Trunk", **NAMES}
-    return HEAD.format(what=what) + flattened(entry, names, _absent(backend))
+    names = {Defined(module, name): name for name in classes}
+    names |= {Defined(f"backends.{backend}.model", "Model"): "Trunk", **NAMES}
+    return HEAD.format(what=what) + flat_module(entry, names, _absent(backend))
 
 
 def _absent(backend: str) -> set[str]:

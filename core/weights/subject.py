@@ -57,7 +57,7 @@ def artifact_path(path: str) -> str:
     return str(run.artifact_path)
 
 
-def exported(path: str, tokenizer: Tokenizer, seq: int) -> Exported:
+def read_exported(path: str, tokenizer: Tokenizer, seq: int) -> Exported:
     """Read the artifact at `path` and what is recorded beside it; ArtifactError, RunError."""
     artifact = read_artifact(path)
     sha256 = hashlib.sha256(read_file(path, MAX_ARTIFACT)).hexdigest()

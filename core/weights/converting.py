@@ -9,7 +9,8 @@ from typing import Any
 
 from core.data.bundled import BUNDLED
 from core.data.tokenizer import SPACE, Tokenizer
-from core.export.formats.normalising import normaliser_steps
+from core.files import read_file
+from core.weights.normalising import normaliser_steps
 
 NORMAL, UNKNOWN, CONTROL, DEFINED, UNUSED, BYTE = range(1, 7)
 """SentencePiece's kinds of pieces."""
@@ -25,6 +26,7 @@ ODD = (
     "1234567890 3.14159", "don't  CAN'T", "\u0301at the start, \u00ca\u0300 x\u0301\u031b", "x" * 300,
 )  # fmt: skip
 """Texts in which tokenizers differ."""
+MAX_BUNDLED = 1 << 22
 LETTERS = 5000
 """Of each of the bundled documents that both tokenizers read."""
 
@@ -38,16 +40,12 @@ def converted(tokenizer: Any) -> bytes:
 
     It is held to the tokenizer on ODD, on text of the bundled documents and on the spelling of every piece.
     """
-    try:
-        library = importlib.import_module("tokenizers")
-    except ImportError as error:
-        command = "pip install -c constraints.txt -e '.[hf]'"
-        raise ConversionError(f"tokenizers is not installed (run: {command})") from error
+    library = _library("tokenizers", "tokenizers")
     if isinstance(tokenizer, Tokenizer):
         made, start = _of_sentencepiece(library, tokenizer)
     else:
         made, start = _of_json(library, tokenizer)
-    check_same(made, tokenizer, sample_texts(tokenizer))
+    check_ids(made, tokenizer, sample_texts(tokenizer))
     made.post_processor = library.processors.TemplateProcessing(
         single=f"{start} $A", pair=f"{start} $A {start} $B:1", special_tokens=[(start, tokenizer.bos)]
     )
@@ -62,11 +60,11 @@ def sample_texts(tokenizer: Any) -> list[str]:
 
 def bundled_texts() -> list[str]:
     """Return the beginnings of the bundled text's documents."""
-    with lzma.open(BUNDLED / "val.jsonl.xz") as file:
-        return [json.loads(line)["text"][:LETTERS] for line in file]
+    lines = lzma.decompress(read_file(BUNDLED / "val.jsonl.xz", MAX_BUNDLED)).splitlines()
+    return [json.loads(line)["text"][:LETTERS] for line in lines]
 
 
-def check_same(made: Any, tokenizer: Any, texts: Sequence[str]) -> None:
+def check_ids(made: Any, tokenizer: Any, texts: Sequence[str]) -> None:
     """Raise ConversionError unless a tokenizer of the library gives every text the ids and the text of ours."""
     made.encode_special_tokens = True  # a text that spells a control token out is no end of a document
     for text in texts:
@@ -86,13 +84,22 @@ def check_same(made: Any, tokenizer: Any, texts: Sequence[str]) -> None:
             )
 
 
+def _library(module: str, package: str) -> Any:
+    """Return a module of a package that is an extra."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        command = "pip install -c constraints.txt -e '.[hf]'"
+        raise ConversionError(f"{package} is not installed (run: {command})") from error
+
+
 def _of_sentencepiece(library: Any, tokenizer: Tokenizer) -> tuple[Any, str]:
     """Return the library's tokenizer of a SentencePiece model, and its BOS."""
     if tokenizer.transform != "none":
         raise ConversionError(
             f"its text is transformed first (--transform {tokenizer.transform}), for which it has no step"
         )
-    proto = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    proto = _library("sentencepiece.sentencepiece_model_pb2", "protobuf").ModelProto()
     proto.ParseFromString(tokenizer.model)
     pieces, kind, rules = proto.pieces, proto.trainer_spec.model_type, proto.normalizer_spec
     odd = next((piece for piece in pieces if piece.type in (DEFINED, UNUSED)), None)
