@@ -11,7 +11,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from backends.cuda.model import Model as Trunk
-from core.model.client import settings_of
+from core.model.client import model_of_spec
 from core.model.context import Constants, each_array
 from core.model.tables import mixer_tables, rope_tables
 
@@ -52,7 +52,7 @@ class SKCForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self._settings = settings_of(config.spec)
+        self._settings = model_of_spec(config.spec)
         self.model = Trunk(self._settings, False)
         self._tables = {}
         self.post_init()

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from backends.mlx import ops
 from backends.mlx.attention import Forms
 from backends.mlx.model import Model as Trunk
-from core.model.client import settings_of
+from core.model.client import model_of_spec
 from core.model.context import Constants
 from core.model.tables import mixer_tables, rope_tables
 
@@ -74,7 +74,7 @@ class Model(nn.Module):
         super().__init__()
         self.args = args
         self.model_type = args.model_type
-        self._settings = settings_of(args.spec)
+        self._settings = model_of_spec(args.spec)
         self.model = Trunk(self._settings, False, Forms(ops.attention, ops.attention, ""))
         self._mixing = [mx.array(table, mx.float32) for table in mixer_tables(self._settings)]
 

@@ -6,7 +6,7 @@ from typing import Any
 from core.model.config import ModelConfig
 
 
-def settings_of(values: dict[str, Any]) -> ModelConfig:
+def model_of_spec(values: dict[str, Any]) -> ModelConfig:
     """Return the settings that a config.json holds: they were checked when it was written."""
     return _settings(ModelConfig, values)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeGuard
 from core import ROOT
 from core.files import read_text
 from core.submission.shaking import ENTRY, OURS, Shaken, defines
-from core.weights.naming import Called, Edit, cut, first_line, line_starts, local_names, renamed
+from core.weights.naming import Called, Edit, cut_statement, first_line, line_starts, local_names, renamed
 from core.weights.pruning import Pruning
 
 SETTINGS = "core.model"
@@ -172,7 +172,7 @@ class _Flat:
         for statement in self._kept[name]:
             members = self._members.get(statement, []) if isinstance(statement, ast.ClassDef) else []
             kept = {id(one) for one in getattr(statement, "body", [])}
-            yield from (cut(self._sources[name], one) for one in members if id(one) not in kept)
+            yield from (cut_statement(self._sources[name], one) for one in members if id(one) not in kept)
 
 
 def _path(name: str) -> Path:

@@ -43,7 +43,7 @@ def first_line(source: bytes, node: ast.stmt) -> int:
     return first
 
 
-def cut(source: bytes, node: ast.stmt) -> Edit:
+def cut_statement(source: bytes, node: ast.stmt) -> Edit:
     """Return the edit that takes a statement away, with all that belongs to it and the blank lines in front."""
     lines, starts, first = source.split(b"\n"), line_starts(source), first_line(source, node)
     while first and not lines[first - 1].strip():

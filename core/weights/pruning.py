@@ -4,7 +4,7 @@ import ast
 from collections.abc import Collection
 from typing import Any
 
-from core.weights.naming import Edit, cut, span
+from core.weights.naming import Edit, cut_statement, span
 
 
 class Pruning(ast.NodeTransformer):
@@ -47,7 +47,7 @@ class Pruning(ast.NodeTransformer):
             return self.generic_visit(node)
         if node.orelse:
             raise ValueError(f"line {node.lineno}: a branch that asks for an absent module has another behind it")
-        self.edits.append(cut(self._source, node))
+        self.edits.append(cut_statement(self._source, node))
         return None
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:

@@ -225,6 +225,18 @@ def test_shaking_keeps_what_is_named_and_no_more(tmp_path: Path, monkeypatch: py
     assert "done by itself" in ast.unparse(whole.text("core.three"))
 
 
+def test_gradients_that_no_name_asks_for_stay_with_their_operations() -> None:
+    """A decorator registers them: without them a kernel has no gradient, and an operation of ours none on a CPU."""
+    for module, function, words in (
+        ("backends.mlx.scan", "scan", ["@_scan.vjp", "kernels.backward"]),
+        ("backends.mlx.ops", "short_conv", ["@_short_conv.vjp"]),
+        ("backends.cuda.routing", "products", ["def _product_gradients", "@_product_gradients.register_fake"]),
+    ):
+        text = ast.unparse(Shaken(f"from {module} import {function}\n{function}").text(module))
+        assert all(word in text for word in words), (module, text)
+    assert "_orthogonal" not in ast.unparse(Shaken("from backends.mlx.ops import rope\nrope").text("backends.mlx.ops"))
+
+
 def test_a_program_refuses_what_it_does_not_read(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = packed.tiny("debug", data)
     done = packed.start(written(tmp_path, config), tmp_path, DATA_PATH=data, NUM_LAYERS="4")
