@@ -2,8 +2,8 @@
 
 SentencePiece replaces the longest sequence that its rules (a charsmap) know, from the left. The library's step
 `Precompiled` replaces a grapheme at a time: of one that its rules know in part it loses the rest, or it fails. So here
-every character is set apart first, and only single ones get there. What the rules compose of several is left to the
-step NFC: letters with marks before it, and those that are letters only behind it (full-width ones) behind it.
+every character is set apart first, and only single ones get there. What the rules make of several, letters with marks
+above all, is left to the step NFC behind it, from which characters that do not compose stay apart.
 """
 
 import unicodedata
@@ -39,8 +39,8 @@ def normaliser_steps(charsmap: bytes, prefix: bool, collapse: bool) -> list[Any]
             raise ValueError(f"its normalisation rules: {' '.join(str(error).split())[:100]}") from error
         apart = normalizers.Replace(Regex(between_characters()), APART)
         near = normalizers.Replace(Regex(rf"(?<!\A)(?<![{APART}])(?=[{MARKS}])"), NEAR)
-        steps += [apart, normalizers.NFC(), near, rules, normalizers.Replace(NEAR, "")]
-        steps += [normalizers.NFC(), normalizers.Replace(APART, "")]
+        undo = [normalizers.Replace(NEAR, ""), normalizers.NFC(), normalizers.Replace(APART, "")]
+        steps += [apart, near, rules, *undo]
     if collapse:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A +"), "")]
     steps.append(normalizers.Replace(" ", SPACE))
