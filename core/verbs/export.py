@@ -1,4 +1,4 @@
-"""Verb `skc export RUN`: the artifact of a run is written, read back and scored again."""
+"""Verb `skc export RUN`: the artifact of a run is written, read back and scored again, or its weights for others."""
 
 import dataclasses
 import shlex
@@ -32,11 +32,15 @@ class Export:
     """Options of `skc export`."""
 
     run: Positional[str]
-    """Run folder."""
+    """Run folder; for --format other than artifact also an artifact."""
+    format: Literal["artifact", "safetensors", "hf", "mlx-lm", "gguf"] = "artifact"
+    """artifact: write, reload and score it; others: its weights in a folder for other libraries (docs/weights.md)."""
+    out: str | None = None
+    """The folder that is written; None: one of the format's name beside the artifact."""
     step: int | None = None
     """Step of a checkpoint that train.keep_every kept; None: the last one."""
     data: str | None = None
-    """Where the run's data are now; None: where they were."""
+    """Where the run's data are now, or an artifact's tokenizer; None: where they were."""
     backend: Backend = "auto"
     """What scores the artifact."""
     method: Literal["round", "gptq"] | None = None
@@ -54,8 +58,25 @@ def export_run(options: Export, context: Context) -> Outcome:
 
     That of an older step goes beside the run's own, whose results stay as they are.
     """
+    if options.format != "artifact":
+        return _weights(options, context)
+    require(options.out is None, f"--out {options.out}: an artifact lies in its run; leave it out, or give --format")
     with hold(Run.open(options.run).path):
         return _export(options, context)
+
+
+def _weights(options: Export, context: Context) -> Outcome:
+    """Write the weights in another format; ConfigError for an option that is about the artifact."""
+    from core.verbs.export_weights import export_weights
+
+    own = {"run", "format", "out", "data", "json"}
+    given = (f.name for f in dataclasses.fields(Export) if f.name not in own and getattr(options, f.name) != f.default)
+    for name in given:
+        raise ConfigError(
+            f"--{name}: is about how an artifact is written, and --format {options.format} takes the one that is "
+            "there: leave it out"
+        )
+    return export_weights(options.run, options.format, options.out, options.data, context)
 
 
 def _export(options: Export, context: Context) -> Outcome:

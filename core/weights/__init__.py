@@ -1,0 +1,1 @@
+"""A model in the forms that others read: safetensors, a Hugging Face folder, an mlx-lm folder."""
