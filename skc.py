@@ -7,10 +7,10 @@ from core.data.dataset import DataError
 from core.decoding.text_state import TextState
 from core.export.artifact import ArtifactError
 from core.files import FileError
-from core.library import Model, load
-from core.library_work import AblationRows, TrainedRun
-from core.library_work import ablate_plan as ablate
-from core.library_work import train_preset as train
+from core.library.model import Model, load
+from core.library.work import AblationRows, TrainedRun
+from core.library.work import ablate_plan as ablate
+from core.library.work import train_preset as train
 from core.runs.listing import list_runs as runs
 from core.runs.row import RunRow
 from core.scoring.score import Score

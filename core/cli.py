@@ -207,8 +207,8 @@ def _parse(name: str, arguments: list[str]) -> Any:
     """Return a verb's options; UsageError in one line for whatever tyro says in many."""
     import tyro
 
-    from core import options, short_forms
-    from core.option_help import short_help
+    from core.command_line import options, short_forms
+    from core.command_line.option_help import short_help
     from core.scoring.choices import folded
 
     verb = VERBS[name]
@@ -260,10 +260,10 @@ def _defaults(name: str, kind: Any, arguments: list[str], wants_help: bool) -> t
     None for the settings: only help on the verb was asked for.
     """
     from core import presets
+    from core.command_line.options import taken, value_of
+    from core.command_line.short_forms import CONFIG
     from core.config_file import settings_of_file
-    from core.options import taken, value_of
     from core.scoring.plugins import foreign
-    from core.short_forms import CONFIG
     from core.verbs.scoring_options import of_kind
 
     first, file = VERBS[name].first, None

@@ -4,9 +4,9 @@ from typing import Any
 
 from core import presets
 from core.ablation.plan import Ablation, check_variants
+from core.command_line.short_forms import RATES, read_factor
 from core.config import ConfigError
 from core.engine.loading import check_dtype, choose_backend
-from core.short_forms import RATES, read_factor
 
 SETTINGS = {
     "data": "data.path", "batch": "train.batch", "seq": "train.seq", "storage": "model.matrix_storage",

@@ -6,7 +6,8 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from core import checks, options
+from core import checks
+from core.command_line import options
 from core.config import ConfigError, EvalConfig, RunConfig, flattened, to_json
 from core.model.upgrade import moved
 from core.plain import type_hints

@@ -40,7 +40,7 @@ def check_watched(path: str) -> Path:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{path}: is a file, expected a run folder or a store of ablations")
-    if not folder.is_dir() or is_store(folder) or (folder / "config.json").exists():
+    if not folder.is_dir() or shows_ablations(folder) or (folder / "config.json").exists():
         return folder
     names = {file.name for file in folder.iterdir()} - {"state", "lock"}  # what a run has that begins now
     if not names:
@@ -50,8 +50,8 @@ def check_watched(path: str) -> Path:
     raise RunError(f"{path}: is no run (it has no config.json) and no store of ablations; {hint}")
 
 
-def is_store(folder: Path) -> bool:
-    """Return whether a folder is a store of ablations, or one of them."""
+def shows_ablations(folder: Path) -> bool:
+    """Return whether a folder is watched as ablations: a store of them, or one of its ablations."""
     return (folder / "ablations").is_dir() or (folder / "members.json").exists()
 
 
@@ -64,7 +64,7 @@ def store_of(folder: Path, name: str | None) -> tuple[Path, str | None]:
 
 def feed_of(folder: Path, name: str | None = None) -> Feed:
     """Return what a new watcher of a folder follows; `name` is an ablation of a store."""
-    if not is_store(folder):
+    if not shows_ablations(folder):
         return RunFeed(folder)
     from core.serve.watch_store import StoreFeed  # scipy, which a run does not need
 
@@ -104,12 +104,12 @@ class Watchers:
 
     async def events(self, name: str | None = None) -> AsyncGenerator[str]:
         """Yield server-sent events; a folder that becomes a store is followed as one."""
-        kind, feed, quiet = is_store(self._folder), feed_of(self._folder, name), 0
+        kind, feed, quiet = shows_ablations(self._folder), feed_of(self._folder, name), 0
         self._listening += 1
         try:
             while not self._stopping.is_set():
-                if is_store(self._folder) != kind:
-                    kind, feed = is_store(self._folder), feed_of(self._folder, name)
+                if shows_ablations(self._folder) != kind:
+                    kind, feed = shows_ablations(self._folder), feed_of(self._folder, name)
                 told = await run_in_threadpool(feed.look)  # a slow disk holds up no other watcher
                 for event in told:
                     yield server_sent(event.name, event.value)

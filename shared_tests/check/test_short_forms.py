@@ -12,9 +12,9 @@ from core import presets
 from core.ablation.base import NAMES, with_base
 from core.ablation.plan import Ablation, read_plan
 from core.cli import VERBS, _parse, main
+from core.command_line.options import options_of
+from core.command_line.short_forms import HELP_ALL, OWN, RATES, SHORT, SHORTENED, lengthened, of_verb
 from core.config import MOST_STEPS, ConfigError, RunConfig, changed, to_json
-from core.options import options_of
-from core.short_forms import HELP_ALL, OWN, RATES, SHORT, SHORTENED, lengthened, of_verb
 from core.training.run import Run, config_digest
 from core.verbs.ablate import Ablate
 from shared_tests.support.command_line import Capture, call, refuse

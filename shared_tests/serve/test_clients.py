@@ -17,7 +17,7 @@ from core.cli import main
 from core.data.tokenizer import Tokenizer
 from core.decoding.generate import sample
 from core.decoding.settings import Decoding
-from core.library import load
+from core.library.model import load
 from shared_tests.support.killed import small_data
 from shared_tests.support.server_process import Process, server
 

@@ -15,12 +15,12 @@ import pytest
 from core import presets
 from core.ablation.fields import flat, put
 from core.cli import VERBS, _parse, main
+from core.command_line.options import given, meant_options, options_of, spelled, unknown
+from core.command_line.short_forms import CONFIG, HELP_ALL, of_verb
 from core.config import AdaptConfig, ConfigError, EvalConfig, RunConfig, changed, from_json, to_json
 from core.data.tokenizer_training import train_tokenizer
 from core.engine.loading import choose_backend
 from core.model.upgrade import MOVED
-from core.options import given, meant_options, options_of, spelled, unknown
-from core.short_forms import CONFIG, HELP_ALL, of_verb
 from core.verbs.common import fit_tokens
 from core.verbs.scoring_options import judged
 from core.verbs.train import Train

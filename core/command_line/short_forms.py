@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from core.command_line.options import hyphened
 from core.config import MOST_STEPS, ConfigError, RunConfig
-from core.options import hyphened
 
 RATES = ("lr_embed", "lr_matrix", "lr_vector", "lr_hash")
 CONFIG = "--config"

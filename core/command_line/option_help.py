@@ -8,9 +8,9 @@ import textwrap
 import typing
 from typing import Any
 
+from core.command_line.options import options_of
+from core.command_line.short_forms import CONFIG, HELP_ALL, of_verb
 from core.config import RunConfig
-from core.options import options_of
-from core.short_forms import CONFIG, HELP_ALL, of_verb
 
 MOST = 124
 """Letters of a line."""

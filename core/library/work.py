@@ -18,7 +18,7 @@ from core.console import Console
 from core.engine.protocol import DType
 from core.files import replace_text
 from core.formats.toml import toml_text
-from core.library import Model, load
+from core.library.model import Model, load
 from core.scoring.score import Score
 from core.verbs.ablate import Ablate, AblationEnd, run_ablation
 from core.verbs.common import Backend, Context
