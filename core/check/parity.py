@@ -8,8 +8,8 @@ import numpy as np
 
 from core import presets, rng
 from core.config import NO_STAGES, ConfigError, ModelConfig, RunConfig
+from core.data.batches import batch as batch_at
 from core.data.bundled import open_data
-from core.data.dataset import batch as batch_at
 from core.engine.loading import BACKENDS, EXTRAS, available_backends
 from core.engine.measured import Measured, load_measured
 from core.engine.protocol import Arrays, Batch, DType, Engine, EngineOptions

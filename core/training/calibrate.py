@@ -3,7 +3,8 @@
 from core.checks import ConfigError
 from core.config import RunConfig
 from core.console import Console
-from core.data.dataset import Dataset, batch
+from core.data.batches import batch
+from core.data.dataset import Dataset
 from core.decoding.generate import written_rows
 from core.engine.protocol import Arrays, Engine
 from core.engine.ranks import agree, share

@@ -11,6 +11,7 @@ import numpy as np
 from core.config import RunConfig
 from core.engine.optimizer_state import optimizer_slots
 from core.engine.protocol import Arrays, DType, Engine
+from core.engine.ranks import Ranks, agree, share_arrays
 from core.engine.scaffolding import trained_table
 from core.files import FileError, open_file, parse_json
 from core.formats.kinds import COUNT, FLAG, among, check_value, number, text, whole
@@ -170,3 +171,14 @@ def digest(arrays: Arrays) -> str:
     for _, value in sorted(arrays.items()):
         state.update(np.ascontiguousarray(value).data)
     return state.hexdigest()
+
+
+def share_checkpoint(ranks: Ranks, saved: Checkpoint | None) -> Checkpoint | None:
+    """Return rank 0's checkpoint on every rank."""
+    if ranks.world == 1:
+        return saved
+    head = agree(ranks, saved and {k: v for k, v in saved._asdict().items() if k not in ("params", "optimizer")})
+    if head is None:
+        return None
+    params = share_arrays(ranks, saved and saved.params)
+    return Checkpoint(**head, params=params, optimizer=share_arrays(ranks, saved and saved.optimizer))

@@ -16,7 +16,8 @@ from core import rng
 from core.config import ConfigError, RunConfig, TrainConfig
 from core.console import duration
 from core.data.batch import Batch
-from core.data.dataset import Dataset, Prefetch, batch_from
+from core.data.batches import Prefetch, batch_from
+from core.data.dataset import Dataset
 from core.decoding.generate import sample_lines, samples
 from core.engine.protocol import Engine, Pending, StepResult
 from core.engine.ranks import Ranks, Stopped, agree, share

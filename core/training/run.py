@@ -14,7 +14,6 @@ from typing import Any, TextIO
 
 from core.config import ConfigError, RunConfig, chosen, differences, flattened, from_json, to_json
 from core.engine.protocol import Arrays, Engine
-from core.engine.ranks import Ranks, agree, share_arrays
 from core.files import (
     MAX_TEXT,
     FileError,
@@ -30,7 +29,7 @@ from core.files import (
     sync_folder,
 )
 from core.training.checkpoint import Checkpoint as Checkpoint
-from core.training.checkpoint import WeightSource, read_checkpoint, write_checkpoint, write_weights
+from core.training.checkpoint import WeightSource, read_checkpoint, share_checkpoint, write_checkpoint, write_weights
 from core.training.moments import read_moments, write_moments
 from core.training.records import METRICS, of_a_run, read_environment, read_object, read_rows
 from core.training.records import RunError as RunError
@@ -303,7 +302,7 @@ class Run:
                 f"add --dtype {saved.dtype}, or choose another --out"
             )
         step, seconds, tokens = (saved.step, saved.seconds, saved.tokens) if saved else (0, 0.0, 0)
-        _share(engine.ranks, saved)
+        share_checkpoint(engine.ranks, saved)
         if saved:
             try:
                 engine.load_params(saved.params, saved.quantise)
@@ -317,46 +316,6 @@ class Run:
         if self.copies is not None:
             self.copies.rows(rows)
         return step, seconds, tokens
-
-
-class Follower(Run):
-    """A run as ranks other than 0 see it: its settings. They write nothing, and read what rank 0 read."""
-
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Leave it to rank 0."""
-
-    def save(self, engine: Engine, step: int, seconds: float, tokens: int | None = None) -> None:
-        """Give rank 0 what this rank knows of the optimizer's state."""
-        engine.optimizer()
-
-    def keep_moments(self, moments: Arrays, of: str) -> None:
-        """Leave it to rank 0."""
-
-    def kept_moments(self, of: str) -> Arrays | None:
-        """Return nothing: rank 0 has them."""
-
-    def ledger_path(self, name: str) -> None:
-        """Return nothing: rank 0 writes."""
-
-    def restore(self, engine: Engine) -> tuple[int, float, int]:
-        """Load the checkpoint that rank 0 read."""
-        saved = _share(engine.ranks, None)
-        if saved is None:
-            return 0, 0.0, 0
-        engine.load_params(saved.params, saved.quantise)
-        engine.load_optimizer(saved.optimizer)
-        return saved.step, saved.seconds, saved.tokens
-
-
-def _share(ranks: Ranks, saved: Checkpoint | None) -> Checkpoint | None:
-    """Return rank 0's checkpoint on every rank."""
-    if ranks.world == 1:
-        return saved
-    head = agree(ranks, saved and {k: v for k, v in saved._asdict().items() if k not in ("params", "optimizer")})
-    if head is None:
-        return None
-    params = share_arrays(ranks, saved and saved.params)
-    return Checkpoint(**head, params=params, optimizer=share_arrays(ranks, saved and saved.optimizer))
 
 
 def config_digest(config: RunConfig) -> str:

@@ -26,8 +26,9 @@ from core.config import (
     to_json,
 )
 from core.console import Console
+from core.data.batches import batch
 from core.data.bundled import SAMPLES, open_data
-from core.data.dataset import Dataset, batch, identity
+from core.data.dataset import Dataset, identity
 from core.data.tokenizer import Tokenizer
 from core.data.user_text import DEFAULT, Cutting, is_text, prepare_user_text
 from core.engine.loading import load_engine

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.config import ConfigError, RunConfig
-from core.data.dataset import Dataset, batch
+from core.data.batches import batch
+from core.data.dataset import Dataset
 from core.engine.loading import load_engine
 from core.engine.memory import enough_memory
 from core.engine.protocol import Engine

@@ -38,10 +38,11 @@ from core.training import trackers
 from core.training.calibrate import calibrate, check_kept
 from core.training.environment import environment
 from core.training.finish import close_training, finish
+from core.training.follower import Follower
 from core.training.loop import check_rows, done, train
 from core.training.loss_plot import LossPlot, letters_for
 from core.training.pruning import start_weights
-from core.training.run import Follower, Run, config_digest
+from core.training.run import Run, config_digest
 from core.training.spans import rooms
 from core.training.writer import hold
 from core.verbs.common import (

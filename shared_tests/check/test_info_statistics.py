@@ -8,7 +8,8 @@ import pytest
 from core import presets
 from core.cli import main
 from core.config import RunConfig
-from core.data.dataset import batch, open_dataset
+from core.data.batches import batch
+from core.data.dataset import open_dataset
 from core.engine.loading import load_engine
 from core.engine.protocol import EngineOptions
 from core.export.artifact import read_artifact, write_artifact

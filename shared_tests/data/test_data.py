@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 import core.data.dataset
 import core.data.prepare
 from core.data.batch import Batch
+from core.data.batches import Prefetch, batch, batch_from
 from core.data.bundled import BUNDLED
-from core.data.dataset import DataError, Prefetch, Split, batch, batch_from, open_shard, write_shard
+from core.data.dataset import DataError, Split, open_shard, write_shard
 from core.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(str(BUNDLED / "tokenizer.model"))

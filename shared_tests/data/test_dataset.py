@@ -13,9 +13,10 @@ import pytest
 import core.data.adopt
 import core.data.dataset
 from core.data.adopt import adopt_shards
+from core.data.batches import batch
 from core.data.bundled import BUNDLED, open_data, prepare_sample, sample_folder
 from core.data.corpus import read_documents
-from core.data.dataset import DataError, batch, open_dataset, write_shard
+from core.data.dataset import DataError, open_dataset, write_shard
 from core.data.tokenizer import Tokenizer, token_bytes
 
 TOKENIZER = Tokenizer.load(str(BUNDLED / "tokenizer.model"))

@@ -7,8 +7,8 @@ import numpy as np
 
 from core.config import RunConfig
 from core.data.batch import Batch
+from core.data.batches import batch as batch_at
 from core.data.bundled import prepare_sample
-from core.data.dataset import batch as batch_at
 from core.data.dataset import open_dataset
 from core.engine.loading import load_engine
 from core.engine.protocol import Arrays, DType, EngineOptions

@@ -12,8 +12,9 @@ import pytest
 from core.check.tolerances import P2_FLOAT64, P3_FLOAT64, relative_rms
 from core.config import ConfigError, RunConfig, changed
 from core.data.batch import Batch
+from core.data.batches import batch_from
 from core.data.bundled import BUNDLED
-from core.data.dataset import Split, batch_from
+from core.data.dataset import Split
 from core.data.tokenizer import Tokenizer
 from core.engine.noise import byte_scale, depth_keys, step_key, weight_keys
 from core.engine.plan import StepPlan

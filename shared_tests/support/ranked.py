@@ -42,8 +42,9 @@ from core.scoring.evaluation import Evaluation
 from core.scoring.ledger import Ledger
 from core.scoring.plugins import Temperature
 from core.scoring.score import score
+from core.training.follower import Follower
 from core.training.loop import train
-from core.training.run import Follower, Run
+from core.training.run import Run
 from core.training.schedule import plan, progress_by_steps
 from core.verbs.common import same_start
 from shared_tests.support.harness import mini, working_weights

@@ -12,8 +12,9 @@ from core import presets, rng
 from core.check.tolerances import P2_FLOAT64, relative_rms
 from core.config import RunConfig, changed
 from core.data.batch import Batch
+from core.data.batches import batch
 from core.data.bundled import open_data
-from core.data.dataset import Dataset, Split, batch
+from core.data.dataset import Dataset, Split
 from core.engine.fitting import fitting, halves, usable, values_per_token
 from core.engine.ranks import Alone
 from core.model.params import param_table

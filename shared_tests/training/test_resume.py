@@ -16,7 +16,8 @@ from core.check.tolerances import P4_FLOAT32, P4_FLOAT64, P5_BPB, relative_rms
 from core.cli import main
 from core.config import ConfigError, DataConfig, RunConfig, changed
 from core.data.batch import Batch
-from core.data.dataset import Dataset, Prefetch, identity, open_dataset
+from core.data.batches import Prefetch
+from core.data.dataset import Dataset, identity, open_dataset
 from core.engine.plan import StepPlan
 from core.engine.protocol import Arrays, Engine
 from core.export.artifact import read_artifact

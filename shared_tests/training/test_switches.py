@@ -16,8 +16,9 @@ import pytest
 from core import rng
 from core.config import POLAR_EXPRESS, RunConfig, TrainConfig, changed
 from core.data.batch import Batch
+from core.data.batches import batch_from
 from core.data.bundled import BUNDLED
-from core.data.dataset import Split, batch_from
+from core.data.dataset import Split
 from core.data.tokenizer import Tokenizer
 from core.training.loop import progress_of, warm_up
 from core.training.schedule import plan
