@@ -300,7 +300,7 @@ class Meter:
         self._steps, self._shown, self._taken = [], now, self._taken + count
         self._run.log(step, values)
         self._say(self._line(step, values, now))
-        self._warn(step, progress[-1])
+        self._warn(step, progress[-1], stats["traces"])
         return True
 
     def _check(self, results: list[tuple[int, StepResult]]) -> None:
@@ -324,9 +324,9 @@ class Meter:
         if skips:
             self._say(f"left the weights as they were, since gradients overflowed float16, in step {', '.join(skips)}")
 
-    def _warn(self, step: int, progress: float) -> None:
+    def _warn(self, step: int, progress: float, traces: float) -> None:
         """Say once that the device's code was compiled again: a step waited for it, and the clock went on."""
-        more = self._engine.stats()["traces"] - self._traces
+        more = traces - self._traces
         if more > 0:
             rows, seq = self._run.config.train.shape(progress)
             rows = min(rows, self._run.config.train.rows_of(seq)[1])

@@ -214,7 +214,7 @@ def test_bad_input_gets_one_line(trained: Path, tmp_path: Path, capsys: Capture)
         ([str(empty)], "train it to its end: skc train debug"),
         ([str(trained / "config.json")], "this is not an artifact"),
         ([run, "--data", data], "was made with tokenizer"),
-        ([run, "--data", str(tmp_path)], "no manifest.json"),
+        ([run, "--data", str(tmp_path)], "is no prepared folder; make one with the model's tokenizer"),
         ([run, "--flips", "0"], "expected at least 1"),
         ([run, "--tokens", "0"], "expected at least 1"),
         ([run, "--stride", "8"], "take sliding or documents"),
