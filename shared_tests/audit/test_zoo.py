@@ -1,6 +1,6 @@
 """Cheats that the auditor must catch by the rule that they break, and honest near-misses. Budget: 60 s.
 
-Every case is a whole `skc audit`, in two to four processes with a framework in them: four of them here, all with
+Every case is a whole `skc audit`, in two to four processes with a framework in them: three of them here, all with
 `scripts/test --long`. What needs no process of its own is in test_zoo_predictions.py and test_audit_texts.py, by rule.
 """
 
@@ -81,8 +81,8 @@ def named(*plugins: str) -> list[str]:
     return ["--plugins", *(name if name == "temperature" else f"shared_tests.support.zoo:{name}" for name in plugins)]
 
 
-SHORT = ("Oracle", "Starter", "Neighbour", "stateful cache")
-"""Animals that the short run audits whole: what is read, started and looked into, and an honest one."""
+SHORT = ("Oracle", "Starter", "Neighbour")
+"""Animals that the short run audits whole: what is read, started and looked into (an honest run: test_audit.py)."""
 
 
 def whole(name: str) -> Any:
