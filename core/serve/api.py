@@ -73,7 +73,7 @@ class Api:
     async def score(self, request: Request) -> Any:
         """Score a text that is the body of the request, and compress the same text."""
         model = find_model(self._models, request.query_params.get("model", ""))
-        body = await read_body(request, self._limits.body)
+        body = await read_body(request, self._limits)
         try:
             given = body.decode()
         except UnicodeDecodeError as error:

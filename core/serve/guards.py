@@ -61,7 +61,7 @@ class Guard:
         self._app, self._hosts = app, frozenset(name.lower() for name in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """WorkAnswer one request, or let the other application answer."""
+        """Answer one request, or let the other application answer."""
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
@@ -100,8 +100,14 @@ def allowed_hosts(host: str, allow: Iterable[str]) -> list[str]:
     return [*LOOPBACK, *own, *allow]
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """Return a request's body, at most `most` bytes of it; Refused."""
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """Return a request's body, once all of it has come, within the limits of bytes and of time; Refused."""
+    with anyio.move_on_after(limits.seconds):
+        return await _whole_body(request, limits.body)
+    raise Refused(408, f"the request did not arrive within {limits.seconds:g} seconds")
+
+
+async def _whole_body(request: Request, most: int) -> bytes:
     too_long = Refused(413, f"the request has over {most:,} bytes, the most that this server takes (--body)")
     length = request.headers.get("content-length", "0")
     if len(length) > 15 or int(length) > most:  # a number: the server parsed it
@@ -120,10 +126,7 @@ async def read_body(request: Request, most: int) -> bytes:
 
 async def read_json(request: Request, kind: Kind, limits: Limits) -> dict[str, Any]:
     """Return a request's JSON object, once it is what `kind` says; Refused names what is wrong."""
-    with anyio.move_on_after(limits.seconds) as waiting:
-        body = await read_body(request, limits.body)
-    if waiting.cancelled_caught:
-        raise Refused(408, f"the request did not arrive within {limits.seconds:g} seconds")
+    body = await read_body(request, limits)
     try:
         value = parse_json("the request", body.decode(), MOST_VALUES)
         json.dumps(value, ensure_ascii=False).encode()  # lone surrogates are no text

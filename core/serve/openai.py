@@ -55,12 +55,19 @@ class Completions:
 
     def routes(self) -> list[Route]:
         """Return the routes."""
-        return [Route("/v1/models", self.models), Route("/v1/completions", self.completions, methods=["POST"])]
+        return [
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),  # a name may be the end of a path
+            Route("/v1/completions", self.completions, methods=["POST"]),
+        ]
 
     async def models(self, request: Request) -> Response:
         """Tell which models there are."""
-        rows = [{"id": model.name, "object": "model", "created": 0, "owned_by": "skc"} for model in self._models]
-        return JSONResponse({"object": "list", "data": rows})
+        return JSONResponse({"object": "list", "data": [_row(model) for model in self._models]})
+
+    async def model(self, request: Request) -> Response:
+        """Tell whether there is a model of a name."""
+        return JSONResponse(_row(find_model(self._models, request.path_params["name"])))
 
     async def completions(self, request: Request) -> Any:
         """Write on after prompts."""
@@ -71,6 +78,11 @@ class Completions:
         if wanted.stream:
             return self._places.events(functools.partial(completion_events, wanted))
         return self._places.answer(functools.partial(completion, wanted))
+
+
+def _row(model: Served) -> dict[str, Any]:
+    """Return a model in the form of OpenAI's API."""
+    return {"id": model.name, "object": "model", "created": 0, "owned_by": "skc"}
 
 
 STOP = Leaf("a text of 1 to 256 letters", lambda value: isinstance(value, str) and 0 < len(value) <= 256)

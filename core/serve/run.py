@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from core.checks import ConfigError, require
+from core.serve.connections import ACCEPTED, Connection
 from core.serve.guards import WILDCARDS, Guard, Refused, allowed_hosts, refusal
 
 GRACE = 2
@@ -81,7 +82,7 @@ def serve_routes(
     stopping: threading.Event,
     listening: socket.socket | None = None,
 ) -> None:
-    """WorkAnswer requests until Ctrl-C; ConfigError for an address that cannot be had.
+    """Answer requests until Ctrl-C; ConfigError for an address that cannot be had.
 
     `ready` gets the URL once requests are answered; `stopping` is set when no more are. `listening`: what `listen`
     returned for this address.
@@ -92,7 +93,7 @@ def serve_routes(
         app = application(routes, allowed_hosts(host, allow))
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="off", loop="asyncio",
-            http="h11", timeout_graceful_shutdown=GRACE, proxy_headers=False,
+            http=Connection, timeout_graceful_shutdown=GRACE, proxy_headers=False, backlog=ACCEPTED,
         )  # fmt: skip
         ready(f"http://{shown}:{place.getsockname()[1]}/")
         try:

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.config import ConfigError, RunConfig, differences, from_json
-from core.files import MAX_TEXT, FileError
+from core.files import FileError
 from core.model.params import count
 from core.presets import PRESETS
-from core.serve.tail import BLOCK, Tail, file_stamp
-from core.training.records import METRICS, RunError, read_environment, read_object, read_row
+from core.serve.tail import Tail, file_stamp
+from core.training.records import MAX_ROWS, METRICS, RunError, read_environment, read_object, read_row
 
 MOST_POINTS = 1000
 """Points of a curve that a watcher is sent at first; of twice as many every second one is dropped."""
-LOOKS = MAX_TEXT // BLOCK + 2
-"""Blocks that are read at once: the whole of the largest file, not of one that grows as fast as it is read."""
+LOOKS = 8
+"""Blocks that are read at once: seconds of work, so that a page shows what there is and Ctrl-C is heard."""
 PACE_ROWS = 20
 """Last lines that the time left is reckoned from."""
 ENDS = ("final/score", "final/artifact")
@@ -48,24 +48,34 @@ class MetricsFeed:
         self.unread = 0
         """Lines that are no line of a run's."""
         self.names: set[str] = set()
+        self._count = 0
+        """Lines that were read."""
 
     def look(self) -> tuple[list[dict[str, Any]], bool]:
-        """Return the lines that came since the last look, and whether they are from the start of a file; FileError."""
+        """Return the lines that came since the last look, and whether `rows` replace all that was told; FileError.
+
+        They do when the file began anew, and when more lines came than a page shows.
+        """
         fresh, anew = [], False
         for _ in range(LOOKS):
             lines, restarted, more = self._tail.look()
             if restarted:
                 self._forget()
                 fresh, anew = [], True
+            self._count += len(lines)
+            if self._count > MAX_ROWS:
+                raise FileError(f"{self._tail.path}: over {MAX_ROWS:,} lines: this is not a run's")
             for line in lines:
                 with suppress(RunError, UnicodeDecodeError):
                     fresh.append(row := read_row("line", line.decode()))
                     self._take(row)
                     continue
                 self.unread += 1
+            if len(fresh) > 2 * self._points:
+                fresh, anew = [], True
             if not more:
                 break
-        return fresh, anew
+        return (self.rows if anew else fresh), anew
 
     def _take(self, row: dict[str, Any]) -> None:
         self.names |= row.keys()

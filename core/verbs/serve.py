@@ -55,7 +55,7 @@ class Serve:
 
 
 def serve_models(options: Serve, context: Context) -> Outcome:
-    """WorkAnswer requests until Ctrl-C."""
+    """Answer requests until Ctrl-C."""
     require_libraries("skc serve")
     from core.serve.api import Api
     from core.serve.openai import Completions

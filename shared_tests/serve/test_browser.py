@@ -94,6 +94,7 @@ def test_two_models_write_side_by_side_in_colours_with_alternatives(tab: Tab, ad
     tab.hover("h1")
     tab.wait("document.querySelector('#card').hidden")
     first = text(tab, "#write-answers .tokens")
+    assert "<0x" not in first, "letters, not the names of their bytes"
     tab.click("#write-go")
     tab.wait("document.querySelector('#write-stop').disabled === false")
     ended(tab, "write")
@@ -148,6 +149,13 @@ def test_a_file_is_drawn_beside_two_compressors(tab: Tab, address: str, tmp_path
     assert count(tab, "#score-chart line.line") == 2 and count(tab, "#score-table tbody tr") == 4
     tab.hover("#score-chart svg")
     tab.wait("document.querySelector('#score-chart .hint').textContent.includes('parts ')")
+
+
+def test_an_axis_of_numbers_beyond_2_to_53_has_an_end(tab: Tab, address: str) -> None:
+    tab.open(address)
+    ticks = "import('/chart.js').then((chart) => chart.ticks({}, {}, 8))"
+    assert tab.ask(ticks.format(0, 1)) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert tab.ask(ticks.format(2**53, 2**53 + 1)) == [2**53]
 
 
 def test_errors_stand_in_one_line_where_they_belong(tab: Tab, address: str) -> None:

@@ -129,6 +129,12 @@ def test_a_body_in_chunks_is_bounded_too(app: Any, path: str) -> None:
         assert ask(app, "POST", path, b"x", headers=[("content-length", length)]).status == 413
 
 
+@pytest.mark.parametrize("path", ["/api/generate", "/api/tokens", "/api/score?model=debug", "/v1/completions"])
+def test_a_body_that_does_not_come_is_waited_for_no_longer_than_the_time(path: str) -> None:
+    reply = ask(app_of([served("cuda")], Limits(seconds=0.01)), "POST", path, [b"{", None])
+    assert reply.status == 408 and "0.01 seconds" in reply.json()["error"]["message"]
+
+
 def test_a_method_that_a_route_does_not_have_is_refused(app: Any) -> None:
     assert ask(app, "GET", "/api/generate").status == 405
     assert ask(app, "DELETE", "/v1/models").status == 405

@@ -67,6 +67,8 @@ def test_the_models_are_listed(app: Any) -> None:
     value = ask(app, "GET", "/v1/models").json()
     assert value["object"] == "list" and [model["id"] for model in value["data"]] == ["debug", "parts"]
     assert all(model["object"] == "model" for model in value["data"])
+    assert ask(app, "GET", "/v1/models/parts").json() == value["data"][1]
+    assert ask(app, "GET", "/v1/models/a/../gpt-4").status == 404
 
 
 def test_what_is_left_out_is_as_openai_has_it(app: Any) -> None:

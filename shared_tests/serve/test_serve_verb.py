@@ -38,7 +38,7 @@ class Asked:
         self.requests, self.replies = requests, []
 
     def run(self, server: Server, sockets: Any) -> None:
-        """WorkAnswer the requests, as the server's loop would, and stop."""
+        """Answer the requests, as the server's loop would, and stop."""
         (place,) = sockets
         assert place.getsockname()[0] == "127.0.0.1"
 

@@ -14,7 +14,7 @@ import pytest
 
 from core import presets
 from core.config import to_json
-from core.serve import tail
+from core.serve import tail, watch_run
 from core.serve.page_files import page_routes
 from core.serve.run import application
 from core.serve.tail import BLOCK, MARK, Tail
@@ -181,6 +181,24 @@ def test_a_long_curve_is_thinned_and_keeps_samples_and_the_newest_line(folder: P
     assert [row["samples"] for row in event.value["rows"] if "samples" in row] == [["She was"]]
     gaps = {b - a for a, b in zip(steps(event)[:300], steps(event)[1:300], strict=False)}
     assert max(gaps) <= 16, "the start is thinned evenly"
+
+
+def test_many_lines_at_once_are_told_thinned_and_a_few_blocks_at_a_time(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = RunFeed(folder)
+    feed.look()
+    append(folder, *(line(step) for step in range(21, 6000)))
+    (event,) = feed.look()
+    assert event.name == "all" and len(event.value["rows"]) <= 2 * MOST_POINTS and steps(event)[0] < steps(event)[-1]
+    monkeypatch.setattr(watch_run, "LOOKS", 1)
+    monkeypatch.setattr(tail, "BLOCK", 1 << 15)
+    append(folder, *(b'{"step": %d}\n' % step for step in range(6000, 10_000)))
+    read = [steps(event)[-1] for _ in range(3) for event in feed.look()]
+    assert read == sorted(set(read)) and 6000 < read[0] < 9_999 == read[-1], "the page need not wait for the end"
+    monkeypatch.setattr(watch_run, "MAX_ROWS", 9_000)
+    (event,) = feed.look()
+    assert event.value["words"].endswith("over 9,000 lines: this is not a run's") and feed.look() == []
 
 
 def test_a_run_that_is_not_there_yet_is_waited_for(tmp_path: Path, folder: Path) -> None:

@@ -84,13 +84,13 @@ async def request(
     app: Any,
     method: str,
     path: str,
-    body: bytes | Iterable[bytes] = b"",
+    body: bytes | Iterable[bytes | None] = b"",
     headers: Iterable[tuple[str, str]] = (),
     seen: Callable[[dict[str, Any]], bool] = lambda message: False,
 ) -> Reply:
     """Return an application's answer to a request; the client leaves once `seen` says so of a message that it got.
 
-    `body`: parts of it come in chunks, without a length.
+    `body`: parts of it come in chunks, without a length; None: what is behind it never comes.
     """
     whole, left, messages = isinstance(body, bytes), asyncio.Event(), []
     waiting = [body] if isinstance(body, bytes) else list(body)
@@ -105,7 +105,7 @@ async def request(
     }  # fmt: skip
 
     async def receive() -> dict[str, Any]:
-        if waiting:
+        if waiting and waiting[0] is not None:
             part = waiting.pop(0)
             return {"type": "http.request", "body": part, "more_body": bool(waiting) and not whole}
         await left.wait()

@@ -9,8 +9,10 @@ export function ticks(low, high, most) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i += 1) found.push(i * step);
-  return found;
+  const first = Math.ceil(low / step - 1e-9);
+  // Counted from `first`: beyond 2^53 a number plus 1 is the same number.
+  for (let i = 0; i <= 2 * most && (first + i) * step <= high + step * 1e-9; i += 1) found.push((first + i) * step);
+  return [...new Set(found)];
 }
 
 /** Return the values between which most of a drawing lies: the first steps of a training are far above the rest. */

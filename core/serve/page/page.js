@@ -107,7 +107,8 @@ async function write(event) {
     for await (const [name, told] of askEvents("api/generate", { model: one.model.name, ...asked }, signal)) {
       if (name === "token") {
         one.text += told.text;
-        one.view.add(told.tokens);
+        const alone = told.tokens.length === 1; // of several at once nothing tells whose letters are whose
+        one.view.add(told.tokens.map((token) => (alone ? { ...token, shown: told.text || "·" } : token)));
         for (const token of told.tokens) [count, bits] = [count + 1, bits + token.bits];
       }
       const speed = name === "done" ? ` · ${number(told.tokens_per_second, 1)} tokens/s · ${REASONS[told.reason] ?? told.reason}` : "";
@@ -175,6 +176,8 @@ async function score(event) {
     }
   });
   byId("score-state").textContent = "";
+  const names = chosen().map((model) => model.name); // as they are chosen, not as they came
+  found.sort((a, b) => names.indexOf(a.name) - names.indexOf(b.name));
   if (found.length) showScore(found);
 }
 
