@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ def prepare_user_text(
             raise DataError(f"{error}; or remove this folder of the cache") from error
         raise
     if content_key(inputs, cutting) != key:
-        os.unlink(os.path.join(folder, MANIFEST))  # the folder has the name of another text
+        shutil.rmtree(folder)  # it has the name of another text
         raise DataError(f"{path}: changed while it was prepared; start again")
     for note in manifest["notes"]:
         say(note)
