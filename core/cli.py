@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from core.console import Console, one_line
+from core.console import Console, one_line, replace_odd
 from core.verbs.errors import UsageError, is_users, message
 
 BEGAN = time.monotonic()
@@ -121,8 +121,8 @@ def open_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
-        elif mode == "w" and isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="replace")
+        elif mode == "w":
+            replace_odd(stream)
 
 
 def _refuse_bytes(argv: Sequence[str]) -> None:

@@ -51,6 +51,12 @@ def _written_out(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
+def replace_odd(stream: object) -> None:
+    """Let a stream show `?` for what its encoding lacks; in the C locale it would end the program otherwise."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+        stream.reconfigure(errors="replace")
+
+
 def shorten(text: str, most: int, letters: int | None = None) -> str:
     """Return text of at most `most` letters, by leaving out its middle; it says how many `letters` there were."""
     if len(text) <= most:
@@ -67,8 +73,7 @@ class Console:
         self.as_json = as_json
         self.stream: TextIO = stream or (sys.stderr if as_json else sys.stdout)
         # What an ASCII terminal lacks is replaced there, not in log.txt.
-        if isinstance(self.stream, io.TextIOWrapper) and self.stream.errors == "strict":
-            self.stream.reconfigure(errors="replace")
+        replace_odd(self.stream)
         self.terminal = self.stream.isatty()
         self._log: TextIO | None = None
         self._status: Any = None

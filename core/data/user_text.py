@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,8 @@ def prepare_user_text(
     `say` gets a line that names the folder, and what a user must know. DataError, TokenizerError, FileError, OSError.
     """
     inputs = find_inputs([path])
-    folder = sample_folder(f"text-{content_key(inputs, cutting)}")
+    key = content_key(inputs, cutting)
+    folder = sample_folder(f"text-{key}")
     if os.path.lexists(os.path.join(folder, MANIFEST)):
         damage = find_damage(folder)
         if damage is None:
@@ -65,6 +67,9 @@ def prepare_user_text(
         if str(error).startswith(f"{folder}: "):
             raise DataError(f"{error}; or remove this folder of the cache") from error
         raise
+    if content_key(inputs, cutting) != key:
+        shutil.rmtree(folder)  # it has the name of another text
+        raise DataError(f"{path}: changed while it was prepared; start again")
     for note in manifest["notes"]:
         say(note)
     return folder

@@ -26,12 +26,12 @@ class TextState:
         """How many tokens it has read."""
         return int(self._state.position[0])
 
-    def advance(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
+    def advance(self, ids: int | np.integer | Sequence[int] | np.ndarray) -> np.ndarray:
         """Read tokens, one or several, and return their logits, (tokens, vocab) float32: row i follows token i.
 
         ConfigError for what is no token, with nothing read.
         """
-        tokens, rows = token_ids("ids", [ids] if isinstance(ids, int) else ids, self._vocab), []
+        tokens, rows = token_ids("ids", [ids] if isinstance(ids, int | np.integer) else ids, self._vocab), []
         for start in range(0, len(tokens), CHUNK):
             chunk = tokens[None, start : start + CHUNK]
             tape = self._engine.chunk(self._state, chunk)

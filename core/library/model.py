@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any, get_args
 
 import numpy as np
@@ -13,6 +14,7 @@ from core.decoding.settings import Decoding, Draft, Sampler
 from core.decoding.text_state import TextState, token_ids
 from core.engine.loading import load_engine
 from core.engine.protocol import DType, Engine, EngineOptions
+from core.library.arguments import check_path, documented
 from core.scoring.evaluation import Evaluation, one_document
 from core.scoring.score import Score, score
 from core.verbs.common import Backend, Subject, open_subject, open_tokenizer, open_twin
@@ -82,15 +84,16 @@ class Model:
         A piece is one letter or more. Who takes no more pieces stops the model.
         """
         _check_text("prompt", prompt)
-        _check_number("tokens", tokens, int)
-        _check_number("temperature", temperature, int | float)
-        _check_number("seed", seed, int)
-        _check_number("top_p", top_p, int | float)
-        _check_number("block", block, int)
+        _check_number("tokens", tokens, Integral)
+        _check_number("temperature", temperature, Real)
+        _check_number("seed", seed, Integral)
+        _check_number("top_p", top_p, Real)
+        _check_number("block", block, Integral)
         if top_k is not None:
-            _check_number("top_k", top_k, int)
+            _check_number("top_k", top_k, Integral)
         limit = generate.context_limit(self.config)
-        how = Decoding(tokens, temperature, top_k, top_p, seed, sampler, draft, block)
+        candidates = None if top_k is None else int(top_k)
+        how = Decoding(int(tokens), float(temperature), candidates, float(top_p), int(seed), sampler, draft, int(block))
         how.check()
         require(twin is None or draft == "twin", f"twin={in_words(twin)}: drafts only with draft=twin")
         if draft == "twin" and twin not in self._twins:
@@ -121,6 +124,7 @@ class Model:
         return token_ids("ids", text, self.config.model.vocab)
 
 
+@documented()
 def load(
     path: str | os.PathLike[str],
     *,
@@ -134,7 +138,8 @@ def load(
     `data`: the prepared folder that a bare artifact's tokenizer is in, where it does not lie beside the artifact.
     RunError, ArtifactError, DataError or ConfigError say what cannot be loaded.
     """
-    require(isinstance(path, str | os.PathLike), f"path={in_words(path)}: expected a run folder or an artifact")
+    check_path("path", path, "a run folder or an artifact")
+    require(data is None or isinstance(data, str), f"data={in_words(data)}: expected the name of a prepared folder")
     types = get_args(DType)
     require(dtype is None or dtype in types, f"dtype={in_words(dtype)}: expected one of {', '.join(types)}")
     name = os.fspath(path)
@@ -145,7 +150,8 @@ def load(
 
 
 def _check_number(name: str, value: Any, kind: Any) -> None:
-    expected = "a whole number" if kind is int else "a number"
+    """Raise ConfigError unless an argument is a number of a kind, Python's or numpy's."""
+    expected = "a whole number" if kind is Integral else "a number"
     require(isinstance(value, kind) and not isinstance(value, bool), f"{name}={in_words(value)}: expected {expected}")
 
 

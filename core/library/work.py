@@ -18,6 +18,7 @@ from core.console import Console
 from core.engine.protocol import DType
 from core.files import replace_text
 from core.formats.toml import toml_text
+from core.library.arguments import check_path, documented
 from core.library.model import Model, load
 from core.scoring.score import Score
 from core.verbs.ablate import Ablate, AblationEnd, run_ablation
@@ -80,6 +81,7 @@ class AblationRows(NamedTuple):
     """The report."""
 
 
+@documented()
 def train_preset(
     preset: str,
     settings: Mapping[str, Any] | None = None,
@@ -98,16 +100,22 @@ def train_preset(
     RunError say what cannot be done, NonFiniteError that the loss is not finite, KeyboardInterrupt comes after a
     checkpoint was made.
     """
-    settings = dict(settings or {}) | ({} if seed is None else {"seed": seed})
+    require(isinstance(preset, str), f"preset={in_words(preset)}: expected the name of a preset")
+    given = {} if settings is None else settings
+    fields = isinstance(given, Mapping) and all(isinstance(field, str) for field in given)
+    require(fields, f"settings={in_words(given)}: expected a table of field -> value")
+    if out is not None:
+        check_path("out", out, "a run folder")
+    settings = dict(given) | ({} if seed is None else {"seed": seed})
     config = changed_preset(preset, settings, "settings")
     types = get_args(DType)
     require(dtype is None or dtype in types, f"dtype={in_words(dtype)}: expected one of {', '.join(types)}")
-    given = {f"--{field.replace('_', '-')}": value for field, value in settings.items()}
+    words_of = {f"--{field.replace('_', '-')}": value for field, value in settings.items()}
     options = dataclasses.replace(
         Train.of(config), backend=backend, dtype=dtype, out=None if out is None else os.fspath(out), again=again,
-        given=tuple(given),
+        given=tuple(words_of),
     )  # fmt: skip
-    words = [str(word) for option, value in given.items() for word in (option, *_words(value))]
+    words = [str(word) for option, value in words_of.items() for word in (option, *_words(value))]
     value = train_run(options, Context(_console(verbose), shlex.join(["skc", "train", preset, *words]))).value
     stored, names = value["artifact"], {field.name for field in dataclasses.fields(Score)}
     score = {**stored["score"], "plugins": tuple(stored["score"].get("plugins", ()))}
@@ -117,6 +125,7 @@ def train_preset(
     )  # fmt: skip
 
 
+@documented()
 def ablate_plan(
     plan: str | os.PathLike[str] | Mapping[str, Any],
     *,
@@ -136,6 +145,9 @@ def ablate_plan(
     ablations/NAME/plan.toml in the store. A run that fails is named in the result, the others go on. ConfigError or
     FileError say what is wrong with the plan, StoreError with the store, SearchError with a search.
     """
+    if not isinstance(plan, Mapping):
+        check_path("plan", plan, "a file, or a table")
+    check_path("store", store, "a folder")
     store = os.fspath(store)
     file = _written(plan, Path(store)) if isinstance(plan, Mapping) else os.fspath(plan)
     options = Ablate(

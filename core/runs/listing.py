@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from core.ablation.records import StoreError, read_member_rows
+from core.checks import in_words, require
 from core.console import one_line
 from core.runs.row import RunRow, RunState, ablation_row, member_row, run_row
 from core.training.records import RunError
@@ -20,8 +21,9 @@ def list_runs(folder: str | os.PathLike[str] = "runs", *, members: bool = False)
     """Return a row for every run and every ablation under `folder`, the last changed first.
 
     A damaged one is a row that says so; links are not followed. `members`: a row for every run of an ablation too.
-    RunError if there is no such folder.
+    RunError if there is no such folder, ConfigError for what is no path.
     """
+    require(isinstance(folder, str | os.PathLike), f"folder={in_words(folder)}: expected a folder of runs")
     path = Path(folder)
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"

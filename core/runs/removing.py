@@ -61,12 +61,16 @@ def _removal(path: Path) -> Removal:
         raise RunError(
             f"{path}: {'is a file' if path.exists() else 'does not exist'}, expected a run folder or a store"
         )
+    here, real = Path(os.path.realpath(".")), Path(os.path.realpath(path))
+    if real in (here, *here.parents):
+        raise RunError(f"{path}: is the folder that this command runs in, or holds it; go to another one first")
     store = not os.path.lexists(path / "config.json") and is_store(path)
     if store:
         _check_store(path)
     else:
         _check_run(path)
-    places = [path, *subfolders(path / "runs"), *subfolders(path / "ablations")] if store else _locks(path)
+    inner = [*subfolders(path / "runs"), *subfolders(path / "ablations")] if store else _inner(path)
+    places = [path, *inner] if store else [*_locks(path), *inner]
     for place in places:
         if is_held(place) or is_held(place / "run"):
             raise RunError(f"{place}: a process works in it: wait until it ends, or stop it")
@@ -78,6 +82,15 @@ def _removal(path: Path) -> Removal:
 def _locks(path: Path) -> list[Path]:
     """Return the folders whose locks stand for a run: its own, and in a store the one around it."""
     return [path, path.parent] if os.path.lexists(path.parent / "job.json") else [path]
+
+
+def _inner(path: Path) -> list[Path]:
+    """Return the folders in a run that have locks of their own (a twin's, an audit's); RunError for another run."""
+    folders = [(Path(place), names) for place, _, names in os.walk(path) if place != str(path)]
+    for place, names in folders:
+        if {"config.json", "metrics.jsonl"} <= {*names}:
+            raise RunError(f"{place}: is a run inside {path}; move it away, or remove it first")
+    return [place for place, names in folders if "lock" in names]
 
 
 def _check_run(path: Path) -> None:

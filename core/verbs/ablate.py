@@ -88,10 +88,11 @@ class Ablate:
         from core.checks import require
 
         most = 1024
-        require(1 <= self.parallel <= most, f"--parallel {self.parallel}: expected at least 1, at most {most}")
+        good = type(self.parallel) is int and 1 <= self.parallel <= most
+        require(good, f"--parallel {self.parallel}: expected at least 1, at most {most}")
         require(self.search or not self.retry, "--retry is about trials of a search: add --search")
         require(self.search or self.study is None, "--study is about trials of a search: add --search")
-        good = self.threads is None or 1 <= self.threads <= most
+        good = self.threads is None or (type(self.threads) is int and 1 <= self.threads <= most)
         require(good, f"--threads {self.threads}: expected at least 1, at most {most}")
 
 

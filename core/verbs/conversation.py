@@ -61,9 +61,9 @@ class Conversation:
     def _ask(self) -> str | None:
         """Return the next line that is typed, None at the end of the input; UsageError for what is no text."""
         while True:
-            if sys.stdin.isatty():
-                self._say("> ", end="")
             try:
+                if sys.stdin.isatty():
+                    self._say("> ", end="")
                 line = sys.stdin.readline(MOST_LETTERS + 1)
                 line.encode()
             except KeyboardInterrupt:  # there is nothing to stop
@@ -102,8 +102,10 @@ class Conversation:
             self._set(setting, value)
         elif name == "help":
             self._say(HELP)
+        elif setting in SETTINGS:
+            self._say(f"/{name}: expected one number; now {getattr(self._how, setting)}")
         else:
-            close = closest(name, COMMANDS)
+            close = closest(name, set(COMMANDS) - {name})
             self._say(f"/{name}: {f'did you mean /{close}?' if close else HELP}")
 
     def _set(self, name: str, value: str) -> None:

@@ -226,13 +226,14 @@ def _begin(
 def _shown(out: Path, config: RunConfig, end: dict[str, Any], say: Console) -> Outcome:
     """Say that a run has come to its end, and what that was."""
     score, stored = end["final/score"], end["final/artifact"]
+    seconds = end.get("clock/stopped", end.get("clock/seconds", 0.0))
     spread = f" ± {score['error']:.4f}" if score["error"] else ""
     say(f"{out}: already finished at step {end['step']}: {score['label']} {score['bpb']:.4f}{spread} bits per byte,")
     say(f"artifact {stored['bytes']:,} bytes; add --again to score it once more, or choose another --out")
     artifact = {"path": str(out / "artifact.skc"), **stored}
     value = {
         "run": str(out), "step": end["step"], "score": score, "artifact": artifact, "files": end["files"],
-        "samples": end.get("samples", []), "seconds": end.get("clock/seconds", 0.0), "backend": end["backend"],
+        "samples": end.get("samples", []), "seconds": seconds, "backend": end["backend"],
         "parameters": count(config.model), "already": True,
     }  # fmt: skip
     value |= {"plugins": end["final/plugins"]} if config.eval.learns else {}

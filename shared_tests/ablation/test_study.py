@@ -155,6 +155,9 @@ WRONG: dict[str, tuple[Callable[[Path], str], str]] = {
     "words": (lambda p: "my secret", "is no URL of a database; expected sqlite:///FILE"),
     "another kind": (lambda p: "mysql://me:secret@host/db", "--study mysql://me:***@host/db: expected sqlite:///FILE"),
     "no such driver": (lambda p: "postgresql+none://me:secret@host/db", "postgresql+none://me:***@host/db: "),
+    "a password behind a question mark": (
+        lambda p: "postgresql+none://me@host/db?password=secret", "--study postgresql+none://me@host/db: "
+    ),
     "in memory": (lambda p: "sqlite://", "--study sqlite://: expected sqlite:///FILE"),
     "no folder": (lambda p: f"sqlite:///{p}/none/study.db", "unable to open database file"),
     "no database": (foreign, "file is not a database"),

@@ -21,6 +21,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
 TEXT = "The old man went down to the sea."
 LOAD: Any = skc.load
 TRAIN: Any = skc.train
+RUNS: Any = skc.runs
+ABLATE: Any = skc.ablate
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,18 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "a nameless plan": (lambda m, p: skc.ablate({"base": "debug"}), skc.ConfigError, "plan: name=None: expected text"),
     "an odd plan": (lambda m, p: skc.ablate({"name": "x", "base": m}), skc.FileError, "plan.base: Model; expected"),
     "a plan's field": (lambda m, p: skc.ablate({"name": "x", "base": "y"}, store=p), skc.ConfigError, "is no preset"),
+    "data of no name": (lambda m, p: LOAD(p / "runs/quickstart", data=5), skc.ConfigError, "data=5: expected the name"),
+    "no preset": (lambda m, p: TRAIN(None), skc.ConfigError, "preset=None: expected the name of a preset"),
+    "no settings": (lambda m, p: TRAIN("debug", 5), skc.ConfigError, "settings=5: expected a table"),
+    "no field": (lambda m, p: TRAIN("debug", {5: 1}), skc.ConfigError, "settings={5: 1}: expected a table"),
+    "no run folder": (lambda m, p: TRAIN("debug", out=5), skc.ConfigError, "out=5: expected a run folder"),
+    "no runs": (lambda m, p: RUNS(5), skc.ConfigError, "folder=5: expected a folder of runs"),
+    "no plan": (lambda m, p: ABLATE(None), skc.ConfigError, "plan=None: expected a file, or a table"),
+    "no file of a plan": (lambda m, p: ABLATE(p / "none.toml"), skc.FileError, "none.toml: No such file"),
+    "a store in a file": (
+        lambda m, p: ABLATE({"name": "x"}, store=p / "runs/quickstart/env.json"), skc.FileError, "Not a directory"
+    ),
+    "half a process": (lambda m, p: ABLATE({"name": "x"}, store=p, parallel=1.5), skc.ConfigError, "--parallel 1.5"),
     "no tokens": (lambda m, p: m.sample("a", tokens=0), skc.ConfigError, "tokens=0: expected at least 1"),
 }  # fmt: skip
 
@@ -154,6 +168,15 @@ def test_bad_input_gets_a_typed_error_of_one_line(case: str, model: skc.Model, p
     with pytest.raises(kind, match=re.escape(words)) as refused:
         call(model, place)
     assert "\n" not in str(refused.value) and type(refused.value).__module__.startswith("core.")
+
+
+def test_numbers_of_numpy_are_numbers(model: skc.Model) -> None:
+    ints: Any = {"tokens": np.int64(4), "top_k": np.int32(9), "seed": np.uint8(3), "block": np.int64(4)}
+    floats: Any = {"temperature": np.float32(0.5), "top_p": np.float64(0.75)}
+    plain = model.sample("The", tokens=4, top_k=9, seed=3, block=4, temperature=0.5, top_p=0.75)
+    assert model.sample("The", **ints, **floats) == plain
+    state = model.state("The")
+    assert state.advance(state.logits.argmax()).shape == (1, 1024)
 
 
 def test_pieces_are_the_sample(model: skc.Model) -> None:
@@ -201,7 +224,7 @@ def test_training_is_that_of_the_verb(place: Path, capsys: pytest.CaptureFixture
     assert "--train.steps 1 --train.seq 32" in ours.environment()["command"]
     assert str(made.load()).startswith("<skc.Model: run ")
     again = skc.train("debug", settings, out=place / "runs" / "again", verbose=True)
-    assert again.score == made.score and "already finished" in capsys.readouterr().out
+    assert again == made and "already finished" in capsys.readouterr().out
     with pytest.raises(skc.ConfigError, match="holds a run with other settings"):
         skc.train("debug", {**settings, "model.dim": 64}, out=place / "runs" / "again")
 

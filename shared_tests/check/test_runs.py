@@ -200,6 +200,12 @@ def make_mixed(place: Path) -> list[str]:
     return ["store"]
 
 
+def make_inner(place: Path) -> list[str]:
+    """A run in the folder of another."""
+    run(place / "good" / "second", 2.0)
+    return ["good"]
+
+
 REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "a link": (lambda p: ["link"], "is a link"),
     "nothing": (lambda p: ["nothing"], "does not exist"),
@@ -209,6 +215,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "another program's": (make_strange, "holds model.safetensors, which is no run's"),
     "a store and more": (make_mixed, "holds thesis.tex, which is no store's"),
     "an ablation": (lambda p: ["store/ablations/rates"], "is not a run"),
+    "a run in a run": (make_inner, "second: is a run inside"),
     "one twice": (lambda p: ["good", "good/"], "is named twice"),
     "one in another": (lambda p: ["store", f"store/runs/{os.listdir(p / 'store' / 'runs')[0]}/run"], "lies in another"),
 }
@@ -231,6 +238,20 @@ def test_rm_leaves_a_run_that_a_process_holds(place: Path, capsys: Capture) -> N
         with hold(held) if (held / "config.json").exists() else hold(held, "job.json"):
             said = refuse(capsys, "runs", "rm", str(place / "young"), str(named), "--yes")
         assert "a process works in it" in said and (place / "young").exists() and named.exists()
+
+
+def test_rm_leaves_the_folder_that_it_runs_in(place: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "good" / "audit").mkdir()
+    for where, names in (("good", (".", str(place / "good"))), ("good/audit", ("..",)), ("store/runs", ("..",))):
+        monkeypatch.chdir(place / where)
+        before = sorted(place.rglob("*"))
+        for name in names:
+            assert "is the folder that this command runs in" in refuse(capsys, "runs", "rm", name, "--yes")
+        assert sorted(place.rglob("*")) == before
+    monkeypatch.chdir(place)
+    with hold(place / "good" / "audit", "audit.json"):
+        assert "a process works in it" in refuse(capsys, "runs", "rm", "good", "--yes")
+    assert call(capsys, "runs", "rm", "good", "--yes")["removed"] == ["good"]
 
 
 def test_rm_asks_and_takes_only_yes(place: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

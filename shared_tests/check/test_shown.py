@@ -17,6 +17,7 @@ from core.check.bench_report import BenchReport
 from core.cli import main
 from core.compare.picture import _curve, _difference
 from core.compare.runs import compare
+from core.console import Console
 from core.decoding.generate import PROMPTS, Text, sample_lines
 from core.model.shares import FLOP_RULE
 from core.training.report import MARGIN, whole_ticks
@@ -36,6 +37,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         assert main(["train", "debug", *options, "--out", str(folder / "a")]) == 0
     assert main(["train", "debug", "--seed", "2", *options, "--out", str(folder / "b")]) == 0
     return folder, said.getvalue()
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second is that of the C locale
+def test_a_stream_shows_what_its_encoding_lacks_as_question_marks(errors: str) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors)
+    Console(stream=stream)("Zürich \u2819")
+    assert stream.buffer.getvalue() == b"Z?rich ?\n"  # type: ignore[attr-defined]
 
 
 def test_the_console_leaves_the_hash_to_the_log(runs: tuple[Path, str]) -> None:

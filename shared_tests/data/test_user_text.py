@@ -1,10 +1,12 @@
 """Text of the user's own: prepared once in the cache, found by its content, never trusted half made. Budget: 20 s."""
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,6 +109,26 @@ def test_a_preparation_that_was_killed_is_not_trusted(book: str, cache: Path, mo
     folder, said = prepared(book)
     assert (folder, said[0]) == (whole, f"{book}: is prepared in {folder}, once")
     assert {file.name: file.read_bytes() for file in Path(folder).iterdir()} == kept
+
+
+def test_a_text_that_changes_meanwhile_is_no_data(book: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the text of before would find the tokens of the other one under its own name."""
+    before = Path(book).read_text()
+
+    def prepare(*arguments: Any, **options: Any) -> Any:
+        Path(book).write_text(before.replace("Bennet", "Darcy"))
+        return real(*arguments, **options)
+
+    real = core.data.user_text.prepare
+    with monkeypatch.context() as patch:
+        patch.setattr(core.data.user_text, "prepare", prepare)
+        with pytest.raises(DataError, match="changed while it was prepared"):
+            prepared(book)
+    Path(book).write_text(before)
+    folder, said = prepared(book)
+    assert said[0].endswith(", once") and folder == str(next(cache.iterdir()))
+    found = json.loads(Path(folder, "manifest.json").read_text())["made_from"]["inputs"][0]["sha256"]
+    assert found == hashlib.sha256(before.encode()).hexdigest()
 
 
 def test_a_damaged_preparation_is_made_again_or_named(book: str) -> None:

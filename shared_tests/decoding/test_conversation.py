@@ -69,13 +69,15 @@ def test_an_empty_line_lets_it_write_on(run: str, monkeypatch: pytest.MonkeyPatc
 
 def test_commands_change_how_it_writes(run: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     lines = (
-        "/tokens 3\nShe\n/temperature -1\n/top-k x\n/top-p 0\n/tempratur 1\n/nothing of that\n/\n/help\n/quit\nmore\n"
+        "/tokens 3\nShe\n/temperature -1\n/top-k x\n/top-p 0\n/tempratur 1\n/nothing of that\n/\n/tokens\n"
+        "/quit it\n/help\n/quit\nmore\n"
     )
     value = talk(monkeypatch, capsys, run, lines)
     assert value["texts"] == [skc.load(run).sample("She", tokens=3, temperature=0)]
     for words in (
         "temperature=-1.0: expected 0 or more", "/top-k x: expected a number", "top_p=0.0: expected more than 0",
         "/tempratur: did you mean /temperature?", "/nothing: type a beginning",
+        "/tokens: expected one number; now 3\n", "/quit: type a beginning",
     ):  # fmt: skip
         assert words in value["said"]
 

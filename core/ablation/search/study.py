@@ -44,7 +44,8 @@ class SharedStudy:
         SearchError, without the password, for a database that cannot be used.
         """
         self.name, self._search, self._owner, self._optuna = name, search, owner, load_optuna()
-        self._shown, self._password = "", None
+        self._shown = ""
+        self._secrets: list[str] = []
         self._space = {field.name: field for field in search.space}
         self._labels = {field.name: [json.dumps(value) for value in field.values] for field in search.space}
         self._distributions = {f.name: distribution(self._optuna, f, self._labels[f.name]) for f in search.space}
@@ -183,7 +184,9 @@ class SharedStudy:
             target = make_url(url)
         except (SQLAlchemyError, ValueError) as error:
             raise SearchError(f"--study: is no URL of a database; {EXPECTED}") from error
-        self._shown, self._password = target.render_as_string(hide_password=True), target.password
+        words = [target.password, target.query.get("password")]
+        self._secrets = [word for word in words if isinstance(word, str) and word]
+        self._shown = target.set(query={}).render_as_string(hide_password=True)
         if target.get_backend_name() not in KINDS or not target.database or target.database == ":memory:":
             raise SearchError(f"--study {self._shown}: {EXPECTED}")
         return target
@@ -198,7 +201,9 @@ class SharedStudy:
         except (SQLAlchemyError, self._optuna.exceptions.OptunaError, ImportError) as error:
             cause = getattr(error, "orig", None) or getattr(error.__cause__, "orig", None) or error
             words = str(cause).strip().splitlines()[:1] or [type(cause).__name__]
-            text = words[0].replace(str(self._password), "***") if self._password else words[0]
+            text = words[0]
+            for secret in self._secrets:
+                text = text.replace(secret, "***")
             raise SearchError(f"--study {self._shown}: {text}") from None
 
 
