@@ -125,9 +125,36 @@ def test_padding_on_either_side_is_not_read(modelling: tuple[str, ModuleType]) -
     torch.testing.assert_close(right.logits[:, :21], wanted.logits, atol=1e-6, rtol=0)
     torch.testing.assert_close(steps[0], steps[2], atol=1e-6, rtol=0)
     torch.testing.assert_close(steps[1], steps[2], atol=1e-6, rtol=0)
+    torch.testing.assert_close(right.logits[:, -1], wanted.logits[:, -1], atol=1e-6, rtol=0)  # what `generate` reads
+    with torch.no_grad():
+        loss = net(rows, labels=rows).loss
+        padded = net(torch.cat([pad, rows], 1), mask, labels=torch.cat([pad - 103, rows], 1)).loss
+        summed = net(rows, labels=rows, num_items_in_batch=4).loss  # Trainer's number for its accumulated batches
+    torch.testing.assert_close(padded, loss, atol=1e-6, rtol=0)
+    torch.testing.assert_close(summed, loss * 10, atol=1e-5, rtol=0)
+    assert net._reorder_cache(None, torch.tensor([1, 1])) is None
     beams = net._reorder_cache(wanted.state, torch.tensor([1, 1]))
     again = net(following[1:].repeat(2, 1), state=beams, use_cache=True).logits
     torch.testing.assert_close(again[0], steps[2][1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_model_in_16_bits_gives_logits_of_32(dtype: str, modelling: tuple[str, ModuleType]) -> None:
+    backend, made = modelling
+    if backend == "mlx":  # its weights become float32 as they are loaded
+        return
+    import torch
+
+    model = harness.mini(harness.EVERYTHING).model
+    net = built(backend, made, model, harness.working_weights(model, 1.0))
+    rows = torch.tensor(exported.rows_of(model.vocab, model.bos), dtype=torch.int64)
+    with torch.no_grad():
+        wanted, narrow = net(rows).logits, net.to(getattr(torch, dtype))
+        logits, state = narrow(rows).logits, narrow(rows[:, :9], use_cache=True).state
+        following = narrow(rows[:, 9:10], state=state, use_cache=True).logits[:, 0]
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, wanted, atol=0.1, rtol=0)
+    torch.testing.assert_close(following, logits[:, 9], atol=0.1, rtol=0)
 
 
 @pytest.fixture(scope="module")
