@@ -38,9 +38,9 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(
             f"{folder}: holds {more[0]} too, which {WRITER} did not write; move it, or choose another --out"
         )
-    for entry in os.scandir(folder):
-        if entry.is_symlink() or not (entry.is_file() or entry.name == "__pycache__"):
-            raise ConfigError(f"{folder / entry.name}: is no plain file; move it, or choose another --out")
+    for path in (folder / name for name in sorted(names)):
+        if path.is_symlink() or not (path.is_file() or path.name == "__pycache__"):
+            raise ConfigError(f"{path}: is no plain file; move it, or choose another --out")
 
 
 def write_folder(folder: Path, files: dict[str, bytes], config: dict[str, Any]) -> bool:

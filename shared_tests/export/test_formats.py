@@ -15,7 +15,7 @@ import pytest
 import core.weights.forms as forms
 from core.config import to_json
 from core.data.tokenizer import Tokenizer
-from core.export.artifact import read_artifact
+from core.export.artifact import read_artifact, write_artifact
 from core.formats.tensors import read_tensors
 from core.weights.folder import write_folder
 from core.weights.modelling import modelling_file
@@ -190,6 +190,16 @@ def test_folders_of_clients_hold_what_these_ask_for(artifact: Path, tmp_path: Pa
     assert str(tmp_path) not in card
 
 
+def test_a_card_shows_no_words_of_a_stranger(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
+    made, path = read_artifact(artifact), tmp_path / "artifact.skc"
+    (tmp_path / "tokenizer.model").write_bytes(artifact.with_name("tokenizer.model").read_bytes())
+    about: dict[str, str | int | float] = {"preset": "a <img src=//x>", "seed": "[b](//x)", "train_seq": 64}
+    write_artifact(path, made.model, made.stored, tokenizer_sha256=made.tokenizer_sha256, provenance=about)
+    call(capsys, "export", str(path), "--format", "safetensors")
+    card = (tmp_path / "safetensors" / "README.md").read_text()
+    assert "\n# model\n" in card and "//x" not in card
+
+
 def test_a_folder_of_someone_else_is_left_alone(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
     argv = ("export", str(artifact), "--format", "safetensors", "--out", str(tmp_path / "out"))
     (tmp_path / "out").mkdir()
@@ -203,6 +213,12 @@ def test_a_folder_of_someone_else_is_left_alone(artifact: Path, tmp_path: Path, 
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert "holds notes.txt too" in refuse(capsys, *argv)
     assert sorted(os.listdir(tmp_path)) == ["out"]
+    (tmp_path / "out" / "notes.txt").unlink()
+    card.unlink()
+    card.symlink_to(tmp_path / "elsewhere")  # what a link shows would travel as a card that was changed
+    (tmp_path / "elsewhere").write_text("mine")
+    assert "is no plain file" in refuse(capsys, *argv)
+    assert "names no folder" in refuse(capsys, *argv[:-1], str(tmp_path / "new" / ".."))
 
 
 def test_a_write_that_fails_leaves_the_folder_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
