@@ -68,9 +68,10 @@ class SKCForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the vectors of tokens, which the head multiplies too."""
         return self.model.embed
 
-    def forward(self, input_ids, attention_mask=None, state=None, labels=None, use_cache=None, **ignored):
+    def forward(self, input_ids, attention_mask=None, state=None, labels=None, use_cache=None, **options):
         """Return SKCOutput: logits, the loss if there are `labels` (-100: none), and a state if `use_cache`.
 
+        `options` are those of the loss, `num_items_in_batch` say, by which Trainer divides; others are passed over.
         `state`: that of the pass before, whose texts go on. Tokens where the mask is 0 are not read, wherever they are.
         """
         (rows, seq), device = input_ids.shape, input_ids.device
@@ -91,12 +92,14 @@ class SKCForCausalLM(PreTrainedModel, GenerationMixin):
             model = self.model.commit(tape, read, 0 if kept is None else kept.shape[1] + seq)
             state = TextState(model, state.position + read.cpu())
         if mask is not None:
-            back = torch.argsort(order, dim=1)[..., None].expand(logits.shape)
-            logits = torch.gather(logits, 1, back)
+            # `generate` takes the logits of the last place: where that is padding, the text's last token speaks there.
+            back = torch.minimum(torch.argsort(order, dim=1), read[:, None] - 1).clamp(min=0)
+            logits = torch.gather(logits, 1, back[..., None].expand(logits.shape))
         loss = None
         if labels is not None:
-            flat, wanted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            loss = torch.nn.functional.cross_entropy(flat, wanted.to(device), ignore_index=-100)
+            if mask is not None:  # padding predicts nothing
+                labels = labels.to(device).masked_fill(~torch.nn.functional.pad(mask[:, :-1], (1, 0)), -100)
+            loss = self.loss_function(logits, labels, self._settings.vocab, **options)
         return SKCOutput(loss=loss, logits=logits, state=state)
 
     def constants(self, seq, device, position=None):
@@ -121,7 +124,9 @@ class SKCForCausalLM(PreTrainedModel, GenerationMixin):
         return model_kwargs | {"state": outputs.get("state")}
 
     def _reorder_cache(self, state, beam_idx):
-        """Return the state of other rows, as beam search chooses them."""
+        """Return the state of other rows, as beam search chooses them; None without one."""
+        if state is None:
+            return None
         model = each_array(state.model, lambda x: x.index_select(0, beam_idx.to(x.device)))
         return TextState(model, state.position.index_select(0, beam_idx.cpu()))
 

@@ -12,7 +12,7 @@ class RMSNorm(Function):
 
     @staticmethod
     def forward(ctx, x, eps):
-        wide = x.float() if x.dtype == torch.bfloat16 else x  # on a GPU torch's own fused kernel is used instead
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # on a GPU torch's own fused kernel is used instead
         mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean.add_(eps).rsqrt_()
         y = wide * scale
@@ -35,7 +35,7 @@ class Orthogonal(Function):
 
     @staticmethod
     def forward(ctx, y, v, alone):
-        wide = v.float() if v.dtype == torch.bfloat16 else v
+        wide = v.to(torch.promote_types(v.dtype, torch.float32))
         # 1e-12 keeps the gradient finite where v is 0.
         scale = torch.sum(wide * wide, dim=-1, keepdim=True).add_(1e-12).rsqrt_()
         unit = wide * scale

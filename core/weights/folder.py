@@ -25,6 +25,8 @@ NAMES = {
 def check_folder(folder: Path) -> None:
     """Raise ConfigError for a folder that was not written by `skc export`, or that holds something else too."""
     check_name(folder)
+    if folder.name in ("", ".."):
+        raise ConfigError(f"--out {folder}: names no folder that could be written anew; give it by its name")
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
@@ -36,6 +38,9 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(
             f"{folder}: holds {more[0]} too, which {WRITER} did not write; move it, or choose another --out"
         )
+    for path in (folder / name for name in sorted(names)):
+        if path.is_symlink() or not (path.is_file() or path.name == "__pycache__"):
+            raise ConfigError(f"{path}: is no plain file; move it, or choose another --out")
 
 
 def write_folder(folder: Path, files: dict[str, bytes], config: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,15 +63,20 @@ def read_exported(path: str, tokenizer: Tokenizer, seq: int) -> Exported:
     artifact = read_artifact(path)
     sha256 = hashlib.sha256(read_file(path, MAX_ARTIFACT)).hexdigest()
     score, audit = _records(Path(path), len(read_file(path, MAX_ARTIFACT)))
-    about = artifact.provenance
-    name = f"{about.get('preset', 'model')}" + (f", seed {about['seed']}" if "seed" in about else "")
-    return Exported(name, artifact, sha256, artifact.weights, seq, tokenizer, score, audit)
+    return Exported(_name(artifact.provenance), artifact, sha256, artifact.weights, seq, tokenizer, score, audit)
 
 
 def narrowed(weights: Arrays) -> Arrays:
     """Return weights as float16 where that has all their values, else as float32: the same numbers in fewer bytes."""
     halves = {name: value.astype(np.float16) for name, value in weights.items()}
     return {name: halves[name] if (halves[name] == value).all() else value for name, value in weights.items()}
+
+
+def _name(about: dict[str, Any]) -> str:
+    """Return preset and seed, as words alone: an artifact comes from anyone, and pages show a card as it is written."""
+    preset, seed = str(about.get("preset", "")), about.get("seed")
+    name = preset if re.fullmatch(r"[\w.-]{1,64}", preset) else "model"
+    return f"{name}, seed {seed}" if type(seed) is int else name
 
 
 def _records(path: Path, size: int) -> tuple[dict[str, Any] | None, str]:

@@ -15,7 +15,7 @@ import pytest
 import core.weights.forms as forms
 from core.config import to_json
 from core.data.tokenizer import Tokenizer
-from core.export.artifact import read_artifact
+from core.export.artifact import read_artifact, write_artifact
 from core.formats.tensors import read_tensors
 from core.weights.folder import write_folder
 from core.weights.modelling import modelling_file
@@ -125,9 +125,36 @@ def test_padding_on_either_side_is_not_read(modelling: tuple[str, ModuleType]) -
     torch.testing.assert_close(right.logits[:, :21], wanted.logits, atol=1e-6, rtol=0)
     torch.testing.assert_close(steps[0], steps[2], atol=1e-6, rtol=0)
     torch.testing.assert_close(steps[1], steps[2], atol=1e-6, rtol=0)
+    torch.testing.assert_close(right.logits[:, -1], wanted.logits[:, -1], atol=1e-6, rtol=0)  # what `generate` reads
+    with torch.no_grad():
+        loss = net(rows, labels=rows).loss
+        padded = net(torch.cat([pad, rows], 1), mask, labels=torch.cat([pad - 103, rows], 1)).loss
+        summed = net(rows, labels=rows, num_items_in_batch=4).loss  # Trainer's number for its accumulated batches
+    torch.testing.assert_close(padded, loss, atol=1e-6, rtol=0)
+    torch.testing.assert_close(summed, loss * 10, atol=1e-5, rtol=0)
+    assert net._reorder_cache(None, torch.tensor([1, 1])) is None
     beams = net._reorder_cache(wanted.state, torch.tensor([1, 1]))
     again = net(following[1:].repeat(2, 1), state=beams, use_cache=True).logits
     torch.testing.assert_close(again[0], steps[2][1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_model_in_16_bits_gives_logits_of_32(dtype: str, modelling: tuple[str, ModuleType]) -> None:
+    backend, made = modelling
+    if backend == "mlx":  # its weights become float32 as they are loaded
+        return
+    import torch
+
+    model = harness.mini(harness.EVERYTHING).model
+    net = built(backend, made, model, harness.working_weights(model, 1.0))
+    rows = torch.tensor(exported.rows_of(model.vocab, model.bos), dtype=torch.int64)
+    with torch.no_grad():
+        wanted, narrow = net(rows).logits, net.to(getattr(torch, dtype))
+        logits, state = narrow(rows).logits, narrow(rows[:, :9], use_cache=True).state
+        following = narrow(rows[:, 9:10], state=state, use_cache=True).logits[:, 0]
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, wanted, atol=0.1, rtol=0)
+    torch.testing.assert_close(following, logits[:, 9], atol=0.1, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +190,16 @@ def test_folders_of_clients_hold_what_these_ask_for(artifact: Path, tmp_path: Pa
     assert str(tmp_path) not in card
 
 
+def test_a_card_shows_no_words_of_a_stranger(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
+    made, path = read_artifact(artifact), tmp_path / "artifact.skc"
+    (tmp_path / "tokenizer.model").write_bytes(artifact.with_name("tokenizer.model").read_bytes())
+    about: dict[str, str | int | float] = {"preset": "a <img src=//x>", "seed": "[b](//x)", "train_seq": 64}
+    write_artifact(path, made.model, made.stored, tokenizer_sha256=made.tokenizer_sha256, provenance=about)
+    call(capsys, "export", str(path), "--format", "safetensors")
+    card = (tmp_path / "safetensors" / "README.md").read_text()
+    assert "\n# model\n" in card and "//x" not in card
+
+
 def test_a_folder_of_someone_else_is_left_alone(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
     argv = ("export", str(artifact), "--format", "safetensors", "--out", str(tmp_path / "out"))
     (tmp_path / "out").mkdir()
@@ -176,6 +213,12 @@ def test_a_folder_of_someone_else_is_left_alone(artifact: Path, tmp_path: Path, 
     (tmp_path / "out" / "notes.txt").write_text("mine")
     assert "holds notes.txt too" in refuse(capsys, *argv)
     assert sorted(os.listdir(tmp_path)) == ["out"]
+    (tmp_path / "out" / "notes.txt").unlink()
+    card.unlink()
+    card.symlink_to(tmp_path / "elsewhere")  # what a link shows would travel as a card that was changed
+    (tmp_path / "elsewhere").write_text("mine")
+    assert "is no plain file" in refuse(capsys, *argv)
+    assert "names no folder" in refuse(capsys, *argv[:-1], str(tmp_path / "new" / ".."))
 
 
 def test_a_write_that_fails_leaves_the_folder_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

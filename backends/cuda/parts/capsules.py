@@ -111,7 +111,7 @@ class Capsules(nn.Module):
         """Return the weight of every place in a block, per capsule: the inverse Walsh transform of its bands."""
         store = self._store
         if store.bands:
-            return torch.swapaxes(context.walsh, 0, 1) @ self.bands
+            return torch.swapaxes(context.walsh, 0, 1) @ self.bands.to(context.wide)
         shape = (store.block, store.capsules)
         return torch.ones(shape, dtype=context.wide, device=context.documents.device)
 
@@ -140,6 +140,7 @@ class Capsules(nn.Module):
         Applied to the reads, q (c + M c) = (q + q M) c, it never touches the channels.
         """
         coupling_HNN = self.couple_out @ self.couple_in
+        coupling_HNN = coupling_HNN.to(torch.promote_types(coupling_HNN.dtype, torch.float32))
         # Bounded, so that what is shown of other capsules never outgrows what is stored.
         norm_H11 = torch.sqrt(torch.sum(torch.square(coupling_HNN), dim=(-2, -1), keepdim=True))
         return coupling_HNN / torch.clamp(norm_H11, min=1.0)
@@ -151,7 +152,7 @@ class Capsules(nn.Module):
         """
         count = self._store.channels
         walsh_KK = context.signs[:count, :count] * count**-0.5
-        low_KK = walsh_KK @ self.ahead_in @ self.ahead_out.T
+        low_KK = walsh_KK @ self.ahead_in.to(context.wide) @ self.ahead_out.T.to(context.wide)
         return (walsh_KK * ops.sigmoid(self.ahead_diag, self._exact) + low_KK) @ walsh_KK
 
     def losses(self, before_BMHNK, ahead_BMHNK, stored_BMHNK, context):

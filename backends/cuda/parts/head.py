@@ -33,8 +33,7 @@ class Head(Matrix):
         return embed_VE + share * self.weight
 
     def forward(self, logits_BTV):
-        """Return logits with bias and softcap, float32 or wider: a token's probability needs more than bfloat16."""
-        if logits_BTV.dtype == torch.bfloat16:
-            logits_BTV = logits_BTV.to(torch.float32)
+        """Return logits with bias and softcap, float32 or wider: a token's probability needs more than 16 bits."""
+        logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
         logits_BTV = logits_BTV + self.bias if self._biased else logits_BTV
         return logits_BTV if self._cap is None else ops.softcap(logits_BTV, self._cap, self._exact)
