@@ -47,7 +47,7 @@ class TextState:
         return copy.copy(self)  # the engine's state is a value: nothing changes it
 
 
-def token_ids(name: str, ids: Sequence[int] | np.ndarray, vocab: int) -> np.ndarray:
+def token_ids(name: str, ids: Sequence[int | np.integer] | np.ndarray, vocab: int) -> np.ndarray:
     """Return token ids as (tokens,) int32; ConfigError, which `name` begins, for none, or any out of the vocabulary."""
     expected = f"expected one or more whole numbers from 0 to {vocab - 1:,}"
     try:
