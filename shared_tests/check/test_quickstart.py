@@ -117,7 +117,7 @@ def test_the_newest_python_that_fits_is_taken(pythons: dict[str, tuple[int, int]
     else:
         assert done.returncode == 0, done.stderr
         assert f"making a virtual environment in .venv with {mac.path}/{taken}\n" in done.stdout
-        assert mac.calls()[0].endswith("-c constraints.txt -e .[mlx]")
+        assert mac.calls()[0].endswith("-c constraints.txt -e .[mlx,serve]")
 
 
 def test_uv_is_taken_where_no_python_fits(tmp_path: Path) -> None:
