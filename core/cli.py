@@ -311,11 +311,17 @@ def condense(box: str) -> str:
     ends = [i for i, line in enumerate(lines) if set(line) <= {"─", "-"}] or [len(lines)]
     words = one_line(" ".join(lines[: ends[0]]))
     words = re.sub(r"^Error parsing \w+: (?=\w+[.=])", "", words).split(". Got errors: ")[0]
+    words = re.sub(r"(?<=Expected one of \()[^()]*'None'[^()]*", _in_order, words)
     rest = " ".join(lines[ends[0] :])
     near = re.search(r"Perhaps you meant:.*?(--[\w.-]+)", rest)
     kind = re.search(r"Argument helptext:\W+--[\w.-]+ (\S+)", rest)
     hint = f"; did you mean {near.group(1)}?" if near else f"; expected {kind.group(1)}" if kind else ""
     return words + hint
+
+
+def _in_order(choices: re.Match[str]) -> str:
+    """Return choices with None last: tyro has them in another order in every process, out of a set."""
+    return ", ".join(sorted(choices.group().rstrip(",").split(", "), key=lambda choice: (choice == "'None'", choice)))
 
 
 if __name__ == "__main__":

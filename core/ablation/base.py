@@ -17,12 +17,12 @@ NAMES = (*SETTINGS, "steps", "seconds", "lr", "backend")
 
 
 def with_base(plan: Ablation, given: dict[str, Any]) -> Ablation:
-    """Return an ablation with another base, budget or backend: `given` are values by NAMES, None or () for none.
+    """Return an ablation with another base, budget or backend: `given` are values by NAMES, None for none.
 
     ConfigError where a variant cannot be had with it.
     """
     chosen: dict[str, Any] = {}
-    chosen.update((name, given[name]) for name in NAMES if given[name] not in (None, ()))
+    chosen.update((name, given[name]) for name in NAMES if given[name] is not None)
     if not chosen:
         return plan
     if "steps" in chosen and "seconds" in chosen:

@@ -31,7 +31,7 @@ Lost = Callable[[str | None], None]
 def end_process(message: str | None) -> None:
     """End this process at once, since its main thread may wait for ever in a collective; say why, unless others do."""
     if message is not None:
-        # one write with its end of line: MLX's ring writes of the dead peer too, piece by piece, from a thread of its own
+        # one write with its end of line: MLX's ring writes of the dead peer too, piece by piece, from its own thread
         sys.stderr.write(one_line(message) + "\n")
         sys.stderr.flush()
     os._exit(1)

@@ -24,6 +24,8 @@ class Removal(NamedTuple):
     what: str
     files: int
     bytes: int
+    others: tuple[str, ...] = ()
+    """Names in it that training did not write: an audit, a twin, a note."""
 
 
 def check_removals(paths: Sequence[str]) -> list[Removal]:
@@ -76,7 +78,8 @@ def _removal(path: Path) -> Removal:
             raise RunError(f"{place}: a process works in it: wait until it ends, or stop it")
     files = [os.path.join(place, name) for place, _, names in os.walk(path) for name in names]
     size = sum(os.lstat(file).st_size for file in files)
-    return Removal(path, "store" if store else "run", len(files), size)
+    others = () if store else tuple(sorted(set(os.listdir(path)) - RUN_NAMES))
+    return Removal(path, "store" if store else "run", len(files), size, others)
 
 
 def _locks(path: Path) -> list[Path]:

@@ -57,7 +57,7 @@ class Ablate:
     """Factor of all learning rates of the base; what a variant sets itself stays."""
     storage: Storage | None = None
     """How matrices are stored, where a variant does not set model.matrix_storage itself."""
-    blocks: tuple[str, ...] = ()
+    blocks: tuple[str, ...] | None = None
     """Kinds of layers, where a variant does not set model.blocks itself."""
     backend: Backend | None = None
     """What trains, in place of the file's backends."""

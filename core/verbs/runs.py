@@ -93,7 +93,8 @@ def remove_runs(options: RemoveRuns, context: Context) -> Outcome:
         raise UsageError("name one or more run folders or stores: skc runs rm PATH")
     removals = check_removals(options.paths)
     for removal in removals:
-        say(f"{removal.path}: {removal.what}, {removal.files:,} files, {removal.bytes:,} bytes")
+        beside = f", with what training did not write: {', '.join(removal.others)}" if removal.others else ""
+        say(f"{removal.path}: {removal.what}, {removal.files:,} files, {removal.bytes:,} bytes{beside}")
     if not options.yes:
         if not sys.stdin.isatty():
             raise UsageError("nobody to ask, as standard input is no terminal: add --yes to remove them")

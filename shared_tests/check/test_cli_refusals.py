@@ -132,3 +132,10 @@ def test_condense_keeps_the_message_and_the_first_suggestion(corners: str, rule:
     title = [f"{top}{rule} Value error {rule}"] if top != " " else [" Value error", f" {rule * 9} "]
     box = "\n".join([*title, *(f"{side} {part} {side}" for part in parts), f"{bottom}{rule if bottom != ' ' else ''}"])
     assert condense(box) == "model.dim=31 is odd; did you mean --model.dims?"
+
+
+@pytest.mark.parametrize("given", ["'b', 'None', 'a'", "'None', 'a', 'b'"])
+def test_condense_has_one_order_of_what_tyro_has_in_any(given: str) -> None:
+    box = f"╭─ Error ─\n│ invalid choice 'c' for argument '--x'. Expected one of ({given}) │\n╰─"
+    assert condense(box) == "invalid choice 'c' for argument '--x'. Expected one of ('a', 'b', 'None')"
+    assert condense(box.replace("'None'", "'z'")).count(given.replace("'None'", "'z'")) == 1, "a Literal has its own"

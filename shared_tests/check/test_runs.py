@@ -265,11 +265,13 @@ def test_rm_asks_and_takes_only_yes(place: Path, capsys: Capture, monkeypatch: p
             self.readline = lambda: text
             self.isatty = lambda: True
 
+    (place / "good" / "notes.md").write_text("mine")
     for text, there in (("n\n", True), ("", True), ("\n", True), ("yes please\n", True), ("y\n", False)):
         monkeypatch.setattr("sys.stdin", Answer(text))
         assert main(["runs", "rm", path]) == 0
         said = capsys.readouterr().out
-        assert "for good? [y/N]" in said and ("nothing was removed" in said) == there == os.path.exists(path)
+        assert "bytes, with what training did not write: notes.md\n" in said and "for good? [y/N]" in said
+        assert ("nothing was removed" in said) == there == os.path.exists(path)
 
 
 def refuse_after_count(capsys: Capture, path: str) -> str:

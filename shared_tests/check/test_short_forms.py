@@ -209,9 +209,10 @@ def test_short_forms_of_an_ablation_change_the_base_and_not_what_a_variant_sets(
         ({"seconds": 0.0}, "--seconds 0.0: expected a positive number"),
         ({"storage": "int4/row"}, "variants.int4: is the same as variants.plain"),
         ({"batch": 0}, "variants.plain: train.batch=0"),
+        ({"blocks": ()}, "variants.plain: model.blocks is empty"),
         ({"seq": 1 << 30}, "train.seq=1073741824: expected at most"),
     ],
 )
 def test_a_base_that_no_variant_can_have_is_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
-        with_base(plan_of(tmp_path), dict.fromkeys(NAMES) | {"blocks": ()} | given)
+        with_base(plan_of(tmp_path), dict.fromkeys(NAMES) | given)
