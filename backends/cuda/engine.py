@@ -23,6 +23,7 @@ from backends.cuda.masters import Masters
 from backends.cuda.model import Model
 from backends.cuda.predicting import Predicting
 from backends.cuda.staging import to_gpu
+from backends.cuda.tape import Tape
 from backends.cuda.update import Update
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note, usable
@@ -64,24 +65,6 @@ class Pending:
     def result(self) -> StepResult:
         loss, norm, finite = self.values
         return StepResult(loss.item(), norm.item(), bool(finite.item()))
-
-
-class Tape:
-    """See core.engine.protocol.Tape."""
-
-    def __init__(self, before, tokens, logits, model, exact):
-        self.before, self.tokens, self.model = before, tokens, model
-        self._logits, self._exact = logits, exact
-
-    def logits(self) -> np.ndarray:
-        return self._logits.cpu().numpy()
-
-    def best(self) -> np.ndarray:
-        return torch.argmax(self._logits, dim=-1).cpu().numpy()
-
-    def nll(self, targets: np.ndarray) -> np.ndarray:
-        wanted = torch.from_numpy(np.ascontiguousarray(targets, np.int32)).to(self._logits.device)
-        return ops.cross_entropy(self._logits, wanted, self._exact)[0].cpu().numpy()
 
 
 class Engine(Predicting, Adapting, Descent, Masters):

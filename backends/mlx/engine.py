@@ -21,6 +21,7 @@ from backends.mlx.kernels import trial
 from backends.mlx.masters import Masters
 from backends.mlx.model import Model
 from backends.mlx.predicting import Predicting
+from backends.mlx.tape import Tape
 from backends.mlx.update import Update
 from core.data.batch import Batch
 from core.engine.fitting import fitting, note
@@ -56,23 +57,6 @@ class Pending:
     def result(self) -> StepResult:
         loss, norm, finite = self.values
         return StepResult(loss.item(), norm.item(), bool(finite.item()))
-
-
-class Tape:
-    """See core.engine.protocol.Tape."""
-
-    def __init__(self, before, tokens, logits, model, exact):
-        self.before, self.tokens, self.model = before, tokens, model
-        self._logits, self._exact = logits, exact
-
-    def logits(self) -> np.ndarray:
-        return np.array(self._logits)
-
-    def best(self) -> np.ndarray:
-        return np.array(mx.argmax(self._logits, axis=-1))
-
-    def nll(self, targets: np.ndarray) -> np.ndarray:
-        return np.array(ops.cross_entropy(self._logits, mx.array(targets), self._exact)[0])
 
 
 class Engine(Predicting, Adapting, Descent, Masters):

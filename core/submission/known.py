@@ -54,7 +54,7 @@ def absent(config: RunConfig, backend: str) -> set[str]:
         left |= {"core.decoding", "core.data.tokenizer.Tokenizer.decode", "core.data.byte_table.checked_ids"}
         left |= {f"core.data.transform.{name}_transform" for name in ("apply", "invert")}
         if evaluation.windows != "stateful":
-            left |= {"core.scoring.stateful", f"{engine}.engine.Tape"}
+            left |= {"core.scoring.stateful", f"{engine}.tape"}
             left |= {f"{engine}.engine.Engine.{name}" for name in DECODING}
             left |= {f"{engine}.model.Model.{name}" for name in DECODING}
             left |= _methods(engine, used, "commit")  # `start` gives what training begins with, too
