@@ -4,6 +4,7 @@ Runs are made at once, by `Runs`; the database is SQLite.
 """
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,24 @@ def test_two_stores_share_the_trials(plan: Ablation, url: str, tmp_path: Path) -
     again = search(two, plan, url)
     assert again.trials == made.trials and again.elsewhere == made.elsewhere == 2
     assert two.made.total() == 3
+
+
+def test_stores_that_begin_at_once_make_one_study(plan: Ablation, url: str, tmp_path: Path) -> None:
+    """Each finds the database empty and makes its tables: whoever is late is told that they exist, and opens them."""
+    count = 4
+    all_here, names = threading.Barrier(count), []
+
+    def begin(number: int) -> None:
+        runs = Runs(tmp_path / str(number))
+        all_here.wait(60)
+        names.append(open_study(url, plan, plan.search, runs.store, runs.place).name)
+
+    threads = [threading.Thread(target=begin, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(names) == count and len(set(names)) == 1 and of_database(url) == []
 
 
 def test_a_killed_search_goes_on_with_its_own_trials(plan: Ablation, url: str, tmp_path: Path) -> None:

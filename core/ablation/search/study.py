@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +34,8 @@ KINDS = ("sqlite", "postgresql")
 EXPECTED = "expected sqlite:///FILE or postgresql+psycopg2://USER@HOST/DATABASE"
 WAIT = 60
 """Seconds that SQLite waits for another process that writes."""
+BEGINNINGS, PAUSE = 20, 0.25
+"""How often an empty database is opened while others make its tables, and seconds between."""
 
 
 class SharedStudy:
@@ -55,7 +58,7 @@ class SharedStudy:
         if look and target.get_backend_name() == "sqlite" and not os.path.exists(str(target.database)):
             return
         with self._reached():
-            self._study = self._opened(target, look)
+            self._study = self._opened_by_one(target, look)
 
     def trials(self) -> list[Trial]:
         """Return the trials that were asked for, in their order; SearchError where the study holds something else."""
@@ -122,6 +125,19 @@ class SharedStudy:
         )
         with self._reached():
             self._opened_study().add_trial(made)
+
+    def _opened_by_one(self, target: Any, look: bool) -> Any:
+        """Open the study; where another process makes the same tables just now, again, when it has made them."""
+        from sqlalchemy.exc import DBAPIError, IntegrityError
+
+        for left in reversed(range(BEGINNINGS)):
+            try:
+                return self._opened(target, look)
+            except (DBAPIError, self._optuna.exceptions.StorageInternalError) as error:
+                cause = error if isinstance(error, DBAPIError) else error.__cause__
+                if not left or not (isinstance(cause, IntegrityError) or "already exists" in str(cause)):
+                    raise
+                time.sleep(PAUSE)
 
     def _opened(self, target: Any, look: bool) -> Any:
         optuna = self._optuna
