@@ -58,9 +58,12 @@ def test_an_attention_program_computes_what_the_checkout_does(data: str, tmp_pat
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("backend", ["cuda", "mlx"])
 @pytest.mark.parametrize("kind", [packed.skc, packed.attention])
-def test_programs_of_two_ranks_compute_what_the_checkout_does(kind: Any, data: str, tmp_path: Path) -> None:
-    packed.same(kind(data), tmp_path, world=2)
+def test_programs_of_two_ranks_compute_what_the_checkout_does(
+    kind: Any, backend: str, data: str, tmp_path: Path
+) -> None:
+    packed.same(kind(data), tmp_path, world=2, backend=backend)
 
 
 @pytest.mark.long

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -26,6 +25,7 @@ from core.console import Console
 from core.submission.pack import Form, pack_program
 from core.verbs.common import Context
 from core.verbs.train import Train, train_run
+from shared_tests.support.ranked import environments
 
 STRANGER = [sys.executable, "-S", "-W", "ignore"]
 """Python without the files in site-packages that lead to this checkout."""
@@ -64,13 +64,9 @@ def start(program: Path, folder: Path, **variables: str) -> subprocess.Completed
     )  # fmt: skip
 
 
-def seats(world: int) -> list[dict[str, str]]:
-    """Return what torchrun sets for each of some ranks on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+def seats(backend: str, world: int, folder: Path) -> list[dict[str, str]]:
+    """Return what a launcher sets for each of some ranks on this machine: nothing for one."""
+    return environments(backend, world, folder) if world > 1 else [{}]
 
 
 def together(command: list[str], folder: Path, places: list[dict[str, str]], **variables: str) -> None:
@@ -132,11 +128,10 @@ def same(
     room.mkdir()
     variables = {"DATA_PATH": config.data.path, "RUN_ID": "one"}
     variables |= {} if python is STRANGER else {"PYTHONPATH": ""}
-    places = seats(world) if world > 1 else [{}]
-    together([*python, str(program)], room, places, **variables)
+    together([*python, str(program)], room, seats(backend, world, folder), **variables)
     checkout = changed(config, {"export.code_bytes": len(program.read_bytes())})
     ours = [sys.executable, "-W", "ignore", "-m", "shared_tests.support.packed", "run", as_json(checkout)]
-    together([*ours, backend, str(folder / "checkout")], Path(ROOT), seats(world) if world > 1 else [{}])
+    together([*ours, backend, str(folder / "checkout")], Path(ROOT), seats(backend, world, folder))
     found = result(room / "runs" / "one")
     assert found == result(folder / "checkout")
     assert len(found["losses"]) == 20 and found["losses"][-1] < found["losses"][0]
