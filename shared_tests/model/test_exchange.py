@@ -32,7 +32,7 @@ def bpb(nats: np.ndarray) -> float:
     return bits_per_byte(float(nats.astype(np.float64).sum()), nats.size)
 
 
-@pytest.mark.parametrize("first, second", [BACKENDS, BACKENDS[::-1]])
+@pytest.mark.parametrize("first, second", [BACKENDS, pytest.param(*BACKENDS[::-1], marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", shortened(minis()))
 def test_an_artifact_of_one_backend_scores_the_same_on_the_other(
     name: str, first: str, second: str, tmp_path: Path
