@@ -25,8 +25,8 @@ SKC_MAC = RunConfig(
         attention=Attention(rope_dims=16), koopman=Koopman(dim=128), mlp=MLP(hidden=384), bank=Bank(at="head"),
     ),
     train=TrainConfig(
-        steps=300, batch=16, seq=256, matrix_rule="muon", lr_matrix=0.02, lr_vector=0.01, muon_momentum_steps=100,
-        quantise="always", eval_every=100, sample_every=100, save_every=100,
+        steps=600, batch=8, seq=256, matrix_rule="muon", lr_matrix=0.02, lr_vector=0.01, muon_momentum_steps=100,
+        quantise="always", eval_every=200, sample_every=200, save_every=200,
     ),
     eval=EvalConfig(seq=256, batch=16, train_documents=8),
 )  # fmt: skip
