@@ -96,10 +96,13 @@ def _listen(line: socket.socket | None, orders: queue.SimpleQueue[Order]) -> Non
         sys.stdin.read()
         os._exit(GONE)
     while True:
-        text, files, _, _ = socket.recv_fds(line, BLOCK, 2)
-        while text and not text.endswith(END):
-            more = line.recv(BLOCK)
-            text = text + more if more else b""
+        try:
+            text, files, _, _ = socket.recv_fds(line, BLOCK, 2)
+            while text and not text.endswith(END):
+                more = line.recv(BLOCK)
+                text = text + more if more else b""
+        except ConnectionError:  # it was killed before it read our last answer
+            text = b""
         if not text:
             os._exit(GONE)
         lock, output = files

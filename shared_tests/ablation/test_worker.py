@@ -1,13 +1,16 @@
 """One process trains all seeds of a variant: bits as alone, a failed seed loses no other, locks end. Budget: 40 s."""
 
 import dataclasses
+import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import core.training.finish
+from core import ROOT
 from core.ablation import runner
 from core.ablation.plan import read_plan
 from core.ablation.store import Place, RunStore
@@ -18,6 +21,7 @@ from core.engine.kept import KeptEngine
 from core.engine.loading import load_engine
 from core.training.environment import code_version
 from core.training.run import Run
+from core.verbs.ablation_worker import GONE
 from core.verbs.common import Context
 from core.verbs.train import Train, train_run
 from shared_tests.support.ablation_runs import DATA, PLAN, WORKER, go, places, write
@@ -163,3 +167,18 @@ def test_the_worker_itself(data: str, tmp_path: Path, processes: list[subprocess
         words = (place.home / "worker.txt").read_text()
         assert str(place.folder) in words and str(other.folder) not in words and "step 3/3" in words
         assert str(other.folder) not in (place.folder / "log.txt").read_text()
+
+
+def test_a_worker_whose_answer_nobody_reads_ends(tmp_path: Path) -> None:
+    """A parent that is killed before it reads an answer resets the connection, which is no end of it."""
+    ours, theirs = socket.socketpair()
+    code = "from core.verbs.ablation_worker import take_orders; take_orders(lambda folder: 0)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=theirs.fileno(), cwd=ROOT)
+    theirs.close()
+    try:
+        assert ours.recv(1, socket.MSG_PEEK) == b"0"
+        ours.close()
+        assert process.wait(60) == GONE
+    finally:
+        process.kill()
+        process.wait()
