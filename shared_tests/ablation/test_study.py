@@ -92,13 +92,14 @@ def test_two_stores_share_the_trials(plan: Ablation, url: str, tmp_path: Path) -
 
 def test_stores_that_begin_at_once_make_one_study(plan: Ablation, url: str, tmp_path: Path) -> None:
     """Each finds the database empty and makes its tables: whoever is late is told that they exist, and opens them."""
-    count = 4
+    count, search = 4, plan.search
+    assert search is not None
     all_here, names = threading.Barrier(count), []
 
     def begin(number: int) -> None:
         runs = Runs(tmp_path / str(number))
         all_here.wait(60)
-        names.append(open_study(url, plan, plan.search, runs.store, runs.place).name)
+        names.append(open_study(url, plan, search, runs.store, runs.place).name)
 
     threads = [threading.Thread(target=begin, args=(number,)) for number in range(count)]
     for thread in threads:
