@@ -113,7 +113,7 @@ def play(place: Place, verb: str, file: str, kind: str) -> int:
 
 
 def test_a_draw_of_all_cases(place: Place) -> None:
-    codes = played(drawn(CASES, 24, "hostile/data"), functools.partial(play, place))
+    codes = played(drawn(CASES, 30, "hostile/data"), functools.partial(play, place))
     assert {0, 2} == set(codes) and codes.count(2) > 10, "a draw without refusals, or with nothing else, proves little"
 
 

@@ -21,7 +21,7 @@ from core.verbs.submit import _reference
 from shared_tests.support.mutants import alter, edit, hostile, json_text
 from shared_tests.support.submissions import submitted, write_runs
 
-CASES = 50
+CASES = 80
 SLOW = (9,)
 """Checks that start a process: the compiler's."""
 

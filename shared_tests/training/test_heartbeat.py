@@ -8,9 +8,11 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from core.engine import heartbeat
 from core.engine.heartbeat import Heartbeat, HeartbeatError, _accept, _connect
 from core.training.run import Run
 from shared_tests.support.killed import small_data
@@ -52,6 +54,16 @@ def test_a_slow_rank_is_waited_for_and_a_dead_one_is_not(how: str, tmp_path: Pat
     assert f"{reason}; all ranks stop; go on from the checkpoint\n" in said[0]
     ours = [line for line in said[2].splitlines() if not line.startswith("[ring]")]
     assert ours == [] and codes[0] == codes[-1] == 1, "rank 0 speaks for all"
+
+
+def test_the_last_word_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two could be parted by what MLX's ring writes meanwhile."""
+    written: list[str] = []
+    monkeypatch.setattr(heartbeat.os, "_exit", lambda code: None)
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    heartbeat.end_process("rank 1 is\ngone")
+    heartbeat.end_process(None)
+    assert written == ["rank 1 is gone\n"]
 
 
 def test_a_killed_rank_ends_the_run_and_the_checkpoint_goes_on(tmp_path: Path) -> None:

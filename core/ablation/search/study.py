@@ -58,7 +58,7 @@ class SharedStudy:
         if look and target.get_backend_name() == "sqlite" and not os.path.exists(str(target.database)):
             return
         with self._reached():
-            self._study = self._opened_by_one(target, look)
+            self._study = self._opened_after_others(target, look)
 
     def trials(self) -> list[Trial]:
         """Return the trials that were asked for, in their order; SearchError where the study holds something else."""
@@ -126,7 +126,7 @@ class SharedStudy:
         with self._reached():
             self._opened_study().add_trial(made)
 
-    def _opened_by_one(self, target: Any, look: bool) -> Any:
+    def _opened_after_others(self, target: Any, look: bool) -> Any:
         """Open the study; where another process makes the same tables just now, again, when it has made them."""
         from sqlalchemy.exc import DBAPIError, IntegrityError
 
