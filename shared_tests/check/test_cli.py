@@ -199,6 +199,21 @@ def test_the_grid_of_adaptation_goes_on_where_it_was(
     assert temperature["difference_error"] > 0 and temperature["processor_seconds_per_token"] > 0
     assert "temperature  " in told and len(plain["nats"]) == plain["documents"] == 2
 
+    middle, reach = temperature["difference"] - 0.01, 12.7062 * 0.01  # t(0.975, 1), times spread / sqrt(2)
+    other = temperature | {"bpb": temperature["bpb"] - 0.01, "difference": temperature["difference"] - 0.02}
+    (tmp_path / "other.jsonl").write_text(json.dumps(other) + "\n")
+    for second, code in (("other.jsonl", 0), ("none.jsonl", 2)):
+        monkeypatch.setattr(sys, "argv", ["adapt_grid", "--mean", str(out), str(tmp_path / second)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(GRID), run_name="__main__")
+        assert stop.value.code == code
+        told = capsys.readouterr().out.splitlines()
+        if code == 0:
+            (row,) = (line for line in told if line.startswith("temperature"))
+            assert f" {middle:+.4f} {middle - reach:+.4f} to {middle + reach:+.4f} " in " ".join(row.split())
+        else:
+            assert told == [f"{tmp_path / second}: no lines; expected a file that --out wrote"]
+
 
 @pytest.mark.pair
 def test_an_artifact_scores_the_same_on_the_other_backend(trained: Path, capsys: Capture) -> None:
