@@ -49,7 +49,10 @@ def written(model: ModelConfig) -> tuple[int, int]:
         return size, 12 + int.from_bytes(path.read_bytes()[8:12], "little")
 
 
-FULL = [pytest.param(name, marks=pytest.mark.long) for name in ("ternary_74m", "baseline", "skc_600", "skc_8xh100")]
+FULL = [
+    pytest.param(name, marks=pytest.mark.long)
+    for name in ("ternary_74m", "baseline", "skc_600", "skc_8xh100", "skc_8xh100_int6")
+]
 
 
 @pytest.mark.parametrize("name", ["ablate", "skc_ablate", *FULL])

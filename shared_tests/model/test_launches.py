@@ -12,7 +12,7 @@ from shared_tests.support import launches
 CEILINGS = {
     "debug": 254, "tiny": 640, "ablate_float": 645, "ablate": 750, "baseline": 1_783, "ternary_74m": 2_109,
     "skc_ablate": 1_100, "delta_ablate": 1_400,
-    "skc_mac": 2_200, "skc_600": 2_760, "skc_8xh100": 2_566, "skc_proxy": 2_017,
+    "skc_mac": 2_200, "skc_600": 2_760, "skc_8xh100": 2_566, "skc_8xh100_int6": 2_534, "skc_proxy": 2_017,
     "skc_1609_mac": 2_671, "skc_1609": 3_703,
     "pr401_mac": 1_651, "pr550_mac": 1_559, "pr1619_mac": 2_301, "pr1394_mac": 2_284, "pr1855_mac": 2_799,
     "pr401": 3_754, "pr550": 3_661, "pr1619": 4_978, "pr1394": 5_151, "pr1855": 5_445,
@@ -26,6 +26,7 @@ LARGE = (
     "ternary_74m",
     "skc_600",
     "skc_8xh100",
+    "skc_8xh100_int6",
     "skc_proxy",
     "skc_1609",
     "pr401",

@@ -26,6 +26,7 @@ GOLDEN_START = {
     "skc_mac": "dd0b8606246d17bb",
     "skc_600": "46cb42366a2a21df",
     "skc_8xh100": "8aaf6c1cda40fbf5",
+    "skc_8xh100_int6": "8b086b31c931be90",
     "skc_proxy": "dd86c4edc2676fcc",
     "skc_1609_mac": "e5bec53981a67775",
     "skc_1609": "2f74b6150f37128c",

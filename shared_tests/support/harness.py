@@ -165,8 +165,8 @@ def minis() -> list[str]:
 
 
 SIBLINGS = (
-    "ablate_float", "ablate", "skc_ablate", "skc_600", "skc_proxy", "pr401", "pr550", "pr1394",
-    *(f"{name}_mac" for name in ("pr401", "pr550", "pr1619", "pr1394", "pr1855")), "skc_1609_mac", "skc_1609",
+    "ablate_float", "ablate", "skc_ablate", "skc_600", "skc_8xh100_int6", "skc_proxy", "pr401", "pr550",
+    "pr1394", *(f"{name}_mac" for name in ("pr401", "pr550", "pr1619", "pr1394", "pr1855")), "skc_1609_mac", "skc_1609",
 )  # fmt: skip
 """Presets whose minis have no option that another mini lacks (test_minis.py), or that has a test file of its own: their
 cases wait for the long run."""
