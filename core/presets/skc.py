@@ -68,7 +68,7 @@ SKC_8XH100_INT6 = changed(SKC_8XH100, {
     "model.deviations": Deviations(mlp=12.85, attention=12.85, table=20.0),
     "train.quantise": "never", "train.reserve_seconds": 4.0, "export.method": "gptq", "export.fit": True,
 })  # fmt: skip
-"""Fewer weights of more bits, which beat ternary ones at equal bytes wherever it was measured (docs/log.md)."""
+"""Fewer weights of more bits, to be held against `skc_8xh100`: which is better is open (docs/log.md)."""
 
 SKC_PROXY = RunConfig(
     model=changed(FULL, {

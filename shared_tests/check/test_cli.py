@@ -181,6 +181,7 @@ def test_the_grid_of_adaptation_goes_on_where_it_was(
     """Every setting of scripts/adapt_grid can be built, and a line that is there is not made again."""
     names = runpy.run_path(str(GRID))
     settings = {name: changed(EvalConfig(seq=512, documents=48), fields) for name, fields in names["grid"]().items()}
+    assert list(names["named"](["temperature", "counts/t*", "lora", "lora"])) == ["temperature", "counts/tilt", "lora"]
     assert len(settings) > 50 and all(config.learns for config in settings.values())
     out = tmp_path / "grid.jsonl"
     argv = [str(trained), "--out", str(out), "--documents", "2", "--backend", "cuda", "--seq", "256", "--only"]
@@ -202,13 +203,16 @@ def test_the_grid_of_adaptation_goes_on_where_it_was(
     middle, reach = temperature["difference"] - 0.01, 12.7062 * 0.01  # t(0.975, 1), times spread / sqrt(2)
     other = temperature | {"bpb": temperature["bpb"] - 0.01, "difference": temperature["difference"] - 0.02}
     (tmp_path / "other.jsonl").write_text(json.dumps(other) + "\n")
-    for second, code in (("other.jsonl", 0), ("none.jsonl", 2)):
+    (tmp_path / "older.jsonl").write_text(json.dumps(other | {"settings": {"seq": 128}}) + "\n")
+    for second, code in (("other.jsonl", 0), ("older.jsonl", 0), ("none.jsonl", 2)):
         monkeypatch.setattr(sys, "argv", ["adapt_grid", "--mean", str(out), str(tmp_path / second)])
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(GRID), run_name="__main__")
         assert stop.value.code == code
         told = capsys.readouterr().out.splitlines()
-        if code == 0:
+        if second == "older.jsonl":
+            assert not any(line.startswith("temperature") for line in told), "a name with other settings is another"
+        elif code == 0:
             (row,) = (line for line in told if line.startswith("temperature"))
             assert f" {middle:+.4f} {middle - reach:+.4f} to {middle + reach:+.4f} " in " ".join(row.split())
         else:
